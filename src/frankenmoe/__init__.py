@@ -1,0 +1,35 @@
+"""frankenmoe: mixture-of-experts models out of dense checkpoints. Names load on first use, so that importing is cheap."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from frankenmoe.artifact import Artifact
+    from frankenmoe.errors import FrankenMoEError
+    from frankenmoe.moe.load import MoE
+    from frankenmoe.pipeline import build, load
+    from frankenmoe.planning import Plan, plan
+    from frankenmoe.prove import verify
+    from frankenmoe.recipe import Recipe
+
+_HOMES = {
+    "Artifact": "frankenmoe.artifact",
+    "FrankenMoEError": "frankenmoe.errors",
+    "MoE": "frankenmoe.moe.load",
+    "Plan": "frankenmoe.planning",
+    "Recipe": "frankenmoe.recipe",
+    "build": "frankenmoe.pipeline",
+    "load": "frankenmoe.pipeline",
+    "plan": "frankenmoe.planning",
+    "verify": "frankenmoe.prove",
+}
+
+__all__ = ["Artifact", "FrankenMoEError", "MoE", "Plan", "Recipe", "build", "load", "plan", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'frankenmoe' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,7 @@
+"""Dense families and the MoE formats they become, as tables; knows nothing of recipes, bytes or torch."""
+
+from frankenmoe.families.dense import FAMILIES
+from frankenmoe.families.formats import FORMATS, moe_config, rope
+from frankenmoe.families.spec import Config, Dims, Family, MoEFormat
+
+__all__ = ["FAMILIES", "FORMATS", "Config", "Dims", "Family", "MoEFormat", "moe_config", "rope"]

@@ -1,0 +1,1 @@
+"""Routers for an MoE: what its routers will read (capture), how rows are made of it (methods), the stage (run)."""

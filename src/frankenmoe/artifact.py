@@ -1,0 +1,170 @@
+"""The folder an MoE lives in: its record, its routers, its index, and the way from unfinished to finished.
+
+Knows nothing of recipes, plans or torch. While it is made, an artifact `out` is the folder `out.partial` beside it; one
+rename makes it whole.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frankenmoe.checkpoint.header import header_bytes, read_header
+from frankenmoe.checkpoint.tensors import TensorRef
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.errors import ArtifactError
+
+RECORD = "frankenmoe.json"
+ROUTERS = "model-routers.safetensors"
+INDEX = "model.safetensors.index.json"
+UNFINISHED = "build.json"
+RECORD_VERSION = 1
+
+Form = Literal["virtual", "built"]
+Routers = Mapping[str, tuple[str, tuple[int, ...], NDArray[np.uint8]]]
+"""Name -> (safetensors dtype, shape, bytes)."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder. `record` is its frankenmoe.json: recipe, sources, seeds, versions, what each stage did."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def form(self) -> Form:
+        return cast(Form, self.record["form"])
+
+    @cached_property
+    def routers(self) -> dict[str, TensorRef]:
+        """Every gate by name, as references into the routers file."""
+        return read_header(self.folder / ROUTERS)
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Opens a finished artifact; ArtifactError for a folder that is none, is unfinished, or is of a later version."""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder, expected an artifact", hint=_hint_unfinished(folder))
+    file = folder / RECORD
+    if not file.is_file():
+        raise ArtifactError(
+            f"{folder} holds no {RECORD}, so it is not an artifact of frankenmoe", hint=_hint_unfinished(folder)
+        )
+    try:
+        record = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ArtifactError(f"{file} is not JSON: {error}", hint="build the artifact again") from error
+    if not isinstance(record, dict) or record.get("form") not in ("virtual", "built"):
+        raise ArtifactError(f"{file} does not describe an artifact", hint="build the artifact again")
+    if record.get("version") != RECORD_VERSION:
+        raise ArtifactError(
+            f"{file} is of version {record.get('version')}, this frankenmoe reads version {RECORD_VERSION}",
+            hint="update frankenmoe, or build the artifact again",
+        )
+    if not (folder / ROUTERS).is_file():
+        raise ArtifactError(f"{folder} has lost its {ROUTERS}", hint="build the artifact again")
+    return Artifact(folder, record)
+
+
+def _hint_unfinished(folder: Path) -> str:
+    if partial_folder(folder).is_dir():
+        return f"{partial_folder(folder)} is an unfinished build: run the same build command again to finish it"
+    return "make one with `frankenmoe build RECIPE OUT`"
+
+
+def partial_folder(out: Path) -> Path:
+    """Where `out` grows until it is whole."""
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def growing(out: Path, *, digest: str) -> Iterator[Path]:
+    """The partial folder of `out`, to be filled and then given to `finish`; nobody else may fill it meanwhile.
+
+    A partial folder left by a killed run of the same plan (`digest`) is handed out as it is, to go on with; one of
+    another plan is refused. After an error that is the input's fault, what *this* run began is removed again.
+    """
+    refuse_occupied(out)
+    partial = partial_folder(out)
+    fresh = not partial.exists()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError(
+            f"{partial} cannot be made: {error.strerror}", hint="choose another output folder"
+        ) from error
+    with (partial / "build.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ArtifactError(f"another process is building {out}", hint="wait for it to end") from None
+        _claim(partial, out=out, digest=digest)
+        try:
+            yield partial
+        except Exception:
+            if fresh:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+
+
+def refuse_occupied(out: Path) -> None:
+    """ArtifactError where `out` exists and is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(
+            f"{out} exists and is not empty, expected a new or empty folder",
+            hint="choose another folder, or remove that one first",
+        )
+
+
+def _claim(partial: Path, *, out: Path, digest: str) -> None:
+    file = partial / UNFINISHED
+    if not file.exists():
+        write_atomic(file, json.dumps({"plan": digest}).encode())
+        return
+    if json.loads(file.read_bytes()).get("plan") != digest:
+        raise ArtifactError(
+            f"{partial} was begun from another recipe, dtype or shard size, or its sources have changed since",
+            hint=f"remove {partial} to start over, or bring recipe and sources back to finish it",
+        )
+
+
+def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
+    """Writes the record last, then renames the partial folder to `out`: from here on it looks finished, and is."""
+    write_atomic(partial / RECORD, _json_bytes({"version": RECORD_VERSION, **record}))
+    for name in (UNFINISHED, "build.lock"):
+        (partial / name).unlink(missing_ok=True)
+    if out.is_dir():
+        out.rmdir()
+    partial.replace(out)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    return open_artifact(out)
+
+
+def write_routers(folder: Path, routers: Routers) -> None:
+    """Writes model-routers.safetensors, whole or not at all."""
+    entries = [(name, dtype, shape) for name, (dtype, shape, _) in routers.items()]
+    head = header_bytes(entries, metadata={"format": "pt"})
+    write_atomic(folder / ROUTERS, head + b"".join(raw.tobytes() for _, _, raw in routers.values()))
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """A JSON file a person can read, whole or not at all."""
+    write_atomic(file, _json_bytes(value))
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

@@ -1,0 +1,83 @@
+"""Tells whether files or tensors hold the same bytes, cheaply or for certain; knows nothing of what the bytes mean."""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from frankenmoe.checkpoint.header import PREFIX, raw_header
+from frankenmoe.checkpoint.reader import map_bytes
+from frankenmoe.checkpoint.tensors import TensorRef
+from frankenmoe.errors import SourceError
+
+_SAMPLE = 4096  # bytes
+_FILE_SAMPLES = 64
+_TENSOR_SAMPLES = 16
+_CHUNK = 2**20  # bytes
+
+
+def fingerprint(file: Path) -> str:
+    """32 hexadecimal digits that name the content of a safetensors file, the same on every machine.
+
+    BLAKE2b over the size, the header and 64 blocks of 4 KiB, spread evenly from the first byte of the data to the last
+    (all of the data if it is shorter). It notices another model, precision or training run, not a few
+    changed bytes: for proof use `sha256`.
+    Raises SourceError if the file cannot be read or has no header.
+    """
+    real = Path(os.path.realpath(file))
+    try:
+        status = real.stat()
+    except OSError as error:
+        raise SourceError(f"{file} cannot be read: {error.strerror}", hint="check the path") from error
+    return _fingerprint(real, status.st_size, status.st_mtime_ns)
+
+
+@cache
+def _fingerprint(real: Path, size: int, mtime_ns: int) -> str:
+    header, _ = raw_header(real)
+    digest = hashlib.blake2b(size.to_bytes(8, "little") + header, digest_size=16)
+    data_start = PREFIX + len(header)
+    with real.open("rb") as file:
+        for offset in _sample_offsets(size - data_start, samples=_FILE_SAMPLES):
+            file.seek(data_start + offset)
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
+
+
+def sha256(file: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
+    """The SHA-256 of the whole file in hexadecimal; `on_bytes` hears how many bytes each step read."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as source:
+        while count := source.readinto(buffer):
+            digest.update(buffer[:count])
+            if on_bytes:
+                on_bytes(count)
+    return digest.hexdigest()
+
+
+def same_values(a: TensorRef, b: TensorRef, *, limit: int) -> bool:
+    """Whether two tensors have the same type, shape and bytes, whatever their names.
+
+    Compares 16 blocks of 4 KiB spread over the tensors, then their first `limit` bytes; beyond both nothing is seen.
+    """
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    if (a.start, a.end) == (b.start, b.end) and os.path.realpath(a.file) == os.path.realpath(b.file):
+        return True
+    first, second = map_bytes(a), map_bytes(b)
+    samples = ((offset, offset + _SAMPLE) for offset in _sample_offsets(a.nbytes, samples=_TENSOR_SAMPLES))
+    whole = ((start, min(start + _CHUNK, limit)) for start in range(0, min(a.nbytes, limit), _CHUNK))
+    spans = (span for group in (samples, whole) for span in group)
+    return all(np.array_equal(first[start:stop], second[start:stop]) for start, stop in spans)
+
+
+def _sample_offsets(size: int, *, samples: int) -> Iterator[int]:
+    """Where to read `samples` blocks so that they spread from the first byte to the last, or cover a smaller `size`."""
+    if size <= samples * _SAMPLE:
+        yield from range(0, size, _SAMPLE)
+    else:
+        yield from (index * (size - _SAMPLE) // (samples - 1) for index in range(samples))

@@ -1,0 +1,88 @@
+"""Turns the name of a source into a folder on this machine, downloading it if need be; knows nothing of its content."""
+
+import os
+import re
+from pathlib import Path
+
+from frankenmoe.errors import SourceError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
+_WEIGHTS = ["*.safetensors"]
+_PICKLES = ("*.bin", "*.pt", "*.pth")
+# Files in sub-folders are other formats of the same model; Mistral's `consolidated` is the same weights a second time.
+_DUPLICATES = ["*/*", "consolidated*"]
+
+
+def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = True) -> Path:
+    """The folder of the source called `name`: a folder (relative to `folder`, `~` allowed), else a model on the hub.
+
+    A hub model is downloaded into the Hugging Face cache, or only looked up there with HF_HUB_OFFLINE=1; without
+    `weights`, its config, tokenizer and licence only. Raises SourceError if there is none or it cannot be had.
+    """
+    path = Path(os.path.abspath(folder / os.path.expanduser(name)))
+    if os.path.isdir(path):
+        if revision is not None:
+            raise SourceError(
+                f"source {name!r} is the folder {path}, which has no revision {revision!r}",
+                hint="leave the revision out, or rename the folder if you mean the model on the hub",
+            )
+        return path
+    if not _HUB_ID.fullmatch(name):
+        raise SourceError(
+            f"source {name!r} is neither a folder, looked for at {path}, nor a hub id like org/name",
+            hint="a relative path counts from the folder of the recipe",
+        )
+    snapshot = _download(name, revision=revision, weights=weights)
+    if weights:
+        _require_weights(name, snapshot)
+    return snapshot
+
+
+def _download(name: str, *, revision: str | None, weights: bool) -> Path:
+    # Imported here: it takes longer to start than a whole `plan` of local folders may take.
+    from huggingface_hub import snapshot_download
+
+    # Without the weights their index would name files that are not there.
+    ignored = _DUPLICATES if weights else [*_DUPLICATES, "*.safetensors.index.json"]
+    allowed = _TEXTS + _WEIGHTS if weights else _TEXTS
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
+    except Exception as error:  # whichever HTTP library the client uses this year, each with errors of its own
+        raise _explained(error, name=name, revision=revision) from error
+
+
+def _require_weights(name: str, snapshot: Path) -> None:
+    """Pickles that are in the cache anyway pass, as `open_checkpoint` refuses them by name."""
+    if not any(any(snapshot.glob(pattern)) for pattern in (*_WEIGHTS, *_PICKLES)):
+        raise SourceError(
+            f"source {name!r} has no safetensors weights in {snapshot}",
+            hint="if the hub has it pickled only (*.bin), load it with transformers, save it with "
+            "save_pretrained(folder, safe_serialization=True) and name that folder; if offline, download it first",
+        )
+
+
+def _explained(error: Exception, *, name: str, revision: str | None) -> SourceError:
+    from huggingface_hub import constants, errors
+
+    which = f"source {name!r}" + (f" at revision {revision!r}" if revision else "")
+    match error:
+        case errors.GatedRepoError():
+            reason, hint = "is gated on the hub", "accept its terms on its page, then log in with `hf auth login`"
+        case errors.RevisionNotFoundError():
+            reason, hint = "does not exist on the hub", "look up its branches, tags and commits on its page"
+        case errors.RepositoryNotFoundError():
+            reason, hint = "does not exist on the hub", "check the spelling; if it is private, `hf auth login` first"
+        case errors.HFValidationError():
+            reason, hint = "is no valid hub id", "check the spelling; a folder must exist to be taken for one"
+        case errors.LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
+            reason, hint = "is not complete in the cache", "unset HF_HUB_OFFLINE to download it, or name a local folder"
+        case errors.LocalEntryNotFoundError():
+            reason, hint = "cannot be downloaded and is not in the cache", "check the network, or name a local folder"
+        case _:
+            reason, hint = f"cannot be downloaded: {_first_line(error)}", "check the network and the free disk space"
+    return SourceError(f"{which} {reason}", hint=hint)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

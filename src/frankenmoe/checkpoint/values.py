@@ -1,0 +1,277 @@
+"""The numbers of tensors: decode, compute, encode, check; knows nothing of files beyond their mapped bytes.
+
+Everything goes by blocks of 2**20 elements in flat (row-major) order, so memory does not grow with the tensor.
+Shape suffixes: N elements of one block, O rows (out) and I columns (in) of a matrix, R rank of a low-rank term.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frankenmoe.checkpoint.reader import map_bytes
+from frankenmoe.checkpoint.tensors import (
+    DTYPES,
+    FLOATS,
+    Constant,
+    Lora,
+    Mean,
+    Noise,
+    Scale,
+    Step,
+    TensorRef,
+    TensorWrite,
+)
+from frankenmoe.errors import NumericsError, SourceError
+
+Bytes = NDArray[np.uint8]
+Floats = NDArray[np.float32]
+Stage = Callable[[Floats, int], Floats]
+"""A step made ready: takes a block and its number, gives the block after the step and leaves the first unchanged."""
+
+BLOCK = 2**20  # elements; also what the noise is keyed by, so another value gives other noise
+_SCAN = 2**16  # elements; a scan reads each chunk twice, the second time from the cache
+
+
+@dataclass(frozen=True, slots=True)
+class _Bits:
+    """A float type seen as integers: NaN and infinities are those with all bits of `exponent` set."""
+
+    unsigned: type[np.unsignedinteger]
+    signed: type[np.signedinteger]
+    exponent: int
+    largest: float
+
+
+_BITS: Mapping[str, _Bits] = MappingProxyType(
+    {
+        "F64": _Bits(np.uint64, np.int64, 0x7FF0_0000_0000_0000, float(np.finfo(np.float64).max)),
+        "F32": _Bits(np.uint32, np.int32, 0x7F80_0000, float(np.finfo(np.float32).max)),
+        "F16": _Bits(np.uint16, np.int16, 0x7C00, 65504.0),
+        "BF16": _Bits(np.uint16, np.int16, 0x7F80, 2.0**127 * (2 - 2.0**-7)),
+    }
+)
+
+
+def values(ref: TensorRef) -> Floats:
+    """The numbers of a small tensor in its own shape; raises SourceError for a type that is not a float."""
+    _require_float(ref)
+    return decode(map_bytes(ref), dtype=ref.dtype).reshape(ref.shape).copy()
+
+
+def blocks(write: TensorWrite) -> Iterator[Bytes]:
+    """The output bytes of `write` in order, one array per 2**20 elements; read-only, since copies are mapped views.
+
+    Raises while iterating: SourceError for a type that cannot be computed with, NumericsError for a NaN or infinity in
+    a source and for a result that `write.dtype` cannot hold.
+    """
+    if write.is_copy:
+        yield from _copied_blocks(write)
+        return
+    _require_castable(write)
+    for number, block_N in enumerate(_floats(write, write.steps)):
+        raw = encode(block_N, dtype=write.dtype)
+        bad = _first_nonfinite(raw, dtype=write.dtype)
+        if bad is not None:
+            raise _no_number(write, value=float(block_N[bad]), flat=number * BLOCK + bad)
+        yield raw
+
+
+def materialize(write: TensorWrite) -> Bytes:
+    """The whole output of `write` [nbytes], the same bytes that `blocks` gives.
+
+    A copy is the mapped source itself: nothing is read, so nothing is checked (see `check_finite`).
+    """
+    if write.is_copy:
+        return map_bytes(write.inputs[0])
+    out = np.empty(write.nbytes, np.uint8)
+    cursor = 0
+    for raw in blocks(write):
+        out[cursor : cursor + raw.size] = raw
+        cursor += raw.size
+    return out
+
+
+def check_finite(ref: TensorRef) -> None:
+    """Raise NumericsError if a float tensor holds a NaN or an infinity; other types have none. Converts nothing."""
+    if ref.dtype not in FLOATS:
+        return
+    raw = map_bytes(ref)
+    flat = _first_nonfinite(raw, dtype=ref.dtype)
+    if flat is not None:
+        value = decode(_elements(raw, flat, flat + 1, dtype=ref.dtype), dtype=ref.dtype)[0]
+        raise NumericsError(
+            f"tensor {ref.name!r} in {ref.file} holds {_spell(value)} at {_index(flat, ref.shape)}, "
+            "expected finite numbers only",
+            hint="the source is broken; fetch it again or use another one",
+        )
+
+
+@np.errstate(over="ignore")
+def decode(raw: Bytes, *, dtype: str) -> Floats:
+    """float32 numbers from the bytes of any float type; exact but for F64, which is rounded. May be a view of `raw`."""
+    if dtype == "BF16":
+        return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return raw.view(np.dtype(DTYPES[dtype].name)).astype(np.float32, copy=False)
+
+
+@np.errstate(over="ignore")
+def encode(block_N: Floats, *, dtype: str) -> Bytes:
+    """The bytes of float32 numbers as `dtype`: to the nearest, ties to even; NaN stays NaN, overflow is infinite."""
+    if dtype == "BF16":
+        return _bfloat16(block_N).view(np.uint8)
+    return block_N.astype(DTYPES[dtype].name, copy=False).view(np.uint8)
+
+
+def _bfloat16(block_N: Floats) -> NDArray[np.uint16]:
+    bits_N = block_N.view(np.uint32)
+    # Just under half of the last place kept, plus that place's own bit: it carries exactly when rounding goes up.
+    rounded_N = ((bits_N >> 16) & 1) + np.uint32(0x7FFF) + bits_N
+    quiet_N = np.isnan(block_N)
+    if quiet_N.any():  # the carry could turn a NaN into an infinity or a zero
+        rounded_N[quiet_N] = bits_N[quiet_N] | np.uint32(0x0040_0000)
+    return (rounded_N >> 16).astype(np.uint16)
+
+
+def _copied_blocks(write: TensorWrite) -> Iterator[Bytes]:
+    source = write.inputs[0]
+    raw = map_bytes(source)
+    for start in range(0, write.numel, BLOCK):
+        block = _elements(raw, start, start + BLOCK, dtype=write.dtype)
+        if write.dtype in FLOATS and _first_nonfinite(block, dtype=write.dtype) is not None:
+            check_finite(source)
+        yield block
+
+
+def _require_castable(write: TensorWrite) -> None:
+    for ref in write.sources:
+        _require_float(ref)
+    if write.dtype not in FLOATS:
+        raise SourceError(
+            f"tensor {write.name!r} is to be written as {write.dtype}, expected one of {', '.join(sorted(FLOATS))}",
+            hint="tensors that are not floats can be copied, not computed",
+        )
+
+
+def _require_float(ref: TensorRef) -> None:
+    if ref.dtype not in FLOATS:
+        raise SourceError(
+            f"tensor {ref.name!r} in {ref.file} has dtype {ref.dtype}, expected one of {', '.join(sorted(FLOATS))}",
+            hint="use the unquantized checkpoint as the source",
+        )
+
+
+def _floats(write: TensorWrite, steps: Sequence[Step]) -> Iterator[Floats]:
+    """The blocks of `write` after `steps`, the first of its steps."""
+    stages = [_stage(write, number) for number in range(len(steps))]
+    inputs = [(map_bytes(ref), ref.dtype) for ref in write.inputs]
+    for number, start in enumerate(range(0, write.numel, BLOCK)):
+        stop = min(start + BLOCK, write.numel)
+        decoded = [decode(_elements(raw, start, stop, dtype=dtype), dtype=dtype) for raw, dtype in inputs]
+        block_N = _mean(decoded) if decoded else np.empty(stop - start, np.float32)
+        yield _apply(stages, block_N=block_N, number=number)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # judged on the result, where the element can be named
+def _apply(stages: Sequence[Stage], *, block_N: Floats, number: int) -> Floats:
+    for stage in stages:
+        block_N = stage(block_N, number)
+    return block_N
+
+
+def _mean(decoded: Sequence[Floats]) -> Floats:
+    if len(decoded) == 1:
+        return decoded[0]
+    total_N = decoded[0].astype(np.float64)
+    for block_N in decoded[1:]:
+        total_N += block_N
+    return (total_N / len(decoded)).astype(np.float32)
+
+
+def _stage(write: TensorWrite, number: int) -> Stage:
+    match write.steps[number]:
+        case Mean():  # the inputs are joined as they are decoded
+            return lambda block_N, _: block_N
+        case Constant(value):
+            return lambda block_N, _: np.full_like(block_N, value)
+        case Scale(factor):
+            return lambda block_N, _: block_N * np.float32(factor)
+        case Noise(std, relative, seed):
+            unit = _std(write, write.steps[:number]) if relative else 1.0
+            return partial(_add_noise, std=std * unit, seed=seed)
+        case Lora(a, b, scale):
+            return partial(_add_low_rank, b_OR=values(b), a_RI=values(a) * np.float32(scale))
+
+
+def _add_noise(block_N: Floats, number: int, *, std: float, seed: int) -> Floats:
+    # Keyed by the block and not drawn in sequence: any block can be made again alone, in any process.
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
+    return block_N + np.float32(std) * generator.standard_normal(block_N.size, np.float32)
+
+
+def _add_low_rank(block_N: Floats, number: int, *, b_OR: Floats, a_RI: Floats) -> Floats:
+    """Add the part of `b_OR @ a_RI` that a block covers, computing only the rows that it touches."""
+    columns = a_RI.shape[1]
+    start = number * BLOCK
+    first_row, skipped = divmod(start, columns)
+    last_row = math.ceil((start + block_N.size) / columns)
+    rows = b_OR[first_row:last_row] @ a_RI
+    return block_N + rows.ravel()[skipped : skipped + block_N.size]
+
+
+def _std(write: TensorWrite, steps: Sequence[Step]) -> float:
+    """The population standard deviation of `write` after `steps`, in one pass (Chan, Golub and LeVeque 1979)."""
+    count, mean, squares = 0, 0.0, 0.0
+    for block_N in _floats(write, steps):
+        wide_N = block_N.astype(np.float64)
+        block_mean = float(wide_N.mean())
+        shift = block_mean - mean
+        squares += float(np.square(wide_N - block_mean).sum()) + shift**2 * count * wide_N.size / (count + wide_N.size)
+        count += wide_N.size
+        mean += shift * wide_N.size / count
+    return math.sqrt(squares / count) if count else 0.0
+
+
+def _elements(raw: Bytes, start: int, stop: int, *, dtype: str) -> Bytes:
+    itemsize = DTYPES[dtype].itemsize
+    return raw[start * itemsize : stop * itemsize]
+
+
+def _first_nonfinite(raw: Bytes, *, dtype: str) -> int | None:
+    """The flat index of the first NaN or infinity, or None.
+
+    Numbers are sign and magnitude, so apart from the sign bit whatever reaches `exponent` is not finite. Two maxima
+    find it and write nothing: among signed integers the largest is a positive number, among unsigned a negative one.
+    """
+    bits = _BITS[dtype]
+    negative = bits.exponent | 1 << (8 * DTYPES[dtype].itemsize - 1)
+    whole = raw.view(bits.unsigned)
+    for start in range(0, whole.size, _SCAN):
+        chunk = whole[start : start + _SCAN]
+        if chunk.max() >= negative or chunk.view(bits.signed).max() >= bits.exponent:
+            return start + int(np.argmax((chunk & bits.unsigned(bits.exponent)) == bits.exponent))
+    return None
+
+
+def _no_number(write: TensorWrite, *, value: float, flat: int) -> NumericsError:
+    """Why element `flat` of `write` is not finite: raises the error of a source to blame or returns the overflow."""
+    for ref in write.sources:
+        check_finite(ref)
+    files = ", ".join(sorted({str(ref.file) for ref in write.sources})) or "a constant"
+    return NumericsError(
+        f"tensor {write.name!r} from {files} becomes {value:g} at {_index(flat, write.shape)}, "
+        f"but {write.dtype} holds at most {_BITS[write.dtype].largest:g}",
+        hint="choose a dtype with a wider range: bfloat16 or float32",
+    )
+
+
+def _spell(value: np.float32) -> str:
+    return "NaN" if np.isnan(value) else "-Inf" if value < 0 else "Inf"
+
+
+def _index(flat: int, shape: tuple[int, ...]) -> str:
+    return str([int(place) for place in np.unravel_index(flat, shape)])

@@ -1,0 +1,5 @@
+"""`python -m frankenmoe.cli`, the same as `frankenmoe`."""
+
+from frankenmoe.cli.app import main
+
+main()

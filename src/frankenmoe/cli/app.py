@@ -1,0 +1,240 @@
+"""The commands and their options; each imports what it needs when it runs, so that `plan` and `--help` stay quick."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from frankenmoe import __version__
+from frankenmoe.errors import FrankenMoEError
+
+SIZE_UNITS = {
+    "": 1,
+    "K": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "KI": 2**10,
+    "MI": 2**20,
+    "GI": 2**30,
+    "TI": 2**40,
+}
+INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+
+RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
+DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    help="Type to store weights in; default: the recipe's.",
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+REMOTE = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first."
+)
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes such as 4GB, 500MB or 2GiB."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
+        if match is None or match[2] not in SIZE_UNITS or float(match[1]) <= 0:
+            self.fail(f"{value!r} is not a size; write it like 4GB, 500MB or 2GiB", param, ctx)
+        return max(1, int(float(match[1]) * SIZE_UNITS[match[2]]))
+
+
+def example(text: str) -> str:
+    """An epilog that click prints as it stands."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in text.splitlines())
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80},
+    epilog=example("frankenmoe demo\nfrankenmoe plan recipes/raiden-16x3.43b.yml"),
+)
+@click.version_option(__version__, prog_name="frankenmoe")
+def app() -> None:
+    """Mixture-of-experts models out of dense checkpoints.
+
+    A recipe names a base, experts and how tokens find them. `plan` says what it costs, `chat` runs it before anything
+    is written, `build` writes a standard checkpoint.
+    """
+
+
+@app.command("plan", epilog=example("frankenmoe plan recipes/raiden-16x3.43b.yml --json"))
+@RECIPE
+@DTYPE
+@JSON
+@REMOTE
+def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_code: bool) -> None:
+    """What RECIPE becomes: format, parameters, memory, warnings.
+
+    Reads configs and headers only, and writes nothing.
+    """
+    from frankenmoe.cli.show import show_plan
+    from frankenmoe.planning import plan
+    from frankenmoe.recipe import Recipe
+
+    made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
+    if as_json:
+        click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        show_plan(made)
+
+
+@app.command(
+    "build", epilog=example("frankenmoe build recipe.yml out/\nfrankenmoe build recipe.yml out-virtual/ --virtual")
+)
+@RECIPE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--virtual", is_flag=True, help="Write the recipe, hashes and routers only (megabytes).")
+@DTYPE
+@click.option("--shard-size", type=Size(), default="4GB", show_default=True, help="Largest size of one weight file.")
+@click.option("--allow-identical", is_flag=True, help="Build even where all experts are the same, to train them later.")
+@REMOTE
+def build_command(
+    recipe: Path,
+    out: Path,
+    virtual: bool,
+    dtype: str | None,
+    shard_size: int,
+    allow_identical: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Make the MoE of RECIPE in the folder OUT.
+
+    Interrupted or killed, the same command goes on where it stopped.
+    """
+    from frankenmoe.cli.progress import bars
+    from frankenmoe.cli.show import show_built, warn
+    from frankenmoe.planning import plan
+    from frankenmoe.recipe import Recipe
+
+    # planned first: a mistake in the recipe is told before torch has been imported
+    read = Recipe.load(recipe)
+    warn(plan(read, dtype=dtype, trust_remote_code=trust_remote_code).warnings)
+
+    from frankenmoe.pipeline import build
+
+    with bars() as progress:
+        artifact = build(
+            read,
+            out,
+            virtual=virtual,
+            dtype=dtype,
+            shard_size=shard_size,
+            allow_identical=allow_identical,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    show_built(artifact)
+
+
+@app.command("verify", epilog=example("frankenmoe verify out/"))
+@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@JSON
+def verify_command(folder: Path, as_json: bool) -> None:
+    """Compare every byte of the artifact OUT with its sources; exit with 2 at the first that differs."""
+    from frankenmoe.artifact import open_artifact
+    from frankenmoe.cli.progress import bars
+    from frankenmoe.cli.show import show_checks
+
+    open_artifact(folder)
+
+    from frankenmoe.prove import verify
+
+    with bars() as progress:
+        checks = verify(
+            folder, on_start=lambda total: progress.start("comparing", total, "B"), on_bytes=progress.advance
+        )
+    if as_json:
+        click.echo(json.dumps({check.what: check.found for check in checks}, indent=2))
+    else:
+        show_checks(folder, checks)
+
+
+@app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
+@click.argument("what", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--trace", is_flag=True, help="Show which experts each token went to.")
+@click.option("--json", "as_json", is_flag=True, help="Print reply and trace as JSON (needs --prompt).")
+@REMOTE
+def chat_command(
+    what: Path,
+    prompt: str | None,
+    max_new_tokens: int,
+    temperature: float,
+    seed: int,
+    trace: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Talk to an artifact, or to a recipe before anything is built.
+
+    Tokens appear as they are made. With a chat template the model is addressed as an assistant, otherwise it goes on
+    from your text.
+    """
+    if as_json and prompt is None:
+        raise click.UsageError("--json needs --prompt")
+    if what.is_file():
+        from frankenmoe.cli.show import warn
+        from frankenmoe.planning import plan
+        from frankenmoe.recipe import Recipe
+
+        warn(plan(Recipe.load(what), trust_remote_code=trust_remote_code).warnings)
+
+    from frankenmoe.cli.chat import Settings, chat
+
+    chat(
+        what,
+        prompt=prompt,
+        settings=Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, trace=trace),
+        as_json=as_json,
+        trust_remote_code=trust_remote_code,
+    )
+
+
+@app.command("demo", epilog=example("frankenmoe demo --out demo-out"))
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="Where everything goes."
+)
+@JSON
+def demo_command(out: Path, as_json: bool) -> None:
+    """The whole story on small parents it makes itself: no network, no files needed, about two minutes."""
+    from frankenmoe.cli.demo import demo
+
+    demo(out, as_json=as_json)
+
+
+@app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
+def schema_command() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from frankenmoe.recipe import schema
+
+    click.echo(json.dumps(schema(), indent=2))
+
+
+def main() -> None:
+    """Runs a command; every error a user can act on ends in one sentence, a hint and exit code 2."""
+    try:
+        app(standalone_mode=False)
+    except FrankenMoEError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("interrupted; the same command goes on from here", err=True)
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has left; nothing more to say
+        sys.exit(0)

@@ -1,0 +1,58 @@
+"""Progress bars on stderr with rate and time left, silent where nobody watches; knows nothing of what progresses."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bars
+
+from frankenmoe.progress import SILENT, Progress
+
+
+@contextmanager
+def bars() -> Iterator[Progress]:
+    """A Progress that draws a bar per stage while stderr is a terminal, and does nothing when it is piped."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield SILENT
+        return
+    text = TextColumn("{task.description}")
+    bytes_bar = Bars(
+        text,
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+    count_bar = Bars(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    current: list[tuple[Bars, TaskID]] = []
+
+    def end() -> None:
+        if current:
+            current.pop()[0].stop()
+
+    def start(stage: str, total: int, unit: str) -> None:
+        end()
+        bar = bytes_bar if unit == "B" else count_bar
+        bar.start()
+        current.append((bar, bar.add_task(f"{stage}" if unit == "B" else f"{stage} ({unit})", total=total)))
+
+    def advance(amount: int) -> None:
+        if current:
+            current[-1][0].advance(current[-1][1], amount)
+
+    try:
+        yield Progress(start=start, advance=advance)
+    finally:
+        end()

@@ -1,0 +1,109 @@
+"""Plans, checks and finished artifacts as tables of at most 80 columns; computes nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from frankenmoe.artifact import Artifact
+from frankenmoe.planning import Plan
+
+WIDTH = 80
+SHOWN_UNUSED = 3
+
+
+def console() -> Console:
+    """stdout, never wider than 80 columns, so that a table looks the same in a file and on a screen."""
+    out = Console()
+    return Console(width=min(out.width, WIDTH)) if out.width > WIDTH else out
+
+
+def show_plan(made: Plan) -> None:
+    """The bill as a table, then what stays unused, then warnings and problems."""
+    facts = made.to_dict()
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in _plan_rows(made, facts):
+        table.add_row(name, value)
+    out = console()
+    out.print(table)
+    reasons = _unused_by_reason(facts["unused"])
+    for reason, names in reasons.items():
+        more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""
+        out.print(f"unused: {', '.join(names[:SHOWN_UNUSED])}{more}: {reason}", style="dim", highlight=False)
+    warn(made.warnings)
+    for problem in made.problems:
+        click.secho(f"cannot be built: {problem}", fg="red", err=True)
+    if made.problems and not any("no weights" in problem for problem in made.problems):
+        click.secho("  hint: keep it virtual with `frankenmoe build --virtual`, or change the recipe", err=True)
+
+
+def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
+    counts, memory = facts["parameters"], facts["memory"]
+    need, free = facts["disk"]["need"], facts["disk"]["free"]
+    licences = sorted({str(source["licence"]) for source in facts["sources"] if source["licence"]})
+    return [
+        ("name", made.recipe.name or made.recipe.origin),
+        ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
+        ("shape", f"{made.layers} layers x {made.experts} experts, {made.recipe.experts_per_token} per token"),
+        ("routers", f"gate_mode {made.recipe.gate_mode}, {len(made.routers)} gates"),
+        ("parameters", f"{counts['total']:,} ({billions(counts['total'])})"),
+        ("  active per token", f"{counts['active']:,} ({billions(counts['active'])})"),
+        ("  shared by all", f"{counts['shared']:,}"),
+        ("  per expert", f"{counts['per_expert']:,}"),
+        ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
+        ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
+        ("  as GGUF", f"{gib(memory['q4_0'])} q4_0, {gib(memory['q5_0'])} q5_0"),
+        ("  KV cache", f"{memory['kv_per_token'] / 2**10:.1f} KiB per token (16 bit)"),
+        ("tensors", f"{facts['writes']:,} to write, {len(facts['unused']):,} left unused in the sources"),
+        ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} too little'}"),
+        ("licences", ", ".join(licences) or "none declared"),
+    ]
+
+
+def _unused_by_reason(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        found.setdefault(row["reason"], []).append(row["tensor"])
+    return found
+
+
+def warn(warnings: Sequence[str]) -> None:
+    """Warnings, a line each, on stderr."""
+    for text in warnings:
+        click.secho(f"warning: {text}", fg="yellow", err=True)
+
+
+def show_built(artifact: Artifact) -> None:
+    """Where the artifact is, how large, and what to do next."""
+    size = sum(file.stat().st_size for file in artifact.folder.iterdir())
+    click.echo(f"{artifact.form} artifact in {artifact.folder} ({gib(size)})")
+    click.echo(f"next: frankenmoe chat {artifact.folder}")
+
+
+def show_checks(folder: Path, checks: Sequence[Any]) -> None:
+    """A line per check that held."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="green", no_wrap=True)
+    table.add_column(overflow="fold")
+    for check in checks:
+        table.add_row(f"ok  {check.what}", check.found)
+    console().print(table)
+    click.echo(f"{folder} is what its recipe says")
+
+
+def gib(count: int) -> str:
+    """Bytes as a person reads them."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def billions(count: int) -> str:
+    """A parameter count as people say it."""
+    return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"

@@ -1,0 +1,89 @@
+"""Plan -> the body of a built artifact, streaming and resumable: finished shards are kept, the rest is written.
+
+Knows nothing of torch, of how routers were made, or of what a tensor means.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from frankenmoe.artifact import INDEX, ROUTERS, write_json
+from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.checkpoint.writer import free_bytes, write_shard
+from frankenmoe.errors import ArtifactError
+from frankenmoe.planning import Plan
+
+GIB = 2**30
+
+
+def compose(plan: Plan, folder: Path, *, shard_size: int, on_bytes: Callable[[int], None]) -> None:
+    """Writes every shard that `folder` does not hold yet, then config, index and the small files of the base.
+
+    `on_bytes` hears every byte, those of finished shards too. Raises ArtifactError before the first byte when the disk is too small.
+    """
+    shards = name_shards(split_shards(plan.groups, limit=shard_size))
+    check_disk(folder, need=sum(_size(writes) for name, writes in shards.items() if not (folder / name).exists()))
+    scanned: set[TensorRef] = set()
+    for name, writes in shards.items():
+        if (folder / name).exists():
+            on_bytes(_size(writes))
+            continue
+        write_shard(folder / name, writes, metadata={"format": "pt"}, on_bytes=on_bytes, scanned=scanned)
+    write_json(folder / "config.json", plan.config)
+    write_json(folder / INDEX, index(shards, routers=tuple(plan.routers)))
+    copy_small_files(plan, folder)
+
+
+def split_shards(groups: Sequence[Sequence[TensorWrite]], *, limit: int) -> list[list[TensorWrite]]:
+    """Fills shards up to `limit` bytes in order; a group that fits into one shard is not cut by a border."""
+    shards: list[list[TensorWrite]] = [[]]
+    filled = 0
+    for chunk in _chunks(groups, limit):
+        size = _size(chunk)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].extend(chunk)
+        filled += size
+    return shards
+
+
+def _chunks(groups: Sequence[Sequence[TensorWrite]], limit: int) -> Iterator[Sequence[TensorWrite]]:
+    for group in groups:
+        if _size(group) <= limit:
+            yield group
+        else:
+            yield from ((write,) for write in group)
+
+
+def name_shards(shards: Sequence[list[TensorWrite]]) -> dict[str, list[TensorWrite]]:
+    """`model-00001-of-0000n.safetensors` and on: numbered even when there is one, since transformers ignores the index
+    (and with it the routers' file) where it finds a plain model.safetensors."""
+    return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def index(shards: Mapping[str, Sequence[TensorWrite]], *, routers: Sequence[str]) -> dict[str, object]:
+    """model.safetensors.index.json: which file holds which tensor, routers included."""
+    body = {write.name: name for name, writes in shards.items() for write in writes}
+    total = sum(_size(writes) for writes in shards.values())
+    return {"metadata": {"total_size": total}, "weight_map": body | dict.fromkeys(routers, ROUTERS)}
+
+
+def check_disk(folder: Path, *, need: int) -> None:
+    """ArtifactError when the disk that holds `folder` has less than `need` bytes free."""
+    free = free_bytes(folder)
+    if need > free:
+        raise ArtifactError(
+            f"{folder.parent} has {free / GIB:.2f} GiB free, but {need / GIB:.2f} GiB are still to be written",
+            hint="choose a folder on another disk, or keep the MoE virtual with --virtual (megabytes)",
+        )
+
+
+def copy_small_files(plan: Plan, folder: Path) -> None:
+    """Tokenizer, chat template and generation settings, byte for byte: re-saving them would lose what tools rely on."""
+    for file in plan.small_files:
+        shutil.copyfile(file, folder / file.name)
+
+
+def _size(writes: Sequence[TensorWrite]) -> int:
+    return sum(write.nbytes for write in writes)

@@ -1,0 +1,240 @@
+"""A small Llama base and one expert per kind of text, trained in a minute; knows nothing of mixtures or routers.
+
+The experts start from the base and train their FFNs only, all else frozen, as FlexOlmo trains experts that are to share
+a backbone. An FFN merge keeps the base's backbone and the experts' FFNs, so it keeps all that these experts learnt.
+
+Shapes: N rows in a batch, S tokens in a row, T tokens in a text, V vocabulary.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from frankenmoe.demo.text import DOMAINS, generate
+from frankenmoe.errors import ArtifactError
+
+BASE = "base"
+PARENTS = (BASE, *DOMAINS)
+
+_VERSION = 1  # goes up when the training below changes, so that parents in a cache are made again
+_MARKER = "frankenmoe-demo.sha256"
+_BOS, _EOS = "<s>", "</s>"
+_CARD = """---
+license: apache-2.0
+---
+# {name}
+
+A toy of `frankenmoe demo`: {story}.
+"""
+
+Progress = Callable[[str, int, int], None]
+OnStep = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Size of the parents and length of their training; the defaults cost about 80 CPU seconds for all five."""
+
+    vocabulary: int = 768
+    hidden: int = 128
+    ffn: int = 352
+    layers: int = 4
+    heads: int = 4
+    characters: int = 300_000  # of text per domain
+    rows: int = 16
+    row_tokens: int = 128
+    base_steps: int = 150  # short of convergence, so that the experts have something left to learn
+    expert_steps: int = 75
+    base_rate: float = 3e-3
+    expert_rate: float = 1e-3  # gentle: faster ones forget the other domains, and random gates then hurt
+
+
+DEFAULTS = Settings()
+
+
+def make_parents(
+    folder: Path, *, on_progress: Progress, seed: int = 0, settings: Settings = DEFAULTS
+) -> dict[str, Path]:
+    """Train `base` and an expert per domain into subfolders of `folder`; returns the folder of each, base first.
+
+    Each is an ordinary bf16 Llama checkpoint with tokenizer and card. One that is there already and was made from the
+    same seed, settings and text is kept as it is; a run that is killed loses only the parent it was training.
+    `on_progress(parent, step, steps)` is called after every training step, so not at all when nothing is left to do.
+    ArtifactError if a folder of that name is there and was not made here.
+    """
+    folders = {parent: folder / parent for parent in PARENTS}
+    for path in folders.values():
+        _refuse_foreign(path)
+    texts = {domain: generate(domain, seed=seed, characters=settings.characters) for domain in DOMAINS}
+
+    base = folders[BASE]
+    digest = _base_digest(texts, seed=seed, settings=settings)
+    if not _is_finished(base, digest=digest):
+        model, tokenizer = _train_base(texts, seed=seed, settings=settings, on_step=partial(on_progress, BASE))
+        _write(base, model=model, tokenizer=tokenizer, digest=digest, story="a base trained on every kind of text")
+    for domain, text in texts.items():
+        expert = folders[domain]
+        digest = _expert_digest(domain, base=base)
+        if not _is_finished(expert, digest=digest):
+            on_step = partial(on_progress, domain)
+            model, tokenizer = _train_expert(base, text=text, seed=seed, settings=settings, on_step=on_step)
+            _write(expert, model=model, tokenizer=tokenizer, digest=digest, story=f"its base, FFNs trained on {domain}")
+    return folders
+
+
+# ---- the parents -----------------------------------------------------------------------------------------------------
+
+
+def _train_base(texts: Mapping[str, str], *, seed: int, settings: Settings, on_step: OnStep) -> tuple[Any, Any]:
+    tokenizer = _train_tokenizer(texts.values(), vocabulary=settings.vocabulary)
+    model = _new_model(tokenizer, seed=seed, settings=settings)
+    batches = _batches(tokenizer, list(texts.values()), seed=seed, settings=settings)
+    _train(model, batches, steps=settings.base_steps, rate=settings.base_rate, on_step=on_step)
+    return model, tokenizer
+
+
+def _train_expert(base: Path, *, text: str, seed: int, settings: Settings, on_step: OnStep) -> tuple[Any, Any]:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
+    # from the bf16 file, not from memory: what stays frozen is then written back byte for byte
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".mlp." in name)
+    batches = _batches(tokenizer, [text], seed=seed, settings=settings)
+    _train(model, batches, steps=settings.expert_steps, rate=settings.expert_rate, on_step=on_step)
+    return model, tokenizer
+
+
+def _train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Any:
+    """Byte-level BPE, digits one by one so that sums can be learnt; every text begins with the BOS token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[_BOS, _EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{_BOS} $A", special_tokens=[(_BOS, tokenizer.token_to_id(_BOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=_BOS, eos_token=_EOS)
+
+
+def _new_model(tokenizer: Any, *, seed: int, settings: Settings) -> Any:
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=settings.hidden,
+        intermediate_size=settings.ffn,
+        num_hidden_layers=settings.layers,
+        num_attention_heads=settings.heads,
+        num_key_value_heads=settings.heads // 2,
+        max_position_embeddings=4 * settings.row_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config)
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+def _batches(tokenizer: Any, texts: Sequence[str], *, seed: int, settings: Settings) -> Iterator[Tensor]:
+    """Endless ids_NS: rows that begin with BOS and go on with a random stretch of one of `texts`, taken in turn."""
+    streams = [torch.tensor(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    generator = torch.Generator().manual_seed(seed)
+    stretch = settings.row_tokens - 1
+    head_N1 = torch.full((settings.rows, 1), tokenizer.bos_token_id)
+    while True:
+        rows = []
+        for row in range(settings.rows):
+            stream_T = streams[row % len(streams)]
+            start = int(torch.randint(len(stream_T) - stretch, (), generator=generator))
+            rows.append(stream_T[start : start + stretch])
+        yield torch.cat([head_N1, torch.stack(rows)], dim=1)
+
+
+def _train(model: Any, batches: Iterator[Tensor], *, steps: int, rate: float, on_step: OnStep) -> None:
+    """AdamW on the parameters that ask for a gradient; the rate warms up over a tenth of the steps, then falls to 0."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0)
+    )
+    for step, ids_NS in enumerate(islice(batches, steps), start=1):
+        logits_NSV = model(input_ids=ids_NS, use_cache=False).logits
+        loss = functional.cross_entropy(logits_NSV[:, :-1].flatten(0, 1), ids_NS[:, 1:].flatten())
+        torch.autograd.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        on_step(step, steps)
+
+
+# ---- the cache -------------------------------------------------------------------------------------------------------
+
+
+def _base_digest(texts: Mapping[str, str], *, seed: int, settings: Settings) -> str:
+    facts = {"version": _VERSION, "seed": seed, "settings": asdict(settings), "texts": texts}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _expert_digest(domain: str, *, base: Path) -> str:
+    """Follows the base's bytes too: an expert of another base, even one equal in all settings, is not reused."""
+    marker, weights = (base / _MARKER).read_bytes(), (base / "model.safetensors").read_bytes()
+    return hashlib.sha256(domain.encode() + marker + weights).hexdigest()
+
+
+def _is_finished(path: Path, *, digest: str) -> bool:
+    return path.exists() and (path / _MARKER).read_text() == digest
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not (path / _MARKER).is_file():
+        raise ArtifactError(
+            f"{path} is where the demo keeps a parent: expected nothing or a folder with {_MARKER}, found neither.",
+            hint="choose another folder, or move this one away",
+        )
+
+
+def _write(path: Path, *, model: Any, tokenizer: Any, digest: str, story: str) -> None:
+    """Write the checkpoint whole or not at all; a stale one of ours at `path` gives way."""
+    unfinished, stale = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.stale")
+    for leftover in (unfinished, stale):
+        shutil.rmtree(leftover, ignore_errors=True)
+    model.to(torch.bfloat16).save_pretrained(unfinished)
+    tokenizer.save_pretrained(unfinished)
+    (unfinished / "README.md").write_text(_CARD.format(name=path.name, story=story))
+    (unfinished / _MARKER).write_text(digest)
+    _sync(unfinished)
+    if path.exists():
+        path.rename(stale)
+    unfinished.rename(path)
+    shutil.rmtree(stale, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

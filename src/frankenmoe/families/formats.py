@@ -1,0 +1,209 @@
+"""One table per MoE format that can be written, and the config.json it needs; knows nothing of recipes or bytes."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from frankenmoe.families.dense import LAYER, QKV_BIAS
+from frankenmoe.families.spec import Config, Family, MoEFormat, Rule, TensorSpec
+
+FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
+EXPERT_BIAS = Rule("mlp_bias", (False, None), "its experts have no bias")
+NO_WINDOW = Rule("sliding_window", (None,), "it has no sliding window that other runtimes agree on")
+ATTENTION_BIAS = Rule("attention_bias", (False, None), "its attention has no place for all four biases")
+# what a dense config says that a MoE config says with the same word
+COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "attention_bias",
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+def _as_is(prefix: str) -> Mapping[str, str]:
+    return {suffix: prefix + suffix for suffix in FFN_SUFFIXES}
+
+
+FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
+    {
+        fmt.name: fmt
+        for fmt in (
+            MoEFormat(
+                name="mixtral",
+                title="Mixtral",
+                model_type="mixtral",
+                architecture="MixtralForCausalLM",
+                families=("llama", "mistral"),
+                gate=LAYER + "block_sparse_moe.gate.weight",
+                expert={
+                    "gate_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w1.weight",
+                    "up_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w3.weight",
+                    "down_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w2.weight",
+                },
+                constants={"router_jitter_noise": 0.0},
+                counted={"num_local_experts": "experts", "num_experts_per_tok": "experts_per_token"},
+                rules=(ATTENTION_BIAS, EXPERT_BIAS),
+                rounds_weights=False,
+            ),
+            MoEFormat(
+                name="deepseek",
+                title="DeepSeek MoE",
+                model_type="deepseek",
+                architecture="DeepseekForCausalLM",
+                families=("llama", "mistral"),
+                gate=LAYER + "mlp.gate.weight",
+                expert=_as_is(LAYER + "mlp.experts.{expert}."),
+                shared=_as_is(LAYER + "mlp.shared_experts."),
+                max_shared=1,
+                constants={
+                    "first_k_dense_replace": 0,
+                    "moe_layer_freq": 1,
+                    "scoring_func": "softmax",
+                    "norm_topk_prob": True,
+                    "auto_map": {
+                        "AutoConfig": "deepseek-ai/deepseek-moe-16b-base--configuration_deepseek.DeepseekConfig",
+                        "AutoModel": "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekModel",
+                        "AutoModelForCausalLM": (
+                            "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekForCausalLM"
+                        ),
+                    },
+                },
+                counted={
+                    "n_routed_experts": "experts",
+                    "num_experts_per_tok": "experts_per_token",
+                    "n_shared_experts": "shared_experts",
+                    "moe_intermediate_size": "ffn",
+                },
+                rules=(EXPERT_BIAS, NO_WINDOW),
+                renormalizes_top1=False,
+                loads_in_transformers=False,
+            ),
+            MoEFormat(
+                name="qwen2_moe",
+                title="Qwen MoE",
+                model_type="qwen2_moe",
+                architecture="Qwen2MoeForCausalLM",
+                families=("qwen2", "llama", "mistral"),
+                gate=LAYER + "mlp.gate.weight",
+                expert=_as_is(LAYER + "mlp.experts.{expert}."),
+                shared=_as_is(LAYER + "mlp.shared_expert."),
+                shared_gate=LAYER + "mlp.shared_expert_gate.weight",
+                max_shared=1,
+                # 32 is the narrowest row that llama.cpp's quantizers take
+                inert_shared_ffn=32,
+                added=tuple(TensorSpec(LAYER + "self_attn." + name, shape) for name, shape in QKV_BIAS.items()),
+                constants={
+                    "decoder_sparse_step": 1,
+                    "norm_topk_prob": True,
+                    "mlp_only_layers": [],
+                    "use_sliding_window": False,
+                    "qkv_bias": True,
+                },
+                counted={
+                    "num_experts": "experts",
+                    "num_experts_per_tok": "experts_per_token",
+                    "moe_intermediate_size": "ffn",
+                    "shared_expert_intermediate_size": "shared_ffn",
+                },
+                rules=(ATTENTION_BIAS, EXPERT_BIAS, NO_WINDOW),
+            ),
+            MoEFormat(
+                name="qwen3_moe",
+                title="Qwen3 MoE",
+                model_type="qwen3_moe",
+                architecture="Qwen3MoeForCausalLM",
+                families=("qwen3",),
+                gate=LAYER + "mlp.gate.weight",
+                expert=_as_is(LAYER + "mlp.experts.{expert}."),
+                constants={
+                    "decoder_sparse_step": 1,
+                    "norm_topk_prob": True,
+                    "mlp_only_layers": [],
+                    "use_sliding_window": False,
+                },
+                counted={
+                    "num_experts": "experts",
+                    "num_experts_per_tok": "experts_per_token",
+                    "moe_intermediate_size": "ffn",
+                },
+                rules=(NO_WINDOW,),
+            ),
+            MoEFormat(
+                name="flex_olmo",
+                title="FlexOlmo",
+                model_type="flex_olmo",
+                architecture="FlexOlmoForCausalLM",
+                families=("olmo2",),
+                gate=LAYER + "mlp.gate.weight",
+                expert=_as_is(LAYER + "mlp.experts.{expert}."),
+                constants={"norm_topk_prob": True},
+                counted={"num_experts": "experts", "num_experts_per_tok": "experts_per_token"},
+            ),
+        )
+    }
+)
+
+
+def rope(family: Family, config: Config) -> dict[str, Any]:
+    """Rotary settings in transformers 5's one dictionary, from either that spelling or transformers 4's two fields."""
+    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    legacy = found.pop("type", "default")
+    found.setdefault("rope_type", legacy)
+    found.setdefault("rope_theta", config.get("rope_theta") or family.defaults["rope_theta"])
+    return found
+
+
+def moe_config(
+    fmt: MoEFormat,
+    family: Family,
+    config: Config,
+    *,
+    experts: int,
+    experts_per_token: int,
+    shared_experts: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """config.json of the MoE: fields copied from the base (never the format's defaults), then the format's own.
+
+    Rotary settings are written in both spellings, since transformers 4 reads `rope_theta` and `rope_scaling` and falls
+    back to the *format's* theta where they are missing; so is the dtype. `dtype` is a torch name such as `bfloat16`.
+    """
+    dims = family.dims(config)
+    quantities = {
+        "experts": experts,
+        "experts_per_token": experts_per_token,
+        "shared_experts": shared_experts or None,
+        "ffn": dims.ffn,
+        "shared_ffn": dims.ffn if shared_experts else fmt.inert_shared_ffn,
+    }
+    rotary = rope(family, config)
+    scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    copied = {key: family.value(config, key) for key in COPIED}
+    return {
+        "architectures": [fmt.architecture],
+        "model_type": fmt.model_type,
+        **copied,
+        "num_key_value_heads": dims.kv_heads,
+        "head_dim": dims.head_dim,
+        "rope_theta": rotary["rope_theta"],
+        "rope_scaling": None if rotary["rope_type"] == "default" else scaling,
+        "rope_parameters": rotary,
+        **fmt.constants,
+        **{key: quantities[quantity] for key, quantity in fmt.counted.items()},
+        "output_router_logits": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }

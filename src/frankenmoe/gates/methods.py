@@ -1,0 +1,68 @@
+"""Gate rows from captured states or from chance: pure functions, one per gate mode, each as mergekit-moe computes it.
+
+Shape suffixes: L layers, T tokens, D hidden, E experts, V vocabulary, N all prompt tokens of an expert.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+TINY = 1e-8  # mergekit's floor under a norm it divides by
+
+
+def last_token(states_LTD: torch.Tensor) -> torch.Tensor:
+    """`hidden` and `hidden_last`: the residual stream entering each layer at the prompt's last token, [L, D]."""
+    return states_LTD[:, -1].float()
+
+
+def token_mean(states_LTD: torch.Tensor) -> torch.Tensor:
+    """`hidden_avg`: the residual stream entering each layer, averaged over the prompt's own tokens, [L, D].
+
+    mergekit-moe divides by the padded length and sums the padding's states too; padding has no say here.
+    """
+    return states_LTD.float().mean(dim=1)
+
+
+STATE_MODES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
+    {"hidden": last_token, "hidden_last": last_token, "hidden_avg": token_mean}
+)
+
+
+def prompt_mean(states: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The mean over an expert's prompts of their [L, D] states."""
+    return torch.stack(list(states)).mean(dim=0)
+
+
+def embedding_sum(ids_N: list[int], embeddings_VD: torch.Tensor) -> torch.Tensor:
+    """`cheap_embed`: the sum of the embeddings of all prompt tokens, of length one, [1, D]: the same for every layer."""
+    return unit(embeddings_VD[torch.tensor(ids_N)].float().sum(dim=0, keepdim=True))
+
+
+def direction(positive_LD: torch.Tensor, negative_LD: torch.Tensor | None) -> torch.Tensor:
+    """A gate row per layer: positive minus negative, of length one, [L, D]."""
+    return unit(positive_LD if negative_LD is None else positive_LD - negative_LD)
+
+
+def unit(rows_LD: torch.Tensor) -> torch.Tensor:
+    """Rows divided by their Euclidean length."""
+    return rows_LD / rows_LD.norm(dim=-1, keepdim=True).clamp(min=TINY)
+
+
+def random_rows(generator: np.random.Generator, experts: int, hidden: int) -> NDArray[np.float32]:
+    """`random`: standard normal numbers, [E, D]."""
+    return generator.standard_normal((experts, hidden), np.float32)
+
+
+def uniform_rows(generator: np.random.Generator, experts: int, hidden: int) -> NDArray[np.float32]:
+    """`uniform_random`: uniform in +-1/sqrt(hidden), the default of torch.nn.Linear, [E, D]."""
+    bound = 1 / math.sqrt(hidden)
+    return generator.uniform(-bound, bound, (experts, hidden)).astype(np.float32)
+
+
+RANDOM_ROWS: Mapping[str, Callable[[np.random.Generator, int, int], NDArray[np.float32]]] = MappingProxyType(
+    {"random": random_rows, "uniform_random": uniform_rows}
+)

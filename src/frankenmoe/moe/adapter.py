@@ -1,0 +1,82 @@
+"""Makes an expert out of a dense MLP and a LoRA without merging them; does not know adapter files or their names."""
+
+import copy
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from frankenmoe.errors import ArtifactError
+
+# R rank, I inputs, O outputs
+
+Lora = tuple[torch.Tensor, torch.Tensor, float]  # A_RI, B_OR, scale (alpha / R, or alpha / sqrt(R) with rsLoRA)
+
+
+class LoraLinear(nn.Module):
+    """base(x) + scale * B A x (arXiv 2106.09685, eq. 3), kept low-rank; base, A and B are taken without a copy.
+
+    Computes in the adapter's dtype and answers in the base's, as PEFT does.
+    Raises ArtifactError if the shapes do not fit.
+    """
+
+    def __init__(self, base: nn.Linear, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> None:
+        super().__init__()
+        expected_a, expected_b = (a_RI.shape[0], base.in_features), (base.out_features, a_RI.shape[0])
+        if a_RI.shape != expected_a or b_OR.shape != expected_b:
+            raise ArtifactError(
+                f"an adapter on a {base.in_features} -> {base.out_features} layer must have A {expected_a} and B "
+                f"{expected_b}, found A {tuple(a_RI.shape)} and B {tuple(b_OR.shape)}",
+                hint="the adapter was trained on another model",
+            )
+        self.base = base
+        self.a = nn.Parameter(a_RI)
+        self.b = nn.Parameter(b_OR)
+        self.scale = scale
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., I] to [..., O]."""
+        base: torch.Tensor = self.base(hidden)
+        linear = nn.functional.linear
+        update = linear(linear(hidden.to(self.a.dtype), self.a), self.b)
+        return (base + self.scale * update).to(base.dtype)
+
+    def extra_repr(self) -> str:
+        return f"rank={self.a.shape[0]}, scale={self.scale}"
+
+
+def with_adapter(mlp: nn.Module, loras: Mapping[str, Lora]) -> nn.Module:
+    """A second expert that shares every parameter of `mlp`, its named `nn.Linear` submodules wrapped in a LoraLinear.
+
+    `loras` maps a submodule's name ("up_proj") to (A_RI, B_OR, scale). `mlp` itself stays as it is.
+    Raises ArtifactError if a name is not a linear layer of `mlp` or the shapes do not fit.
+    """
+    expert = _twin(mlp)
+    for name, (a_RI, b_OR, scale) in loras.items():
+        base = _linear(mlp, name)
+        *parents, leaf = name.split(".")
+        owner = expert
+        for parent in parents:
+            setattr(owner, parent, _twin(owner.get_submodule(parent)))
+            owner = owner.get_submodule(parent)
+        setattr(owner, leaf, LoraLinear(base, a_RI, b_OR, scale))
+    return expert
+
+
+def _twin(module: nn.Module) -> nn.Module:
+    """Another module with the same class, parameters and children, whose children can be swapped on their own."""
+    twin = copy.copy(module)
+    # copy.copy shares torch's registries (parameters, children, hooks), so a child set on one would appear on the other
+    vars(twin).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})
+    return twin
+
+
+def _linear(mlp: nn.Module, name: str) -> nn.Linear:
+    linears = {name: module for name, module in mlp.named_modules() if isinstance(module, nn.Linear)}
+    if name not in linears:
+        raise ArtifactError(
+            f"an adapter must be on a linear layer of its expert's {type(mlp).__name__} "
+            f"({', '.join(linears)}), found one on {name!r}",
+            hint="keep only the adapter's MLP layers; the others belong to the backbone",
+        )
+    return linears[name]

@@ -1,0 +1,122 @@
+"""Dense transformers models over mapped tensors, and the `mlp` modules in them; knows nothing of experts or routers."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
+from frankenmoe.checkpoint.values import materialize
+from frankenmoe.errors import SourceError
+
+MLP_NAME = re.compile(r"(?:^|.*\.)(\d+)\.mlp$")
+
+
+def as_tensor(write: TensorWrite) -> torch.Tensor:
+    """A write as a torch tensor; the source's mapped pages themselves where the write is a plain copy."""
+    raw = torch.from_numpy(materialize(write))
+    return raw.view(getattr(torch, DTYPES[write.dtype].name)).view(write.shape)
+
+
+def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a folder; SourceError for a model type this transformers does not know."""
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise SourceError(
+            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {_first_line(error)}",
+            hint="if it needs code of its own and you trust it, say --trust-remote-code; or update transformers",
+        ) from error
+
+
+def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype) -> PreTrainedModel:
+    """A dense causal language model whose parameters are the given tensors, not copies of them.
+
+    Goes through `from_pretrained`, so that tied weights, buffers and renamed keys are transformers' business.
+    Raises SourceError if a parameter has no tensor, which transformers would otherwise fill with noise.
+    """
+    cls = causal_class(config)
+    with quiet_transformers():
+        model, report = cls.from_pretrained(
+            None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+        )
+    lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if lost:
+        raise SourceError(
+            f"{len(lost)} parameters of {cls.__name__} have no tensor in the source, the first being {lost[0]}",
+            hint="config.json and weights are of two different models",
+        )
+    return cast(PreTrainedModel, model.eval())
+
+
+def causal_class(config: Any) -> Any:
+    """The causal language model class of a config; its own remote one only where the config itself came from such."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if own and type(config).__module__.startswith("transformers_modules."):
+        return get_class_from_dynamic_module(own, config._name_or_path)
+    raise SourceError(
+        f"transformers has no causal language model for {config.model_type!r}",
+        hint="frankenmoe needs decoders that AutoModelForCausalLM can load",
+    )
+
+
+def mlp_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
+    """Layer -> (the layer, its `mlp`) of any transformers decoder."""
+    found = {}
+    for name, module in model.named_modules():
+        match = MLP_NAME.match(name)
+        if match:
+            found[int(match[1])] = (model.get_submodule(name.rpartition(".")[0]), module)
+    return dict(sorted(found.items()))
+
+
+def skeleton(config: Any) -> dict[int, nn.Module]:
+    """Layer -> an `mlp` without weights, as this config's model has it."""
+    with torch.device("meta"), quiet_transformers():
+        model = causal_class(config)._from_config(config)
+    return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items()}
+
+
+def fill(bare: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of an `mlp` without weights whose parameters are the given tensors, by name within the `mlp`."""
+    module = copy.deepcopy(bare)
+    try:
+        module.load_state_dict(dict(tensors), strict=True, assign=True)
+    except RuntimeError as error:
+        raise SourceError(
+            f"the FFN tensors {', '.join(tensors)} do not fit transformers' {type(bare).__name__}: {_first_line(error)}",
+            hint="this family stores its FFN under other names than it computes with; it cannot give experts yet",
+        ) from error
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    return module.eval()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Holds back transformers' progress bars and reports while a model is put together here."""
+    logging = transformers.utils.logging
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

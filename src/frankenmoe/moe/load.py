@@ -1,0 +1,253 @@
+"""An MoE that runs: a dense transformers model whose `mlp` modules are ours, the same for the virtual and the built form.
+
+Does not make routers and writes nothing.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from frankenmoe.artifact import Artifact
+from frankenmoe.checkpoint.reader import open_checkpoint
+from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
+from frankenmoe.checkpoint.values import values
+from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.families import FAMILIES, FORMATS
+from frankenmoe.moe.adapter import with_adapter
+from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.dense import (
+    as_tensor,
+    fill,
+    load_dense,
+    mlp_modules,
+    quiet_transformers,
+    read_config,
+    skeleton,
+)
+from frankenmoe.moe.router import Router
+from frankenmoe.moe.trace import RoutingTrace, concat, record
+from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.layout import SHARED, router_names
+
+Gates = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class MoE:
+    """A running MoE. `model` is a transformers PreTrainedModel (forward, generate); `experts` are the experts' names,
+    `folder` is where its tokenizer lies."""
+
+    model: PreTrainedModel
+    experts: tuple[str, ...]
+    folder: Path
+
+    def forward_with_trace(self, input_ids: torch.Tensor, **inputs: Any) -> tuple[Any, RoutingTrace]:
+        """The model's output for `input_ids` [B, T] and what every router decided: per layer ids, weights and logits."""
+        with record(self.model) as layers:
+            out = self.model(input_ids=input_ids, **inputs)
+        return out, concat(layers)
+
+    def tokenizer(self) -> Any:
+        """The base's tokenizer; SourceError where it has none."""
+        try:
+            with quiet_transformers():
+                return AutoTokenizer.from_pretrained(self.folder)
+        except (ValueError, OSError, KeyError) as error:
+            raise SourceError(
+                f"{self.folder} has no tokenizer that transformers can load",
+                hint="put the tokenizer's files beside the base's weights",
+            ) from error
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What both forms are put together from: tensor writes under dense names, and gates by name.
+
+    `configs` has the transformers config of every source folder, from which an expert's own activation comes.
+    """
+
+    config: Any
+    configs: Mapping[Path, Any]
+    backbone: tuple[TensorWrite, ...]
+    nodes: tuple[ExpertNode, ...]
+    shared: tuple[ExpertNode, ...]
+    gates: Gates
+    gate_names: Callable[[tuple[int, ...]], tuple[str, ...]]
+    top_k: int
+    renormalize: bool
+    round_weights: bool
+    folder: Path
+
+
+def load_plan(
+    plan: Plan, gates: Gates, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
+) -> MoE:
+    """The virtual form: straight from the sources' mapped files. `options` are MoEBlock's (capacity, drop policy)."""
+    config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
+    configs = {
+        source.folder: config if source is plan.base else read_config(source.folder, trust_remote_code=trust_remote_code)
+        for source in plan.sources
+    }
+    top_k = plan.recipe.experts_per_token
+    parts = Parts(
+        config=config,
+        configs=configs,
+        backbone=plan.backbone,
+        nodes=plan.nodes,
+        shared=plan.shared,
+        gates=gates,
+        gate_names=plan.router_names,
+        top_k=top_k,
+        renormalize=top_k > 1 or plan.fmt is None or plan.fmt.renormalizes_top1,
+        round_weights=plan.fmt is not None and plan.fmt.rounds_weights,
+        folder=plan.base.folder,
+    )
+    return assemble(parts, dtype=dtype, **options)
+
+
+def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
+    """The built form: its own files, mapped, in any format this house writes (DeepSeek-MoE too, without remote code)."""
+    record_ = artifact.record
+    tensors = open_checkpoint(artifact.folder).tensors
+    fmt, base = FORMATS[record_["format"]], record_["base_config"]
+    family = FAMILIES[base["model_type"]]
+    layers = family.dims(base).layers
+    backbone = tuple(copy(tensors, name, name) for name in family.shapes(family.backbone, base))
+
+    def ffn(templates: Mapping[str, str], expert: int) -> tuple[Mapping[str, TensorWrite], ...]:
+        return tuple(
+            {
+                suffix: copy(tensors, template.format(layer=layer, expert=expert), f"model.layers.{layer}.mlp.{suffix}")
+                for suffix, template in templates.items()
+            }
+            for layer in range(layers)
+        )
+
+    no_loras: tuple[Mapping[str, Any], ...] = ({},) * layers
+    nodes = tuple(
+        ExpertNode(name, (index,), None, ffn(fmt.expert, index), no_loras) for index, name in enumerate(record_["experts"])
+    )
+    shared = tuple(ExpertNode(name, (*SHARED, 0), None, ffn(fmt.shared, 0), no_loras) for name in record_["shared_experts"])
+    config = AutoConfig.for_model(**{key: value for key, value in base.items() if key != "architectures"})
+    top_k = record_["experts_per_token"]
+    parts = Parts(
+        config=config,
+        configs={},
+        backbone=backbone,
+        nodes=nodes,
+        shared=shared,
+        gates={name: as_tensor(copy(tensors, name, name)) for name in tensors if name.endswith("gate.weight")},
+        gate_names=lambda path: router_names(fmt, layers=layers, path=path),
+        top_k=top_k,
+        renormalize=top_k > 1 or fmt.renormalizes_top1,
+        round_weights=fmt.rounds_weights,
+        folder=artifact.folder,
+    )
+    return assemble(parts, dtype=dtype, **options)
+
+
+def copy(tensors: Mapping[str, TensorRef], stored: str, name: str) -> TensorWrite:
+    """The tensor stored under one name as a write under another."""
+    if stored not in tensors:
+        raise ArtifactError(f"the artifact has lost its tensor {stored}", hint="run `frankenmoe verify` on it; build it again")
+    ref = tensors[stored]
+    return TensorWrite(name, ref.dtype, ref.shape, (ref,))
+
+
+def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
+    """Loads the backbone as a dense model and puts an MoEBlock in the place of every `mlp`."""
+    tensor = _tensor_cache(dtype)
+    first = next(parts.nodes[0].leaves())
+    writes = (*parts.backbone, *(write for row in first.ffn for write in row.values()))
+    tensors = {write.name: tensor(write) for write in writes}
+    model = load_dense(parts.config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
+    make = _block_maker(parts, tensor, dtype, options)
+    for layer, (holder, dense_mlp) in mlp_modules(model).items():
+        name = next(key for key, module in holder.named_children() if module is dense_mlp)
+        setattr(holder, name, make(layer))
+    if (parts.folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(parts.folder)
+    model.requires_grad_(False)
+    return MoE(model=model.eval(), experts=tuple(node.name for node in parts.nodes), folder=parts.folder)
+
+
+def _tensor_cache(dtype: torch.dtype | None) -> Callable[[TensorWrite], torch.Tensor]:
+    """Equal writes give one tensor, so that a source used by many experts is held, and converted, once."""
+
+    @cache
+    def tensor(write: TensorWrite) -> torch.Tensor:
+        found = as_tensor(write)
+        return found.to(dtype) if dtype is not None and found.is_floating_point() else found
+
+    return tensor
+
+
+def _block_maker(
+    parts: Parts,
+    tensor: Callable[[TensorWrite], torch.Tensor],
+    dtype: torch.dtype | None,
+    options: Mapping[str, Any],
+) -> Callable[[int], MoEBlock]:
+    """Layer -> its MoEBlock. Experts of equal content share one module."""
+    bare = cache(skeleton_of(parts))
+    dense: dict[object, nn.Module] = {}
+
+    def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
+        found = parts.gates.get(parts.gate_names(path)[layer])
+        return found.to(dtype) if found is not None and dtype is not None else found
+
+    def leaf(node: ExpertNode, layer: int) -> nn.Module:
+        row = node.ffn[layer]
+        key = (layer, tuple(row.values()))
+        if key not in dense:
+            tensors = {suffix: tensor(write) for suffix, write in row.items()}
+            dense[key] = fill(bare(node.source.folder if node.source else None)[layer], tensors)
+        loras = {
+            suffix.removesuffix(".weight"): (
+                torch.from_numpy(values(lora.a)),
+                torch.from_numpy(values(lora.b)),
+                lora.scale * residual_scale(row[suffix]),
+            )
+            for suffix, lora in node.loras[layer].items()
+        }
+        return with_adapter(dense[key], loras) if loras else dense[key]
+
+    def block(path: tuple[int, ...], nodes: tuple[ExpertNode, ...], layer: int, top_k: int, **own: Any) -> MoEBlock:
+        gate_ED = gate(path, layer)
+        assert gate_ED is not None
+        whole = parts.renormalize or path != ()
+        router = Router(gate_ED, top_k=top_k, renormalize=whole, round_weights=parts.round_weights)
+        experts = [
+            block(node.path, node.children, layer, node.top_k) if node.children else leaf(node, layer) for node in nodes
+        ]
+        return MoEBlock(router, experts, **own)
+
+    def outer(layer: int) -> MoEBlock:
+        shared = {
+            "shared": leaf(parts.shared[0], layer) if parts.shared else None,
+            "shared_gate": gate(SHARED, layer) if parts.shared else None,
+        }
+        return block((), parts.nodes, layer, parts.top_k, **shared, **options)
+
+    return outer
+
+
+def skeleton_of(parts: Parts) -> Callable[[Path | None], Mapping[int, nn.Module]]:
+    """Source folder -> the `mlp` modules without weights of that source's own config; None is the base's."""
+
+    def bare(folder: Path | None) -> Mapping[int, nn.Module]:
+        return skeleton(parts.configs.get(folder, parts.config) if folder else parts.config)
+
+    return bare
+
+
+def residual_scale(write: TensorWrite) -> float:
+    """What a write multiplies its weights by, which an adapter kept beside them must be multiplied by too."""
+    return math.prod(step.factor for step in write.steps if isinstance(step, Scale))

@@ -1,0 +1,65 @@
+"""Scores experts for each token and picks the top-k; does not know what an expert is, nor of capacity."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from frankenmoe.errors import ArtifactError
+
+# T tokens, D hidden, E experts, K top-k
+
+
+class Routing(NamedTuple):
+    """What a router decided for T tokens.
+
+    `weights_TK` scale the chosen experts' outputs, `ids_TK` (int64) name these experts by descending weight, with -1
+    where an assignment was dropped, and `logits_TE` are the raw scores in the dtype of the gate.
+    """
+
+    weights_TK: torch.Tensor
+    ids_TK: torch.Tensor
+    logits_TE: torch.Tensor
+
+
+class Router(nn.Module):
+    """A linear gate, then softmax over all experts and top-k in float32; the gate (E, D) is taken without a copy.
+
+    `renormalize` divides the K weights by their sum (Mixtral), else they are used as they are (Qwen2-MoE).
+    `round_weights` rounds the weights to the dtype of the gate, as transformers does for Qwen2-MoE, Qwen3-MoE and
+    FlexOlmo but not for Mixtral; it changes nothing in float32 and makes lower precisions agree with the stock class.
+    Raises ArtifactError unless the gate is a matrix and 1 <= top_k <= E.
+    """
+
+    def __init__(self, weight_ED: torch.Tensor, *, top_k: int, renormalize: bool, round_weights: bool = False) -> None:
+        super().__init__()
+        if weight_ED.dim() != 2:
+            raise ArtifactError(
+                f"a router's gate must be a matrix (experts, hidden), found shape {tuple(weight_ED.shape)}",
+                hint="fit or build the routers again",
+            )
+        experts = weight_ED.shape[0]
+        if not 1 <= top_k <= experts:
+            raise ArtifactError(
+                f"a router over {experts} experts must choose between 1 and {experts} per token, found top_k = {top_k}",
+                hint="change experts_per_token or the number of experts",
+            )
+        self.weight = nn.Parameter(weight_ED)
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.round_weights = round_weights
+
+    def forward(self, hidden_TD: torch.Tensor) -> Routing:
+        """Route T tokens; NaN in `hidden_TD` or the gate shows as NaN weights, it is not looked for here."""
+        logits_TE = nn.functional.linear(hidden_TD, self.weight)
+        probs_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
+        weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
+        if self.renormalize:
+            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        if self.round_weights:
+            weights_TK = weights_TK.to(logits_TE.dtype)
+        return Routing(weights_TK, ids_TK, logits_TE)
+
+    def extra_repr(self) -> str:
+        experts, hidden = self.weight.shape
+        return f"experts={experts}, hidden={hidden}, top_k={self.top_k}, renormalize={self.renormalize}"

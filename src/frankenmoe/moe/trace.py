@@ -1,0 +1,157 @@
+"""Writes down what every router of a model decided and sums it up; does not know tokens' text or how experts work."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.experts import DROPPED
+from frankenmoe.moe.router import Routing
+
+# T tokens, E experts, K top-k
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one router decided for the T tokens it saw, batch and position flattened; tensors are detached.
+
+    `path` is "" for a layer's outer router, "2" for the one nested in its expert 2, "2.0" one level deeper. Row n of
+    path "2" is the n-th token of path "" that has 2 among its ids. A dropped assignment has the id -1 and keeps the
+    weight it would have had.
+    """
+
+    layer: int
+    path: str
+    experts: int
+    weights_TK: torch.Tensor
+    ids_TK: torch.Tensor
+    logits_TE: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """The traces of a model, one per router."""
+
+    layers: tuple[LayerTrace, ...]
+
+    def layer(self, layer: int, *, path: str = "") -> LayerTrace:
+        """The trace of one router; raises ArtifactError if it has none."""
+        for trace in self.layers:
+            if (trace.layer, trace.path) == (layer, path):
+                return trace
+        traced = ", ".join(sorted({str(trace.layer) for trace in self.layers}, key=int)) or "none"
+        where = f"layer {layer}" + (f", path {path!r}" if path else "")
+        raise ArtifactError(
+            f"the trace has no router at {where}, found layers {traced}",
+            hint="a nested router is traced only if a token reached it" if path else "layers count from 0",
+        )
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[list[LayerTrace]]:
+    """Within the context, every forward appends one LayerTrace per router that ran, in the order they ran.
+
+    Layers are the MoEBlocks whose name in `model` has an index ("model.layers.3.mlp"); other blocks are left alone.
+    Raises ArtifactError if there is none, or if one block stands in two places: its traces could not be told apart.
+    """
+    traces: list[LayerTrace] = []
+    with ExitStack() as hooks:
+        for layer, path, block in _blocks(model):
+            hooks.callback(block.capacity.register_forward_hook(_recorder(traces, layer, path)).remove)
+        yield traces
+
+
+def concat(traces: Iterable[LayerTrace]) -> RoutingTrace:
+    """One LayerTrace per router, successive forwards joined along T; routers in the order they first ran."""
+    by_router: dict[tuple[int, str], list[LayerTrace]] = {}
+    for trace in traces:
+        by_router.setdefault((trace.layer, trace.path), []).append(trace)
+    return RoutingTrace(tuple(_join(parts) for parts in by_router.values()))
+
+
+def load(trace: LayerTrace) -> torch.Tensor:
+    """load_E: share of the kept assignments that each expert got; sums to 1, or is all zero if none was kept."""
+    kept = trace.ids_TK[trace.ids_TK != DROPPED]
+    counts_E = torch.bincount(kept, minlength=trace.experts)
+    return counts_E / counts_E.sum().clamp(min=1)
+
+
+def mean_probs(trace: LayerTrace) -> torch.Tensor:
+    """probs_E: the router's softmax over all experts, averaged over tokens; sums to 1."""
+    return _probs(trace).mean(dim=0)
+
+
+def switch_balance(trace: LayerTrace) -> float:
+    """E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4 without alpha): 1 when balanced, at most E.
+
+    P is `mean_probs`, f the share of the router's choices before any is dropped, as in eq. 5: a capacity must not make
+    a router look balanced. All K choices count and f sums to 1, where transformers' `load_balancing_loss_func` lets f
+    sum to K, so that its balanced value is K; it also pools all layers, so that unbalanced layers can cancel.
+    """
+    probs_TE = _probs(trace)
+    chosen_TK = probs_TE.topk(trace.ids_TK.shape[1], dim=-1).indices
+    share_E = torch.bincount(chosen_TK.flatten(), minlength=trace.experts) / chosen_TK.numel()
+    return float(trace.experts * share_E @ probs_TE.mean(dim=0))
+
+
+def dropped_share(trace: LayerTrace) -> float:
+    """Share of the T * K assignments that were dropped, 0 to 1."""
+    return float((trace.ids_TK == DROPPED).float().mean())
+
+
+def _probs(trace: LayerTrace) -> torch.Tensor:
+    return trace.logits_TE.softmax(dim=-1, dtype=torch.float32)
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[int, str, MoEBlock]]:
+    """Every block with its layer and path, outer blocks before those nested in them."""
+    named = {name: part for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, MoEBlock)}
+    places = [(*place, block) for name, block in named.items() if (place := _place(name, outer=_outer(name, named)))]
+    if not places:
+        raise ArtifactError(
+            f"a {type(model).__name__} has no layer with an MoEBlock to trace",
+            hint="trace the model that load() returns",
+        )
+    if len({id(block) for *_, block in places}) < len(places):
+        raise ArtifactError(
+            f"a {type(model).__name__} has one MoEBlock in two places, expected a block of its own in each",
+            hint="share the experts inside the block rather than the block",
+        )
+    yield from places
+
+
+def _outer(name: str, blocks: Iterable[str]) -> str:
+    """The name of the outermost block that holds the block `name`, or is it."""
+    return next(block for block in blocks if name == block or name.startswith(f"{block}." if block else ""))
+
+
+def _place(name: str, *, outer: str) -> tuple[int, str] | None:
+    indices = [part for part in outer.split(".") if part.isdecimal()]
+    if not indices:
+        return None
+    inner = name.removeprefix(outer).split(".")
+    return int(indices[-1]), ".".join(part for part in inner if part not in ("", "experts"))
+
+
+def _recorder(traces: list[LayerTrace], layer: int, path: str) -> Callable[[nn.Module, object, Routing], None]:
+    def append(_module: nn.Module, _inputs: object, routing: Routing) -> None:
+        weights_TK, ids_TK, logits_TE = (tensor.detach() for tensor in routing)
+        traces.append(LayerTrace(layer, path, logits_TE.shape[1], weights_TK, ids_TK, logits_TE))
+
+    return append
+
+
+def _join(parts: list[LayerTrace]) -> LayerTrace:
+    first = parts[0]
+    return LayerTrace(
+        first.layer,
+        first.path,
+        first.experts,
+        torch.cat([part.weights_TK for part in parts]),
+        torch.cat([part.ids_TK for part in parts]),
+        torch.cat([part.logits_TE for part in parts]),
+    )

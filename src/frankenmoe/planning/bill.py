@@ -1,0 +1,145 @@
+"""What an MoE costs: parameters, bytes on disk, memory, KV cache; pure arithmetic over tensor writes."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.planning.tree import ExpertNode
+
+# bits per weight of llama.cpp's block formats: bytes of a block x 8 / weights in it
+GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 34 * 8 / 32, "Q6_K": 210 * 8 / 256, "Q5_0": 22 * 8 / 32, "Q4_0": 4.5}
+KV_BYTES = 2  # a 16-bit cache
+
+
+@dataclass(frozen=True, slots=True)
+class Bill:
+    """Counts in parameters, sizes in bytes."""
+
+    total: int
+    active: int
+    shared: int
+    per_expert: int
+    built: int
+    virtual: int
+    memory_built: int
+    memory_virtual: int
+    memory_q4_0: int
+    memory_q5_0: int
+    kv_per_token: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """The three tables of the plan's JSON: parameters, bytes and memory."""
+        flat = asdict(self)
+        return {
+            "parameters": {key: flat[key] for key in ("total", "active", "shared", "per_expert")},
+            "bytes": {"built": self.built, "virtual": self.virtual},
+            "memory": {
+                "built": self.memory_built,
+                "virtual": self.memory_virtual,
+                "q4_0": self.memory_q4_0,
+                "q5_0": self.memory_q5_0,
+                "kv_per_token": self.kv_per_token,
+            },
+        }
+
+
+def make_bill(
+    *,
+    backbone: Iterable[TensorWrite],
+    nodes: tuple[ExpertNode, ...],
+    extra: Iterable[TensorWrite],
+    routers: Mapping[str, tuple[int, int]],
+    top_k: int,
+    itemsize: int,
+    kv_numbers: int,
+    small_files: int,
+) -> Bill:
+    """Adds everything up. `extra` is what stands beside the experts (shared expert, zeros the format wants),
+    `kv_numbers` the cached numbers per token over all layers, `small_files` the bytes of tokenizer and configs."""
+    static = [*backbone, *extra]
+    router_parameters = sum(math.prod(shape) for shape in routers.values())
+    shared = sum(_numel(write.shape) for write in static) + router_parameters
+    experts = [expert_parameters(node) for node in nodes]
+    total = shared + sum(experts)
+    leaves = [leaf for node in nodes for leaf in node.leaves()]
+    sizes = sorted((active_parameters(node) for node in nodes), reverse=True)
+    folded = [leaf.folded(layer, suffix) for leaf in leaves for layer, row in enumerate(leaf.ffn) for suffix in row]
+    shapes = [(write.name, write.shape) for write in (*static, *folded)] + list(routers.items())
+    body = sum(write.nbytes for write in (*static, *folded))
+    router_bytes = router_parameters * itemsize
+    return Bill(
+        total=total,
+        active=shared + sum(sizes[:top_k]),
+        shared=shared,
+        per_expert=max(experts),
+        built=body + router_bytes + small_files,
+        virtual=router_bytes + small_files,
+        memory_built=body + router_bytes,
+        memory_virtual=distinct_bytes(static, leaves) + router_bytes,
+        memory_q4_0=gguf_bytes(shapes, "Q4_0", experts=len(nodes)),
+        memory_q5_0=gguf_bytes(shapes, "Q5_0", experts=len(nodes)),
+        kv_per_token=kv_numbers * KV_BYTES,
+    )
+
+
+def expert_parameters(node: ExpertNode) -> int:
+    """Parameters of everything below a node, inner routers left to the routers' count."""
+    return sum(_numel(write.shape) for leaf in node.leaves() for row in leaf.ffn for write in row.values())
+
+
+def active_parameters(node: ExpertNode) -> int:
+    """Parameters one token meets inside a node: all of a leaf, the largest top-k children of an MoE."""
+    if not node.children:
+        return expert_parameters(node)
+    return sum(sorted(map(active_parameters, node.children), reverse=True)[: node.top_k])
+
+
+def distinct_bytes(static: Iterable[TensorWrite], leaves: Iterable[ExpertNode]) -> int:
+    """Bytes a virtual MoE needs in memory: every source range once, changed tensors each for themselves."""
+    seen: set[object] = set()
+    total = 0
+    writes = [*static, *(write for leaf in leaves for row in leaf.ffn for write in row.values())]
+    loras = [(lora.a, lora.b) for leaf in leaves for row in leaf.loras for lora in row.values()]
+    for write in writes:
+        key: object = _place(write.inputs[0]) if write.is_copy else write
+        total += 0 if key in seen else write.nbytes
+        seen.add(key)
+    for ref in (ref for pair in loras for ref in pair):
+        total += 0 if _place(ref) in seen else ref.nbytes
+        seen.add(_place(ref))
+    return total
+
+
+def _place(ref: TensorRef) -> object:
+    return (ref.file, ref.start, ref.name)
+
+
+def gguf_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], kind: str, *, experts: int) -> int:
+    """Size of a GGUF file of a legacy type with llama.cpp's tensor mix (its llama-quant.cpp).
+
+    Norms and routers stay F32, the head is Q6_K (Q8_0 where its rows are no multiple of 256), exactly eight experts
+    lift attn_k and attn_v to Q8_0, and rows that are no multiple of 32 stay F16.
+    """
+    named = list(shapes)
+    head = "lm_head.weight" if any(name == "lm_head.weight" for name, _ in named) else "model.embed_tokens.weight"
+    return int(
+        sum(_numel(shape) * GGUF_BITS[_gguf_kind(name, shape, kind, head, experts)] / 8 for name, shape in named)
+    )
+
+
+def _gguf_kind(name: str, shape: tuple[int, ...], kind: str, head: str, experts: int) -> str:
+    if len(shape) < 2 or name.endswith("gate.weight"):
+        return "F32"
+    if shape[-1] % 32:
+        return "F16"
+    if name == head:
+        return "Q8_0" if shape[-1] % 256 else "Q6_K"
+    if experts == 8 and name.endswith(("k_proj.weight", "v_proj.weight")):
+        return "Q8_0"
+    return kind
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return math.prod(shape)

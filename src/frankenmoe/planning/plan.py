@@ -1,0 +1,387 @@
+"""Recipe + headers -> Plan: every tensor to write, what stays unused and why, the bill and the warnings.
+
+Reads config.json and safetensors headers only; knows nothing of torch, and writes nothing.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.checkpoint.tensors import Lora, TensorWrite, safetensors_dtype
+from frankenmoe.errors import PlanError
+from frankenmoe.families import MoEFormat, moe_config
+from frankenmoe.planning.bill import Bill, make_bill
+from frankenmoe.planning.compare import identical_groups, licence, same_expert, source_warnings
+from frankenmoe.planning.layout import (
+    SHARED,
+    built_writes,
+    choose_format,
+    expert_conflicts,
+    router_names,
+    router_shapes,
+)
+from frankenmoe.planning.sources import (
+    BUFFER,
+    Anatomy,
+    Source,
+    anatomy,
+    check_siblings,
+    check_tensors,
+    open_source,
+    sources_of,
+)
+from frankenmoe.planning.tree import ExpertNode, backbone_writes, expert_nodes, ffn_writes
+from frankenmoe.recipe import RANDOM_MODES, Recipe
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe becomes. `problems` are the reasons why it cannot be built (a virtual MoE may still be made).
+
+    `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all the rest, `groups` the
+    built body in byte order, `routers` the shape (experts, hidden) of every gate by name.
+    """
+
+    recipe: Recipe
+    fmt: MoEFormat | None
+    base: Source
+    sources: tuple[Source, ...]
+    dtype: str
+    layers: int
+    hidden: int
+    nodes: tuple[ExpertNode, ...]
+    shared: tuple[ExpertNode, ...]
+    gated_shared: bool
+    backbone: tuple[TensorWrite, ...]
+    groups: tuple[tuple[TensorWrite, ...], ...]
+    routers: Mapping[str, tuple[int, int]]
+    bill: Bill
+    identical_experts: tuple[tuple[int, ...], ...]
+    equals_base: bool
+    unused: tuple[tuple[str, str, str], ...] = field(repr=False)
+    warnings: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @property
+    def experts(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def all_identical(self) -> bool:
+        """True where no router can make a difference: all experts hold the same numbers."""
+        return self.experts > 1 and any(len(group) == self.experts for group in self.identical_experts)
+
+    @cached_property
+    def writes(self) -> tuple[TensorWrite, ...]:
+        """The tensors of a built body, in byte order."""
+        return tuple(write for group in self.groups for write in group)
+
+    @property
+    def dtype_name(self) -> str:
+        """torch's name of the type that floats are stored in."""
+        return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.dtype]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the built MoE; PlanError where no format can say it."""
+        if self.fmt is None or self.base.family is None:
+            raise PlanError(f"this MoE cannot be built: {'; '.join(self.problems)}", hint="use the virtual form")
+        return moe_config(
+            self.fmt,
+            self.base.family,
+            self.base.config,
+            experts=self.experts,
+            experts_per_token=self.recipe.experts_per_token,
+            shared_experts=len(self.shared),
+            dtype=self.dtype_name,
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Names this plan: the recipe, the stored type and every source file's size and time of change."""
+        files = sorted({(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.source_files})
+        facts = [self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def router_names(self, path: tuple[int, ...]) -> tuple[str, ...]:
+        """Per layer, the name of the router at a path among nested experts; SHARED is the shared expert's gate."""
+        return router_names(self.fmt, layers=self.layers, path=path)
+
+    @property
+    def source_files(self) -> tuple[Path, ...]:
+        """Every weight file that the plan reads from."""
+        adapters = [source.adapter for source in self.sources if source.adapter is not None]
+        files = [file for source in self.sources for file in source.checkpoint.files]
+        return tuple(dict.fromkeys([*files, *(ref.file for adapter in adapters for ref in adapter.tensors.values())]))
+
+    @property
+    def small_files(self) -> tuple[Path, ...]:
+        """Tokenizer, chat template and generation settings of the base, which come along unchanged."""
+        return tuple(file for name in TOKENIZER_FILES if (file := self.base.folder / name).is_file())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data, as `frankenmoe plan --json` prints it."""
+        return {
+            "name": self.recipe.name,
+            "format": self.fmt.name if self.fmt else None,
+            "buildable": not self.problems,
+            "dtype": self.dtype_name,
+            "layers": self.layers,
+            "experts": self.experts,
+            "experts_per_token": self.recipe.experts_per_token,
+            **self.bill.to_dict(),
+            "identical_experts": [list(group) for group in self.identical_experts],
+            "equals_base": self.equals_base,
+            "warnings": list(self.warnings),
+            "problems": list(self.problems),
+            "writes": len(self.writes) + len(self.routers),
+            "unused": [{"source": source, "tensor": name, "reason": why} for source, name, why in self.unused],
+            "sources": [
+                {"name": str(source.name), "folder": str(source.folder), "licence": licence(source.folder)}
+                for source in self.sources
+            ],
+            "disk": {"need": self.bill.built, "free": shutil.disk_usage(Path.cwd()).free},
+        }
+
+    def __str__(self) -> str:
+        """A few lines for a notebook; the CLI prints a full table."""
+        bill = self.bill
+        return (
+            f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, {self.layers} layers, "
+            f"{self.experts} experts, top-{self.recipe.experts_per_token}, {self.dtype_name}\n"
+            f"{bill.total:,} parameters, {bill.active:,} active per token; "
+            f"{bill.built / 2**30:.2f} GiB built, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
+            + "\n".join(f"warning: {text}" for text in self.warnings)
+        )
+
+
+def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, trust_remote_code: bool = False) -> Plan:
+    """Plans a recipe. `dtype` overrides the recipe's; `weights=True` fetches and demands weights, not just configs.
+
+    Raises RecipeError, SourceError or PlanError where not even a virtual MoE could come of it.
+    """
+    opened = {
+        (str(name), adapter): open_source(
+            name, folder=recipe.folder, weights=weights, adapter=adapter, trust_remote_code=trust_remote_code
+        )
+        for name, adapter in dict.fromkeys(sources_of(recipe))
+    }
+    base = opened[(str(recipe.base_model), None)]
+    others = [source for source in opened.values() if source is not base]
+    check_siblings(base, others)
+    parts = {key: (source, anatomy(source)) for key, source in opened.items()}
+    for source, found in parts.values():
+        check_tensors(source, found)
+    base_parts = parts[(str(recipe.base_model), None)][1]
+    if len(recipe.shared_experts) > 1:
+        raise PlanError(
+            f"the recipe asks for {len(recipe.shared_experts)} shared experts, expected one at most",
+            hint="make the others routed experts",
+        )
+    stored = _stored_dtype(dtype or recipe.dtype or base.dtype)
+    nodes = expert_nodes(recipe, recipe.experts, sources=parts, dtype=stored)
+    shared = expert_nodes(recipe, recipe.shared_experts, sources=parts, dtype=stored, path=SHARED)
+    fmt, problems = choose_format(recipe, base)
+    if fmt is not None:
+        problems = (*problems, *expert_conflicts(base, nodes, shared))
+    lacking = [str(source.name) for source in opened.values() if not source.checkpoint.has_weights]
+    if lacking:
+        problems = (*problems, f"no weights in {', '.join(lacking)} (enough for the bill, not for a model)")
+
+    prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
+    can_gate = fmt is not None and fmt.shared_gate is not None
+    gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)
+    backbone = backbone_writes(recipe, base, base_parts, nodes=nodes, dtype=stored)
+    groups: tuple[tuple[TensorWrite, ...], ...] = ()
+    if fmt is not None and base.family is not None:
+        groups = built_writes(
+            fmt, family=base.family, base=base, backbone=backbone, nodes=nodes, shared=shared, gated_shared=gated,
+            dtype=stored,
+        )  # fmt: skip
+    layers, hidden = len(base_parts.ffn), int(base.config["hidden_size"])
+    routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
+    identical = identical_groups(nodes)
+    base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
+    whole = fmt is None or fmt.renormalizes_top1 or recipe.experts_per_token > 1
+    equals_base = whole and not shared and recipe.backbone == "base" and _equals_base(nodes, base_node)
+    made = Plan(
+        recipe=recipe,
+        fmt=fmt,
+        base=base,
+        sources=tuple(opened.values()),
+        dtype=stored,
+        layers=layers,
+        hidden=hidden,
+        nodes=nodes,
+        shared=shared,
+        gated_shared=gated,
+        backbone=backbone,
+        groups=groups,
+        routers=routers,
+        bill=make_bill(
+            backbone=backbone,
+            nodes=nodes,
+            extra=_beside_experts(fmt, groups, backbone, shared),
+            routers=routers,
+            top_k=recipe.experts_per_token,
+            itemsize=4 if stored == "F32" else 2,
+            kv_numbers=_kv_numbers(base),
+            small_files=_small_bytes(base),
+        ),
+        identical_experts=tuple(map(tuple, identical)),
+        equals_base=equals_base,
+        unused=_unused(recipe, base, parts, nodes=nodes, shared=shared, backbone=backbone),
+        problems=problems,
+    )
+    return _with_warnings(made, others)
+
+
+def _stored_dtype(name: str) -> str:
+    """The safetensors type of a name like bfloat16; PlanError for one that no MoE is stored in."""
+    try:
+        found = safetensors_dtype(name)
+    except ValueError:
+        found = name
+    if found not in ("F32", "F16", "BF16"):
+        raise PlanError(
+            f"dtype {name} is not one an MoE can be stored in, expected float32, float16 or bfloat16",
+            hint="say dtype: bfloat16 in the recipe",
+        )
+    return found
+
+
+def _with_warnings(made: Plan, others: list[Source]) -> Plan:
+    return replace(
+        made, warnings=tuple([*_identity_warnings(made), *_own_warnings(made), *source_warnings(made.base, others)])
+    )
+
+
+def _identity_warnings(made: Plan) -> list[str]:
+    if made.all_identical:
+        computes = "exactly its base" if made.equals_base else "exactly one dense model"
+        return [
+            f"all {made.experts} experts are bit-identical: this MoE computes {computes}, whatever its routers say and "
+            "however they are trained; break the symmetry with noise_relative (0.01, say) or adapters, then train"
+        ]
+    return [
+        f"experts {', '.join(map(str, group))} are bit-identical and count as one for routing"
+        for group in made.identical_experts
+    ]
+
+
+def _own_warnings(made: Plan) -> list[str]:
+    recipe, found = made.recipe, list(made.recipe.notes)
+    if made.fmt is not None and not made.fmt.loads_in_transformers:
+        found.append(f"{made.fmt.title} loads in vLLM, llama.cpp and frankenmoe; transformers needs remote code for it")
+    if made.fmt is not None and made.fmt.inert_shared_ffn and not made.shared:
+        found.append(
+            f"{made.fmt.title} must have a shared expert: one of {made.fmt.inert_shared_ffn} zero neurons is written"
+        )
+    if made.shared and all(expert.residual_scale is None for expert in (*recipe.experts, *recipe.shared_experts)):
+        found.append(
+            "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all of them evens it out"
+        )
+    if recipe.experts_per_token == 1 and made.experts > 1 and (made.fmt is None or made.fmt.renormalizes_top1):
+        found.append(
+            "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
+        )
+    declared = {source.name: licence(source.folder) for source in made.sources}
+    named = {str(value) for value in declared.values() if value}
+    if len(named) > 1:
+        found.append(f"the sources are under different licences: {', '.join(sorted(named))}")
+    silent = [str(name) for name, value in declared.items() if value is None]
+    if silent:
+        found.append(f"no licence is declared in {', '.join(silent)}")
+    return found
+
+
+def _beside_experts(
+    fmt: MoEFormat | None,
+    groups: tuple[tuple[TensorWrite, ...], ...],
+    backbone: tuple[TensorWrite, ...],
+    shared: tuple[ExpertNode, ...],
+) -> list[TensorWrite]:
+    """Writes that are neither backbone nor routed experts: the shared expert and the zeros a format wants."""
+    if fmt is None:
+        return [write for node in shared for leaf in node.leaves() for row in leaf.ffn for write in row.values()]
+    inside = {write.name for write in backbone}
+    return [write for group in groups for write in group if write.name not in inside and ".experts." not in write.name]
+
+
+def _unused(
+    recipe: Recipe,
+    base: Source,
+    parts: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
+    *,
+    nodes: tuple[ExpertNode, ...],
+    shared: tuple[ExpertNode, ...],
+    backbone: tuple[TensorWrite, ...],
+) -> tuple[tuple[str, str, str], ...]:
+    """(source, tensor, reason) for every tensor of every source that nothing is made from."""
+    leaves = [leaf for node in (*nodes, *shared) for leaf in node.leaves()]
+    folded = [leaf.folded(layer, suffix) for leaf in leaves for layer, row in enumerate(leaf.ffn) for suffix in row]
+    steps = [step for write in (*backbone, *folded) for step in write.steps if isinstance(step, Lora)]
+    used = {ref for write in (*backbone, *folded) for ref in write.inputs}
+    used |= {ref for step in steps for ref in (step.a, step.b)}
+    rows: list[tuple[str, str, str]] = []
+    for source, found in parts.values():
+        inside_ffn = {name for layer in found.ffn for name, _ in layer.values()}
+        for name, ref in source.checkpoint.tensors.items():
+            if ref not in used:
+                rows.append(
+                    (str(source.name), name, _reason(name, found, inside_ffn, averaged=recipe.backbone == "average"))
+                )
+        for name, ref in source.adapter.tensors.items() if source.adapter else ():
+            if ref not in used:
+                rows.append((str(source.name), name, "the adapter changes the backbone, and an expert is an FFN only"))
+    return tuple(dict.fromkeys(rows))
+
+
+def _reason(name: str, found: Anatomy, inside_ffn: set[str], *, averaged: bool) -> str:
+    if name in inside_ffn:
+        return "the base's own FFN is not among the experts"
+    if name in found.backbone:
+        return "the backbone is the experts' average" if averaged else "the backbone comes from the base"
+    if BUFFER.search(name):
+        return "a buffer that is recomputed from the config"
+    if name == "lm_head.weight":
+        return "the head is tied to the embeddings"
+    return "not a tensor of this family"
+
+
+def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:
+    return all(same_expert(leaf, base_node) for node in made_of for leaf in node.leaves())
+
+
+def _kv_numbers(base: Source) -> int:
+    """Cached numbers per token: keys and values of every layer."""
+    config = base.config
+    if base.family is not None:
+        dims = base.family.dims(config)
+        return 2 * dims.layers * dims.kv_heads * dims.head_dim
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * head_dim
+
+
+def _small_bytes(base: Source) -> int:
+    return sum(file.stat().st_size for name in TOKENIZER_FILES if (file := base.folder / name).is_file())

@@ -1,0 +1,47 @@
+"""The plan an artifact was made from, made again from its record; knows nothing of how artifacts are written."""
+
+from pathlib import Path
+
+import yaml
+
+from frankenmoe.artifact import Artifact
+from frankenmoe.checkpoint.fingerprint import fingerprint
+from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.planning.plan import Plan, plan
+from frankenmoe.recipe import Recipe
+
+
+def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
+    """Plans the recorded recipe against its sources as they are now; ArtifactError if they are not what they were."""
+    record = artifact.record
+    recipe = Recipe.parse(
+        yaml.safe_dump(record["recipe"], sort_keys=False),
+        folder=Path(record["recipe_folder"]),
+        origin=str(artifact.folder / "recipe.yml"),
+    )
+    try:
+        made = plan(recipe, dtype=record["dtype"], weights=True, trust_remote_code=trust_remote_code)
+    except SourceError as error:
+        raise ArtifactError(
+            f"{artifact.folder} cannot find or use its sources any more: {error.message}",
+            hint=f"its relative paths start at {recipe.folder}; bring the sources back there, or build it again",
+        ) from error
+    check_sources(artifact, made)
+    return made
+
+
+def check_sources(artifact: Artifact, made: Plan) -> None:
+    """ArtifactError when the plan's weight files are not, in order and by fingerprint, those of the record."""
+    recorded = artifact.record["sources"]
+    if len(recorded) != len(made.source_files):
+        raise ArtifactError(
+            f"{artifact.folder} was made from {len(recorded)} weight files, its sources now have {len(made.source_files)}",
+            hint="a source has changed; build the artifact again",
+        )
+    for file, was in zip(made.source_files, recorded, strict=True):
+        if fingerprint(file) != was["fingerprint"]:
+            raise ArtifactError(
+                f"{file} is not what {artifact.folder} was made from (it was {was['bytes']} bytes, fingerprint "
+                f"{was['fingerprint']})",
+                hint="a source has changed; bring the old one back, or build the artifact again",
+            )

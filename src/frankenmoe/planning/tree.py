@@ -1,0 +1,217 @@
+"""The experts of a recipe as tensor writes, nested as the recipe nests them; knows nothing of formats or torch.
+
+The order of what is done to an expert's matrix is fixed here, once, for the virtual and the built form alike:
+noise on the source's weights, then the adapter, then the residual scale.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from frankenmoe.checkpoint.tensors import FLOATS, Lora, Mean, Noise, Scale, Step, TensorRef, TensorWrite
+from frankenmoe.errors import PlanError, SourceError
+from frankenmoe.planning.sources import Anatomy, Source
+from frankenmoe.recipe import Expert, Recipe
+
+PEFT_PREFIX = "base_model.model."
+# the matrix that writes into the residual stream, as the families of transformers call it
+DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
+# PEFT settings that change what a LoRA computes in a way W + scale * B A cannot say
+UNSUPPORTED_PEFT = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertNode:
+    """An expert: either a leaf with FFN writes per layer (dense names), or an MoE with children and a top-k.
+
+    `ffn[layer][suffix]` is the write without the adapter, `loras[layer][suffix]` the adapter's step for it; `path`
+    is the way from the root, such as (2, 0) for the first expert nested in the third.
+    """
+
+    name: str
+    path: tuple[int, ...]
+    source: Source | None
+    ffn: tuple[Mapping[str, TensorWrite], ...] = ()
+    loras: tuple[Mapping[str, Lora], ...] = ()
+    children: tuple["ExpertNode", ...] = ()
+    top_k: int = 0
+
+    def leaves(self) -> Iterator["ExpertNode"]:
+        """The FFNs below this node, depth first; itself when it is one."""
+        if not self.children:
+            yield self
+        for child in self.children:
+            yield from child.leaves()
+
+    def folded(self, layer: int, suffix: str) -> TensorWrite:
+        """The write with the adapter folded in, as a built checkpoint needs it."""
+        write, lora = self.ffn[layer][suffix], self.loras[layer].get(suffix)
+        return write if lora is None else with_lora(write, lora)
+
+
+def with_lora(write: TensorWrite, lora: Lora) -> TensorWrite:
+    """Inserts the adapter's step between noise and residual scale."""
+    before = tuple(step for step in write.steps if not isinstance(step, Scale))
+    after = tuple(step for step in write.steps if isinstance(step, Scale))
+    return replace(write, steps=(*before, lora, *after))
+
+
+def expert_nodes(
+    recipe: Recipe,
+    experts: tuple[Expert, ...],
+    *,
+    sources: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
+    dtype: str,
+    path: tuple[int, ...] = (),
+) -> tuple[ExpertNode, ...]:
+    """The experts of one level as nodes; `dtype` is the safetensors type they are stored in."""
+    return tuple(
+        _node(recipe, expert, sources=sources, dtype=dtype, path=(*path, index)) for index, expert in enumerate(experts)
+    )
+
+
+def _node(
+    recipe: Recipe,
+    expert: Expert,
+    *,
+    sources: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
+    dtype: str,
+    path: tuple[int, ...],
+) -> ExpertNode:
+    if expert.experts:
+        children = expert_nodes(recipe, expert.experts, sources=sources, dtype=dtype, path=path)
+        top_k = expert.experts_per_token or recipe.experts_per_token
+        return ExpertNode(expert.name, path, None, children=children, top_k=top_k)
+    source, parts = sources[(str(expert.source_model), expert.adapter)]
+    if expert.residual_scale is not None and not any(suffix.startswith(DOWN) for suffix in parts.ffn[0]):
+        raise PlanError(
+            f"residual_scale of expert {expert.name} cannot be applied: its FFN has {', '.join(parts.ffn[0])}, and "
+            f"none of them is a known down projection ({', '.join(DOWN)})",
+            hint="leave residual_scale out for this family",
+        )
+    ffn, lora_rows = ffn_writes(source, parts, dtype=dtype)
+    changed = tuple(
+        {
+            suffix: replace(write, steps=_steps(recipe, expert, name=write.name, suffix=suffix, path=path))
+            for suffix, write in layer.items()
+        }
+        for layer in ffn
+    )
+    return ExpertNode(expert.name, path, source, changed, lora_rows)
+
+
+def ffn_writes(
+    source: Source, parts: Anatomy, *, dtype: str
+) -> tuple[tuple[Mapping[str, TensorWrite], ...], tuple[Mapping[str, Lora], ...]]:
+    """A source's FFNs as they are: per layer, suffix -> write under its dense name, and suffix -> adapter step."""
+    loras = adapter_steps(source, parts)
+    ffn = tuple(
+        {
+            suffix: TensorWrite(name=name, dtype=dtype, shape=shape, inputs=(source.tensor(name, shape),), steps=())
+            for suffix, (name, shape) in layer.items()
+        }
+        for layer in parts.ffn
+    )
+    return ffn, tuple({key: loras[name] for key, (name, _) in layer.items() if name in loras} for layer in parts.ffn)
+
+
+def _steps(recipe: Recipe, expert: Expert, *, name: str, suffix: str, path: tuple[int, ...]) -> tuple[Step, ...]:
+    steps: list[Step] = []
+    noise = expert.noise_scale if expert.noise_scale is not None else expert.noise_relative
+    if noise:
+        relative = expert.noise_scale is None
+        steps.append(Noise(std=noise, relative=relative, seed=tensor_seed(recipe.seed, path, name)))
+    if expert.residual_scale is not None and suffix.startswith(DOWN):
+        steps.append(Scale(expert.residual_scale))
+    return tuple(steps)
+
+
+def tensor_seed(seed: int, path: tuple[int, ...], name: str) -> int:
+    """A seed of its own for every tensor of every expert: the same on every machine, unlike `hash`."""
+    text = f"{seed}/{'.'.join(map(str, path))}/{name}"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
+    """Full name of a source's weight -> the LoRA step on it, from PEFT's layout: W + alpha/r * B A.
+
+    Rank and alpha patterns and rank-stabilised scaling (alpha / sqrt(r), arXiv 2312.03732) are honoured; what changes
+    the formula (DoRA, bias, embeddings trained whole) is refused.
+    """
+    adapter = source.adapter
+    if adapter is None:
+        return {}
+    asked = [key for key in UNSUPPORTED_PEFT if adapter.config.get(key)]
+    if adapter.config.get("peft_type", "LORA") != "LORA" or asked:
+        what = ", ".join(asked) or adapter.config.get("peft_type")
+        raise SourceError(
+            f"the adapter {adapter.folder} uses {what}, expected a plain LoRA",
+            hint="merge it into its model with PEFT's merge_and_unload and name that model as the source",
+        )
+    shapes = dict(parts.backbone) | {name: shape for layer in parts.ffn for name, shape in layer.values()}
+    steps: dict[str, Lora] = {}
+    for key, a in adapter.tensors.items():
+        if not key.endswith(".lora_A.weight"):
+            continue
+        module = key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+        b = adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))
+        shape = shapes.get(f"{module}.weight")
+        if b is None or shape is None or (b.shape, a.shape) != ((shape[0], a.shape[0]), (a.shape[0], *shape[1:])):
+            found = f"{module}.weight of shape {list(shape)}" if shape else f"no {module}.weight"
+            raise SourceError(
+                f"the adapter {adapter.folder} holds {key} of shape {list(a.shape)}, but {source.name} has {found}",
+                hint="this adapter was trained on another model; name the model it was trained on as source_model",
+            )
+        steps[f"{module}.weight"] = Lora(a=a, b=b, scale=_lora_scale(adapter.config, module, rank=a.shape[0]))
+    if not steps:
+        raise SourceError(
+            f"the adapter {adapter.folder} holds no LoRA matrices, expected names ending in .lora_A.weight",
+            hint="save it with PEFT's save_pretrained",
+        )
+    return steps
+
+
+def _lora_scale(config: Mapping[str, object], module: str, *, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    assert isinstance(patterns, Mapping)
+    own = [value for pattern, value in patterns.items() if module == pattern or module.endswith(f".{pattern}")]
+    alpha = float(own[0]) if own else float(str(config.get("lora_alpha", rank)))
+    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+
+def backbone_writes(
+    recipe: Recipe, base: Source, parts: Anatomy, *, nodes: tuple[ExpertNode, ...], dtype: str
+) -> tuple[TensorWrite, ...]:
+    """Everything that is not an expert, under its dense name: the base's own, or the mean over the experts' parents.
+
+    The mean (`backbone: average`) counts every expert once, as in Branch-Train-MiX (arXiv 2403.07816, section 2.2).
+    """
+    loras = adapter_steps(base, parts)
+    donors = [leaf.source for node in nodes for leaf in node.leaves() if leaf.source is not None]
+    averaged = recipe.backbone == "average"
+    if averaged and loras:
+        raise PlanError(
+            f"backbone: average takes nothing from the base, so the adapter on base_model {base.name} would be lost",
+            hint="drop the adapter from base_model, or use backbone: base",
+        )
+    writes = []
+    for name, shape in parts.backbone.items():
+        inputs = tuple(donor.tensor(name, shape) for donor in donors) if averaged else (base.tensor(name, shape),)
+        steps: tuple[Step, ...] = (Mean(),) if averaged else ()
+        write = TensorWrite(name=name, dtype=_stored_as(inputs[0], dtype), shape=shape, inputs=inputs, steps=steps)
+        writes.append(with_lora(write, loras[name]) if name in loras else write)
+    return tuple(writes)
+
+
+def _stored_as(ref: TensorRef, dtype: str) -> str:
+    """Integer buffers keep their type; only floats follow the recipe's dtype."""
+    return dtype if ref.dtype in FLOATS else ref.dtype
+
+
+def dense_writes(source: Source, parts: Anatomy, *, dtype: str) -> tuple[TensorWrite, ...]:
+    """A source as the dense model it is, its adapter folded in: every tensor under its own name."""
+    shapes = dict(parts.backbone) | {name: shape for layer in parts.ffn for name, shape in layer.values()}
+    loras = adapter_steps(source, parts)
+    refs = {name: source.tensor(name, shape) for name, shape in shapes.items()}
+    plain = (TensorWrite(name, _stored_as(ref, dtype), ref.shape, (ref,)) for name, ref in refs.items())
+    return tuple(with_lora(write, loras[write.name]) if write.name in loras else write for write in plain)

@@ -1,0 +1,159 @@
+"""Proof that an artifact is what its recipe says: names, shapes, finite values, bytes against sources, loadable.
+
+Makes nothing and mends nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.checkpoint.fingerprint import sha256
+from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
+from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
+from frankenmoe.checkpoint.values import blocks, check_finite
+from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.dense import causal_class, quiet_transformers
+from frankenmoe.planning import Plan
+from frankenmoe.planning.recall import plan_of
+
+DAMAGED = "the folder was changed or damaged after it was built; build it again"
+Listener = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was found to hold: what, and how much of it."""
+
+    what: str
+    found: str
+
+
+def verify(
+    folder: str | Path,
+    *,
+    on_start: Callable[[int], None] = lambda total: None,
+    on_bytes: Listener = lambda amount: None,
+) -> tuple[Check, ...]:
+    """Checks every byte of an artifact; returns what holds, raises ArtifactError or NumericsError at what does not.
+
+    `on_start` hears the number of bytes to compare, `on_bytes` every step.
+    """
+    artifact = open_artifact(Path(folder))
+    made = plan_of(artifact)
+    checks = [Check("sources", f"{len(made.source_files)} files are those it was made from")]
+    if artifact.form == "virtual":
+        on_start(sum(file.stat().st_size for file in made.source_files))
+        return (*checks, _hashes(artifact, made, on_bytes), *prove_routers(made, artifact.folder))
+    on_start(sum(write.nbytes for write in made.writes))
+    return (*checks, *prove_routers(made, artifact.folder), *prove_body(made, artifact.folder, on_bytes=on_bytes))
+
+
+def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:
+    """A built body against its plan, the target class and the sources; `sampled` compares one block per tensor."""
+    tensors = open_checkpoint(folder).tensors
+    _compare_headers(plan, tensors)
+    checks = [Check("headers", f"{len(tensors)} tensors have the planned name, shape and type")]
+    if plan.fmt is not None and plan.fmt.loads_in_transformers:
+        checks.append(_compare_class(folder, tensors))
+    compared = sum(
+        _compare_bytes(write, tensors[write.name], sampled=sampled, on_bytes=on_bytes) for write in plan.writes
+    )
+    extent = "one block of each tensor, " if sampled else "every byte, "
+    return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources'"))
+
+
+def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
+    """Every gate is there, of the planned shape, and finite. (Later stages may have changed its values.)"""
+    routers = open_artifact_routers(folder)
+    if {name: ref.shape for name, ref in routers.items()} != dict(plan.routers):
+        odd = sorted(set(routers) ^ set(plan.routers)) or [
+            name for name in routers if routers[name].shape != plan.routers[name]
+        ]
+        raise ArtifactError(
+            f"the routers file of {folder} does not fit its recipe: expected {len(plan.routers)} gates, found "
+            f"{len(routers)}, the first odd one being {odd[0]}",
+            hint=DAMAGED,
+        )
+    for ref in routers.values():
+        check_finite(ref)
+    return (Check("routers", f"{len(routers)} gates of the planned shape, all finite"),)
+
+
+def open_artifact_routers(folder: Path) -> dict[str, TensorRef]:
+    """The routers of a folder that may not be finished yet."""
+    return Artifact(folder, {}).routers
+
+
+def _hashes(artifact: Artifact, made: Plan, on_bytes: Listener) -> Check:
+    for file, was in zip(made.source_files, artifact.record["sources"], strict=True):
+        if sha256(file, on_bytes=on_bytes) != was["sha256"]:
+            raise ArtifactError(
+                f"{file} has another SHA-256 than when {artifact.folder} was made",
+                hint="a source has changed; bring the old one back, or build the artifact again",
+            )
+    return Check("values", f"every byte of {len(made.source_files)} source files, by SHA-256")
+
+
+def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
+    wanted = {write.name: (write.dtype, write.shape) for write in plan.writes}
+    wanted |= {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
+    found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ArtifactError(
+                f"tensor {name} should be {wanted.get(name, 'absent')}, found {found.get(name, 'nothing')}",
+                hint=DAMAGED,
+            )
+
+
+def _compare_class(folder: Path, tensors: dict[str, TensorRef]) -> Check:
+    """What is on disk is what the target class, made without weights, would save: no name more or less."""
+    with torch.device("meta"), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder)
+        model = causal_class(config)._from_config(config, dtype=config.dtype)
+        state = revert_weight_conversion(model, model.state_dict())
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    for name in sorted(state.keys() | tensors.keys()):
+        ours, theirs = tensors.get(name), state.get(name)
+        if ours is None or theirs is None or ours.shape != tuple(theirs.shape) or _torch_dtype(ours) != theirs.dtype:
+            raise ArtifactError(
+                f"{type(model).__name__} and the folder disagree on {name}: the class has "
+                f"{'nothing' if theirs is None else f'{theirs.dtype} {list(theirs.shape)}'}, the folder "
+                f"{'nothing' if ours is None else f'{_torch_dtype(ours)} {list(ours.shape)}'}",
+                hint=DAMAGED,
+            )
+    return Check("class", f"{type(model).__name__} has exactly these {len(state)} tensors")
+
+
+def _torch_dtype(ref: TensorRef) -> torch.dtype:
+    found = getattr(torch, DTYPES[ref.dtype].name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _compare_bytes(write: TensorWrite, ref: TensorRef, *, sampled: bool, on_bytes: Listener) -> int:
+    """Compares what was written with the plan's write computed again, block by block; returns how many bytes."""
+    done = 0
+    for wanted in _blocks(write, sampled=sampled):
+        found = map_bytes(ref)[done : done + wanted.size]
+        if not np.array_equal(found, wanted):
+            at = done + int(np.argmax(found != wanted))
+            raise ArtifactError(
+                f"tensor {write.name} in {ref.file} differs from its source at byte {at} of {write.nbytes}",
+                hint=DAMAGED,
+            )
+        done += wanted.size
+        on_bytes(wanted.size)
+    return done
+
+
+def _blocks(write: TensorWrite, *, sampled: bool) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+    return islice(blocks(write), 1) if sampled else blocks(write)

@@ -1,0 +1,84 @@
+"""The types of a recipe's plain values, and what each refuses; does not know which key has which type."""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
+from pydantic_core import PydanticKnownError
+
+from frankenmoe.refusal import found, refusal
+from frankenmoe.suggest import did_you_mean
+
+RANDOM_MODES = frozenset({"random", "uniform_random"})
+PROMPT_MODES = frozenset({"hidden", "hidden_avg", "hidden_last", "cheap_embed"})
+
+# the spellings that mergekit, torch and the trainers use
+_DTYPES: Mapping[str, str] = {
+    "float32": "float32",
+    "fp32": "float32",
+    "float16": "float16",
+    "fp16": "float16",
+    "half": "float16",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+}
+
+
+def _not_blank(value: str) -> str:
+    if not value.strip():
+        raise refusal("must not be empty, found no text", hint="write the text or delete the entry")
+    return value
+
+
+def _not_bool(value: object) -> object:
+    # to Python `true` is 1; whoever wrote it meant something else
+    if isinstance(value, bool):
+        raise PydanticKnownError("float_type")
+    return value
+
+
+def _not_one_string(value: object) -> object:
+    if isinstance(value, str):
+        raise refusal(
+            f"must be a list of strings, found {found(value)}", hint=f"write it as a list: [{json.dumps(value[:40])}]"
+        )
+    return value
+
+
+def _string_as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _canonical_dtype(value: object) -> object:
+    return _DTYPES.get(value.lower().removeprefix("torch."), value) if isinstance(value, str) else value
+
+
+def _one_of(*choices: str) -> Callable[[object], object]:
+    def check(value: object) -> object:
+        if value not in choices:
+            expected = ", ".join(choices)
+            raise refusal(f"must be one of {expected}, found {found(value)}", hint=did_you_mean(str(value), choices))
+        return value
+
+    return check
+
+
+Text = Annotated[str, AfterValidator(_not_blank)]
+Prompts = Annotated[tuple[Text, ...], BeforeValidator(_not_one_string, json_schema_input_type=list[str])]
+Strings = Annotated[tuple[Text, ...], BeforeValidator(_string_as_list, json_schema_input_type=str | list[str])]
+Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_bool)]
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
+Count = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
+Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_not_bool)]
+GateMode = Annotated[
+    Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"],
+    BeforeValidator(_one_of("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")),
+]
+Dtype = Annotated[
+    Literal["float32", "float16", "bfloat16"],
+    BeforeValidator(_one_of("float32", "float16", "bfloat16")),
+    BeforeValidator(_canonical_dtype),
+    WithJsonSchema({"enum": [*_DTYPES, "torch.float32", "torch.float16", "torch.bfloat16"]}),
+]
+Backbone = Annotated[Literal["base", "average"], BeforeValidator(_one_of("base", "average"))]

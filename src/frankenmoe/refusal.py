@@ -1,0 +1,93 @@
+"""What validation refuses, as one sentence with a line and a hint; does not know what a recipe means."""
+
+from collections.abc import Iterable, Mapping
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from frankenmoe.errors import RecipeError
+from frankenmoe.suggest import did_you_mean
+from frankenmoe.yamlfile import Location, YamlFile
+
+# what pydantic's error types expected, in our words
+_EXPECTED: Mapping[str, str] = {
+    "string_type": "text",
+    "tuple_type": "a list",
+    "model_type": "a mapping of keys to values",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "finite_number": "a finite number",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt}",
+    "too_short": "a list with at least one entry",
+}
+_HINTS: Mapping[str, str] = {
+    "string_type": "put quotes around a value that YAML takes for something else",
+    "tuple_type": "write one entry per line, each after '- '",
+    "model_type": "write `key: value` lines, indented below it",
+    "too_short": "write one entry per line, each after '- '",
+}
+
+
+def refusal(text: str, *, hint: str, at: Location = ()) -> PydanticCustomError:
+    """For validators to raise: `text` goes on from the name of the key, `at` is the way to that key from here."""
+    return PydanticCustomError("recipe", "{text}", {"text": text, "hint": hint, "at": at})
+
+
+def refuse_unknown_keys(table: Mapping[str, object], *, known: Iterable[str], at: Location = ()) -> None:
+    """Raises a refusal for the first key of `table` that is not among `known`."""
+    keys = tuple(known)
+    for key in table:
+        if key not in keys:
+            text = f"is not a known key, expected one of {', '.join(keys)}"
+            raise refusal(text, hint=did_you_mean(key, keys), at=(*at, key))
+
+
+def found(value: object) -> str:
+    """A value in a few words on one line."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case str():
+            return f"the text {value[:40]!r}"
+        case Mapping():
+            return f"a mapping with the keys {', '.join(map(str, value))}" if value else "an empty mapping"
+        case list() | tuple():
+            return f"a list of {len(value)}" if value else "an empty list"
+    return str(value)[:40]
+
+
+def recipe_error(error: ValidationError, *, file: YamlFile) -> RecipeError:
+    """The first thing wrong in the file, by line."""
+    problem = min(error.errors(include_url=False), key=lambda each: file.line(_location(each)))
+    location = _location(problem)
+    text, hint = _in_words(problem)
+    return RecipeError(f"{file.origin}:{file.line(location)}: {_label(location)} {text}", hint=hint)
+
+
+def _label(location: Location) -> str:
+    """How a person names a place in a recipe: ("experts", 1, "name") is experts[1].name."""
+    joined = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
+    return joined.removeprefix(".") or "the recipe"
+
+
+def _location(problem: ErrorDetails) -> Location:
+    return (*problem["loc"], *problem.get("ctx", {}).get("at", ()))
+
+
+def _in_words(problem: ErrorDetails) -> tuple[str, str]:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "recipe":
+        return context["text"], context["hint"]
+    if kind == "missing":
+        return "is missing, expected a value, found none", "add a line with this key"
+    # pydantic has a hundred more types; its own words are better than none
+    expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else f"valid ({problem['msg']})"
+    return f"must be {expected}, found {found(problem['input'])}", _HINTS.get(
+        kind, "put such a value on this line, or delete the line to take the default"
+    )

@@ -1,0 +1,27 @@
+"""Fixtures that several folders of tests share."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
+    """Family -> a base and two fine-tunes (folders), made once."""
+    root = tmp_path_factory.mktemp("parents")
+    return {
+        family: [tiny.make_parent(root / family / str(seed), family, seed=seed) for seed in range(3)]
+        for family in (*tiny.FAMILIES, tiny.UNLISTED)
+    }
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> Path:
+    """The real-text parents that live beside the checkout, where they do."""
+    folder = SHARED / "models"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there: real-text parents are not part of the project")
+    return folder
