@@ -1,4 +1,4 @@
-"""frankenmoe: mixture-of-experts models out of dense checkpoints. Names load on first use, so that importing is cheap."""
+"""Mixture-of-experts models out of dense checkpoints; names load on first use, so that importing is cheap."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

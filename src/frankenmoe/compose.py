@@ -19,10 +19,12 @@ GIB = 2**30
 def compose(plan: Plan, folder: Path, *, shard_size: int, on_bytes: Callable[[int], None]) -> None:
     """Writes every shard that `folder` does not hold yet, then config, index and the small files of the base.
 
-    `on_bytes` hears every byte, those of finished shards too. Raises ArtifactError before the first byte when the disk is too small.
+    `on_bytes` hears every byte, those of finished shards too.
+    Raises ArtifactError before the first byte when the disk is too small.
     """
     shards = name_shards(split_shards(plan.groups, limit=shard_size))
-    check_disk(folder, need=sum(_size(writes) for name, writes in shards.items() if not (folder / name).exists()))
+    missing = (writes for name, writes in shards.items() if not (folder / name).exists())
+    check_disk(folder, need=sum(map(_size, missing)))
     scanned: set[TensorRef] = set()
     for name, writes in shards.items():
         if (folder / name).exists():

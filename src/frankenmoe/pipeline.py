@@ -86,15 +86,19 @@ def check_buildable(made: Plan, *, virtual: bool, allow_identical: bool) -> None
         )
     if made.problems and not virtual:
         raise PlanError(
-            f"this recipe cannot be built as {made.fmt.title if made.fmt else 'a checkpoint'}: {'; '.join(made.problems)}",
+            f"this recipe cannot be built as {_target(made)}: {'; '.join(made.problems)}",
             hint="keep it virtual with --virtual: frankenmoe runs it as it is",
         )
     if made.all_identical and not allow_identical:
         raise PlanError(
             f"all {made.experts} experts hold the same weights, so no router can make a difference",
-            hint="set noise_relative (0.01, say) or give them adapters; with --allow-identical it is made all the same, "
-            "to be trained later",
+            hint="set noise_relative (0.01, say) or give them adapters; --allow-identical makes it all the same, to be "
+            "trained later",
         )
+
+
+def _target(made: Plan) -> str:
+    return made.fmt.title if made.fmt else "a checkpoint"
 
 
 def _routers(made: Plan, progress: Progress) -> Routers:

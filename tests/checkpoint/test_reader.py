@@ -116,6 +116,7 @@ def test_tensor_missing_from_its_shard(folder: Path) -> None:
 
 def test_dangling_link_is_not_taken_for_no_weights(folder: Path) -> None:
     (folder / "model.safetensors").symlink_to("../blobs/absent")
+    save_file({"a": torch.zeros(1)}, folder / "other.safetensors")
     assert "model.safetensors is not a file" in message(folder)
 
 
@@ -142,6 +143,11 @@ def test_pickles_beside_safetensors_do_not_matter(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(b"")
     save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
     assert set(open_checkpoint(folder).tensors) == {"a"}
+
+
+def test_an_adapter_is_not_the_weights(folder: Path) -> None:
+    save_file({"a": torch.zeros(1)}, folder / "adapter_model.safetensors")
+    assert not open_checkpoint(folder).has_weights
 
 
 def test_missing_folder(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_noise_has_its_standard_deviation(save) -> None:
 
 def test_relative_noise_is_a_share_of_the_tensor_before_the_step(save, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(values_module, "BLOCK", 1000)
-    tensor = 100 + torch.randn(2500)
+    tensor = 100 + torch.randn(2500) + torch.linspace(-5, 5, 2500)  # so that the blocks differ in their mean
     ref = save({"w": tensor})["w"]
     relative = written(step_write(ref, Scale(2.0), Noise(0.1, True, 1)))
     std = (2 * tensor).double().std(correction=0).item()
@@ -242,6 +242,13 @@ def test_overflow_names_tensor_file_and_value(save, dtype: str, value: float, st
         f"tensor 'out' from {ref.file} becomes {became:g} at [1, 0], but {dtype} holds at most {largest}"
     )
     assert caught.value.hint
+
+
+def test_overflow_in_a_later_block_is_placed_right(save, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(values_module, "BLOCK", 4)
+    ref = save({"w": torch.tensor([0.0] * 9 + [1e5])})["w"]
+    with pytest.raises(NumericsError, match=r"becomes 100000 at \[9\]"):
+        materialize(step_write(ref, dtype="F16"))
 
 
 def test_largest_half_fits(save) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -108,6 +109,15 @@ def test_neighbours_are_copied_together(
     assert list(read_header(path)) == list(order)
 
 
+def test_neighbours_are_copied_together_up_to_a_chunk(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what was just scanned is still in memory when it is copied."""
+    monkeypatch.setattr(writer, "_CHUNK", 50)
+    seen: list[int] = []
+    refs = save({name: torch.randn(5) for name in "abc"})
+    write(tmp_path / "out.safetensors", [copy_of(refs[name]) for name in "abc"], on_bytes=seen.append)
+    assert seen == [4096, 40, 20]
+
+
 def test_progress_comes_in_chunks_and_adds_up_to_the_file(
     save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +176,14 @@ def test_kill_leaves_nothing_that_looks_finished(save, tmp_path: Path) -> None:
     assert not path.exists()
     assert_holds(write(path, [copy_of(ref)]), {"a": TENSORS["a"]})
     assert not path.with_name("m.safetensors.partial").exists()
+
+
+def test_file_and_folder_are_synced(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "m.safetensors"
+    seen: list[tuple[bool, bool]] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: seen.append((stat.S_ISDIR(os.fstat(fd).st_mode), path.exists())))
+    write(path, [copy_of(save(TENSORS)["a"])])
+    assert seen == [(False, False), (True, True)]
 
 
 def test_a_full_disk_says_where_and_how_much(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

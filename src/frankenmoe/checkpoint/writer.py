@@ -72,7 +72,7 @@ def _continues(run: Sequence[TensorWrite], write: TensorWrite) -> bool:
     if not (run[-1].is_copy and write.is_copy):
         return False
     first, last, source = run[0].inputs[0], run[-1].inputs[0], write.inputs[0]
-    return source.file == last.file and source.start == last.end
+    return source.file == last.file and source.start == last.end and source.end - first.start <= _CHUNK
 
 
 def _scan(run: Sequence[TensorWrite], scanned: set[TensorRef]) -> None:

@@ -46,7 +46,7 @@ OnStep = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """Size of the parents and length of their training; the defaults cost about 80 CPU seconds for all five."""
+    """Size of the parents and length of their training; the defaults cost about 90 CPU seconds for all five."""
 
     vocabulary: int = 768
     hidden: int = 128

@@ -38,7 +38,7 @@ def prompt_mean(states: Iterable[torch.Tensor]) -> torch.Tensor:
 
 
 def embedding_sum(ids_N: list[int], embeddings_VD: torch.Tensor) -> torch.Tensor:
-    """`cheap_embed`: the sum of the embeddings of all prompt tokens, of length one, [1, D]: the same for every layer."""
+    """`cheap_embed`: the sum of all prompt tokens' embeddings, of length one, [1, D]: the same for every layer."""
     return unit(embeddings_VD[torch.tensor(ids_N)].float().sum(dim=0, keepdim=True))
 
 
@@ -49,7 +49,8 @@ def direction(positive_LD: torch.Tensor, negative_LD: torch.Tensor | None) -> to
 
 def unit(rows_LD: torch.Tensor) -> torch.Tensor:
     """Rows divided by their Euclidean length."""
-    return rows_LD / rows_LD.norm(dim=-1, keepdim=True).clamp(min=TINY)
+    length_L1: torch.Tensor = torch.linalg.vector_norm(rows_LD, dim=-1, keepdim=True)
+    return rows_LD / length_L1.clamp(min=TINY)
 
 
 def random_rows(generator: np.random.Generator, experts: int, hidden: int) -> NDArray[np.float32]:

@@ -28,7 +28,7 @@ Progress = Callable[[int, int], None]
 
 
 def make_routers(plan: Plan, *, on_progress: Progress = lambda done, total: None) -> Routers:
-    """Name -> (dtype, shape, bytes) of every gate, nested and shared ones too; `on_progress(done, total)` in prompts sets.
+    """Name -> (dtype, shape, bytes) of every gate, nested and shared ones too; progress counts sets of prompts.
 
     Raises RecipeError for a prompt without tokens, NumericsError when the base computes no finite states.
     """
@@ -53,7 +53,7 @@ def _prompted_gates(plan: Plan, *, on_progress: Progress) -> Mapping[str, NDArra
     levels = dict(_levels(plan.recipe.experts))
     wanted = [plan.recipe.prompts_of(expert) for experts in (*levels.values(), shared) for expert in experts]
     directions = _directions(plan, list(dict.fromkeys(wanted)), on_progress=on_progress)
-    rows = {}
+    rows: dict[str, NDArray[np.float32]] = {}
     for path, experts in [*levels.items(), *([(SHARED, shared)] if shared else [])]:
         stack_LED = torch.stack([directions[plan.recipe.prompts_of(expert)] for expert in experts], dim=1)
         names = plan.router_names(path)

@@ -95,7 +95,7 @@ def fill(bare: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         module.load_state_dict(dict(tensors), strict=True, assign=True)
     except RuntimeError as error:
         raise SourceError(
-            f"the FFN tensors {', '.join(tensors)} do not fit transformers' {type(bare).__name__}: {_first_line(error)}",
+            f"the FFN tensors {', '.join(tensors)} do not fit {type(bare).__name__}: {_first_line(error)}",
             hint="this family stores its FFN under other names than it computes with; it cannot give experts yet",
         ) from error
     for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""An MoE that runs: a dense transformers model whose `mlp` modules are ours, the same for the virtual and the built form.
+"""An MoE that runs: a dense transformers model whose `mlp` modules are ours, in the virtual and the built form alike.
 
 Does not make routers and writes nothing.
 """
@@ -49,7 +49,7 @@ class MoE:
     folder: Path
 
     def forward_with_trace(self, input_ids: torch.Tensor, **inputs: Any) -> tuple[Any, RoutingTrace]:
-        """The model's output for `input_ids` [B, T] and what every router decided: per layer ids, weights and logits."""
+        """The model's output for `input_ids` [B, T], and every router's ids, weights and logits."""
         with record(self.model) as layers:
             out = self.model(input_ids=input_ids, **inputs)
         return out, concat(layers)
@@ -92,8 +92,7 @@ def load_plan(
     """The virtual form: straight from the sources' mapped files. `options` are MoEBlock's (capacity, drop policy)."""
     config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
     configs = {
-        source.folder: config if source is plan.base else read_config(source.folder, trust_remote_code=trust_remote_code)
-        for source in plan.sources
+        source.folder: read_config(source.folder, trust_remote_code=trust_remote_code) for source in plan.sources
     }
     top_k = plan.recipe.experts_per_token
     parts = Parts(
@@ -113,10 +112,9 @@ def load_plan(
 
 
 def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
-    """The built form: its own files, mapped, in any format this house writes (DeepSeek-MoE too, without remote code)."""
-    record_ = artifact.record
+    """The built form: its own files, mapped; in any format that is written here, without remote code."""
     tensors = open_checkpoint(artifact.folder).tensors
-    fmt, base = FORMATS[record_["format"]], record_["base_config"]
+    fmt, base = FORMATS[artifact.record["format"]], artifact.record["base_config"]
     family = FAMILIES[base["model_type"]]
     layers = family.dims(base).layers
     backbone = tuple(copy(tensors, name, name) for name in family.shapes(family.backbone, base))
@@ -132,11 +130,14 @@ def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **option
 
     no_loras: tuple[Mapping[str, Any], ...] = ({},) * layers
     nodes = tuple(
-        ExpertNode(name, (index,), None, ffn(fmt.expert, index), no_loras) for index, name in enumerate(record_["experts"])
+        ExpertNode(name, (index,), None, ffn(fmt.expert, index), no_loras)
+        for index, name in enumerate(artifact.record["experts"])
     )
-    shared = tuple(ExpertNode(name, (*SHARED, 0), None, ffn(fmt.shared, 0), no_loras) for name in record_["shared_experts"])
+    shared = tuple(
+        ExpertNode(name, (*SHARED, 0), None, ffn(fmt.shared, 0), no_loras) for name in artifact.record["shared_experts"]
+    )
     config = AutoConfig.for_model(**{key: value for key, value in base.items() if key != "architectures"})
-    top_k = record_["experts_per_token"]
+    top_k = artifact.record["experts_per_token"]
     parts = Parts(
         config=config,
         configs={},
@@ -156,7 +157,7 @@ def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **option
 def copy(tensors: Mapping[str, TensorRef], stored: str, name: str) -> TensorWrite:
     """The tensor stored under one name as a write under another."""
     if stored not in tensors:
-        raise ArtifactError(f"the artifact has lost its tensor {stored}", hint="run `frankenmoe verify` on it; build it again")
+        raise ArtifactError(f"the artifact has lost its tensor {stored}", hint="build the artifact again")
     ref = tensors[stored]
     return TensorWrite(name, ref.dtype, ref.shape, (ref,))
 

@@ -9,7 +9,7 @@ from frankenmoe.families.formats import FFN_SUFFIXES
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.recipe import RANDOM_MODES, Recipe
-from frankenmoe.suggest import nearest
+from frankenmoe.suggest import did_you_mean
 
 # the path of the shared expert, beside those of the routed ones
 SHARED = (-1,)
@@ -47,8 +47,7 @@ def _asked(recipe: Recipe) -> list[MoEFormat]:
         raise PlanError(
             f"architecture {recipe.architecture!r} is not one that can be built: "
             f"{', '.join(fmt.title for fmt in FORMATS.values())}",
-            hint=nearest(recipe.architecture, [fmt.title for fmt in FORMATS.values()])
-            or "leave it out to let the plan choose",
+            hint=f"{did_you_mean(recipe.architecture, [fmt.title for fmt in FORMATS.values()])} Without it the plan chooses",
         )
     return found
 

@@ -271,7 +271,7 @@ def _stored_dtype(name: str) -> str:
 
 def _with_warnings(made: Plan, others: list[Source]) -> Plan:
     return replace(
-        made, warnings=tuple([*_identity_warnings(made), *_own_warnings(made), *source_warnings(made.base, others)])
+        made, warnings=(*_identity_warnings(made), *_own_warnings(made), *source_warnings(made.base, others))
     )
 
 

@@ -35,7 +35,7 @@ def check_sources(artifact: Artifact, made: Plan) -> None:
     recorded = artifact.record["sources"]
     if len(recorded) != len(made.source_files):
         raise ArtifactError(
-            f"{artifact.folder} was made from {len(recorded)} weight files, its sources now have {len(made.source_files)}",
+            f"{artifact.folder} was made from {len(recorded)} weight files, now there are {len(made.source_files)}",
             hint="a source has changed; build the artifact again",
         )
     for file, was in zip(made.source_files, recorded, strict=True):

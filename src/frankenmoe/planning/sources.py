@@ -82,7 +82,7 @@ def open_source(
         and str(checkpoint.config.get("model_type")) not in FAMILIES
     ):
         raise SourceError(
-            f"{name} is a {checkpoint.config.get('model_type')!r} model that brings Python code of its own, which is not run",
+            f"{name} is a {checkpoint.config.get('model_type')!r} model with Python code of its own, which is not run",
             hint="read that code, and if you trust it say --trust-remote-code",
         )
     path, revision = (adapter, None) if adapter else (name.adapter, name.adapter_revision)

@@ -1,0 +1,90 @@
+"""A reply from an MoE and what its routers decided for it; knows nothing of terminals.
+
+Shape suffixes: T tokens.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from frankenmoe.errors import SourceError
+from frankenmoe.moe.load import MoE
+from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A reply: its text, prompt and reply tokens [T], what the routers decided for all but the last, tokens/s."""
+
+    text: str
+    tokens: list[int]
+    routing: RoutingTrace
+    tokens_per_second: float
+
+    @property
+    def layers(self) -> list[LayerTrace]:
+        """The outer routers, layer by layer."""
+        return [trace for trace in self.routing.layers if not trace.path]
+
+
+def reply(
+    moe: MoE,
+    tokenizer: Any,
+    history: Sequence[dict[str, str]],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> Reply:
+    """Generates with a KV cache: old tokens are neither computed nor routed again. `temperature` 0 is greedy.
+
+    `history` is a list of {"role", "content"}; `streamer` is a transformers one.
+    Raises SourceError for a prompt without tokens.
+    """
+    ids = encode(tokenizer, history)
+    settings = moe.model.generation_config
+    eos = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
+    pad = eos[0] if isinstance(eos, list) else eos
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    began = time.perf_counter()
+    with torch.no_grad(), record(moe.model) as layers:
+        out = moe.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            streamer=streamer,
+            eos_token_id=eos,
+            pad_token_id=0 if pad is None else pad,
+            **sampling,
+        )[0]
+    seconds = time.perf_counter() - began
+    made = out[ids.shape[1] :].tolist()
+    return Reply(tokenizer.decode(made, skip_special_tokens=True), out.tolist(), concat(layers), len(made) / seconds)
+
+
+def encode(tokenizer: Any, history: Sequence[dict[str, str]]) -> torch.Tensor:
+    """The conversation as ids [1, T]: through the chat template where there is one, otherwise the text itself."""
+    if tokenizer.chat_template:
+        found = tokenizer.apply_chat_template(
+            list(history), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        found = tokenizer("".join(turn["content"] for turn in history), return_tensors="pt")
+    ids = found["input_ids"]
+    if not ids.shape[-1]:
+        raise SourceError("the prompt has no tokens in this tokenizer", hint="write a longer prompt")
+    assert isinstance(ids, torch.Tensor)
+    return ids.long()
+
+
+def weight_shares(traces: Sequence[LayerTrace], position: int) -> list[float]:
+    """Share of the routing weight that each expert has at one token, over all layers; sums to 1 if any was kept."""
+    total_E = torch.zeros(traces[0].experts)
+    for trace in traces:
+        kept_K = trace.ids_TK[position] >= 0
+        total_E.index_add_(0, trace.ids_TK[position][kept_K], trace.weights_TK[position][kept_K].float())
+    shares: list[float] = (total_E / total_E.sum().clamp(min=1e-9)).tolist()
+    return shares
