@@ -3,13 +3,12 @@
 Knows nothing of torch, of how routers were made, or of what a tensor means.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from frankenmoe.artifact import INDEX, ROUTERS, write_json
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
-from frankenmoe.checkpoint.writer import free_bytes, write_shard
+from frankenmoe.checkpoint.writer import free_bytes, write_atomic, write_shard
 from frankenmoe.errors import ArtifactError
 from frankenmoe.planning import Plan
 
@@ -84,7 +83,7 @@ def check_disk(folder: Path, *, need: int) -> None:
 def copy_small_files(plan: Plan, folder: Path) -> None:
     """Tokenizer, chat template and generation settings, byte for byte: re-saving them would lose what tools rely on."""
     for file in plan.small_files:
-        shutil.copyfile(file, folder / file.name)
+        write_atomic(folder / file.name, file.read_bytes())
 
 
 def _size(writes: Sequence[TensorWrite]) -> int:

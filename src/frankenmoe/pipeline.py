@@ -1,5 +1,6 @@
 """The stages in order: plan, routers, body, proof; load in either form. The library's front door, and the CLI's."""
 
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from frankenmoe.artifact import (
 )
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.checkpoint.tensors import DTYPES
+from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.compose import compose, copy_small_files
 from frankenmoe.errors import PlanError
 from frankenmoe.gates.run import make_routers
@@ -29,7 +31,7 @@ from frankenmoe.moe.load import MoE, copy, load_built, load_plan
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.prove import prove_body, prove_routers
+from frankenmoe.prove import prove_body, prove_routers, prove_sources
 from frankenmoe.recipe import Recipe
 
 SHARD_SIZE = 4 * 10**9
@@ -50,14 +52,18 @@ def build(
 
     Killed at any moment, the same call goes on where it stopped. Raises FrankenMoEError's children.
     """
-    out = Path(out).absolute()
+    # a link to an empty folder on another disk is filled there
+    out = Path(os.path.realpath(out))
     refuse_occupied(out)
     made = plan(load_recipe(recipe), dtype=dtype, weights=True, trust_remote_code=trust_remote_code)
     check_buildable(made, virtual=virtual, allow_identical=allow_identical)
     digest = f"{made.digest}/{'virtual' if virtual else shard_size}"
     with growing(out, digest=digest) as partial:
+        if virtual:
+            progress.start("checking", made.bill.memory_virtual, "B")
+            prove_sources(made, on_bytes=progress.advance)
         if not (partial / ROUTERS).exists():
-            write_routers(partial, _routers(made, progress))
+            write_routers(partial, _routers(made, progress, trust_remote_code=trust_remote_code))
         if virtual:
             copy_small_files(made, partial)
         else:
@@ -66,7 +72,8 @@ def build(
             compose(made, partial, shard_size=shard_size, on_bytes=progress.advance)
             prove_routers(made, partial)
             prove_body(made, partial, sampled=True, on_bytes=lambda amount: None)
-        (partial / "recipe.yml").write_text(yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+        write_atomic(partial / "recipe.yml", text.encode())
         record = _record(made, virtual=virtual, progress=progress)
         return finish(partial, out, record=record)
 
@@ -101,7 +108,7 @@ def _target(made: Plan) -> str:
     return made.fmt.title if made.fmt else "a checkpoint"
 
 
-def _routers(made: Plan, progress: Progress) -> Routers:
+def _routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> Routers:
     reached = 0
 
     def on_progress(done: int, total: int) -> None:
@@ -111,7 +118,7 @@ def _routers(made: Plan, progress: Progress) -> Routers:
         progress.advance(done - reached)
         reached = done
 
-    return make_routers(made, on_progress=on_progress)
+    return make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code)
 
 
 def _record(made: Plan, *, virtual: bool, progress: Progress) -> dict[str, Any]:
@@ -181,6 +188,6 @@ def load(
     check_buildable(made, virtual=True, allow_identical=True)
     gates = {
         name: torch.from_numpy(raw).view(getattr(torch, DTYPES[kind].name)).view(shape)
-        for name, (kind, shape, raw) in _routers(made, progress).items()
+        for name, (kind, shape, raw) in _routers(made, progress, trust_remote_code=trust_remote_code).items()
     }
     return load_plan(made, gates, dtype=as_dtype, trust_remote_code=trust_remote_code, **options)

@@ -69,6 +69,18 @@ def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = 
     return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources'"))
 
 
+def prove_sources(plan: Plan, *, on_bytes: Listener = lambda amount: None) -> None:
+    """Everything that a virtual MoE will read is finite and fits the type it is stored in; `on_bytes` hears of it."""
+    leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
+    ffn = (write for leaf in leaves for row in leaf.ffn for write in row.values())
+    for write in dict.fromkeys((*plan.backbone, *ffn)):
+        for block in blocks(write):
+            on_bytes(block.size)
+    for lora in (lora for leaf in leaves for row in leaf.loras for lora in row.values()):
+        check_finite(lora.a)
+        check_finite(lora.b)
+
+
 def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
     """Every gate is there, of the planned shape, and finite. (Later stages may have changed its values.)"""
     routers = open_artifact_routers(folder)
