@@ -69,9 +69,10 @@ def copy_of(parent: Path, folder: Path) -> Path:
     return shutil.copytree(parent, folder, symlinks=True)
 
 
-def spoil(folder: Path, change: Callable[[Tensors], Tensors | None]) -> Path:
-    """Saves what `change` makes of a folder's tensors (or returns, where it does not edit them in place)."""
+def spoil(folder: Path, change: Callable[[Tensors], object]) -> Path:
+    """Saves a folder's tensors again after `change` has edited them in place."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
-    save_file(change(tensors) or tensors, file, metadata={"format": "pt"})
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
     return folder

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import yaml
-from refusals import Outcome, check_refusal, cli, copy_of, refused, spoil, tree
 
+import tiny
 from frankenmoe import compose
+from refusals import Outcome, check_refusal, cli, copy_of, refused, spoil, tree
 
 Parents = dict[str, list[Path]]
 
@@ -42,9 +42,9 @@ def test_the_good_one_is_good(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "facts", "hint"),
     [
-        ({"gate_moed": "random"}, ("recipe.yml:9: gate_moed is not a known key",), "did you mean 'gate_mode'?"),
+        ({"gate_moed": "random"}, ("recipe.yml:8: gate_moed is not a known key",), "did you mean 'gate_mode'?"),
         ({"gate_mode": "hiden"}, ("recipe.yml:2: gate_mode must be one of hidden,", "'hiden'"), "'hidden'?"),
-        ({"experts_per_token": 3}, ("recipe.yml:9: experts_per_token must be at most 2", "found 3"), "more experts"),
+        ({"experts_per_token": 3}, ("recipe.yml:8: experts_per_token must be at most 2", "found 3"), "more experts"),
         ({"gate_mode": "hidden"}, ("recipe.yml:4: experts[0].positive_prompts must be given", "'e0'"), "random"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_number_that_is_none_in_an_expert(
     recipe: Path, tmp_path: Path, parents: Parents, value: float, spelt: str, form: tuple[str, ...]
 ) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
-    bad = spoil(copy_of(parents["llama"][2], tmp_path / "bad"), lambda tensors: tensors[name][3].fill_(value) and None)
+    bad = spoil(copy_of(parents["llama"][2], tmp_path / "bad"), lambda tensors: tensors[name][3].fill_(value))
     tiny.write_recipe(recipe, parents["llama"][0], [parents["llama"][1], bad])
     facts = (name, str(bad / "model.safetensors"), f"holds {spelt} at [3, 0]", "expected finite numbers")
     refused("build", recipe, tmp_path / "out", *form, inside=tmp_path, facts=facts, hint="fetch it again")
@@ -124,7 +124,7 @@ def test_a_nan_in_the_backbone(
     name = "model.layers.0.self_attn.q_proj.weight"
     bad = spoil(
         copy_of(parents["llama"][0], tmp_path / "bad"),
-        lambda tensors: tensors[name][0, 2:3].fill_(float("nan")) and None,
+        lambda tensors: tensors[name][0, 2:3].fill_(float("nan")),
     )
     tiny.write_recipe(recipe, bad, parents["llama"][1:], prompts=True, gate_mode=gate_mode)
     facts = (name, str(bad / "model.safetensors"), "holds NaN at [0, 2]")
@@ -133,9 +133,7 @@ def test_a_nan_in_the_backbone(
 
 def test_a_nan_that_nothing_is_made_from_does_no_harm(recipe: Path, tmp_path: Path, parents: Parents) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"  # of an expert's parent: only its FFN is used
-    odd = spoil(
-        copy_of(parents["llama"][1], tmp_path / "odd"), lambda tensors: tensors[name].fill_(float("nan")) and None
-    )
+    odd = spoil(copy_of(parents["llama"][1], tmp_path / "odd"), lambda tensors: tensors[name].fill_(float("nan")))
     tiny.write_recipe(recipe, parents["llama"][0], [odd, parents["llama"][2]])
     outcome = cli("build", recipe, tmp_path / "out")
     assert outcome.code == 0, outcome.stderr
@@ -144,9 +142,7 @@ def test_a_nan_that_nothing_is_made_from_does_no_harm(recipe: Path, tmp_path: Pa
 @pytest.mark.parametrize("form", [(), ("--virtual",)])
 def test_a_value_that_overflows_float16(recipe: Path, tmp_path: Path, parents: Parents, form: tuple[str, ...]) -> None:
     name = "model.layers.1.mlp.down_proj.weight"
-    big = spoil(
-        copy_of(parents["llama"][1], tmp_path / "big"), lambda tensors: tensors[name][1, 2:3].fill_(1e5) and None
-    )
+    big = spoil(copy_of(parents["llama"][1], tmp_path / "big"), lambda tensors: tensors[name][1, 2:3].fill_(1e5))
     tiny.write_recipe(recipe, parents["llama"][0], [big, parents["llama"][2]])
     facts = (str(big / "model.safetensors"), "becomes 100000 at [1, 2]", "F16 holds at most 65504")
     args = ("build", recipe, tmp_path / "out", "--dtype", "float16", *form)
@@ -201,8 +197,10 @@ def test_a_disk_that_is_too_small(recipe: Path, tmp_path: Path, monkeypatch: pyt
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="another disk")
 
 
-@pytest.mark.parametrize("size", ["4k", "16k", "64k"])
-@pytest.mark.parametrize("form", [(), ("--virtual",)])
+@pytest.mark.parametrize(
+    ("size", "form"),
+    [("4k", ()), ("16k", ()), ("64k", ()), ("4k", ("--virtual",)), ("8k", ("--virtual",)), ("16k", ("--virtual",))],
+)
 def test_a_real_disk_that_is_too_small(recipe: Path, tmp_path: Path, size: str, form: tuple[str, ...]) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()

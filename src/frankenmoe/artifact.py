@@ -8,8 +8,8 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ RECORD = "frankenmoe.json"
 ROUTERS = "model-routers.safetensors"
 INDEX = "model.safetensors.index.json"
 UNFINISHED = "build.json"
+LOCK = "build.lock"
 RECORD_VERSION = 1
 
 Form = Literal["virtual", "built"]
@@ -96,14 +97,16 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
     """
     refuse_occupied(out)
     partial = partial_folder(out)
-    fresh = not partial.exists()
+    fresh = [folder for folder in (partial, *partial.parents) if not os.path.lexists(folder)]
     try:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        _remove_empty(fresh)
         raise ArtifactError(
             f"{partial} cannot be made: {error.strerror}", hint="choose another output folder"
         ) from error
-    with (partial / "build.lock").open("w") as lock:
+    _refuse_foreign(partial)
+    with (partial / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -114,24 +117,47 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
         except Exception:
             if fresh:
                 shutil.rmtree(partial, ignore_errors=True)
+                _remove_empty(fresh[1:])
             raise
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders, the innermost first, except where somebody else has put something."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def refuse_occupied(out: Path) -> None:
     """ArtifactError where `out` exists and is not an empty folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(
             f"{out} exists and is not empty, expected a new or empty folder",
             hint="choose another folder, or remove that one first",
         )
+    if os.path.ismount(out):
+        raise ArtifactError(
+            f"{out} is where a disk is mounted, expected a folder that can appear whole by a rename",
+            hint=f"choose a folder on that disk, such as {out / 'moe'}",
+        )
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """ArtifactError for a folder that only happens to have the name of an unfinished build."""
+    names = {file.name for file in partial.iterdir()}
+    foreign = sorted(names - {LOCK, f"{UNFINISHED}.partial"})
+    if foreign and UNFINISHED not in names:
+        raise ArtifactError(
+            f"{partial}, where the build is to grow, holds {foreign[0]} and no {UNFINISHED}, so it is not ours",
+            hint="choose another output folder, or move that one away",
+        )
 
 
 def _claim(partial: Path, *, out: Path, digest: str) -> None:
-    file = partial / UNFINISHED
+    file, claim = partial / UNFINISHED, json.dumps({"plan": digest}).encode()
     if not file.exists():
-        write_atomic(file, json.dumps({"plan": digest}).encode())
-        return
-    if json.loads(file.read_bytes()).get("plan") != digest:
+        write_atomic(file, claim)
+    elif file.read_bytes() != claim:
         raise ArtifactError(
             f"{partial} was begun from another recipe, dtype or shard size, or its sources have changed since",
             hint=f"remove {partial} to start over, or bring recipe and sources back to finish it",
@@ -141,7 +167,7 @@ def _claim(partial: Path, *, out: Path, digest: str) -> None:
 def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
     """Writes the record last, then renames the partial folder to `out`: from here on it looks finished, and is."""
     write_atomic(partial / RECORD, _json_bytes({"version": RECORD_VERSION, **record}))
-    for name in (UNFINISHED, "build.lock"):
+    for name in (UNFINISHED, LOCK):
         (partial / name).unlink(missing_ok=True)
     if out.is_dir():
         out.rmdir()

@@ -27,7 +27,7 @@ from frankenmoe.compose import compose, copy_small_files
 from frankenmoe.errors import PlanError
 from frankenmoe.gates.run import make_routers
 from frankenmoe.moe.dense import as_tensor
-from frankenmoe.moe.load import MoE, copy, load_built, load_plan
+from frankenmoe.moe.load import MoE, check_loadable, copy, load_built, load_plan
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.progress import SILENT, Progress
@@ -57,6 +57,7 @@ def build(
     refuse_occupied(out)
     made = plan(load_recipe(recipe), dtype=dtype, weights=True, trust_remote_code=trust_remote_code)
     check_buildable(made, virtual=virtual, allow_identical=allow_identical)
+    check_loadable(made, trust_remote_code=trust_remote_code)
     digest = f"{made.digest}/{'virtual' if virtual else shard_size}"
     with growing(out, digest=digest) as partial:
         if virtual:

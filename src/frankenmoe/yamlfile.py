@@ -189,11 +189,15 @@ class _Walk:
 
     def _text(self, node: yaml.ScalarNode) -> str:
         """The text of a scalar; half of a surrogate pair, which no tokenizer and no terminal takes, is refused."""
-        text = str(node.value)
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
-            found = text[:40].encode("ascii", "backslashreplace").decode()
-            raise self._error(node, f"expected Unicode text, found {found}", hint="write the character itself")
-        return text
+        try:
+            # JSON spells what lies beyond 16 bits as a pair of escapes, which PyYAML leaves apart
+            node.value = str(node.value).encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            found = node.value[:40].encode("ascii", "backslashreplace").decode()
+            raise self._error(
+                node, f"expected Unicode text, found {found}", hint="write the character itself"
+            ) from None
+        return str(node.value)
 
     def _error(self, node: yaml.Node, message: str, *, hint: str) -> RecipeError:
         return RecipeError(f"{self._origin}:{_line(node)}: {message}", hint=hint)

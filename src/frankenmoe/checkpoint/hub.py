@@ -28,6 +28,10 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
                 hint="leave the revision out, or rename the folder if you mean the model on the hub",
             )
         return path
+    if os.path.lexists(path):
+        raise SourceError(
+            f"source {name!r} is {path}, expected a folder", hint="name the folder that the weights are in"
+        )
     if not _HUB_ID.fullmatch(name):
         raise SourceError(
             f"source {name!r} is neither a folder, looked for at {path}, nor a hub id like org/name",

@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoTokenizer
 
 from frankenmoe.artifact import Routers
+from frankenmoe.checkpoint.tensors import TensorWrite
+from frankenmoe.checkpoint.values import check_finite
 from frankenmoe.checkpoint.values import encode as encode_values
 from frankenmoe.errors import NumericsError, RecipeError, SourceError
 from frankenmoe.gates.capture import encode, layer_inputs
 from frankenmoe.gates.methods import RANDOM_ROWS, STATE_MODES, direction, embedding_sum, prompt_mean
-from frankenmoe.moe.dense import as_tensor, load_dense, quiet_transformers, read_config
+from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, read_config
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.sources import anatomy
@@ -25,15 +26,26 @@ from frankenmoe.recipe import Expert
 
 Prompts = tuple[tuple[str, ...], tuple[str, ...]]
 Progress = Callable[[int, int], None]
+Side = Callable[[tuple[str, ...]], torch.Tensor]
+"""Prompts -> what they are worth in each layer, [L, D]."""
+
+SHOWN = 40  # characters of a prompt in a message
 
 
-def make_routers(plan: Plan, *, on_progress: Progress = lambda done, total: None) -> Routers:
+def make_routers(
+    plan: Plan, *, on_progress: Progress = lambda done, total: None, trust_remote_code: bool = False
+) -> Routers:
     """Name -> (dtype, shape, bytes) of every gate, nested and shared ones too; progress counts sets of prompts.
 
-    Raises RecipeError for a prompt without tokens, NumericsError when the base computes no finite states.
+    Raises RecipeError for a prompt without tokens or with too many, NumericsError when the base computes no finite
+    states.
     """
     mode = plan.recipe.gate_mode
-    rows = _random_gates(plan) if mode in RANDOM_ROWS else _prompted_gates(plan, on_progress=on_progress)
+    if mode in RANDOM_ROWS:
+        rows = _random_gates(plan)
+    else:
+        side = _embedding_sides(plan) if mode == "cheap_embed" else _state_sides(plan, trust_remote_code)
+        rows = _prompted_gates(plan, side, on_progress=on_progress)
     return {
         name: (plan.dtype, shape, encode_values(np.ascontiguousarray(rows[name]).reshape(-1), dtype=plan.dtype))
         for name, shape in plan.routers.items()
@@ -48,11 +60,11 @@ def _random_gates(plan: Plan) -> Mapping[str, NDArray[np.float32]]:
     }
 
 
-def _prompted_gates(plan: Plan, *, on_progress: Progress) -> Mapping[str, NDArray[np.float32]]:
+def _prompted_gates(plan: Plan, side: Side, *, on_progress: Progress) -> Mapping[str, NDArray[np.float32]]:
     shared = plan.recipe.shared_experts if plan.gated_shared else ()
     levels = dict(_levels(plan.recipe.experts))
     wanted = [plan.recipe.prompts_of(expert) for experts in (*levels.values(), shared) for expert in experts]
-    directions = _directions(plan, list(dict.fromkeys(wanted)), on_progress=on_progress)
+    directions = _directions(plan, side, list(dict.fromkeys(wanted)), on_progress=on_progress)
     rows: dict[str, NDArray[np.float32]] = {}
     for path, experts in [*levels.items(), *([(SHARED, shared)] if shared else [])]:
         stack_LED = torch.stack([directions[plan.recipe.prompts_of(expert)] for expert in experts], dim=1)
@@ -69,35 +81,49 @@ def _levels(
     return [(path, experts), *(level for levels in inner for level in levels)]
 
 
-def _directions(plan: Plan, wanted: list[Prompts], *, on_progress: Progress) -> dict[Prompts, torch.Tensor]:
+def _directions(plan: Plan, side: Side, wanted: list[Prompts], *, on_progress: Progress) -> dict[Prompts, torch.Tensor]:
     """A unit row per layer, [L, D], for every distinct set of positive and negative prompts."""
-    side = _embedding_sides(plan) if plan.recipe.gate_mode == "cheap_embed" else _state_sides(plan)
     found = {}
     for done, (positive, negative) in enumerate(wanted):
         on_progress(done, len(wanted))
         row_LD = direction(side(positive), side(negative) if negative else None)
         if not torch.isfinite(row_LD).all():
-            raise NumericsError(
-                f"the base {plan.base.name} computes NaN or infinite states for the prompts {positive[:1]} ...",
-                hint="load it in float32 (dtype: float32), or check the base model",
-            )
+            raise _no_direction(plan, positive)
         found[positive, negative] = row_LD
     on_progress(len(wanted), len(wanted))
     return found
 
 
-def _state_sides(plan: Plan) -> Callable[[tuple[str, ...]], torch.Tensor]:
-    tokenizer, reduce = load_tokenizer(plan), STATE_MODES[plan.recipe.gate_mode]
+def _no_direction(plan: Plan, positive: tuple[str, ...]) -> NumericsError:
+    """Why the base computes no finite states: raises the error of a tensor to blame, or returns the overflow."""
+    for ref in (ref for write in _base_writes(plan) for ref in write.sources):
+        check_finite(ref)
+    return NumericsError(
+        f"the base {plan.base.name} computes NaN or infinite states for the prompt {positive[0][:SHOWN]!r}, though its "
+        "weights are finite",
+        hint="convert the base to float32 first, or use gate_mode: random",
+    )
+
+
+def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
     stored = next(iter(plan.base.checkpoint.tensors.values())).dtype
-    writes = dense_writes(plan.base, anatomy(plan.base), dtype=stored)
-    tensors = {write.name: as_tensor(write) for write in writes}
+    return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
+
+
+def _state_sides(plan: Plan, trust_remote_code: bool) -> Side:
+    tokenizer, reduce = load_tokenizer(plan.base.folder), STATE_MODES[plan.recipe.gate_mode]
+    tensors = {write.name: as_tensor(write) for write in _base_writes(plan)}
     dtype = next(iter(tensors.values())).dtype
-    model = load_dense(read_config(plan.base.folder), tensors, dtype=dtype)
-    return lambda prompts: prompt_mean(map(reduce, layer_inputs(model, _ids(tokenizer, prompts))))
+    config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
+    model = load_dense(config, tensors, dtype=dtype)
+    longest = getattr(config, "max_position_embeddings", None)
+    return lambda prompts: prompt_mean(
+        map(reduce, layer_inputs(model, _ids(plan, tokenizer, prompts, longest=longest)))
+    )
 
 
-def _embedding_sides(plan: Plan) -> Callable[[tuple[str, ...]], torch.Tensor]:
-    tokenizer = load_tokenizer(plan)
+def _embedding_sides(plan: Plan) -> Side:
+    tokenizer = load_tokenizer(plan.base.folder)
     name = next((write for write in plan.backbone if write.name.endswith(("embed_tokens.weight", "wte.weight"))), None)
     if name is None:
         raise SourceError(
@@ -106,28 +132,25 @@ def _embedding_sides(plan: Plan) -> Callable[[tuple[str, ...]], torch.Tensor]:
         )
     embeddings_VD = as_tensor(name)
     return lambda prompts: embedding_sum(
-        [token for ids in _ids(tokenizer, prompts) for token in ids], embeddings_VD
+        [token for ids in _ids(plan, tokenizer, prompts) for token in ids], embeddings_VD
     ).expand(plan.layers, -1)
 
 
-def _ids(tokenizer: Any, prompts: tuple[str, ...]) -> list[list[int]]:
+def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int | None = None) -> list[list[int]]:
+    """Token ids per prompt, all of which the base can read: at least one, at most `longest`, in its vocabulary."""
     found = encode(tokenizer, prompts)
+    vocabulary = plan.base.config.get("vocab_size")
     for prompt, ids in zip(prompts, found, strict=True):
-        if not ids:
+        if not ids or (longest and len(ids) > longest):
             raise RecipeError(
-                f"the prompt {prompt!r} has no tokens in the base's tokenizer", hint="write another prompt"
+                f"the prompt {prompt[:SHOWN]!r} has {len(ids)} tokens in the base's tokenizer, expected 1 to "
+                f"{longest or 'any number'}",
+                hint="write another prompt",
+            )
+        if vocabulary and max(ids) >= vocabulary:
+            raise SourceError(
+                f"the tokenizer in {plan.base.folder} makes token {max(ids)} of the prompt {prompt[:SHOWN]!r}, but the "
+                f"model has {vocabulary} tokens only",
+                hint="put the model's own tokenizer beside its weights",
             )
     return found
-
-
-def load_tokenizer(plan: Plan) -> Any:
-    """The base's tokenizer; SourceError where the base has none."""
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(plan.base.folder)
-    except (ValueError, OSError, KeyError) as error:
-        raise SourceError(
-            f"{plan.base.folder} has no tokenizer that transformers can load, and gate_mode "
-            f"{plan.recipe.gate_mode} needs one for its prompts",
-            hint="put the tokenizer's files beside the base's weights, or use gate_mode: random",
-        ) from error

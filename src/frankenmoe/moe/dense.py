@@ -4,13 +4,14 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
@@ -18,6 +19,8 @@ from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import SourceError
 
+WRONG_CONFIG = "check that config.json is the one that was saved with these weights"
+LONGEST = 200  # characters of another library's message in ours
 MLP_NAME = re.compile(r"(?:^|.*\.)(\d+)\.mlp$")
 
 
@@ -31,10 +34,22 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The transformers config of a folder; SourceError for a model type this transformers does not know."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # its validators have classes of their own
         raise SourceError(
-            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {_first_line(error)}",
+            f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {one_line(error)}",
             hint="if it needs code of its own and you trust it, say --trust-remote-code; or update transformers",
+        ) from error
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a folder, never with code of its own; SourceError where there is none that can be loaded."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
+        raise SourceError(
+            f"{folder} has no tokenizer that transformers can load: {one_line(error)}",
+            hint="put the tokenizer's files beside the base's weights, or fetch them again",
         ) from error
 
 
@@ -45,7 +60,7 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
     Raises SourceError if a parameter has no tensor, which transformers would otherwise fill with noise.
     """
     cls = causal_class(config)
-    with quiet_transformers():
+    with quiet_transformers(), _explained(cls, config):
         model, report = cls.from_pretrained(
             None, config=config, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
         )
@@ -82,10 +97,22 @@ def mlp_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
 
 
 def skeleton(config: Any) -> dict[int, nn.Module]:
-    """Layer -> an `mlp` without weights, as this config's model has it."""
-    with torch.device("meta"), quiet_transformers():
-        model = causal_class(config)._from_config(config)
-    return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items()}
+    """Layer -> an `mlp` without weights, as this config's model has it.
+
+    Raises SourceError where it needs more than the hidden states, such as Bloom's, which adds the residual itself.
+    """
+    cls = causal_class(config)
+    with torch.device("meta"), quiet_transformers(), _explained(cls, config):
+        model = cls._from_config(config)
+    mlps = {layer: mlp for layer, (_, mlp) in mlp_modules(model).items()}
+    for mlp in mlps.values():
+        needed = [each.name for each in signature(mlp.forward).parameters.values() if each.default is each.empty]
+        if len(needed) != 1:
+            raise SourceError(
+                f"the `mlp` of {cls.__name__} takes {' and '.join(needed)}, expected the hidden states alone",
+                hint="only decoders whose `mlp` is a function of the hidden states can give experts",
+            )
+    return mlps
 
 
 def fill(bare: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -95,12 +122,24 @@ def fill(bare: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         module.load_state_dict(dict(tensors), strict=True, assign=True)
     except RuntimeError as error:
         raise SourceError(
-            f"the FFN tensors {', '.join(tensors)} do not fit {type(bare).__name__}: {_first_line(error)}",
+            f"the FFN tensors {', '.join(tensors)} do not fit {type(bare).__name__}: {one_line(error)}",
             hint="this family stores its FFN under other names than it computes with; it cannot give experts yet",
         ) from error
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     return module.eval()
+
+
+@contextmanager
+def _explained(cls: Any, config: Any) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # whatever a model's own code says of a config that makes no sense to it
+        where = Path(config._name_or_path) / "config.json" if config._name_or_path else "this config"
+        raise SourceError(
+            f"transformers cannot make a {cls.__name__} of {where}: {type(error).__name__} {one_line(error)}",
+            hint=WRONG_CONFIG,
+        ) from error
 
 
 @contextmanager
@@ -118,5 +157,7 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an error says, on one line and not for ever."""
+    said = " ".join(str(error).split()) or type(error).__name__
+    return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."

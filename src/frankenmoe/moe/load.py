@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from frankenmoe.artifact import Artifact
 from frankenmoe.checkpoint.reader import open_checkpoint
@@ -26,8 +26,9 @@ from frankenmoe.moe.dense import (
     as_tensor,
     fill,
     load_dense,
+    load_tokenizer,
     mlp_modules,
-    quiet_transformers,
+    one_line,
     read_config,
     skeleton,
 )
@@ -56,14 +57,7 @@ class MoE:
 
     def tokenizer(self) -> Any:
         """The base's tokenizer; SourceError where it has none."""
-        try:
-            with quiet_transformers():
-                return AutoTokenizer.from_pretrained(self.folder)
-        except (ValueError, OSError, KeyError) as error:
-            raise SourceError(
-                f"{self.folder} has no tokenizer that transformers can load",
-                hint="put the tokenizer's files beside the base's weights",
-            ) from error
+        return load_tokenizer(self.folder)
 
 
 @dataclass(frozen=True)
@@ -84,6 +78,13 @@ class Parts:
     renormalize: bool
     round_weights: bool
     folder: Path
+
+
+def check_loadable(plan: Plan, *, trust_remote_code: bool = False) -> None:
+    """SourceError for sources of which transformers can make no model that generates; needs their configs only."""
+    for folder in {source.folder: None for source in plan.sources}:
+        skeleton(read_config(folder, trust_remote_code=trust_remote_code))
+    _generation_config(plan.base.folder)
 
 
 def load_plan(
@@ -173,10 +174,20 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
     for layer, (holder, dense_mlp) in mlp_modules(model).items():
         name = next(key for key, module in holder.named_children() if module is dense_mlp)
         setattr(holder, name, make(layer))
-    if (parts.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(parts.folder)
+    model.generation_config = _generation_config(parts.folder) or model.generation_config
     model.requires_grad_(False)
     return MoE(model=model.eval(), experts=tuple(node.name for node in parts.nodes), folder=parts.folder)
+
+
+def _generation_config(folder: Path) -> GenerationConfig | None:
+    file = folder / "generation_config.json"
+    try:
+        return GenerationConfig.from_pretrained(folder) if file.is_file() else None
+    except Exception as error:  # of many classes, since the values are used before they are checked
+        raise SourceError(
+            f"transformers cannot read {file}: {one_line(error)}",
+            hint="fetch the file again, or remove it to generate with the defaults",
+        ) from error
 
 
 def _tensor_cache(dtype: torch.dtype | None) -> Callable[[TensorWrite], torch.Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.checkpoint.fingerprint import same_values
+from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
@@ -100,7 +101,7 @@ def tokenizer_facts(folder: Path) -> dict[str, Any]:
             facts[key.replace("_", " ")] = value.get("content") if isinstance(value, dict) else value
     template = folder / "chat_template.jinja"
     if template.is_file():
-        facts["chat template"] = template.read_text(encoding="utf-8")
+        facts["chat template"] = template.read_text(encoding="utf-8", errors="replace")
     elif settings:
         facts["chat template"] = settings.get("chat_template")
     return facts
@@ -117,7 +118,8 @@ def _table_digest(raw: bytes) -> str:
     data = _parsed(raw)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = [(token.get("id"), token.get("content")) for token in data.get("added_tokens") or []]
+    tokens = (token for token in data.get("added_tokens") or [] if isinstance(token, dict))
+    added = [(token.get("id"), token.get("content")) for token in tokens]
     return hashlib.blake2b(json.dumps([vocab, added], sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
@@ -127,10 +129,9 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _parsed(raw: bytes) -> dict[str, Any]:
     try:
-        data = json.loads(raw)
+        return parse_object(raw)
     except ValueError:
         return {}
-    return data if isinstance(data, dict) else {}
 
 
 def licence(folder: Path) -> str | None:

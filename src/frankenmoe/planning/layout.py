@@ -8,7 +8,7 @@ from frankenmoe.families import FAMILIES, FORMATS, Family, MoEFormat, rope
 from frankenmoe.families.formats import FFN_SUFFIXES
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
-from frankenmoe.recipe import RANDOM_MODES, Recipe
+from frankenmoe.recipe import Recipe
 from frankenmoe.suggest import did_you_mean
 
 # the path of the shared expert, beside those of the routed ones
@@ -33,8 +33,12 @@ def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple
     fitting = [fmt for fmt in _asked(recipe) if family.model_type in fmt.families]
     if not fitting:
         return None, (f"architecture {recipe.architecture} cannot be built from {family.model_type}",)
-    judged = [(fmt, _cannot_say(fmt, recipe, base, family)) for fmt in fitting]
-    return next((verdict for verdict in judged if not verdict[1]), judged[0])
+    chosen = next((fmt for fmt in fitting if not _cannot_share(fmt, recipe)), fitting[0])
+    problems = (*_cannot_share(chosen, recipe), *_cannot_say(chosen, base, family))
+    others = [fmt for fmt in FORMATS.values() if family.model_type in fmt.families and fmt is not chosen]
+    able = [fmt.title for fmt in others if not _cannot_share(fmt, recipe) and not _cannot_say(fmt, base, family)]
+    # never chosen silently: another format is loaded by other programs
+    return chosen, (*problems, f"architecture: {able[0]} could say it") if problems and able else problems
 
 
 def _asked(recipe: Recipe) -> list[MoEFormat]:
@@ -52,15 +56,19 @@ def _asked(recipe: Recipe) -> list[MoEFormat]:
     return found
 
 
-def _cannot_say(fmt: MoEFormat, recipe: Recipe, base: Source, family: Family) -> tuple[str, ...]:
-    """Everything in base and recipe that this format has no words for, a clause each."""
-    found = []
+def _cannot_share(fmt: MoEFormat, recipe: Recipe) -> tuple[str, ...]:
+    """What the recipe wants of shared experts and this format does not have."""
     shared = recipe.shared_experts
-    gated = bool(shared) and (bool(shared[0].positive_prompts) or recipe.gate_mode in RANDOM_MODES)
     if len(shared) > fmt.max_shared:
-        found.append(f"{fmt.title} holds at most {fmt.max_shared} shared experts, the recipe asks for {len(shared)}")
-    elif gated and fmt.shared_gate is None and shared[0].positive_prompts:
-        found.append(f"{fmt.title} cannot gate its shared expert, and the recipe gives it prompts")
+        return (f"{fmt.title} holds {fmt.max_shared} shared experts at most, the recipe asks for {len(shared)}",)
+    if shared and shared[0].positive_prompts and fmt.shared_gate is None:
+        return (f"{fmt.title} cannot gate its shared expert, and the recipe gives it prompts",)
+    return ()
+
+
+def _cannot_say(fmt: MoEFormat, base: Source, family: Family) -> tuple[str, ...]:
+    """Everything in the base's config that this format has no words for, a clause each."""
+    found = []
     for rule in fmt.rules:
         value = family.value(base.config, rule.field)
         if value not in rule.allowed:

@@ -30,6 +30,7 @@ from frankenmoe.planning.sources import (
     Anatomy,
     Source,
     anatomy,
+    check_anatomies,
     check_siblings,
     check_tensors,
     open_source,
@@ -191,6 +192,8 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     parts = {key: (source, anatomy(source)) for key, source in opened.items()}
     for source, found in parts.values():
         check_tensors(source, found)
+    averaged = recipe.backbone == "average"
+    check_anatomies(parts[(str(recipe.base_model), None)], parts.values(), averaged=averaged)
     base_parts = parts[(str(recipe.base_model), None)][1]
     if len(recipe.shared_experts) > 1:
         raise PlanError(

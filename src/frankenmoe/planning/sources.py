@@ -1,8 +1,9 @@
 """Opens every source a recipe names and holds them side by side; knows nothing of experts, formats or the bill."""
 
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open
 from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, Family
+from frankenmoe.families.spec import Dims
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
 # where a per-layer `mlp` hangs in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
@@ -26,6 +28,21 @@ MUST_AGREE: Mapping[str, str] = {
     "num_attention_heads": "head count",
     "vocab_size": "vocabulary",
 }
+
+# sizes that every config must say, those that its family's table reads besides, and those that it may leave out
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+FAMILY_SIZES = ("intermediate_size", "vocab_size")
+OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+# what older families call the same; transformers' own configs answer to both
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "hidden_size": ("n_embd", "d_model"),
+    "num_hidden_layers": ("n_layer", "num_layers"),
+    "num_attention_heads": ("n_head", "num_heads"),
+}
+# the table is written out per layer, so a number that no model has must not reach it
+MOST_LAYERS = 10_000
+WRONG_FILE = "fetch config.json again: the one that save_pretrained wrote beside the weights"
+WRONG_CONFIG = "config.json and weights are of two different models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +92,8 @@ def open_source(
     name: SourceName, *, folder: Path, weights: bool, adapter: str | None = None, trust_remote_code: bool = False
 ) -> Source:
     """Finds and opens one source. `weights=False` is content with a config; `adapter` overrides the name's own."""
-    checkpoint = open_checkpoint(resolve(name.path, revision=name.revision, folder=folder, weights=weights))
+    opened = open_checkpoint(resolve(name.path, revision=name.revision, folder=folder, weights=weights))
+    checkpoint = replace(opened, config=in_one_spelling(opened.config))
     if (
         checkpoint.config.get("auto_map")
         and not trust_remote_code
@@ -85,13 +103,53 @@ def open_source(
             f"{name} is a {checkpoint.config.get('model_type')!r} model with Python code of its own, which is not run",
             hint="read that code, and if you trust it say --trust-remote-code",
         )
+    check_config(Source(name, checkpoint))
     path, revision = (adapter, None) if adapter else (name.adapter, name.adapter_revision)
     if path is None:
         return Source(name, checkpoint)
-    if adapter and "@" in adapter and not (folder / adapter).exists():
+    if adapter and "@" in adapter and not os.path.exists(folder / adapter):
         path, revision = adapter.rsplit("@", 1)
-    opened = open_adapter(resolve(path, revision=revision, folder=folder, weights=True))
-    return Source(name, checkpoint, opened)
+    return Source(name, checkpoint, open_adapter(resolve(path, revision=revision, folder=folder, weights=True)))
+
+
+def in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with its sizes under the names that most families use."""
+    found = {key: config[other] for key, others in SPELLINGS.items() for other in others if other in config}
+    return found | dict(config)
+
+
+def check_config(source: Source) -> None:
+    """Raises SourceError where config.json leaves out a size, or says one that no decoder can have."""
+    file, family = source.folder / "config.json", source.family
+    if not isinstance(source.config.get("model_type"), str):
+        raise SourceError(f"{file} has no model_type, expected the name of a family", hint=WRONG_FILE)
+    required = (*SIZES, *(FAMILY_SIZES if family else ()))
+    for key in (*required, *(key for key in OPTIONAL_SIZES if source.config.get(key) is not None)):
+        value = source.config.get(key)
+        most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
+        if type(value) is not int or not 1 <= value <= most:  # `true` is an int to Python and not to us
+            said = f"{key} {value!r:.40}" if key in source.config else f"no {key}"
+            raise SourceError(
+                f"{file} has {said}, expected a whole number from 1 to {most}",
+                hint=WRONG_FILE,
+            )
+    rotary = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
+    if not isinstance(rotary, Mapping):
+        raise SourceError(
+            f"{file} has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}",
+            hint="fetch config.json again, or delete the setting",
+        )
+    if family:
+        _check_heads(file, family.dims(source.config))
+
+
+def _check_heads(file: Path, dims: Dims) -> None:
+    if dims.heads % dims.kv_heads or not dims.head_dim:
+        raise SourceError(
+            f"{file} has {dims.heads} attention heads, {dims.kv_heads} key-value heads and hidden size {dims.hidden}, "
+            "expected heads that share the others evenly",
+            hint=WRONG_CONFIG,
+        )
 
 
 def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
@@ -162,7 +220,7 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
         if found != shape:
             raise SourceError(
                 f"{source.name} holds {name} of shape {list(found)}, but its config.json says {list(shape)}",
-                hint="config.json and weights are of two different models",
+                hint=WRONG_CONFIG,
             )
 
 
@@ -180,3 +238,24 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
                 f"{other.name} does not fit beside the base {base.name}: {sides}",
                 hint="experts must be fine-tunes of one architecture; choose parents of the base's family and size",
             )
+
+
+def check_anatomies(base: tuple[Source, Anatomy], others: Iterable[tuple[Source, Anatomy]], *, averaged: bool) -> None:
+    """Raises SourceError where the weights themselves, whatever the configs say, do not fit beside the base's.
+
+    FFNs must have the same matrices, biases aside; with `averaged`, backbones the same tensors too.
+    """
+    for other in others:
+        ours, theirs = (_matrices(parts) | (dict(parts.backbone) if averaged else {}) for _, parts in (base, other))
+        odd = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
+        if odd is not None:
+            sides = (f"{list(side[odd])}" if odd in side else "nothing" for side in (ours, theirs))
+            raise SourceError(
+                f"{other[0].name} does not fit beside the base {base[0].name}: {odd} is {' against '.join(sides)}",
+                hint="choose parents of the base's family and size"
+                + (", or take the base's own backbone with backbone: base" if averaged else ""),
+            )
+
+
+def _matrices(parts: Anatomy) -> dict[str, tuple[int, ...]]:
+    return {name: shape for layer in parts.ffn for name, shape in layer.values() if len(shape) > 1}

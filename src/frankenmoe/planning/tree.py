@@ -5,9 +5,11 @@ noise on the source's weights, then the adapter, then the residual scale.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, Lora, Mean, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.planning.sources import Anatomy, Source
@@ -156,13 +158,13 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
         module = key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
         b = adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))
         shape = shapes.get(f"{module}.weight")
-        if b is None or shape is None or (b.shape, a.shape) != ((shape[0], a.shape[0]), (a.shape[0], *shape[1:])):
+        if b is None or shape is None or not _fits(a.shape, b.shape, shape):
             found = f"{module}.weight of shape {list(shape)}" if shape else f"no {module}.weight"
             raise SourceError(
                 f"the adapter {adapter.folder} holds {key} of shape {list(a.shape)}, but {source.name} has {found}",
                 hint="this adapter was trained on another model; name the model it was trained on as source_model",
             )
-        steps[f"{module}.weight"] = Lora(a=a, b=b, scale=_lora_scale(adapter.config, module, rank=a.shape[0]))
+        steps[f"{module}.weight"] = Lora(a=a, b=b, scale=_lora_scale(adapter, module, rank=a.shape[0]))
     if not steps:
         raise SourceError(
             f"the adapter {adapter.folder} holds no LoRA matrices, expected names ending in .lora_A.weight",
@@ -171,12 +173,26 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
     return steps
 
 
-def _lora_scale(config: Mapping[str, object], module: str, *, rank: int) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    assert isinstance(patterns, Mapping)
+def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether [rank, in] and [out, rank] make a term for a weight [out, in], of a rank that one can divide by."""
+    return len(weight) == len(a) == 2 and a[0] > 0 and (a[1], b) == (weight[1], (weight[0], a[0]))
+
+
+def _lora_scale(adapter: Adapter, module: str, *, rank: int) -> float:
+    patterns = adapter.config.get("alpha_pattern") or {}
+    if not isinstance(patterns, Mapping):
+        raise _odd_setting(adapter, f"alpha_pattern {patterns!r:.40}", expected="a mapping from modules to numbers")
     own = [value for pattern, value in patterns.items() if module == pattern or module.endswith(f".{pattern}")]
-    alpha = float(own[0]) if own else float(str(config.get("lora_alpha", rank)))
-    return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+    alpha = own[0] if own else adapter.config.get("lora_alpha", rank)
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise _odd_setting(adapter, f"lora_alpha {alpha!r:.40} for {module}", expected="a finite number")
+    return alpha / (rank**0.5 if adapter.config.get("use_rslora") else rank)
+
+
+def _odd_setting(adapter: Adapter, found: str, *, expected: str) -> SourceError:
+    return SourceError(
+        f"the adapter {adapter.folder} has {found}, expected {expected}", hint="fetch its adapter_config.json again"
+    )
 
 
 def backbone_writes(

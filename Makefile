@@ -1,0 +1,48 @@
+# make demo, make test: both set everything up first, in .venv, from the lock
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint schema reference lock bench clean
+
+demo: $(VENV)/.installed
+	$(BIN)/frankenmoe demo
+
+test: $(VENV)/.installed
+	$(BIN)/pytest -n 2
+
+test-slow: $(VENV)/.installed
+	$(BIN)/pytest -n 2 -m "slow or not gpu"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# what is generated and checked by tests
+schema: $(VENV)/.installed
+	$(BIN)/frankenmoe schema > recipes/recipe.schema.json
+reference: $(VENV)/.installed
+	$(BIN)/python docs/make_reference.py > docs/reference.md
+
+bench: $(VENV)/.installed
+	for script in plan load build; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+
+# torch first and by its exact version: a plain `torch` may fetch gigabytes of GPU libraries
+$(VENV)/.installed: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	touch $@
+
+# the lock again, from the ranges in pyproject.toml
+lock:
+	rm -rf .lock && $(PYTHON) -m venv .lock
+	.lock/bin/pip install --quiet torch==2.13.0
+	.lock/bin/pip install --quiet ".[dev,peers]"
+	.lock/bin/pip freeze --exclude frankenmoe | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
+	rm -rf .lock
+
+clean:
+	rm -rf $(VENV) demo-out build .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,110 @@
+"""Building 16 experts against `cp` of the same bytes, time and memory; knows nothing of what is in the files."""
+
+import sys
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+from common import MB, Row, Run, arguments, discarded, interleave, log, measure, publish, ratio, workspace
+from sources import EXPERTS, SHAPES, Shape, make_source, write_recipe
+
+OURS, FLOOR, PEER = "frankenmoe", "cp", "mergekit-moe"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is built from what, and the most it may take: times `cp`, and MB of anonymous memory."""
+
+    name: str
+    sources: int
+    dtype: str
+    times_cp: float
+    anon_mb: float
+
+
+CASES = (
+    Case("bf16, one source", sources=1, dtype="bfloat16", times_cp=1.2, anon_mb=300),
+    Case("bf16, 16 sources", sources=EXPERTS, dtype="bfloat16", times_cp=1.2, anon_mb=300),
+    Case("fp32 to bf16", sources=1, dtype="float32", times_cp=2.0, anon_mb=400),
+)
+
+
+def main() -> None:
+    options = arguments("Build 16 experts of one shape, and cp the result.", name="build")
+    shape = SHAPES[options.scale]
+    with workspace(options.work) as work:
+        rows = [row for case in CASES for row in race(case, shape, work=work, rounds=options.rounds)]
+        publish("build", [*rows, four_times(shape, work=work), imports_alone()], options=options, work=work)
+
+
+def race(case: Case, shape: Shape, *, work: Path, rounds: int) -> list[Row]:
+    """Ours, `cp` and, where it is installed, mergekit-moe in turns over the same sources; all leave synced bytes."""
+    log(case.name)
+    folder = work / "race"
+    with discarded(folder):
+        recipe = prepare(folder, shape, sources=case.sources, dtype=case.dtype)
+        reference, out = folder / "reference", folder / "out"
+        contestants = {OURS: build_command(recipe), FLOOR: ["cp", "-r", str(reference)]}
+        if find_spec("mergekit") is not None:
+            contestants[PEER] = [sys.executable, "-m", "mergekit.scripts.moe", str(recipe)]
+        measure(synced(contestants[OURS], reference))  # also the warm-up
+        turns = {name: partial(run_and_discard, command, out) for name, command in contestants.items()}
+        return rows_of(case, interleave(turns, rounds=rounds))
+
+
+def four_times(shape: Shape, *, work: Path) -> Row:
+    """The memory of one build whose every weight matrix is four times as large."""
+    log("four times as large")
+    folder = work / "large"
+    with discarded(folder):
+        large = replace(shape, hidden=2 * shape.hidden, ffn=2 * shape.ffn)
+        recipe = prepare(folder, large, sources=1, dtype="bfloat16")
+        run = measure(synced(build_command(recipe), folder / "out"))
+    return Row("bf16, one source, 4 x as large: anonymous memory", run.anon / MB, "MB", 300, {OURS: [run.anon / MB]})
+
+
+def imports_alone() -> Row:
+    """The anonymous memory of a process that could build and does nothing: the floor under the rows above."""
+    anon = measure([sys.executable, "-c", "import frankenmoe.pipeline"]).anon / MB
+    return Row("the imports alone: anonymous memory", anon, "MB", None, {OURS: [anon]})
+
+
+def prepare(folder: Path, shape: Shape, *, sources: int, dtype: str) -> Path:
+    """Writes the sources and the recipe over them; returns the recipe."""
+    made = [make_source(folder / f"source-{seed}", shape, dtype=dtype, seed=seed) for seed in range(sources)]
+    return write_recipe(folder / "recipe.yml", made)
+
+
+def build_command(recipe: Path) -> list[str]:
+    """Our build, the output folder still to be added: as a user starts it, Python and its imports included."""
+    # 16 experts of one source are refused unless one says that one knows
+    return [sys.executable, "-m", "frankenmoe.cli", "build", "--allow-identical", str(recipe)]
+
+
+def synced(command: list[str], out: Path) -> list[str]:
+    """`command OUT && sync -f OUT`: every contestant pays for its bytes to reach the disk."""
+    return ["sh", "-c", 'out=$1; shift; "$@" "$out" && sync -f "$out"', "sh", str(out), *command]
+
+
+def run_and_discard(command: list[str], out: Path) -> Run:
+    """One turn, into a folder that does not exist before or after."""
+    with discarded(out):
+        return measure(synced(command, out))
+
+
+def rows_of(case: Case, runs: dict[str, list[Run]]) -> list[Row]:
+    """Time as a ratio of medians to `cp`; memory as the largest of all rounds."""
+    seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
+    anon = {name: [run.anon / MB for run in found] for name, found in runs.items()}
+    peer = ratio(seconds, PEER, to=FLOOR) if PEER in runs else None
+    return [
+        Row(f"{case.name}: time against cp", ratio(seconds, OURS, to=FLOOR), "x", case.times_cp, seconds),
+        Row(f"{case.name}: anonymous memory", max(anon[OURS]), "MB", case.anon_mb, anon),
+        Row(f"{case.name}: mergekit-moe's time against cp", peer, "x", None, {}),
+        Row(f"{case.name}: mergekit-moe's memory", max(anon[PEER]) if PEER in runs else None, "MB", None, {}),
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""Sources that are damaged, lie, or bring code along: each refused in one sentence, and none of their code run."""
+
+import json
+import os
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from refusals import cli, copy_of, refused, spoil
+
+Parents = dict[str, list[Path]]
+Header = dict[str, Any]
+WEIGHT = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def bad(tmp_path: Path, parents: Parents) -> Path:
+    """A copy of an expert's parent, to be damaged."""
+    return copy_of(parents["llama"][1], tmp_path / "bad")
+
+
+@pytest.fixture
+def build(tmp_path: Path, parents: Parents, bad: Path) -> tuple[object, ...]:
+    """The command that makes an MoE with `bad` as an expert."""
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", parents["llama"][0], [bad, parents["llama"][2]])
+    return "build", recipe, tmp_path / "out"
+
+
+def rewrite_header(folder: Path, change: Callable[[Header], object]) -> None:
+    """Edits the JSON in front of a safetensors file and leaves the data behind it as it is."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    end = 8 + struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8:end])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + raw[end:])
+
+
+def shard(folder: Path, name: str) -> Path:
+    """Turns a folder's single file into a sharded checkpoint whose index calls the file `name`."""
+    header = folder / "model.safetensors"
+    raw = header.read_bytes()
+    tensors = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
+    tensors.pop("__metadata__", None)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}))
+    return index
+
+
+# damaged files
+
+
+def test_a_truncated_file(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    file = bad / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 100)
+    refused(*build, inside=tmp_path, facts=(str(file), "is truncated: 100 of its"), hint="fetch the file again")
+
+
+def test_a_truncated_shard(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    name = "model-00001-of-00001.safetensors"
+    shard(bad, name)
+    file = (bad / "model.safetensors").rename(bad / name)
+    os.truncate(file, file.stat().st_size - 1)
+    refused(*build, inside=tmp_path, facts=(str(file), "is truncated: 1 of its"), hint="fetch the file again")
+
+
+def test_a_missing_shard(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    index = shard(bad, "model-00001-of-00001.safetensors")
+    facts = (str(index), "names model-00001-of-00001.safetensors, which is not there")
+    refused(*build, inside=tmp_path, facts=facts, hint="missing shard")
+
+
+@pytest.mark.parametrize("elsewhere", ["../../elsewhere.safetensors", "/etc/elsewhere.safetensors", "a/b.safetensors"])
+def test_an_index_that_names_a_file_elsewhere(
+    build: tuple[object, ...], bad: Path, tmp_path: Path, elsewhere: str
+) -> None:
+    index = shard(bad, elsewhere)
+    facts = (str(index), repr(elsewhere), "expected the bare name")
+    refused(*build, inside=tmp_path, facts=facts, hint="do not use this source")
+
+
+def test_a_header_larger_than_the_file(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    file = bad / "model.safetensors"
+    raw = file.read_bytes()
+    file.write_bytes(struct.pack("<Q", len(raw)) + raw[8:])
+    facts = (str(file), f"announces a header of {len(raw)} bytes", f"only {len(raw) - 8} bytes follow")
+    refused(*build, inside=tmp_path, facts=facts, hint="damaged")
+
+
+def test_overlapping_tensors(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    def overlap(header: Header) -> None:
+        start, end = header[WEIGHT]["data_offsets"]
+        header[WEIGHT]["data_offsets"] = [start - 8, end - 8]
+
+    rewrite_header(bad, overlap)
+    refused(*build, inside=tmp_path, facts=(str(bad), "overlaps the tensor before it by 8 bytes"), hint="damaged")
+
+
+def test_a_tensor_that_lies_about_its_size(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    rewrite_header(bad, lambda header: header[WEIGHT].update(shape=[48, 33]))
+    facts = (WEIGHT, str(bad), f"spans {48 * 32 * 4} bytes, but F32 [48, 33] takes {48 * 33 * 4}")
+    refused(*build, inside=tmp_path, facts=facts, hint="damaged")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 7, b"<!DOCTYPE html>" * 9, struct.pack("<Q", 4) + b"[1]\n"])
+def test_a_file_that_is_no_safetensors(build: tuple[object, ...], bad: Path, tmp_path: Path, content: bytes) -> None:
+    (bad / "model.safetensors").write_bytes(content)
+    refused(*build, inside=tmp_path, facts=(str(bad / "model.safetensors"),), hint="damaged")
+
+
+def test_a_file_without_tensors(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    (bad / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    facts = (str(bad), "lacks 21 of the 21 tensors", "model.embed_tokens.weight")
+    refused(*build, inside=tmp_path, facts=facts, hint="download it again")
+
+
+def test_tensors_of_other_names(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    spoil(bad, lambda tensors: [tensors.__setitem__(f"llm.{name}", tensors.pop(name)) for name in list(tensors)])
+    refused(*build, inside=tmp_path, facts=(str(bad), "lacks 21 of the 21"), hint="config.json belongs")
+
+
+def test_no_weights_at_all(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
+    (bad / "model.safetensors").unlink()
+    refused(*build, inside=tmp_path, facts=(str(bad), "no weights"), hint="safetensors")
+    assert cli("plan", build[1]).code == 0  # enough for the bill
+
+
+# code
+
+
+class Bomb:
+    """A pickle that makes a file when somebody opens it."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.file),)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_pickled_weights_are_never_opened(build: tuple[object, ...], bad: Path, tmp_path: Path, name: str) -> None:
+    (bad / "model.safetensors").unlink()
+    (bad / name).write_bytes(pickle.dumps(Bomb(tmp_path / "boom")))
+    facts = (str(bad), f"only pickled weights ({name})", "expected safetensors")
+    refused(*build, inside=tmp_path, facts=facts, hint="save_pretrained")
+    pickle.loads((bad / name).read_bytes())
+    assert (tmp_path / "boom").is_dir()  # it would have gone off
+
+
+def with_code(folder: Path, *, model_type: str, boom: Path) -> None:
+    """Gives a model Python of its own that makes a folder when it is imported."""
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    tiny.edit_config(folder, model_type=model_type, auto_map=auto_map)
+    (folder / "own.py").write_text(f"import os\nos.mkdir({str(boom)!r})\n")
+
+
+@pytest.mark.parametrize("command", [("plan",), ("build",), ("chat", "--prompt", "x")])
+def test_remote_code_does_not_run_unasked(tmp_path: Path, parents: Parents, command: tuple[str, ...]) -> None:
+    folders = [copy_of(parent, tmp_path / parent.name) for parent in parents["llama"]]
+    for folder in folders:
+        with_code(folder, model_type="own", boom=tmp_path / "boom")
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders[1:])
+    out = (tmp_path / "out",) if command == ("build",) else ()
+    facts = (str(folders[0]), "'own' model with Python code of its own, which is not run")
+    refused(command[0], recipe, *out, *command[1:], inside=tmp_path, facts=facts, hint="--trust-remote-code")
+
+
+def test_code_beside_a_known_family_is_ignored(tmp_path: Path, parents: Parents) -> None:
+    folders = [copy_of(parent, tmp_path / parent.name) for parent in parents["llama"]]
+    for folder in folders:
+        with_code(folder, model_type="llama", boom=tmp_path / "boom")
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders[1:], prompts=True, gate_mode="hidden")
+    outcome = cli("build", recipe, tmp_path / "out")
+    assert outcome.code == 0, outcome.stderr
+    assert not (tmp_path / "boom").exists()
+
+
+# configs
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"num_hidden_layers": 4}, ("lacks 18 of the 39 tensors", "model.layers.2.")),
+        ({"num_hidden_layers": "two"}, ("num_hidden_layers 'two'", "expected a whole number from 1 to 10000")),
+        ({"num_hidden_layers": 10**12}, ("num_hidden_layers 1000000000000", "from 1 to 10000")),
+        ({"num_hidden_layers": -2}, ("num_hidden_layers -2",)),
+        ({"num_hidden_layers": 2.0}, ("num_hidden_layers 2.0",)),
+        ({"num_hidden_layers": True}, ("num_hidden_layers True",)),
+        ({"hidden_size": 0}, ("hidden_size 0",)),
+        ({"hidden_size": None}, ("hidden_size None",)),
+        ({"hidden_size": [32]}, ("hidden_size [32]",)),
+        ({"hidden_size": 10**9}, ("model.embed_tokens.weight of shape [128, 32]", "says [128, 1000000000]")),
+        ({"num_attention_heads": 0}, ("num_attention_heads 0",)),
+        ({"num_key_value_heads": 3}, ("4 attention heads, 3 key-value heads",)),
+        ({"num_key_value_heads": 0}, ("num_key_value_heads 0",)),
+        ({"head_dim": 16}, ("q_proj.weight of shape [32, 32]", "says [64, 32]")),
+        ({"intermediate_size": 49}, ("gate_proj.weight of shape [48, 32]", "says [49, 32]")),
+        ({"vocab_size": "128"}, ("vocab_size '128'",)),
+        ({"model_type": None}, ("no model_type",)),
+        ({"model_type": "nobody-knows"}, ("nobody-knows",)),
+        ({"rope_parameters": "fast"}, ("rotary settings 'fast'",)),
+        ({"rope_theta": "fast", "rope_parameters": None}, ("LlamaForCausalLM", "'str'")),
+        ({"rope_parameters": {"rope_type": "nobody-knows", "rope_theta": 1e4}}, ("'nobody-knows'",)),
+        ({"rms_norm_eps": "small"}, ("'rms_norm_eps'", "str")),
+        ({"hidden_act": "nobody-knows"}, ("nobody-knows",)),
+        ({"dtype": "int8"}, ("int8", "expected float32, float16 or bfloat16")),
+        ({"tie_word_embeddings": "maybe"}, ("tie_word_embeddings",)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", [(), ("--virtual",)])
+def test_a_config_that_lies(
+    tmp_path: Path, parents: Parents, changes: dict[str, Any], facts: tuple[str, ...], form: tuple[str, ...]
+) -> None:
+    folders = [copy_of(parent, tmp_path / parent.name) for parent in parents["llama"]]
+    for folder in folders:
+        tiny.edit_config(folder, **changes)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders[1:], prompts=True, gate_mode="hidden")
+    refused("build", recipe, tmp_path / "out", *form, inside=tmp_path, facts=facts)
+
+
+@pytest.mark.parametrize(
+    "key", ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"]
+)
+def test_a_config_without_a_size(tmp_path: Path, parents: Parents, key: str) -> None:
+    folders = [copy_of(parent, tmp_path / parent.name) for parent in parents["llama"]]
+    for folder in folders:
+        config = json.loads((folder / "config.json").read_text())
+        del config[key]
+        (folder / "config.json").write_text(json.dumps(config))
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders[1:])
+    facts = (str(folders[0] / "config.json"), f"no {key}")
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint="fetch config.json again")
+    refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])
+def test_a_config_that_is_no_json_object(build: tuple[object, ...], bad: Path, tmp_path: Path, content: bytes) -> None:
+    (bad / "config.json").write_bytes(content)
+    facts = (str(bad / "config.json"), "is not a JSON object")
+    refused(*build, inside=tmp_path, facts=facts, hint="save_pretrained")

@@ -1,0 +1,97 @@
+"""The benchmarks run and keep what they promise; how fast anything is, is not a test's business."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def common(monkeypatch: pytest.MonkeyPatch):
+    """benchmarks/common.py, imported as the scripts beside it do."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import common
+
+    return common
+
+
+def run_script(name: str, folder: Path) -> dict:
+    """The JSON that a script writes at the smallest scale; its work folder must be empty again afterwards."""
+    out, work = folder / "result.json", folder / "work"
+    work.mkdir()
+    options = ["--scale", "smoke", "--rounds", "1", "--work", str(work), "--out", str(out)]
+    done = subprocess.run([sys.executable, str(BENCHMARKS / name), *options], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines()[:-1])) <= 80  # the last line names a file
+    assert list(work.iterdir()) == []
+    return json.loads(out.read_text())
+
+
+def check(result: dict, *, rows: int) -> None:
+    """The shape of a result: its circumstances, and rows whose verdict follows from value and limit."""
+    assert {"benchmark", "scale", "rounds", "finished", "revision", "machine", "versions", "rows"} == result.keys()
+    assert result["machine"]["cores"] >= 1
+    assert result["versions"]["torch"]
+    assert len(result["rows"]) == rows
+    for row in result["rows"]:
+        known = row["value"] is not None and row["limit"] is not None
+        assert row["reached"] == (row["value"] <= row["limit"] if known else None)
+        assert all(len(samples) == 1 for samples in row["samples"].values())
+
+
+def test_plan_imports_no_torch(tmp_path: Path) -> None:
+    result = run_script("plan.py", tmp_path)
+    check(result, rows=3)
+    assert result["rows"][1]["value"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("script", "rows"), [("load.py", 6), ("build.py", 14)])
+def test_scripts_keep_their_rows(script: str, rows: int, tmp_path: Path) -> None:
+    check(run_script(script, tmp_path), rows=rows)
+
+
+def test_measure_sees_the_memory_of_children(common) -> None:
+    hold = "import time; held = bytearray(b'x') * 50_000_000; time.sleep(0.5); print('done')"
+    run = common.measure(["sh", "-c", f'"{sys.executable}" -c "{hold}"; true'])
+    assert 50 * common.MB < run.anon < 100 * common.MB
+    assert run.seconds >= 0.5
+    assert run.stdout == "done\n"
+
+
+def test_measure_tells_why_a_command_failed(common) -> None:
+    with pytest.raises(RuntimeError, match="no such luck"):
+        common.measure(["sh", "-c", "echo no such luck >&2; exit 3"])
+
+
+def test_rounds_alternate(common) -> None:
+    order: list[str] = []
+    found = common.interleave({name: lambda name=name: order.append(name) or name for name in "ab"}, rounds=3)
+    assert "".join(order) == "abbaab"
+    assert found == {"a": ["a"] * 3, "b": ["b"] * 3}
+
+
+def test_a_ratio_is_one_of_medians(common) -> None:
+    assert common.ratio({"ours": [3.0, 900.0, 4.0], "cp": [2.0, 2.0, 0.1]}, "ours", to="cp") == 2.0
+
+
+def test_workspace_is_gone_after_an_error(common, tmp_path: Path) -> None:
+    def fail() -> None:
+        with common.workspace(tmp_path) as work:
+            (work / "file").touch()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_readme_shows_the_kept_results(common) -> None:
+    import table
+
+    shown = table.split(table.README.read_text())[1]
+    assert shown == table.markdown(sorted(common.RESULTS.glob("*-full.json"))), "run python benchmarks/table.py"
