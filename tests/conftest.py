@@ -1,8 +1,14 @@
 """Fixtures that several folders of tests share."""
 
+import os
+
+# one thread each: two workers with two threads each wait for one another far longer than they compute
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from pathlib import Path
 
 import pytest
+
 import tiny
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -197,20 +199,34 @@ def test_a_disk_that_is_too_small(recipe: Path, tmp_path: Path, monkeypatch: pyt
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="another disk")
 
 
+@contextmanager
+def small_disk(folder: Path, *, size: str) -> Iterator[Path]:
+    """A disk of its own for the time of a test; skips where none can be mounted."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        # lazily, since weights that were mapped from it keep it busy until this process ends
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
 @pytest.mark.parametrize(
     ("size", "form"),
     [("4k", ()), ("16k", ()), ("64k", ()), ("4k", ("--virtual",)), ("8k", ("--virtual",)), ("16k", ("--virtual",))],
 )
 def test_a_real_disk_that_is_too_small(recipe: Path, tmp_path: Path, size: str, form: tuple[str, ...]) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
+    with small_disk(tmp_path / "disk", size=size) as disk:
         refused("build", recipe, disk / "out", *form, inside=disk, facts=(str(disk),), hint="disk")
-    finally:
-        subprocess.run(["umount", disk], check=True)
+
+
+def test_an_output_folder_that_is_a_disk_itself(recipe: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", size="8m") as disk:
+        facts = (str(disk), "is where a disk is mounted")
+        refused("build", recipe, disk, inside=tmp_path, facts=facts, hint=str(disk / "moe"))
+        assert cli("build", recipe, disk / "moe").code == 0
 
 
 # another process, as a person runs it

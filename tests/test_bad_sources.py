@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import dynamic_module_utils
 
 import tiny
 from refusals import cli, copy_of, refused, spoil
 
 Parents = dict[str, list[Path]]
 Header = dict[str, Any]
+OWN_LLAMA = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
 
 
@@ -180,6 +188,19 @@ def test_code_beside_a_known_family_is_ignored(tmp_path: Path, parents: Parents)
     outcome = cli("build", recipe, tmp_path / "out")
     assert outcome.code == 0, outcome.stderr
     assert not (tmp_path / "boom").exists()
+
+
+def test_remote_code_runs_when_asked(tmp_path: Path, parents: Parents, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folders = [copy_of(parent, tmp_path / parent.name) for parent in parents["llama"]]
+    for folder in folders:
+        with_code(folder, model_type="own", boom=tmp_path / f"boom-{folder.name}")
+        with (folder / "own.py").open("a") as file:
+            file.write(OWN_LLAMA)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders[1:], prompts=True, gate_mode="hidden")
+    outcome = cli("build", recipe, tmp_path / "out", "--virtual", "--trust-remote-code")
+    assert outcome.code == 0, outcome.stderr
+    assert (tmp_path / "boom-0").is_dir()
 
 
 # configs

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
+import tiny
 from frankenmoe.artifact import partial_folder
 from frankenmoe.checkpoint import writer
 from frankenmoe.errors import ArtifactError

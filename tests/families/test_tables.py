@@ -1,10 +1,10 @@
 """The family tables against transformers' own classes: names, shapes and defaults."""
 
 import pytest
-import tiny
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import tiny
 from frankenmoe.families import FAMILIES, FORMATS, rope
 
 VARIANTS = [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}]

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from mergekit.common import ModelReference
 from mergekit.moe.config import Expert as PeerExpert
@@ -13,6 +12,7 @@ from mergekit.moe.router import get_gate_params
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import frankenmoe as fm
+import tiny
 from frankenmoe.errors import RecipeError
 from frankenmoe.gates.capture import encode, layer_inputs
 from frankenmoe.gates.methods import uniform_rows

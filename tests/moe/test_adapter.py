@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from oracles.moe_reference import FFN, HIDDEN, SwiGLU
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.adapter import LoraLinear, with_adapter
+from oracles.moe_reference import FFN, HIDDEN, SwiGLU
 
 # R rank, I inputs, O outputs
 

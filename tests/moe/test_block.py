@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.moe_reference import HIDDEN, SwiGLU
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.adapter import with_adapter
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.router import Router
+from oracles.moe_reference import HIDDEN, SwiGLU
 
 # T tokens, D hidden, E experts, K top-k
 

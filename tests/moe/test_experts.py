@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles.moe_reference import HIDDEN, SwiGLU, naive
 from torch import nn
 
 from frankenmoe.moe.experts import apply_capacity, dispatch
+from oracles.moe_reference import HIDDEN, SwiGLU, naive
 
 # T tokens, D hidden, E experts, K top-k
 

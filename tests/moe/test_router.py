@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from oracles.moe_reference import choices
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.router import Router
+from oracles.moe_reference import choices
 
 LOGITS_TE = torch.tensor([[1.0, 3.0, 2.0], [0.5, -1.0, 0.0]])
 

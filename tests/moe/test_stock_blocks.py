@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from oracles.moe_reference import SwiGLU
 from torch import nn
 from transformers import FlexOlmoConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
 from transformers.models.flex_olmo.modeling_flex_olmo import FlexOlmoSparseMoeBlock
@@ -13,6 +12,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBl
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.router import Router
 from frankenmoe.moe.trace import LayerTrace, switch_balance
+from oracles.moe_reference import SwiGLU
 
 # T tokens, D hidden, E experts, K top-k
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
+import tiny
 from frankenmoe.artifact import ROUTERS
 
 CLOSE = 1e-5

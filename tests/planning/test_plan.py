@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 
 import frankenmoe as fm
+import tiny
 from frankenmoe.planning.bill import gguf_bytes
 
 RECIPES = Path(__file__).parents[2] / "recipes"

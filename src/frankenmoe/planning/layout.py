@@ -51,7 +51,7 @@ def _asked(recipe: Recipe) -> list[MoEFormat]:
         raise PlanError(
             f"architecture {recipe.architecture!r} is not one that can be built: "
             f"{', '.join(fmt.title for fmt in FORMATS.values())}",
-            hint=f"{did_you_mean(recipe.architecture, [fmt.title for fmt in FORMATS.values()])} Without it the plan chooses",
+            hint=did_you_mean(recipe.architecture, [fmt.title for fmt in FORMATS.values()]),
         )
     return found
 
