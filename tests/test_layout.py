@@ -45,7 +45,7 @@ def imports(file: Path) -> Iterator[str]:
 
 def part(module: str) -> str:
     """frankenmoe.moe.block -> moe; the package itself -> ''."""
-    return (module.split(".") + [""])[1]
+    return [*module.split("."), ""][1]
 
 
 def name_of(file: Path) -> str:

@@ -131,5 +131,5 @@ def test_prompts_need_tokens(parents: Parents, tmp_path: Path) -> None:
     base = parents["llama"][0]
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert encode(tokenizer, ["ab"]) == [[0, 67, 68]]
-    with pytest.raises(RecipeError, match="blank|empty"):
+    with pytest.raises(RecipeError, match=r"blank|empty"):
         fm.Recipe.load(recipe_of(tmp_path, base, [[" "], ["b"]], [[], []], gate_mode="hidden"))

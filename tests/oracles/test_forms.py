@@ -89,8 +89,8 @@ def test_llama_with_a_prompted_shared_expert_becomes_qwen_moe(parents: Parents, 
 def test_deepseek_loads_without_remote_code(top_k: int, parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     recipe = tiny.write_recipe(
-        tmp_path / "r.yml", base, [one, two], prompts=True, gate_mode="hidden", shared_experts=[{"source_model": str(base)}],
-        experts_per_token=top_k,
+        tmp_path / "r.yml", base, [one, two], prompts=True, gate_mode="hidden", experts_per_token=top_k,
+        shared_experts=[{"source_model": str(base)}],
     )  # fmt: skip
     fm.build(recipe, tmp_path / "built")
     assert json.loads((tmp_path / "built" / "config.json").read_text())["architectures"] == ["DeepseekForCausalLM"]
@@ -196,7 +196,7 @@ def test_average_backbone_is_the_mean_of_the_experts_parents(parents: Parents, t
 
 
 def test_adapter_experts_stay_low_rank_and_equal_peft(parents: Parents, tmp_path: Path) -> None:
-    base, one, _ = parents["llama"]
+    one = parents["llama"][1]
     torch.manual_seed(5)
     settings = LoraConfig(
         r=4, lora_alpha=12, target_modules=["gate_proj", "up_proj", "down_proj"], init_lora_weights=False

@@ -141,7 +141,7 @@ def build_command(
 def verify_command(folder: Path, as_json: bool) -> None:
     """Compare every byte of OUT with its sources.
 
-    Also: names, shapes and types against the model class, finite values, routers. Exit code 2 at the first that differs.
+    Also names, shapes and types against the model class, and finite values. Exit code 2 at the first that differs.
     """
     from frankenmoe.artifact import open_artifact
     from frankenmoe.cli.progress import bars

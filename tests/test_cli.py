@@ -1,0 +1,169 @@
+"""The command line as a person meets it: tables of 80 columns, JSON, streaming, quiet when piped, exit codes."""
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+import tiny
+from frankenmoe import __version__
+from frankenmoe.cli import progress
+from frankenmoe.cli.app import Size, app
+
+Parents = dict[str, list[Path]]
+COLUMNS = 80
+
+
+@pytest.fixture
+def recipe(parents: Parents, tmp_path: Path) -> Path:
+    base, one, two = parents["llama"]
+    return tiny.write_recipe(tmp_path / "r.yml", base, [base, one, two], prompts=True, gate_mode="hidden", name="tiny")
+
+
+def run(*arguments: object, **keys: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False, **keys)  # type: ignore[arg-type]
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_plan_is_a_table_of_at_most_eighty_columns(recipe: Path) -> None:
+    out = run("plan", recipe)
+    assert max(map(len, out.splitlines())) <= COLUMNS
+    for word in ("tiny", "Mixtral", "parameters", "active per token", "q4_0", "KV cache", "licences"):
+        assert word in out
+
+
+def test_plan_json_has_the_promised_keys(recipe: Path) -> None:
+    data = json.loads(run("plan", recipe, "--json"))
+    promised = {
+        "format",
+        "layers",
+        "experts",
+        "experts_per_token",
+        "parameters",
+        "bytes",
+        "memory",
+        "identical_experts",
+    }
+    assert promised | {"warnings", "writes"} <= data.keys()
+    assert data["parameters"].keys() == {"total", "active", "shared", "per_expert"}
+    assert data["bytes"].keys() == {"built", "virtual"}
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_build_verify_chat(virtual: bool, recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert str(out) in run("build", recipe, out, *(["--virtual"] if virtual else []))
+    assert "is what its recipe says" in run("verify", out)
+    assert json.loads(run("verify", out, "--json"))["routers"]
+    said = json.loads(run("chat", out, "--prompt", "hello", "--max-new-tokens", 5, "--json"))
+    assert len(said["trace"]) == 5 + 5 - 1
+    assert said["trace"][0]["token"] == "h"
+    assert len(said["trace"][0]["layers"][1]["ids"]) == 2
+
+
+def test_chat_streams_and_traces_straight_from_a_recipe(recipe: Path) -> None:
+    out = run("chat", recipe, "--prompt", "hello", "--max-new-tokens", 6, "--trace")
+    assert "experts: 0 e0  1 e1  2 e2" in out
+    assert max(map(len, out.splitlines())) <= COLUMNS
+    plain = run("chat", recipe, "--prompt", "hello", "--max-new-tokens", 6)
+    assert out.startswith(plain.rstrip("\n"))
+
+
+def test_chat_reads_a_conversation_from_a_pipe(recipe: Path) -> None:
+    out = run("chat", recipe, "--max-new-tokens", 3, input="hello\n\nagain\n")
+    assert len(out.strip("\n").splitlines()) >= 2
+
+
+def test_sampling_follows_the_seed(recipe: Path) -> None:
+    arguments = ("chat", recipe, "--prompt", "hello", "--max-new-tokens", 12, "--temperature", 2.0, "--json", "--seed")
+    one, same, other = (json.loads(run(*arguments, seed))["reply"] for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_nothing_but_data_on_stdout_and_no_bars_in_a_pipe(recipe: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "frankenmoe.cli", "build", str(recipe), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("built artifact in")
+    assert "\x1b" not in done.stdout + done.stderr
+    assert "Loading weights" not in done.stderr
+
+
+def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
+    code = (
+        "import time\nfrom frankenmoe.cli.progress import bars\n"
+        "with bars() as progress:\n"
+        "    progress.start('writing', 10**9, 'B')\n"
+        "    for _ in range(8): progress.advance(10**8); time.sleep(0.15)\n"
+    )
+    seen, terminal = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    with subprocess.Popen([sys.executable, "-c", code], stderr=terminal, stdout=terminal, env=environment):
+        os.close(terminal)
+        text = ""
+        try:
+            while chunk := os.read(seen, 65536):
+                text += chunk.decode(errors="replace")
+        except OSError:  # how Linux ends a terminal
+            pass
+    assert "writing" in text
+    assert "MB/s" in text
+    assert "0:00:0" in text
+
+
+def test_interrupted_says_so_and_exits_130(recipe: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys\nfrom frankenmoe import compose\n"
+        "compose.check_disk = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from frankenmoe.cli import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, "build", str(recipe), str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "the same command goes on" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert run("build", recipe, tmp_path / "out")
+
+
+def test_a_reader_that_leaves_early_is_no_error(recipe: Path) -> None:
+    command = f"{sys.executable} -m frankenmoe.cli plan {recipe} --json | head -1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.stdout == "{\n"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["plan", "build", "verify", "chat", "demo", "schema"])
+def test_help_shows_an_example(command: str) -> None:
+    out = run(command, "--help")
+    assert f"frankenmoe {command}" in out.partition("Example:")[2]
+    assert max(map(len, out.splitlines())) <= COLUMNS
+
+
+def test_version() -> None:
+    assert __version__ in run("--version")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GB", 4 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2**31), ("1.5K", 1500), ("7", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert Size().convert(text, None, None) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "0", "4 G B", "nan"])
+def test_what_is_not_a_size(text: str) -> None:
+    assert CliRunner().invoke(app, ["build", "r.yml", "out", "--shard-size", text]).exit_code == 2
+
+
+def test_bars_are_silent_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress.bars() as listener:
+        listener.start("writing", 10, "B")
+        listener.advance(10)
+    assert capsys.readouterr() == ("", "")
