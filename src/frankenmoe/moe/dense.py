@@ -115,14 +115,15 @@ def skeleton(config: Any) -> dict[int, nn.Module]:
     return mlps
 
 
-def fill(bare: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """A copy of an `mlp` without weights whose parameters are the given tensors, by name within the `mlp`."""
-    module = copy.deepcopy(bare)
+def fill(pattern: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A copy of an `mlp` whose parameters are the given tensors, by name within the `mlp`."""
+    # the memo lets deepcopy share the pattern's parameters, which are replaced at once, in place of copying them
+    module = copy.deepcopy(pattern, {id(tensor): tensor for tensor in (*pattern.parameters(), *pattern.buffers())})
     try:
         module.load_state_dict(dict(tensors), strict=True, assign=True)
     except RuntimeError as error:
         raise SourceError(
-            f"the FFN tensors {', '.join(tensors)} do not fit {type(bare).__name__}: {one_line(error)}",
+            f"the FFN tensors {', '.join(tensors)} do not fit {type(pattern).__name__}: {one_line(error)}",
             hint="this family stores its FFN under other names than it computes with; it cannot give experts yet",
         ) from error
     for parameter in module.parameters():

@@ -38,6 +38,8 @@ from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.layout import SHARED, router_names
 
 Gates = Mapping[str, torch.Tensor]
+# endings of config fields that no `mlp` depends on
+OUTSIDE_MLP = ("_token_id", "dtype", "_version", "architectures", "use_cache", "_name_or_path", "rope_parameters")
 
 
 @dataclass(frozen=True)
@@ -170,8 +172,9 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
     writes = (*parts.backbone, *(write for row in first.ffn for write in row.values()))
     tensors = {write.name: tensor(write) for write in writes}
     model = load_dense(parts.config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
-    make = _block_maker(parts, tensor, dtype, options)
-    for layer, (holder, dense_mlp) in mlp_modules(model).items():
+    places = mlp_modules(model)
+    make = _block_maker(parts, {layer: mlp for layer, (_, mlp) in places.items()}, tensor, dtype, options)
+    for layer, (holder, dense_mlp) in places.items():
         name = next(key for key, module in holder.named_children() if module is dense_mlp)
         setattr(holder, name, make(layer))
     model.generation_config = _generation_config(parts.folder) or model.generation_config
@@ -203,12 +206,13 @@ def _tensor_cache(dtype: torch.dtype | None) -> Callable[[TensorWrite], torch.Te
 
 def _block_maker(
     parts: Parts,
+    own: Mapping[int, nn.Module],
     tensor: Callable[[TensorWrite], torch.Tensor],
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
 ) -> Callable[[int], MoEBlock]:
-    """Layer -> its MoEBlock. Experts of equal content share one module."""
-    bare = cache(skeleton_of(parts))
+    """Layer -> its MoEBlock. `own` are the dense model's `mlp` modules; experts of equal content share one module."""
+    pattern = cache(_patterns(parts, own))
     dense: dict[object, nn.Module] = {}
 
     def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
@@ -220,7 +224,7 @@ def _block_maker(
         key = (layer, tuple(row.values()))
         if key not in dense:
             tensors = {suffix: tensor(write) for suffix, write in row.items()}
-            dense[key] = fill(bare(node.source.folder if node.source else None)[layer], tensors)
+            dense[key] = fill(pattern(node.source.folder if node.source else None)[layer], tensors)
         loras = {
             suffix.removesuffix(".weight"): (
                 torch.from_numpy(values(lora.a)),
@@ -231,7 +235,7 @@ def _block_maker(
         }
         return with_adapter(dense[key], loras) if loras else dense[key]
 
-    def block(path: tuple[int, ...], nodes: tuple[ExpertNode, ...], layer: int, top_k: int, **own: Any) -> MoEBlock:
+    def block(path: tuple[int, ...], nodes: tuple[ExpertNode, ...], layer: int, top_k: int, **keys: Any) -> MoEBlock:
         gate_ED = gate(path, layer)
         assert gate_ED is not None
         whole = parts.renormalize or path != ()
@@ -239,7 +243,7 @@ def _block_maker(
         experts = [
             block(node.path, node.children, layer, node.top_k) if node.children else leaf(node, layer) for node in nodes
         ]
-        return MoEBlock(router, experts, **own)
+        return MoEBlock(router, experts, **keys)
 
     def outer(layer: int) -> MoEBlock:
         shared = {
@@ -251,13 +255,22 @@ def _block_maker(
     return outer
 
 
-def skeleton_of(parts: Parts) -> Callable[[Path | None], Mapping[int, nn.Module]]:
-    """Source folder -> the `mlp` modules without weights of that source's own config; None is the base's."""
+def _patterns(parts: Parts, own: Mapping[int, nn.Module]) -> Callable[[Path | None], Mapping[int, nn.Module]]:
+    """Source folder -> `mlp` modules of that source's own config, to be copied with other weights.
 
-    def bare(folder: Path | None) -> Mapping[int, nn.Module]:
-        return skeleton(parts.configs.get(folder, parts.config) if folder else parts.config)
+    Those of the dense model serve wherever the configs agree; only another activation, say, needs a model of its own.
+    """
 
-    return bare
+    def pattern(folder: Path | None) -> Mapping[int, nn.Module]:
+        config = parts.configs.get(folder, parts.config) if folder else parts.config
+        return own if config is parts.config or _of_mlp(config) == _of_mlp(parts.config) else skeleton(config)
+
+    return pattern
+
+
+def _of_mlp(config: Any) -> dict[str, Any]:
+    """The fields of a config that may change what an `mlp` is: all but those that never do."""
+    return {key: value for key, value in config.to_dict().items() if not key.endswith(OUTSIDE_MLP)}
 
 
 def residual_scale(write: TensorWrite) -> float:

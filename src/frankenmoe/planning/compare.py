@@ -60,9 +60,9 @@ def same_write(one: TensorWrite, two: TensorWrite) -> bool:
 
 def same_ref(one: TensorRef, two: TensorRef) -> bool:
     """True where two references hold the same bytes; without weights, where they are the same tensor of one folder."""
-    if not (one.nbytes and two.nbytes):
-        return (one.file, one.name) == (two.file, two.name)
-    return same_values(one, two, limit=COMPARE_LIMIT)
+    if (one.file, one.name) == (two.file, two.name):
+        return True
+    return bool(one.nbytes and two.nbytes) and same_values(one, two, limit=COMPARE_LIMIT)
 
 
 def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
