@@ -13,7 +13,7 @@ from common import status
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401  (transformers imports it on first use)
 
-from frankenmoe.pipeline import load
+from frankenmoe.loading import load
 
 TOKENS = 32
 LOADERS = {

@@ -20,7 +20,8 @@ LAYERS = (
     {"planning"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
-    {"pipeline"},
+    {"building"},
+    {"loading"},
     {"demo"},
     {"cli"},
 )

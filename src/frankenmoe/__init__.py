@@ -7,9 +7,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from frankenmoe.artifact import Artifact
+    from frankenmoe.building import build
     from frankenmoe.errors import FrankenMoEError
+    from frankenmoe.loading import load
     from frankenmoe.moe.load import MoE
-    from frankenmoe.pipeline import build, load
     from frankenmoe.planning import Plan, plan
     from frankenmoe.prove import verify
     from frankenmoe.recipe import Recipe
@@ -20,8 +21,8 @@ _HOMES = {
     "MoE": "frankenmoe.moe.load",
     "Plan": "frankenmoe.planning",
     "Recipe": "frankenmoe.recipe",
-    "build": "frankenmoe.pipeline",
-    "load": "frankenmoe.pipeline",
+    "build": "frankenmoe.building",
+    "load": "frankenmoe.loading",
     "plan": "frankenmoe.planning",
     "verify": "frankenmoe.prove",
 }

@@ -4,7 +4,9 @@ Knows nothing of torch, of how routers were made, or of what a tensor means.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from pathlib import Path
+from threading import Event
 
 from frankenmoe.artifact import INDEX, ROUTERS, write_json
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
@@ -13,6 +15,7 @@ from frankenmoe.errors import ArtifactError
 from frankenmoe.planning import Plan
 
 GIB = 2**30
+AT_ONCE = 2
 
 
 def compose(plan: Plan, folder: Path, *, shard_size: int, on_bytes: Callable[[int], None]) -> None:
@@ -24,15 +27,38 @@ def compose(plan: Plan, folder: Path, *, shard_size: int, on_bytes: Callable[[in
     shards = name_shards(split_shards(plan.groups, limit=shard_size))
     missing = (writes for name, writes in shards.items() if not (folder / name).exists())
     check_disk(folder, need=sum(map(_size, missing)))
-    scanned: set[TensorRef] = set()
-    for name, writes in shards.items():
-        if (folder / name).exists():
-            on_bytes(_size(writes))
-            continue
-        write_shard(folder / name, writes, metadata={"format": "pt"}, on_bytes=on_bytes, scanned=scanned)
+    _write_shards(shards, folder, on_bytes=on_bytes)
     write_json(folder / "config.json", plan.config)
     write_json(folder / INDEX, index(shards, routers=tuple(plan.routers)))
     copy_small_files(plan, folder)
+
+
+def _write_shards(
+    shards: Mapping[str, Sequence[TensorWrite]], folder: Path, *, on_bytes: Callable[[int], None]
+) -> None:
+    """Two shards at a time, so that one is synced to disk while the next is copied. The first error stops both."""
+    scanned: set[TensorRef] = set()
+    stopped = Event()
+
+    def listen(amount: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        on_bytes(amount)
+
+    def write(name: str) -> None:
+        if (folder / name).exists():
+            listen(_size(shards[name]))
+        else:
+            write_shard(folder / name, shards[name], metadata={"format": "pt"}, on_bytes=listen, scanned=scanned)
+
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        running = [pool.submit(write, name) for name in shards]
+        try:
+            for future in as_completed(running):
+                future.result()
+        finally:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
 
 
 def split_shards(groups: Sequence[Sequence[TensorWrite]], *, limit: int) -> list[list[TensorWrite]]:

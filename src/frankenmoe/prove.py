@@ -24,6 +24,7 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.recall import plan_of
 
 DAMAGED = "the folder was changed or damaged after it was built; build it again"
+SAMPLE = 2**16  # bytes of a copied tensor that a sampled proof compares
 Listener = Callable[[int], None]
 
 
@@ -168,4 +169,8 @@ def _compare_bytes(write: TensorWrite, ref: TensorRef, *, sampled: bool, on_byte
 
 
 def _blocks(write: TensorWrite, *, sampled: bool) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
-    return islice(blocks(write), 1) if sampled else blocks(write)
+    if not sampled:
+        return blocks(write)
+    if write.is_copy:
+        return iter([map_bytes(write.inputs[0])[:SAMPLE]])
+    return islice(blocks(write), 1)

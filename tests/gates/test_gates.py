@@ -15,7 +15,7 @@ import frankenmoe as fm
 import tiny
 from frankenmoe.errors import RecipeError
 from frankenmoe.gates.capture import encode, layer_inputs
-from frankenmoe.gates.methods import uniform_rows
+from frankenmoe.gates.chance import uniform_rows
 from frankenmoe.gates.run import make_routers
 
 Parents = dict[str, list[Path]]

@@ -34,6 +34,7 @@ Stage = Callable[[Floats, int], Floats]
 """A step made ready: takes a block and its number, gives the block after the step and leaves the first unchanged."""
 
 BLOCK = 2**20  # elements; also what the noise is keyed by, so another value gives other noise
+_CACHED = 2**16  # elements; the temporaries of a conversion then stay in the cache
 _SCAN = 2**16  # elements; a scan reads each chunk twice, the second time from the cache
 
 
@@ -128,6 +129,13 @@ def encode(block_N: Floats, *, dtype: str) -> Bytes:
 
 
 def _bfloat16(block_N: Floats) -> NDArray[np.uint16]:
+    out_N = np.empty(block_N.size, np.uint16)
+    for start in range(0, block_N.size, _CACHED):
+        out_N[start : start + _CACHED] = _rounded(block_N[start : start + _CACHED])
+    return out_N
+
+
+def _rounded(block_N: Floats) -> NDArray[np.uint16]:
     bits_N = block_N.view(np.uint32)
     # Just under half of the last place kept, plus that place's own bit: it carries exactly when rounding goes up.
     rounded_N = ((bits_N >> 16) & 1) + np.uint32(0x7FFF) + bits_N

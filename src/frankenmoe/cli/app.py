@@ -119,7 +119,7 @@ def build_command(
     read = Recipe.load(recipe)
     warn(plan(read, dtype=dtype, trust_remote_code=trust_remote_code).warnings)
 
-    from frankenmoe.pipeline import build
+    from frankenmoe.building import build
 
     with bars() as progress:
         artifact = build(

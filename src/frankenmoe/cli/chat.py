@@ -12,8 +12,8 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from frankenmoe.cli.show import console
+from frankenmoe.loading import load
 from frankenmoe.moe.generate import Reply, reply, weight_shares
-from frankenmoe.pipeline import load
 
 # Okabe and Ito's palette, which colour-blind eyes tell apart; experts beyond it share colours but keep their numbers
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")

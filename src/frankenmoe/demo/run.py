@@ -15,13 +15,14 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.building import build
 from frankenmoe.demo.parents import make_parents
 from frankenmoe.demo.text import DOMAINS, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
+from frankenmoe.loading import load
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.generate import Reply, reply
 from frankenmoe.moe.load import MoE
-from frankenmoe.pipeline import build, load
 from frankenmoe.planning import Plan, plan
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.prove import Check, verify

@@ -1,15 +1,12 @@
-"""Gate rows from captured states or from chance: pure functions, one per gate mode, each as mergekit-moe computes it.
+"""Gate rows from captured states: pure functions, one per gate mode, each as mergekit-moe computes it.
 
-Shape suffixes: L layers, T tokens, D hidden, E experts, V vocabulary, N all prompt tokens of an expert.
+Shape suffixes: L layers, T tokens, D hidden, V vocabulary, N all prompt tokens of an expert.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 TINY = 1e-8  # mergekit's floor under a norm it divides by
 
@@ -51,19 +48,3 @@ def unit(rows_LD: torch.Tensor) -> torch.Tensor:
     """Rows divided by their Euclidean length."""
     length_L1: torch.Tensor = torch.linalg.vector_norm(rows_LD, dim=-1, keepdim=True)
     return rows_LD / length_L1.clamp(min=TINY)
-
-
-def random_rows(generator: np.random.Generator, experts: int, hidden: int) -> NDArray[np.float32]:
-    """`random`: standard normal numbers, [E, D]."""
-    return generator.standard_normal((experts, hidden), np.float32)
-
-
-def uniform_rows(generator: np.random.Generator, experts: int, hidden: int) -> NDArray[np.float32]:
-    """`uniform_random`: uniform in +-1/sqrt(hidden), the default of torch.nn.Linear, [E, D]."""
-    bound = 1 / math.sqrt(hidden)
-    return generator.uniform(-bound, bound, (experts, hidden)).astype(np.float32)
-
-
-RANDOM_ROWS: Mapping[str, Callable[[np.random.Generator, int, int], NDArray[np.float32]]] = MappingProxyType(
-    {"random": random_rows, "uniform_random": uniform_rows}
-)

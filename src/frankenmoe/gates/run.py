@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from frankenmoe.artifact import Routers
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.checkpoint.values import check_finite
-from frankenmoe.checkpoint.values import encode as encode_values
 from frankenmoe.errors import NumericsError, RecipeError, SourceError
 from frankenmoe.gates.capture import encode, layer_inputs
-from frankenmoe.gates.methods import RANDOM_ROWS, STATE_MODES, direction, embedding_sum, prompt_mean
+from frankenmoe.gates.chance import encoded, random_routers
+from frankenmoe.gates.methods import STATE_MODES, direction, embedding_sum, prompt_mean
 from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, read_config
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.sources import anatomy
-from frankenmoe.planning.tree import dense_writes, tensor_seed
-from frankenmoe.recipe import Expert
+from frankenmoe.planning.tree import dense_writes
+from frankenmoe.recipe import RANDOM_MODES, Expert
 
 Prompts = tuple[tuple[str, ...], tuple[str, ...]]
 Progress = Callable[[int, int], None]
@@ -41,23 +41,10 @@ def make_routers(
     states.
     """
     mode = plan.recipe.gate_mode
-    if mode in RANDOM_ROWS:
-        rows = _random_gates(plan)
-    else:
-        side = _embedding_sides(plan) if mode == "cheap_embed" else _state_sides(plan, trust_remote_code)
-        rows = _prompted_gates(plan, side, on_progress=on_progress)
-    return {
-        name: (plan.dtype, shape, encode_values(np.ascontiguousarray(rows[name]).reshape(-1), dtype=plan.dtype))
-        for name, shape in plan.routers.items()
-    }
-
-
-def _random_gates(plan: Plan) -> Mapping[str, NDArray[np.float32]]:
-    draw = RANDOM_ROWS[plan.recipe.gate_mode]
-    return {
-        name: draw(np.random.Generator(np.random.Philox(tensor_seed(plan.recipe.seed, (), name))), *shape)
-        for name, shape in plan.routers.items()
-    }
+    if mode in RANDOM_MODES:
+        return random_routers(plan)
+    side = _embedding_sides(plan) if mode == "cheap_embed" else _state_sides(plan, trust_remote_code)
+    return encoded(plan, _prompted_gates(plan, side, on_progress=on_progress))
 
 
 def _prompted_gates(plan: Plan, side: Side, *, on_progress: Progress) -> Mapping[str, NDArray[np.float32]]:

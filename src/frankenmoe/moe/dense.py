@@ -4,7 +4,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -87,32 +87,31 @@ def causal_class(config: Any) -> Any:
 
 
 def mlp_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
-    """Layer -> (the layer, its `mlp`) of any transformers decoder."""
+    """Layer -> (the layer, its `mlp`) of any transformers decoder whose `mlp` maps hidden states and nothing else.
+
+    SourceError for one that wants more, such as Bloom's, which adds the residual itself.
+    """
     found = {}
     for name, module in model.named_modules():
         match = MLP_NAME.match(name)
         if match:
             found[int(match[1])] = (model.get_submodule(name.rpartition(".")[0]), module)
+    for _, mlp in found.values():
+        wanted = [key for key, value in signature(mlp.forward).parameters.items() if value.default is Parameter.empty]
+        if len(wanted) > 1:
+            raise SourceError(
+                f"the `mlp` of {type(model).__name__} takes {' and '.join(wanted)}, expected hidden states alone",
+                hint="only decoders whose `mlp` maps hidden states to hidden states can give experts",
+            )
     return dict(sorted(found.items()))
 
 
 def skeleton(config: Any) -> dict[int, nn.Module]:
-    """Layer -> an `mlp` without weights, as this config's model has it.
-
-    Raises SourceError where it needs more than the hidden states, such as Bloom's, which adds the residual itself.
-    """
+    """Layer -> an `mlp` without weights, as this config's model has it."""
     cls = causal_class(config)
     with torch.device("meta"), quiet_transformers(), _explained(cls, config):
         model = cls._from_config(config)
-    mlps = {layer: mlp for layer, (_, mlp) in mlp_modules(model).items()}
-    for mlp in mlps.values():
-        needed = [each.name for each in signature(mlp.forward).parameters.values() if each.default is each.empty]
-        if len(needed) != 1:
-            raise SourceError(
-                f"the `mlp` of {cls.__name__} takes {' and '.join(needed)}, expected the hidden states alone",
-                hint="only decoders whose `mlp` is a function of the hidden states can give experts",
-            )
-    return mlps
+    return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items()}
 
 
 def fill(pattern: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:

@@ -1,40 +1,33 @@
-"""The stages in order: plan, routers, body, proof; load in either form. The library's front door, and the CLI's."""
+"""Recipe -> artifact: plan, routers, body, proof, in that order; the library's and the CLI's way to build.
+
+Does not import torch until a stage needs it: bytes are already being copied while it loads.
+"""
 
 import os
 import platform
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
-import torch
-import transformers
 import yaml
 
-from frankenmoe import __version__
-from frankenmoe.artifact import (
-    ROUTERS,
-    Artifact,
-    Routers,
-    finish,
-    growing,
-    open_artifact,
-    refuse_occupied,
-    write_routers,
-)
+from frankenmoe.artifact import ROUTERS, Artifact, Routers, finish, growing, refuse_occupied, write_routers
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
-from frankenmoe.checkpoint.tensors import DTYPES
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.compose import compose, copy_small_files
 from frankenmoe.errors import PlanError
-from frankenmoe.gates.run import make_routers
-from frankenmoe.moe.dense import as_tensor
-from frankenmoe.moe.load import MoE, check_loadable, copy, load_built, load_plan
+from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan, plan
-from frankenmoe.planning.recall import plan_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.prove import prove_body, prove_routers, prove_sources
-from frankenmoe.recipe import Recipe
+from frankenmoe.recipe import RANDOM_MODES, Recipe
 
 SHARD_SIZE = 4 * 10**9
+SWITCH_INTERVAL = 2e-4  # seconds; see torch_ahead
 
 
 def build(
@@ -57,26 +50,81 @@ def build(
     refuse_occupied(out)
     made = plan(load_recipe(recipe), dtype=dtype, weights=True, trust_remote_code=trust_remote_code)
     check_buildable(made, virtual=virtual, allow_identical=allow_identical)
-    check_loadable(made, trust_remote_code=trust_remote_code)
     digest = f"{made.digest}/{'virtual' if virtual else shard_size}"
-    with growing(out, digest=digest) as partial:
+    with growing(out, digest=digest) as partial, torch_ahead() as torch_is_there:
+        if virtual or made.recipe.gate_mode not in RANDOM_MODES:
+            torch_is_there()
         if virtual:
-            progress.start("checking", made.bill.memory_virtual, "B")
-            prove_sources(made, on_bytes=progress.advance)
+            _check_sources(made, progress, trust_remote_code=trust_remote_code)
         if not (partial / ROUTERS).exists():
-            write_routers(partial, _routers(made, progress, trust_remote_code=trust_remote_code))
+            write_routers(partial, make_routers(made, progress, trust_remote_code=trust_remote_code))
         if virtual:
             copy_small_files(made, partial)
         else:
-            total = sum(write.nbytes for write in made.writes)
-            progress.start("writing", total, "B")
+            progress.start("writing", sum(write.nbytes for write in made.writes), "B")
             compose(made, partial, shard_size=shard_size, on_bytes=progress.advance)
-            prove_routers(made, partial)
-            prove_body(made, partial, sampled=True, on_bytes=lambda amount: None)
+            torch_is_there()
+            _prove(made, partial, trust_remote_code=trust_remote_code)
         text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
         record = _record(made, virtual=virtual, progress=progress)
         return finish(partial, out, record=record)
+
+
+@contextmanager
+def torch_ahead() -> Iterator[Callable[[], None]]:
+    """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes.
+
+    Yields what waits for it: transformers cannot be imported from two threads at once. Python's threads take turns; a
+    short turn keeps the copying from waiting for the imports.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    thread = Thread(target=import_module, args=("frankenmoe.prove",), daemon=True)
+    thread.start()
+    try:
+        yield thread.join
+    finally:
+        thread.join()
+        sys.setswitchinterval(before)
+
+
+def _check_sources(made: Plan, progress: Progress, *, trust_remote_code: bool) -> None:
+    """What a virtual MoE will read, checked before it is promised."""
+    from frankenmoe.moe.load import check_loadable
+    from frankenmoe.prove import prove_sources
+
+    check_loadable(made, trust_remote_code=trust_remote_code)
+    progress.start("checking", made.bill.memory_virtual, "B")
+    prove_sources(made, on_bytes=progress.advance)
+
+
+def _prove(made: Plan, folder: Path, *, trust_remote_code: bool) -> None:
+    """What was written is what was planned, and transformers can load it."""
+    from frankenmoe.moe.load import check_loadable
+    from frankenmoe.prove import prove_body, prove_routers
+
+    check_loadable(made, trust_remote_code=trust_remote_code)
+    prove_routers(made, folder)
+    prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
+
+
+def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> Routers:
+    """Every gate by the recipe's gate mode; random ones without waiting for torch."""
+    if made.recipe.gate_mode in RANDOM_MODES:
+        return random_routers(made)
+    from frankenmoe.gates import run
+
+    reached = 0
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal reached
+        if done == 0:
+            progress.start("routers", total, "prompt sets")
+        progress.advance(done - reached)
+        reached = done
+
+    return run.make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code)
 
 
 def load_recipe(recipe: Recipe | str | Path) -> Recipe:
@@ -107,19 +155,6 @@ def check_buildable(made: Plan, *, virtual: bool, allow_identical: bool) -> None
 
 def _target(made: Plan) -> str:
     return made.fmt.title if made.fmt else "a checkpoint"
-
-
-def _routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> Routers:
-    reached = 0
-
-    def on_progress(done: int, total: int) -> None:
-        nonlocal reached
-        if done == 0:
-            progress.start("routers", total, "prompt sets")
-        progress.advance(done - reached)
-        reached = done
-
-    return make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code)
 
 
 def _record(made: Plan, *, virtual: bool, progress: Progress) -> dict[str, Any]:
@@ -156,39 +191,8 @@ def _record(made: Plan, *, virtual: bool, progress: Progress) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """What made this, for the record."""
     return {
-        "frankenmoe": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "frankenmoe": version("frankenmoe"),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
     }
-
-
-def load(
-    what: Recipe | Artifact | str | Path,
-    *,
-    dtype: str | None = None,
-    trust_remote_code: bool = False,
-    progress: Progress = SILENT,
-    **options: Any,
-) -> MoE:
-    """An MoE to run: from an artifact of either form, or from a recipe, whose routers are then made in memory.
-
-    `dtype` (float32, bfloat16, float16) converts; without it weights stay mapped as they are stored. `options` are
-    those of MoEBlock: capacity_factor, drop_policy.
-    """
-    as_dtype = getattr(torch, dtype) if dtype else None
-    if isinstance(what, (str, Path)) and not Path(what).is_file():
-        what = open_artifact(Path(what))
-    if isinstance(what, Artifact):
-        if what.form == "built":
-            return load_built(what, dtype=as_dtype, **options)
-        made = plan_of(what, trust_remote_code=trust_remote_code)
-        gates = {name: as_tensor(copy(what.routers, name, name)) for name in what.routers}
-        return load_plan(made, gates, dtype=as_dtype, trust_remote_code=trust_remote_code, **options)
-    made = plan(load_recipe(what), weights=True, trust_remote_code=trust_remote_code)
-    check_buildable(made, virtual=True, allow_identical=True)
-    gates = {
-        name: torch.from_numpy(raw).view(getattr(torch, DTYPES[kind].name)).view(shape)
-        for name, (kind, shape, raw) in _routers(made, progress, trust_remote_code=trust_remote_code).items()
-    }
-    return load_plan(made, gates, dtype=as_dtype, trust_remote_code=trust_remote_code, **options)
