@@ -63,7 +63,7 @@ def test_a_killed_build_goes_on_and_ends_byte_identical(end: signal.Signals, rec
     partial = partial_folder(out)
     assert not out.exists()
     finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("model-0*.safetensors")}
-    assert len(finished) == 2
+    assert 1 <= len(finished) < len(list((tmp_path / "whole").glob("model-0*.safetensors")))
     with pytest.raises(ArtifactError, match="not a folder"):
         fm.load(out)
     fm.build(recipe, out, shard_size=20_000)
