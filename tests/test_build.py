@@ -19,9 +19,10 @@ from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
+from frankenmoe import building
 from frankenmoe.artifact import partial_folder
 from frankenmoe.checkpoint import writer
-from frankenmoe.errors import ArtifactError
+from frankenmoe.errors import ArtifactError, SourceError
 
 Parents = dict[str, list[Path]]
 
@@ -105,6 +106,22 @@ def test_a_changed_input_is_noticed_on_resuming(change: str, tmp_path: Path, mon
         fm.build(recipe, tmp_path / "out", **keys)
     assert "remove" in str(caught.value.hint)
     assert partial_folder(tmp_path / "out").is_dir()
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = [tiny.make_parent(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    recipe = tiny.write_recipe(tmp_path / "r.yml", own[0], own)
+    real = building.compose
+
+    def compose(*args: Any, **keys: Any) -> None:
+        real(*args, **keys)
+        os.utime(own[1] / "model.safetensors", ns=(1, 1))
+
+    monkeypatch.setattr(building, "compose", compose)
+    with pytest.raises(SourceError, match="changed while it was read"):
+        fm.build(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not partial_folder(tmp_path / "out").exists()
 
 
 def test_an_error_in_the_input_leaves_nothing_behind(parents: Parents, tmp_path: Path) -> None:

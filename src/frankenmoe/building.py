@@ -20,7 +20,7 @@ from frankenmoe.artifact import ROUTERS, Artifact, Routers, finish, growing, ref
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.compose import compose, copy_small_files
-from frankenmoe.errors import PlanError
+from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan, plan
 from frankenmoe.progress import SILENT, Progress
@@ -68,6 +68,11 @@ def build(
         text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
         record = _record(made, virtual=virtual, progress=progress)
+        if made.digest_now() != made.digest:
+            raise SourceError(
+                f"a source of {recipe if isinstance(recipe, str | Path) else recipe.origin} changed while it was read",
+                hint="build again when nothing writes to the sources any more",
+            )
         return finish(partial, out, record=record)
 
 

@@ -118,7 +118,11 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Names this plan: the recipe, the stored type and every source file's size and time of change."""
+        """Names this plan: the recipe, the stored type and every source file as it was when first asked for."""
+        return self.digest_now()
+
+    def digest_now(self) -> str:
+        """The digest with every source file's size and time of change as they are at this moment."""
         files = sorted({(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.source_files})
         facts = [self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
