@@ -4,6 +4,7 @@ import errno
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from frankenmoe.checkpoint.header import header_bytes
@@ -36,12 +37,13 @@ def write_shard(
     with _replacing(path, size=len(header) + sum(write.nbytes for write in writes)) as target:
         _write_all(target, header)
         on_bytes(len(header))
+        computed: dict[object, TensorRef] = {}
         for run in _runs(writes):
             _scan(run, scanned)
             if run[0].is_copy:
                 _copy_run(target, run, on_bytes=on_bytes)
             else:
-                _compute(target, run[0], on_bytes=on_bytes)
+                _compute_once(target, run[0], partial=_partial(path), computed=computed, on_bytes=on_bytes)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -97,6 +99,24 @@ def _copy_run(target: int, run: Sequence[TensorWrite], *, on_bytes: Callable[[in
             on_bytes(copied)
 
 
+def _compute_once(
+    target: int,
+    write: TensorWrite,
+    *,
+    partial: Path,
+    computed: dict[object, TensorRef],
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Append a computed write; where the file already holds an equal one (one source, many experts), copy that."""
+    what = (write.inputs, write.steps, write.dtype, write.shape)
+    if what in computed:
+        _copy_run(target, [replace(write, inputs=(computed[what],), steps=())], on_bytes=on_bytes)
+        return
+    start = os.lseek(target, 0, os.SEEK_CUR)
+    _compute(target, write, on_bytes=on_bytes)
+    computed[what] = TensorRef(write.name, write.dtype, write.shape, partial, start, start + write.nbytes)
+
+
 def _compute(target: int, write: TensorWrite, *, on_bytes: Callable[[int], None]) -> None:
     for block in blocks(write):
         _write_all(target, block.data)
@@ -148,10 +168,14 @@ def _opened(file: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
 @contextmanager
 def _replacing(path: Path, *, size: int) -> Iterator[int]:
     """A file descriptor whose `size` bytes become `path` once the block ends well; else nothing is left of them."""
-    partial = path.with_name(f"{path.name}.partial")
+    partial = _partial(path)
     try:
         with partial.open("wb", buffering=0) as file:
             _reserve(file.fileno(), size)
