@@ -10,7 +10,7 @@ from rich.table import Table
 
 from frankenmoe.cli.chat import show_trace
 from frankenmoe.cli.progress import bars
-from frankenmoe.cli.show import billions, console
+from frankenmoe.cli.show import billions, console, program
 from frankenmoe.demo.run import Story, tell
 from frankenmoe.demo.text import DOMAINS
 
@@ -59,11 +59,11 @@ def _print(story: Story, out: Path) -> None:
     )
     show.print("\n6. Try it", style="bold")
     for command in (
-        f"frankenmoe chat {out}/recipe.yml --trace --prompt 'Whisk the eggs'",
-        f"frankenmoe plan {out}/recipe.yml",
-        f"frankenmoe verify {out}/moe",
+        f"chat {out}/recipe.yml --trace --prompt 'Whisk the eggs'",
+        f"plan {out}/recipe.yml",
+        f"verify {out}/moe",
     ):
-        click.echo(f"  {command}")
+        click.echo(f"  {program()} {command}")
     click.echo(f"files: {out}/parents (dense), {out}/moe-virtual (recipe and routers), {out}/moe (built)")
 
 

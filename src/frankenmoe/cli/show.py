@@ -1,5 +1,7 @@
 """Plans, checks and finished artifacts as tables of at most 80 columns; computes nothing."""
 
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +84,7 @@ def show_built(artifact: Artifact) -> None:
     """Where the artifact is, how large, and what to do next."""
     size = sum(file.stat().st_size for file in artifact.folder.iterdir())
     click.echo(f"{artifact.form} artifact in {artifact.folder} ({gib(size)})")
-    click.echo(f"next: frankenmoe chat {artifact.folder}")
+    click.echo(f"next: {program()} chat {artifact.folder}")
 
 
 def show_checks(folder: Path, checks: Sequence[Any]) -> None:
@@ -94,6 +96,11 @@ def show_checks(folder: Path, checks: Sequence[Any]) -> None:
         table.add_row(f"ok  {check.what}", check.found)
     console().print(table)
     click.echo(f"{folder} is what its recipe says")
+
+
+def program() -> str:
+    """How this program was called, so that a printed command can be run as it stands."""
+    return "frankenmoe" if shutil.which("frankenmoe") else sys.argv[0]
 
 
 def gib(count: int) -> str:
