@@ -15,6 +15,7 @@ import tiny
 from frankenmoe import __version__
 from frankenmoe.cli import progress
 from frankenmoe.cli.app import Size, app
+from frankenmoe.errors import FrankenMoEError
 
 Parents = dict[str, list[Path]]
 COLUMNS = 80
@@ -79,6 +80,19 @@ def test_chat_streams_and_traces_straight_from_a_recipe(recipe: Path) -> None:
 def test_chat_reads_a_conversation_from_a_pipe(recipe: Path) -> None:
     out = run("chat", recipe, "--max-new-tokens", 3, input="hello\n\nagain\n")
     assert len(out.strip("\n").splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("what", "prompt", "words"),
+    [
+        ("missing.yml", "hi", "missing.yml"),
+        ("recipe", "a" * 100, "100 tokens, but the model sees 64"),
+        ("recipe", "", "no tokens"),
+    ],
+)
+def test_chat_refuses_what_it_cannot_say(what: str, prompt: str, words: str, recipe: Path) -> None:
+    with pytest.raises(FrankenMoEError, match=words):
+        run("chat", recipe if what == "recipe" else what, "--prompt", prompt)
 
 
 def test_sampling_follows_the_seed(recipe: Path) -> None:

@@ -16,6 +16,11 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 
 
+def is_recipe(path: str | Path) -> bool:
+    """Whether a path names a recipe, there or not, and not an artifact's folder."""
+    return Path(path).is_file() or (Path(path).suffix in (".yml", ".yaml") and not Path(path).is_dir())
+
+
 def load(
     what: Recipe | Artifact | str | Path,
     *,
@@ -30,7 +35,7 @@ def load(
     those of MoEBlock: capacity_factor, drop_policy.
     """
     as_dtype = getattr(torch, dtype) if dtype else None
-    if isinstance(what, (str, Path)) and not Path(what).is_file():
+    if isinstance(what, (str, Path)) and not is_recipe(what):
         what = open_artifact(Path(what))
     if isinstance(what, Artifact):
         if what.form == "built":

@@ -187,7 +187,7 @@ def chat_command(
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
-    if what.is_file():
+    if what.is_file() or (what.suffix in (".yml", ".yaml") and not what.is_dir()):
         from frankenmoe.cli.show import warn
         from frankenmoe.planning import plan
         from frankenmoe.recipe import Recipe

@@ -44,7 +44,7 @@ def reply(
     `history` is a list of {"role", "content"}; `streamer` is a transformers one.
     Raises SourceError for a prompt without tokens.
     """
-    ids = encode(tokenizer, history)
+    ids = encode(tokenizer, history, moe.model.config)
     settings = moe.model.generation_config
     eos = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos
@@ -65,8 +65,11 @@ def reply(
     return Reply(tokenizer.decode(made, skip_special_tokens=True), out.tolist(), concat(layers), len(made) / seconds)
 
 
-def encode(tokenizer: Any, history: Sequence[dict[str, str]]) -> torch.Tensor:
-    """The conversation as ids [1, T]: through the chat template where there is one, otherwise the text itself."""
+def encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> torch.Tensor:
+    """The conversation as ids [1, T]: through the chat template where there is one, otherwise the text itself.
+
+    SourceError where a model of this `config` cannot take it: no token, too many, or one it has no embedding for.
+    """
     if tokenizer.chat_template:
         found = tokenizer.apply_chat_template(
             list(history), add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -74,6 +77,17 @@ def encode(tokenizer: Any, history: Sequence[dict[str, str]]) -> torch.Tensor:
     else:
         found = tokenizer("".join(turn["content"] for turn in history), return_tensors="pt")
     ids = found["input_ids"]
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and ids.shape[-1] >= limit:
+        raise SourceError(
+            f"the conversation has {ids.shape[-1]} tokens, but the model sees {limit} at most, its reply included",
+            hint="say less, or start a new conversation",
+        )
+    if ids.numel() and int(ids.max()) >= config.vocab_size:
+        raise SourceError(
+            f"the tokenizer gives the id {int(ids.max())}, but the model has {config.vocab_size} embeddings",
+            hint="the tokenizer in the base's folder belongs to another model",
+        )
     if not ids.shape[-1]:
         raise SourceError("the prompt has no tokens in this tokenizer", hint="write a longer prompt")
     assert isinstance(ids, torch.Tensor)
