@@ -12,15 +12,16 @@ Made by `make reference` from the program's own help; a test holds it to that.
 
 def reference() -> str:
     """The page as one string."""
-    parts = [HEAD, _section(app, "frankenmoe")]
-    parts += [_section(command, f"frankenmoe {name}") for name, command in sorted(app.commands.items())]
+    with click.Context(app, info_name="frankenmoe", terminal_width=80, **app.context_settings) as root:
+        parts = [HEAD, _section(root)]
+        for name, command in sorted(app.commands.items()):
+            with click.Context(command, info_name=name, parent=root) as context:
+                parts.append(_section(context))
     return "\n".join(parts)
 
 
-def _section(command: click.Command, name: str) -> str:
-    settings = {"info_name": name, "max_content_width": 80, "terminal_width": 80}
-    with click.Context(command, **settings) as context:  # type: ignore[arg-type]
-        return f"## {name}\n\n```text\n{command.get_help(context)}\n```\n"
+def _section(context: click.Context) -> str:
+    return f"## {context.command_path}\n\n```text\n{context.command.get_help(context)}\n```\n"
 
 
 if __name__ == "__main__":

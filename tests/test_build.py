@@ -59,7 +59,8 @@ def test_a_killed_build_goes_on_and_ends_byte_identical(end: signal.Signals, rec
         "compose.write_shard = shard\n"
         "fm.build(sys.argv[1], sys.argv[2], shard_size=20_000)\n"
     )
-    run = subprocess.run([sys.executable, "-c", code, str(recipe), str(out), str(int(end))], capture_output=True)
+    command = [sys.executable, "-c", code, str(recipe), str(out), str(int(end))]
+    run = subprocess.run(command, capture_output=True, preexec_fn=tiny.hears_ctrl_c)
     assert run.returncode != 0
     partial = partial_folder(out)
     assert not out.exists()

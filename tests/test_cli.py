@@ -139,7 +139,7 @@ def test_interrupted_says_so_and_exits_130(recipe: Path, tmp_path: Path) -> None
         "from frankenmoe.cli import main\nmain()"
     )
     command = [sys.executable, "-c", code, "build", str(recipe), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=tiny.hears_ctrl_c)
     assert done.returncode == 128 + signal.SIGINT
     assert "the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr

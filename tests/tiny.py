@@ -1,6 +1,7 @@
 """Tiny random parents of every family, as ordinary checkpoint folders, for tests."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def edit_config(folder: Path, **changes: Any) -> None:
     """Changes fields of a folder's config.json in place."""
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def hears_ctrl_c() -> None:
+    """For a child process: a shell's background jobs, and so their children, ignore SIGINT unless told otherwise."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def ids(length: int = 12, *, batch: int = 2, vocab: int = 97, seed: int = 1) -> torch.Tensor:
