@@ -163,6 +163,15 @@ def test_verify_finds_one_flipped_bit(virtual: bool, tmp_path: Path) -> None:
         fm.verify(artifact.folder)
 
 
+def test_a_virtual_artifact_and_its_sources_may_move_together(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    own = [tiny.make_parent(home / str(seed), seed=seed) for seed in range(2)]
+    recipe = tiny.write_recipe(home / "r.yml", Path("0"), [Path(folder.name) for folder in own])
+    fm.build(recipe, home / "virtual", virtual=True)
+    home.rename(tmp_path / "elsewhere")
+    assert fm.verify(tmp_path / "elsewhere" / "virtual")
+
+
 def test_tokenizer_and_generation_settings_come_along_byte_for_byte(
     recipe: Path, parents: Parents, tmp_path: Path
 ) -> None:

@@ -67,7 +67,7 @@ def build(
             _prove(made, partial, trust_remote_code=trust_remote_code)
         text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
-        record = _record(made, virtual=virtual, progress=progress)
+        record = _record(made, out, virtual=virtual, progress=progress)
         if made.digest_now() != made.digest:
             raise SourceError(
                 f"a source of {recipe if isinstance(recipe, str | Path) else recipe.origin} changed while it was read",
@@ -162,7 +162,7 @@ def _target(made: Plan) -> str:
     return made.fmt.title if made.fmt else "a checkpoint"
 
 
-def _record(made: Plan, *, virtual: bool, progress: Progress) -> dict[str, Any]:
+def _record(made: Plan, out: Path, *, virtual: bool, progress: Progress) -> dict[str, Any]:
     """frankenmoe.json: enough to say where every number came from and to load without the recipe file."""
     files = made.source_files
     if virtual:
@@ -172,6 +172,7 @@ def _record(made: Plan, *, virtual: bool, progress: Progress) -> dict[str, Any]:
         "name": made.recipe.name,
         "recipe": made.recipe.to_dict(),
         "recipe_folder": str(made.recipe.folder),
+        "recipe_folder_from_here": os.path.relpath(made.recipe.folder, out),
         "recipe_digest": made.recipe.digest,
         "seed": made.recipe.seed,
         "dtype": made.dtype_name,

@@ -14,9 +14,12 @@ from frankenmoe.recipe import Recipe
 def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
     """Plans the recorded recipe against its sources as they are now; ArtifactError if they are not what they were."""
     record = artifact.record
+    folder = Path(record["recipe_folder"])
+    if not folder.is_dir():  # artifact and sources may have moved together
+        folder = (artifact.folder / record["recipe_folder_from_here"]).resolve()
     recipe = Recipe.parse(
         yaml.safe_dump(record["recipe"], sort_keys=False),
-        folder=Path(record["recipe_folder"]),
+        folder=folder,
         origin=str(artifact.folder / "recipe.yml"),
     )
     try:
