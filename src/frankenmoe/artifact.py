@@ -78,6 +78,7 @@ def open_artifact(folder: Path) -> Artifact:
 
 
 def _hint_unfinished(folder: Path) -> str:
+    folder = folder.resolve()
     if partial_folder(folder).is_dir():
         return f"{partial_folder(folder)} is an unfinished build: run the same build command again to finish it"
     return "make one with `frankenmoe build RECIPE OUT`"
@@ -167,11 +168,12 @@ def _claim(partial: Path, *, out: Path, digest: str) -> None:
 def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
     """Writes the record last, then renames the partial folder to `out`: from here on it looks finished, and is."""
     write_atomic(partial / RECORD, _json_bytes({"version": RECORD_VERSION, **record}))
-    for name in (UNFINISHED, LOCK):
-        (partial / name).unlink(missing_ok=True)
     if out.is_dir():
         out.rmdir()
     partial.replace(out)
+    # only now: without them a run killed before the rename could not be finished
+    for name in (UNFINISHED, LOCK):
+        (out / name).unlink(missing_ok=True)
     descriptor = os.open(out.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)

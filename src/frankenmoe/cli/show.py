@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.artifact import Artifact
@@ -30,13 +31,15 @@ def show_plan(made: Plan) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _plan_rows(made, facts):
-        table.add_row(name, value)
+        table.add_row(name, escape(value))
     out = console()
     out.print(table)
     reasons = _unused_by_reason(facts["unused"])
     for reason, names in reasons.items():
         more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""
-        out.print(f"unused: {', '.join(names[:SHOWN_UNUSED])}{more}: {reason}", style="dim", highlight=False)
+        out.print(
+            f"unused: {', '.join(names[:SHOWN_UNUSED])}{more}: {reason}", style="dim", highlight=False, markup=False
+        )
     warn(made.warnings)
     for problem in made.problems:
         click.secho(f"cannot be built: {problem}", fg="red", err=True)

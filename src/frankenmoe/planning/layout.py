@@ -205,7 +205,10 @@ def _shared_writes(
             for suffix, name in fmt.shared.items()
         )
     if fmt.shared_gate is not None and not gated:
-        writes = (*writes, _zeros(fmt.shared_gate.format(layer=layer), (1, hidden), dtype))
+        # not zero itself: llama.cpp computes a sigmoid as silu(x) / x, which is NaN there
+        nearly_zero = Constant(2.0**-24 if dtype == "F16" else 2.0**-60)
+        name = fmt.shared_gate.format(layer=layer)
+        writes = (*writes, TensorWrite(name=name, dtype=dtype, shape=(1, hidden), inputs=(), steps=(nearly_zero,)))
     return writes
 
 

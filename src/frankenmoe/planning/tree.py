@@ -6,6 +6,7 @@ noise on the source's weights, then the adapter, then the residual scale.
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,8 @@ PEFT_PREFIX = "base_model.model."
 # the matrix that writes into the residual stream, as the families of transformers call it
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 # PEFT settings that change what a LoRA computes in a way W + scale * B A cannot say
+# initialisations that leave the base's own weights alone; PiSSA, OLoRA and their like rewrite them on loading
+PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
 UNSUPPORTED_PEFT = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora")
 
 
@@ -144,6 +147,9 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
     if adapter is None:
         return {}
     asked = [key for key in UNSUPPORTED_PEFT if adapter.config.get(key)]
+    init = adapter.config.get("init_lora_weights", True)
+    if init not in PLAIN_INIT:
+        asked.append(f"init_lora_weights {init!r:.40}")
     if adapter.config.get("peft_type", "LORA") != "LORA" or asked:
         what = ", ".join(asked) or adapter.config.get("peft_type")
         raise SourceError(
@@ -182,11 +188,19 @@ def _lora_scale(adapter: Adapter, module: str, *, rank: int) -> float:
     patterns = adapter.config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise _odd_setting(adapter, f"alpha_pattern {patterns!r:.40}", expected="a mapping from modules to numbers")
-    own = [value for pattern, value in patterns.items() if module == pattern or module.endswith(f".{pattern}")]
+    own = [value for pattern, value in patterns.items() if _names(pattern, module)]
     alpha = own[0] if own else adapter.config.get("lora_alpha", rank)
     if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise _odd_setting(adapter, f"lora_alpha {alpha!r:.40} for {module}", expected="a finite number")
     return alpha / (rank**0.5 if adapter.config.get("use_rslora") else rank)
+
+
+def _names(pattern: str, module: str) -> bool:
+    """Whether a PEFT pattern, a regular expression for the end of a module's name, is meant for this module."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", module) is not None
+    except re.error:
+        return False
 
 
 def _odd_setting(adapter: Adapter, found: str, *, expected: str) -> SourceError:
