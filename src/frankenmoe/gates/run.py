@@ -93,7 +93,8 @@ def _no_direction(plan: Plan, positive: tuple[str, ...]) -> NumericsError:
 
 
 def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
-    stored = next(iter(plan.base.checkpoint.tensors.values())).dtype
+    # of a weight: the file's first tensor may be a buffer of another type
+    stored = plan.backbone[0].inputs[0].dtype
     return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
 
 
