@@ -132,6 +132,11 @@ def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> 
     return run.make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code)
 
 
+def is_recipe(path: str | Path) -> bool:
+    """Whether a path names a recipe, there or not, and not an artifact's folder."""
+    return Path(path).is_file() or (Path(path).suffix in (".yml", ".yaml") and not Path(path).is_dir())
+
+
 def load_recipe(recipe: Recipe | str | Path) -> Recipe:
     """A recipe, read if it is still a path."""
     return recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)

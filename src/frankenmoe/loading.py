@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from frankenmoe.artifact import Artifact, open_artifact
-from frankenmoe.building import check_buildable, load_recipe, make_routers
+from frankenmoe.building import check_buildable, is_recipe, load_recipe, make_routers
 from frankenmoe.checkpoint.tensors import DTYPES
 from frankenmoe.moe.dense import as_tensor
 from frankenmoe.moe.load import MoE, copy, load_built, load_plan
@@ -14,11 +14,6 @@ from frankenmoe.planning import plan
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
-
-
-def is_recipe(path: str | Path) -> bool:
-    """Whether a path names a recipe, there or not, and not an artifact's folder."""
-    return Path(path).is_file() or (Path(path).suffix in (".yml", ".yaml") and not Path(path).is_dir())
 
 
 def load(

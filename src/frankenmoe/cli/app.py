@@ -187,7 +187,9 @@ def chat_command(
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
-    if what.is_file() or (what.suffix in (".yml", ".yaml") and not what.is_dir()):
+    from frankenmoe.building import is_recipe
+
+    if is_recipe(what):
         from frankenmoe.cli.show import warn
         from frankenmoe.planning import plan
         from frankenmoe.recipe import Recipe
