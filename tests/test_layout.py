@@ -17,7 +17,7 @@ LAYERS = (
     {"errors", "suggest", "progress"},
     {"families", "checkpoint"},
     {"recipe", "recipefields", "refusal", "sourcename", "yamlfile", "artifact"},
-    {"planning"},
+    {"planning", "data"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
@@ -28,9 +28,9 @@ LAYERS = (
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
-    "sourcename", "yamlfile", "artifact", "planning", "compose",
+    "sourcename", "yamlfile", "artifact", "planning", "compose", "data",
 }  # fmt: skip
-NETWORK = {"huggingface_hub", "requests", "httpx", "urllib", "socket"}
+NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")
 
 
