@@ -88,10 +88,11 @@ class _Text:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to go on from, and the strings at which to stop."""
+    """Token ids to go on from, the strings at which to stop, and whether the left end is missing."""
 
     tokens: tuple[int, ...]
     stops: tuple[str, ...]
+    cut: bool = False
 
 
 def generate(

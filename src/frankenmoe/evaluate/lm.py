@@ -61,7 +61,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         )
         self.digest = ""
         if folder is not None:
-            self.digest = f"{model_digest(model, progress=progress)[:40]}-{tokenizer_digest(tokenizer)[:16]}-{self.max_length}"
+            self.digest = (
+                f"{model_digest(model, progress=progress)[:40]}-{tokenizer_digest(tokenizer)[:16]}-{self.max_length}"
+            )
 
     # ---- what lm-eval asks of a model ----
 
@@ -112,7 +114,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                     f"{_named(request)}: the model computes NaN", hint="check the model's weights; float16 may overflow"
                 )
             answers[waiting[number]] = (answer.loglikelihood, answer.greedy)
-            self._keep(fresh, stores, request, [answer.loglikelihood, answer.greedy])
+            cut = queries[number].cut
+            self.counts["cut"] += cut
+            self._keep(fresh, stores, request, [[answer.loglikelihood, answer.greedy], cut])
 
         try:
             self.scorer.score(queries, on_answer)
@@ -147,15 +151,16 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             prompts = []
             for context in contexts:
                 tokens = self.tok_encode(context)
-                self.counts["cut"] += len(tokens) > room
+                too_long = len(tokens) > room
                 # a text is made once, up to the stops that all its requests share; each is cut at its own
                 stops = [set(requests[at].args[1]["until"]) for at in together[context, new_tokens]]
-                prompts.append(Prompt(tuple(tokens[-room:]), tuple(sorted(set.intersection(*stops)))))
+                prompts.append(Prompt(tuple(tokens[-room:]), tuple(sorted(set.intersection(*stops))), cut=too_long))
 
-            def on_text(number: int, text: str, contexts: list[str] = contexts, new_tokens: int = new_tokens) -> None:
-                for at in together[contexts[number], new_tokens]:
+            def on_text(number: int, text: str, asked: Any = (contexts, prompts, new_tokens)) -> None:
+                for at in together[asked[0][number], asked[2]]:
                     answers[at] = cut(text, requests[at].args[1]["until"])
-                    self._keep(fresh, stores, requests[at], answers[at])
+                    self.counts["cut"] += asked[1][number].cut
+                    self._keep(fresh, stores, requests[at], [answers[at], asked[1][number].cut])
 
             try:
                 if self.sharing.up_to > max(len(prompt.tokens) for prompt in prompts) + new_tokens:
@@ -229,8 +234,8 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
 
     def _query(self, context: Sequence[int], continuation: Sequence[int]) -> Query:
         whole = [*context, *continuation]
-        self.counts["cut"] += len(whole) > self.max_length + 1
-        return Query(tuple(whole[-(self.max_length + 1) :][:-1]), tuple(continuation))
+        kept = whole[-(self.max_length + 1) :]
+        return Query(tuple(kept[:-1]), tuple(continuation), cut=len(kept) < len(whole))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if not texts:
@@ -262,7 +267,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             if found is None:
                 waiting.append(at)
             else:
-                answers[at] = tuple(found) if isinstance(found, list) else found
+                answer, was_cut = found
+                answers[at] = tuple(answer) if isinstance(answer, list) else answer
+                self.counts["cut"] += was_cut
                 self.progress.advance(1)
         self.counts["known"] += len(answers)
         return answers, stores, waiting

@@ -32,7 +32,9 @@ def sizes(model: Any) -> Sizes:
     width = torch.finfo(model.dtype).bits // 8
     hidden = config.hidden_size
     ffn = next((value for name in FFN_FIELDS if (value := getattr(config, name, None))), 4 * hidden)
-    chosen = max((top_k for module in model.modules() if isinstance(top_k := getattr(module, "top_k", 1), int)), default=1)
+    chosen = max(
+        (top_k for module in model.modules() if isinstance(top_k := getattr(module, "top_k", 1), int)), default=1
+    )
     all_heads = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     head = getattr(config, "head_dim", None) or hidden // all_heads

@@ -88,7 +88,11 @@ def _accuracy(lls: Sequence[float], choices: Sequence[str], gold: int) -> Scores
 
 
 def _choices(text: Callable[[Row], str], choices: Callable[[Row], Sequence[str]]) -> Any:
-    return lambda before, row: [(before + text(row), f" {choice}") for choice in choices(row)]
+    def requests(before: str, row: Row) -> list[tuple[str, str]]:
+        context = before + text(row)  # one string for all, as there are tens of thousands
+        return [(context, f" {choice}") for choice in choices(row)]
+
+    return requests
 
 
 # ---- ARC -------------------------------------------------------------------------------------------------------------

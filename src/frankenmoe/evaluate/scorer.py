@@ -28,6 +28,7 @@ class Query:
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
+    cut: bool = False  # whether the left end is missing
 
     @property
     def first(self) -> int:
@@ -74,7 +75,16 @@ class Scorer:
     alone. `plain_head` says that the model's logits are its output embedding of its last hidden state.
     """
 
-    def __init__(self, model: Any, budget: Budget, *, share_up_to: int, plain_head: bool, alone: bool = False, row_tokens: int = ROW_TOKENS) -> None:
+    def __init__(
+        self,
+        model: Any,
+        budget: Budget,
+        *,
+        share_up_to: int,
+        plain_head: bool,
+        alone: bool = False,
+        row_tokens: int = ROW_TOKENS,
+    ) -> None:
         self.model = model
         self.budget = budget
         self.share_up_to = share_up_to
@@ -95,7 +105,9 @@ class Scorer:
             if shared:
                 asked = [[(number, queries[number]) for number in by_tokens[tokens]] for tokens in shared]
                 self._trunk(plan(shared, row_tokens=self.row_tokens), None, asked, answers)
-            self._each(alone, [[(number, queries[number]) for number in by_tokens[tokens]] for tokens in alone], answers)
+            self._each(
+                alone, [[(number, queries[number]) for number in by_tokens[tokens]] for tokens in alone], answers
+            )
 
     # ---- shared reading ----
 
@@ -107,7 +119,9 @@ class Scorer:
             places = [
                 place
                 for sequence in trunk.through
-                for place in _places(asked[sequence], range(trunk.start, length), lambda position: position - trunk.start)
+                for place in _places(
+                    asked[sequence], range(trunk.start, length), lambda position: position - trunk.start
+                )
             ]
             past = self._read_trunk(trunk, past, places, answers)
         rows = sorted(trunk.rows, key=lambda row: -len(row.tokens))
@@ -216,9 +230,7 @@ class Scorer:
                 places = [
                     place
                     for line, at in enumerate(batch)
-                    for place in _places(
-                        asked[at], range(length), lambda position, line=line: line * length + position
-                    )
+                    for place in _places(asked[at], range(length), lambda position, line=line: line * length + position)
                 ]
                 try:
                     self._pass(self._tensor([sequences[at] for at in batch]), places, answers, use_cache=False)
@@ -242,9 +254,7 @@ class Scorer:
         return torch.tensor([list(row) for row in rows], dtype=torch.long, device=self.model.device)
 
 
-def _places(
-    asked: Sequence[tuple[int, Query]], positions: range, column: Callable[[int], int]
-) -> Iterator[Place]:
+def _places(asked: Sequence[tuple[int, Query]], positions: range, column: Callable[[int], int]) -> Iterator[Place]:
     """The scored places of a sequence's queries among `positions`."""
     for number, query in asked:
         for at in range(max(query.first, positions.start), min(len(query.tokens), positions.stop)):

@@ -49,7 +49,10 @@ def _from_config(model: Any) -> tuple[int, str | None]:
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if kinds - {GLOBAL, *LOCAL} or getattr(model, "_is_stateful", False):
-        return 0, f"it has layers without a cache of keys and values ({', '.join(sorted(kinds - {GLOBAL, *LOCAL})) or 'state'})"
+        return (
+            0,
+            f"it has layers without a cache of keys and values ({', '.join(sorted(kinds - {GLOBAL, *LOCAL})) or 'state'})",
+        )
     if getattr(config, "is_encoder_decoder", False):
         return 0, "it is an encoder and a decoder"
     if str(getattr(config, "_attn_implementation", "sdpa")).startswith("flash"):

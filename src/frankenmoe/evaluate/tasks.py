@@ -30,10 +30,18 @@ class LeaderboardTask(Task):  # type: ignore[misc]
     """
 
     def __init__(
-        self, benchmark: Benchmark, rows: Sequence[Row], *, order: Sequence[int], shots: Sequence[Sequence[Row]], name: str
+        self,
+        benchmark: Benchmark,
+        rows: Sequence[Row],
+        *,
+        order: Sequence[int],
+        shots: Sequence[Sequence[Row]],
+        name: str,
     ) -> None:
         self.benchmark = benchmark
-        self.documents = [(index, rows[index], prefix(benchmark, rows[index], shots[at])) for at, index in enumerate(order)]
+        self.documents = [
+            (index, rows[index], prefix(benchmark, rows[index], shots[at])) for at, index in enumerate(order)
+        ]
         self.OUTPUT_TYPE = "generate_until" if benchmark.stops else "multiple_choice"
         self.VERSION = benchmark.version
         facts = {"version": benchmark.version, "draw_seed": SEED, "documents": len(rows)}
@@ -88,7 +96,9 @@ class LeaderboardTask(Task):  # type: ignore[misc]
                 for at, pair in enumerate(pairs)
             ]
         return [
-            Instance(request_type="generate_until", doc=doc, arguments=(context, _settings(self.benchmark)), idx=at, **kwargs)
+            Instance(
+                request_type="generate_until", doc=doc, arguments=(context, _settings(self.benchmark)), idx=at, **kwargs
+            )
             for at, (context, _) in enumerate(pairs)
         ]
 
@@ -135,7 +145,9 @@ def load_tasks(benchmark: Benchmark, *, data_dir: Path | None) -> tuple[dict[str
         _enough(benchmark, pool)
         order, drawn = draw(len(rows), len(pool), benchmark.shots)
         shots = [[pool[at] for at in drawn[index]] for index in order]
-        return {benchmark.name: LeaderboardTask(benchmark, rows, order=order, shots=shots, name=benchmark.name)}, version
+        return {
+            benchmark.name: LeaderboardTask(benchmark, rows, order=order, shots=shots, name=benchmark.name)
+        }, version
     tasks = {}
     for subject, group in _by_subject(rows).items():
         examples = [row for row in pool if row["subject"] == subject]

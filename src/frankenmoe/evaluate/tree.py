@@ -113,9 +113,7 @@ def _trunk(
             continue
         common = min([len(sequences[order[first]]), *shared[first + 1 : last]])
         if common - depth >= LEAST_TRUNK:
-            below = _trunk(
-                sequences, order, shared, first, last, depth=common, start=depth, row_tokens=row_tokens
-            )
+            below = _trunk(sequences, order, shared, first, last, depth=common, start=depth, row_tokens=row_tokens)
             trunks.append(below)
         else:
             waiting += _children(sequences, order, shared, first, last, common)
