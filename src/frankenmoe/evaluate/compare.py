@@ -77,31 +77,49 @@ def _weighted(groups: Sequence[Group], parts: int) -> list[Group]:
 
 
 def verdict(moe: Result, others: Sequence[Result], found: Sequence[Gains]) -> list[str]:
-    """The first sentence says whether the MoE is worth its memory, the others on what evidence."""
+    """What the comparison says: one plain sentence, then its evidence line by line."""
     by_kind: dict[str, list[tuple[Result, Gains]]] = {}
     for other, gain in zip(others, found, strict=True):
         by_kind.setdefault(other.kind, []).append((other, gain))
-    base = next(iter(by_kind.get(BASE, [])), None)
-    if base is None:
+    if not by_kind.get(BASE):
         return []
-    cost = _cost(moe, base[0])
-    if base[1].identical:
-        return [f"It computes its base exactly: no gain is possible. {cost}"]
-    whole = _whole(base[1])
+    base, over_base = by_kind[BASE][0]
+    cost = _cost(moe, base)
+    if over_base.identical:
+        return [f"It computes its base exactly: no gain is possible; it {cost}."]
+    whole = _whole(over_base)
     if whole is None:
         return ["Nothing was scored by both the MoE and its base, so nothing can be said."]
-    rivals = [(other, gain) for kind in (PARENT, AVERAGE) for other, gain in by_kind.get(kind, [])]
-    better = [(other, total) for other, gain in rivals if (total := _whole(gain)) is not None and total.value <= 0]
-    if whole.sign > 0 and not better:
-        head = "Worth its memory here: it beats its base, and no parent alone does as well overall."
-    elif whole.sign > 0:
+    rivals = [pair for kind in (PARENT, AVERAGE) for pair in by_kind.get(kind, [])]
+    return [f"{_head(over_base, whole, rivals)}; it {cost}.", *_evidence(over_base, by_kind)]
+
+
+def _head(over_base: Gains, whole: Interval, rivals: Sequence[tuple[Result, Gains]]) -> str:
+    """Whether it beats its base and, if so, whether one dense model would have done as well."""
+    if not whole.sign:
+        return f"Not shown to be better than its base: {_size(over_base, whole)} may be chance"
+    if whole.sign < 0:
+        return f"Worse than its base by {_size(over_base, whole)}"
+    head = f"Beats its base by {_size(over_base, whole)}"
+    totals = [(rival, total) for rival, gain in rivals if (total := _whole(gain)) is not None]
+    better = [(rival, total) for rival, total in totals if total.value <= 0]
+    if better:
         best = min(better, key=lambda pair: pair[1].value)[0]
-        head = f"Better than its base, but {best.name} alone does as well or better overall, in less memory."
-    elif whole.sign < 0:
-        head = "Not worth its memory: it is worse than its base."
-    else:
-        head = "Not shown to be worth its memory: its difference to its base may be chance."
-    return [head, *_evidence(base[1], by_kind), cost]
+        return f"{head}, but {_called(best)} alone does as well or better"
+    return f"{head}, and no parent alone does as well overall" if totals else head
+
+
+def _called(other: Result) -> str:
+    return "the average of its parents' weights" if other.kind == AVERAGE else f"parent {other.name}"
+
+
+def _size(gain: Gains, whole: Interval) -> str:
+    """A gain in its unit, with where it is clear of chance if there are texts."""
+    if gain.loss is None:
+        return f"{abs(whole.value) * 100:.1f} points ({_bounds(whole, 100)})"
+    clear = [name for name, each in gain.domains.items() if whole.sign and each.sign == whole.sign]
+    where = f" on all {len(clear)} domains" if 1 < len(clear) == len(gain.domains) else ""
+    return f"{abs(whole.value):.3f} nats per token{where} ({_bounds(whole)})"
 
 
 def _whole(gain: Gains) -> Interval | None:
@@ -120,11 +138,11 @@ def _evidence(base: Gains, by_kind: Mapping[str, Sequence[tuple[Result, Gains]]]
         for _, gain in by_kind.get(kind, ()):
             if gain.loss is not None:
                 yield _against(name, gain)
-    for name, gain in base.tasks.items():
-        if gain.sign:
-            title = BENCHMARKS[name].title
-            yield f"{title}: {abs(gain.value) * 100:.1f} points {_word(gain)} than its base ({_bounds(gain, 100)})."
-    if base.tasks and not any(gain.sign for gain in base.tasks.values()):
+    for name, points in base.tasks.items():
+        if points.sign:
+            size = f"{abs(points.value) * 100:.1f} points {_word(points)} than its base"
+            yield f"{BENCHMARKS[name].title}: {size} ({_bounds(points, 100)})."
+    if base.tasks and not any(points.sign for points in base.tasks.values()):
         yield "On the tasks its difference to its base may be chance."
 
 
@@ -159,4 +177,4 @@ def _listed(names: Sequence[str]) -> str:
 def _cost(moe: Result, base: Result) -> str:
     memory = moe.facts["memory_bytes"] / base.facts["memory_bytes"]
     speed = moe.facts["tokens_per_second"] / base.facts["tokens_per_second"]
-    return f"It costs {memory:.2g} x the memory of its base and reads at {speed:.2g} x its speed."
+    return f"takes {memory:.2g} x the memory of its base and reads at {speed:.2g} x its speed"

@@ -27,7 +27,7 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Source:
-    """A kind of text: its files or hub datasets, relative to `folder`; `held_out` where only a part may be looked at."""
+    """A kind of text: its files or hub datasets, relative to `folder`; `held_out` where only a part may be read."""
 
     name: str
     files: tuple[str, ...]

@@ -143,9 +143,10 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             contexts = [context for context, tokens in together if tokens == new_tokens]
             room = self.max_length - new_tokens
             if room <= 0:
+                first = requests[together[contexts[0], new_tokens][0]]
                 raise SourceError(
-                    f"{_named(requests[together[contexts[0], new_tokens][0]])}: {new_tokens} tokens are to be made, but "
-                    f"the model sees {self.max_length} at most, the question included",
+                    f"{_named(first)}: {new_tokens} tokens are to be made, but the model sees "
+                    f"{self.max_length} at most, the question included",
                     hint="leave the task out for this model",
                 )
             prompts = []

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SharedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values [1, H, P, D], seen by every row of a batch; what is new is added only where `keep`."""
+    """One layer's keys and values [1, H, P, D], seen by every row of a batch; `keep` adds what is new."""
 
     is_sliding = False
 

@@ -116,7 +116,7 @@ def _question(row: Row) -> str:
 
 
 def clean(text: str) -> str:
-    """WikiHow's marks taken out, as the original did: strips first, so an ending that opens with a tag keeps a space."""
+    """WikiHow's marks taken out, as the original did: strips first, so an ending that opens with a tag keeps one."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 

@@ -165,7 +165,7 @@ def run(
         errors += [f"{each.benchmark.title}: {each.error}" for each in found.values() if each.error]
     losses: Mapping[str, Losses] = {}
     if domains:
-        store = settings.store and Store(settings.store, model=lm.digest, task="loss", version=LOSS_VERSION)
+        store = Store(settings.store, model=lm.digest, task="loss", version=LOSS_VERSION) if settings.store else None
         try:
             losses = domain_losses(
                 model, tokenizer, domains, plain_head=lm.sharing.plain_head, store=store, progress=progress

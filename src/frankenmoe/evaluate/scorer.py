@@ -119,9 +119,7 @@ class Scorer:
             places = [
                 place
                 for sequence in trunk.through
-                for place in _places(
-                    asked[sequence], range(trunk.start, length), lambda position: position - trunk.start
-                )
+                for place in _places(asked[sequence], trunk.start, range(len(trunk.tokens)))
             ]
             past = self._read_trunk(trunk, past, places, answers)
         rows = sorted(trunk.rows, key=lambda row: -len(row.tokens))
@@ -180,11 +178,7 @@ class Scorer:
             place
             for line, row in enumerate(rows)
             for sequence, columns in row.where.items()
-            for place in _places(
-                asked[sequence],
-                range(shared, shared + len(columns)),
-                lambda position, line=line, columns=columns: line * width + columns[position - shared],
-            )
+            for place in _places(asked[sequence], shared, [line * width + column for column in columns])
         ]
         ids_BT = self._tensor([row.tokens + (0,) * (width - len(row.tokens)) for row in rows])
         if past is None and all(row.single for row in rows):
@@ -230,7 +224,7 @@ class Scorer:
                 places = [
                     place
                     for line, at in enumerate(batch)
-                    for place in _places(asked[at], range(length), lambda position, line=line: line * length + position)
+                    for place in _places(asked[at], 0, range(line * length, (line + 1) * length))
                 ]
                 try:
                     self._pass(self._tensor([sequences[at] for at in batch]), places, answers, use_cache=False)
@@ -254,11 +248,11 @@ class Scorer:
         return torch.tensor([list(row) for row in rows], dtype=torch.long, device=self.model.device)
 
 
-def _places(asked: Sequence[tuple[int, Query]], positions: range, column: Callable[[int], int]) -> Iterator[Place]:
-    """The scored places of a sequence's queries among `positions`."""
+def _places(asked: Sequence[tuple[int, Query]], start: int, columns: Sequence[int]) -> Iterator[Place]:
+    """The scored places of a sequence's queries among the positions from `start` on, which stand in `columns`."""
     for number, query in asked:
-        for at in range(max(query.first, positions.start), min(len(query.tokens), positions.stop)):
-            yield column(at), query.targets[at - query.first], number, at - query.first
+        for at in range(max(query.first, start), min(len(query.tokens), start + len(columns))):
+            yield columns[at - start], query.targets[at - query.first], number, at - query.first
 
 
 def scored(

@@ -51,7 +51,7 @@ def _from_config(model: Any) -> tuple[int, str | None]:
     if kinds - {GLOBAL, *LOCAL} or getattr(model, "_is_stateful", False):
         return (
             0,
-            f"it has layers without a cache of keys and values ({', '.join(sorted(kinds - {GLOBAL, *LOCAL})) or 'state'})",
+            f"it has layers without keys and values ({', '.join(sorted(kinds - {GLOBAL, *LOCAL})) or 'state'})",
         )
     if getattr(config, "is_encoder_decoder", False):
         return 0, "it is an encoder and a decoder"
@@ -81,7 +81,7 @@ def _plain_head(model: Any) -> bool:
 
 
 def _proof(model: Any, budget: Budget, longest: int, plain_head: bool) -> str | None:
-    """Why shared reading is wrong for this model, found by scoring a few sequences both ways; None where it is right."""
+    """Why shared reading is wrong for this model, found by scoring a few both ways; None where it is right."""
     queries = _sample(model.config.get_text_config(), longest)
     plain, other, shared = ([0.0] * len(queries) for _ in range(3))
 

@@ -5,15 +5,14 @@ follows it is read. A *row* is a small forest of what remains, laid side by side
 ancestors in the row, nothing else. Shape suffix: S tokens of a row.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 LEAST_TRUNK = 16  # tokens; a shorter stretch is cheaper to read again than to keep
-Cell = tuple[int, int]
-"""(number of a sequence, position in it)."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Trunk:
-    """`tokens` from position `start` on, what hangs below, and `ends`: a sequence that passes through, for its cells."""
+    """`tokens` from position `start` on, what hangs below, and the numbers of the sequences that pass `through`."""
 
     start: int
     tokens: tuple[int, ...]
@@ -69,8 +68,8 @@ def plan(sequences: Sequence[Sequence[int]], *, row_tokens: int) -> Trunk:
     The root's own stretch is empty. Only a sequence that shares nothing makes a longer row. Every token of the radix
     tree is read once, except stretches under LEAST_TRUNK where one branch is too large for a row.
     """
-    order = sorted(range(len(sequences)), key=lambda index: sequences[index])
-    shared = [0, *(_common(sequences[a], sequences[b]) for a, b in zip(order, order[1:], strict=False))]
+    order = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
+    shared = [0, *(_common(sequences[a], sequences[b]) for a, b in pairwise(order))]
     return _trunk(sequences, order, shared, 0, len(order), depth=0, start=0, row_tokens=row_tokens)
 
 
@@ -119,7 +118,9 @@ def _trunk(
             waiting += _children(sequences, order, shared, first, last, common)
     rows = tuple(
         _row(sequences, [order[at] for family in group for at in range(*family)], depth)
-        for group in _packed(families, lambda each: _size(sequences, order, shared, *each, depth), row_tokens)
+        for group in _packed(
+            families, lambda each: _size(sequences, order, shared, each[0], each[1], depth), row_tokens
+        )
     )
     through = tuple(order[low:high]) if depth > start else ()
     tokens = tuple(sequences[order[low]][start:depth]) if depth > start else ()
@@ -145,9 +146,10 @@ def _size(
     return first + sum(len(sequences[order[at]]) - max(shared[at], depth) for at in range(low + 1, high))
 
 
-def _packed(families: Sequence[tuple[int, int]], size: object, row_tokens: int) -> list[list[tuple[int, int]]]:
+def _packed(
+    families: Sequence[tuple[int, int]], size: Callable[[tuple[int, int]], int], row_tokens: int
+) -> list[list[tuple[int, int]]]:
     """Families put together into rows, the largest first, each into the first row that has room."""
-    assert callable(size)
     groups: list[list[tuple[int, int]]] = []
     room: list[int] = []
     open_rows: list[int] = []
@@ -173,7 +175,7 @@ def _row(sequences: Sequence[Sequence[int]], members: Sequence[int], depth: int)
     links: list[int] = []  # the column before each column on its path; -1 for the trunk
     before: list[int] = []
     previous: Sequence[int] = ()
-    for member in sorted(members, key=lambda index: sequences[index]):
+    for member in sorted(members, key=lambda index: tuple(sequences[index])):
         sequence = sequences[member]
         same = max(_common(previous, sequence), depth) if before else depth
         path = before[: same - depth]
