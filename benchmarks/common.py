@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("smoke", "small", "full")
-PACKAGES = ("frankenmoe", "numpy", "safetensors", "torch", "transformers", "mergekit")
+PACKAGES = ("frankenmoe", "numpy", "safetensors", "torch", "transformers", "mergekit", "lm_eval")
 MB = 10**6
 INTERVAL = 0.02  # seconds between two looks at a process's memory
 # Nothing here may wait for a network that a laptop has and a build machine has not.
@@ -60,9 +60,12 @@ class Row:
         return None if self.value is None or self.limit is None else self.value <= self.limit
 
 
-def arguments(description: str, *, name: str) -> argparse.Namespace:
-    """The options all benchmarks take: scale, rounds, work, out."""
+def arguments(
+    description: str, *, name: str, more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The options all benchmarks take: scale, rounds, work, out; `more` adds those of one of them."""
     parser = argparse.ArgumentParser(description=description)
+    more(parser)
     parser.add_argument("--scale", choices=SCALES, default="small", help="only full counts (default: small)")
     parser.add_argument("--rounds", type=int, default=5, help="times each contestant runs (default: 5)")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: the temporary folder)")
