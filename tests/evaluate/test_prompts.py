@@ -82,13 +82,13 @@ def test_a_limit_takes_the_first_of_the_shuffled_order(name: str, tmp_path: Path
 def test_the_draw_depends_on_every_size() -> None:
     order, drawn = draw(10, 30, 3)
     assert sorted(order) == list(range(10))
-    assert draw(10, 31, 3)[1] != drawn
+    assert draw(10, 60, 3)[1] != drawn
     assert draw(9, 30, 3)[0] != order[:9]
     assert len({tuple(indices) for indices in drawn.values()}) > 5
 
 
 def test_wikihows_marks_are_taken_out_in_the_originals_order() -> None:
-    assert clean("  Heat it [title] Twice") == "Heat it. Twice"[:8] + " Twice"
+    assert clean("  Heat it [title] Twice") == "Heat it. Twice"
     assert clean("[substeps] Stir.") == " Stir."  # stripped before the tag went, so its space stays
     assert clean("a  b") == "a b"
 

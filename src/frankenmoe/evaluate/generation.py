@@ -204,12 +204,7 @@ def _step(model: Any, cache: Cache, slots: _Slots, live: Sequence[_Text], new_to
     seen_STC = torch.arange(max(slots.lengths) + width, device=device) <= positions_ST[..., None]
     mask = torch.zeros(seen_STC.shape, dtype=model.dtype, device=device)
     mask.masked_fill_(~seen_STC, torch.finfo(model.dtype).min)
-    inputs = {
-        "position_ids": positions_ST,
-        "attention_mask": mask[:, None],
-        "past_key_values": cache,
-        "use_cache": True,
-    }
+    inputs = {"position_ids": positions_ST, "attention_mask": mask[:, None], "past_key_values": cache}
     # the head, dear for a small model, runs where there is a token and not where a shorter guess is padded
     there = [(at, place) for at, row in enumerate(rows) for place in range(len(row))]
     line_N, place_N = (torch.tensor(column, device=device) for column in zip(*there, strict=True))
