@@ -179,7 +179,19 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
         setattr(holder, name, make(layer))
     model.generation_config = _generation_config(parts.folder) or model.generation_config
     model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_plain_strides)
     return MoE(model=model.eval(), experts=tuple(node.name for node in parts.nodes), folder=parts.folder)
+
+
+def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Copies what the head reads.
+
+    For the last token's slice of a long prompt and a frozen weight, torch would otherwise choose a batched product, for
+    which it copies the weights of the whole vocabulary: half of a prefill's time.
+    """
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
