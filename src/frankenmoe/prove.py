@@ -13,7 +13,7 @@ import torch
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.artifact import Artifact, open_artifact, small_hashes
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
@@ -48,12 +48,25 @@ def verify(
     """
     artifact = open_artifact(Path(folder))
     made = plan_of(artifact)
-    checks = [Check("sources", f"{len(made.source_files)} files are those it was made from")]
+    files = (*made.source_files, *made.deciding_files)
+    checks = [Check("sources", f"{len(files)} files are those it was made from"), _small_files(artifact)]
     if artifact.form == "virtual":
         on_start(sum(file.stat().st_size for file in made.source_files))
         return (*checks, _hashes(artifact, made, on_bytes), *prove_routers(made, artifact.folder))
     on_start(sum(write.nbytes for write in made.writes))
     return (*checks, *prove_routers(made, artifact.folder), *prove_body(made, artifact.folder, on_bytes=on_bytes))
+
+
+def _small_files(artifact: Artifact) -> Check:
+    """The artifact's own configs, index and tokenizer by SHA-256."""
+    recorded, found = artifact.record["files"], small_hashes(artifact.folder)
+    for name, was in recorded.items():
+        if found.get(name) != was:
+            raise ArtifactError(
+                f"{artifact.folder / name} {'was edited' if name in found else 'is gone'} since it was written",
+                hint="bring the old one back, or build the artifact again",
+            )
+    return Check("files", f"{len(recorded)} small files are as they were written")
 
 
 def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:

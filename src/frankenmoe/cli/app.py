@@ -166,7 +166,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 @click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @click.option("--trace", is_flag=True, help="Show which experts each token went to.")
 @click.option("--json", "as_json", is_flag=True, help="Print reply and trace as JSON (needs --prompt).")
 @REMOTE

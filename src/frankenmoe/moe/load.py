@@ -94,6 +94,8 @@ def load_plan(
 ) -> MoE:
     """The virtual form: straight from the sources' mapped files. `options` are MoEBlock's (capacity, drop policy)."""
     config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
+    if plan.base.own_head:
+        config.tie_word_embeddings = False
     configs = {
         source.folder: read_config(source.folder, trust_remote_code=trust_remote_code) for source in plan.sources
     }
@@ -117,9 +119,17 @@ def load_plan(
 def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
     """The built form: its own files, mapped; in any format that is written here, without remote code."""
     tensors = open_checkpoint(artifact.folder).tensors
-    fmt, base = FORMATS[artifact.record["format"]], artifact.record["base_config"]
-    family = FAMILIES[base["model_type"]]
-    layers = family.dims(base).layers
+    fmt, base = FORMATS.get(artifact.record["format"]), artifact.record["base_config"]
+    family = FAMILIES.get(str(base.get("model_type")))
+    try:
+        layers = family.dims(base).layers if family else 0
+    except (KeyError, TypeError, ValueError):
+        layers = 0
+    if fmt is None or family is None or not layers:
+        raise ArtifactError(
+            f"the record of {artifact.folder} has a format or base_config that no artifact is built with",
+            hint="it was edited: build the artifact again",
+        )
     backbone = tuple(copy(tensors, name, name) for name in family.shapes(family.backbone, base))
 
     def ffn(templates: Mapping[str, str], expert: int) -> tuple[Mapping[str, TensorWrite], ...]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import yaml
 
 from frankenmoe.artifact import Artifact
-from frankenmoe.checkpoint.fingerprint import fingerprint
+from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.planning.plan import Plan, plan
 from frankenmoe.recipe import Recipe
@@ -34,7 +34,8 @@ def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
 
 
 def check_sources(artifact: Artifact, made: Plan) -> None:
-    """ArtifactError when the plan's weight files are not, in order and by fingerprint, those of the record."""
+    """ArtifactError when the plan's files are not, in order, those of the record: weights by fingerprint, configs and
+    tokenizer by SHA-256."""
     recorded = artifact.record["sources"]
     if len(recorded) != len(made.source_files):
         raise ArtifactError(
@@ -46,5 +47,19 @@ def check_sources(artifact: Artifact, made: Plan) -> None:
             raise ArtifactError(
                 f"{file} is not what {artifact.folder} was made from (it was {was['bytes']} bytes, fingerprint "
                 f"{was['fingerprint']})",
+                hint="a source has changed; bring the old one back, or build the artifact again",
+            )
+    configs = artifact.record["configs"]
+    now = [file.name for file in made.deciding_files]
+    if [Path(was["file"]).name for was in configs] != now:
+        raise ArtifactError(
+            f"{artifact.folder} was made from other configs and tokenizer files than the sources have now: "
+            f"{', '.join(now)}",
+            hint="a source has changed; bring its files back, or build the artifact again",
+        )
+    for file, was in zip(made.deciding_files, configs, strict=True):
+        if sha256(file) != was["sha256"]:
+            raise ArtifactError(
+                f"{file} is not what {artifact.folder} was made from: its SHA-256 was {was['sha256']}",
                 hint="a source has changed; bring the old one back, or build the artifact again",
             )
