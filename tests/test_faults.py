@@ -1,0 +1,229 @@
+"""A build that fails late: finished shards stay where the machine was at fault, and go where the input was."""
+
+import errno
+import json
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import frankenmoe as fm
+import tiny
+from frankenmoe import artifact, building, compose
+from frankenmoe.artifact import partial_folder
+from frankenmoe.errors import ArtifactError, FrankenMoEError, SourceError
+from refusals import cli, copy_of, refused, spoil
+from test_build import hashes
+
+Parents = dict[str, list[Path]]
+SHARD = 20_000
+LAST = 5  # the shard at which things go wrong
+
+
+@pytest.fixture
+def recipe(parents: Parents, tmp_path: Path) -> Path:
+    base, one, two = parents["llama"]
+    return tiny.write_recipe(tmp_path / "r.yml", base, [base, one, two])
+
+
+def fail_at_last_shard(monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]) -> None:
+    real = compose.write_shard
+
+    def write(path: Path, *args: Any, **keys: Any) -> None:
+        if path.name.startswith(f"model-{LAST:05d}"):
+            raise error()
+        real(path, *args, **keys)
+
+    monkeypatch.setattr(compose, "write_shard", write)
+
+
+def full_disk() -> Exception:
+    try:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    except OSError as error:
+        full = ArtifactError("x does not fit", hint="free some space")
+        full.__cause__ = error
+        return full
+
+
+@pytest.mark.parametrize(
+    "error", [full_disk, MemoryError, lambda: OSError(errno.EIO, "Input/output error")], ids=["full", "memory", "disk"]
+)
+def test_the_machines_fault_in_a_first_run_keeps_finished_shards(
+    error: Callable[[], Exception], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fm.build(recipe, tmp_path / "whole", shard_size=SHARD)
+    with monkeypatch.context() as patched:
+        fail_at_last_shard(patched, error)
+        with pytest.raises(type(error())) as caught:
+            fm.build(recipe, tmp_path / "out", shard_size=SHARD)
+    partial = partial_folder(tmp_path / "out")
+    finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("model-0*")}
+    assert finished
+    assert f"model-{LAST:05d}" not in "".join(finished)
+    if isinstance(caught.value, FrankenMoEError):
+        assert f"the same command then goes on from {len(finished)} finished shards in {partial}" in str(
+            caught.value.hint
+        )
+    out = fm.build(recipe, tmp_path / "out", shard_size=SHARD).folder
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def fill(file: Path) -> None:
+    """Writes until the disk is full."""
+    with suppress(OSError), file.open("wb", buffering=0) as target:
+        while target.write(bytes(2**12)):
+            pass
+
+
+def test_a_real_full_disk_keeps_finished_shards(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_bad_input import small_disk
+
+    with small_disk(tmp_path / "disk", size="600k") as disk:
+        real = compose.write_shard
+
+        def write(path: Path, *args: Any, **keys: Any) -> None:
+            if path.name.startswith(f"model-{LAST:05d}"):  # somebody else fills the disk meanwhile
+                fill(disk / "else")
+            real(path, *args, **keys)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(compose, "write_shard", write)
+            outcome = cli("build", recipe, disk / "out", "--shard-size", "20K")
+        assert outcome.code == 2
+        assert "does not fit" in outcome.stderr
+        assert "the same command then goes on from" in outcome.stderr
+        finished = list((disk / "out.partial").glob("model-0*"))
+        assert finished
+        (disk / "else").unlink()
+        assert cli("build", recipe, disk / "out", "--shard-size", "20K").code == 0
+        assert cli("verify", disk / "out").code == 0
+
+
+def test_the_inputs_fault_leaves_nothing_of_many_shards(parents: Parents, recipe: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.weight"  # the last that is written
+    bad = spoil(copy_of(parents["llama"][2], tmp_path / "bad"), lambda tensors: tensors[name].fill_(float("nan")))
+    tiny.write_recipe(recipe, parents["llama"][0], [parents["llama"][1], bad])
+    refused("build", recipe, tmp_path / "out", "--shard-size", "20K", inside=tmp_path, facts=(name, "NaN"))
+
+
+def test_a_proof_that_fails_leaves_nothing_of_a_first_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = building.compose
+
+    def compose_and_damage(made: Any, partial: Path, **keys: Any) -> None:
+        real(made, partial, **keys)
+        file = next(partial.glob("model-0*"))
+        file.write_bytes(file.read_bytes()[:-4] + b"\1\1\1\1")
+        (partial / "config.json").write_text(
+            json.dumps(json.loads((partial / "config.json").read_text()) | {"hidden_size": 64})
+        )
+
+    monkeypatch.setattr(building, "compose", compose_and_damage)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ArtifactError) as caught:
+        fm.build(recipe, tmp_path / "out")
+    assert "build again" in str(caught.value.hint)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# found before, or while, the bytes are written
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
+@pytest.mark.parametrize("gate_mode", ["random", "hidden"])
+def test_a_broken_generation_config_is_told_by_the_plan(
+    content: str, gate_mode: str, parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = copy_of(parents["llama"][0], tmp_path / "base")
+    (base / "generation_config.json").write_bytes(content.encode(errors="surrogateescape"))
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, parents["llama"][1:], prompts=True, gate_mode=gate_mode)
+    facts = (str(base / "generation_config.json"), "JSON object")
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint="remove it")
+    monkeypatch.setattr(building, "growing", None)  # nothing is begun
+    refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="remove it")
+
+
+def test_generation_settings_that_transformers_refuses(parents: Parents, tmp_path: Path) -> None:
+    base = copy_of(parents["llama"][0], tmp_path / "base")
+    (base / "generation_config.json").write_text('{"early_stopping": 4}')
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, parents["llama"][1:])
+    facts = (str(base / "generation_config.json"), "early_stopping")
+    refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="remove it")
+
+
+def test_copying_stops_as_soon_as_a_source_is_known_to_be_no_use() -> None:
+    ahead: Future[None] = Future()
+    heard: list[int] = []
+    listen = building._unless_failed(ahead, heard.append)
+    listen(1)
+    ahead.set_exception(SourceError("no model can be made of it"))
+    with pytest.raises(SourceError, match="no model"):
+        listen(2)
+    assert heard == [1]
+
+
+@pytest.mark.parametrize("virtual", [True, False])
+def test_a_file_put_into_the_output_folder_meanwhile(
+    virtual: bool, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    real = building.finish
+
+    def finish(*args: Any, **keys: Any) -> Any:
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+        return real(*args, **keys)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(building, "finish", finish)
+        with pytest.raises(ArtifactError, match=r"cannot become .*not empty") as caught:
+            fm.build(recipe, out, virtual=virtual)
+    assert "move away" in str(caught.value.hint)
+    assert (out / "notes.txt").read_text() == "mine"
+    (out / "notes.txt").unlink()
+    assert fm.verify(fm.build(recipe, out, virtual=virtual).folder)
+
+
+# records
+
+
+@pytest.fixture
+def record(recipe: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    return fm.build(recipe, tmp_path / "out", virtual=request.param).folder / artifact.RECORD
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["virtual", "built"], indirect=True)
+def test_a_record_edited_by_hand(record: Path, tmp_path: Path) -> None:
+    good = json.loads(record.read_text())
+    wanted = [*artifact.FIELDS, *(["format"] if good["form"] == "built" else [])]
+    spoilt = [{key: value for key, value in good.items() if key != gone} for gone in wanted]
+    spoilt += [good | {key: None} for key in wanted]
+    spoilt += [good | {"sources": [{}]}, good | {"configs": ["x"]}, good | {"form": "baked"}, good | {"version": 99}]
+    if good["form"] == "built":
+        spoilt += [
+            good | {"format": "gpt5"},
+            good | {"base_config": {}},
+            good | {"base_config": good["base_config"] | {"hidden_size": "x"}},
+        ]
+    for edited in spoilt:
+        record.write_text(json.dumps(edited))
+        refused("chat", record.parent, "--prompt", "x", inside=tmp_path, facts=(str(record.parent),), hint="")
+        if edited.get("format") == good["format"] and edited.get("base_config") == good["base_config"]:
+            refused("verify", record.parent, inside=tmp_path, facts=(str(record.parent),))
+    for content in ("", "[]", "{", "[" * 100_000):
+        record.write_text(content)
+        refused("verify", record.parent, inside=tmp_path, facts=(str(record),), hint="build the artifact again")
+
+
+@pytest.mark.parametrize("seed", [2**64, -1, 2**63])
+def test_a_seed_that_no_generator_takes(seed: int, recipe: Path) -> None:
+    outcome = cli("chat", recipe, "--prompt", "x", "--seed", seed)
+    assert outcome.code == 2
+    assert "--seed" in outcome.stderr
+    assert "Traceback" not in outcome.stderr
