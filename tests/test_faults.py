@@ -2,6 +2,7 @@
 
 import errno
 import json
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -166,6 +167,22 @@ def test_copying_stops_as_soon_as_a_source_is_known_to_be_no_use() -> None:
     with pytest.raises(SourceError, match="no model"):
         listen(2)
     assert heard == [1]
+
+
+def test_a_build_listens_to_that(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_use(*_: Any) -> None:
+        raise SourceError("no model can be made of it")
+
+    def endless(*_: Any, on_bytes: Callable[[int], None], **__: Any) -> None:
+        for _ in range(60_000):
+            on_bytes(0)
+            time.sleep(0.001)
+        raise AssertionError("nobody stopped the copying")
+
+    monkeypatch.setattr(building, "_check_loadable", no_use)
+    monkeypatch.setattr(building, "compose", endless)
+    with pytest.raises(SourceError, match="no model"):
+        fm.build(recipe, tmp_path / "out")
 
 
 @pytest.mark.parametrize("virtual", [True, False])

@@ -109,11 +109,13 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder, expected one with a {name}", hint="check the path in the recipe")
     return _read_object(
-        folder / name, hint=f"point to a folder that save_pretrained wrote; it has a {name} beside the weights"
+        folder / name, hint=f"point to a folder that save_pretrained wrote; it has {name} beside the weights"
     )
 
 
 def _read_object(file: Path, *, hint: str) -> dict[str, Any]:
+    if file.exists() and not file.is_file():  # a pipe would be waited for without end
+        raise SourceError(f"{file} is not a file", hint=hint)
     try:
         return parse_object(file.read_bytes())
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.text import printable
 from frankenmoe.errors import FrankenMoEError
 
 SIZE_UNITS = {
@@ -22,6 +23,7 @@ SIZE_UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+LARGEST = 1e18  # more than any number of bytes
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -43,7 +45,7 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
-        if match is None or match[2] not in SIZE_UNITS or float(match[1]) <= 0:
+        if match is None or match[2] not in SIZE_UNITS or not 0 < float(match[1]) < LARGEST:
             self.fail(f"{value!r} is not a size; write it like 4GB, 500MB or 2GiB", param, ctx)
         return max(1, int(float(match[1]) * SIZE_UNITS[match[2]]))
 
@@ -236,7 +238,9 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except FrankenMoEError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(error.message)}", err=True)
+        if error.hint:
+            click.echo(f"  hint: {printable(error.hint)}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

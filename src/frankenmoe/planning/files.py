@@ -1,5 +1,6 @@
 """The files beside the weights that decide what an MoE is, and what they were; parses none but the one it refuses."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -58,8 +59,15 @@ def _hashed(file: Path) -> tuple[object, ...]:
         return str(file), error.strerror
 
 
-def check_generation_config(base: Source) -> None:
-    """SourceError for a generation_config.json that is no JSON object, which would be noticed after hours otherwise."""
+def check_small_files(base: Source) -> None:
+    """SourceError for a file that should come along and cannot, which would be noticed after hours otherwise, or never:
+    one that is no file (a link to a blob that is gone, say), or generation settings that are no JSON object."""
+    for file in (base.folder / name for name in TOKENIZER_FILES):
+        if os.path.lexists(file) and not file.is_file():
+            raise SourceError(
+                f"{file} is not a file{', but a link that leads to none' if file.is_symlink() else ''}",
+                hint="fetch it again, or remove it if the base does without",
+            )
     file = base.folder / GENERATION
     if not file.is_file():
         return

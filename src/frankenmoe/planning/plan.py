@@ -24,7 +24,7 @@ from frankenmoe.planning.compare import (
     same_expert,
     source_warnings,
 )
-from frankenmoe.planning.files import check_generation_config, deciding_files, small_files, states
+from frankenmoe.planning.files import check_small_files, deciding_files, small_files, states
 from frankenmoe.planning.heads import with_own_head
 from frankenmoe.planning.layout import (
     LAYOUT_VERSION,
@@ -199,7 +199,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
         for name, adapter in dict.fromkeys(sources_of(recipe))
     }
     base = opened[(str(recipe.base_model), None)]
-    check_generation_config(base)
+    check_small_files(base)
     others = [source for source in opened.values() if source is not base]
     check_siblings(base, others)
     parts = {key: (source, anatomy(source)) for key, source in opened.items()}

@@ -46,6 +46,9 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
 # families whose config classes take multi_query for granted where config.json does not say
 MULTI_QUERY = ("falcon", "gpt_bigcode")
 GROUPED = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+# numbers of which any model makes NaN where they are zero, negative, infinite or NaN themselves
+POSITIVE = ("rope_theta", "rms_norm_eps")
+MOST = 1e30
 # where a config says that its weights are not plain numbers
 QUANTIZED = ("quantization_config", "compression_config")
 # how transformers is told to undo a method while it loads; the others undo it afterwards, if at all
@@ -170,6 +173,9 @@ def check_config(source: Source) -> None:
             f"{file} has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}",
             hint="fetch config.json again, or delete the setting",
         )
+    for key, value in (("rope_theta", rotary.get("rope_theta")), *((key, source.config.get(key)) for key in POSITIVE)):
+        if isinstance(value, int | float) and not 0 < value < MOST:
+            raise SourceError(f"{file} has {key} {value!r:.40}, expected a positive number", hint=WRONG_FILE)
     _refuse_quantized(source)
     if family:
         _check_heads(file, family.dims(source.config))
