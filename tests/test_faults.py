@@ -2,6 +2,9 @@
 
 import errno
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -10,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 import frankenmoe as fm
 import tiny
@@ -236,6 +241,93 @@ def test_a_record_edited_by_hand(record: Path, tmp_path: Path) -> None:
     for content in ("", "[]", "{", "[" * 100_000):
         record.write_text(content)
         refused("verify", record.parent, inside=tmp_path, facts=(str(record),), hint="build the artifact again")
+
+
+def edit_record(out: Path, **changes: Any) -> None:
+    file = out / artifact.RECORD
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["virtual", "built"], indirect=True)
+@pytest.mark.parametrize(
+    "changes",
+    [{"experts_per_token": 1}, {"experts_per_token": 0}, {"experts": ["e0", "e1"]}, {"experts": ["a", "b", "c"]},
+     {"shared_experts": ["x"]}, {"base_config": {}}, {"format": "qwen2_moe"},
+     {"recipe": {"base_model": 3}}],
+    ids=str,
+)  # fmt: skip
+def test_a_record_that_says_something_else_than_its_recipe(
+    record: Path, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    edit_record(record.parent, **changes)
+    refused("verify", record.parent, inside=tmp_path, facts=(str(record.parent),))
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["virtual", "built"], indirect=True)
+@pytest.mark.parametrize(
+    "changes",
+    [{"experts": []}, {"experts": [1, {}]}, {"recipe_folder": "\0"}, {"configs": [{"file": 1, "sha256": None}]}],
+    ids=str,
+)
+def test_a_record_of_another_kind(record: Path, changes: dict[str, Any], tmp_path: Path) -> None:
+    edit_record(record.parent, **changes)
+    for command in (("verify",), ("chat", "--prompt", "x")):
+        refused(command[0], record.parent, *command[1:], inside=tmp_path, facts=(str(record),), hint="build")
+
+
+@pytest.mark.parametrize("record", [True, False], ids=["virtual", "built"], indirect=True)
+@pytest.mark.parametrize(
+    ("gate", "words"),
+    [
+        (None, "model.layers.0.block_sparse_moe.gate.weight"),
+        (torch.ones(3, 31), "[3, 31]"),
+        (torch.ones(96), "[96]"),
+        (torch.ones(4, 32), "4 experts"),
+        (torch.ones(3, 32, dtype=torch.int32), "torch.int32"),
+        (torch.full((3, 32), torch.nan), "not finite"),
+    ],
+    ids=["gone", "narrow", "flat", "tall", "integers", "nan"],
+)
+def test_routers_that_were_spoilt(record: Path, gate: torch.Tensor | None, words: str, tmp_path: Path) -> None:
+    file = record.with_name(artifact.ROUTERS)
+    tensors = load_file(file)
+    name = "model.layers.0.block_sparse_moe.gate.weight"
+    tensors.pop(name)
+    save_file(tensors | ({} if gate is None else {name: gate}), file)
+    for command, facts in ((("verify",), ()), (("chat", "--prompt", "x"), (words,))):
+        refused(command[0], record.parent, *command[1:], inside=tmp_path, facts=facts)
+
+
+@pytest.mark.parametrize("temperature", ["nan", "inf", "1e-320", "-1", "1e300", "warm"])
+def test_a_temperature_that_no_logits_can_be_divided_by(temperature: str, recipe: Path) -> None:
+    outcome = cli("chat", recipe, "--prompt", "x", "--temperature", temperature)
+    assert outcome.code == 2
+    assert "is not a temperature" in outcome.stderr
+
+
+def test_a_reply_ends_where_the_model_sees_no_further(recipe: Path, tmp_path: Path) -> None:
+    outcome = cli("chat", recipe, "--prompt", "hello", "--max-new-tokens", 10**9, "--json")
+    assert outcome.code == 0, outcome.stderr
+    assert len(json.loads(outcome.stdout)["trace"]) < tiny.SIZES["max_position_embeddings"]
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{% for", "{{ 1 / 0 }}"])
+def test_a_chat_template_that_fails(template: str, parents: Parents, tmp_path: Path) -> None:
+    base = copy_of(parents["llama"][0], tmp_path / "base")
+    (base / "chat_template.jinja").write_text(template)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, parents["llama"][1:])
+    refused("chat", recipe, "--prompt", "x", inside=tmp_path, facts=("chat template",), hint="chat_template.jinja")
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_bytes_that_are_no_text(locale: str, recipe: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"LC_ALL": locale, "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    chat = [sys.executable, "-m", "frankenmoe.cli", "chat", str(recipe), "--max-new-tokens", "2"]
+    for command, piped in (([*chat, "--prompt", b"\xff"], b""), (chat, b"\xff\n")):
+        done = subprocess.run(command, input=piped, capture_output=True, env=environment)
+        assert done.returncode == 2
+        assert b"UTF-8 text" in done.stderr
+        assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("seed", [2**64, -1, 2**63])

@@ -101,14 +101,18 @@ def _check_fields(file: Path, record: Mapping[str, Any]) -> None:
     """ArtifactError for a record that lacks something, as one edited by hand or made by an earlier frankenmoe does."""
     wanted = dict(FIELDS) | ({"format": str} if record["form"] == "built" else {})
     for key, kind in wanted.items():
-        if not isinstance(record.get(key), kind):
+        value = record.get(key)
+        names = value if isinstance(value, list) and key.endswith("experts") else []
+        odd = (key == "experts" and not names) or (isinstance(value, str) and "\0" in value)
+        if odd or not isinstance(value, kind) or not all(isinstance(name, str) for name in names):
             said = f"{key} {record[key]!r:.40}" if key in record else f"no {key}"
             raise ArtifactError(
                 f"{file} has {said}, expected {KINDS[kind]}",
                 hint="it was edited, or an earlier frankenmoe made it: build the artifact again",
             )
     for key, words in (("sources", ("file", "bytes", "fingerprint", "sha256")), ("configs", ("file", "sha256"))):
-        if not all(isinstance(row, dict) and row.keys() >= set(words) for row in record[key]):
+        rows = record[key]
+        if not all(isinstance(row, dict) and row.keys() >= set(words) and type(row["file"]) is str for row in rows):
             raise ArtifactError(
                 f"{file} has {key} that do not each say {', '.join(words)}",
                 hint="it was edited: build the artifact again",

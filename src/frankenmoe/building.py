@@ -32,6 +32,7 @@ from frankenmoe.compose import compose, copy_small_files
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan, plan
+from frankenmoe.planning.recall import facts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import RANDOM_MODES, Recipe
 
@@ -212,12 +213,7 @@ def _record(made: Plan, out: Path, *, virtual: bool, progress: Progress) -> dict
         "recipe_folder_from_here": os.path.relpath(made.recipe.folder, out),
         "recipe_digest": made.recipe.digest,
         "seed": made.recipe.seed,
-        "dtype": made.dtype_name,
-        "format": made.fmt.name if made.fmt else None,
-        "base_config": dict(made.base.config),
-        "experts": [node.name for node in made.nodes],
-        "shared_experts": [node.name for node in made.shared],
-        "experts_per_token": made.recipe.experts_per_token,
+        **facts(made),
         "sources": [
             {
                 "file": str(file),

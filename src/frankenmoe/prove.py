@@ -16,12 +16,12 @@ from transformers.core_model_loading import revert_weight_conversion
 from frankenmoe.artifact import Artifact, open_artifact, small_hashes
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
-from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.dense import causal_class, quiet_transformers
 from frankenmoe.planning import Plan
-from frankenmoe.planning.recall import plan_of
+from frankenmoe.planning.recall import facts, plan_of
 
 DAMAGED = "the folder was changed or damaged after it was built; build it again"
 SAMPLE = 2**16  # bytes of a copied tensor that a sampled proof compares
@@ -48,6 +48,13 @@ def verify(
     """
     artifact = open_artifact(Path(folder))
     made = plan_of(artifact)
+    for key, value in facts(made).items():
+        if artifact.record.get(key) != value:
+            raise ArtifactError(
+                f"the record of {artifact.folder} says {key} {artifact.record.get(key)!r:.60}, but its recipe makes it "
+                f"{value!r:.60}",
+                hint="the record was edited; build the artifact again",
+            )
     files = (*made.source_files, *made.deciding_files)
     checks = [Check("sources", f"{len(files)} files are those it was made from"), _small_files(artifact)]
     if artifact.form == "virtual":
@@ -116,6 +123,8 @@ def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
             hint=DAMAGED,
         )
     for ref in routers.values():
+        if ref.dtype not in FLOATS:
+            raise ArtifactError(f"router {ref.name} is stored as {ref.dtype}, expected floats", hint=DAMAGED)
         check_finite(ref)
     return (Check("routers", f"{len(routers)} gates of the planned shape, all finite"),)
 

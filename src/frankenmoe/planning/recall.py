@@ -1,6 +1,7 @@
 """The plan an artifact was made from, made again from its record; knows nothing of how artifacts are written."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -31,6 +32,18 @@ def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
         ) from error
     check_sources(artifact, made)
     return made
+
+
+def facts(made: Plan) -> dict[str, Any]:
+    """What a record says of the MoE itself besides its recipe, so that a built one loads without its sources."""
+    return {
+        "dtype": made.dtype_name,
+        "format": made.fmt.name if made.fmt else None,
+        "base_config": dict(made.base.config),
+        "experts": [node.name for node in made.nodes],
+        "shared_experts": [node.name for node in made.shared],
+        "experts_per_token": made.recipe.experts_per_token,
+    }
 
 
 def check_sources(artifact: Artifact, made: Plan) -> None:
