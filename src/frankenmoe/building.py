@@ -7,22 +7,32 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import yaml
 
-from frankenmoe.artifact import ROUTERS, Artifact, Routers, finish, growing, refuse_occupied, write_routers
+from frankenmoe.artifact import (
+    ROUTERS,
+    Artifact,
+    Routers,
+    finish,
+    growing,
+    refuse_occupied,
+    small_hashes,
+    write_routers,
+)
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.compose import compose, copy_small_files
-from frankenmoe.errors import PlanError, SourceError
+from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan, plan
+from frankenmoe.planning.recall import facts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import RANDOM_MODES, Recipe
 
@@ -51,67 +61,89 @@ def build(
     made = plan(load_recipe(recipe), dtype=dtype, weights=True, trust_remote_code=trust_remote_code)
     check_buildable(made, virtual=virtual, allow_identical=allow_identical)
     digest = f"{made.digest}/{'virtual' if virtual else shard_size}"
-    with growing(out, digest=digest) as partial, torch_ahead() as torch_is_there:
+    with growing(out, digest=digest) as partial, torch_ahead(made, trust_remote_code=trust_remote_code) as ahead:
         if virtual or made.recipe.gate_mode not in RANDOM_MODES:
-            torch_is_there()
+            ahead.result()
         if virtual:
-            _check_sources(made, progress, trust_remote_code=trust_remote_code)
+            _check_sources(made, progress)
         if not (partial / ROUTERS).exists():
             write_routers(partial, make_routers(made, progress, trust_remote_code=trust_remote_code))
         if virtual:
             copy_small_files(made, partial)
         else:
             progress.start("writing", sum(write.nbytes for write in made.writes), "B")
-            compose(made, partial, shard_size=shard_size, on_bytes=progress.advance)
-            torch_is_there()
-            _prove(made, partial, trust_remote_code=trust_remote_code)
+            compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))
+            ahead.result()
+            _prove(made, partial)
         text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
-        record = _record(made, out, virtual=virtual, progress=progress)
-        if made.digest_now() != made.digest:
+        try:
+            record = _record(made, out, virtual=virtual, progress=progress) | {"files": small_hashes(partial)}
+            same = made.digest_now() == made.digest
+        except FileNotFoundError:
+            same = False
+        if not same:
             raise SourceError(
-                f"a source of {recipe if isinstance(recipe, str | Path) else recipe.origin} changed while it was read",
+                f"a source of {made.recipe.origin} changed while it was read",
                 hint="build again when nothing writes to the sources any more",
             )
         return finish(partial, out, record=record)
 
 
 @contextmanager
-def torch_ahead() -> Iterator[Callable[[], None]]:
-    """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes.
+def torch_ahead(made: Plan, *, trust_remote_code: bool = False) -> Iterator[Future[None]]:
+    """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes, then checks there
+    that transformers can make models of the sources.
 
-    Yields what waits for it: transformers cannot be imported from two threads at once. Python's threads take turns; a
-    short turn keeps the copying from waiting for the imports.
+    Yields what waits for it and raises what it found: transformers cannot be imported from two threads at once.
+    Python's threads take turns; a short turn keeps the copying from waiting for the imports.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    thread = Thread(target=import_module, args=("frankenmoe.prove",), daemon=True)
-    thread.start()
-    try:
-        yield thread.join
-    finally:
-        thread.join()
-        sys.setswitchinterval(before)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            yield pool.submit(_check_loadable, made, trust_remote_code)
+        finally:
+            pool.shutdown()
+            sys.setswitchinterval(before)
 
 
-def _check_sources(made: Plan, progress: Progress, *, trust_remote_code: bool) -> None:
-    """What a virtual MoE will read, checked before it is promised."""
+def _check_loadable(made: Plan, trust_remote_code: bool) -> None:
+    import_module("frankenmoe.prove")
     from frankenmoe.moe.load import check_loadable
-    from frankenmoe.prove import prove_sources
 
     check_loadable(made, trust_remote_code=trust_remote_code)
+
+
+def _unless_failed(ahead: Future[None], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    """`on_bytes`, but raising what the thread has found meanwhile: no use in writing on."""
+
+    def listen(amount: int) -> None:
+        if ahead.done():
+            ahead.result()
+        on_bytes(amount)
+
+    return listen
+
+
+def _check_sources(made: Plan, progress: Progress) -> None:
+    """What a virtual MoE will read, checked before it is promised."""
+    from frankenmoe.prove import prove_sources
+
     progress.start("checking", made.bill.memory_virtual, "B")
     prove_sources(made, on_bytes=progress.advance)
 
 
-def _prove(made: Plan, folder: Path, *, trust_remote_code: bool) -> None:
+def _prove(made: Plan, folder: Path) -> None:
     """What was written is what was planned, and transformers can load it."""
-    from frankenmoe.moe.load import check_loadable
     from frankenmoe.prove import prove_body, prove_routers
 
-    check_loadable(made, trust_remote_code=trust_remote_code)
-    prove_routers(made, folder)
-    prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
+    try:
+        prove_routers(made, folder)
+        prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
+    except ArtifactError as error:  # of a build that went on: running it again would go on from the same files
+        error.hint = f"the folder was changed or damaged while it was made; remove {folder} if it is there, build again"
+        raise
 
 
 def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> Routers:
@@ -157,7 +189,8 @@ def check_buildable(made: Plan, *, virtual: bool, allow_identical: bool) -> None
         )
     if made.all_identical and not allow_identical:
         raise PlanError(
-            f"all {made.experts} experts hold the same weights, so no router can make a difference",
+            f"all {made.experts} experts hold the same weights"
+            f"{' in every block compared' if made.identical_sampled else ''}, so no router can make a difference",
             hint="set noise_relative (0.01, say) or give them adapters; --allow-identical makes it all the same, to be "
             "trained later",
         )
@@ -180,12 +213,7 @@ def _record(made: Plan, out: Path, *, virtual: bool, progress: Progress) -> dict
         "recipe_folder_from_here": os.path.relpath(made.recipe.folder, out),
         "recipe_digest": made.recipe.digest,
         "seed": made.recipe.seed,
-        "dtype": made.dtype_name,
-        "format": made.fmt.name if made.fmt else None,
-        "base_config": dict(made.base.config),
-        "experts": [node.name for node in made.nodes],
-        "shared_experts": [node.name for node in made.shared],
-        "experts_per_token": made.recipe.experts_per_token,
+        **facts(made),
         "sources": [
             {
                 "file": str(file),
@@ -195,6 +223,7 @@ def _record(made: Plan, out: Path, *, virtual: bool, progress: Progress) -> dict
             }
             for file in files
         ],
+        "configs": [{"file": str(file), "sha256": sha256(file)} for file in made.deciding_files],
         "stages": [{"stage": "build", "gate_mode": made.recipe.gate_mode, "versions": versions()}],
     }
 

@@ -1,6 +1,7 @@
 """The commands and their options; each imports what it needs when it runs, so that `plan` and `--help` stay quick."""
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.errors import FrankenMoEError
 
 SIZE_UNITS = {
@@ -22,6 +24,8 @@ SIZE_UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+LARGEST = 1e18  # more than any number of bytes
+COLDEST = 0.001
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -43,9 +47,24 @@ class Size(click.ParamType[int]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
-        if match is None or match[2] not in SIZE_UNITS or float(match[1]) <= 0:
+        if match is None or match[2] not in SIZE_UNITS or not 0 < float(match[1]) < LARGEST:
             self.fail(f"{value!r} is not a size; write it like 4GB, 500MB or 2GiB", param, ctx)
         return max(1, int(float(match[1]) * SIZE_UNITS[match[2]]))
+
+
+class Temperature(click.ParamType[float]):
+    """Zero, or a number that logits can be divided by."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if number and not COLDEST <= number <= 1 / COLDEST:
+            self.fail(f"{value!r} is not a temperature; write 0, or a number from 0.001 to 1000", param, ctx)
+        return number
 
 
 def example(text: str) -> str:
@@ -165,8 +184,8 @@ def verify_command(folder: Path, as_json: bool) -> None:
 @click.argument("what", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--temperature", type=Temperature(), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @click.option("--trace", is_flag=True, help="Show which experts each token went to.")
 @click.option("--json", "as_json", is_flag=True, help="Print reply and trace as JSON (needs --prompt).")
 @REMOTE
@@ -187,6 +206,8 @@ def chat_command(
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
+    if prompt is not None and not is_unicode(prompt):
+        raise click.UsageError("--prompt is not UTF-8 text")
     from frankenmoe.building import is_recipe
 
     if is_recipe(what):
@@ -236,7 +257,9 @@ def main() -> None:
     try:
         app(standalone_mode=False)
     except FrankenMoEError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(error.message)}", err=True)
+        if error.hint:
+            click.echo(f"  hint: {printable(error.hint)}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

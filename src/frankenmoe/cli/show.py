@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.artifact import Artifact
+from frankenmoe.cli.text import printable
 from frankenmoe.planning import Plan
 
 WIDTH = 80
@@ -31,18 +32,21 @@ def show_plan(made: Plan) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _plan_rows(made, facts):
-        table.add_row(name, escape(value))
+        table.add_row(name, escape(printable(value)))
     out = console()
     out.print(table)
     reasons = _unused_by_reason(facts["unused"])
     for reason, names in reasons.items():
         more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""
         out.print(
-            f"unused: {', '.join(names[:SHOWN_UNUSED])}{more}: {reason}", style="dim", highlight=False, markup=False
+            printable(f"unused: {', '.join(names[:SHOWN_UNUSED])}{more}: {reason}"),
+            style="dim",
+            highlight=False,
+            markup=False,
         )
     warn(made.warnings)
     for problem in made.problems:
-        click.secho(f"cannot be built: {problem}", fg="red", err=True)
+        click.secho(f"cannot be built: {printable(problem)}", fg="red", err=True)
     if made.problems and not any("no weights" in problem for problem in made.problems):
         click.secho("  hint: keep it virtual with `frankenmoe build --virtual`, or change the recipe", err=True)
 
@@ -80,7 +84,7 @@ def _unused_by_reason(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
 def warn(warnings: Sequence[str]) -> None:
     """Warnings, a line each, on stderr."""
     for text in warnings:
-        click.secho(f"warning: {text}", fg="yellow", err=True)
+        click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
 
 
 def show_built(artifact: Artifact) -> None:

@@ -18,7 +18,7 @@ from frankenmoe.artifact import Artifact
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
-from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.errors import ArtifactError, NumericsError, SourceError
 from frankenmoe.families import FAMILIES, FORMATS
 from frankenmoe.moe.adapter import with_adapter
 from frankenmoe.moe.block import MoEBlock
@@ -38,6 +38,7 @@ from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.layout import SHARED, router_names
 
 Gates = Mapping[str, torch.Tensor]
+ROUTERS_AGAIN = "the routers file was changed after it was written: fit the routers or build the artifact again"
 # endings of config fields that no `mlp` depends on
 OUTSIDE_MLP = ("_token_id", "dtype", "_version", "architectures", "use_cache", "_name_or_path", "rope_parameters")
 
@@ -94,6 +95,8 @@ def load_plan(
 ) -> MoE:
     """The virtual form: straight from the sources' mapped files. `options` are MoEBlock's (capacity, drop policy)."""
     config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
+    if plan.base.own_head:
+        config.tie_word_embeddings = False
     configs = {
         source.folder: read_config(source.folder, trust_remote_code=trust_remote_code) for source in plan.sources
     }
@@ -117,9 +120,17 @@ def load_plan(
 def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
     """The built form: its own files, mapped; in any format that is written here, without remote code."""
     tensors = open_checkpoint(artifact.folder).tensors
-    fmt, base = FORMATS[artifact.record["format"]], artifact.record["base_config"]
-    family = FAMILIES[base["model_type"]]
-    layers = family.dims(base).layers
+    fmt, base = FORMATS.get(artifact.record["format"]), artifact.record["base_config"]
+    family = FAMILIES.get(str(base.get("model_type")))
+    try:
+        layers = family.dims(base).layers if family else 0
+    except (KeyError, TypeError, ValueError):
+        layers = 0
+    if fmt is None or family is None or not layers:
+        raise ArtifactError(
+            f"the record of {artifact.folder} has a format or base_config that no artifact is built with",
+            hint="it was edited: build the artifact again",
+        )
     backbone = tuple(copy(tensors, name, name) for name in family.shapes(family.backbone, base))
 
     def ffn(templates: Mapping[str, str], expert: int) -> tuple[Mapping[str, TensorWrite], ...]:
@@ -228,8 +239,21 @@ def _block_maker(
     dense: dict[object, nn.Module] = {}
 
     def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
-        found = parts.gates.get(parts.gate_names(path)[layer])
-        return found.to(dtype) if found is not None and dtype is not None else found
+        name = parts.gate_names(path)[layer]
+        found = parts.gates.get(name)
+        if found is None:
+            if path == SHARED:
+                return None
+            raise ArtifactError(f"{parts.folder} has lost its router {name}", hint=ROUTERS_AGAIN)
+        hidden = parts.config.hidden_size
+        if not found.is_floating_point() or found.dim() != 2 or found.shape[1] != hidden:
+            raise ArtifactError(
+                f"router {name} is {found.dtype} {list(found.shape)}, expected numbers of shape [experts, {hidden}]",
+                hint=ROUTERS_AGAIN,
+            )
+        if not found.isfinite().all():
+            raise NumericsError(f"router {name} holds numbers that are not finite", hint=ROUTERS_AGAIN)
+        return found.to(dtype) if dtype is not None else found
 
     def leaf(node: ExpertNode, layer: int) -> nn.Module:
         row = node.ffn[layer]
