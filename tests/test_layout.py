@@ -14,7 +14,7 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own package and from lower rows only
 LAYERS = (
-    {"errors", "suggest", "progress"},
+    {"errors", "suggest", "progress", "palette"},
     {"families", "checkpoint"},
     {"recipe", "recipefields", "refusal", "sourcename", "yamlfile", "artifact"},
     {"planning"},
@@ -28,7 +28,7 @@ LAYERS = (
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
-    "sourcename", "yamlfile", "artifact", "planning", "compose",
+    "sourcename", "yamlfile", "artifact", "planning", "compose", "palette",
 }  # fmt: skip
 NETWORK = {"huggingface_hub", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")
