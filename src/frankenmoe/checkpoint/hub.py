@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from frankenmoe.errors import SourceError
 
@@ -90,3 +92,27 @@ def _explained(error: Exception, *, name: str, revision: str | None) -> SourceEr
 
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def stream_rows(name: str, *, revision: str | None, config: str | None, split: str) -> Iterator[dict[str, Any]]:
+    """The rows of a hub dataset, one after the other, without downloading the rest; SourceError if they cannot be had.
+
+    Needs the library `datasets`. With HF_HUB_OFFLINE=1 only what is in its cache is found.
+    """
+    try:
+        import datasets
+    except ImportError:
+        raise SourceError(
+            f"dataset {name!r} is on the hub, and reading it needs the library `datasets`, which is not installed",
+            hint="pip install 'frankenmoe[train]'",
+        ) from None
+    which = f"dataset {name!r}" + (f" at revision {revision!r}" if revision else "") + f", split {split!r}"
+    try:
+        yield from datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
+    except GeneratorExit:
+        raise
+    except Exception as error:  # of the hub's client, of fsspec, of pyarrow
+        raise SourceError(
+            f"{which} cannot be read: {_first_line(error)}",
+            hint="check the spelling and the network, and write org/name:config:split where it has several",
+        ) from error

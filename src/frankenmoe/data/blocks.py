@@ -1,0 +1,133 @@
+"""Documents -> blocks of tokens, packed, with the tokens to learn marked; knows nothing of files or of models."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from frankenmoe.data.documents import Document, Turn
+from frankenmoe.errors import SourceError
+
+Marked = tuple[list[int], list[bool]]
+"""Token ids, and for each whether it is to be learnt."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Tokens to read at once. `learn[i]` says whether token i is a target of the loss, given the tokens before it."""
+
+    ids: tuple[int, ...]
+    learn: tuple[bool, ...]
+
+    @property
+    def targets(self) -> int:
+        """How many tokens the loss is taken over."""
+        return sum(self.learn)
+
+
+def packed(documents: Iterable[Document], tokenizer: Any, *, length: int) -> Iterator[Block]:
+    """Blocks of `length` tokens, BOS included, as the documents stream by; only the last one may be shorter.
+
+    Every block begins with BOS where the tokenizer has one, and every document ends with EOS where it has one. Of text
+    all tokens but BOS are learnt, of conversations (through the chat template) the replies. Blocks without anything to
+    learn are left out.
+    """
+    head: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if length <= len(head) + 1:
+        raise ValueError(f"a block of {length} tokens has no room for one to learn")
+    room = length - len(head)
+    ids: list[int] = []
+    learn: list[bool] = []
+    for document in documents:
+        more_ids, more_learn = encode(document, tokenizer)
+        ids += more_ids
+        learn += more_learn
+        while len(ids) >= room:
+            yield from _block(head, ids[:room], learn[:room])
+            ids, learn = ids[room:], learn[room:]
+    yield from _block(head, ids, learn)
+
+
+def text_blocks(
+    documents: Iterable[Document], tokenizer: Any, *, length: int, limit: int | None = None, whole: bool = False
+) -> list[Block]:
+    """The first `limit` blocks, or all; without a shorter last one where they must be `whole`.
+
+    Raises SourceError where there is none to learn from.
+    """
+    found = (block for block in packed(documents, tokenizer, length=length) if not whole or len(block.ids) == length)
+    blocks = list(islice(found, limit))
+    if not blocks:
+        least = f"one block of {length}" if whole else "two"
+        raise SourceError(
+            f"the data has fewer tokens than {least}, so there is nothing to learn",
+            hint="give more text" + (", or shorter blocks" if whole else ""),
+        )
+    return blocks
+
+
+def hold_out(blocks: Sequence[Block], *, share: float = 0.1) -> tuple[list[Block], list[Block]]:
+    """(kept, held out): every n-th block is held out, from all over the text and the same ones each time.
+
+    A single block is kept and held out both, since neither side may be empty.
+    """
+    every = max(2, round(1 / share))
+    held = [block for index, block in enumerate(blocks) if index % every == every - 1] or list(blocks[-1:])
+    taken = set(map(id, held))
+    return [block for block in blocks if id(block) not in taken] or list(blocks), held
+
+
+def encode(document: Document, tokenizer: Any) -> Marked:
+    """Token ids of a document, EOS behind it if it is closed, and which of them are to be learnt."""
+    if document.turns:
+        return _encode_turns(document.turns, tokenizer)
+    ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] if document.text else []
+    if document.closed and ids and tokenizer.eos_token_id is not None:
+        ids = [*ids, tokenizer.eos_token_id]
+    return ids, [True] * len(ids)
+
+
+def _block(head: Sequence[int], ids: Sequence[int], learn: Sequence[bool]) -> Iterator[Block]:
+    # the first token of a block without BOS has nothing before it to be predicted from
+    marks = [*[False] * len(head), *learn] if head else [False, *learn[1:]]
+    if any(marks):
+        yield Block((*head, *ids), tuple(marks))
+
+
+def _encode_turns(turns: Sequence[Turn], tokenizer: Any) -> Marked:
+    """A conversation through the chat template; learnt is what begins within a reply or its end mark."""
+    if not tokenizer.chat_template:
+        raise SourceError(
+            "the data holds conversations, but the base's tokenizer has no chat template",
+            hint="put the chat_template.jinja that the parents were trained with beside the base's tokenizer",
+        )
+    text = _rendered(turns, tokenizer)
+    replies = [_reply_span(turns, at, text, tokenizer) for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids = list(found["input_ids"])
+    learn = [any(start <= begin < end for start, end in replies) for begin, _ in found["offset_mapping"]]
+    if ids and ids[0] == tokenizer.bos_token_id:  # each block has its own
+        ids, learn = ids[1:], learn[1:]
+    return ids, learn
+
+
+def _reply_span(turns: Sequence[Turn], at: int, text: str, tokenizer: Any) -> tuple[int, int]:
+    """Where in the rendered conversation the reply `turns[at]` stands, its end mark included: characters from, to."""
+    before = _rendered(turns[:at], tokenizer, add_generation_prompt=True)
+    after = _rendered(turns[: at + 1], tokenizer)
+    if not (text.startswith(after) and after.startswith(before)):
+        raise SourceError(
+            "the chat template changes earlier turns when later ones follow, so replies cannot be told from the rest",
+            hint="split such conversations so that each ends with the reply to learn",
+        )
+    return len(before), len(after)
+
+
+def _rendered(turns: Sequence[Turn], tokenizer: Any, **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, **options))
+    except Exception as error:  # templates raise whatever they like, by way of jinja
+        raise SourceError(
+            f"the chat template refuses a conversation of {', '.join(turn['role'] for turn in turns)}: {error}",
+            hint="most templates want user and assistant in turn, system only in front",
+        ) from error

@@ -1,0 +1,193 @@
+"""Names of text files, JSONL files and hub datasets -> documents; knows nothing of tokens or of what they are for."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypedDict
+
+from frankenmoe.checkpoint.hub import stream_rows
+from frankenmoe.errors import SourceError
+
+PIECE = 2**20  # characters of a text file in one document, so that a file of any size streams
+HUB_NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:@]+))?(?::(?P<rest>[^@]+))?", re.ASCII)
+FILE_ENDINGS = (".txt", ".md", ".text", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
+# who speaks in ShareGPT files and in the `messages` of chat models
+ROLES: Mapping[str, str] = MappingProxyType(
+    {
+        "human": "user",
+        "user": "user",
+        "gpt": "assistant",
+        "chatgpt": "assistant",
+        "bing": "assistant",
+        "bard": "assistant",
+        "assistant": "assistant",
+        "model": "assistant",
+        "system": "system",
+    }
+)
+
+
+class Turn(TypedDict):
+    """What somebody said, in the form that chat templates take: role is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or a conversation of `turns`: one of the two. `closed` is False where the next one continues it."""
+
+    text: str = ""
+    turns: tuple[Turn, ...] = ()
+    closed: bool = True
+
+
+def read_documents(names: Sequence[str], *, folder: Path) -> Iterator[Document]:
+    """The documents of every name in turn; a relative path starts at `folder`.
+
+    `.jsonl` has a JSON object a line and `.json` a list of them, with `text`, ShareGPT `conversations` or chat
+    `messages`; `org/name`, `org/name@revision`, `org/name:split` and `org/name:config:split` are hub datasets with such
+    rows, streamed; any other file is text. Raises SourceError for what is missing, empty, broken or not UTF-8, when the
+    iterator gets there.
+    """
+    for name in names:
+        found = False
+        for document in _read(name, folder):
+            found = found or bool(document.turns or document.text.strip())
+            yield document
+        if not found:
+            raise SourceError(f"{name} holds no text", hint="remove it from the data, or name another file")
+
+
+def check_data(names: Sequence[str], *, folder: Path) -> None:
+    """SourceError for a name that is neither a file that can be opened nor a hub id; reads nothing."""
+    for name in names:
+        _place(name, folder)
+
+
+def _read(name: str, folder: Path) -> Iterator[Document]:
+    path = _place(name, folder)
+    if path is None:
+        yield from _documents(_hub_rows(name), origin=f"dataset {name}", unit="row")
+    elif path.suffix == ".jsonl":
+        yield from _documents(_lines(path), origin=str(path), unit="line")
+    elif path.suffix == ".json":
+        yield from _documents(_list(path), origin=str(path), unit="entry")
+    else:
+        yield from _pieces(path)
+
+
+def _place(name: str, folder: Path) -> Path | None:
+    """The file that a name means, or None where it means a hub dataset."""
+    path = Path(os.path.abspath(folder / os.path.expanduser(name)))
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise SourceError(f"data {name!r} is the folder {path}, expected a file", hint="name the files in it")
+    if HUB_NAME.fullmatch(name) and not name.endswith(FILE_ENDINGS):
+        return None
+    raise SourceError(
+        f"data {name!r} does not exist, looked for at {path}",
+        hint="a relative path counts from the folder of the recipe; a hub dataset is written org/name",
+    )
+
+
+def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
+    match = HUB_NAME.fullmatch(name)
+    assert match is not None
+    *config, split = (match["rest"] or "train").split(":")
+    rows = stream_rows(match["id"], revision=match["revision"], config=config[0] if config else None, split=split)
+    yield from enumerate(rows, 1)
+
+
+def _text(path: Path) -> Iterator[str]:
+    """A file's text in pieces, each but the last ending with a line."""
+    try:
+        with path.open(encoding="utf-8-sig", newline=None) as file:
+            while piece := file.read(PIECE):
+                yield piece + file.readline()
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} cannot be read ({error.reason})",
+            hint="convert it, for example with `iconv -f latin1 -t utf-8`",
+        ) from error
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+
+
+def _pieces(path: Path) -> Iterator[Document]:
+    for piece in _text(path):
+        yield Document(text=piece, closed=False)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    number = 0
+    for piece in _text(path):
+        # not splitlines(): JSON strings may hold U+2028 and its like
+        for line in piece.removesuffix("\n").split("\n"):
+            number += 1
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line)
+            except ValueError as error:
+                raise SourceError(
+                    f"{path}:{number} is not JSON: {error}", hint="every line must be a JSON object of its own"
+                ) from error
+
+
+def _list(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        rows = json.loads("".join(_text(path)))
+    except ValueError as error:
+        raise SourceError(f"{path} is not JSON: {error}", hint="one object a line belongs in a .jsonl file") from error
+    if not isinstance(rows, list):
+        raise SourceError(
+            f"{path} holds a JSON {type(rows).__name__}, expected a list of objects", hint="wrap the object in [ ]"
+        )
+    yield from enumerate(rows, 1)
+
+
+def _documents(rows: Iterable[tuple[int, Any]], *, origin: str, unit: str) -> Iterator[Document]:
+    for number, row in rows:
+        yield _document(row, where=f"{origin}:{number}" if unit == "line" else f"{unit} {number} of {origin}")
+
+
+def _document(row: Any, *, where: str) -> Document:
+    if not isinstance(row, Mapping):
+        raise SourceError(
+            f"{where} is a JSON {type(row).__name__}, expected an object", hint='write {"text": "..."} on the line'
+        )
+    if isinstance(row.get("text"), str):
+        return Document(text=row["text"])
+    for key, speaker, said in (("conversations", "from", "value"), ("messages", "role", "content")):
+        if isinstance(row.get(key), list):
+            return Document(turns=_turns(row[key], speaker=speaker, said=said, where=where))
+    raise SourceError(
+        f"{where} has neither `text` nor `conversations` nor `messages`, found {', '.join(map(str, row)) or 'no keys'}",
+        hint="rename the column that holds the text to `text`",
+    )
+
+
+def _turns(entries: Sequence[Any], *, speaker: str, said: str, where: str) -> tuple[Turn, ...]:
+    turns = []
+    for entry in entries:
+        who = entry.get(speaker, entry.get("role")) if isinstance(entry, Mapping) else None
+        text = entry.get(said, entry.get("content")) if isinstance(entry, Mapping) else None
+        if not isinstance(text, str) or not isinstance(who, str) or who not in ROLES:
+            raise SourceError(
+                f"{where} has a turn {str(entry)[:60]!r}, expected `{speaker}` and `{said}`",
+                hint=f"mend or remove that conversation; speakers are {', '.join(ROLES)}",
+            )
+        turns.append(Turn(role=ROLES[who], content=text))
+    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
+        raise SourceError(
+            f"{where} is a conversation without a reply, so nothing can be learnt from it",
+            hint="remove that conversation",
+        )
+    return tuple(turns)

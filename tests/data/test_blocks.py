@@ -1,0 +1,125 @@
+"""Packing and what is learnt, on real tokenizers made here."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from frankenmoe.data.blocks import Block, encode, hold_out, packed, text_blocks
+from frankenmoe.data.documents import Document
+from frankenmoe.errors import SourceError
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ["<s>", "</s>", "<|user|>", "<|assistant|>", "<|system|>"]
+CHAT = (
+    {"role": "user", "content": "ab"},
+    {"role": "assistant", "content": "cd"},
+    {"role": "user", "content": "e"},
+    {"role": "assistant", "content": "f"},
+)
+
+
+def make(*, template: str | None = TEMPLATE, bos: bool = True) -> Any:
+    """A tokenizer with a token per letter, whose special tokens come first."""
+    vocabulary = {token: number for number, token in enumerate([*SPECIAL, *"abcdefghij "])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<s>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    found = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>" if bos else None, eos_token="</s>",
+        additional_special_tokens=SPECIAL[2:],
+    )  # fmt: skip
+    found.chat_template = template
+    return found
+
+
+def letters(tokenizer: Any, block: Block) -> str:
+    return "".join(tokenizer.convert_ids_to_tokens(list(block.ids)))
+
+
+def test_text_is_cut_behind_a_bos_each() -> None:
+    tokenizer = make()
+    blocks = list(packed([Document("abcdefg", closed=False)], tokenizer, length=4))
+    assert [letters(tokenizer, block) for block in blocks] == ["<s>abc", "<s>def", "<s>g"]
+    assert [block.learn for block in blocks] == [(False, True, True, True)] * 2 + [(False, True)]
+
+
+def test_documents_are_packed_with_an_end_between_them() -> None:
+    tokenizer = make()
+    blocks = list(packed([Document("ab"), Document(""), Document("cde")], tokenizer, length=5))
+    assert [letters(tokenizer, block) for block in blocks] == ["<s>ab</s>c", "<s>de</s>"]
+
+
+def test_without_bos_a_blocks_first_token_is_not_learnt() -> None:
+    blocks = list(packed([Document("abcd", closed=False)], make(bos=False), length=3))
+    assert [block.learn for block in blocks] == [(False, True, True)]
+
+
+def test_of_conversations_the_replies_are_learnt_with_their_ends() -> None:
+    tokenizer = make()
+    ids, learn = encode(Document(turns=CHAT), tokenizer)
+    learnt = [
+        "".join(tokenizer.convert_ids_to_tokens([token])) for token, wanted in zip(ids, learn, strict=True) if wanted
+    ]
+    assert learnt == ["c", "d", "</s>", "f", "</s>"]
+
+
+def test_blocks_without_anything_to_learn_are_left_out() -> None:
+    chat = Document(turns=({"role": "user", "content": "aaaaaaaa"}, {"role": "assistant", "content": "b"}))
+    blocks = list(packed([chat], make(), length=5))
+    assert [block.targets for block in blocks] == [2]
+
+
+@given(
+    texts=st.lists(st.text("abcdefghij ", min_size=1), min_size=1),
+    length=st.integers(3, 40),
+    closed=st.booleans(),
+)
+def test_no_token_is_lost_or_learnt_twice(texts: list[str], length: int, closed: bool) -> None:
+    tokenizer = make()
+    blocks = list(packed([Document(text, closed=closed) for text in texts], tokenizer, length=length))
+    joined = "".join(letters(tokenizer, block).removeprefix("<s>") for block in blocks)
+    assert joined == "".join(text + "</s>" * closed for text in texts)
+    assert all(len(block.ids) == len(block.learn) <= length for block in blocks)
+    assert all(len(block.ids) == length for block in blocks[:-1])
+
+
+def test_limits_and_whole_blocks() -> None:
+    documents = [Document("abcdefgh", closed=False)]
+    assert len(text_blocks(documents, make(), length=4)) == 3
+    assert len(text_blocks(documents, make(), length=4, whole=True)) == 2
+    assert len(text_blocks(documents, make(), length=4, limit=1)) == 1
+    with pytest.raises(SourceError, match="fewer tokens than one block of 64"):
+        text_blocks(documents, make(), length=64, whole=True)
+    with pytest.raises(SourceError, match="fewer tokens than two"):
+        text_blocks([], make(), length=64)
+
+
+@given(count=st.integers(1, 60), share=st.sampled_from([0.05, 0.1, 0.25, 0.5]))
+def test_held_out_blocks_are_a_steady_share(count: int, share: float) -> None:
+    blocks = [Block((number,), (True,)) for number in range(count)]
+    kept, held = hold_out(blocks, share=share)
+    assert kept
+    assert held
+    assert (kept, held) == hold_out(blocks, share=share)
+    if count > 1:
+        assert sorted(block.ids for block in [*kept, *held]) == [block.ids for block in blocks]
+    assert len(held) == max(1, int(count * share))
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "changes earlier turns"),
+        ("{{ raise_exception('roles must alternate') }}", "refuses a conversation of user, assistant.*must alternate"),
+    ],
+)
+def test_templates_that_cannot_be_used(template: str | None, message: str) -> None:
+    with pytest.raises(SourceError, match=message):
+        encode(Document(turns=CHAT), make(template=template))
