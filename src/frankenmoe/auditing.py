@@ -1,6 +1,6 @@
 """Artifact or recipe -> its audit, and the report on disk; the library's and the CLI's way to audit."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -23,7 +23,7 @@ from frankenmoe.recipe import Recipe
 from frankenmoe.suggest import did_you_mean
 
 WINDOW = 256  # tokens read at once, less where the model sees less
-TOKENS = 16384  # of each domain, unless asked otherwise
+TOKENS = 8192  # of each domain, unless asked otherwise
 SHOWN = 96  # tokens of each domain on the page where no prompt is given
 SHOWN_DOMAINS = 8
 UNLABELLED = "text"
@@ -113,7 +113,10 @@ def _subject(what: Recipe | Artifact | str | Path) -> Subject:
         name = what.name or Path(what.origin).stem
         subject = {"what": "recipe", "path": what.origin, "name": name}
         return Subject(
-            what, what, {**made, "subject": subject, "recipe_digest": what.digest, "recipe": what.to_dict(), "record": None}, name
+            what,
+            what,
+            {**made, "subject": subject, "recipe_digest": what.digest, "recipe": what.to_dict(), "record": None},
+            name,
         )
     recipe, record = recipe_of(what), dict(what.record)
     name = what.folder.resolve().name
@@ -178,7 +181,9 @@ def _domains(recipe: Recipe, data: Data) -> dict[str, _Domain]:
         }
     if not found:
         prompted = ((index, expert, Recipe.prompts_of(expert)[0]) for index, expert in enumerate(recipe.experts))
-        found = {expert.name: _Domain((), recipe.folder, positive, index) for index, expert, positive in prompted if positive}
+        found = {
+            expert.name: _Domain((), recipe.folder, positive, index) for index, expert, positive in prompted if positive
+        }
     if not found:
         raise SourceError(
             f"{recipe.origin} names neither data nor prompts for its experts, so there is no text to audit on",
@@ -205,13 +210,13 @@ def _given(experts: Sequence[str], data: Data) -> dict[str, _Domain]:
     }
 
 
-def _checked(blocks: Iterator[tuple[int, ...]], moe: MoE, name: str) -> Iterator[tuple[int, ...]]:
+def _checked(blocks: Iterable[tuple[int, ...]], moe: MoE, name: str) -> Iterator[tuple[int, ...]]:
     """The same blocks; SourceError for a token that the model has no embedding for."""
     vocabulary = moe.model.config.vocab_size
     for ids in blocks:
         if max(ids) >= vocabulary:
             raise SourceError(
-                f"the tokenizer makes token {max(ids)} of the text of {name}, but the model has {vocabulary} tokens only",
+                f"the tokenizer makes token {max(ids)} of {name}, but the model has {vocabulary} tokens only",
                 hint="put the model's own tokenizer beside its weights",
             )
         yield ids
@@ -227,10 +232,10 @@ def _passages(
                 raise _no_tokens(f"the text of {name}")
             yield _passage(tokenizer, name, ids)
         return
-    found = [block.ids for block in packed([Document(text=prompt, closed=False)], tokenizer, length=2**31)]
-    if not found:
+    blocks = (block.ids for block in packed([Document(text=prompt, closed=False)], tokenizer, length=2**31))
+    ids = next(_checked(blocks, moe, "the prompt"), None)
+    if ids is None:
         raise _no_tokens("the prompt")
-    (ids,) = [list(_checked(iter([ids]), moe, "the prompt"))[0] for ids in found]
     yield _passage(tokenizer, "prompt", ids)
 
 

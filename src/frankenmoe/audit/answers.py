@@ -12,6 +12,7 @@ Facts = Mapping[str, Any]
 GOOD, MIND, BAD, OPEN = "good", "mind", "bad", "open"
 CROWDED = 1.0  # MaxVio above which an expert has more than twice its even share
 MOVED = 0.01  # a layer whose output moves by less is hardly an MoE
+CHANGE = "of its output, least layer"
 DROPS = 0.1  # share of assignments over capacity 1.25 that is worth a warning
 ALIKE = 0.99  # a cosine at which two rows choose as one
 TRAINED = "1.25"  # the capacity factor most training code uses
@@ -94,22 +95,24 @@ def _two(value: float) -> str:
 def _is_moe(whole: Whole) -> Answer:
     asked = ("moe", "Is it an MoE at all?")
     base, first = whole.base, whole.routers[0]
-    moved = [(layer["apart"]["moved"], layer["layer"]) for layer in whole.routers if layer["apart"]["moved"] is not None]
+    moved = [
+        (layer["apart"]["moved"], layer["layer"]) for layer in whole.routers if layer["apart"]["moved"] is not None
+    ]
     number = min(moved)[0] if moved else None
     if base and base["computes_base"]:
         return Answer(
-            *asked, "no", BAD, 0.0, "relative change",
+            *asked, "no", BAD, 0.0, CHANGE,
             f"This MoE computes its base exactly: every expert is the base's own FFN, and logits differ by at most "
             f"{base['largest']:.1e}, which is rounding. Break the symmetry first, with noise_relative or adapters.",
         )  # fmt: skip
     if whole.all_identical:
         return Answer(
-            *asked, "no", BAD, 0.0, "relative change",
-            f"All {len(whole.names)} experts hold the same numbers, so this is one dense model whatever its routers say.",
+            *asked, "no", BAD, 0.0, CHANGE,
+            f"All {len(whole.names)} experts hold the same numbers, so this is one dense model, whatever routers say.",
         )  # fmt: skip
     if number is None:
         return Answer(
-            *asked, "no choice", MIND, None, "relative change",
+            *asked, "no choice", MIND, None, CHANGE,
             f"Every token uses all {_experts(first['experts'])}, so the routers weigh but do not choose.",
         )  # fmt: skip
     same = "; ".join(" = ".join(group) for group in whole.identical)
@@ -120,7 +123,7 @@ def _is_moe(whole: Whole) -> Answer:
     level = BAD if max(moved)[0] < MOVED else MIND if same or number < MOVED else GOOD
     verdict = {GOOD: "yes", MIND: "in part", BAD: "hardly"}[level]
     told = f" Equal by content: {same}." if same else ""
-    return Answer(*asked, verdict, level, number, "relative change", f"{weights}; {outputs}{nats}.{told}")
+    return Answer(*asked, verdict, level, number, CHANGE, f"{weights}; {outputs}{nats}.{told}")
 
 
 def _norm_of(facts: Facts) -> str:
@@ -130,7 +133,9 @@ def _norm_of(facts: Facts) -> str:
 def _moe_layer(facts: Facts, experts: Sequence[str]) -> str:
     apart = facts["apart"]
     if apart is None:
-        return f"A router inside an expert, over {_experts(len(experts))}; its experts are compared with all others there."
+        return (
+            f"A router inside an expert, over {_experts(len(experts))}; its experts are compared with all others there."
+        )
     if apart["median"] is None:
         return "One expert alone: this layer is dense."
     if apart["farthest"] == 0:
@@ -171,9 +176,7 @@ def _who_layer(facts: Facts, experts: Sequence[str]) -> str:
     share = max(load["share"])
     dead = [experts[index] for index in load["dead"]]
     lost = f"dead: {', '.join(dead)}" if dead else "none is dead"
-    close = (
-        f"; {percent(load['close_share'])} of choices were close calls" if load["close_share"] is not None else ""
-    )
+    close = f"; {percent(load['close_share'])} of choices were close calls" if load["close_share"] is not None else ""
     return (
         f"{experts[load['share'].index(share)]} gets most, {percent(share)} of the assignments "
         f"({percent(1 / facts['experts'])} is even), MaxVio {load['max_vio']:.2f}; {lost}{close}."
@@ -188,7 +191,7 @@ def _domain(whole: Whole) -> Answer:
     if not whole.labelled:
         return Answer(
             *asked, "not asked", OPEN, None, "of tokens",
-            "The text has no labels; name the expert it belongs to with --data EXPERT=FILE, or write `data` in the recipe.",
+            "The text has no labels; name its expert with --data EXPERT=FILE, or write `data` in the recipe.",
         )  # fmt: skip
     chance = 1 / whole.routers[0]["experts"]
     shares = [(_own(layer), layer["layer"]) for layer in whole.routers]
@@ -205,7 +208,7 @@ def _domain(whole: Whole) -> Answer:
 
 
 def _own(facts: Facts) -> float:
-    """Mean over labelled domains, each weighing the same, of one layer's share of tokens that go to their own expert."""
+    """One layer's share of tokens that go first to their own expert, every labelled domain weighing the same."""
     shares = [share for share in facts["domains"]["own_first"].values() if share is not None]
     return sum(shares) / len(shares) if shares else 0.0
 
@@ -219,8 +222,8 @@ def _domain_layer(facts: Facts, experts: Sequence[str]) -> str:
         return "No text of a labelled domain came here."
     worst = min(shares, key=lambda name: shares[name])
     return (
-        f"{percent(_own(facts))} of tokens go first to their own expert ({percent(1 / len(experts))} by chance), fewest of "
-        f"{worst} ({percent(shares[worst])}); the choice tells {domains['information']:.2f} of "
+        f"{percent(_own(facts))} of tokens go first to their own expert ({percent(1 / len(experts))} by chance), fewest "
+        f"of {worst} ({percent(shares[worst])}); the choice tells {domains['information']:.2f} of "
         f"{domains['most_information']:.2f} bits."
     )
 
@@ -233,7 +236,9 @@ def _gate(whole: Whole) -> Answer:
     gates = [(layer["gate"], layer["layer"]) for layer in whole.routers]
     cosines = [(gate["largest_cosine"], layer) for gate, layer in gates if gate["largest_cosine"] is not None]
     if not cosines:
-        return Answer(*asked, "one row", OPEN, None, "condition number", "A router over one expert has nothing to tell apart.")
+        return Answer(
+            *asked, "one row", OPEN, None, "condition number", "A router over one expert has nothing to tell apart."
+        )
     singular = [layer for gate, layer in gates if gate["condition"] is None]
     finite = [(gate["condition"], layer) for gate, layer in gates if gate["condition"] is not None]
     degenerate = [layer for gate, layer in gates if gate["degenerate"]]
@@ -277,7 +282,9 @@ def _survive(whole: Whole) -> Answer:
     asked = ("survive", "Would it survive?")
     over = [(layer["capacity"]["over"][TRAINED], layer["layer"]) for layer in whole.routers]
     dead = [
-        f"{whole.names[str(index)]} in layer {layer['layer']}" for layer in whole.routers for index in layer["load"]["dead"]
+        f"{whole.names[str(index)]} in layer {layer['layer']}"
+        for layer in whole.routers
+        for index in layer["load"]["dead"]
     ]
     fewest = [(layer["capacity"]["fewest_tokens"], layer["layer"]) for layer in whole.routers]
     level = BAD if dead else MIND if max(over)[0] > DROPS else GOOD
@@ -320,8 +327,8 @@ def _token_layer(facts: Facts, experts: Sequence[str]) -> str:
     if seen is None:
         return "Tokens are shown for the outer routers."
     return (
-        f"The tokens shown use {seen['used']} of {_experts(len(experts))} first; {percent(seen['switches'])} have another "
-        "first expert than the token before."
+        f"The tokens shown use {seen['used']} of {_experts(len(experts))} first; {percent(seen['switches'])} have "
+        "another first expert than the token before."
     )
 
 

@@ -13,7 +13,7 @@ from frankenmoe.palette import COLOURS
 Facts = Mapping[str, Any]
 Spec = dict[str, Any]
 
-WIDE, NARROW = 640, 300  # pixels of plot, for a screen and for a phone
+WIDE, HALF, NARROW = 500, 200, 240  # pixels of plot: a screen's column, half of one, a phone
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
 LABELLED_CELLS = 260  # a heat map with more cells has no room for numbers
@@ -23,10 +23,10 @@ CONFIG: Spec = {
     "font": "sans-serif",
     "view": {"stroke": None},
     "axis": {
-        "labelColor": "var(--ink)", "titleColor": "var(--ink)", "gridColor": "var(--line)", "domainColor": "var(--line)",
-        "tickColor": "var(--line)", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
+        "labelColor": "var(--ink)", "titleColor": "var(--ink)", "gridColor": "var(--line)",
+        "domainColor": "var(--line)", "tickColor": "var(--line)", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
     },
-    "legend": {"labelColor": "var(--ink)", "titleColor": "var(--ink)", "labelFontSize": 12, "orient": "top", "title": None},
+    "legend": {"labelColor": "var(--ink)", "labelFontSize": 12, "orient": "top", "title": None},
     "text": {"fill": "var(--ink)"},
 }  # fmt: skip
 
@@ -75,12 +75,12 @@ def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...
 
     found = [_apart(layers, routers), _heat(layers, routers, experts)]
     found += [
-        _lines("load", f"{what} by layer", layers, [Series(what, line(0), of(key, "load"))], y=what, zero=True)
+        _lines("load", what, layers, [Series(what, line(0), of(key, "load"))], y=None, zero=True)
         for key, what in (
-            ("cv", "coefficient of variation"),
-            ("max_vio", "MaxVio"),
-            ("entropy_share", "gate entropy, share of ln E"),
-            ("margin", "margin of the k-th to the next, nats"),
+            ("cv", "Coefficient of variation of the load"),
+            ("max_vio", "MaxVio: busiest expert over even"),
+            ("entropy_share", "Gate entropy, share of ln E"),
+            ("margin", "Margin of the k-th to the next, nats"),
         )
         if any(value is not None for value in of(key, "load"))
     ]
@@ -89,7 +89,7 @@ def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...
     found.append(
         _lines(
             "gate", "Condition number of the gate by layer; above 5 mergekit calls it degenerate", layers,
-            [Series("condition number", line(0), of("condition", "gate"))], y="condition number", rule=5.0, zero=True,
+            [Series("condition number", line(0), of("condition", "gate"))], y=None, rule=5.0, zero=True,
         )
     )  # fmt: skip
     found.append(_over(layers, routers))
@@ -140,7 +140,7 @@ def _lines(
     layers: Sequence[int],
     series: Sequence[Series],
     *,
-    y: str,
+    y: str | None,
     rule: float | None = None,
     zero: bool = False,
 ) -> Chart:
@@ -156,14 +156,14 @@ def _lines(
     def scale(values: Sequence[Any]) -> Spec:
         return {"domain": names, "range": [values[index % len(values)] for index in count]}
 
-    legend: Spec | None = None if len(series) == 1 else {"symbolSize": 90, "columns": 3}
+    legend: Spec | None = None if len(series) == 1 else {"symbolSize": 90, "columns": 3, "symbolStrokeWidth": 0}
     layered: list[Spec] = [
         {
             "mark": {"type": "line", "strokeWidth": 2, "aria": False},
             "encoding": {"strokeDash": {"field": "line", "scale": scale(DASHES), "legend": None, "sort": names}},
         },
         {
-            "mark": {"type": "point", "size": 46, "filled": True, "opacity": 1},
+            "mark": {"type": "point", "size": 46, "filled": True, "opacity": 1, "strokeWidth": 0},
             "encoding": {
                 "shape": {"field": "line", "scale": scale(SHAPES), "legend": legend, "sort": names},
                 "description": {"field": "told"},
@@ -216,7 +216,10 @@ def _heat(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str
         rect: Spec = {
             "mark": {"type": "rect", "fill": "var(--heat)", "stroke": "var(--paper)", "strokeWidth": 1},
             "encoding": {
-                "fillOpacity": {"field": "share", "type": "quantitative", "scale": {"domainMin": 0, "range": [0.03, 0.6]}, "legend": None},
+                "fillOpacity": {
+                    "field": "share", "type": "quantitative", "legend": None,
+                    "scale": {"domainMin": 0, "range": [0.03, 0.6]},
+                },
                 "description": {"field": "told"},
             },
         }  # fmt: skip
@@ -229,7 +232,10 @@ def _heat(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str
             "width": width, "height": cell * len(experts), "data": {"values": rows}, "description": caption,
             "encoding": {
                 "x": {"field": "layer", "type": "ordinal", "axis": _layer_axis(layers), "title": "layer"},
-                "y": {"field": "expert", "type": "nominal", "sort": names, "title": None, "axis": {"labelLimit": 110, "ticks": False, "domain": False}},
+                "y": {
+                    "field": "expert", "type": "nominal", "sort": names, "title": None,
+                    "axis": {"labelLimit": 110, "ticks": False, "domain": False},
+                },
             },
             "layer": [rect, text] if room else [rect],
         }  # fmt: skip

@@ -76,9 +76,7 @@ class RouterSums:
         self.dropped += lost
         self.counts_CE[domain] += counts_E
         self.first_CE[domain] += torch.bincount(chosen_TK[:, 0], minlength=experts).cpu()
-        self.weight_E += torch.bincount(
-            ids_TK[kept_TK], weights=weights_TK[kept_TK].double(), minlength=experts
-        ).cpu()
+        self.weight_E += torch.bincount(ids_TK[kept_TK], weights=weights_TK[kept_TK].double(), minlength=experts).cpu()
         self.prob_E += prob_TE.sum(dim=0, dtype=torch.float64).cpu()
         self.entropy -= float((prob_TE * log_TE).sum(dtype=torch.float64))
         self.spread += float(logits_TE.std(dim=-1, unbiased=False).sum(dtype=torch.float64))
@@ -116,7 +114,8 @@ def collect(
     decoder, device = moe.model.get_decoder(), moe.model.device
     progress.start("reading text", limit * len(domains), "tokens")
     with stream(moe.model, sink):
-        for current, domain in enumerate(domains):
+        for number, domain in enumerate(domains):
+            current = number
             for batch in batches(texts[domain], limit=limit):
                 ids_BT = torch.tensor(batch, device=device)
                 decoder(input_ids=ids_BT, use_cache=False)

@@ -10,7 +10,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from frankenmoe.audit.charts import NARROW, WIDE, Chart, can_draw, charts, drawn
+from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, can_draw, charts, drawn
 from frankenmoe.audit.compare import MEASURES, paired
 from frankenmoe.audit.run import Audit
 from frankenmoe.audit.tokens import BUDGET, encoded
@@ -19,7 +19,9 @@ from frankenmoe.palette import mark
 Facts = Mapping[str, Any]
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-NO_CHARTS = "Charts need the extra <code>audit</code>: <code>pip install 'frankenmoe[audit]'</code>. All numbers are below."
+NO_CHARTS = (
+    "Charts need the extra <code>audit</code>: <code>pip install 'frankenmoe[audit]'</code>. All numbers are below."
+)
 # question -> columns of its table over all layers: title, where in a router's facts, decimals
 TABLES: Mapping[str, Sequence[tuple[str, tuple[str, str], int]]] = {
     "moe": (
@@ -79,12 +81,12 @@ def page(audits: Sequence[Audit]) -> str:
 {_legend(reports)}
 </div></div>
 <main>
-<noscript><p>Without JavaScript the layer slider and the tokens do not work; every number is in the tables.</p></noscript>
+<noscript><p>Without JavaScript the slider and the tokens do not work; every number is in the tables.</p></noscript>
 {_comparison(reports)}
 {body}
 </main>
 <footer>{"".join(_footer(report) for report in reports)}
-<p>Made by frankenmoe. Charts: Vega-Lite (BSD-3-Clause), drawn before this page was written; it loads nothing.</p></footer>
+<p>Made by frankenmoe. Charts were drawn by Vega-Lite (BSD-3-Clause) beforehand; this page loads nothing.</p></footer>
 <script type="application/json" id="data">{_data(audits)}</script>
 <script>{_asset("page.js")}</script>
 </body>
@@ -106,8 +108,8 @@ def _subject(report: Facts) -> str:
     shared = ", and one shared expert that every token uses" if model["shared_expert"] else ""
     nested = f", {model['nested_routers']} nested routers" if model["nested_routers"] else ""
     return (
-        f"<p><strong>{escape(report['subject']['name'])}</strong>: {escape(report['subject']['what'])}, {model['layers']} "
-        f"layers, {len(model['experts'])} experts, {model['experts_per_token']} per token{shared}{nested}. "
+        f"<p><strong>{escape(report['subject']['name'])}</strong>: {escape(report['subject']['what'])}, "
+        f"{model['layers']} layers, {len(model['experts'])} experts, {model['experts_per_token']} per token{shared}{nested}. "
         f'<span class="soft">Tokens read: {escape(read)}.</span></p>'
     )
 
@@ -115,21 +117,25 @@ def _subject(report: Facts) -> str:
 def _cards(reports: Sequence[Facts]) -> Iterable[str]:
     for number, answer in enumerate(reports[0]["answers"]):
         rows = "".join(
-            f'<span class="row">{_big(report["answers"][number])}{_verdict(report["answers"][number])}</span>'
-            + (f'<span class="who">{escape(report["subject"]["name"])}, {escape(report["subject"]["what"])}</span>' if len(reports) > 1 else "")
+            f'<span class="row">{_big(report["answers"][number])}</span>{_who(report) if len(reports) > 1 else ""}'
             for report in reports
-        )  # fmt: skip
-        yield f'<li><a href="#{answer["key"]}"><strong>{number + 1}. {escape(answer["question"])}</strong>{rows}</a></li>'
+        )
+        title = f"<strong>{number + 1}. {escape(answer['question'])}</strong>"
+        yield f'<li><a href="#{answer["key"]}">{title}{rows}</a></li>'
+
+
+def _who(report: Facts) -> str:
+    return f'<span class="who">{escape(report["subject"]["name"])}, {escape(report["subject"]["what"])}</span>'
 
 
 def _big(answer: Facts) -> str:
     number = answer["number"]
     shown = "–" if number is None else _number(number, answer["unit"])
-    return f'<span class="big">{shown}</span> <span class="unit">{escape(answer["unit"])}</span>'
+    return f'<span class="big">{shown}</span>{_verdict(answer)}<span class="unit">{escape(answer["unit"])}</span>'
 
 
 def _number(number: float, unit: str) -> str:
-    shares = ("relative", "of tokens", "switches", "dropped")
+    shares = ("of its output", "of tokens", "switches", "dropped")
     return f"{number:.0%}" if unit.startswith(shares) else f"{number:.2f}"
 
 
@@ -166,7 +172,8 @@ def _side(answer: Facts, report: Facts, index: int, reports: Sequence[Facts]) ->
     tokens = _tokens(index) if key == "token" else ""
     return (
         f'<div class="side">{title}<p>{_verdict(answer)} {escape(answer["sentence"])}</p>'
-        f'{_charts(key, report)}<div class="here" id="here-{key}-{index}"></div>{tokens}{_table(key, report)}</div>'
+        f'<div class="{"both" if key != "token" else ""}">{_charts(key, report)}'
+        f'<div class="here" id="here-{key}-{index}"></div></div>{tokens}{_table(key, report)}</div>'
     )
 
 
@@ -183,18 +190,18 @@ def _figure(chart: Chart, *, alone: bool) -> str:
     full = alone or chart.caption.startswith("Load")
     drawings = "".join(
         f'<div class="chart {name}">{drawn(chart, width)}</div>'
-        for name, width in (("wide", WIDE if full else NARROW + 60), ("narrow", NARROW - 60))
+        for name, width in (("wide", WIDE if full else HALF), ("narrow", NARROW))
     )
-    return f'<figure{" class=full" if full else ""}><figcaption>{escape(chart.caption)}</figcaption>{drawings}</figure>'
+    return f"<figure{' class=full' if full else ''}><figcaption>{escape(chart.caption)}</figcaption>{drawings}</figure>"
 
 
 def _tokens(index: int) -> str:
     return (
-        "<p class=soft>Point at a token, or reach it with <kbd>Tab</kbd>; <kbd>←</kbd> <kbd>→</kbd> go to its neighbours, "
-        "<kbd>↑</kbd> <kbd>↓</kbd> through the layers. The small character is the first expert.</p>"
+        "<p class=soft>Point at a token, or reach it with <kbd>Tab</kbd>; <kbd>←</kbd> <kbd>→</kbd> go to its "
+        "neighbours, <kbd>↑</kbd> <kbd>↓</kbd> through the layers. The small character is the first expert.</p>"
         f'<div class="seen"><div><div class="pages" id="pages-{index}"></div><div class="tokens" id="tokens-{index}">'
-        f'</div></div><aside class="panel" id="panel-{index}" aria-live="polite"><p class="soft">Nothing pointed at yet.</p>'
-        "</aside></div>"
+        f'</div></div><aside class="panel" id="panel-{index}" aria-live="polite">'
+        '<p class="soft">Nothing pointed at yet.</p></aside></div>'
     )
 
 
@@ -234,7 +241,10 @@ def _extra(key: str, rows: Sequence[Facts]) -> dict[str, list[float | None]]:
             if share is not None
         }
     if key == "survive":
-        return {f"over {factor}": [facts["capacity"]["over"][factor] for facts in rows] for factor in rows[0]["capacity"]["over"]}
+        return {
+            f"over {factor}": [facts["capacity"]["over"][factor] for facts in rows]
+            for factor in rows[0]["capacity"]["over"]
+        }
     return {}
 
 
@@ -274,10 +284,12 @@ def _comparison(reports: Sequence[Facts]) -> str:
 
 def _footer(report: Facts) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    sources = "" if report["model"]["sources_at_hand"] else " The sources are gone: distances are from the experts' mean."
+    sources = (
+        "" if report["model"]["sources_at_hand"] else " The sources are gone: distances are from the experts' mean."
+    )
     return (
-        f"<p>{escape(report['subject']['path'])}, finished {report['finished']}, recipe {report['recipe_digest'][:16]}, "
-        f"computed in {report['model']['dtype']}; {escape(versions)}.{sources}</p>"
+        f"<p>{escape(report['subject']['path'])}, finished {report['finished']}, recipe "
+        f"{report['recipe_digest'][:16]}, computed in {report['model']['dtype']}; {escape(versions)}.{sources}</p>"
     )
 
 

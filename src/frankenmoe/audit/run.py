@@ -136,7 +136,7 @@ def _seen(trace: TokenTrace, layer: int) -> Facts:
     changed = (first_T[1:] != first_T[:-1])[torch.tensor(follows, dtype=torch.int64) - 1] if follows else first_T[:0]
     return {
         "tokens": len(first_T),
-        "used": len(first_T[first_T >= 0].unique()),
+        "used": len(set(first_T[first_T >= 0].tolist())),
         "switches": rounded(float(changed.float().mean())) if follows else 0.0,
     }
 
@@ -170,7 +170,7 @@ def _labelled(texts: Mapping[str, Text]) -> bool:
 def _against_base(
     moe: MoE, plan: Plan | None, probes: Sequence[Sequence[int]], trust_remote_code: bool
 ) -> Facts | None:
-    """How far the outputs are from the base's. Equality is claimed only where the plan knows it and the logits agree."""
+    """How far outputs are from the base's; equality is claimed only where the plan knows it and the logits agree."""
     if plan is None:
         return None
     found = against_base(moe, plan, probes, trust_remote_code=trust_remote_code)

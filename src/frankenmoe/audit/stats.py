@@ -71,9 +71,7 @@ def mutual_information(counts_CE: torch.Tensor) -> float:
     return max(0.0, float(terms_CE.sum()))
 
 
-def own_share(
-    counts_CE: torch.Tensor, own: Sequence[int | None], *, tokens_C: torch.Tensor
-) -> list[float | None]:
+def own_share(counts_CE: torch.Tensor, own: Sequence[int | None], *, tokens_C: torch.Tensor) -> list[float | None]:
     """Per domain, the share of its tokens that its own expert got; None without such an expert or without tokens."""
     return [
         None if expert is None or not tokens else float(counts_CE[row, expert]) / tokens
@@ -85,7 +83,8 @@ def cosines(gate_ED: torch.Tensor) -> torch.Tensor:
     """cosines_EE between the rows of a gate; a row of zeros has the cosine 0 with every other."""
     wide_ED = gate_ED.double()
     unit_ED = wide_ED / torch.linalg.vector_norm(wide_ED, dim=1, keepdim=True).clamp(min=TINY)
-    return unit_ED @ unit_ED.T
+    cosines_EE: torch.Tensor = unit_ED @ unit_ED.T
+    return cosines_EE
 
 
 def largest_cosine(gate_ED: torch.Tensor) -> tuple[float, tuple[int, int]] | None:

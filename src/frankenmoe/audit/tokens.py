@@ -72,11 +72,15 @@ def as_data(trace: TokenTrace) -> list[dict[str, Any]]:
             {
                 "layer": layer,
                 "experts": trace.ids_LTK[row, start:stop].tolist(),
-                "weights": [[round(weight, 4) for weight in each] for each in trace.weights_LTK[row, start:stop].tolist()],
+                "weights": [
+                    [round(weight, 4) for weight in each] for each in trace.weights_LTK[row, start:stop].tolist()
+                ],
             }
             for row, layer in enumerate(trace.layers)
         ]
-        found.append({"label": passage.label, "tokens": list(passage.shown), "ids": list(passage.ids), "layers": layers})
+        found.append(
+            {"label": passage.label, "tokens": list(passage.shown), "ids": list(passage.ids), "layers": layers}
+        )
         start = stop
     return found
 

@@ -37,7 +37,7 @@ WIDEST_STRIP = 26  # layers shown beside a token
     "EXPERT= it has no label. Default: the recipe's data, else its prompts.",
 )  # fmt: skip
 @click.option("--prompt", help="Show these tokens one by one. Default: the beginning of each text.")
-@click.option("--tokens", type=click.IntRange(min=1), default=16384, show_default=True, help="Most tokens of each text.")
+@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Most tokens of each text.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True,
     help="Where the report's own folder goes.",
@@ -71,9 +71,7 @@ def audit_command(
     pairs = [_labelled(each) for each in data]
     with bars() as progress:
         audits = [
-            look(
-                what, data=pairs, prompt=prompt, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress
-            )
+            look(what, data=pairs, prompt=prompt, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
             for what in (first, *([second] if second else []))
         ]
     folder = write_report(audits, out)
@@ -143,7 +141,11 @@ def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> 
         table.add_column("load", no_wrap=True)
     for title, _ in columns:
         table.add_column(title, justify="right", no_wrap=True)
-    width = max(8, min(show.width - 60, 24)) if show.width >= ROOMY else BAR - (6 if report["model"]["nested_routers"] else 0)
+    width = (
+        max(8, min(show.width - 60, 24))
+        if show.width >= ROOMY
+        else BAR - (6 if report["model"]["nested_routers"] else 0)
+    )
     for facts in routers:
         place = f"{facts['layer']}" + (f" in {facts['path']}" if facts["path"] else "")
         bar = [load_bar(facts["load"]["share"], width)] if key == "load" else []

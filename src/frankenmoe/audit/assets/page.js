@@ -102,7 +102,7 @@
         expert: best[k * size + at(layer, token)], logit: trace.low[layer] + trace.unit[layer] * logits[k * size + at(layer, token)] })),
     };
   };
-  const visible = (text) => text.replace(/\n/g, "⏎\n").replace(/\t/g, "⇥") || "∅";
+  const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
 
   class Tokens {
     constructor(audit, number) {
@@ -138,6 +138,7 @@
       for (let token = from; token < to; token++) {
         if (this.starts.has(token)) parts.push(make("h3", {}, this.starts.get(token)));
         parts.push(make("button", { type: "button", class: "t", "data-i": token }, visible(this.text[token])));
+        if (this.text[token].includes("\n") && !this.text[token + 1]?.includes("\n")) parts.push(make("br"));
       }
       this.box.replaceChildren(...parts);
       const pages = Math.ceil(this.text.length / PAGE);
