@@ -11,7 +11,7 @@ from frankenmoe.audit.run import Audit, Text, examine
 from frankenmoe.audit.tokens import Passage
 from frankenmoe.audit.write import write_report
 from frankenmoe.building import is_recipe, versions
-from frankenmoe.data.blocks import packed
+from frankenmoe.data.blocks import encode, packed
 from frankenmoe.data.documents import Document, check_data, read_documents
 from frankenmoe.errors import ArtifactError, RecipeError, SourceError
 from frankenmoe.loading import load
@@ -232,11 +232,12 @@ def _passages(
                 raise _no_tokens(f"the text of {name}")
             yield _passage(tokenizer, name, ids)
         return
-    blocks = (block.ids for block in packed([Document(text=prompt, closed=False)], tokenizer, length=2**31))
-    ids = next(_checked(blocks, moe, "the prompt"), None)
-    if ids is None:
+    said, _ = encode(Document(text=prompt, closed=False), tokenizer)
+    if not said:
         raise _no_tokens("the prompt")
-    yield _passage(tokenizer, "prompt", ids)
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for ids in _checked([(*head, *said)], moe, "the prompt"):
+        yield _passage(tokenizer, "prompt", ids)
 
 
 def _no_tokens(what: str) -> SourceError:

@@ -222,8 +222,8 @@ def _domain_layer(facts: Facts, experts: Sequence[str]) -> str:
         return "No text of a labelled domain came here."
     worst = min(shares, key=lambda name: shares[name])
     return (
-        f"{percent(_own(facts))} of tokens go first to their own expert ({percent(1 / len(experts))} by chance), fewest "
-        f"of {worst} ({percent(shares[worst])}); the choice tells {domains['information']:.2f} of "
+        f"{percent(_own(facts))} of tokens go first to their own expert ({percent(1 / len(experts))} by chance), "
+        f"fewest of {worst} ({percent(shares[worst])}); the choice tells {domains['information']:.2f} of "
         f"{domains['most_information']:.2f} bits."
     )
 

@@ -24,7 +24,8 @@ CONFIG: Spec = {
     "view": {"stroke": None},
     "axis": {
         "labelColor": "var(--ink)", "titleColor": "var(--ink)", "gridColor": "var(--line)",
-        "domainColor": "var(--line)", "tickColor": "var(--line)", "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
+        "domainColor": "var(--line)", "tickColor": "var(--line)",
+        "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
     },
     "legend": {"labelColor": "var(--ink)", "labelFontSize": 12, "orient": "top", "title": None},
     "text": {"fill": "var(--ink)"},

@@ -109,7 +109,8 @@ def _subject(report: Facts) -> str:
     nested = f", {model['nested_routers']} nested routers" if model["nested_routers"] else ""
     return (
         f"<p><strong>{escape(report['subject']['name'])}</strong>: {escape(report['subject']['what'])}, "
-        f"{model['layers']} layers, {len(model['experts'])} experts, {model['experts_per_token']} per token{shared}{nested}. "
+        f"{model['layers']} layers, {len(model['experts'])} experts, {model['experts_per_token']} per "
+        f"token{shared}{nested}. "
         f'<span class="soft">Tokens read: {escape(read)}.</span></p>'
     )
 

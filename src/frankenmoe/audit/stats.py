@@ -49,12 +49,6 @@ def switch_balance(counts_E: torch.Tensor, prob_E: torch.Tensor) -> float:
     return float(len(counts_E) * load(counts_E) @ prob_E.double())
 
 
-def entropy(prob_E: torch.Tensor) -> float:
-    """Nats of one distribution; ln E when even, 0 when one takes all."""
-    wide_E = prob_E.double()
-    return float(-(wide_E * wide_E.clamp(min=TINY).log()).sum())
-
-
 def mutual_information(counts_CE: torch.Tensor) -> float:
     """Bits that an expert tells of the domain, every domain weighing the same: 0 to log2(min(C, E)).
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import concat, record
 
-BUDGET = 4_500_000  # bytes of page that token data may take before less of each token is kept
-BASE64 = 4 / 3
+BUDGET = 3_600_000  # bytes of page that token data may take before less of each token is kept
+SAMPLE = 500  # tokens by which the size of all is guessed
 
 
 @dataclass(frozen=True)
@@ -88,30 +88,52 @@ def as_data(trace: TokenTrace) -> list[dict[str, Any]]:
 def encoded(trace: TokenTrace, *, budget: int = BUDGET) -> dict[str, Any]:
     """The trace as a few base64 texts of deflated arrays, within `budget` bytes where that can be.
 
-    Chosen experts and weights are always all there (weights in steps of 1/255). Of the logits, the best M experts' are
-    kept with the experts' numbers, in steps of a 65535th or a 255th of the layer's range: all of them where there is
-    room, and always the chosen and the next. `page.js` is the reader.
+    Of each token and layer the best M experts are kept in order, the chosen ones first, with their logits in steps of a
+    65535th or a 255th of the layer's range: all experts where there is room, and always the chosen and the next. Weights
+    are in steps of 1/255; the last is left out where they sum to one. `page.js` is the reader.
     """
     experts, top_k = trace.logits_LTE.shape[2], trace.ids_LTK.shape[2]
     least = min(experts, top_k + 1)
-    order_LTE = trace.logits_LTE.argsort(dim=-1, descending=True, stable=True)
-    chosen = {
-        "chosen": _packed(trace.ids_LTK.numpy().astype(np.int8)),
-        "weights": _packed((trace.weights_LTK.clamp(0, 1) * 255).round().numpy().astype(np.uint8)),
+    order_LTE, dropped_LTK = _ranked(trace)
+    whole = bool((trace.weights_LTK.sum(dim=-1) - 1).abs().max() < 1e-3)
+    stored_LTK = trace.weights_LTK[..., : top_k - 1] if whole else trace.weights_LTK
+    fixed = {
+        "weights": _packed((stored_LTK.clamp(0, 1) * 255).round().numpy().astype(np.uint8)),
+        "dropped": _packed(dropped_LTK.numpy().astype(np.uint8)) if bool(dropped_LTK.any()) else "",
     }
-    left = budget - sum(map(len, chosen.values()))
-    for kept, steps in ((experts, 65535), (experts, 255), (max(least, top_k + 4), 255), (least, 255)):
-        logits = _logits(trace.logits_LTE, order_LTE[..., : min(kept, experts)], steps=steps)
-        if sum(len(text) for text in logits.values() if isinstance(text, str)) <= left:
+    left = budget - _size(fixed)
+    for kept, steps in ((experts, 65535), (experts, 255), (min(experts, top_k + 4), 255), (least, 255)):
+        few = slice(0, SAMPLE)
+        guess = _size(_logits(trace.logits_LTE[:, few], order_LTE[:, few, :kept], steps=steps))
+        if guess * max(1.0, trace.tokens / SAMPLE) > left and kept > least:
+            continue  # what does not fit by a sample is not worth packing
+        logits = _logits(trace.logits_LTE, order_LTE[..., :kept], steps=steps)
+        if _size(logits) <= left:
             break
     return {
         "layers": list(trace.layers),
         "tokens": trace.tokens,
         "top_k": top_k,
         "experts": experts,
-        **chosen,
+        "weights_sum_to_one": whole,
+        **fixed,
         **logits,
     }
+
+
+def _ranked(trace: TokenTrace) -> tuple[torch.Tensor, torch.Tensor]:
+    """(order_LTE, dropped_LTK): experts by descending logit, those the router chose first, and which it then dropped."""
+    dropped_LTK = trace.ids_LTK < 0
+    order_LTE = trace.logits_LTE.argsort(dim=-1, descending=True, stable=True)
+    if not bool(dropped_LTK.any()):  # of equal logits the router may have taken another; what it took is the truth
+        rest_LTE = trace.logits_LTE.scatter(-1, trace.ids_LTK, -torch.inf)
+        order_LTE = rest_LTE.argsort(dim=-1, descending=True, stable=True)
+        order_LTE = torch.cat([trace.ids_LTK, order_LTE[..., : order_LTE.shape[-1] - trace.ids_LTK.shape[-1]]], dim=-1)
+    return order_LTE, dropped_LTK
+
+
+def _size(logits: Mapping[str, Any]) -> int:
+    return sum(len(text) for text in logits.values() if isinstance(text, str))
 
 
 def _logits(logits_LTE: torch.Tensor, best_LTM: torch.Tensor, *, steps: int) -> Mapping[str, Any]:
@@ -133,4 +155,4 @@ def _logits(logits_LTE: torch.Tensor, best_LTM: torch.Tensor, *, steps: int) -> 
 def _packed(array: NDArray[Any]) -> str:
     """Deflated little-endian bytes as base64, an expert's or choice's column at a time: equal ranks are alike."""
     columns = np.ascontiguousarray(np.moveaxis(array, -1, 0)).astype(array.dtype.newbyteorder("<"), copy=False)
-    return base64.b64encode(zlib.compress(columns.tobytes(), 9)).decode()
+    return base64.b64encode(zlib.compress(columns.tobytes(), 6)).decode()

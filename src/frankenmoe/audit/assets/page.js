@@ -84,22 +84,31 @@
   // ---- tokens
 
   const inflated = async (text, bytes) => {
+    if (!text) return new Uint8Array();
     const raw = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
     const stream = new Blob([raw]).stream().pipeThrough(new DecompressionStream("deflate"));
     const buffer = await new Response(stream).arrayBuffer();
-    return bytes === 2 ? new Uint16Array(buffer) : bytes === -1 ? new Int8Array(buffer) : new Uint8Array(buffer);
+    return bytes === 2 ? new Uint16Array(buffer) : new Uint8Array(buffer);
   };
   const opened = async (trace) => {
-    const [chosen, weights, best, logits] = await Promise.all([
-      inflated(trace.chosen, -1), inflated(trace.weights, 1), inflated(trace.best, 1), inflated(trace.logits, trace.bytes)]);
+    const [weights, dropped, best, logits] = await Promise.all([
+      inflated(trace.weights, 1), inflated(trace.dropped, 1), inflated(trace.best, 1), inflated(trace.logits, trace.bytes)]);
     const size = trace.layers.length * trace.tokens; // arrays are [column, layer, token]
-    const at = (layer, token) => layer * trace.tokens + token;
+    const at = (column, layer, token) => column * size + layer * trace.tokens + token;
+    const expert = (k, layer, token) => (dropped.length && dropped[at(k, layer, token)] ? -1 : best[at(k, layer, token)]);
     return {
-      first: (layer, token) => chosen[at(layer, token)],
-      chosen: (layer, token) => Array.from({ length: trace.top_k }, (_, k) => ({
-        expert: chosen[k * size + at(layer, token)], weight: weights[k * size + at(layer, token)] / 255 })),
+      first: (layer, token) => expert(0, layer, token),
+      chosen: (layer, token) => {
+        let left = 1;
+        return Array.from({ length: trace.top_k }, (_, k) => {
+          const last = trace.weights_sum_to_one && k === trace.top_k - 1;
+          const weight = last ? left : weights[at(k, layer, token)] / 255;
+          left -= weight;
+          return { expert: expert(k, layer, token), weight };
+        });
+      },
       best: (layer, token) => Array.from({ length: trace.kept }, (_, k) => ({
-        expert: best[k * size + at(layer, token)], logit: trace.low[layer] + trace.unit[layer] * logits[k * size + at(layer, token)] })),
+        expert: best[at(k, layer, token)], logit: trace.low[layer] + trace.unit[layer] * logits[at(k, layer, token)] })),
     };
   };
   const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
