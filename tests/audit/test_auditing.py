@@ -225,7 +225,9 @@ def test_two_reports_side_by_side(recipe: Path, tmp_path: Path) -> None:
     assert found["kind"] == "frankenmoe audit of two"
     assert found["difference"]["same_recipe"]
     assert found["difference"]["same_text"]
-    for layer, left, right in zip(found["difference"]["layers"], *(each["routers"] for each in found["audits"]), strict=True):
+    for layer, left, right in zip(
+        found["difference"]["layers"], *(each["routers"] for each in found["audits"]), strict=True
+    ):
         first, second, change = layer["entropy_share"]
         assert (first, second) == (left["load"]["entropy_share"], right["load"]["entropy_share"])
         assert change == pytest.approx(second - first, abs=1e-4)
@@ -237,7 +239,7 @@ def test_two_reports_side_by_side(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_label_that_names_no_expert_gets_the_nearest(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match="E1=a.txt names no expert, expected one of e0, e1, e2") as caught:
+    with pytest.raises(RecipeError, match=r"E1=a\.txt names no expert, expected one of e0, e1, e2") as caught:
         look(recipe, data=[("E1", "a.txt")])
     assert caught.value.hint == "did you mean 'e1'?"
 

@@ -32,7 +32,7 @@ def decoded(text: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def test_a_small_trace_keeps_everything() -> None:
     trace = make_trace(3, 20, 5)
-    data = encoded(trace)
+    data = encoded(trace, budget=10**7)
     assert (data["kept"], data["bytes"]) == (5, 2)
     assert data["weights_sum_to_one"]
     weights = decoded(data["weights"], "u1", (1, 3, 20)) / 255
@@ -61,7 +61,7 @@ def test_a_tight_budget_keeps_the_chosen_and_the_next(budget: int) -> None:
 def test_dropped_choices_and_sixty_four_experts_survive() -> None:
     trace = make_trace(2, 30, 64)
     trace.ids_LTK[0, 3, 1] = -1
-    data = encoded(trace)
+    data = encoded(trace, budget=10**7)
     dropped = decoded(data["dropped"], "u1", (2, 2, 30))
     assert dropped.sum() == dropped[0, 3, 1] == 1
     assert decoded(data["best"], "u1", (64, 2, 30)).max() == 63
@@ -70,7 +70,7 @@ def test_dropped_choices_and_sixty_four_experts_survive() -> None:
 def test_weights_that_do_not_sum_to_one_are_all_kept() -> None:
     trace = make_trace(1, 10, 4)
     halved = replace(trace, weights_LTK=trace.weights_LTK / 2)
-    data = encoded(halved)
+    data = encoded(halved, budget=10**7)
     assert not data["weights_sum_to_one"]
     assert np.abs(decoded(data["weights"], "u1", (2, 1, 10)) / 255 - halved.weights_LTK.numpy()).max() < 0.003
 
@@ -79,13 +79,13 @@ def test_of_equal_logits_what_the_router_took_comes_first() -> None:
     trace = make_trace(1, 4, 3)
     trace.logits_LTE.zero_()
     trace.ids_LTK[:] = torch.tensor([2, 1])
-    assert decoded(encoded(trace)["best"], "u1", (3, 1, 4))[0, 0].tolist() == [2, 1, 0]
+    assert decoded(encoded(trace, budget=10**7)["best"], "u1", (3, 1, 4))[0, 0].tolist() == [2, 1, 0]
 
 
 def test_equal_logits_have_no_range_to_divide_by() -> None:
     trace = make_trace(1, 4, 3)
     trace.logits_LTE.zero_()
-    data = encoded(trace)
+    data = encoded(trace, budget=10**7)
     assert data["low"] == [0.0]
     assert decoded(data["logits"], "<u2", (3, 1, 4)).max() == 0
 

@@ -68,9 +68,7 @@ def test_an_adapter_is_compared_by_its_low_rank_term() -> None:
     assert found["0.bias"].equals(Matrix(mlp[0].bias.reshape(1, -1)))
 
 
-def test_slices_do_not_change_the_result(
-    parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_slices_do_not_change_the_result(parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, one, two = parents["llama"]
     moe = fm.load(recipe_of(tmp_path, base, [base, one, two]))
     whole = list(distances(moe.model, None))

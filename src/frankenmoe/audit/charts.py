@@ -16,6 +16,7 @@ Spec = dict[str, Any]
 WIDE, HALF, NARROW = 500, 200, 240  # pixels of plot: a screen's column, half of one, a phone
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
+TOLD_CELLS = 1000  # more are not read out one by one; the bars and tables have the same numbers
 LABELLED_CELLS = 260  # a heat map with more cells has no room for numbers
 SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
 CONFIG: Spec = {
@@ -215,7 +216,10 @@ def _heat(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str
     def spec(width: int) -> Spec:
         cell = 24 if len(experts) <= 16 else 13
         rect: Spec = {
-            "mark": {"type": "rect", "fill": "var(--heat)", "stroke": "var(--paper)", "strokeWidth": 1},
+            "mark": {
+                "type": "rect", "fill": "var(--heat)", "stroke": "var(--card)", "strokeWidth": 1,
+                "aria": len(rows) <= TOLD_CELLS,
+            },
             "encoding": {
                 "fillOpacity": {
                     "field": "share", "type": "quantitative", "legend": None,

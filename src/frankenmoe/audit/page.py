@@ -13,11 +13,12 @@ from typing import Any
 from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, can_draw, charts, drawn
 from frankenmoe.audit.compare import MEASURES, paired
 from frankenmoe.audit.run import Audit
-from frankenmoe.audit.tokens import BUDGET, encoded
+from frankenmoe.audit.tokens import encoded
 from frankenmoe.palette import mark
 
 Facts = Mapping[str, Any]
 
+LARGEST = 4_900_000  # bytes that a page should not exceed; token data is thinned out to keep to it
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 NO_CHARTS = (
     "Charts need the extra <code>audit</code>: <code>pip install 'frankenmoe[audit]'</code>. All numbers are below."
@@ -59,7 +60,7 @@ def page(audits: Sequence[Audit]) -> str:
     title = f"Audit of {' and '.join(dict.fromkeys(names))}"
     layers = max(len(_outer(report)) for report in reports)
     body = "".join(_question(number, reports) for number in range(len(reports[0]["answers"])))
-    return f"""<!doctype html>
+    head = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -87,11 +88,10 @@ def page(audits: Sequence[Audit]) -> str:
 </main>
 <footer>{"".join(_footer(report) for report in reports)}
 <p>Made by frankenmoe. Charts were drawn by Vega-Lite (BSD-3-Clause) beforehand; this page loads nothing.</p></footer>
-<script type="application/json" id="data">{_data(audits)}</script>
-<script>{_asset("page.js")}</script>
-</body>
-</html>
 """
+    script = f"<script>{_asset('page.js')}</script>\n</body>\n</html>\n"
+    data = _data(audits, room=LARGEST - len((head + script).encode()))
+    return f'{head}<script type="application/json" id="data">{data}</script>\n{script}'
 
 
 def _asset(name: str) -> str:
@@ -294,25 +294,39 @@ def _footer(report: Facts) -> str:
     )
 
 
-def _data(audits: Sequence[Audit]) -> str:
-    share = BUDGET // len(audits)
-    shown = []
-    for audit in audits:
-        report = audit.report
-        shown.append(
-            {
-                "experts": report["model"]["experts"],
-                "paths": report["model"]["paths"],
-                "marks": [asdict(mark(index)) for index in range(len(report["model"]["experts"]))],
-                "routers": [_slim(facts) for facts in _outer(report)],
-                "passages": [{"label": each["label"], "tokens": each["tokens"]} for each in report["passages"]],
-                "trace": encoded(audit.trace, budget=share),
-            }
-        )
-    # "</script>" in a token must not end the element
-    return json.dumps({"audits": shown}, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+def _data(audits: Sequence[Audit], *, room: int) -> str:
+    """What page.js reads, in about `room` bytes: token data gives way, the rest is what it is."""
+    shown = [_shown(audit) for audit in audits]
+    left = room - len(_text({"audits": shown}).encode())
+    traces = [encoded(audit.trace, budget=left // len(audits)) for audit in audits]
+    return _text({"audits": [each | {"trace": trace} for each, trace in zip(shown, traces, strict=True)]})
+
+
+def _shown(audit: Audit) -> dict[str, Any]:
+    report = audit.report
+    return {
+        "experts": report["model"]["experts"],
+        "paths": report["model"]["paths"],
+        "marks": [asdict(mark(index)) for index in range(len(report["model"]["experts"]))],
+        "routers": [_slim(facts) for facts in _outer(report)],
+        "passages": [{"label": each["label"], "tokens": each["tokens"]} for each in report["passages"]],
+    }
 
 
 def _slim(facts: Facts) -> Facts:
-    keys = ("layer", "experts", "load", "domains", "gate", "capacity", "apart", "sentences")
-    return {key: facts[key] for key in keys}
+    """The facts of a router that page.js shows; matrices to the three digits that are seen."""
+    keys = ("layer", "experts", "load", "domains", "capacity", "sentences")
+    apart = facts["apart"]
+    return {key: facts[key] for key in keys} | {
+        "gate": {"cosines": _short(facts["gate"]["cosines"])},
+        "apart": apart and apart | {"pairs": _short(apart["pairs"])},
+    }
+
+
+def _short(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[round(value, 3) for value in row] for row in matrix]
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    # "</script>" in a token must not end the element
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import concat, record
 
-BUDGET = 3_600_000  # bytes of page that token data may take before less of each token is kept
 SAMPLE = 500  # tokens by which the size of all is guessed
 
 
@@ -85,12 +84,12 @@ def as_data(trace: TokenTrace) -> list[dict[str, Any]]:
     return found
 
 
-def encoded(trace: TokenTrace, *, budget: int = BUDGET) -> dict[str, Any]:
+def encoded(trace: TokenTrace, *, budget: int) -> dict[str, Any]:
     """The trace as a few base64 texts of deflated arrays, within `budget` bytes where that can be.
 
     Of each token and layer the best M experts are kept in order, the chosen ones first, with their logits in steps of a
-    65535th or a 255th of the layer's range: all experts where there is room, and always the chosen and the next. Weights
-    are in steps of 1/255; the last is left out where they sum to one. `page.js` is the reader.
+    65535th or a 255th of the layer's range: all experts where there is room, always the chosen and the next. Weights are
+    in steps of 1/255; the last is left out where they sum to one. `page.js` is the reader.
     """
     experts, top_k = trace.logits_LTE.shape[2], trace.ids_LTK.shape[2]
     least = min(experts, top_k + 1)
@@ -122,7 +121,7 @@ def encoded(trace: TokenTrace, *, budget: int = BUDGET) -> dict[str, Any]:
 
 
 def _ranked(trace: TokenTrace) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order_LTE, dropped_LTK): experts by descending logit, those the router chose first, and which it then dropped."""
+    """(order_LTE, dropped_LTK): experts by descending logit, the chosen first, and which of these were dropped."""
     dropped_LTK = trace.ids_LTK < 0
     order_LTE = trace.logits_LTE.argsort(dim=-1, descending=True, stable=True)
     if not bool(dropped_LTK.any()):  # of equal logits the router may have taken another; what it took is the truth

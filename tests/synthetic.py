@@ -15,8 +15,13 @@ TOP_K = 2
 HIDDEN = 32
 
 
-def make_audit(*, experts: int, layers: int, tokens: int, name: str = "synthetic", seed: int = 0) -> Audit:
-    """An audit whose passages have `tokens` tokens in all; a third of the experts have a domain of their own."""
+def make_audit(
+    *, experts: int, layers: int, tokens: int, name: str = "synthetic", seed: int = 0, plain: bool = True
+) -> Audit:
+    """An audit whose passages have `tokens` tokens in all; a third of the experts have a domain of their own.
+
+    `plain=False` leaves the tokens out of the report, which the page does not read from there.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -26,7 +31,9 @@ def make_audit(*, experts: int, layers: int, tokens: int, name: str = "synthetic
     names = {str(index): f"expert {index}" for index in range(experts)}
     logits_LTE = draw(layers, tokens, experts) + draw(layers, 1, experts) * 0.3
     weights_LTK, ids_LTK = logits_LTE.softmax(dim=-1).topk(TOP_K, dim=-1)
-    words = [f"{' ' if index % 3 else ''}w{index % 977}" + ("\n" if index % 40 == 39 else "") for index in range(tokens)]
+    words = [
+        f"{' ' if index % 3 else ''}w{index % 977}" + ("\n" if index % 40 == 39 else "") for index in range(tokens)
+    ]
     trace = TokenTrace(
         (Passage("prompt", tuple(range(tokens)), tuple(words)),),
         tuple(range(layers)),
@@ -39,7 +46,9 @@ def make_audit(*, experts: int, layers: int, tokens: int, name: str = "synthetic
         sums = RouterSums(layer, "", experts, TOP_K, len(domains))
         for row, _ in enumerate(domains):
             part = slice(row * tokens // len(domains), (row + 1) * tokens // len(domains))
-            found = LayerTrace(layer, "", experts, weights_LTK[layer, part], ids_LTK[layer, part], logits_LTE[layer, part])
+            found = LayerTrace(
+                layer, "", experts, weights_LTK[layer, part], ids_LTK[layer, part], logits_LTE[layer, part]
+            )
             sums.add(found, draw(found.logits_TE.shape[0], HIDDEN), domain=row)
         difference_EN = draw(experts, 50).double()
         gram_EE = difference_EN @ difference_EN.T
@@ -72,7 +81,7 @@ def make_audit(*, experts: int, layers: int, tokens: int, name: str = "synthetic
             "outputs": {"tokens": 0, "other_experts": None, "base": None},
             "identical_experts": [],
             "routers": [facts | {"sentences": layer_sentences(facts, names)} for facts in routers],
-            "passages": as_data(trace),
+            "passages": as_data(trace) if plain else [{"label": "prompt", "tokens": words}],
         },
         trace,
     )  # fmt: skip
