@@ -152,7 +152,7 @@ def _legend(reports: Sequence[Facts]) -> str:
 
 def _chip(expert: int) -> str:
     own = mark(expert)
-    stroke = "rgb(255 255 255 / .42)" if own.ink == "#FFFFFF" else "rgb(0 0 0 / .30)"
+    stroke = "rgb(255 255 255 / .38)" if own.ink == "#FFFFFF" else "rgb(0 0 0 / .24)"
     style = f"background-color:{own.colour};color:{own.ink};--stroke:{stroke}"
     return f'<span class="chip {own.pattern}" style="{style}">{own.digit}</span>'
 

@@ -88,8 +88,8 @@ def encoded(trace: TokenTrace, *, budget: int) -> dict[str, Any]:
     """The trace as a few base64 texts of deflated arrays, within `budget` bytes where that can be.
 
     Of each token and layer the best M experts are kept in order, the chosen ones first, with their logits in steps of a
-    65535th or a 255th of the layer's range: all experts where there is room, always the chosen and the next. Weights are
-    in steps of 1/255; the last is left out where they sum to one. `page.js` is the reader.
+    65535th or a 255th of the layer's range: all experts where there is room, always the chosen and the next. Weights
+    are in steps of 1/255; the last is left out where they sum to one. `page.js` is the reader.
     """
     experts, top_k = trace.logits_LTE.shape[2], trace.ids_LTK.shape[2]
     least = min(experts, top_k + 1)

@@ -165,7 +165,7 @@ def load_bar(shares: Sequence[float], width: int) -> Text:
 
 
 def _print_tokens(report: Facts, show: Console) -> None:
-    """The first tokens of the first passage: a digit per layer, and the weights in the last of them."""
+    """The first tokens of the first passage: a digit per layer and, where there is room, the last layer's weights."""
     passage = report["passages"][0]
     layers = passage["layers"][:WIDEST_STRIP]
     names = report["model"]["experts"]
@@ -175,11 +175,12 @@ def _print_tokens(report: Facts, show: Console) -> None:
         for layer in layers:
             first = layer["experts"][at][0]
             line.append(mark(first).digit, style=expert_style(first))
-        last = layers[-1]
-        weights = zip(last["experts"][at], last["weights"][at], strict=True)
-        told = ", ".join(f"{weight:.2f} {names[expert] if expert >= 0 else 'dropped'}" for expert, weight in weights)
-        line.append(f"  layer {last['layer']}: {told}", style="dim")
-        line.truncate(show.width, overflow="ellipsis")
+        if show.width >= ROOMY:
+            last = layers[-1]
+            weights = zip(last["experts"][at], last["weights"][at], strict=True)
+            told = (f"{weight:.2f} {names[expert] if expert >= 0 else 'dropped'}" for expert, weight in weights)
+            line.append(f"  layer {last['layer']}: {', '.join(told)}", style="dim")
+            line.truncate(show.width, overflow="ellipsis")
         show.print(line)
     rest = sum(len(each["tokens"]) for each in report["passages"]) - min(TOKENS_SHOWN, len(passage["tokens"]))
     if rest:

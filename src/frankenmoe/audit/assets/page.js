@@ -24,13 +24,15 @@
     element.classList.add(mark.pattern);
     element.style.backgroundColor = mark.colour;
     element.style.color = mark.ink;
-    element.style.setProperty("--stroke", mark.ink === "#FFFFFF" ? "rgb(255 255 255 / .42)" : "rgb(0 0 0 / .30)");
+    element.style.setProperty("--stroke", mark.ink === "#FFFFFF" ? "rgb(255 255 255 / .38)" : "rgb(0 0 0 / .24)");
     return element;
   };
   const chip = (audit, expert) => {
     const mark = markOf(audit, expert);
     return paint(make("span", { class: "chip" }, mark.digit), mark);
   };
+  const FEW = 6; // experts whose names fit over columns; more are their chips, whose names the legend has
+  const heads = (audit, names) => (names.length <= FEW || names.length !== audit.experts.length ? names : names.map((_, expert) => chip(audit, expert)));
   const fill = (id, ...children) => document.getElementById(id)?.replaceChildren(...children);
 
   // ---- what a layer's routers did
@@ -63,18 +65,18 @@
     const counts = Object.values(facts.domains.first);
     const totals = counts.map((row) => row.reduce((sum, count) => sum + count, 0) || 1);
     return caption("Rows are domains, columns experts: where a domain's tokens go first, in percent",
-      matrix(names, audit.experts, counts, (count, row) => percent(count / totals[row]), (count, row) => count / totals[row]));
+      matrix(names, heads(audit, audit.experts), counts, (count, row) => percent(count / totals[row]), (count, row) => count / totals[row]));
   };
   const showApart = (audit, facts) => {
     const apart = facts.apart;
     if (!apart || apart.paths.length < 2) return "";
     const names = apart.paths.map((path) => audit.paths[path] ?? path);
     return caption(`Distance of expert pairs in layer ${facts.layer}; the last row is the distance from the ${apart.reference === "base" ? "base" : "experts' mean"}`,
-      matrix([...names, apart.reference], names, [...apart.pairs, apart.to_reference], (value) => fixed(value), (value) => value / (Math.max(apart.farthest, ...apart.to_reference) || 1)));
+      matrix([...names, apart.reference], heads(audit, names), [...apart.pairs, apart.to_reference], (value) => fixed(value), (value) => value / (Math.max(apart.farthest, ...apart.to_reference) || 1)));
   };
   const showGate = (audit, facts) =>
     facts.experts < 2 ? "" : caption(`Cosines between the gate's rows in layer ${facts.layer}`,
-      matrix(audit.experts, audit.experts, facts.gate.cosines, (value) => fixed(value), (value) => Math.abs(value)));
+      matrix(audit.experts, heads(audit, audit.experts), facts.gate.cosines, (value) => fixed(value), (value) => Math.abs(value)));
   const showCapacity = (audit, facts) => caption("Fewest and most assignments of an expert, and what a capacity drops",
     matrix(["layer " + facts.layer], ["fewest", "most", ...Object.keys(facts.capacity.over).map((factor) => `over ${factor}`)],
       [[Math.min(...facts.load.assignments), Math.max(...facts.load.assignments), ...Object.values(facts.capacity.over)]],
