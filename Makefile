@@ -26,7 +26,7 @@ reference: $(VENV)/.installed
 	$(BIN)/python docs/make_reference.py > docs/reference.md
 
 bench: $(VENV)/.installed
-	for script in plan load build; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in plan load build audit; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # torch first and by its exact version: a plain `torch` may fetch gigabytes of GPU libraries
 $(VENV)/.installed: requirements.lock pyproject.toml
