@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.audit import audit_command
 from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.errors import FrankenMoEError
 
@@ -242,6 +243,9 @@ def demo_command(out: Path, as_json: bool) -> None:
     from frankenmoe.cli.demo import demo
 
     demo(out, as_json=as_json)
+
+
+app.add_command(audit_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))

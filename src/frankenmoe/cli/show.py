@@ -13,6 +13,7 @@ from rich.table import Table
 
 from frankenmoe.artifact import Artifact
 from frankenmoe.cli.text import printable
+from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
 
 WIDTH = 80
@@ -108,6 +109,12 @@ def show_checks(folder: Path, checks: Sequence[Any]) -> None:
 def program() -> str:
     """How this program was called, so that a printed command can be run as it stands."""
     return "frankenmoe" if shutil.which("frankenmoe") else sys.argv[0]
+
+
+def expert_style(expert: int) -> str:
+    """How rich writes an expert's digit, in the colours that the audit's page has too."""
+    own = mark(expert)
+    return f"bold {own.ink} on {own.colour}" if expert >= 0 else "dim"
 
 
 def gib(count: int) -> str:

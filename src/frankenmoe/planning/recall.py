@@ -14,17 +14,9 @@ from frankenmoe.recipe import Recipe
 
 def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
     """Plans the recorded recipe against its sources as they are now; ArtifactError if they are not what they were."""
-    record = artifact.record
-    folder = Path(record["recipe_folder"])
-    if not folder.is_dir():  # artifact and sources may have moved together
-        folder = (artifact.folder / record["recipe_folder_from_here"]).resolve()
-    recipe = Recipe.parse(
-        yaml.safe_dump(record["recipe"], sort_keys=False),
-        folder=folder,
-        origin=str(artifact.folder / "recipe.yml"),
-    )
+    recipe = recipe_of(artifact)
     try:
-        made = plan(recipe, dtype=record["dtype"], weights=True, trust_remote_code=trust_remote_code)
+        made = plan(recipe, dtype=artifact.record["dtype"], weights=True, trust_remote_code=trust_remote_code)
     except SourceError as error:
         raise ArtifactError(
             f"{artifact.folder} cannot find or use its sources any more: {error.message}",
@@ -44,6 +36,19 @@ def facts(made: Plan) -> dict[str, Any]:
         "shared_experts": [node.name for node in made.shared],
         "experts_per_token": made.recipe.experts_per_token,
     }
+
+
+def recipe_of(artifact: Artifact) -> Recipe:
+    """The recipe in an artifact's record; relative paths start where they did, or where artifact and sources moved."""
+    record = artifact.record
+    folder = Path(record["recipe_folder"])
+    if not folder.is_dir():
+        folder = (artifact.folder / record["recipe_folder_from_here"]).resolve()
+    return Recipe.parse(
+        yaml.safe_dump(record["recipe"], sort_keys=False),
+        folder=folder,
+        origin=str(artifact.folder / "recipe.yml"),
+    )
 
 
 def check_sources(artifact: Artifact, made: Plan) -> None:
