@@ -1,0 +1,71 @@
+"""Artifact or recipe -> GGUF files; the library's and the CLI's way to export.
+
+Does not import torch unless a recipe's routers must first be made, or importance or a check needs the model to run.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from frankenmoe.artifact import ROUTERS, Artifact, open_artifact, write_routers
+from frankenmoe.building import check_buildable, is_recipe, load_recipe, make_routers
+from frankenmoe.checkpoint.header import read_header
+from frankenmoe.errors import ArtifactError
+from frankenmoe.export.run import GgufFile, export_files
+from frankenmoe.export.subject import of_artifact, of_plan, routers_were_set
+from frankenmoe.planning import plan
+from frankenmoe.planning.gguf import Subject, subject_of_plan
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import RANDOM_MODES, Recipe
+
+
+def export(
+    what: Recipe | Artifact | str | Path,
+    out: str | Path,
+    *,
+    types: Sequence[str] = (),
+    pad256: bool = False,
+    threads: int | None = None,
+    allow_random: bool = False,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> list[GgufFile]:
+    """Writes GGUF files of an artifact of either form, or of a recipe, whose routers are then made first.
+
+    Without `types`: a q4 and a q5 that suit the shape. Routers that only chance has set are refused unless
+    `allow_random`. Raises FrankenMoEError's children; see `export_files`.
+    """
+    with subject_of(what, allow_random=allow_random, trust_remote_code=trust_remote_code, progress=progress) as subject:
+        return export_files(
+            subject, Path(out), types=types, pad256=pad256, threads=threads, progress=progress
+        )
+
+
+@contextmanager
+def subject_of(
+    what: Recipe | Artifact | str | Path, *, allow_random: bool, trust_remote_code: bool, progress: Progress
+) -> Iterator[Subject]:
+    """The subject of an artifact or a recipe; a recipe's routers live in a temporary folder meanwhile."""
+    if isinstance(what, str | Path) and not is_recipe(what):
+        what = open_artifact(Path(what))
+    if isinstance(what, Artifact):
+        if not (allow_random or routers_were_set(what)):
+            raise _random(str(what.folder))
+        yield of_artifact(what, trust_remote_code=trust_remote_code)
+        return
+    made = plan(load_recipe(what), weights=True, trust_remote_code=trust_remote_code)
+    check_buildable(made, virtual=True, allow_identical=True)
+    subject_of_plan(made)  # says what llama.cpp cannot before routers are made
+    if made.recipe.gate_mode in RANDOM_MODES and made.experts > 1 and not (allow_random or made.all_identical):
+        raise _random(made.recipe.origin)
+    with tempfile.TemporaryDirectory() as folder:
+        write_routers(Path(folder), make_routers(made, progress, trust_remote_code=trust_remote_code))
+        yield of_plan(made, read_header(Path(folder) / ROUTERS))
+
+
+def _random(where: str) -> ArtifactError:
+    return ArtifactError(
+        f"the routers of {where} were never set: gate_mode random left them to chance",
+        hint="fit them first, or say --allow-random to export the MoE as it is",
+    )
