@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from frankenmoe.artifact import ROUTERS, Artifact, open_artifact, write_routers
 from frankenmoe.building import check_buildable, is_recipe, load_recipe, make_routers
@@ -18,6 +19,13 @@ from frankenmoe.planning import plan
 from frankenmoe.planning.gguf import Subject, subject_of_plan
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import RANDOM_MODES, Recipe
+
+if TYPE_CHECKING:
+    from frankenmoe.export.check import Checked
+
+CHECK_LENGTH = 128  # tokens of a text
+CHECK_BLOCKS = 8
+CHECK_POSITIONS = 24  # of every text
 
 
 def export(
@@ -40,6 +48,44 @@ def export(
         return export_files(
             subject, Path(out), types=types, pad256=pad256, threads=threads, progress=progress
         )
+
+
+def check_files(
+    what: Recipe | Artifact | str | Path,
+    files: Sequence[GgufFile],
+    *,
+    texts: Sequence[str] = (),
+    threads: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> "list[Checked]":
+    """Runs every file in llama.cpp beside its source in transformers (float32) and compares what they say.
+
+    `texts` are text files, JSONL files or hub datasets; without any, a few short texts of our own.
+    """
+    from frankenmoe.data.blocks import text_blocks
+    from frankenmoe.data.documents import Document, read_documents
+    from frankenmoe.export.check import check, reference, steps
+    from frankenmoe.export.samples import PROMPTS, TEXTS
+    from frankenmoe.loading import load
+
+    moe = load(what, dtype="float32", trust_remote_code=trust_remote_code)
+    tokenizer = moe.tokenizer()
+    length = min(CHECK_LENGTH, int(moe.model.config.max_position_embeddings))
+    if texts:
+        blocks = text_blocks(read_documents(texts, folder=Path.cwd()), tokenizer, length=length, limit=CHECK_BLOCKS)
+    else:
+        alone = [text_blocks([Document(text=text)], tokenizer, length=length, limit=1) for text in TEXTS]
+        blocks = [block for found in alone for block in found]
+    passages = [block.ids for block in blocks]
+    progress.start("asking the source", len(passages) + len(PROMPTS), "texts")
+    source = reference(moe, tokenizer, texts=passages, positions=CHECK_POSITIONS, on_step=progress.advance)
+    found = []
+    for file in files:
+        total = steps(passages, positions=CHECK_POSITIONS, prompts=len(PROMPTS))
+        progress.start(f"checking {file.type}", total, "positions")
+        found.append(check(file.path, source, threads=threads, on_step=progress.advance))
+    return found
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.export import export_command
 from frankenmoe.errors import FrankenMoEError
 
 SIZE_UNITS = {
@@ -162,7 +163,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 
 
 @app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
-@click.argument("what", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("what", metavar="OUT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
@@ -180,13 +181,21 @@ def chat_command(
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Talk to an artifact, or to a recipe before anything is built.
+    """Talk to an artifact, to a recipe before anything is built, or to a GGUF file.
 
     Tokens appear as they are made. With a chat template the model is addressed as an assistant, otherwise it goes on
     from your text.
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
+    if what.suffix == ".gguf":
+        from frankenmoe.cli.ggufchat import chat_gguf
+
+        if trace:
+            raise click.UsageError("--trace needs an artifact or a recipe: llama.cpp does not tell who was chosen")
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        return chat_gguf(what, prompt=prompt, as_json=as_json, **settings)
+
     from frankenmoe.building import is_recipe
 
     if is_recipe(what):
@@ -221,6 +230,9 @@ def demo_command(out: Path, as_json: bool) -> None:
     from frankenmoe.cli.demo import demo
 
     demo(out, as_json=as_json)
+
+
+app.add_command(export_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
