@@ -13,16 +13,19 @@ from frankenmoe.artifact import ROUTERS, Artifact, open_artifact, write_routers
 from frankenmoe.building import check_buildable, is_recipe, load_recipe, make_routers
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
-from frankenmoe.export.run import GgufFile, export_files
+from frankenmoe.export.run import GgufFile, check_output, export_files
 from frankenmoe.export.subject import of_artifact, of_plan, routers_were_set
 from frankenmoe.planning import plan
-from frankenmoe.planning.gguf import Subject, subject_of_plan
+from frankenmoe.planning.gguf import Subject, layout, subject_of_plan
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import RANDOM_MODES, Recipe
 
 if TYPE_CHECKING:
     from frankenmoe.export.check import Checked
+    from frankenmoe.export.importance import Measured
 
+IMATRIX_LENGTH = 512  # tokens of a block of calibration
+IMATRIX_BLOCKS = 128
 CHECK_LENGTH = 128  # tokens of a text
 CHECK_BLOCKS = 8
 CHECK_POSITIONS = 24  # of every text
@@ -33,6 +36,7 @@ def export(
     out: str | Path,
     *,
     types: Sequence[str] = (),
+    imatrix: Sequence[str] = (),
     pad256: bool = False,
     threads: int | None = None,
     allow_random: bool = False,
@@ -45,9 +49,51 @@ def export(
     `allow_random`. Raises FrankenMoEError's children; see `export_files`.
     """
     with subject_of(what, allow_random=allow_random, trust_remote_code=trust_remote_code, progress=progress) as subject:
+        check_output(subject, Path(out), types=types, pad256=pad256, importance=bool(imatrix))
+        found = _importance(what, subject, imatrix, pad256, trust_remote_code, progress) if imatrix else None
         return export_files(
-            subject, Path(out), types=types, pad256=pad256, threads=threads, progress=progress
+            subject,
+            Path(out),
+            types=types,
+            pad256=pad256,
+            importance=found.importance if found else None,
+            notes=starved_notes(subject, found) if found else (),
+            threads=threads,
+            progress=progress,
         )
+
+
+def _importance(
+    what: Recipe | Artifact | str | Path,
+    subject: Subject,
+    data: Sequence[str],
+    pad256: bool,
+    trust_remote_code: bool,
+    progress: Progress,
+) -> "Measured":
+    from frankenmoe.data.blocks import text_blocks
+    from frankenmoe.data.documents import read_documents
+    from frankenmoe.export.importance import measure
+    from frankenmoe.loading import load
+
+    moe = load(what, trust_remote_code=trust_remote_code)
+    length = min(IMATRIX_LENGTH, int(moe.model.config.max_position_embeddings))
+    blocks = text_blocks(read_documents(data, folder=Path.cwd()), moe.tokenizer(), length=length, limit=IMATRIX_BLOCKS)
+    progress.start("weighing columns", len(blocks), "blocks")
+    return measure(moe, layout(subject, pad256=pad256), [block.ids for block in blocks], on_step=progress.advance)
+
+
+def starved_notes(subject: Subject, found: "Measured") -> tuple[str, ...]:
+    """A sentence about experts that the calibration text hardly reached, and what was done about them."""
+    if not found.starved:
+        return ()
+    names = [node.name for node in subject.nodes]
+    shown = ", ".join(f"{names[expert]} in layer {layer} ({tokens})" for layer, expert, tokens in found.starved[:4])
+    more = f" and {len(found.starved) - 4} more" if len(found.starved) > 4 else ""
+    return (
+        f"of {found.tokens} tokens of calibration too few reached {shown}{more}; their columns were weighed on text "
+        "that every expert was made to read",
+    )
 
 
 def check_files(

@@ -193,8 +193,14 @@ def chat_command(
 
         if trace:
             raise click.UsageError("--trace needs an artifact or a recipe: llama.cpp does not tell who was chosen")
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        return chat_gguf(what, prompt=prompt, as_json=as_json, **settings)
+        return chat_gguf(
+            what,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            as_json=as_json,
+        )
 
     from frankenmoe.building import is_recipe
 

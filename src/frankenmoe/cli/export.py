@@ -110,5 +110,7 @@ def _show(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> None:
     warn(list(dict.fromkeys(note for file in files for note in file.notes)))
     for check in checks:
         if check.same_prompts < check.prompts:
-            warn([f"{check.path.name} splits {check.prompts - check.same_prompts} of {check.prompts} prompts otherwise"])
+            warn(
+                [f"{check.path.name} splits {check.prompts - check.same_prompts} of {check.prompts} prompts otherwise"]
+            )
     click.echo(f"in {files[0].path.parent}; next: {program()} chat {files[-1].path}")

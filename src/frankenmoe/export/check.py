@@ -19,6 +19,7 @@ from frankenmoe.moe.load import MoE
 
 TOP = 1000  # tokens of a distribution that are compared one by one; the rest counts as one
 
+
 @dataclass(frozen=True)
 class Passage:
     """What the source says about a text: its ids, the positions asked about, and log-probabilities [positions, V]."""

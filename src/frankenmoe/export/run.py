@@ -60,21 +60,20 @@ def export_files(
     types: Sequence[str] = (),
     pad256: bool = False,
     importance: Importance | None = None,
+    notes: Sequence[str] = (),
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> list[GgufFile]:
     """Writes a file per type, all in one pass over the weights, each whole or not at all.
 
     `out` is a folder (made if need be), or a name ending in .gguf for a single type. Without `types`: a q4 and a q5
-    that suit the shape. Raises PlanError (a type or an MoE that llama.cpp does not have), SourceError (tokenizer,
+    that suit the shape. `notes` are added to those of every file.
+
+    Raises PlanError (a type or an MoE that llama.cpp does not have), SourceError (tokenizer,
     broken weights), NumericsError, ArtifactError (occupied, disk too small).
     """
-    found = layout(subject, pad256=pad256)
-    kinds = file_types(types) or default_types(found)
-    paths = _paths(subject, out, kinds)
+    found, kinds, paths = check_output(subject, out, types=types, pad256=pad256, importance=importance is not None)
     held = {kind.name: found.types(kind, imatrix=importance is not None) for kind in kinds}
-    for name in {name for table in held.values() for name in table.values()}:
-        require(name, importance=importance is not None)
     vocabulary = read_vocabulary(subject.folder, subject.config, rows=subject.family.dims(subject.config).vocab)
     targets = [
         Target(
@@ -95,10 +94,23 @@ def export_files(
         importance=importance,
         on_bytes=progress.advance,
     )
-    return [_describe(found, kind, target) for kind, target in zip(kinds, targets, strict=True)]
+    return [_describe(found, kind, target, notes) for kind, target in zip(kinds, targets, strict=True)]
 
 
-def _describe(found: GgufLayout, kind: FileType, target: Target) -> GgufFile:
+def check_output(
+    subject: Subject, out: Path, *, types: Sequence[str], pad256: bool, importance: bool
+) -> tuple[GgufLayout, tuple[FileType, ...], list[Path]]:
+    """(layout, types, paths) of an export, or the error that it would end in, before anything slow is begun."""
+    found = layout(subject, pad256=pad256)
+    kinds = file_types(types) or default_types(found)
+    paths = _paths(subject, out, kinds)
+    for name in sorted({name for kind in kinds for name in found.types(kind, imatrix=importance).values()}):
+        require(name, importance=importance)
+    _check_disk(paths[0].parent, sum(found.tensor_bytes(kind, imatrix=importance) for kind in kinds))
+    return found, kinds, paths
+
+
+def _describe(found: GgufLayout, kind: FileType, target: Target, notes: Sequence[str]) -> GgufFile:
     holds: dict[str, int] = {}
     for tensor in found.tensors:
         name = target.types[tensor.name]
@@ -110,7 +122,7 @@ def _describe(found: GgufLayout, kind: FileType, target: Target) -> GgufFile:
         bytes=target.size,
         bits_per_weight=target.size * 8 / found.weights,
         holds=dict(sorted(holds.items(), key=lambda item: -item[1])),
-        notes=(*found.notes, *([advice] if advice else [])),
+        notes=(*found.notes, *notes, *([advice] if advice else [])),
     )
 
 

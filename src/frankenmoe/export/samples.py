@@ -19,9 +19,9 @@ TEXTS = (
     "    if not path.exists():\n        return {}\n    with path.open() as file:\n        return json.load(file)\n\n\n"
     "class Counter:\n    def __init__(self):\n        self.total = 0\n\n    def add(self, value):\n"
     "        self.total += value\n        return self.total\n",
-    "Let n be a positive integer. If n is even, then n = 2k for some integer k, and so n^2 = 4k^2 is divisible by 4. If "
-    "n is odd, then n = 2k + 1, and n^2 = 4k^2 + 4k + 1 leaves the remainder 1. A train leaves at 9:15 and travels 180 "
-    "km in 2.5 hours; its average speed is 180 / 2.5 = 72 km/h.",
+    "Let n be a positive integer. If n is even, then n = 2k for some integer k, and so n^2 = 4k^2 is divisible by 4. "
+    "If n is odd, then n = 2k + 1, and n^2 = 4k^2 + 4k + 1 leaves the remainder 1. A train leaves at 9:15 and travels "
+    "180 km in 2.5 hours; its average speed is 180 / 2.5 = 72 km/h.",
     "Le matin, la vieille dame ouvrait sa fenêtre et regardait la rue. Elle saluait le boulanger, le facteur et les "
     "enfants qui couraient vers l'école. Puis elle préparait son café, très noir, et lisait le journal de la veille.",
 )
