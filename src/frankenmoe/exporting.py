@@ -16,7 +16,8 @@ from frankenmoe.errors import ArtifactError
 from frankenmoe.export.run import GgufFile, check_output, export_files
 from frankenmoe.export.subject import of_artifact, of_plan, routers_were_set
 from frankenmoe.planning import plan
-from frankenmoe.planning.gguf import Subject, layout, subject_of_plan
+from frankenmoe.planning.forecast import subject_of_plan
+from frankenmoe.planning.gguf import Subject, layout
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import RANDOM_MODES, Recipe
 

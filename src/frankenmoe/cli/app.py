@@ -83,7 +83,11 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 
     made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        from frankenmoe.planning.forecast import forecast
+
+        rows, reason = forecast(made)
+        gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
+        click.echo(json.dumps(made.to_dict() | {"gguf": gguf}, indent=2, ensure_ascii=False))
     else:
         show_plan(made)
 

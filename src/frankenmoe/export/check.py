@@ -125,10 +125,9 @@ def check(
     same_replies = same_prompts = 0
     speeds = []
     for prompt, prompt_ids, reply in zip(source.prompts, source.ids, source.replies, strict=True):
-        made = engine.greedy(prompt_ids, tokens=len(reply))
-        same_replies += made.ids == reply
+        same_replies += engine.greedy(prompt_ids, tokens=len(reply)) == reply
         same_prompts += _same_tokens(engine, prompt, prompt_ids)
-        speeds.append(made.tokens_per_second)
+        speeds.append(engine.tokens_per_second(prompt_ids, tokens=most))
         on_step(1)
     return Checked(
         path=file,
@@ -144,17 +143,23 @@ def check(
 
 
 def kl(source_V: NDArray[np.float32], found: Distribution) -> float:
-    """KL(source || file) in nats over the tokens that the file names, all others together as one."""
-    p, q = np.exp(source_V[found.ids].astype(np.float64)), np.exp(found.logprobs)
-    total = float(np.sum(p * (source_V[found.ids].astype(np.float64) - found.logprobs)))
-    rest_p, rest_q = 1 - float(p.sum()), 1 - float(q.sum())
-    return total + (rest_p * math.log(rest_p / rest_q) if rest_p > 1e-9 and rest_q > 1e-9 else 0.0)
+    """KL(source || file) in nats over the tokens that the file names, all others together as one.
+
+    llama.cpp sums probabilities in float32; where all tokens are named, that is made up for.
+    """
+    log_p, log_q = source_V[found.ids].astype(np.float64), found.logprobs
+    p, q = np.exp(log_p), np.exp(log_q)
+    if len(found.ids) == len(source_V):
+        total_p, total_q = float(p.sum()), float(q.sum())
+        return float(np.sum(p * (log_p - log_q))) / total_p + math.log(total_q / total_p)
+    rest_p, rest_q = max(1 - float(p.sum()), 1e-12), max(1 - float(q.sum()), 1e-12)
+    return float(np.sum(p * (log_p - log_q))) + rest_p * math.log(rest_p / rest_q)
 
 
 def _same_tokens(engine: Engine, prompt: str, ids: Sequence[int]) -> bool:
     """Whether llama.cpp splits a prompt into these ids: as many tokens, and the same best tokens after them."""
-    by_text, by_ids = engine.greedy(prompt, tokens=3), engine.greedy(ids, tokens=3)
-    return by_text.prompt_tokens == len(ids) and by_text.ids == by_ids.ids
+    by_text, by_ids = engine.next_token(prompt, top=5), engine.next_token(ids, top=5)
+    return by_text.after == len(ids) and bool(np.array_equal(by_text.ids, by_ids.ids))
 
 
 def _places(length: int, positions: int) -> tuple[int, ...]:

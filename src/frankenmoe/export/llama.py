@@ -19,25 +19,18 @@ from frankenmoe.export.quantize import INSTALL
 from frankenmoe.families.llamacpp import ARCHS, MAX_EXPERTS
 
 QUIET = -1  # verbosity
+NORMAL = 1  # type of a token that is neither special nor a byte
 SMALL = 2**29  # bytes; below, threads wait for one another longer than they compute
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """The most likely next tokens, best first, and the natural logarithms of their probabilities."""
+    """The most likely next tokens, best first, and the natural logarithms of their probabilities; `after` is how many
+    tokens the prompt had."""
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Made:
-    """A reply: its tokens, its text, how many tokens the prompt had and how many a second were made."""
-
-    ids: tuple[int, ...]
-    text: str
-    prompt_tokens: int
-    tokens_per_second: float
+    after: int
 
 
 class Engine:
@@ -48,7 +41,7 @@ class Engine:
 
         `exact_cache` keeps keys and values in float32, so that nothing but the weights is rounded.
         """
-        check_loadable(file)
+        self._whole_token = int(check_loadable(file)["whole_token"])
         try:
             import xllamacpp
         except ImportError as error:
@@ -66,6 +59,7 @@ class Engine:
             part.poll = 0
         if exact_cache:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         with _silence():
             try:
                 self._server = xllamacpp.Server(params)
@@ -75,27 +69,30 @@ class Engine:
                     hint="the file is damaged, or of a kind that this version of xllamacpp does not know",
                 ) from error
 
-    def next_token(self, ids: Sequence[int], *, top: int) -> Distribution:
-        """The `top` most likely tokens after `ids`. Tokens that are part of a character may be missing from them."""
-        answer = self._complete({"prompt": list(ids), "n_predict": 1, "n_probs": top})
+    def next_token(self, prompt: str | Sequence[int], *, top: int) -> Distribution:
+        """The `top` most likely tokens after a text (which llama.cpp tokenizes) or after ids."""
+        said = prompt if isinstance(prompt, str) else list(prompt)
+        # probabilities are those before the bias; without it a token that is part of a character would withhold them
+        bias = [[self._whole_token, 1000.0]]
+        answer = self._complete({"prompt": said, "n_predict": 1, "n_probs": top, "logit_bias": bias})
         entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         return Distribution(
             np.array([entry["id"] for entry in entries], np.int64),
             np.array([entry["logprob"] for entry in entries], np.float64),
+            answer["usage"]["prompt_tokens"],
         )
 
-    def greedy(self, prompt: str | Sequence[int], *, tokens: int) -> Made:
-        """Up to `tokens` tokens after a text (which llama.cpp tokenizes) or after ids."""
-        said = prompt if isinstance(prompt, str) else list(prompt)
-        answer = self._complete({"prompt": said, "n_predict": tokens, "n_probs": 1})
-        choice = answer["choices"][0]
-        found = (choice.get("logprobs") or {}).get("content") or []
-        return Made(
-            ids=tuple(entry["id"] for entry in found),
-            text=choice["text"],
-            prompt_tokens=answer["usage"]["prompt_tokens"],
-            tokens_per_second=float(answer["timings"].get("predicted_per_second") or 0),
-        )
+    def greedy(self, ids: Sequence[int], *, tokens: int) -> tuple[int, ...]:
+        """The `tokens` most likely tokens after `ids`, one after the other."""
+        found: list[int] = []
+        for _ in range(tokens):
+            found.append(int(self.next_token((*ids, *found), top=1).ids[0]))
+        return tuple(found)
+
+    def tokens_per_second(self, ids: Sequence[int], *, tokens: int) -> float:
+        """How fast it writes after `ids`."""
+        answer = self._complete({"prompt": list(ids), "n_predict": tokens, "ignore_eos": True})
+        return float(answer["timings"].get("predicted_per_second") or 0)
 
     def chat(
         self,
@@ -155,6 +152,10 @@ def check_loadable(file: Path) -> dict[str, Any]:
         size = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
         facts = {name: reader.fields[name].contents() for name in reader.fields if not name.startswith("tokenizer.")}
         facts["chat_template"] = "tokenizer.chat_template" in reader.fields
+        words, kinds = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+        facts["whole_token"] = next(
+            (at for at, word in enumerate(words) if word.isascii() and word.isalnum() and kinds[at] == NORMAL), 0
+        )
     except Exception as error:  # of many classes, as the reader trusts its input
         raise ArtifactError(f"{file} is not a whole GGUF file: {error}", hint="export or fetch it again") from error
     if size > file.stat().st_size:

@@ -111,17 +111,13 @@ def check_output(
 
 
 def _describe(found: GgufLayout, kind: FileType, target: Target, notes: Sequence[str]) -> GgufFile:
-    holds: dict[str, int] = {}
-    for tensor in found.tensors:
-        name = target.types[tensor.name]
-        holds[name] = holds.get(name, 0) + sum(part.numel for part in tensor.parts)
     advice = suggestion(found, kind)
     return GgufFile(
         path=target.path,
         type=kind.name,
         bytes=target.size,
         bits_per_weight=target.size * 8 / found.weights,
-        holds=dict(sorted(holds.items(), key=lambda item: -item[1])),
+        holds=found.weights_by_type(target.types),
         notes=(*found.notes, *notes, *([advice] if advice else [])),
     )
 

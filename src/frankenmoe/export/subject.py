@@ -10,7 +10,8 @@ from frankenmoe.errors import ArtifactError
 from frankenmoe.families import FAMILIES, FORMATS
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.compare import licence
-from frankenmoe.planning.gguf import Subject, subject_of_plan
+from frankenmoe.planning.forecast import subject_of_plan
+from frankenmoe.planning.gguf import Subject
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.recipe import RANDOM_MODES

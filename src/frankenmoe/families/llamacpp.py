@@ -134,6 +134,18 @@ SHARED_EXPERT: Mapping[str, str] = MappingProxyType(
 )
 
 
+def generic_name(name: str) -> tuple[int, str]:
+    """(3, "model.layers.{layer}.x") for model.layers.3.x; -1 and the name itself for what belongs to no layer."""
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
+    return (int(match[1]), f"model.layers.{{layer}}.{match[2]}") if match else (-1, name)
+
+
+def gguf_name(name: str) -> str | None:
+    """The file's name of a dense backbone tensor, None for one that llama.cpp has no place for."""
+    layer, generic = generic_name(name)
+    return NAMES[generic].format(layer=layer) if generic in NAMES else None
+
+
 @dataclass(frozen=True, slots=True)
 class MixFacts:
     """What the mix of types depends on besides the tensor: layers, experts, a tied head, the 70B shape, an imatrix."""

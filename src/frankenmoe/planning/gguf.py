@@ -3,7 +3,6 @@
 Reads configs and tokenizer files only; knows nothing of torch, of the gguf package or of how values are computed.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite
+from frankenmoe.checkpoint.tensors import Scale, TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import Family, MoEFormat, rope
 from frankenmoe.families.llamacpp import (
@@ -27,10 +26,11 @@ from frankenmoe.families.llamacpp import (
     Arch,
     FileType,
     MixFacts,
+    generic_name,
+    gguf_name,
     row_bytes,
     tensor_type,
 )
-from frankenmoe.planning.plan import Plan
 from frankenmoe.planning.tree import ExpertNode
 
 ALIGNMENT = 32  # bytes; where the tensors of a GGUF file begin
@@ -119,38 +119,18 @@ class GgufLayout:
         types = self.types(kind, imatrix=imatrix)
         return sum(aligned(nbytes(tensor.shape, types[tensor.name])) for tensor in self.tensors)
 
+    def weights_by_type(self, types: Mapping[str, str]) -> dict[str, int]:
+        """How many of the model's weights each type holds, most first."""
+        held: dict[str, int] = {}
+        for tensor in self.tensors:
+            name = types[tensor.name]
+            held[name] = held.get(name, 0) + sum(part.numel for part in tensor.parts)
+        return dict(sorted(held.items(), key=lambda item: -item[1]))
+
     def survives(self, kind: FileType) -> bool:
         """Whether most weights of a file of this kind have the type that gives it its name."""
-        types = self.types(kind)
-        named = sum(math.prod(tensor.shape) for tensor in self.tensors if types[tensor.name] == kind.base)
-        return 2 * named > sum(math.prod(tensor.shape) for tensor in self.tensors)
-
-
-def subject_of_plan(made: Plan) -> Subject:
-    """A plan as a subject, its gates still zeros; PlanError where llama.cpp has no words for it, with the reasons.
-
-    Missing weights are no reason: sizes need none.
-    """
-    problems = [problem for problem in made.problems if not problem.startswith("no weights in")]
-    if made.fmt is None or made.base.family is None or problems:
-        raise PlanError(
-            f"llama.cpp cannot say this MoE: {'; '.join(problems) or 'no stock format holds it'}",
-            hint="chat, audit and evaluation run it as it is; only GGUF needs a stock format",
-        )
-    gates = {name: TensorWrite(name, made.dtype, shape, (), (Constant(0.0),)) for name, shape in made.routers.items()}
-    return Subject(
-        name=made.recipe.name or Path(made.recipe.origin).stem or "moe",
-        fmt=made.fmt,
-        family=made.base.family,
-        config=made.base.config,
-        folder=made.base.folder,
-        backbone=made.backbone,
-        nodes=made.nodes,
-        shared=made.shared,
-        gates=gates,
-        gated_shared=made.gated_shared,
-        top_k=made.recipe.experts_per_token,
-    )
+        held = self.weights_by_type(self.types(kind))
+        return 2 * held.get(kind.base, 0) > self.weights
 
 
 def layout(subject: Subject, *, pad256: bool = False) -> GgufLayout:
@@ -229,7 +209,7 @@ def _cannot(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
         reasons.append(f"its experts know silu only, these have {value('hidden_act')}")
     if len(subject.nodes) > MAX_EXPERTS:
         reasons.append(f"it allows {MAX_EXPERTS} experts, these are {len(subject.nodes)}")
-    odd = [write.name for write in subject.backbone if _gguf_name(write.name) is None]
+    odd = [write.name for write in subject.backbone if gguf_name(write.name) is None]
     if odd and subject.fmt.name != "flex_olmo":
         reasons.append(f"it has no place for {odd[0]}")
     rotary = rope(subject.family, subject.config)
@@ -252,7 +232,7 @@ def _tensors(subject: Subject, arch: Arch, wide: Mapping[str, int]) -> Iterator[
         writes["lm_head.weight"] = replace(writes["model.embed_tokens.weight"], name="lm_head.weight")
     rows: dict[int, list[GgufTensor]] = {layer: [] for layer in range(-1, dims.layers)}
     for name, write in writes.items():
-        layer, generic = _generic(name)
+        layer, generic = generic_name(name)
         shape = tuple(wide.get(symbol, dims.size(symbol)) for symbol in specs[generic])
         inside = name.rpartition("self_attn.")[2].split(".")[0]
         rows[layer].append(
@@ -295,18 +275,6 @@ def _experts(subject: Subject, layer: int, wide: Mapping[str, int]) -> Iterator[
         yield GgufTensor(SHARED_ROUTER.format(layer=layer), (hidden,), (replace(write, shape=(write.numel,)),))
 
 
-def _generic(name: str) -> tuple[int, str]:
-    """(3, model.layers.{layer}.x) for model.layers.3.x; -1 for what belongs to no layer."""
-    if not name.startswith("model.layers."):
-        return -1, name
-    number, _, rest = name.removeprefix("model.layers.").partition(".")
-    return int(number), f"model.layers.{{layer}}.{rest}"
-
-
-def _gguf_name(name: str) -> str | None:
-    return NAMES.get(_generic(name)[1])
-
-
 def llama3_factors(rotary: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
     """What llama.cpp divides each rotary frequency by: 1 for short wavelengths, `factor` for long, smooth between.
 
@@ -342,32 +310,11 @@ def _up(size: int) -> int:
     return -(-size // WIDE_BLOCK) * WIDE_BLOCK
 
 
-def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:
-    """About how large the head of a GGUF file is: the vocabulary and merges of `folder`, and a line per tensor."""
-    file, model = folder / "tokenizer.json", {}
-    if file.is_file():
-        try:
-            model = json.loads(file.read_bytes())["model"]
-        except (ValueError, KeyError, TypeError):
-            model = {}
-    tokens, merges = model.get("vocab") or {}, model.get("merges") or []
-    words = tokens if isinstance(tokens, dict) else [str(piece[0]) for piece in tokens]
-    size = sum(8 + len(word.encode()) for word in words) + 10 * max(0, vocab - len(words)) + 4 * vocab
-    if model.get("byte_fallback"):
-        return size + 4 * vocab + 64 * tensors + 2000
-    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
-    return size + sum(8 + len(pair.encode()) for pair in pairs) + 64 * tensors + 2000
-
-
 def suggestion(found: GgufLayout, kind: FileType) -> str | None:
     """A sentence for a K-quant file of which little is K-quants, naming what to take instead; else None."""
     if kind.name not in PLAIN or found.survives(kind):
         return None
-    types = found.types(kind)
-    share: dict[str, int] = {}
-    for tensor in found.tensors:
-        share[types[tensor.name]] = share.get(types[tensor.name], 0) + math.prod(tensor.shape)
-    mostly = sorted(share, key=lambda key: -share[key])[:2]
+    mostly = list(found.weights_by_type(found.types(kind)))[:2]
     return (
         f"{kind.name} is mostly {' and '.join(mostly)} on this shape: K-quants need rows of a multiple of "
         f"{WIDE_BLOCK}, these have {found.hidden} and {found.ffn}; take {PLAIN[kind.name]}, or --pad256"
