@@ -5,13 +5,13 @@ Does not import torch unless a recipe's routers must first be made, or importanc
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from frankenmoe.artifact import ROUTERS, Artifact, open_artifact, write_routers
+from frankenmoe.artifact import ROUTERS, Artifact, open_artifact, write_json, write_routers
 from frankenmoe.building import check_buildable, is_recipe, load_recipe, make_routers
-from frankenmoe.checkpoint.header import read_header
+from frankenmoe.checkpoint.header import parse_object, read_header
 from frankenmoe.errors import ArtifactError
 from frankenmoe.export.run import GgufFile, check_output, export_files
 from frankenmoe.export.subject import of_artifact, of_plan, routers_were_set
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 IMATRIX_LENGTH = 512  # tokens of a block of calibration
 IMATRIX_BLOCKS = 128
+REPORT = "export.json"
 CHECK_LENGTH = 128  # tokens of a text
 CHECK_BLOCKS = 8
 CHECK_POSITIONS = 24  # of every text
@@ -133,6 +134,25 @@ def check_files(
         progress.start(f"checking {file.type}", total, "positions")
         found.append(check(file.path, source, threads=threads, on_step=progress.advance))
     return found
+
+
+def write_report(files: Sequence[GgufFile], checks: "Sequence[Checked]") -> Path:
+    """export.json beside the files: what each is and how it compares, those of earlier runs kept while they exist."""
+    folder = files[0].path.parent
+    report = folder / REPORT
+    kept: dict[str, Any] = {}
+    if report.is_file():
+        with suppress(ValueError):
+            kept = {entry["file"]: entry for entry in parse_object(report.read_bytes()).get("files", [])}
+    found = {check.path: check.to_dict() for check in checks}
+    for file in files:
+        check = found.get(file.path)
+        facts = {key: value for key, value in file.to_dict().items() if key != "path"}
+        seen = None if check is None else {key: value for key, value in check.items() if key != "path"}
+        kept[file.path.name] = {"file": file.path.name, **facts, "check": seen}
+    there = [entry for name, entry in kept.items() if (folder / name).is_file()]
+    write_json(report, {"version": 1, "files": there})
+    return report
 
 
 @contextmanager

@@ -46,10 +46,11 @@ def export_command(
     """Write GGUF files for llama.cpp in the folder OUT.
 
     Straight from an artifact of either form, or from a recipe: no large file in between. Types: f32, f16, bf16, q8_0,
-    q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0.
+    q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. What the files are and how they compare with their
+    source is kept in OUT/export.json.
     """
     from frankenmoe.cli.progress import bars
-    from frankenmoe.exporting import check_files, export
+    from frankenmoe.exporting import check_files, export, write_report
 
     asked = [name.strip() for name in (types or "").split(",") if name.strip()]
     with bars() as progress:
@@ -72,6 +73,7 @@ def export_command(
             if wanted
             else []
         )
+    write_report(files, checks)
     if as_json:
         click.echo(json.dumps(_as_data(files, checks), indent=2, ensure_ascii=False))
     else:

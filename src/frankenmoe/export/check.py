@@ -105,16 +105,17 @@ def check(
     source: Reference,
     *,
     threads: int | None = None,
+    top: int = TOP,
     on_step: Callable[[int], None] = lambda amount: None,
 ) -> Checked:
-    """Loads the file in llama.cpp and compares it with what its source says."""
+    """Loads the file in llama.cpp and compares it with what its source says; `top` tokens of each distribution."""
     longest = max((len(ids) for ids in (*(passage.ids for passage in source.passages), *source.ids)), default=0)
     most = max((len(reply) for reply in source.replies), default=0)
     engine = Engine(file, context=max(256, longest + most + 8), threads=threads)
     divergences, best, losses = [], [], []
     for passage in source.passages:
         for place, row_V in zip(passage.positions, passage.logprobs, strict=True):
-            found = engine.next_token(passage.ids[: place + 1], top=min(TOP, len(row_V)))
+            found = engine.next_token(passage.ids[: place + 1], top=min(top, len(row_V)))
             divergences.append(kl(row_V, found))
             best.append(int(row_V.argmax()) == int(found.ids[0]))
             target = passage.ids[place + 1]

@@ -52,6 +52,7 @@ def _general(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout, kind
     writer.add_name(subject.name)
     writer.add_file_type(kind.number)
     writer.add_quantization_version(QUANTIZATION_VERSION)
+    writer.add_size_label(_size_label(layout))
     writer.add_tags(["merge", "moe", "frankenmoe"])
     if about.get("licence"):
         writer.add_license(about["licence"])
@@ -62,6 +63,14 @@ def _general(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout, kind
     dims = subject.family.dims(subject.config)
     if (layout.hidden, layout.ffn) != (dims.hidden, dims.ffn):
         writer.add_array("frankenmoe.padded_from", [dims.hidden, dims.ffn])
+
+
+def _size_label(layout: GgufLayout) -> str:
+    """Such as 16x3.4B: experts, and the parameters of a dense model that has one of them."""
+    total = layout.weights
+    experts = sum(part.numel for tensor in layout.tensors if "_exps." in tensor.name for part in tensor.parts)
+    each = experts // layout.facts.experts
+    return str(gguf.size_label(total, total - experts, each, layout.facts.experts))
 
 
 def _architecture(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout) -> None:
