@@ -21,7 +21,8 @@ LAYERS = (
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
-    {"loading", "auditing"},
+    {"loading"},
+    {"auditing", "exporting"},
     {"demo"},
     {"cli"},
 )

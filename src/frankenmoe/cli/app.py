@@ -11,6 +11,7 @@ import click
 
 from frankenmoe import __version__
 from frankenmoe.cli.audit import audit_command
+from frankenmoe.cli.export import export_command
 from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.errors import FrankenMoEError
 
@@ -102,7 +103,11 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 
     made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        from frankenmoe.planning.forecast import forecast
+
+        rows, reason = forecast(made)
+        gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
+        click.echo(json.dumps(made.to_dict() | {"gguf": gguf}, indent=2, ensure_ascii=False))
     else:
         show_plan(made)
 
@@ -182,7 +187,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 
 
 @app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
-@click.argument("what", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("what", metavar="OUT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
 @click.option("--temperature", type=Temperature(), default=0.0, show_default=True, help="0 is greedy.")
@@ -200,7 +205,7 @@ def chat_command(
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Talk to an artifact, or to a recipe before anything is built.
+    """Talk to an artifact, to a recipe before anything is built, or to a GGUF file.
 
     Tokens appear as they are made. With a chat template the model is addressed as an assistant, otherwise it goes on
     from your text.
@@ -209,6 +214,20 @@ def chat_command(
         raise click.UsageError("--json needs --prompt")
     if prompt is not None and not is_unicode(prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
+    if what.suffix == ".gguf":
+        from frankenmoe.cli.ggufchat import chat_gguf
+
+        if trace:
+            raise click.UsageError("--trace needs an artifact or a recipe: llama.cpp does not tell who was chosen")
+        return chat_gguf(
+            what,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            as_json=as_json,
+        )
+
     from frankenmoe.building import is_recipe
 
     if is_recipe(what):
@@ -246,6 +265,7 @@ def demo_command(out: Path, as_json: bool) -> None:
 
 
 app.add_command(audit_command)
+app.add_command(export_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
