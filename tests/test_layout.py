@@ -22,7 +22,7 @@ LAYERS = (
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
     {"loading"},
-    {"auditing", "exporting"},
+    {"auditing", "evaluating", "exporting"},
     {"demo"},
     {"cli"},
 )
