@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
 
 # bits per weight of llama.cpp's block formats: bytes of a block x 8 / weights in it
@@ -143,3 +144,14 @@ def _gguf_kind(name: str, shape: tuple[int, ...], kind: str, head: str, experts:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
+
+
+def kv_numbers(base: Source) -> int:
+    """Cached numbers per token: keys and values of every layer."""
+    config = base.config
+    if base.family is not None:
+        dims = base.family.dims(config)
+        return 2 * dims.layers * dims.kv_heads * dims.head_dim
+    heads = int(config["num_attention_heads"])
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * head_dim

@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import Lora, TensorWrite, safetensors_dtype
+from frankenmoe.checkpoint.tensors import Lora, TensorRef, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
-from frankenmoe.planning.bill import Bill, make_bill
+from frankenmoe.planning.bill import Bill, kv_numbers, make_bill
 from frankenmoe.planning.compare import identical_groups, licence, same_expert, source_warnings
 from frankenmoe.planning.layout import (
     SHARED,
@@ -36,6 +36,7 @@ from frankenmoe.planning.sources import (
     open_source,
     sources_of,
 )
+from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
 from frankenmoe.planning.tree import ExpertNode, backbone_writes, expert_nodes, ffn_writes
 from frankenmoe.recipe import RANDOM_MODES, Recipe
 
@@ -79,6 +80,7 @@ class Plan:
     identical_experts: tuple[tuple[int, ...], ...]
     equals_base: bool
     unused: tuple[tuple[str, str, str], ...] = field(repr=False)
+    trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -136,7 +138,8 @@ class Plan:
         """Every weight file that the plan reads from."""
         adapters = [source.adapter for source in self.sources if source.adapter is not None]
         files = [file for source in self.sources for file in source.checkpoint.files]
-        return tuple(dict.fromkeys([*files, *(ref.file for adapter in adapters for ref in adapter.tensors.values())]))
+        refs = [ref for adapter in adapters for ref in adapter.tensors.values()]
+        return tuple(dict.fromkeys([*files, *(ref.file for ref in refs), *(ref.file for ref in self.trained)]))
 
     @property
     def small_files(self) -> tuple[Path, ...]:
@@ -205,8 +208,10 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             hint="make the others routed experts",
         )
     stored = _stored_dtype(dtype or recipe.dtype or base.dtype)
-    nodes = expert_nodes(recipe, recipe.experts, sources=parts, dtype=stored)
+    trained = open_trained(recipe)
+    nodes = nodes_with_trained(expert_nodes(recipe, recipe.experts, sources=parts, dtype=stored), trained)
     shared = expert_nodes(recipe, recipe.shared_experts, sources=parts, dtype=stored, path=SHARED)
+    shared = nodes_with_trained(shared, trained)
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
         problems = (*problems, *expert_conflicts(base, nodes, shared))
@@ -217,7 +222,8 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
     can_gate = fmt is not None and fmt.shared_gate is not None
     gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)
-    backbone = backbone_writes(recipe, base, base_parts, nodes=nodes, dtype=stored)
+    backbone = with_trained(backbone_writes(recipe, base, base_parts, nodes=nodes, dtype=stored), trained)
+    check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
     groups: tuple[tuple[TensorWrite, ...], ...] = ()
     if fmt is not None and base.family is not None:
         groups = built_writes(
@@ -251,12 +257,13 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             routers=routers,
             top_k=recipe.experts_per_token,
             itemsize=4 if stored == "F32" else 2,
-            kv_numbers=_kv_numbers(base),
+            kv_numbers=kv_numbers(base),
             small_files=_small_bytes(base),
         ),
         identical_experts=tuple(map(tuple, identical)),
         equals_base=equals_base,
         unused=_unused(recipe, base, parts, nodes=nodes, shared=shared, backbone=backbone),
+        trained=tuple(trained.values()),
         problems=problems,
     )
     return _with_warnings(made, others)
@@ -354,9 +361,8 @@ def _unused(
         inside_ffn = {name for layer in found.ffn for name, _ in layer.values()}
         for name, ref in source.checkpoint.tensors.items():
             if ref not in used:
-                rows.append(
-                    (str(source.name), name, _reason(name, found, inside_ffn, averaged=recipe.backbone == "average"))
-                )
+                why = _reason(name, found, inside_ffn, averaged=recipe.backbone == "average")
+                rows.append((str(source.name), name, f"{why}, or training replaced it" if recipe.trained else why))
         for name, ref in source.adapter.tensors.items() if source.adapter else ():
             if ref not in used:
                 rows.append((str(source.name), name, "the adapter changes the backbone, and an expert is an FFN only"))
@@ -377,17 +383,6 @@ def _reason(name: str, found: Anatomy, inside_ffn: set[str], *, averaged: bool) 
 
 def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:
     return all(same_expert(leaf, base_node) for node in made_of for leaf in node.leaves())
-
-
-def _kv_numbers(base: Source) -> int:
-    """Cached numbers per token: keys and values of every layer."""
-    config = base.config
-    if base.family is not None:
-        dims = base.family.dims(config)
-        return 2 * dims.layers * dims.kv_heads * dims.head_dim
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * head_dim
 
 
 def _small_bytes(base: Source) -> int:
