@@ -44,9 +44,7 @@ def check_forms(folder: Path, built: Path) -> torch.Tensor:
     ("family", "what"),
     [("llama", "routers"), ("mistral", "adapters,attention"), ("qwen3", "routers,norms,experts"), ("llama", ALL)],
 )
-def test_trained_virtual_equals_built_equals_stock(
-    family: str, what: str, parents: Parents, tmp_path: Path
-) -> None:
+def test_trained_virtual_equals_built_equals_stock(family: str, what: str, parents: Parents, tmp_path: Path) -> None:
     recipe = corpus.recipe(tmp_path, parents[family])
     before = corpus.logits(fm.load(recipe).model, tiny.ids())
     sources = [hashes(parent) for parent in parents[family]]

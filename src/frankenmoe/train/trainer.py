@@ -107,7 +107,7 @@ class MoETrainer(Trainer):  # type: ignore[misc]
         loss = tokens + self._router_loss(seen, inputs) / parts
         if not torch.isfinite(loss):
             raise NumericsError(
-                f"the loss is {float(loss)} at step {self.state.global_step + 1}",
+                f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}",
                 hint="lower --rate and --router-rate, or look for text that is nothing but one repeated token",
             )
         return (loss, None) if return_outputs else loss
