@@ -85,7 +85,7 @@ Backbone = Annotated[Literal["base", "average"], BeforeValidator(_one_of("base",
 
 # what a run of training may change, and by which kind of objective
 PARTS = ("routers", "adapters", "norms", "attention", "experts", "embeddings")
-OBJECTIVES = ("next-token", "local")
+OBJECTIVES = ("next-token",)
 
 
 def _listed(value: object) -> object:
@@ -109,4 +109,4 @@ Part = Annotated[
 Parts = Annotated[
     tuple[Part, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), AfterValidator(_in_order)
 ]
-Objective = Annotated[Literal["next-token", "local"], BeforeValidator(_one_of(*OBJECTIVES))]
+Objective = Annotated[Literal["next-token"], BeforeValidator(_one_of(*OBJECTIVES))]

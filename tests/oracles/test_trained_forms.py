@@ -1,4 +1,4 @@
-"""Oracle 5 on trained artifacts: whatever was trained, virtual == built == stock transformers; and 9, the body stays."""
+"""Oracles 5 and 9 on trained artifacts: whatever was trained, virtual == built == stock; and the body stays."""
 
 import hashlib
 import json

@@ -217,7 +217,6 @@ def test_what_cannot_learn_is_refused(virtual: Path, parents: Parents, tmp_path:
         ({"what": "routers,heads"}, "must be one of routers"),
         ({"what": []}, "at least one part"),
         ({"stepz": 3}, "is not a known key"),
-        ({"objective": "local", "what": "norms"}, "must be next-token"),
         ({"rate": 0}, "greater than 0"),
     ],
 )

@@ -213,7 +213,7 @@ def chat_command(
 @app.command(
     "train",
     epilog=example(
-        "frankenmoe train recipe.yml trained/ --data maths=maths.txt --data verse=verse.txt\n"
+        "frankenmoe train recipe.yml trained/ --data verse=verse.txt\n"
         "frankenmoe train trained/ more/ --what routers,attention,norms --steps 500"
     ),
 )

@@ -21,7 +21,6 @@ SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--warmup", "warmup", int, "Steps until the rates peak (10)."),
     ("--rank", "rank", int, "Rank of new adapters (16)."),
     ("--train-top-k", "experts_per_token", int, "Experts per token while training."),
-    ("--objective", "objective", str, "next-token, or local: each layer's own target."),
     ("--next-token", "next_token", float, "Coefficient of the next-token loss (1)."),
     ("--balance", "balance", float, "Coefficient of load balance, per layer (0)."),
     ("--z", "z", float, "Coefficient of the router z-loss (0)."),
