@@ -37,6 +37,7 @@ from frankenmoe.recipefields import (
     Text,
     refuse_blank,
 )
+from frankenmoe.recipetrain import Train
 from frankenmoe.refusal import found, recipe_error, refusal, refuse_unknown_keys
 from frankenmoe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
 from frankenmoe.yamlfile import Location, YamlFile, parse_yaml, read_text
@@ -213,6 +214,10 @@ class Recipe(_Closed):
         "base", description="The base model's backbone, or the average of all parents' backbones."
     )
 
+    routers: Text | None = Field(None, description="A safetensors file with the routers, in place of gate_mode's.")
+    trained: Text | None = Field(None, description="A safetensors file with tensors that replace the sources'.")
+    train: Train | None = Field(None, description="How `frankenmoe train` trains this MoE.")
+
     _context: _Context = PrivateAttr()
 
     @classmethod
@@ -329,6 +334,8 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         case Expert():
             return _plain_keys(value)
+        case Train():
+            return value.to_dict()
     return value
 
 

@@ -92,3 +92,31 @@ Dtype = Annotated[
     WithJsonSchema({"enum": [*_DTYPES, "torch.float32", "torch.float16", "torch.bfloat16"]}),
 ]
 Backbone = Annotated[Literal["base", "average"], BeforeValidator(_one_of("base", "average"))]
+
+# what a run of training may change, and by which kind of objective
+PARTS = ("routers", "adapters", "norms", "attention", "experts", "embeddings")
+OBJECTIVES = ("next-token",)
+
+
+def _listed(value: object) -> object:
+    """`routers,norms` as well as a list of them."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _in_order(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise refusal("must name at least one part, found none", hint=f"choose from {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in value)
+
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
+Steps = Annotated[int, Field(ge=0), BeforeValidator(_not_bool)]
+BlockLength = Annotated[int, Field(ge=4), BeforeValidator(_not_bool)]
+HeldShare = Annotated[float, Field(gt=0, le=0.5), BeforeValidator(_not_bool)]
+Part = Annotated[
+    Literal["routers", "adapters", "norms", "attention", "experts", "embeddings"], BeforeValidator(_one_of(*PARTS))
+]
+Parts = Annotated[
+    tuple[Part, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), AfterValidator(_in_order)
+]
+Objective = Annotated[Literal["next-token"], BeforeValidator(_one_of(*OBJECTIVES))]

@@ -73,7 +73,7 @@ def recipe_error(error: ValidationError, *, file: YamlFile) -> RecipeError:
     ]
     problem = min(causes, key=lambda each: file.line(_location(each)))
     location = _location(problem)
-    text, hint = _in_words(problem)
+    text, hint = in_words(problem)
     return RecipeError(f"{file.origin}:{file.line(location)}: {_label(location)} {text}", hint=hint)
 
 
@@ -87,7 +87,8 @@ def _location(problem: ErrorDetails) -> Location:
     return (*problem["loc"], *problem.get("ctx", {}).get("at", ()))
 
 
-def _in_words(problem: ErrorDetails) -> tuple[str, str]:
+def in_words(problem: ErrorDetails) -> tuple[str, str]:
+    """What was expected and found, and a way out."""
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "recipe":
         return context["text"], context["hint"]

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,6 +13,7 @@ from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
 from frankenmoe.cli.options import REMOTE, Size, Temperature, example
 from frankenmoe.cli.text import is_unicode, printable
+from frankenmoe.cli.train import run_train, setting_options
 from frankenmoe.errors import FrankenMoEError
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
@@ -66,7 +68,7 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 @app.command(
     "build", epilog=example("frankenmoe build recipe.yml out/\nfrankenmoe build recipe.yml out-virtual/ --virtual")
 )
-@RECIPE
+@click.argument("recipe", metavar="RECIPE|ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--virtual", is_flag=True, help="Write the recipe, hashes and routers only (megabytes).")
 @DTYPE
@@ -82,18 +84,20 @@ def build_command(
     allow_identical: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Make the MoE of RECIPE in the folder OUT.
+    """Make the MoE of RECIPE, or of a virtual ARTIFACT, in the folder OUT.
 
     Interrupted or killed, the same command goes on where it stopped.
     """
+    from frankenmoe.artifact import Artifact, open_artifact
     from frankenmoe.cli.progress import bars
     from frankenmoe.cli.show import show_built, warn
     from frankenmoe.planning import plan
     from frankenmoe.recipe import Recipe
 
     # planned first: a mistake in the recipe is told before torch has been imported
-    read = Recipe.load(recipe)
-    warn(plan(read, dtype=dtype, trust_remote_code=trust_remote_code).warnings)
+    read: Recipe | Artifact = open_artifact(recipe) if recipe.is_dir() else Recipe.load(recipe)
+    if isinstance(read, Recipe):
+        warn(plan(read, dtype=dtype, trust_remote_code=trust_remote_code).warnings)
 
     from frankenmoe.building import build
 
@@ -197,6 +201,35 @@ def chat_command(
         as_json=as_json,
         trust_remote_code=trust_remote_code,
     )
+
+
+@app.command(
+    "train",
+    epilog=example(
+        "frankenmoe train recipe.yml trained/ --data verse=verse.txt\n"
+        "frankenmoe train trained/ more/ --what routers,attention,norms --steps 500"
+    ),
+)
+@click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--what", "parts", help="routers, adapters, norms, attention, experts, embeddings; comma between (routers)."
+)
+@click.option("--data", multiple=True, metavar="NAME=FILE", help="Text of an expert; again for more.")
+@click.option("--weights", multiple=True, metavar="NAME=X", help="How often a domain is drawn (1).")
+@setting_options
+@click.option("--keep-anyway", is_flag=True, help="Write the result even where it is worse.")
+@click.option("--report-to", multiple=True, help="wandb, tensorboard; again for more.")
+@DTYPE
+@JSON
+@REMOTE
+def train_command(what: Path, out: Path, **options: Any) -> None:
+    """Train the routers of an MoE, and more of it if asked, into OUT.
+
+    Frozen weights stay mapped from their sources. Text held out tells what is best, and that is kept; a run that helps
+    nothing writes nothing. Interrupted or killed, the same command goes on to the same losses.
+    """
+    run_train(what, out, options=options)
 
 
 @app.command("demo", epilog=example("frankenmoe demo --out demo-out"))

@@ -5,7 +5,7 @@ Does not make routers and writes nothing.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from frankenmoe.artifact import Artifact
+from frankenmoe.checkpoint import tensors as checkpoint
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
 from frankenmoe.errors import ArtifactError, NumericsError, SourceError
 from frankenmoe.families import FAMILIES, FORMATS
-from frankenmoe.moe.adapter import with_adapter
+from frankenmoe.moe.adapter import Lora, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import (
     as_tensor,
     fill,
+    linear_names,
     load_dense,
     load_tokenizer,
     mlp_modules,
@@ -180,9 +182,12 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
     """Loads the backbone as a dense model and puts an MoEBlock in the place of every `mlp`."""
     tensor = _tensor_cache(dtype)
     first = next(parts.nodes[0].leaves())
-    writes = (*parts.backbone, *(write for row in first.ffn for write in row.values()))
+    backbone, loras = low_rank(parts.config, parts.backbone)
+    writes = (*backbone, *(write for row in first.ffn for write in row.values()))
     tensors = {write.name: tensor(write) for write in writes}
     model = load_dense(parts.config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
+    for name, lora in loras.items():
+        wrap_linear(model, name, *_lora(lora))
     places = mlp_modules(model)
     make = _block_maker(parts, {layer: mlp for layer, (_, mlp) in places.items()}, tensor, dtype, options)
     for layer, (holder, dense_mlp) in places.items():
@@ -203,6 +208,33 @@ def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[t
     which it copies the weights of the whole vocabulary: half of a prefill's time.
     """
     return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
+
+
+def low_rank(
+    config: Any, backbone: tuple[TensorWrite, ...]
+) -> tuple[tuple[TensorWrite, ...], Mapping[str, checkpoint.Lora]]:
+    """The backbone's writes without the adapter terms that can stay beside a linear layer, and these, by its name.
+
+    What is not a linear layer of its own, such as tied embeddings, keeps its term and gets it folded in.
+    """
+    terms = {
+        write.name.removesuffix(".weight"): step
+        for write in backbone
+        for step in write.steps
+        if isinstance(step, checkpoint.Lora)
+    }
+    linears = linear_names(config) if terms else set()
+    loras = {name: lora for name, lora in terms.items() if name in linears}
+    plain = (
+        replace(write, steps=tuple(step for step in write.steps if step is not loras.get(name)))
+        for write in backbone
+        for name in [write.name.removesuffix(".weight")]
+    )
+    return tuple(plain), loras
+
+
+def _lora(lora: checkpoint.Lora, *, factor: float = 1.0) -> Lora:
+    return torch.from_numpy(values(lora.a)), torch.from_numpy(values(lora.b)), lora.scale * factor
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
@@ -262,11 +294,7 @@ def _block_maker(
             tensors = {suffix: tensor(write) for suffix, write in row.items()}
             dense[key] = fill(pattern(node.source.folder if node.source else None)[layer], tensors)
         loras = {
-            suffix.removesuffix(".weight"): (
-                torch.from_numpy(values(lora.a)),
-                torch.from_numpy(values(lora.b)),
-                lora.scale * residual_scale(row[suffix]),
-            )
+            suffix.removesuffix(".weight"): _lora(lora, factor=residual_scale(row[suffix]))
             for suffix, lora in node.loras[layer].items()
         }
         return with_adapter(dense[key], loras) if loras else dense[key]

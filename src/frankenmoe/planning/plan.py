@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import TensorWrite, safetensors_dtype
+from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
-from frankenmoe.planning.bill import Bill, make_bill
+from frankenmoe.planning.bill import Bill, kv_numbers, make_bill
 from frankenmoe.planning.compare import (
     COMPARE_LIMIT,
     compared_whole,
@@ -42,10 +42,10 @@ from frankenmoe.planning.sources import (
     check_anatomies,
     check_siblings,
     check_tensors,
-    odd_heads,
     open_source,
     sources_of,
 )
+from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
 from frankenmoe.planning.tree import ExpertNode, backbone_writes, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.recipe import RANDOM_MODES, Recipe
@@ -78,6 +78,7 @@ class Plan:
     equals_base: bool
     identical_sampled: bool
     unused: tuple[tuple[str, str, str], ...] = field(repr=False)
+    trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -135,7 +136,8 @@ class Plan:
         """Every weight file that the plan reads from."""
         adapters = [source.adapter for source in self.sources if source.adapter is not None]
         files = [file for source in self.sources for file in source.checkpoint.files]
-        return tuple(dict.fromkeys([*files, *(ref.file for adapter in adapters for ref in adapter.tensors.values())]))
+        refs = [ref for adapter in adapters for ref in adapter.tensors.values()]
+        return tuple(dict.fromkeys([*files, *(ref.file for ref in refs), *(ref.file for ref in self.trained)]))
 
     @property
     def small_files(self) -> tuple[Path, ...]:
@@ -214,8 +216,10 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             hint="make the others routed experts",
         )
     stored = _stored_dtype(dtype or recipe.dtype or base.dtype)
-    nodes = expert_nodes(recipe, recipe.experts, sources=parts, dtype=stored)
+    trained = open_trained(recipe)
+    nodes = nodes_with_trained(expert_nodes(recipe, recipe.experts, sources=parts, dtype=stored), trained)
     shared = expert_nodes(recipe, recipe.shared_experts, sources=parts, dtype=stored, path=SHARED)
+    shared = nodes_with_trained(shared, trained)
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
         problems = (*problems, *expert_conflicts(base, nodes, shared))
@@ -226,7 +230,8 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
     can_gate = fmt is not None and fmt.shared_gate is not None
     gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)
-    backbone = backbone_writes(recipe, base, base_parts, nodes=nodes, dtype=stored)
+    backbone = with_trained(backbone_writes(recipe, base, base_parts, nodes=nodes, dtype=stored), trained)
+    check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
     groups: tuple[tuple[TensorWrite, ...], ...] = ()
     if fmt is not None and base.family is not None:
         groups = built_writes(
@@ -260,7 +265,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             routers=routers,
             top_k=recipe.experts_per_token,
             itemsize=4 if stored == "F32" else 2,
-            kv_numbers=_kv_numbers(base),
+            kv_numbers=kv_numbers(base),
             small_files=sum(file.stat().st_size for file in small_files(base)),
         ),
         identical_experts=tuple(map(tuple, identical)),
@@ -269,7 +274,15 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             compared_whole(nodes[group[0]], nodes[index]) for group in identical for index in group[1:]
         )
         or (equals_base and not all(compared_whole(leaf, base_node) for node in nodes for leaf in node.leaves())),
-        unused=unused_tensors(parts.values(), base=base, averaged=averaged, nodes=(*nodes, *shared), backbone=backbone),
+        unused=unused_tensors(
+            parts.values(),
+            base=base,
+            averaged=averaged,
+            trained=bool(trained),
+            nodes=(*nodes, *shared),
+            backbone=backbone,
+        ),
+        trained=tuple(trained.values()),
         problems=problems,
     )
     return _with_warnings(made, others)
@@ -358,13 +371,3 @@ def _beside_experts(
 
 def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:
     return all(same_expert(leaf, base_node) for node in made_of for leaf in node.leaves())
-
-
-def _kv_numbers(base: Source) -> int:
-    """Cached numbers per token: keys and values of every layer."""
-    config = base.config
-    if base.family is not None:
-        dims = base.family.dims(config)
-        return 2 * dims.layers * dims.kv_heads * dims.head_dim
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
-    return 2 * int(config["num_hidden_layers"]) * odd_heads(config) * head_dim

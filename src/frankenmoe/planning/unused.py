@@ -15,6 +15,7 @@ def unused_tensors(
     *,
     base: Source,
     averaged: bool,
+    trained: bool,
     nodes: tuple[ExpertNode, ...],
     backbone: tuple[TensorWrite, ...],
 ) -> tuple[Row, ...]:
@@ -29,7 +30,8 @@ def unused_tensors(
         inside_ffn = {name for layer in found.ffn for name, _ in layer.values()}
         for name, ref in source.checkpoint.tensors.items():
             if ref not in used:
-                rows.append((str(source.name), name, _reason(name, found, inside_ffn, averaged=averaged)))
+                why = _reason(name, found, inside_ffn, averaged=averaged)
+                rows.append((str(source.name), name, f"{why}, or training replaced it" if trained else why))
         for name, ref in source.adapter.tensors.items() if source.adapter else ():
             if ref not in used:
                 rows.append((str(source.name), name, _adapter_reason(name, is_base=source is base)))
