@@ -16,7 +16,7 @@ MAX_LINES = 400
 LAYERS = (
     {"errors", "suggest", "progress"},
     {"families", "checkpoint"},
-    {"recipe", "recipefields", "refusal", "sourcename", "yamlfile", "artifact"},
+    {"recipe", "recipefields", "recipestages", "refusal", "sourcename", "yamlfile", "artifact"},
     {"planning", "data"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
@@ -28,7 +28,7 @@ LAYERS = (
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
-    "sourcename", "yamlfile", "artifact", "planning", "compose", "data",
+    "recipestages", "publish", "sourcename", "yamlfile", "artifact", "planning", "compose", "data",
 }  # fmt: skip
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")

@@ -12,7 +12,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -36,7 +35,17 @@ from frankenmoe.recipefields import (
     Strings,
     Text,
 )
-from frankenmoe.refusal import found, recipe_error, refusal, refuse_unknown_keys
+from frankenmoe.recipestages import (
+    SECTIONS,
+    AuditSection,
+    BuildSection,
+    CardSection,
+    Closed,
+    EvalSection,
+    ExportSection,
+    with_bare_sections,
+)
+from frankenmoe.refusal import found, recipe_error, refusal
 from frankenmoe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
 from frankenmoe.yamlfile import Location, YamlFile, parse_yaml, read_text
 
@@ -114,20 +123,7 @@ def _free_name(stem: str, taken: set[str]) -> str:
 Source = Annotated[SourceName, BeforeValidator(_source), WithJsonSchema(SOURCE_SCHEMA)]
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, value: object) -> object:
-        """Refuses unknown keys by name before anything seems missing; a key with nothing behind it is left out."""
-        if not isinstance(value, dict):
-            return value
-        refuse_unknown_keys(value, known=cls.model_fields)
-        return {key: item for key, item in value.items() if item is not None}
-
-
-class Expert(_Closed):
+class Expert(Closed):
     """One parent whose FFNs become an expert in every layer, or a mixture of such experts."""
 
     source_model: Source | None = Field(
@@ -194,7 +190,7 @@ def _refuse_weights_of_its_own(expert: Expert) -> None:
             )
 
 
-class Recipe(_Closed):
+class Recipe(Closed):
     """What a mixture of experts is made of; `load` and `parse` make one from YAML."""
 
     base_model: Source = Field(description="The model that gives the backbone: embeddings, attention, norms and head.")
@@ -211,6 +207,11 @@ class Recipe(_Closed):
     backbone: Backbone = Field(
         "base", description="The base model's backbone, or the average of all parents' backbones."
     )
+    build: BuildSection = Field(None, description="How `frankenmoe run` writes the model.")
+    audit: AuditSection = Field(None, description="Asks `frankenmoe run` for an audit of the routing.")
+    eval: EvalSection = Field(None, description="Asks `frankenmoe run` for measurements.")
+    export: ExportSection = Field(None, description="Asks `frankenmoe run` for GGUF files.")
+    card: CardSection = Field(None, description="Asks `frankenmoe run` for a model card, and says what it says.")
 
     _context: _Context = PrivateAttr()
 
@@ -225,7 +226,7 @@ class Recipe(_Closed):
         """The recipe in `text`; relative paths start at `folder`, and a RecipeError's message starts with `origin`."""
         file = parse_yaml(text, origin=origin)
         context = _Context(folder=folder.resolve(), origin=origin, notes=tuple(_notes(file)))
-        known = {key: value for key, value in file.data.items() if key not in IGNORED_KEYS}
+        known = with_bare_sections({key: value for key, value in file.data.items() if key not in IGNORED_KEYS})
         try:
             return cls.model_validate(known, context=context)
         except ValidationError as error:
@@ -248,8 +249,9 @@ class Recipe(_Closed):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of what the recipe says: not of its layout, its comments or where it lies."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hex, of the model that the recipe says: not of its layout, comments or place, nor of what `run` does next."""
+        said = {key: value for key, value in self.to_dict().items() if key not in SECTIONS}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def prompts_of(expert: Expert) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -323,7 +325,7 @@ def _plain(value: Any) -> Any:
             return value.to_data()
         case tuple():
             return [_plain(item) for item in value]
-        case Expert():
+        case BaseModel():
             return _plain_keys(value)
     return value
 

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.push import push_command
 from frankenmoe.errors import FrankenMoEError
 
 SIZE_UNITS = {
@@ -221,6 +222,9 @@ def demo_command(out: Path, as_json: bool) -> None:
     from frankenmoe.cli.demo import demo
 
     demo(out, as_json=as_json)
+
+
+app.add_command(push_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
