@@ -249,7 +249,7 @@ class Recipe(Closed):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of the model that the recipe says: not of its layout, comments or place, nor of what `run` does next."""
+        """SHA-256, in hex, of the model the recipe says: not of layout, comments or place, nor of what `run` adds."""
         said = {key: value for key, value in self.to_dict().items() if key not in SECTIONS}
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 

@@ -102,7 +102,7 @@ def test_only_the_groups_asked_for(artifact: Artifact, hub: Hub, groups: list[st
 
 def test_after_a_broken_upload_only_the_rest_is_sent(artifact: Artifact, hub: Hub) -> None:
     hub.uploads_left = 1
-    with pytest.raises(ArtifactError, match="the same command goes on|failed") as caught:
+    with pytest.raises(ArtifactError, match="sending to me/moe failed") as caught:
         sent_with(artifact)
     assert "goes on" in str(caught.value)
     assert hub.commits == []  # half a model is not shown
@@ -183,7 +183,7 @@ def test_other_answers_of_the_hub(artifact: Artifact, hub: Hub, piece: str, stat
 
 def test_a_card_that_the_hub_would_not_take_stops_before_anything_is_uploaded(artifact: Artifact, hub: Hub) -> None:
     (artifact.folder / "README.md").write_text("---\ntags: moe\n---\n\n# Two\n")
-    with pytest.raises(ArtifactError, match="does not accept the head of README.md"):
+    with pytest.raises(ArtifactError, match="does not accept the head of README"):
         sent_with(artifact)
     assert hub.objects == {}
 
