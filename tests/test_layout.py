@@ -22,6 +22,7 @@ LAYERS = (
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
     {"loading"},
+    {"sampling"},
     {"demo"},
     {"cli"},
 )

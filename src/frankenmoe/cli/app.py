@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.card import card_command
 from frankenmoe.cli.push import push_command
 from frankenmoe.errors import FrankenMoEError
 
@@ -224,6 +225,7 @@ def demo_command(out: Path, as_json: bool) -> None:
     demo(out, as_json=as_json)
 
 
+app.add_command(card_command)
 app.add_command(push_command)
 
 

@@ -98,7 +98,7 @@ def gather(artifact: Artifact, *, settings: Card | None = None, trust_remote_cod
         fmt=FORMATS.get(str(record.get("format"))),
         experts=tuple(map(_row, recipe.experts)),
         shared=tuple(map(_row, recipe.shared_experts)),
-        gate_mode=recipe.gate_mode,
+        gate_mode=_gate_mode(record, recipe),
         plan=plan,
         parents=parents,
         licences=weigh([(parent.name, parent.licence) for parent in parents], declared=wanted.license),
@@ -113,6 +113,12 @@ def recorded_recipe(artifact: Artifact) -> Recipe:
         folder=Path(artifact.record["recipe_folder"]),
         origin=str(artifact.folder / "recipe.yml"),
     )
+
+
+def _gate_mode(record: Mapping[str, Any], recipe: Recipe) -> str:
+    """As the first stage wrote it down: what a recipe leaves out may mean something else in another version."""
+    first = next((stage["gate_mode"] for stage in record.get("stages", ()) if "gate_mode" in stage), recipe.gate_mode)
+    return str(first)
 
 
 def _row(expert: Expert) -> ExpertRow:
