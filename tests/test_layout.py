@@ -23,6 +23,7 @@ LAYERS = (
     {"building"},
     {"loading"},
     {"sampling"},
+    {"running"},
     {"demo"},
     {"cli"},
 )

@@ -11,6 +11,7 @@ import click
 from frankenmoe import __version__
 from frankenmoe.cli.card import card_command
 from frankenmoe.cli.push import push_command
+from frankenmoe.cli.run import run_command
 from frankenmoe.errors import FrankenMoEError
 
 SIZE_UNITS = {
@@ -227,6 +228,7 @@ def demo_command(out: Path, as_json: bool) -> None:
 
 app.add_command(card_command)
 app.add_command(push_command)
+app.add_command(run_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))

@@ -12,6 +12,7 @@ from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.privacy import local_names, without_folders
 from frankenmoe.publish.reports import Evidence, Exported, Training
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipestages import SECTIONS
 
 GIB = 2**30
 LOCAL = "folder/of/this/repository"
@@ -219,8 +220,9 @@ def primer(facts: Facts, evidence: Evidence) -> str | Missing:
 
 
 def recipe(facts: Facts, evidence: Evidence) -> str | Missing:
-    """The recipe, without the names of folders on the machine that made it."""
-    plain = without_folders(facts.recipe, local_names(facts.artifact))
+    """What the recipe says of the model, without the names of folders on the machine that made it."""
+    said = {key: value for key, value in facts.recipe.items() if key not in SECTIONS}
+    plain = without_folders(said, local_names(facts.artifact))
     text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
     return f"<details>\n<summary>{facts.name}.yml</summary>\n\n```yaml\n{text}```\n\n</details>"
 
