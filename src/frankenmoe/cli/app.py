@@ -9,9 +9,12 @@ import click
 
 from frankenmoe import __version__
 from frankenmoe.cli.audit import audit_command
+from frankenmoe.cli.card import card_command
 from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
 from frankenmoe.cli.options import REMOTE, Size, Temperature, example
+from frankenmoe.cli.push import push_command
+from frankenmoe.cli.run import run_command
 from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.cli.train import run_train, setting_options
 from frankenmoe.errors import FrankenMoEError
@@ -250,6 +253,9 @@ def demo_command(out: Path, as_json: bool) -> None:
 
 app.add_command(audit_command)
 app.add_command(export_command)
+app.add_command(card_command)
+app.add_command(push_command)
+app.add_command(run_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
