@@ -16,18 +16,19 @@ MAX_LINES = 400
 LAYERS = (
     {"errors", "suggest", "progress"},
     {"families", "checkpoint"},
-    {"recipe", "recipefields", "refusal", "sourcename", "yamlfile", "artifact"},
+    {"recipe", "recipefields", "recipetext", "refusal", "sourcename", "yamlfile", "artifact"},
     {"planning", "data"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
-    {"loading"},
+    {"loading", "fitting", "extracting"},
     {"demo"},
     {"cli"},
 )
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
+TORCH_FREE = {
+    "errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "recipetext", "refusal",
     "sourcename", "yamlfile", "artifact", "planning", "compose", "data",
 }  # fmt: skip
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}

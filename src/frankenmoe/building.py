@@ -8,6 +8,7 @@ import platform
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from frankenmoe.artifact import ROUTERS, Artifact, Routers, finish, growing, refuse_occupied, write_routers
+from frankenmoe.artifact import ROUTERS, STATISTICS, Artifact, Routers, finish, growing, refuse_occupied, write_routers
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.compose import compose, copy_small_files
@@ -24,7 +25,7 @@ from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan, plan
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import RANDOM_MODES, Recipe
+from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
 SHARD_SIZE = 4 * 10**9
 SWITCH_INTERVAL = 2e-4  # seconds; see torch_ahead
@@ -40,9 +41,12 @@ def build(
     allow_identical: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
+    router_maker: "RouterMaker | None" = None,
+    stage: str = "build",
 ) -> Artifact:
     """Makes an artifact of a recipe: the built form, a standard checkpoint, or the virtual one, megabytes.
 
+    `router_maker` makes the routers in place of the recipe's gate mode, and `stage` is what the record calls that.
     Killed at any moment, the same call goes on where it stopped. Raises FrankenMoEError's children.
     """
     # a link to an empty folder on another disk is filled there
@@ -57,7 +61,12 @@ def build(
         if virtual:
             _check_sources(made, progress, trust_remote_code=trust_remote_code)
         if not (partial / ROUTERS).exists():
-            write_routers(partial, make_routers(made, progress, trust_remote_code=trust_remote_code))
+            _write_routers(
+                partial,
+                router_maker(made, progress)
+                if router_maker
+                else make_routers(made, progress, trust_remote_code=trust_remote_code),
+            )
         if virtual:
             copy_small_files(made, partial)
         else:
@@ -67,7 +76,7 @@ def build(
             _prove(made, partial, trust_remote_code=trust_remote_code)
         text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
-        record = _record(made, out, virtual=virtual, progress=progress)
+        record = _record(made, out, folder=partial, virtual=virtual, progress=progress, stage=stage)
         if made.digest_now() != made.digest:
             raise SourceError(
                 f"a source of {recipe if isinstance(recipe, str | Path) else recipe.origin} changed while it was read",
@@ -114,10 +123,34 @@ def _prove(made: Plan, folder: Path, *, trust_remote_code: bool) -> None:
     prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
 
 
-def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> Routers:
+@dataclass(frozen=True)
+class MadeRouters:
+    """Every gate, and, where they were fitted, the bytes of their statistics file."""
+
+    routers: Routers
+    statistics: bytes | None = None
+
+
+RouterMaker = Callable[[Plan, Progress], MadeRouters]
+
+
+def _write_routers(folder: Path, made: MadeRouters) -> None:
+    """The routers last: where they are, the statistics are too."""
+    if made.statistics is not None:
+        write_atomic(folder / STATISTICS, made.statistics)
+    write_routers(folder, made.routers)
+
+
+def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> MadeRouters:
     """Every gate by the recipe's gate mode; random ones without waiting for torch."""
-    if made.recipe.gate_mode in RANDOM_MODES:
-        return random_routers(made)
+    mode = made.recipe.gate_mode
+    if mode in RANDOM_MODES:
+        return MadeRouters(random_routers(made))
+    if mode in FIT_MODES:
+        from frankenmoe.gates.stage import fit_plan
+
+        fitted = fit_plan(made, method=mode, trust_remote_code=trust_remote_code, progress=progress)
+        return MadeRouters(fitted.routers, fitted.statistics)
     from frankenmoe.gates import run
 
     reached = 0
@@ -129,7 +162,7 @@ def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> 
         progress.advance(done - reached)
         reached = done
 
-    return run.make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code)
+    return MadeRouters(run.make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code))
 
 
 def is_recipe(path: str | Path) -> bool:
@@ -167,7 +200,7 @@ def _target(made: Plan) -> str:
     return made.fmt.title if made.fmt else "a checkpoint"
 
 
-def _record(made: Plan, out: Path, *, virtual: bool, progress: Progress) -> dict[str, Any]:
+def _record(made: Plan, out: Path, *, folder: Path, virtual: bool, progress: Progress, stage: str) -> dict[str, Any]:
     """frankenmoe.json: enough to say where every number came from and to load without the recipe file."""
     files = made.source_files
     if virtual:
@@ -195,8 +228,19 @@ def _record(made: Plan, out: Path, *, virtual: bool, progress: Progress) -> dict
             }
             for file in files
         ],
-        "stages": [{"stage": "build", "gate_mode": made.recipe.gate_mode, "versions": versions()}],
+        "stages": [
+            {"stage": "build", "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()}
+        ],
     }
+
+
+def _fit_report(folder: Path) -> dict[str, Any]:
+    """What the fit said when it wrote its statistics: a run that was killed since has not kept it otherwise."""
+    if not (folder / STATISTICS).exists():
+        return {}
+    from frankenmoe.gates.statistics import load_statistics
+
+    return {"fit": load_statistics(folder / STATISTICS).facts}
 
 
 def versions() -> dict[str, str]:

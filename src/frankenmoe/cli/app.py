@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
 from frankenmoe.errors import FrankenMoEError
 
 SIZE_UNITS = {
@@ -229,6 +230,10 @@ def schema_command() -> None:
     from frankenmoe.recipe import schema
 
     click.echo(json.dumps(schema(), indent=2))
+
+
+for command in (fit_command, add_expert_command, extract_command):
+    app.add_command(command)
 
 
 def main() -> None:
