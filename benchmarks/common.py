@@ -198,7 +198,8 @@ def spell(value: float | None, unit: str) -> str:
     """A value as a table shows it: `1.07 x`, `244 MB`; without a unit it is a count."""
     if value is None:
         return "-"
-    return f"{value:.2f} {unit}" if unit in ("x", "s") else f"{value:.0f} {unit}".rstrip()
+    digits = {"x": 2, "s": 2, "nats": 3}.get(unit, 0)
+    return f"{value:.{digits}f} {unit}".rstrip()
 
 
 def verdict(reached: bool | None) -> str:

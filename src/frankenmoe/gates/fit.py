@@ -52,9 +52,9 @@ class Fit:
     """Fitted gates, and what they were made from.
 
     `before`, `after` and `own` are measured on the same held-out text: the old gates, gates fitted without that text,
-    and every text's own expert forced in every layer. Held-out data is never fitted to; prompts are few, so that `gates`
-    have in the end seen all of them (`seen_held_out`). `scale` is the factor on the method's own gates, `closed_scale`
-    that on closed-form ones of unit spread, which a larger router may take over.
+    and every text's own expert forced in every layer. Held-out data is never fitted to; prompts are few, so that
+    `gates` have in the end seen all of them (`seen_held_out`). `scale` is the factor on the method's own gates,
+    `closed_scale` that on closed-form ones of unit spread, which a larger router may take over.
     """
 
     gates: Gates
