@@ -7,11 +7,11 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import yaml
@@ -51,9 +51,9 @@ def build(
     made = plan(load_recipe(recipe), dtype=dtype, weights=True, trust_remote_code=trust_remote_code)
     check_buildable(made, virtual=virtual, allow_identical=allow_identical)
     digest = f"{made.digest}/{'virtual' if virtual else shard_size}"
-    with growing(out, digest=digest) as partial, torch_ahead() as torch_is_there:
+    with growing(out, digest=digest) as partial, torch_ahead() as beside:
         if virtual or made.recipe.gate_mode not in RANDOM_MODES:
-            torch_is_there()
+            beside(import_module, "frankenmoe.prove").result()
         if virtual:
             _check_sources(made, progress, trust_remote_code=trust_remote_code)
         if not (partial / ROUTERS).exists():
@@ -61,10 +61,9 @@ def build(
         if virtual:
             copy_small_files(made, partial)
         else:
-            progress.start("writing", sum(write.nbytes for write in made.writes), "B")
-            compose(made, partial, shard_size=shard_size, on_bytes=progress.advance)
-            torch_is_there()
-            _prove(made, partial, trust_remote_code=trust_remote_code)
+            checked = beside(_check_class, made, trust_remote_code=trust_remote_code)
+            _compose(made, partial, progress, shard_size=shard_size, checked=checked)
+            _prove(made, partial)
         text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
         record = _record(made, out, virtual=virtual, progress=progress)
@@ -77,21 +76,43 @@ def build(
 
 
 @contextmanager
-def torch_ahead() -> Iterator[Callable[[], None]]:
+def torch_ahead() -> Iterator[Callable[..., Future[Any]]]:
     """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes.
 
-    Yields what waits for it: transformers cannot be imported from two threads at once. Python's threads take turns; a
-    short turn keeps the copying from waiting for the imports.
+    Yields what has this thread do something more, once it has them: transformers cannot be imported from two threads at
+    once. Python's threads take turns; a short turn keeps the copying from waiting for the imports.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    thread = Thread(target=import_module, args=("frankenmoe.prove",), daemon=True)
-    thread.start()
+    thread = ThreadPoolExecutor(1)
+    thread.submit(import_module, "frankenmoe.prove")
     try:
-        yield thread.join
+        yield thread.submit
     finally:
-        thread.join()
+        thread.shutdown(cancel_futures=True)
         sys.setswitchinterval(before)
+
+
+def _compose(made: Plan, folder: Path, progress: Progress, *, shard_size: int, checked: Future[None]) -> None:
+    """Writes the body, and no further than to where the check beside it fails."""
+
+    def on_bytes(amount: int) -> None:
+        if checked.done():
+            checked.result()
+        progress.advance(amount)
+
+    progress.start("writing", sum(write.nbytes for write in made.writes), "B")
+    compose(made, folder, shard_size=shard_size, on_bytes=on_bytes)
+    checked.result()
+
+
+def _check_class(made: Plan, *, trust_remote_code: bool) -> None:
+    """transformers can load the sources, and will find in the built form what its class wants."""
+    from frankenmoe.moe.load import check_loadable
+    from frankenmoe.prove import prove_class
+
+    check_loadable(made, trust_remote_code=trust_remote_code)
+    prove_class(made)
 
 
 def _check_sources(made: Plan, progress: Progress, *, trust_remote_code: bool) -> None:
@@ -104,12 +125,10 @@ def _check_sources(made: Plan, progress: Progress, *, trust_remote_code: bool) -
     prove_sources(made, on_bytes=progress.advance)
 
 
-def _prove(made: Plan, folder: Path, *, trust_remote_code: bool) -> None:
-    """What was written is what was planned, and transformers can load it."""
-    from frankenmoe.moe.load import check_loadable
+def _prove(made: Plan, folder: Path) -> None:
+    """What was written is what was planned."""
     from frankenmoe.prove import prove_body, prove_routers
 
-    check_loadable(made, trust_remote_code=trust_remote_code)
     prove_routers(made, folder)
     prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
 

@@ -15,27 +15,27 @@ from contextlib import contextmanager
 from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 
-BUFFER = 4 * 2**20  # bytes; larger ones are no faster and cost memory three times
+BUFFER = 2**20  # bytes; larger ones are no faster, and there are three of them for each shard being written
 BUFFERS = 3  # one is filled, one is written, one waits
 BLOCK = 4096  # bytes; every common disk has blocks of this size or a part of it
-_DIRECT: int = getattr(os, "O_DIRECT", 0)  # which macOS does not have
-_REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
+DIRECT: int = getattr(os, "O_DIRECT", 0)  # which macOS does not have
+REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
 def create(path: Path) -> int:
     """A descriptor of the new or emptied file `path`, to write and read; direct where its file system takes that."""
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
-        return os.open(path, flags | _DIRECT, 0o666)
+        return os.open(path, flags | DIRECT, 0o666)
     except OSError as error:
-        if not _DIRECT or error.errno not in _REFUSED:
+        if not DIRECT or error.errno not in REFUSED:
             raise
     return os.open(path, flags, 0o666)
 
 
 def is_direct(descriptor: int) -> bool:
     """Whether writes to an open file go past the page cache."""
-    return bool(_DIRECT) and bool(fcntl(descriptor, F_GETFL) & _DIRECT)
+    return bool(DIRECT) and bool(fcntl(descriptor, F_GETFL) & DIRECT)
 
 
 class Appender:
@@ -46,7 +46,7 @@ class Appender:
         self._thread = ThreadPoolExecutor(1)
         self._writing: deque[tuple[Future[None], memoryview]] = deque()
         self._made = 1
-        self._buffer = _aligned(BUFFER)
+        self._buffer = aligned(BUFFER)
         self._filled = 0
         self._start = 0  # where in the file the buffer goes
 
@@ -100,7 +100,7 @@ class Appender:
         self._filled = 0
         if self._made < BUFFERS:
             self._made += 1
-            self._buffer = _aligned(BUFFER)
+            self._buffer = aligned(BUFFER)
         else:
             done, self._buffer = self._writing.popleft()
             done.result()
@@ -114,7 +114,7 @@ class Appender:
             try:
                 count = os.pwrite(self._descriptor, data, offset)
             except OSError as error:
-                if error.errno not in _REFUSED or not is_direct(self._descriptor):
+                if error.errno not in REFUSED or not is_direct(self._descriptor):
                     raise
                 # taken when opened and refused now: larger blocks than ours, or a write that the disk cut short
                 _leave_direct(self._descriptor)
@@ -134,9 +134,9 @@ def appending(descriptor: int) -> Iterator[Appender]:
 
 
 def _leave_direct(descriptor: int) -> None:
-    fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) & ~_DIRECT)
+    fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) & ~DIRECT)
 
 
-def _aligned(size: int) -> memoryview:
+def aligned(size: int) -> memoryview:
     """Memory that starts at a page, as O_DIRECT wants it, and is this process's own."""
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

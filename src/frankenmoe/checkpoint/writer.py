@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,10 +12,12 @@ import numpy as np
 from frankenmoe.checkpoint.cast import first_nonfinite
 from frankenmoe.checkpoint.direct import Appender, appending, create
 from frankenmoe.checkpoint.header import header_bytes
+from frankenmoe.checkpoint.reading import Reader, reading
 from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, Lora, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError, SourceError
 
+_AGAIN = "the source changed meanwhile; start again"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # What file systems and sandboxes answer where space cannot be claimed ahead.
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})
@@ -36,15 +39,20 @@ def write_shard(
     """
     header = header_bytes([(write.name, write.dtype, write.shape) for write in writes], metadata=metadata)
     size = len(header) + sum(write.nbytes for write in writes)
-    with _replacing(path, size=size, opened=create) as target, appending(target) as out:
+    uses = Counter(ref for write in writes for ref in write.inputs)
+    with (
+        reading() as sources,
+        _replacing(path, size=size, opened=create) as target,
+        appending(target) as out,
+    ):
         out.append(header)
         on_bytes(len(header))
-        computed: dict[object, TensorRef] = {}
+        shard = _Shard(_partial(path), out, sources, uses=uses, scanned=scanned, on_bytes=on_bytes)
         for write in writes:
             if write.is_copy:
-                _copy(out, write.inputs[0], scanned=scanned, on_bytes=on_bytes)
+                shard.copy(write.inputs[0])
             else:
-                _compute_once(out, write, partial=_partial(path), computed=computed, scanned=scanned, on_bytes=on_bytes)
+                shard.compute(write)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
@@ -59,87 +67,82 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _copy(out: Appender, source: TensorRef, *, scanned: set[TensorRef], on_bytes: Callable[[int], None]) -> None:
-    """Append a source's bytes, which are looked at while they are in the buffer if nobody has looked at them yet."""
-    itemsize = DTYPES[source.dtype].itemsize
-    check = source not in scanned and source.dtype in FLOATS
-    if check and out.position % itemsize:  # then a buffer's border may cut a number in two
-        check_finite(source)
-        check = False
-    with _opened(source.file) as file:
+class _Shard:
+    """A shard as it grows: what has been appended to it, and what is known of the sources."""
+
+    def __init__(
+        self,
+        partial: Path,
+        out: Appender,
+        sources: Reader,
+        *,
+        uses: Mapping[TensorRef, int],
+        scanned: set[TensorRef],
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        self._partial = partial
+        self._out = out
+        self._sources = sources
+        self._uses = uses
+        self._scanned = scanned
+        self._on_bytes = on_bytes
+        self._computed: dict[object, TensorRef] = {}
+
+    def copy(self, source: TensorRef) -> None:
+        """Append a source's bytes, looked at while they are in the buffer if nobody has looked at them yet."""
+        check = source not in self._scanned and source.dtype in FLOATS
+        if check and self._out.position % DTYPES[source.dtype].itemsize:  # a buffer's border may cut a number in two
+            check_finite(source)
+            check = False
         offset = source.start
         while offset < source.end:
-            room = out.room()[: source.end - offset]
-            _read(file, room, source=source, offset=offset)
+            room = self._out.room()[: source.end - offset]
+            self._fill(room, source, offset=offset)
             if check and first_nonfinite(np.frombuffer(room, np.uint8), dtype=source.dtype) is not None:
                 check_finite(source)
-                raise SourceError(
-                    f"tensor {source.name!r} in {source.file} changed while it was read",
-                    hint="build again when nothing writes to the sources any more",
-                )
-            out.filled(len(room))
+                raise SourceError(f"tensor {source.name!r} in {source.file} changed while it was read", hint=_AGAIN)
+            self._out.filled(len(room))
             offset += len(room)
-            on_bytes(len(room))
-    scanned.add(source)
+            self._on_bytes(len(room))
+        self._scanned.add(source)
 
+    def compute(self, write: TensorWrite) -> None:
+        """Append a computed write; where the file already holds an equal one (one source, many experts), copy that."""
+        what = (write.inputs, write.steps, write.dtype, write.shape)
+        known = self._computed.get(what)
+        if known is not None and known.end <= self._out.readable():
+            self.copy(known)
+            return
+        for factor in (ref for step in write.steps if isinstance(step, Lora) for ref in (step.a, step.b)):
+            if factor not in self._scanned:  # a product may lose what an input would show in the result
+                check_finite(factor)
+        start = self._out.position
+        for block in blocks(write):
+            self._out.append(block.data)
+            self._on_bytes(block.size)
+        made = TensorRef(write.name, write.dtype, write.shape, self._partial, start, start + write.nbytes)
+        self._computed.setdefault(what, made)
+        self._scanned.update((*write.sources, made))
 
-def _read(file: int, room: memoryview, *, source: TensorRef, offset: int) -> None:
-    """Fill `room` with the file's bytes from `offset` on."""
-    while room:
-        count = os.preadv(file, [room], offset)
-        if count == 0:
-            raise SourceError(
-                f"{source.file} ended {source.end - offset} bytes before tensor {source.name!r} was copied",
-                hint="the source changed meanwhile; start again",
-            )
-        room, offset = room[count:], offset + count
-
-
-def _compute_once(
-    out: Appender,
-    write: TensorWrite,
-    *,
-    partial: Path,
-    computed: dict[object, TensorRef],
-    scanned: set[TensorRef],
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Append a computed write; where the file already holds an equal one (one source, many experts), copy that."""
-    what = (write.inputs, write.steps, write.dtype, write.shape)
-    known = computed.get(what)
-    if known is not None and known.end <= out.readable():
-        _copy(out, known, scanned=scanned, on_bytes=on_bytes)
-        return
-    for factor in (ref for step in write.steps if isinstance(step, Lora) for ref in (step.a, step.b)):
-        if factor not in scanned:  # a product may lose what an input would show in the result
-            check_finite(factor)
-    start = out.position
-    for block in blocks(write):
-        out.append(block.data)
-        on_bytes(block.size)
-    made = TensorRef(write.name, write.dtype, write.shape, partial, start, start + write.nbytes)
-    computed[what] = made
-    scanned.update((*write.sources, made))
+    def _fill(self, room: memoryview, source: TensorRef, *, offset: int) -> None:
+        """Fill `room` with the bytes of the source's file from `offset` on."""
+        while room:
+            try:
+                count = self._sources.read(source.file, room, offset, once=self._uses.get(source) == 1)
+            except OSError as error:
+                raise SourceError(f"{source.file} cannot be read: {error.strerror}", hint=_AGAIN) from error
+            if count == 0:
+                missing = source.end - offset
+                raise SourceError(
+                    f"{source.file} ended {missing} bytes before tensor {source.name!r} was copied", hint=_AGAIN
+                )
+            room, offset = room[count:], offset + count
 
 
 def _write_all(target: int, data: bytes | memoryview) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(target, rest) :]
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise SourceError(
-            f"{file} cannot be read: {error.strerror}", hint="the source changed meanwhile; start again"
-        ) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _partial(path: Path) -> Path:
