@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 
-BUFFER = 2**20  # bytes; larger ones are no faster, and there are three of them for each shard being written
-BUFFERS = 3  # one is filled, one is written, one waits
+BUFFER = 2**20  # bytes; larger ones are no faster, and there are two of them for each shard being written
+BUFFERS = 2  # one is filled while the other is written
 BLOCK = 4096  # bytes; every common disk has blocks of this size or a part of it
 DIRECT: int = getattr(os, "O_DIRECT", 0)  # which macOS does not have
 REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
