@@ -50,7 +50,7 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("script", "rows"), [("load.py", 6), ("build.py", 14), ("experts.py", 14)])
+@pytest.mark.parametrize(("script", "rows"), [("load.py", 6), ("build.py", 14), ("experts.py", 14), ("compose.py", 4)])
 def test_scripts_keep_their_rows(script: str, rows: int, tmp_path: Path) -> None:
     check(run_script(script, tmp_path), rows=rows)
 
