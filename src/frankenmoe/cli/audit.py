@@ -151,6 +151,10 @@ def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> 
         bar = [load_bar(facts["load"]["share"], width)] if key == "load" else []
         table.add_row(place, *bar, *(value(facts) for _, value in columns))
     show.print(table)
+    if key == "survive":
+        for facts in (each for each in outer if each["load"]["dead"]):
+            names = ", ".join(report["model"]["experts"][index] for index in facts["load"]["dead"])
+            show.print(f"dead in layer {facts['layer']}: {names}", highlight=False, markup=False)
 
 
 def load_bar(shares: Sequence[float], width: int) -> Text:
