@@ -35,7 +35,9 @@ from frankenmoe.recipefields import (
     Share,
     Strings,
     Text,
+    refuse_blank,
 )
+from frankenmoe.recipetrain import Train
 from frankenmoe.refusal import found, recipe_error, refusal, refuse_unknown_keys
 from frankenmoe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
 from frankenmoe.yamlfile import Location, YamlFile, parse_yaml, read_text
@@ -212,6 +214,10 @@ class Recipe(_Closed):
         "base", description="The base model's backbone, or the average of all parents' backbones."
     )
 
+    routers: Text | None = Field(None, description="A safetensors file with the routers, in place of gate_mode's.")
+    trained: Text | None = Field(None, description="A safetensors file with tensors that replace the sources'.")
+    train: Train | None = Field(None, description="How `frankenmoe train` trains this MoE.")
+
     _context: _Context = PrivateAttr()
 
     @classmethod
@@ -275,6 +281,9 @@ class Recipe(_Closed):
     @model_validator(mode="after")
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
+        if self.gate_mode in PROMPT_MODES:
+            _check_blank(self.shared_experts, at=("shared_experts",))
+            _check_blank(self.experts, at=("experts",))
         _check_level(self.experts, recipe=self, top_k=self.experts_per_token, at=())
         return self
 
@@ -325,6 +334,8 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         case Expert():
             return _plain_keys(value)
+        case Train():
+            return value.to_dict()
     return value
 
 
@@ -342,6 +353,13 @@ def _check_level(experts: tuple[Expert, ...], *, recipe: Recipe, top_k: int, at:
         if expert.experts:
             below = expert.experts_per_token or recipe.experts_per_token
             _check_level(expert.experts, recipe=recipe, top_k=below, at=(*at, "experts", index))
+
+
+def _check_blank(experts: tuple[Expert, ...], *, at: Location) -> None:
+    for index, expert in enumerate(experts):
+        refuse_blank(expert.positive_prompts, at=(*at, index, "positive_prompts"))
+        refuse_blank(expert.negative_prompts, at=(*at, index, "negative_prompts"))
+        _check_blank(expert.experts, at=(*at, index, "experts"))
 
 
 def _check_prompts(experts: tuple[Expert, ...], *, gate_mode: str, at: Location) -> None:

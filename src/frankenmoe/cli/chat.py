@@ -12,6 +12,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from frankenmoe.cli.show import console, expert_style
+from frankenmoe.cli.text import is_unicode
 from frankenmoe.loading import load
 from frankenmoe.moe.generate import Reply, reply, weight_shares
 from frankenmoe.palette import mark
@@ -63,7 +64,12 @@ def _ask() -> str | None:
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            line = "\udcff"
+        if not is_unicode(line):
+            raise click.UsageError("what you write must be UTF-8 text")
         if not line:
             return None
         if line.strip():
