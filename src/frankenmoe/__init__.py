@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from frankenmoe.artifact import Artifact
     from frankenmoe.building import build
     from frankenmoe.errors import FrankenMoEError
+    from frankenmoe.exporting import export_gguf
     from frankenmoe.loading import load
     from frankenmoe.moe.load import MoE
     from frankenmoe.planning import Plan, plan
@@ -22,12 +23,13 @@ _HOMES = {
     "Plan": "frankenmoe.planning",
     "Recipe": "frankenmoe.recipe",
     "build": "frankenmoe.building",
+    "export_gguf": "frankenmoe.exporting",
     "load": "frankenmoe.loading",
     "plan": "frankenmoe.planning",
     "verify": "frankenmoe.prove",
 }
 
-__all__ = ["Artifact", "FrankenMoEError", "MoE", "Plan", "Recipe", "build", "load", "plan", "verify"]
+__all__ = ["Artifact", "FrankenMoEError", "MoE", "Plan", "Recipe", "build", "export_gguf", "load", "plan", "verify"]
 
 
 def __getattr__(name: str) -> Any:
