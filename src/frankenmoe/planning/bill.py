@@ -7,6 +7,7 @@ from typing import Any
 
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
+from frankenmoe.planning.sources import Source, odd_heads
 from frankenmoe.planning.tree import ExpertNode
 
 KV_BYTES = 2  # a 16-bit cache
@@ -134,3 +135,13 @@ def _file_name(name: str) -> str:
 
 def _numel(shape: tuple[int, ...]) -> int:
     return math.prod(shape)
+
+
+def kv_numbers(base: Source) -> int:
+    """Cached numbers per token: keys and values of every layer."""
+    config = base.config
+    if base.family is not None:
+        dims = base.family.dims(config)
+        return 2 * dims.layers * dims.kv_heads * dims.head_dim
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+    return 2 * int(config["num_hidden_layers"]) * odd_heads(config) * head_dim
