@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import yaml
 
-from frankenmoe.publish.facts import ExpertRow, Facts
+from frankenmoe.publish.facts import ExpertRow, Facts, shown
 from frankenmoe.publish.privacy import local_names, without_folders
 from frankenmoe.publish.reports import Evidence, Exported, Training
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
@@ -43,20 +43,15 @@ def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per expert."""
     rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
     base = facts.recipe["base_model"]
-    base = base if isinstance(base, str) else base["model"]
+    base = base if isinstance(base, str) else base["model"]["path"]
     backbone = (
-        "is the average of all parents'" if facts.recipe.get("backbone") == "average" else f"is that of `{_name(base)}`"
+        "is the average of all parents'" if facts.recipe.get("backbone") == "average" else f"is that of `{shown(base)}`"
     )
     table = markdown(("expert", "made of", "prompts", "data"), rows)
     return (
         f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
         f"attention, norms, head) {backbone}."
     )
-
-
-def _name(base: object) -> str:
-    path = base["path"] if isinstance(base, dict) else str(base)
-    return path.rstrip("/").rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path
 
 
 def _expert_rows(experts: Sequence[ExpertRow], *, shared: bool = False) -> Iterator[tuple[str, ...]]:
@@ -95,18 +90,18 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
     lines = []
     made = GATE_WORDS.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
     lines.append(f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`).")
+    training = evidence.get(Training)
     for stage in facts.stages:
         name = stage.get("stage")
         if name == "fit":
             lines.append(_sentence("They were then fitted in closed form", stage, ("method", "data", "tokens")))
-        elif name == "train":
+        elif name == "train" and training is None:
             lines.append(
                 _sentence("They were then trained together with the experts", stage, ("what", "steps", "data"))
             )
-    training = evidence.get(Training)
     if training:
         lines.append(
-            f"Trained: {', '.join(training.what)}, {training.steps} steps. Mean loss on text held out from "
+            f"Then {', '.join(training.what)} were trained, {training.steps} steps. Mean loss on text held out from "
             f"{', '.join(training.domains)}: {training.before:.4f} nats per token before, {training.kept:.4f} in the "
             f"state that was kept (step {training.best_step})."
         )
@@ -133,7 +128,7 @@ def files(facts: Facts, evidence: Evidence) -> str | Missing:
         (
             f"`{file.name}`",
             file.type,
-            f"{file.bytes / 1e9:.2f}",
+            f"{file.bytes / 1e9:.2f} GB" if file.bytes >= 10**8 else f"{file.bytes / 1e6:.2f} MB",
             f"{file.bits:.2f}",
             "-" if file.kl is None else f"{file.kl:.1e}",
             "-" if file.top1 is None else f"{file.top1:.1%}",
@@ -142,7 +137,7 @@ def files(facts: Facts, evidence: Evidence) -> str | Missing:
         )
         for file in exported.files
     ]
-    head = ("file", "type", "GB", "bits per weight", "KL", "same best token", "perplexity", "tokens/s")
+    head = ("file", "type", "size", "bits per weight", "KL", "same best token", "perplexity", "tokens/s")
     text = markdown(head, rows)
     if any(file.kl is not None for file in exported.files):
         text += (
