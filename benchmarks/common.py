@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("smoke", "small", "full")
-PACKAGES = ("frankenmoe", "numpy", "safetensors", "torch", "transformers", "mergekit")
+PACKAGES = ("frankenmoe", "numpy", "safetensors", "torch", "transformers", "mergekit", "gguf", "xllamacpp", "cyllama")
 MB = 10**6
 INTERVAL = 0.02  # seconds between two looks at a process's memory
 # Nothing here may wait for a network that a laptop has and a build machine has not.
@@ -198,7 +198,9 @@ def spell(value: float | None, unit: str) -> str:
     """A value as a table shows it: `1.07 x`, `244 MB`; without a unit it is a count."""
     if value is None:
         return "-"
-    return f"{value:.2f} {unit}" if unit in ("x", "s") else f"{value:.0f} {unit}".rstrip()
+    if unit == "nats":
+        return f"{value:.1e}"
+    return f"{value:.2f} {unit}" if unit in ("x", "s", "%") else f"{value:.0f} {unit}".rstrip()
 
 
 def verdict(reached: bool | None) -> str:

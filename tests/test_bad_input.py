@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 import tiny
 from frankenmoe import compose
@@ -89,7 +90,6 @@ def test_a_missing_source(recipe: Path, tmp_path: Path) -> None:
         ("llama", {"num_hidden_layers": 3}, ("layer count 2 against 3",)),
         ("llama", {"intermediate_size": 64}, ("FFN width 48 against 64",)),
         ("llama", {"num_attention_heads": 8}, ("head count 4 against 8",)),
-        ("llama", {"vocab_size": 112}, ("vocabulary 128 against 112",)),
         ("mistral", {}, ("family llama against mistral",)),
         ("llama", {"hidden_size": 64, "vocab_size": 112}, ("hidden size 32 against 64", "vocabulary 128 against 112")),
     ],
@@ -101,6 +101,20 @@ def test_a_parent_of_another_shape(
     other = tiny.make_parent(tmp_path / "other", family, **changes)
     recipe = tiny.write_recipe(tmp_path / "recipe.yml", base, [base, other])
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=(str(base), str(other), *facts), hint="family")
+
+
+def test_a_parent_with_another_vocabulary_is_told_why_and_what_to_do(tmp_path: Path, parents: Parents) -> None:
+    base = parents["llama"][0]
+    other = tiny.make_parent(tmp_path / "other", vocab_size=112)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", base, [base, other])
+    facts = (str(base), str(other), "vocabulary 128 against 112", "tokens of its own")
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint="resize_token_embeddings(128)")
+    # the way out is one
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.resize_token_embeddings(128)
+    model.save_pretrained(other)
+    outcome = cli("build", recipe, tmp_path / "out")
+    assert outcome.code == 0, outcome.stderr
 
 
 # values

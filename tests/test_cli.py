@@ -171,7 +171,7 @@ def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "0", "4 G B", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "0", "4 G B", "nan", "9" * 400 + "TB"])
 def test_what_is_not_a_size(text: str) -> None:
     assert CliRunner().invoke(app, ["build", "r.yml", "out", "--shard-size", text]).exit_code == 2
 

@@ -14,15 +14,15 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own package and from lower rows only
 LAYERS = (
-    {"errors", "suggest", "progress"},
+    {"errors", "suggest", "progress", "palette"},
     {"families", "checkpoint"},
-    {"recipe", "recipefields", "recipestages", "refusal", "sourcename", "yamlfile", "artifact"},
+    {"recipe", "recipefields", "recipestages", "recipetrain", "refusal", "sourcename", "yamlfile", "artifact"},
     {"planning", "data"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
     {"loading"},
-    {"sampling"},
+    {"sampling", "auditing", "evaluating", "exporting", "training"},
     {"running"},
     {"demo"},
     {"cli"},
@@ -30,7 +30,8 @@ LAYERS = (
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
-    "recipestages", "publish", "sourcename", "yamlfile", "artifact", "planning", "compose", "data",
+    "recipestages", "publish",
+    "sourcename", "yamlfile", "artifact", "planning", "compose", "data", "palette", "recipetrain",
 }  # fmt: skip
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")

@@ -144,3 +144,41 @@ def test_different_negative_prompts_tell_experts_apart() -> None:
 
 def test_the_first_wrong_line_is_named() -> None:
     assert refused(f"{GOOD}seed: -1\nbackbone: bass\n").message.startswith("r.yml:7: seed ")
+
+
+@pytest.mark.parametrize("experts", [1, 2, 16])
+def test_the_same_slip_in_all_experts_is_told_as_what_it_is(experts: int) -> None:
+    text = "base_model: a/b\nexperts:\n" + "- source_modle: a/x\n" * experts
+    check(text, message="3: experts[0].source_modle is not a known key", hint="did you mean 'source_model'?")
+
+
+def test_the_same_slip_in_all_nested_experts_is_told_as_what_it_is() -> None:
+    text = f"{GOOD}- experts:\n  - source_model: z\n    positive_prompts: [z]\n    noise_scale: -1\n"
+    check(text, message="10: experts[2].experts[0].noise_scale must be at least 0", hint="such a value")
+
+
+@pytest.mark.parametrize("gate_mode", ["random", "uniform_random"])
+def test_blank_prompts_are_fine_where_gates_are_random(gate_mode: str) -> None:
+    # as in mergekit's own examples
+    text = (
+        GOOD.replace("[p]", "['']").replace("[q]", "[' ', '']") + f"  negative_prompts: ['']\ngate_mode: {gate_mode}\n"
+    )
+    recipe = Recipe.parse(text, folder=Path("/nowhere"), origin="r.yml")
+    assert recipe.experts[1].positive_prompts == (" ", "")
+    assert Recipe.parse(str(recipe.to_dict()), folder=Path("/nowhere"), origin="r.yml") == recipe
+
+
+@pytest.mark.parametrize("gate_mode", ["hidden", "hidden_avg", "hidden_last", "cheap_embed"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD.replace("[p]", "[p, '']"), "4: experts[0].positive_prompts[1] must not be empty, found no text"),
+        (GOOD.replace("[q]", "['\t']"), "6: experts[1].positive_prompts[0] must not be empty, found no text"),
+        (f"{GOOD}shared_experts: [{{source_model: s, positive_prompts: ['']}}]\n",
+         "7: shared_experts[0].positive_prompts[0] must not be empty, found no text"),
+        (f"{GOOD}- {{experts: [{{source_model: s, positive_prompts: ['']}}], experts_per_token: 1}}\n",
+         "7: experts[2].experts[0].positive_prompts[0] must not be empty, found no text"),
+    ],
+)  # fmt: skip
+def test_blank_prompts_are_refused_where_gates_come_from_them(gate_mode: str, text: str, message: str) -> None:
+    check(f"{text}gate_mode: {gate_mode}\n", message=message, hint="delete the entry")

@@ -13,15 +13,15 @@ import torch
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.artifact import Artifact, open_artifact, small_hashes
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
-from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.dense import causal_class, quiet_transformers
 from frankenmoe.planning import Plan
-from frankenmoe.planning.recall import plan_of
+from frankenmoe.planning.recall import facts, plan_of
 
 DAMAGED = "the folder was changed or damaged after it was built; build it again"
 SAMPLE = 2**16  # bytes of a copied tensor that a sampled proof compares
@@ -48,12 +48,32 @@ def verify(
     """
     artifact = open_artifact(Path(folder))
     made = plan_of(artifact)
-    checks = [Check("sources", f"{len(made.source_files)} files are those it was made from")]
+    for key, value in facts(made).items():
+        if artifact.record.get(key) != value:
+            raise ArtifactError(
+                f"the record of {artifact.folder} says {key} {artifact.record.get(key)!r:.60}, but its recipe makes it "
+                f"{value!r:.60}",
+                hint="the record was edited; build the artifact again",
+            )
+    files = (*made.source_files, *made.deciding_files)
+    checks = [Check("sources", f"{len(files)} files are those it was made from"), _small_files(artifact)]
     if artifact.form == "virtual":
         on_start(sum(file.stat().st_size for file in made.source_files))
         return (*checks, _hashes(artifact, made, on_bytes), *prove_routers(made, artifact.folder))
     on_start(sum(write.nbytes for write in made.writes))
     return (*checks, *prove_routers(made, artifact.folder), *prove_body(made, artifact.folder, on_bytes=on_bytes))
+
+
+def _small_files(artifact: Artifact) -> Check:
+    """The artifact's own configs, index and tokenizer by SHA-256."""
+    recorded, found = artifact.record["files"], small_hashes(artifact.folder)
+    for name, was in recorded.items():
+        if found.get(name) != was:
+            raise ArtifactError(
+                f"{artifact.folder / name} {'was edited' if name in found else 'is gone'} since it was written",
+                hint="bring the old one back, or build the artifact again",
+            )
+    return Check("files", f"{len(recorded)} small files are as they were written")
 
 
 def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:
@@ -103,6 +123,8 @@ def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
             hint=DAMAGED,
         )
     for ref in routers.values():
+        if ref.dtype not in FLOATS:
+            raise ArtifactError(f"router {ref.name} is stored as {ref.dtype}, expected floats", hint=DAMAGED)
         check_finite(ref)
     return (Check("routers", f"{len(routers)} gates of the planned shape, all finite"),)
 

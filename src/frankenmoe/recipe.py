@@ -34,6 +34,7 @@ from frankenmoe.recipefields import (
     Share,
     Strings,
     Text,
+    refuse_blank,
 )
 from frankenmoe.recipestages import (
     SECTIONS,
@@ -43,6 +44,7 @@ from frankenmoe.recipestages import (
     Closed,
     EvalSection,
     ExportSection,
+    TrainSection,
     with_bare_sections,
 )
 from frankenmoe.refusal import found, recipe_error, refusal
@@ -213,6 +215,10 @@ class Recipe(Closed):
     export: ExportSection = Field(None, description="Asks `frankenmoe run` for GGUF files.")
     card: CardSection = Field(None, description="Asks `frankenmoe run` for a model card, and says what it says.")
 
+    routers: Text | None = Field(None, description="A safetensors file with the routers, in place of gate_mode's.")
+    trained: Text | None = Field(None, description="A safetensors file with tensors that replace the sources'.")
+    train: TrainSection = Field(None, description="How `frankenmoe train` trains this MoE.")
+
     _context: _Context = PrivateAttr()
 
     @classmethod
@@ -277,6 +283,9 @@ class Recipe(Closed):
     @model_validator(mode="after")
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
+        if self.gate_mode in PROMPT_MODES:
+            _check_blank(self.shared_experts, at=("shared_experts",))
+            _check_blank(self.experts, at=("experts",))
         _check_level(self.experts, recipe=self, top_k=self.experts_per_token, at=())
         return self
 
@@ -344,6 +353,13 @@ def _check_level(experts: tuple[Expert, ...], *, recipe: Recipe, top_k: int, at:
         if expert.experts:
             below = expert.experts_per_token or recipe.experts_per_token
             _check_level(expert.experts, recipe=recipe, top_k=below, at=(*at, "experts", index))
+
+
+def _check_blank(experts: tuple[Expert, ...], *, at: Location) -> None:
+    for index, expert in enumerate(experts):
+        refuse_blank(expert.positive_prompts, at=(*at, index, "positive_prompts"))
+        refuse_blank(expert.negative_prompts, at=(*at, index, "negative_prompts"))
+        _check_blank(expert.experts, at=(*at, index, "experts"))
 
 
 def _check_prompts(experts: tuple[Expert, ...], *, gate_mode: str, at: Location) -> None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from frankenmoe.recipefields import Count, Prompts, Seed, Share, Strings, Text
+from frankenmoe.recipetrain import Train
 from frankenmoe.refusal import refuse_unknown_keys
 
 
@@ -91,10 +92,11 @@ def with_bare_sections(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BuildSection = Annotated[Build | None, BeforeValidator(_asked_for, json_schema_input_type=Build | bool | None)]
+TrainSection = Annotated[Train | None, BeforeValidator(_asked_for, json_schema_input_type=Train | bool | None)]
 AuditSection = Annotated[Audit | None, BeforeValidator(_asked_for, json_schema_input_type=Audit | bool | None)]
 EvalSection = Annotated[Eval | None, BeforeValidator(_asked_for, json_schema_input_type=Eval | bool | None)]
 ExportSection = Annotated[Export | None, BeforeValidator(_asked_for, json_schema_input_type=Export | bool | None)]
 CardSection = Annotated[Card | None, BeforeValidator(_asked_for, json_schema_input_type=Card | bool | None)]
 
 # the sections that say what is done with a model; the model itself is the same without them
-SECTIONS = ("build", "audit", "eval", "export", "card")
+SECTIONS = ("build", "train", "audit", "eval", "export", "card")

@@ -30,10 +30,9 @@ def assert_equals_naive(
         hidden, weights = hidden_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
         out_TD = mix(hidden, weights, ids_TK, experts)
         inputs = (hidden, weights, *experts.parameters())
-        loss = (out_TD * probe_TD).sum()
-        grads = (
-            torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True) if loss.requires_grad else ()
-        )
+        # the second term keeps a graph where every assignment was dropped
+        loss = (out_TD * probe_TD).sum() + 0 * hidden.sum()
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         results.append((out_TD.detach(), *grads))
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
@@ -90,7 +89,12 @@ def test_experts_see_their_tokens_in_ascending_order() -> None:
             seen.append(hidden_ND[:, 0].tolist())
             return hidden_ND
 
-    dispatch(torch.arange(4.0)[:, None], torch.ones(4, 2), torch.tensor([[1, 0], [0, 1], [2, 1], [1, 2]]), [Spy()] * 3)
+    dispatch(
+        torch.arange(4.0)[:, None],
+        torch.ones(4, 2),
+        torch.tensor([[1, 0], [0, 1], [2, 1], [1, 2]]),
+        [Spy(), Spy(), Spy()],
+    )
     assert seen == [[0, 1], [0, 1, 2, 3], [2, 3]]
 
 

@@ -34,22 +34,22 @@ def write_shard(
     Raises SourceError, NumericsError, and ArtifactError when the disk is full.
     """
     header = header_bytes([(write.name, write.dtype, write.shape) for write in writes], metadata=metadata)
-    with _replacing(path, size=len(header) + sum(write.nbytes for write in writes)) as target:
-        _write_all(target, header)
+    with replacing(path, size=len(header) + sum(write.nbytes for write in writes)) as target:
+        write_all(target, header)
         on_bytes(len(header))
         computed: dict[object, TensorRef] = {}
         for run in _runs(writes):
             _scan(run, scanned)
             if run[0].is_copy:
-                _copy_run(target, run, on_bytes=on_bytes)
+                copy_run(target, run, on_bytes=on_bytes)
             else:
                 _compute_once(target, run[0], partial=_partial(path), computed=computed, on_bytes=on_bytes)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` into the file `path`, which at any moment holds the old or the new; ArtifactError on a full disk."""
-    with _replacing(path, size=len(data)) as target:
-        _write_all(target, data)
+    with replacing(path, size=len(data)) as target:
+        write_all(target, data)
 
 
 def free_bytes(folder: Path) -> int:
@@ -84,7 +84,7 @@ def _scan(run: Sequence[TensorWrite], scanned: set[TensorRef]) -> None:
             scanned.add(ref)
 
 
-def _copy_run(target: int, run: Sequence[TensorWrite], *, on_bytes: Callable[[int], None]) -> None:
+def copy_run(target: int, run: Sequence[TensorWrite], *, on_bytes: Callable[[int], None]) -> None:
     """Append the bytes from the first source's start to the last one's end."""
     file, offset, end = run[0].inputs[0].file, run[0].inputs[0].start, run[-1].inputs[0].end
     with _opened(file) as source:
@@ -110,7 +110,7 @@ def _compute_once(
     """Append a computed write; where the file already holds an equal one (one source, many experts), copy that."""
     what = (write.inputs, write.steps, write.dtype, write.shape)
     if what in computed:
-        _copy_run(target, [replace(write, inputs=(computed[what],), steps=())], on_bytes=on_bytes)
+        copy_run(target, [replace(write, inputs=(computed[what],), steps=())], on_bytes=on_bytes)
         return
     start = os.lseek(target, 0, os.SEEK_CUR)
     _compute(target, write, on_bytes=on_bytes)
@@ -119,7 +119,7 @@ def _compute_once(
 
 def _compute(target: int, write: TensorWrite, *, on_bytes: Callable[[int], None]) -> None:
     for block in blocks(write):
-        _write_all(target, block.data)
+        write_all(target, block.data)
         on_bytes(block.size)
 
 
@@ -144,11 +144,12 @@ def _copy_in_kernel(source: int, target: int, offset: int, count: int) -> int:
 
 def _copy_by_hand(source: int, target: int, offset: int, count: int) -> int:
     data = os.pread(source, min(count, _BUFFER), offset)
-    _write_all(target, data)
+    write_all(target, data)
     return len(data)
 
 
-def _write_all(target: int, data: bytes | memoryview) -> None:
+def write_all(target: int, data: bytes | memoryview) -> None:
+    """Append all of `data` to an open file, however often the system takes only a part of it."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(target, rest) :]
@@ -173,7 +174,7 @@ def _partial(path: Path) -> Path:
 
 
 @contextmanager
-def _replacing(path: Path, *, size: int) -> Iterator[int]:
+def replacing(path: Path, *, size: int) -> Iterator[int]:
     """A file descriptor whose `size` bytes become `path` once the block ends well; else nothing is left of them."""
     partial = _partial(path)
     try:

@@ -36,13 +36,33 @@ class LoraLinear(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O]."""
-        base: torch.Tensor = self.base(hidden)
+        return with_update(self.base(hidden), self, hidden)
+
+    def update(self, hidden: torch.Tensor) -> torch.Tensor:
+        """scale * B A x, [..., I] to [..., O], in the adapter's dtype."""
         linear = nn.functional.linear
-        update = linear(linear(hidden.to(self.a.dtype), self.a), self.b)
-        return (base + self.scale * update).to(base.dtype)
+        return linear(self.scale * linear(hidden.to(self.a.dtype), self.a), self.b)
 
     def extra_repr(self) -> str:
         return f"rank={self.a.shape[0]}, scale={self.scale}"
+
+
+def wrap_linear(model: nn.Module, name: str, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> LoraLinear:
+    """Puts a LoraLinear in the place of the linear layer `name` of `model`, around it, and returns it."""
+    owner, _, leaf = name.rpartition(".")
+    wrapped = LoraLinear(_linear(model, name), a_RI, b_OR, scale)
+    setattr(model.get_submodule(owner), leaf, wrapped)
+    return wrapped
+
+
+def with_update(base: torch.Tensor, lora: LoraLinear | None, hidden: torch.Tensor) -> torch.Tensor:
+    """What the base made of `hidden`, [..., O], plus what the adapter adds, in the base's dtype; `base` without one."""
+    if lora is None:
+        return base
+    if base.dim() == 2 and base.dtype == hidden.dtype == lora.a.dtype:
+        # one pass over [T, O] in place of three
+        return torch.addmm(base, nn.functional.linear(hidden, lora.a), lora.b.T, alpha=lora.scale)
+    return (base + lora.update(hidden)).to(base.dtype)
 
 
 def with_adapter(mlp: nn.Module, loras: Mapping[str, Lora]) -> nn.Module:

@@ -9,6 +9,7 @@ from torch import nn
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.experts import DropPolicy, apply_capacity, dispatch
+from frankenmoe.moe.grouping import Group, group_experts
 from frankenmoe.moe.router import Router, Routing
 
 # T tokens, D hidden, E experts, K top-k
@@ -78,13 +79,22 @@ class MoEBlock(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.shared = shared
         self.shared_gate = None if shared_gate is None else _linear(shared_gate)
+        self._groups: tuple[tuple[int, ...], tuple[Group, ...]] = ((), ())
         _check(self)
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The experts by what they share; found again when an expert is replaced."""
+        now = tuple(map(id, self.experts))
+        if self._groups[0] != now:
+            self._groups = (now, group_experts(self.experts))
+        return self._groups[1]
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D], the same shape and dtype."""
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         weights_TK, ids_TK, _ = self.capacity(self.router(hidden_TD))
-        out_TD = dispatch(hidden_TD, weights_TK, ids_TK, self.experts)
+        out_TD = dispatch(hidden_TD, weights_TK, ids_TK, self.experts, groups=self.groups)
         if self.shared is not None:
             out_TD = out_TD + self._shared_output(self.shared, hidden_TD)
         return out_TD.reshape(hidden.shape)

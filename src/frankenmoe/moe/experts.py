@@ -1,14 +1,18 @@
 """The one place where tokens meet experts; does not know how the tokens were routed, nor what an expert computes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
 
 import torch
 from torch import nn
 
-# T tokens, D hidden, E experts, K top-k, N tokens of one expert, A = K * T assignments by choice, then by token
+from frankenmoe.moe.adapter import LoraLinear, with_update
+from frankenmoe.moe.grouping import Gated, Group, group_experts
+
+# T tokens, D hidden, F ffn, E experts, K top-k, N tokens of one expert or group, M of one member of a group
+# A = K * T assignments by choice, then by token
 
 DROPPED = -1  # the id of an assignment that reaches no expert
 
@@ -20,22 +24,86 @@ def dispatch(
     weights_TK: torch.Tensor,
     ids_TK: torch.Tensor,
     experts: Sequence[nn.Module] | nn.ModuleList,
+    *,
+    groups: Sequence[Group] | None = None,
 ) -> torch.Tensor:
     """out_TD: for each token, the sum of its experts' outputs times their weights, in the dtype of `hidden_TD`.
 
     An expert is any module from (N, D) to (N, D); it runs once, on its tokens in ascending order, or not at all if it
-    has none. Ids are 0 .. E-1, or -1 for a dropped assignment, which adds nothing.
+    has none. Ids are 0 .. E-1, or -1 for a dropped assignment, which adds nothing. `groups` is what `group_experts`
+    says of these experts: what they share is computed once for each token.
     """
+    groups = group_experts(experts) if groups is None else groups
+    if len(groups) == 1:
+        return _output(groups[0], hidden_TD, weights_TK, ids_TK, ids_TK != DROPPED).to(hidden_TD.dtype)
     out_TD = torch.zeros_like(hidden_TD)
-    for expert in torch.unique(
-        ids_TK
-    ).tolist():  # ascending, as the stock classes add them: the order decides the rounding
-        if expert == DROPPED:
+    chosen = set(torch.unique(ids_TK).tolist())
+    for group in groups:  # ascending, as the stock classes add them: the order decides the rounding
+        if chosen.isdisjoint(group.members):
             continue
-        token_N, choice_N = torch.where(ids_TK == expert)
-        weighted_ND = experts[expert](hidden_TD[token_N]) * weights_TK[token_N, choice_N, None]
-        out_TD.index_add_(0, token_N, weighted_ND.to(out_TD.dtype))
+        mine_TK = _among(ids_TK, group.members)
+        token_N = mine_TK.any(dim=1).nonzero()[:, 0]
+        # index_select and not [token_N]: three to ten times as fast on a CPU
+        inputs = (tensor.index_select(0, token_N) for tensor in (hidden_TD, weights_TK, ids_TK, mine_TK))
+        out_TD.index_add_(0, token_N, _output(group, *inputs).to(out_TD.dtype))
     return out_TD
+
+
+def _output(
+    group: Group, hidden_ND: torch.Tensor, weights_NK: torch.Tensor, ids_NK: torch.Tensor, mine_NK: torch.Tensor
+) -> torch.Tensor:
+    """What a group adds to each of its tokens, [N, D]; `mine_NK` says which of the ids are its members."""
+    if group.base is not None:
+        return _adapted(group, group.base, hidden_ND, weights_NK, ids_NK)
+    # one and the same module: it runs once for a token, with the sum of its weights
+    out_ND: torch.Tensor = group.module(hidden_ND)
+    return out_ND * weights_NK.masked_fill(~mine_NK, 0).sum(dim=1, keepdim=True)
+
+
+def _adapted(
+    group: Group, base: Gated, hidden_ND: torch.Tensor, weights_NK: torch.Tensor, ids_NK: torch.Tensor
+) -> torch.Tensor:
+    """Adapters over one FFN: its gate and up products once for a token, low-rank terms for each (token, expert).
+
+    down is linear, so the weighted sum over experts is taken before it: sum_k w_k (W + B_k A_k) h_k =
+    W sum_k w_k h_k + sum_k B_k A_k (w_k h_k).
+    """
+    gate_NF, up_NF = base.gate_proj(hidden_ND), base.up_proj(hidden_ND)
+    mixed_NF, update_ND = torch.zeros_like(gate_NF), torch.zeros_like(hidden_ND)
+    for loras, row_M, weight_M1 in _assignments(group, weights_NK, ids_NK):
+        hidden_MD, gate_MF, up_MF = (tensor.index_select(0, row_M) for tensor in (hidden_ND, gate_NF, up_NF))
+        gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD)
+        up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD)
+        inner_MF = base.act(gate_MF) * up_MF * weight_M1.to(gate_MF.dtype)
+        mixed_NF.index_add_(0, row_M, inner_MF)
+        if "down_proj" in loras:
+            update_ND.index_add_(0, row_M, loras["down_proj"].update(inner_MF).to(update_ND.dtype))
+    out_ND: torch.Tensor = base.down_proj(mixed_NF) + update_ND
+    return out_ND
+
+
+def _assignments(
+    group: Group, weights_NK: torch.Tensor, ids_NK: torch.Tensor
+) -> Iterator[tuple[Mapping[str, LoraLinear], torch.Tensor, torch.Tensor]]:
+    """For each member that has tokens: its LoRAs, its rows among the group's tokens, ascending, and its weights."""
+    lora_of = dict(zip(group.members, group.loras, strict=True))
+    if len(ids_NK) == 1:  # decoding: nothing to search for
+        row_1 = torch.zeros(1, dtype=torch.long, device=ids_NK.device)
+        for choice, member in enumerate(ids_NK[0].tolist()):
+            if member in lora_of:
+                yield lora_of[member], row_1, weights_NK[:, choice, None]
+        return
+    for member, loras in lora_of.items():
+        row_M, choice_M = torch.where(ids_NK == member)
+        if len(row_M):
+            yield loras, row_M, weights_NK[row_M, choice_M, None]
+
+
+def _among(ids_TK: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
+    """Where an id is one of `members`, as a boolean tensor of its shape."""
+    if len(members) == 1:
+        return ids_TK == members[0]
+    return torch.isin(ids_TK, torch.tensor(members, device=ids_TK.device))
 
 
 def apply_capacity(

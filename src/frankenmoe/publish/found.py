@@ -4,6 +4,7 @@ What speaks against the model is said as plainly as what speaks for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from frankenmoe.publish.facts import Facts
 from frankenmoe.publish.leaderboard import TASKS, average, ordered, rounded
@@ -62,7 +63,8 @@ def results(facts: Facts, evidence: Evidence) -> str | Missing:
         where = f"[{published.origin.name}]({published.origin.url})"
         parts.append(f"As measured by {where}:\n\n{leaderboard_table(published.scores)}")
     if measured is not None:
-        parts += _measured(measured)
+        own_name = [replace(row, name=facts.name) if row.role == "moe" else row for row in measured.rows]
+        parts += _measured(replace(measured, rows=tuple(own_name)))
     if not parts:
         return Missing("nothing was measured; `frankenmoe eval` measures it")
     return "\n\n".join(parts)

@@ -208,7 +208,7 @@ def _card(job: Job, progress: Progress) -> None:
             trust_remote_code=job.trust_remote_code,
             progress=progress,
         )
-    if getattr(job.recipe, "train", None) is not None:
+    if job.recipe.train is not None:
         # beside the other reports, so that it is pushed with them
         job.reports.mkdir(exist_ok=True)
         write_atomic(job.reports / TRAINING, training_report(job).read_bytes())

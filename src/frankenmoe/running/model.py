@@ -13,7 +13,7 @@ from frankenmoe.running.job import WORK, Job, Stage, artifact_files, expert_data
 
 def chain(job: Job) -> list[str]:
     """The recipe's stages that change the model, in order."""
-    return [key for key in CHAIN if getattr(job.recipe, key, None) is not None]
+    return [key for key in CHAIN if getattr(job.recipe, key) is not None]
 
 
 def _previous(job: Job) -> Path | None:
@@ -84,7 +84,8 @@ def training_report(job: Job) -> Path:
 def _train_said(job: Job) -> str:
     found = json.loads(training_report(job).read_bytes())
     mean = found["mean_held_out_loss"]
-    return f"{', '.join(job.recipe.train.what)}: held-out loss {mean['before']:.4f} to {mean['best']:.4f}"
+    what = job.recipe.train.what if job.recipe.train else ()
+    return f"{', '.join(what)}: held-out loss {mean['before']:.4f} to {mean['best']:.4f}"
 
 
 VIRTUAL = Stage(

@@ -1,0 +1,79 @@
+"""Which experts hold the same weights, wholly or but for their adapters; computes nothing with them."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from frankenmoe.moe.adapter import LoraLinear
+
+# the MLPs of transformers that are down(act(gate x) * up x) and nothing else; others may do more under the same names
+GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP"})
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The one FFN under a group of adapter experts: down(act(gate x) * up x)."""
+
+    gate_proj: nn.Linear
+    up_proj: nn.Linear
+    down_proj: nn.Linear
+    act: nn.Module
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experts that share the work.
+
+    `members` are their ids. Without `base` they are all the same `module`. With it they are that FFN under the LoRAs
+    of `loras[i]`, by projection, for the i-th member.
+    """
+
+    members: tuple[int, ...]
+    module: nn.Module
+    base: Gated | None = None
+    loras: tuple[Mapping[str, LoraLinear], ...] = ()
+
+
+def group_experts(experts: Iterable[nn.Module]) -> tuple[Group, ...]:
+    """Every expert in one group, groups in the order of their first members."""
+    found: dict[object, list[tuple[int, nn.Module]]] = {}
+    for index, expert in enumerate(experts):
+        found.setdefault(_key(expert), []).append((index, expert))
+    return tuple(_group(entries) for entries in found.values())
+
+
+def _group(entries: list[tuple[int, nn.Module]]) -> Group:
+    members, modules = zip(*entries, strict=True)
+    first = modules[0]
+    if all(module is first for module in modules):
+        return Group(members, first)
+    gate, up, down = (_base(first, name) for name in PROJECTIONS)
+    assert isinstance(first.act_fn, nn.Module)
+    return Group(members, first, Gated(gate, up, down, first.act_fn), tuple(map(_loras, modules)))
+
+
+def _key(expert: nn.Module) -> object:
+    """Equal for experts that can share work: the same module, or adapters over the same FFN."""
+    if type(expert).__name__ not in GATED_MLPS or not all(_is_linear(getattr(expert, name)) for name in PROJECTIONS):
+        return id(expert)
+    bases = [_base(expert, name) for name in PROJECTIONS]
+    if bases[-1].bias is not None:  # it would have to be weighted too
+        return id(expert)
+    return type(expert), id(expert.act_fn), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
+
+
+def _is_linear(module: object) -> bool:
+    return isinstance(module, LoraLinear) or type(module) is nn.Linear
+
+
+def _base(expert: nn.Module, name: str) -> nn.Linear:
+    projection = getattr(expert, name)
+    base = projection.base if isinstance(projection, LoraLinear) else projection
+    assert isinstance(base, nn.Linear)
+    return base
+
+
+def _loras(expert: nn.Module) -> Mapping[str, LoraLinear]:
+    return {name: found for name in PROJECTIONS if isinstance(found := getattr(expert, name, None), LoraLinear)}

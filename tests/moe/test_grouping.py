@@ -1,0 +1,116 @@
+"""Shared work: what is computed once gives what every expert by itself would give, forward and backward."""
+
+from collections.abc import Callable
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from frankenmoe.moe.adapter import with_adapter
+from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.experts import dispatch
+from frankenmoe.moe.grouping import group_experts
+from frankenmoe.moe.router import Router
+from oracles.moe_reference import FFN, HIDDEN, naive
+
+SIZES = {"gate_proj": (HIDDEN, FFN), "up_proj": (HIDDEN, FFN), "down_proj": (FFN, HIDDEN)}
+
+
+def make_mlp(*, bias: bool = False) -> LlamaMLP:
+    return LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, mlp_bias=bias, num_attention_heads=1))
+
+
+def adapted(mlp: nn.Module, names: tuple[str, ...], *, rank: int = 2) -> nn.Module:
+    loras = {}
+    for name in names:
+        inputs, outputs = SIZES[name]
+        loras[name] = (torch.randn(rank, inputs), torch.randn(outputs, rank), 0.5)
+    return with_adapter(mlp, loras) if loras else mlp
+
+
+def counted(mlp: nn.Module) -> Callable[[], int]:
+    """How many tokens the mlp's down projection has seen."""
+    seen = []
+    mlp.down_proj.register_forward_hook(lambda module, inputs, out: seen.append(inputs[0].shape[:-1].numel()))
+    return lambda: sum(seen)
+
+
+SOME_PROJECTIONS = st.lists(st.sampled_from(sorted(SIZES)), unique=True).map(tuple)
+
+
+@settings(deadline=None)
+@given(
+    data=st.data(),
+    seed=st.integers(0, 2**31),
+    kinds=st.lists(st.tuples(st.integers(0, 1), SOME_PROJECTIONS), min_size=1, max_size=7),
+    tokens=st.integers(1, 9),
+    dropped=st.sampled_from([0.0, 0.3, 1.0]),
+)
+def test_equals_every_expert_by_itself(
+    data: st.DataObject, seed: int, kinds: list[tuple[int, tuple[str, ...]]], tokens: int, dropped: float
+) -> None:
+    torch.manual_seed(seed)
+    top_k = data.draw(st.integers(1, len(kinds)), label="top_k")
+    bases = [make_mlp(), make_mlp()]
+    experts = nn.ModuleList(adapted(bases[base], names) for base, names in kinds)
+    weights_TK, ids_TK = torch.rand(tokens, len(experts)).topk(top_k, dim=1)
+    ids_TK = ids_TK.masked_fill(torch.rand(ids_TK.shape) < dropped, -1)
+    hidden_TD, probe_TD = torch.randn(tokens, HIDDEN), torch.randn(tokens, HIDDEN)
+    results = []
+    for mix in (dispatch, naive):
+        hidden, weights = hidden_TD.clone().requires_grad_(), weights_TK.clone().requires_grad_()
+        out_TD = mix(hidden, weights, ids_TK, experts)
+        # the second term keeps a graph where every assignment was dropped
+        loss = (out_TD * probe_TD).sum() + 0 * hidden.sum()
+        inputs = (hidden, weights, *experts.parameters())
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        results.append((out_TD.detach(), *grads))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_sixteen_equal_experts_run_once_for_a_token() -> None:
+    mlp = make_mlp()
+    tokens = counted(mlp)
+    block = MoEBlock(Router(torch.randn(16, HIDDEN), top_k=2, renormalize=True), [mlp] * 16)
+    hidden = torch.randn(1, 11, HIDDEN)
+    torch.testing.assert_close(block(hidden), mlp(hidden), rtol=1e-5, atol=1e-6)
+    assert tokens() == 11 + 11
+
+
+def test_sixteen_adapters_take_their_base_once_for_a_token() -> None:
+    mlp = make_mlp()
+    tokens = counted(mlp)
+    experts = [adapted(mlp, ("gate_proj", "up_proj", "down_proj")) for _ in range(16)]
+    block = MoEBlock(Router(torch.randn(16, HIDDEN), top_k=3, renormalize=True), experts)
+    block(torch.randn(1, 11, HIDDEN))
+    assert tokens() == 11
+
+
+def test_what_may_not_be_shared_is_not() -> None:
+    mlp = make_mlp()
+    alike = [mlp, adapted(mlp, ("up_proj",)), adapted(mlp, ())]
+    assert [group.members for group in group_experts([*alike, make_mlp(), mlp])] == [(0, 1, 2, 4), (3,)]
+    biased = make_mlp(bias=True)
+    assert len(group_experts([biased, adapted(biased, ("up_proj",))])) == 2
+
+    class GatedAndMore(LlamaMLP):
+        """The same names, another computation."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).clamp(-1, 1)
+
+    other = GatedAndMore(mlp.config)
+    assert len(group_experts([other, adapted(other, ("up_proj",))])) == 2
+
+
+def test_a_replaced_expert_is_noticed() -> None:
+    mlp = make_mlp()
+    block = MoEBlock(Router(torch.randn(2, HIDDEN), top_k=2, renormalize=True), [mlp, mlp])
+    hidden = torch.randn(5, HIDDEN)
+    before = block(hidden)
+    block.experts[1] = make_mlp()
+    assert not torch.allclose(before, block(hidden))
