@@ -28,6 +28,7 @@ from frankenmoe.artifact import (
     open_artifact,
     partial_folder,
     refuse_occupied,
+    small_hashes,
     write_json,
     write_routers,
 )
@@ -288,7 +289,7 @@ def _write(
     record["stages"] = [*earlier, stage]
     record.pop("version", None)
     remove_scaffold(partial)
-    finish(partial, out, record=record)
+    finish(partial, out, record=record | {"files": small_hashes(partial)})
 
 
 def _virtual_record(

@@ -70,8 +70,9 @@ def test_first_all_then_nothing_then_what_changed(recipe: Path, tmp_path: Path) 
 
 
 def test_a_source_that_changed_is_noticed_by_its_content_not_its_time(recipe: Path, tmp_path: Path) -> None:
+    source = (tmp_path / "a").resolve()
     (tmp_path / "a").unlink()
-    shutil.copytree((tmp_path / "b").resolve(), tmp_path / "a")
+    shutil.copytree(source, tmp_path / "a")
     run(recipe, tmp_path / "out")
     for file in (tmp_path / "a").iterdir():
         os.utime(file, (1, 1))

@@ -128,7 +128,7 @@ def files(facts: Facts, evidence: Evidence) -> str | Missing:
         (
             f"`{file.name}`",
             file.type,
-            f"{file.bytes / 1e9:.2f} GB" if file.bytes >= 10**8 else f"{file.bytes / 1e6:.2f} MB",
+            gigabytes(file.bytes),
             f"{file.bits:.2f}",
             "-" if file.kl is None else f"{file.kl:.1e}",
             "-" if file.top1 is None else f"{file.top1:.1%}",
@@ -245,6 +245,11 @@ def _cell(text: str) -> str:
 def billions(count: int) -> str:
     """A parameter count as people say it."""
     return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"
+
+
+def gigabytes(count: int) -> str:
+    """A file's size as download pages say it, in powers of ten."""
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
 
 
 def gib(count: int) -> str:

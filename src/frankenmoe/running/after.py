@@ -18,6 +18,7 @@ from frankenmoe.errors import ArtifactError
 from frankenmoe.progress import Progress
 from frankenmoe.publish.card import README, is_ours, make_card, write_card
 from frankenmoe.publish.reports import TRAINING
+from frankenmoe.publish.sections import gigabytes
 from frankenmoe.recipestages import Audit, Card, Eval, Export
 from frankenmoe.running.job import WORK, Job, Stage, artifact_files, expert_data, sources, texts
 from frankenmoe.running.model import training_report
@@ -178,7 +179,7 @@ def _check_export(job: Job) -> None:
 
 def _export_said(job: Job) -> str:
     files = json.loads((job.reports / "export.json").read_bytes())["files"]
-    return ", ".join(f"{file['type']} {file['bytes'] / 1e9:.2f} GB" for file in files)
+    return ", ".join(f"{file['type']} {gigabytes(file['bytes'])}" for file in files)
 
 
 def _about(job: Job, kind: str) -> dict[str, Any]:
