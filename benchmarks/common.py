@@ -198,9 +198,10 @@ def spell(value: float | None, unit: str) -> str:
     """A value as a table shows it: `1.07 x`, `244 MB`; without a unit it is a count."""
     if value is None:
         return "-"
-    if unit == "nats":
+    digits = {"x": 2, "s": 2, "%": 2, "nats": 3}.get(unit, 0)
+    if unit == "nats" and value < 0.001:  # differences of rounding
         return f"{value:.1e}"
-    return f"{value:.2f} {unit}" if unit in ("x", "s", "%") else f"{value:.0f} {unit}".rstrip()
+    return f"{value:.{digits}f} {unit}".rstrip()
 
 
 def verdict(reached: bool | None) -> str:

@@ -16,13 +16,24 @@ MAX_LINES = 400
 LAYERS = (
     {"errors", "suggest", "progress", "palette"},
     {"families", "checkpoint"},
-    {"recipe", "recipefields", "recipestages", "recipetrain", "refusal", "sourcename", "yamlfile", "artifact"},
+    {
+        "recipe",
+        "recipefields",
+        "recipestages",
+        "recipetext",
+        "recipetrain",
+        "refusal",
+        "sourcename",
+        "yamlfile",
+        "artifact",
+    },
     {"planning", "data"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
-    {"loading"},
-    {"sampling", "auditing", "evaluating", "exporting", "training"},
+    {"loading", "fitting", "extracting"},
+    {"auditing", "evaluating", "exporting", "training"},
+    {"sampling"},
     {"running"},
     {"demo"},
     {"cli"},
@@ -30,8 +41,8 @@ LAYERS = (
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
-    "recipestages", "publish",
-    "sourcename", "yamlfile", "artifact", "planning", "compose", "data", "palette", "recipetrain",
+    "sourcename", "yamlfile", "artifact", "planning", "compose", "data", "palette", "recipestages",
+    "recipetext", "recipetrain", "publish",
 }  # fmt: skip
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")

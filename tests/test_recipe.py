@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frankenmoe.recipe import IGNORED_KEYS, PROMPT_MODES, RANDOM_MODES, Recipe, SourceName, schema
+from frankenmoe.recipe import FIT_MODES, IGNORED_KEYS, PROMPT_MODES, RANDOM_MODES, Recipe, SourceName, schema
 
 ROOT = Path(__file__).parents[1]
 MIXTRAL = """
@@ -89,11 +89,12 @@ def test_long_sources_shared_experts_and_ignored_keys_read() -> None:
     )
 
 
-def test_defaults_are_mergekits() -> None:
+def test_defaults_are_mergekits_but_for_the_routers() -> None:
     recipe = parse(
         "base_model: b\nexperts: [{source_model: x, positive_prompts: [p]}, {source_model: y, positive_prompts: [q]}]"
     )
-    assert (recipe.gate_mode, recipe.experts_per_token, recipe.dtype, recipe.seed) == ("hidden", 2, None, 0)
+    assert (recipe.gate_mode, recipe.experts_per_token, recipe.dtype, recipe.seed) == ("logistic", 2, None, 0)
+    assert "no gate_mode" in recipe.notes[0]
     assert (recipe.backbone, recipe.architecture, recipe.name, recipe.shared_experts) == ("base", None, None, ())
 
 
@@ -129,7 +130,7 @@ def test_random_modes_need_no_prompts() -> None:
     for mode in RANDOM_MODES:
         recipe = parse(f"base_model: b\ngate_mode: {mode}\nexperts: [{{source_model: x}}, {{source_model: x}}]\n")
         assert recipe.gate_mode == mode
-    assert set(schema()["properties"]["gate_mode"]["enum"]) == PROMPT_MODES | RANDOM_MODES
+    assert set(schema()["properties"]["gate_mode"]["enum"]) == PROMPT_MODES | RANDOM_MODES | FIT_MODES
 
 
 def test_load_knows_its_folder_and_keeps_existing_folders_whole(

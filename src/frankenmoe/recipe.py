@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 
 from frankenmoe.recipefields import (
+    FIT_MODES,
     PROMPT_MODES,
     RANDOM_MODES,
     Backbone,
@@ -34,7 +35,6 @@ from frankenmoe.recipefields import (
     Share,
     Strings,
     Text,
-    refuse_blank,
 )
 from frankenmoe.recipestages import (
     SECTIONS,
@@ -44,14 +44,16 @@ from frankenmoe.recipestages import (
     Closed,
     EvalSection,
     ExportSection,
+    FitSection,
     TrainSection,
     with_bare_sections,
 )
+from frankenmoe.recipetext import check_blank, check_prompts, check_text, prompts_of
 from frankenmoe.refusal import found, recipe_error, refusal
 from frankenmoe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
 from frankenmoe.yamlfile import Location, YamlFile, parse_yaml, read_text
 
-__all__ = ["PROMPT_MODES", "RANDOM_MODES", "Expert", "Recipe", "SourceName", "schema"]
+__all__ = ["FIT_MODES", "PROMPT_MODES", "RANDOM_MODES", "Expert", "Recipe", "SourceName", "schema"]
 
 # keys found in mergekit files; mergekit-moe does nothing with them either
 IGNORED_KEYS: Mapping[str, str] = {
@@ -200,7 +202,7 @@ class Recipe(Closed):
         description="The experts between which routers choose."
     )
     shared_experts: Experts = Field((), description="Experts that every token uses, where the format has them.")
-    gate_mode: GateMode = Field("hidden", description="How the routers' first weights are computed.")
+    gate_mode: GateMode = Field("logistic", description="How the routers' first weights are computed.")
     experts_per_token: Count = Field(2, description="How many experts a token uses in each layer.")
     dtype: Dtype | None = Field(None, description="The type of the stored weights; by default the base model's.")
     architecture: Text | None = Field(None, description="The MoE format to build, where there is a choice.")
@@ -210,6 +212,7 @@ class Recipe(Closed):
         "base", description="The base model's backbone, or the average of all parents' backbones."
     )
     build: BuildSection = Field(None, description="How `frankenmoe run` writes the model.")
+    fit: FitSection = Field(None, description="Asks `frankenmoe run` to fit the routers in closed form.")
     audit: AuditSection = Field(None, description="Asks `frankenmoe run` for an audit of the routing.")
     eval: EvalSection = Field(None, description="Asks `frankenmoe run` for measurements.")
     export: ExportSection = Field(None, description="Asks `frankenmoe run` for GGUF files.")
@@ -262,10 +265,7 @@ class Recipe(Closed):
     @staticmethod
     def prompts_of(expert: Expert) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Positive and negative prompts; for nested experts without any of their own, those of all experts within."""
-        if expert.positive_prompts or expert.negative_prompts or not expert.experts:
-            return expert.positive_prompts, expert.negative_prompts
-        positive, negative = zip(*map(Recipe.prompts_of, expert.experts), strict=True)
-        return _union(positive), _union(negative)
+        return prompts_of(expert)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without defaults; as YAML it parses to an equal recipe."""
@@ -284,8 +284,8 @@ class Recipe(Closed):
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
         if self.gate_mode in PROMPT_MODES:
-            _check_blank(self.shared_experts, at=("shared_experts",))
-            _check_blank(self.experts, at=("experts",))
+            check_blank(self.shared_experts, at=("shared_experts",))
+            check_blank(self.experts, at=("experts",))
         _check_level(self.experts, recipe=self, top_k=self.experts_per_token, at=())
         return self
 
@@ -313,10 +313,11 @@ def _notes(file: YamlFile) -> Iterator[str]:
             case _:
                 continue
         yield f"{file.origin}:{line}: {key} is ignored, because {reason}"
-
-
-def _union(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(prompt for group in groups for prompt in group))
+    if "gate_mode" not in file.data:
+        yield (
+            f"{file.origin} has no gate_mode, so routers are fitted by {Recipe.model_fields['gate_mode'].default} "
+            "(mergekit-moe would take hidden)"
+        )
 
 
 def _plain_keys(model: BaseModel) -> dict[str, Any]:
@@ -348,36 +349,13 @@ def _check_level(experts: tuple[Expert, ...], *, recipe: Recipe, top_k: int, at:
             at=(*at, "experts_per_token"),
         )
     if recipe.gate_mode in PROMPT_MODES:
-        _check_prompts(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
+        check_prompts(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
+    if recipe.gate_mode in FIT_MODES:
+        check_text(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
     for index, expert in enumerate(experts):
         if expert.experts:
             below = expert.experts_per_token or recipe.experts_per_token
             _check_level(expert.experts, recipe=recipe, top_k=below, at=(*at, "experts", index))
-
-
-def _check_blank(experts: tuple[Expert, ...], *, at: Location) -> None:
-    for index, expert in enumerate(experts):
-        refuse_blank(expert.positive_prompts, at=(*at, index, "positive_prompts"))
-        refuse_blank(expert.negative_prompts, at=(*at, index, "negative_prompts"))
-        _check_blank(expert.experts, at=(*at, index, "experts"))
-
-
-def _check_prompts(experts: tuple[Expert, ...], *, gate_mode: str, at: Location) -> None:
-    prompts = [Recipe.prompts_of(expert) for expert in experts]
-    for index, (positive, _) in enumerate(prompts):
-        if not positive:
-            raise refusal(
-                f"must be given, as gate_mode {gate_mode} needs prompts for expert '{experts[index].name}', found none",
-                hint="add positive_prompts, or write `gate_mode: random` and fit the routers later",
-                at=(*at, index, "positive_prompts"),
-            )
-    if len(prompts) > 1 and all(each == prompts[0] for each in prompts):
-        raise refusal(
-            "must have prompts that differ, found the same for all, which makes all gate rows equal "
-            "so that routing means nothing",
-            hint="give each expert prompts that only it should get",
-            at=at,
-        )
 
 
 def _check_shared(experts: tuple[Expert, ...]) -> None:

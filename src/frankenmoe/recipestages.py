@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from frankenmoe.recipefields import Count, Prompts, Seed, Share, Strings, Text
+from frankenmoe.recipefields import Count, FitMode, Prompts, Seed, Share, Strings, Text
 from frankenmoe.recipetrain import Train
 from frankenmoe.refusal import refuse_unknown_keys
 
@@ -30,6 +30,14 @@ class Build(Closed):
 
     virtual: bool = Field(False, description="Write the recipe, hashes and routers only (megabytes).")
     allow_identical: bool = Field(False, description="Build even where all experts are the same, to train them later.")
+
+
+class Fit(Closed):
+    """How `frankenmoe fit` fits the routers in closed form before the model is built."""
+
+    method: FitMode = Field("logistic", description="A gate mode that fits; it goes before the recipe's gate_mode.")
+    tokens: Annotated[Count, Field(ge=512)] | None = Field(None, description="Most tokens of data per expert.")
+    block: Annotated[Count, Field(ge=8)] | None = Field(None, description="Tokens read at once.")
 
 
 class Audit(Closed):
@@ -92,6 +100,7 @@ def with_bare_sections(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BuildSection = Annotated[Build | None, BeforeValidator(_asked_for, json_schema_input_type=Build | bool | None)]
+FitSection = Annotated[Fit | None, BeforeValidator(_asked_for, json_schema_input_type=Fit | bool | None)]
 TrainSection = Annotated[Train | None, BeforeValidator(_asked_for, json_schema_input_type=Train | bool | None)]
 AuditSection = Annotated[Audit | None, BeforeValidator(_asked_for, json_schema_input_type=Audit | bool | None)]
 EvalSection = Annotated[Eval | None, BeforeValidator(_asked_for, json_schema_input_type=Eval | bool | None)]
@@ -99,4 +108,4 @@ ExportSection = Annotated[Export | None, BeforeValidator(_asked_for, json_schema
 CardSection = Annotated[Card | None, BeforeValidator(_asked_for, json_schema_input_type=Card | bool | None)]
 
 # the sections that say what is done with a model; the model itself is the same without them
-SECTIONS = ("build", "train", "audit", "eval", "export", "card")
+SECTIONS = ("build", "fit", "train", "audit", "eval", "export", "card")

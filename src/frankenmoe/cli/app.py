@@ -12,6 +12,7 @@ from frankenmoe.cli.audit import audit_command
 from frankenmoe.cli.card import card_command
 from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
+from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
 from frankenmoe.cli.options import REMOTE, Size, Temperature, example
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
@@ -251,11 +252,11 @@ def demo_command(out: Path, as_json: bool) -> None:
     demo(out, as_json=as_json)
 
 
+app.add_command(audit_command)
+app.add_command(export_command)
 app.add_command(card_command)
 app.add_command(push_command)
 app.add_command(run_command)
-app.add_command(audit_command)
-app.add_command(export_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
@@ -267,6 +268,8 @@ def schema_command() -> None:
 
 
 app.add_command(eval_command)
+for command in (fit_command, add_expert_command, extract_command):
+    app.add_command(command)
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 Every number in them comes from the plan, the record or a report.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 import yaml
 
@@ -86,19 +88,18 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
 
 
 def routers(facts: Facts, evidence: Evidence) -> str | Missing:
-    """The gate mode, then every stage that changed the gates."""
-    lines = []
-    made = GATE_WORDS.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
-    lines.append(f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`).")
+    """How the gates began, then every stage that changed them."""
     training = evidence.get(Training)
-    for stage in facts.stages:
+    first, *later = facts.stages or ({},)
+    lines = [_began(facts, first)]
+    for stage in later:
         name = stage.get("stage")
         if name == "fit":
-            lines.append(_sentence("They were then fitted in closed form", stage, ("method", "data", "tokens")))
+            lines.append(_fitted("They were fitted again", stage["fit"]))
+        elif name == "add-expert":
+            lines.append("An expert was added, and its row of the gates fitted, without touching the others' text.")
         elif name == "train" and training is None:
-            lines.append(
-                _sentence("They were then trained together with the experts", stage, ("what", "steps", "data"))
-            )
+            lines.append("They were then trained together with the experts.")
     if training:
         lines.append(
             f"Then {', '.join(training.what)} were trained, {training.steps} steps. Mean loss on text held out from "
@@ -108,15 +109,24 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
     return " ".join(lines)
 
 
-def _sentence(start: str, stage: object, keys: Sequence[str]) -> str:
-    assert isinstance(stage, dict)
-    known = {**stage.get("settings", {}), **stage}
-    said = [f"{key} {_plain(known[key])}" for key in keys if known.get(key)]
-    return f"{start} ({'; '.join(said)})." if said else f"{start}."
+def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
+    if stage.get("fit"):
+        return _fitted("The gates of every layer were fitted", stage["fit"])
+    made = GATE_WORDS.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
+    return f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`)."
 
 
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
+def _fitted(start: str, fit: Mapping[str, Any]) -> str:
+    """A fit as the artifact's record keeps it: method, text by expert, mean held-out losses."""
+    method, losses = str(fit["method"]), fit["held_out_loss"]
+    tokens = sum(text["tokens"] for text in fit["text"].values())
+    after, own = mean(losses["after"].values()), mean(losses["own_expert"].values())
+    before = f"{mean(losses['before'].values()):.4f} nats per token before, " if losses.get("before") else ""
+    return (
+        f"{start} {GATE_WORDS.get(method, method)} (`{method}`), on {tokens:,} tokens for {len(fit['text'])} experts. On "
+        f"text held out from the fit the mean loss is {before}{after:.4f} nats per token with these routers and {own:.4f} "
+        "where every text goes to its own expert."
+    )
 
 
 def files(facts: Facts, evidence: Evidence) -> str | Missing:
