@@ -44,10 +44,11 @@ from frankenmoe.recipestages import (
     Closed,
     EvalSection,
     ExportSection,
+    FitSection,
+    TrainSection,
     with_bare_sections,
 )
 from frankenmoe.recipetext import check_blank, check_prompts, check_text, prompts_of
-from frankenmoe.recipetrain import Train
 from frankenmoe.refusal import found, recipe_error, refusal
 from frankenmoe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
 from frankenmoe.yamlfile import Location, YamlFile, parse_yaml, read_text
@@ -211,6 +212,7 @@ class Recipe(Closed):
         "base", description="The base model's backbone, or the average of all parents' backbones."
     )
     build: BuildSection = Field(None, description="How `frankenmoe run` writes the model.")
+    fit: FitSection = Field(None, description="Asks `frankenmoe run` to fit the routers in closed form.")
     audit: AuditSection = Field(None, description="Asks `frankenmoe run` for an audit of the routing.")
     eval: EvalSection = Field(None, description="Asks `frankenmoe run` for measurements.")
     export: ExportSection = Field(None, description="Asks `frankenmoe run` for GGUF files.")
@@ -218,7 +220,7 @@ class Recipe(Closed):
 
     routers: Text | None = Field(None, description="A safetensors file with the routers, in place of gate_mode's.")
     trained: Text | None = Field(None, description="A safetensors file with tensors that replace the sources'.")
-    train: Train | None = Field(None, description="How `frankenmoe train` trains this MoE.")
+    train: TrainSection = Field(None, description="How `frankenmoe train` trains this MoE.")
 
     _context: _Context = PrivateAttr()
 
@@ -335,8 +337,6 @@ def _plain(value: Any) -> Any:
             return [_plain(item) for item in value]
         case BaseModel():
             return _plain_keys(value)
-        case Train():
-            return value.to_dict()
     return value
 
 

@@ -95,6 +95,9 @@ _Mode = Literal[
     "logistic",
 ]
 GateMode = Annotated[_Mode, BeforeValidator(_one_of(*get_args(_Mode)))]
+FitMode = Annotated[
+    Literal["centroid", "lda", "ridge", "logistic"], BeforeValidator(_one_of("centroid", "lda", "ridge", "logistic"))
+]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"],
     BeforeValidator(_one_of("float32", "float16", "bfloat16")),

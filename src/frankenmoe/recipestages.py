@@ -5,7 +5,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from frankenmoe.recipefields import Count, Prompts, Seed, Share, Strings, Text
+from frankenmoe.recipefields import Count, FitMode, Prompts, Seed, Share, Strings, Text
+from frankenmoe.recipetrain import Train
 from frankenmoe.refusal import refuse_unknown_keys
 
 
@@ -31,29 +32,43 @@ class Build(Closed):
     allow_identical: bool = Field(False, description="Build even where all experts are the same, to train them later.")
 
 
+class Fit(Closed):
+    """How `frankenmoe fit` fits the routers in closed form before the model is built."""
+
+    method: FitMode = Field("logistic", description="A gate mode that fits; it goes before the recipe's gate_mode.")
+    tokens: Annotated[Count, Field(ge=512)] | None = Field(None, description="Most tokens of data per expert.")
+    block: Annotated[Count, Field(ge=8)] | None = Field(None, description="Tokens read at once.")
+
+
 class Audit(Closed):
     """What `frankenmoe audit` looks at."""
 
-    data: Strings = Field((), description="Text files, JSONL files or hub datasets; by default the experts' own.")
+    data: Strings = Field((), description="Texts, as EXPERT=FILE or FILE; by default the experts' own data or prompts.")
+    prompt: Text | None = Field(None, description="What is shown token by token; by default each text's beginning.")
     tokens: Count | None = Field(None, description="Most tokens read per domain.")
 
 
 class Eval(Closed):
-    """What `frankenmoe eval` measures."""
+    """What `frankenmoe eval` measures; without tasks the loss on held-out text."""
 
-    tasks: Strings = Field(("leaderboard-v1",), description="The leaderboard's six, some of them, or ppl.")
+    tasks: Strings = Field((), description="leaderboard-v1, or some of its six, and ppl for the loss on text.")
     data_dir: Text | None = Field(None, description="A folder with the tasks' rows, for work without a network.")
-    limit: Count | None = Field(None, description="Rows per task; all of them by default.")
+    texts: dict[str, Text] = Field(
+        default_factory=dict, description="Files to measure the loss on, by domain; by default the experts' data."
+    )
+    limit: Count | None = Field(None, description="Rows per task and blocks per text; all of them by default.")
     against_parents: bool = Field(False, description="Measure base, parents and random gates on the same rows.")
 
 
 class Export(Closed):
     """What `frankenmoe export` writes for llama.cpp."""
 
-    types: Strings = Field(("q4_0", "q5_0"), description="Types of GGUF files, such as f16, q8_0, q5_k_m, q4_k_m.")
-    imatrix: Text | None = Field(None, description="A calibration text that says which weights matter.")
+    types: Strings = Field((), description="Types such as f16, q8_0, q5_k_m; by default a q4 and a q5 for the shape.")
+    imatrix: Strings = Field((), description="Calibration texts that say which weights matter.")
     pad256: bool = Field(False, description="Pad rows to multiples of 256, so that every K-quant fits.")
     check: bool | None = Field(None, description="Run each file in llama.cpp; by default those under 2 GB.")
+    texts: Strings = Field((), description="Texts to check on; by default a few short ones that come along.")
+    allow_random: bool = Field(False, description="Export even where only chance has set the routers.")
 
 
 class Card(Closed):
@@ -85,10 +100,12 @@ def with_bare_sections(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 BuildSection = Annotated[Build | None, BeforeValidator(_asked_for, json_schema_input_type=Build | bool | None)]
+FitSection = Annotated[Fit | None, BeforeValidator(_asked_for, json_schema_input_type=Fit | bool | None)]
+TrainSection = Annotated[Train | None, BeforeValidator(_asked_for, json_schema_input_type=Train | bool | None)]
 AuditSection = Annotated[Audit | None, BeforeValidator(_asked_for, json_schema_input_type=Audit | bool | None)]
 EvalSection = Annotated[Eval | None, BeforeValidator(_asked_for, json_schema_input_type=Eval | bool | None)]
 ExportSection = Annotated[Export | None, BeforeValidator(_asked_for, json_schema_input_type=Export | bool | None)]
 CardSection = Annotated[Card | None, BeforeValidator(_asked_for, json_schema_input_type=Card | bool | None)]
 
 # the sections that say what is done with a model; the model itself is the same without them
-SECTIONS = ("build", "audit", "eval", "export", "card")
+SECTIONS = ("build", "fit", "train", "audit", "eval", "export", "card")

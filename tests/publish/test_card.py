@@ -184,8 +184,8 @@ def test_the_newest_report_of_a_kind_counts_and_one_given_goes_before_it(artifac
 def test_gguf_files_with_and_without_a_check(artifact: Artifact) -> None:
     put(artifact, "export.json", EXPORT)
     text = make_card(artifact).text
-    assert "| `two-Q4_0.gguf` | q4_0 | 18.80 | 4.52 | 1.2e-02 | 95.1% | 1.0101 | 12.3 |" in text
-    assert "| `two-Q5_0.gguf` | q5_0 | 0.00 | 5.50 | - | - | - | - |" in text
+    assert "| `two-Q4_0.gguf` | q4_0 | 18.80 GB | 4.52 | 1.2e-02 | 95.1% | 1.0101 | 12.3 |" in text
+    assert "| `two-Q5_0.gguf` | q5_0 | 0.00 MB | 5.50 | - | - | - | - |" in text
     assert "llama-cli -m two-Q4_0.gguf" in text
     assert "- Not compared with their source in llama.cpp: two-Q5_0.gguf." in text
     assert "Q4_k_m would be larger on this shape." in text
@@ -217,7 +217,7 @@ def test_training_is_told_with_its_losses(artifact: Artifact) -> None:
     }
     (artifact.folder / "training.json").write_text(json.dumps(report))
     text = make_card(artifact).text
-    assert "Trained: routers, norms, 200 steps." in text
+    assert "Then routers, norms were trained, 200 steps." in text
     assert "4.4380 nats per token before, 4.3600 in the state that was kept (step 180)" in text
 
 

@@ -4,6 +4,7 @@ Everything is looked up in the record and in the sources' own files; what is not
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,8 +142,10 @@ def _row(expert: Expert) -> ExpertRow:
 
 
 def shown(path: str) -> str:
-    """A source as a stranger may read it: a hub id as it is, of an absolute path its last part only."""
-    return os.path.basename(path.rstrip("/")) if os.path.isabs(path) or path.startswith("~") else path
+    """A source as a stranger may read it: a hub id as it is, a path without the way to it from where it was named."""
+    if os.path.isabs(path) or path.startswith("~"):
+        return os.path.basename(path.rstrip("/"))
+    return re.sub(r"^(\.{1,2}/)+", "", path)
 
 
 def _parents(plan: Plan) -> Iterator[Parent]:

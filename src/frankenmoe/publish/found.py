@@ -4,17 +4,18 @@ What speaks against the model is said as plainly as what speaks for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from frankenmoe.publish.facts import Facts
 from frankenmoe.publish.leaderboard import TASKS, average, ordered, rounded
 from frankenmoe.publish.privacy import local_names, without_folders
 from frankenmoe.publish.reports import Evidence, Exported, Measured, Published, Routing, Row, Samples
-from frankenmoe.publish.sections import Missing, left_to_chance, markdown, prompted
+from frankenmoe.publish.sections import Missing, gib, left_to_chance, markdown, prompted
 
 PICTURE = "routing.png"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 TRACED = 24  # tokens of the first sample
-RIVALS = ("base", "parent", "average")
+RIVALS = {"base": "its base", "parent": "the parent {name}", "average": "the average of the parents' weights"}
 
 
 def routing(facts: Facts, evidence: Evidence) -> str | Missing:
@@ -62,7 +63,8 @@ def results(facts: Facts, evidence: Evidence) -> str | Missing:
         where = f"[{published.origin.name}]({published.origin.url})"
         parts.append(f"As measured by {where}:\n\n{leaderboard_table(published.scores)}")
     if measured is not None:
-        parts += _measured(measured)
+        own_name = [replace(row, name=facts.name) if row.role == "moe" else row for row in measured.rows]
+        parts += _measured(replace(measured, rows=tuple(own_name)))
     if not parts:
         return Missing("nothing was measured; `frankenmoe eval` measures it")
     return "\n\n".join(parts)
@@ -109,7 +111,7 @@ def _measured(measured: Measured) -> Iterator[str]:
                 (
                     row.name,
                     "-" if row.speed is None else f"{row.speed:,.0f}",
-                    "-" if row.memory is None else f"{row.memory / 2**30:.2f} GiB",
+                    "-" if row.memory is None else gib(row.memory),
                 )
                 for row in costs
             ],
@@ -206,7 +208,7 @@ def rivals(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows if own else ():
         if own is None or row.role not in RIVALS:
             continue
-        who = "its base" if row.role == "base" else f"{row.name}"
+        who = RIVALS[row.role].format(name=row.name)
         better = [
             f"{domain} ({row.loss[domain]:.3f} against {own.loss[domain]:.3f} nats per token)"
             for domain in row.loss

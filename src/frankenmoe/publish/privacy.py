@@ -24,6 +24,7 @@ def local_names(artifact: Artifact) -> dict[str, str]:
     found |= {
         str(record["recipe_folder"]): RECIPE_FOLDER,
         str(artifact.folder.resolve()): artifact.folder.resolve().name,
+        str(artifact.folder.resolve().parent): artifact.folder.resolve().parent.name,
         str(Path.home()): "~",
     }
     return {folder: found[folder] for folder in sorted(found, key=len, reverse=True) if folder.strip("/")}

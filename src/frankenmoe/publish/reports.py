@@ -193,6 +193,46 @@ def _audit(report: Table) -> Routing:
     )
 
 
+# the words of an evaluation for what a model is to the MoE
+ROLES = {"moe": "moe", "base": "base", "parent": "parent", "average": "average", "random gates": "random"}
+
+
+def _eval(report: Table) -> Measured:
+    models = report.tables("models")
+    documents: dict[str, int] = {}
+    for model in models:
+        for task, found in _tasks(model):
+            documents[task] = min(documents.get(task, found.get("documents", int)), found.get("documents", int))
+    return Measured(tuple(map(_measured, models)), documents, tuple(report.get("verdict", list)))
+
+
+def _tasks(model: Table) -> Iterator[tuple[str, Table]]:
+    """The tasks that a model was scored on; one that failed has an error in place of a value."""
+    tasks = model.table("tasks")
+    for name in tasks.data:
+        found = tasks.table(name)
+        if found.data.get("value") is not None:
+            yield name, found
+
+
+def _measured(model: Table) -> Row:
+    tasks = dict(_tasks(model))
+    domains = model.table("domains")
+    return Row(
+        name=model.get("name", str),
+        role=ROLES.get(model.get("kind", str), "other"),
+        loss={name: domains.table(name).get("nats_per_token", (int, float)) for name in domains.data},
+        scores={name: 100 * found.get("value", (int, float)) for name, found in tasks.items()},
+        errors={
+            name: 100 * found.get("stderr", (int, float))
+            for name, found in tasks.items()
+            if found.data.get("stderr") is not None
+        },
+        speed=model.maybe("tokens_per_second", (int, float)),
+        memory=model.maybe("memory_bytes", int),
+    )
+
+
 def _export(report: Table) -> Exported:
     return Exported(tuple(map(_quantized, report.tables("files"))))
 
@@ -255,6 +295,7 @@ def _training(report: Table) -> Training:
 READERS: Mapping[str, Callable[[Table], Report]] = MappingProxyType(
     {
         "audit": _audit,
+        "eval": _eval,
         "export": _export,
         "leaderboard": _published,
         "samples": _samples,
@@ -322,6 +363,8 @@ def _open(file: Path) -> tuple[str | None, Table]:
         data = {"files": data}
     table = Table(data, file=file)
     said = str(table.data.get("kind", "")).removeprefix("frankenmoe ") or file.stem
+    if {"harness", "models"} <= table.data.keys():  # what `frankenmoe eval --json FILE` writes, whatever the file
+        said = "eval"
     return (said if said in READERS else None), table
 
 

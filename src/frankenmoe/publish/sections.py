@@ -3,12 +3,14 @@
 Every number in them comes from the plan, the record or a report.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import mean
+from typing import Any
 
 import yaml
 
-from frankenmoe.publish.facts import ExpertRow, Facts
+from frankenmoe.publish.facts import ExpertRow, Facts, shown
 from frankenmoe.publish.privacy import local_names, without_folders
 from frankenmoe.publish.reports import Evidence, Exported, Training
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
@@ -43,20 +45,15 @@ def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per expert."""
     rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
     base = facts.recipe["base_model"]
-    base = base if isinstance(base, str) else base["model"]
+    base = base if isinstance(base, str) else base["model"]["path"]
     backbone = (
-        "is the average of all parents'" if facts.recipe.get("backbone") == "average" else f"is that of `{_name(base)}`"
+        "is the average of all parents'" if facts.recipe.get("backbone") == "average" else f"is that of `{shown(base)}`"
     )
     table = markdown(("expert", "made of", "prompts", "data"), rows)
     return (
         f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
         f"attention, norms, head) {backbone}."
     )
-
-
-def _name(base: object) -> str:
-    path = base["path"] if isinstance(base, dict) else str(base)
-    return path.rstrip("/").rsplit("/", 1)[-1] if path.startswith(("/", "~")) else path
 
 
 def _expert_rows(experts: Sequence[ExpertRow], *, shared: bool = False) -> Iterator[tuple[str, ...]]:
@@ -91,37 +88,45 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
 
 
 def routers(facts: Facts, evidence: Evidence) -> str | Missing:
-    """The gate mode, then every stage that changed the gates."""
-    lines = []
-    made = GATE_WORDS.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
-    lines.append(f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`).")
-    for stage in facts.stages:
+    """How the gates began, then every stage that changed them."""
+    training = evidence.get(Training)
+    first, *later = facts.stages or ({},)
+    lines = [_began(facts, first)]
+    for stage in later:
         name = stage.get("stage")
         if name == "fit":
-            lines.append(_sentence("They were then fitted in closed form", stage, ("method", "data", "tokens")))
-        elif name == "train":
-            lines.append(
-                _sentence("They were then trained together with the experts", stage, ("what", "steps", "data"))
-            )
-    training = evidence.get(Training)
+            lines.append(_fitted("They were fitted again", stage["fit"]))
+        elif name == "add-expert":
+            lines.append("An expert was added, and its row of the gates fitted, without touching the others' text.")
+        elif name == "train" and training is None:
+            lines.append("They were then trained together with the experts.")
     if training:
         lines.append(
-            f"Trained: {', '.join(training.what)}, {training.steps} steps. Mean loss on text held out from "
+            f"Then {', '.join(training.what)} were trained, {training.steps} steps. Mean loss on text held out from "
             f"{', '.join(training.domains)}: {training.before:.4f} nats per token before, {training.kept:.4f} in the "
             f"state that was kept (step {training.best_step})."
         )
     return " ".join(lines)
 
 
-def _sentence(start: str, stage: object, keys: Sequence[str]) -> str:
-    assert isinstance(stage, dict)
-    known = {**stage.get("settings", {}), **stage}
-    said = [f"{key} {_plain(known[key])}" for key in keys if known.get(key)]
-    return f"{start} ({'; '.join(said)})." if said else f"{start}."
+def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
+    if stage.get("fit"):
+        return _fitted("The gates of every layer were fitted", stage["fit"])
+    made = GATE_WORDS.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
+    return f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`)."
 
 
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple | dict) else str(value)
+def _fitted(start: str, fit: Mapping[str, Any]) -> str:
+    """A fit as the artifact's record keeps it: method, text by expert, mean held-out losses."""
+    method, losses = str(fit["method"]), fit["held_out_loss"]
+    tokens = sum(text["tokens"] for text in fit["text"].values())
+    after, own = mean(losses["after"].values()), mean(losses["own_expert"].values())
+    before = f"{mean(losses['before'].values()):.4f} nats per token before, " if losses.get("before") else ""
+    return (
+        f"{start} {GATE_WORDS.get(method, method)} (`{method}`), on {tokens:,} tokens for {len(fit['text'])} experts. On "
+        f"text held out from the fit the mean loss is {before}{after:.4f} nats per token with these routers and {own:.4f} "
+        "where every text goes to its own expert."
+    )
 
 
 def files(facts: Facts, evidence: Evidence) -> str | Missing:
@@ -133,7 +138,7 @@ def files(facts: Facts, evidence: Evidence) -> str | Missing:
         (
             f"`{file.name}`",
             file.type,
-            f"{file.bytes / 1e9:.2f}",
+            gigabytes(file.bytes),
             f"{file.bits:.2f}",
             "-" if file.kl is None else f"{file.kl:.1e}",
             "-" if file.top1 is None else f"{file.top1:.1%}",
@@ -142,7 +147,7 @@ def files(facts: Facts, evidence: Evidence) -> str | Missing:
         )
         for file in exported.files
     ]
-    head = ("file", "type", "GB", "bits per weight", "KL", "same best token", "perplexity", "tokens/s")
+    head = ("file", "type", "size", "bits per weight", "KL", "same best token", "perplexity", "tokens/s")
     text = markdown(head, rows)
     if any(file.kl is not None for file in exported.files):
         text += (
@@ -250,6 +255,11 @@ def _cell(text: str) -> str:
 def billions(count: int) -> str:
     """A parameter count as people say it."""
     return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"
+
+
+def gigabytes(count: int) -> str:
+    """A file's size as download pages say it, in powers of ten."""
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
 
 
 def gib(count: int) -> str:

@@ -8,11 +8,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.artifact import Artifact, open_artifact, partial_folder
 from frankenmoe.building import load_recipe
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
-from frankenmoe.running.stages import MODEL, Job, Stage, check, stages_of
+from frankenmoe.running.job import MODEL, Job, Stage
+from frankenmoe.running.stages import check, stages_of
 from frankenmoe.running.state import State, Step, claimed, digest_of, is_done, prints, read_state, write_state
 
 
@@ -72,8 +73,11 @@ def _step(job: Job, stage: Stage, progress: Progress) -> Done:
     began = time.perf_counter()
     folder = stage.folder(job) if stage.folder else None
     # killed between the rename that made the folder whole and the line that says so
-    adopted = folder is not None and folder.is_dir() and state.doing == (stage.name, digest)
+    begun = state.doing == (stage.name, digest)
+    adopted = folder is not None and folder.is_dir() and begun
     if not adopted:
+        if folder and not begun:
+            shutil.rmtree(partial_folder(folder), ignore_errors=True)  # begun from something that has changed since
         others = {name: step for name, step in state.steps.items() if name != stage.name}
         with replaced(folder) if folder else nullcontext():
             # from here on the old result must not look new
