@@ -46,18 +46,22 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a result: `value` in `unit` against `limit`, the most it may be; None is not measured, or no limit."""
+    """A line of a result: `value` in `unit` against `limit`, the most it may be, or `at_least`; None: not measured, or
+    nothing to reach."""
 
     what: str
     value: float | None
     unit: str
     limit: float | None
     samples: Mapping[str, Sequence[float]]
+    at_least: float | None = None
 
     @property
     def reached(self) -> bool | None:
         """Whether the value is within its limit; None where there is nothing to compare."""
-        return None if self.value is None or self.limit is None else self.value <= self.limit
+        if self.value is None or (self.limit is None and self.at_least is None):
+            return None
+        return self.value <= self.limit if self.limit is not None else self.value >= (self.at_least or 0.0)
 
 
 def arguments(description: str, *, name: str) -> argparse.Namespace:

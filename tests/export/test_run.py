@@ -254,7 +254,8 @@ def test_without_the_extra_plain_types_still_work(place: Path, tmp_path: Path, m
 
 def test_exporting_an_artifact_does_not_import_torch(place: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom frankenmoe.exporting import export_gguf\nexport_gguf(sys.argv[1], sys.argv[2], types=['q8_0'])\n"
+        "import sys\nfrom frankenmoe.exporting import export_gguf\n"
+        "export_gguf(sys.argv[1], sys.argv[2], types=['q8_0'])\n"
         "sys.exit(3 if {'torch', 'transformers'} & set(sys.modules) else 0)"
     )
     command = [sys.executable, "-c", code, str(place / "virtual"), str(tmp_path)]
