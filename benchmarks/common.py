@@ -23,7 +23,10 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("smoke", "small", "full")
-PACKAGES = ("frankenmoe", "numpy", "safetensors", "torch", "transformers", "mergekit", "gguf", "xllamacpp", "cyllama")
+PACKAGES = (
+    *("frankenmoe", "numpy", "safetensors", "torch", "transformers"),
+    *("mergekit", "lm_eval", "gguf", "xllamacpp", "cyllama"),
+)
 MB = 10**6
 INTERVAL = 0.02  # seconds between two looks at a process's memory
 # Nothing here may wait for a network that a laptop has and a build machine has not.
@@ -64,9 +67,12 @@ class Row:
         return self.value <= self.limit if self.limit is not None else self.value >= (self.at_least or 0.0)
 
 
-def arguments(description: str, *, name: str) -> argparse.Namespace:
-    """The options all benchmarks take: scale, rounds, work, out."""
+def arguments(
+    description: str, *, name: str, more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The options all benchmarks take: scale, rounds, work, out; `more` adds those of one of them."""
     parser = argparse.ArgumentParser(description=description)
+    more(parser)
     parser.add_argument("--scale", choices=SCALES, default="small", help="only full counts (default: small)")
     parser.add_argument("--rounds", type=int, default=5, help="times each contestant runs (default: 5)")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: the temporary folder)")

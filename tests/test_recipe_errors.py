@@ -87,8 +87,8 @@ def test_a_misspelt_key_is_refused_with_the_right_one(wrong: str, right: str, me
         ("  experts: [{source_model: z}]", "5: experts[1].source_model must be absent beside nested experts", "within"),
         ("- {name: z}", "7: experts[2] must have a source_model or experts of its own, found neither", "source_model"),
         ("- z", "7: experts[2] must be a mapping of keys to values, found the text 'z'", "key: value"),
-        ("- {source_model: z}", "7: experts[2].positive_prompts must be given, as gate_mode logistic needs data or prompts "
-         "for expert 'z', found none", "gate_mode: random"),
+        ("- {source_model: z}", "7: experts[2].positive_prompts must be given, as gate_mode logistic needs data or "
+         "prompts for expert 'z', found none", "gate_mode: random"),
         ("base_model: a/c", "7: 'base_model' is given twice, first on line 1", "delete one"),
     ],
 )  # fmt: skip
@@ -123,8 +123,8 @@ def test_a_recipe_that_says_too_little_or_too_much_is_refused(text: str, message
         ("- experts:\n  - {source_model: z, positive_prompts: [z]}",
          "7: experts[2].experts_per_token must be at most 1, the number of experts there, found 2", "_token: 1"),
         ("- experts:\n  - {source_model: z, positive_prompts: [z]}\n  - {source_model: z}",
-         "9: experts[2].experts[1].positive_prompts must be given, as gate_mode logistic needs data or prompts for expert "
-         "'z-2'",
+         "9: experts[2].experts[1].positive_prompts must be given, as gate_mode logistic needs data or prompts for "
+         "expert 'z-2'",
          "gate_mode: random"),
         ("- experts:\n  - {source_model: z, positive_prompts: [z]}\n  - {source_model: z, positive_prompts: [z]}",
          "7: experts[2].experts must have data or prompts that differ", "data or prompts that only it should get"),
