@@ -228,9 +228,7 @@ def _record(made: Plan, out: Path, *, folder: Path, virtual: bool, progress: Pro
             }
             for file in files
         ],
-        "stages": [
-            {"stage": "build", "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()}
-        ],
+        "stages": [{"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()}],
     }
 
 
