@@ -12,7 +12,7 @@ from frankenmoe.checkpoint.writer import free_bytes, write_atomic, write_shard
 from frankenmoe.errors import ArtifactError
 from frankenmoe.families import FAMILIES, FORMATS
 from frankenmoe.planning import ExpertNode
-from frankenmoe.planning.plan import TOKENIZER_FILES
+from frankenmoe.planning.files import TOKENIZER_FILES
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.suggest import did_you_mean

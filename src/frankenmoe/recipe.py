@@ -12,7 +12,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -37,8 +36,20 @@ from frankenmoe.recipefields import (
     Strings,
     Text,
 )
-from frankenmoe.recipetext import check_prompts, check_text, prompts_of
-from frankenmoe.refusal import found, recipe_error, refusal, refuse_unknown_keys
+from frankenmoe.recipestages import (
+    SECTIONS,
+    AuditSection,
+    BuildSection,
+    CardSection,
+    Closed,
+    EvalSection,
+    ExportSection,
+    FitSection,
+    TrainSection,
+    with_bare_sections,
+)
+from frankenmoe.recipetext import check_blank, check_prompts, check_text, prompts_of
+from frankenmoe.refusal import found, recipe_error, refusal
 from frankenmoe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
 from frankenmoe.yamlfile import Location, YamlFile, parse_yaml, read_text
 
@@ -116,20 +127,7 @@ def _free_name(stem: str, taken: set[str]) -> str:
 Source = Annotated[SourceName, BeforeValidator(_source), WithJsonSchema(SOURCE_SCHEMA)]
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, value: object) -> object:
-        """Refuses unknown keys by name before anything seems missing; a key with nothing behind it is left out."""
-        if not isinstance(value, dict):
-            return value
-        refuse_unknown_keys(value, known=cls.model_fields)
-        return {key: item for key, item in value.items() if item is not None}
-
-
-class Expert(_Closed):
+class Expert(Closed):
     """One parent whose FFNs become an expert in every layer, or a mixture of such experts."""
 
     source_model: Source | None = Field(
@@ -196,7 +194,7 @@ def _refuse_weights_of_its_own(expert: Expert) -> None:
             )
 
 
-class Recipe(_Closed):
+class Recipe(Closed):
     """What a mixture of experts is made of; `load` and `parse` make one from YAML."""
 
     base_model: Source = Field(description="The model that gives the backbone: embeddings, attention, norms and head.")
@@ -213,6 +211,16 @@ class Recipe(_Closed):
     backbone: Backbone = Field(
         "base", description="The base model's backbone, or the average of all parents' backbones."
     )
+    build: BuildSection = Field(None, description="How `frankenmoe run` writes the model.")
+    fit: FitSection = Field(None, description="Asks `frankenmoe run` to fit the routers in closed form.")
+    audit: AuditSection = Field(None, description="Asks `frankenmoe run` for an audit of the routing.")
+    eval: EvalSection = Field(None, description="Asks `frankenmoe run` for measurements.")
+    export: ExportSection = Field(None, description="Asks `frankenmoe run` for GGUF files.")
+    card: CardSection = Field(None, description="Asks `frankenmoe run` for a model card, and says what it says.")
+
+    routers: Text | None = Field(None, description="A safetensors file with the routers, in place of gate_mode's.")
+    trained: Text | None = Field(None, description="A safetensors file with tensors that replace the sources'.")
+    train: TrainSection = Field(None, description="How `frankenmoe train` trains this MoE.")
 
     _context: _Context = PrivateAttr()
 
@@ -227,7 +235,7 @@ class Recipe(_Closed):
         """The recipe in `text`; relative paths start at `folder`, and a RecipeError's message starts with `origin`."""
         file = parse_yaml(text, origin=origin)
         context = _Context(folder=folder.resolve(), origin=origin, notes=tuple(_notes(file)))
-        known = {key: value for key, value in file.data.items() if key not in IGNORED_KEYS}
+        known = with_bare_sections({key: value for key, value in file.data.items() if key not in IGNORED_KEYS})
         try:
             return cls.model_validate(known, context=context)
         except ValidationError as error:
@@ -250,8 +258,9 @@ class Recipe(_Closed):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of what the recipe says: not of its layout, its comments or where it lies."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hex, of the model the recipe says: not of layout, comments or place, nor of what `run` adds."""
+        said = {key: value for key, value in self.to_dict().items() if key not in SECTIONS}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def prompts_of(expert: Expert) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -274,6 +283,9 @@ class Recipe(_Closed):
     @model_validator(mode="after")
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
+        if self.gate_mode not in RANDOM_MODES:
+            check_blank(self.shared_experts, at=("shared_experts",))
+            check_blank(self.experts, at=("experts",))
         _check_level(self.experts, recipe=self, top_k=self.experts_per_token, at=())
         return self
 
@@ -323,7 +335,7 @@ def _plain(value: Any) -> Any:
             return value.to_data()
         case tuple():
             return [_plain(item) for item in value]
-        case Expert():
+        case BaseModel():
             return _plain_keys(value)
     return value
 

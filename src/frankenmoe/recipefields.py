@@ -9,11 +9,13 @@ from pydantic_core import PydanticKnownError
 
 from frankenmoe.refusal import found, refusal
 from frankenmoe.suggest import did_you_mean
+from frankenmoe.yamlfile import Location
 
 RANDOM_MODES = frozenset({"random", "uniform_random"})
 PROMPT_MODES = frozenset({"hidden", "hidden_avg", "hidden_last", "cheap_embed"})
 FIT_MODES = frozenset({"centroid", "lda", "ridge", "logistic"})
 
+NO_TEXT, WRITE_IT = "must not be empty, found no text", "write the text or delete the entry"
 # the spellings that mergekit, torch and the trainers use
 _DTYPES: Mapping[str, str] = {
     "float32": "float32",
@@ -26,9 +28,16 @@ _DTYPES: Mapping[str, str] = {
 }
 
 
+def refuse_blank(prompts: tuple[str, ...], *, at: Location) -> None:
+    """Raises a refusal for the first prompt without text; `at` is the way to the list."""
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise refusal(NO_TEXT, hint=WRITE_IT, at=(*at, index))
+
+
 def _not_blank(value: str) -> str:
     if not value.strip():
-        raise refusal("must not be empty, found no text", hint="write the text or delete the entry")
+        raise refusal(NO_TEXT, hint=WRITE_IT)
     return value
 
 
@@ -66,7 +75,8 @@ def _one_of(*choices: str) -> Callable[[object], object]:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Prompts = Annotated[tuple[Text, ...], BeforeValidator(_not_one_string, json_schema_input_type=list[str])]
+# blank ones are refused where they are used: mergekit's files leave them blank where gates are random
+Prompts = Annotated[tuple[str, ...], BeforeValidator(_not_one_string, json_schema_input_type=list[str])]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_string_as_list, json_schema_input_type=str | list[str])]
 Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_bool)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
@@ -85,6 +95,9 @@ _Mode = Literal[
     "logistic",
 ]
 GateMode = Annotated[_Mode, BeforeValidator(_one_of(*get_args(_Mode)))]
+FitMode = Annotated[
+    Literal["centroid", "lda", "ridge", "logistic"], BeforeValidator(_one_of("centroid", "lda", "ridge", "logistic"))
+]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"],
     BeforeValidator(_one_of("float32", "float16", "bfloat16")),
@@ -92,3 +105,31 @@ Dtype = Annotated[
     WithJsonSchema({"enum": [*_DTYPES, "torch.float32", "torch.float16", "torch.bfloat16"]}),
 ]
 Backbone = Annotated[Literal["base", "average"], BeforeValidator(_one_of("base", "average"))]
+
+# what a run of training may change, and by which kind of objective
+PARTS = ("routers", "adapters", "norms", "attention", "experts", "embeddings")
+OBJECTIVES = ("next-token",)
+
+
+def _listed(value: object) -> object:
+    """`routers,norms` as well as a list of them."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _in_order(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not value:
+        raise refusal("must name at least one part, found none", hint=f"choose from {', '.join(PARTS)}")
+    return tuple(part for part in PARTS if part in value)
+
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
+Steps = Annotated[int, Field(ge=0), BeforeValidator(_not_bool)]
+BlockLength = Annotated[int, Field(ge=4), BeforeValidator(_not_bool)]
+HeldShare = Annotated[float, Field(gt=0, le=0.5), BeforeValidator(_not_bool)]
+Part = Annotated[
+    Literal["routers", "adapters", "norms", "attention", "experts", "embeddings"], BeforeValidator(_one_of(*PARTS))
+]
+Parts = Annotated[
+    tuple[Part, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), AfterValidator(_in_order)
+]
+Objective = Annotated[Literal["next-token"], BeforeValidator(_one_of(*OBJECTIVES))]

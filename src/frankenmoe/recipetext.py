@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from frankenmoe.recipefields import refuse_blank
 from frankenmoe.refusal import refusal
 from frankenmoe.yamlfile import Location
 
@@ -61,6 +62,14 @@ def check_text(experts: Sequence[Texts], *, gate_mode: str, at: Location) -> Non
             )
     own = [(expert.data, prompts_of(expert), *(leaf.data for leaf in expert.experts)) for expert in experts]
     _check_differ(own, what="data or prompts", at=at)
+
+
+def check_blank(experts: Sequence[Texts], *, at: Location) -> None:
+    """A refusal for the first prompt, at any depth, that holds no text."""
+    for index, expert in enumerate(experts):
+        refuse_blank(expert.positive_prompts, at=(*at, index, "positive_prompts"))
+        refuse_blank(expert.negative_prompts, at=(*at, index, "negative_prompts"))
+        check_blank(expert.experts, at=(*at, index, "experts"))
 
 
 def _check_differ(texts: Sequence[object], *, what: str, at: Location) -> None:

@@ -35,7 +35,10 @@ def bars() -> Iterator[Progress]:
         console=console,
         transient=True,
     )
-    count_bar = Bars(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console, transient=True)
+    note_column = TextColumn("{task.fields[note]}")
+    count_bar = Bars(
+        text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), note_column, console=console, transient=True
+    )
     current: list[tuple[Bars, TaskID]] = []
 
     def end() -> None:
@@ -46,13 +49,17 @@ def bars() -> Iterator[Progress]:
         end()
         bar = bytes_bar if unit == "B" else count_bar
         bar.start()
-        current.append((bar, bar.add_task(f"{stage}" if unit == "B" else f"{stage} ({unit})", total=total)))
+        current.append((bar, bar.add_task(f"{stage}" if unit == "B" else f"{stage} ({unit})", total=total, note="")))
 
     def advance(amount: int) -> None:
         if current:
             current[-1][0].advance(current[-1][1], amount)
 
+    def note(text: str) -> None:
+        if current:
+            current[-1][0].update(current[-1][1], note=text)
+
     try:
-        yield Progress(start=start, advance=advance)
+        yield Progress(start=start, advance=advance, note=note)
     finally:
         end()

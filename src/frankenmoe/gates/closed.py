@@ -80,7 +80,8 @@ def folded(bias_C: torch.Tensor, whitened_CD: torch.Tensor, means_CD: torch.Tens
     """
     overlap_CC = whitened_CD @ means_CD.T
     share_C = torch.linalg.pinv(overlap_CC, rtol=1e-9) @ torch.ones(len(bias_C), dtype=overlap_CC.dtype)
-    return bias_C[:, None] * (share_C @ whitened_CD)
+    folded_CD: torch.Tensor = bias_C[:, None] * (share_C @ whitened_CD)
+    return folded_CD
 
 
 def centred(rows_CD: torch.Tensor) -> torch.Tensor:

@@ -47,6 +47,14 @@ class LoraLinear(nn.Module):
         return f"rank={self.a.shape[0]}, scale={self.scale}"
 
 
+def wrap_linear(model: nn.Module, name: str, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> LoraLinear:
+    """Puts a LoraLinear in the place of the linear layer `name` of `model`, around it, and returns it."""
+    owner, _, leaf = name.rpartition(".")
+    wrapped = LoraLinear(_linear(model, name), a_RI, b_OR, scale)
+    setattr(model.get_submodule(owner), leaf, wrapped)
+    return wrapped
+
+
 def with_update(base: torch.Tensor, lora: LoraLinear | None, hidden: torch.Tensor) -> torch.Tensor:
     """What the base made of `hidden`, [..., O], plus what the adapter adds, in the base's dtype; `base` without one."""
     if lora is None:

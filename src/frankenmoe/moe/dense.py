@@ -114,6 +114,17 @@ def skeleton(config: Any) -> dict[int, nn.Module]:
     return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items()}
 
 
+def linear_names(config: Any) -> set[str]:
+    """Names of the linear layers of this config's model that share their weight with nothing: no tied head."""
+    cls = causal_class(config)
+    with torch.device("meta"), quiet_transformers(), _explained(cls, config):
+        model = cls._from_config(config)
+    embeddings = model.get_input_embeddings().weight
+    return {
+        name for name, module in model.named_modules() if type(module) is nn.Linear and module.weight is not embeddings
+    }
+
+
 def fill(pattern: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy of an `mlp` whose parameters are the given tensors, by name within the `mlp`."""
     # the memo lets deepcopy share the pattern's parameters, which are replaced at once, in place of copying them

@@ -5,7 +5,7 @@ Does not make routers and writes nothing.
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,18 @@ from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from frankenmoe.artifact import Artifact
+from frankenmoe.checkpoint import tensors as checkpoint
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
-from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.errors import ArtifactError, NumericsError, SourceError
 from frankenmoe.families import FAMILIES, FORMATS
-from frankenmoe.moe.adapter import with_adapter
+from frankenmoe.moe.adapter import Lora, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import (
     as_tensor,
     fill,
+    linear_names,
     load_dense,
     load_tokenizer,
     mlp_modules,
@@ -38,6 +40,7 @@ from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.layout import SHARED, router_names
 
 Gates = Mapping[str, torch.Tensor]
+ROUTERS_AGAIN = "the routers file was changed after it was written: fit the routers or build the artifact again"
 # endings of config fields that no `mlp` depends on
 OUTSIDE_MLP = ("_token_id", "dtype", "_version", "architectures", "use_cache", "_name_or_path", "rope_parameters")
 
@@ -94,6 +97,8 @@ def load_plan(
 ) -> MoE:
     """The virtual form: straight from the sources' mapped files. `options` are MoEBlock's (capacity, drop policy)."""
     config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
+    if plan.base.own_head:
+        config.tie_word_embeddings = False
     configs = {
         source.folder: read_config(source.folder, trust_remote_code=trust_remote_code) for source in plan.sources
     }
@@ -117,9 +122,17 @@ def load_plan(
 def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
     """The built form: its own files, mapped; in any format that is written here, without remote code."""
     tensors = open_checkpoint(artifact.folder).tensors
-    fmt, base = FORMATS[artifact.record["format"]], artifact.record["base_config"]
-    family = FAMILIES[base["model_type"]]
-    layers = family.dims(base).layers
+    fmt, base = FORMATS.get(artifact.record["format"]), artifact.record["base_config"]
+    family = FAMILIES.get(str(base.get("model_type")))
+    try:
+        layers = family.dims(base).layers if family else 0
+    except (KeyError, TypeError, ValueError):
+        layers = 0
+    if fmt is None or family is None or not layers:
+        raise ArtifactError(
+            f"the record of {artifact.folder} has a format or base_config that no artifact is built with",
+            hint="it was edited: build the artifact again",
+        )
     backbone = tuple(copy(tensors, name, name) for name in family.shapes(family.backbone, base))
 
     def ffn(templates: Mapping[str, str], expert: int) -> tuple[Mapping[str, TensorWrite], ...]:
@@ -169,9 +182,12 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
     """Loads the backbone as a dense model and puts an MoEBlock in the place of every `mlp`."""
     tensor = _tensor_cache(dtype)
     first = next(parts.nodes[0].leaves())
-    writes = (*parts.backbone, *(write for row in first.ffn for write in row.values()))
+    backbone, loras = low_rank(parts.config, parts.backbone)
+    writes = (*backbone, *(write for row in first.ffn for write in row.values()))
     tensors = {write.name: tensor(write) for write in writes}
     model = load_dense(parts.config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
+    for name, lora in loras.items():
+        wrap_linear(model, name, *_lora(lora))
     places = mlp_modules(model)
     make = _block_maker(parts, {layer: mlp for layer, (_, mlp) in places.items()}, tensor, dtype, options)
     for layer, (holder, dense_mlp) in places.items():
@@ -179,7 +195,46 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
         setattr(holder, name, make(layer))
     model.generation_config = _generation_config(parts.folder) or model.generation_config
     model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_plain_strides)
     return MoE(model=model.eval(), experts=tuple(node.name for node in parts.nodes), folder=parts.folder)
+
+
+def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Copies what the head reads.
+
+    For the last token's slice of a long prompt and a frozen weight, torch would otherwise choose a batched product, for
+    which it copies the weights of the whole vocabulary: half of a prefill's time.
+    """
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
+
+
+def low_rank(
+    config: Any, backbone: tuple[TensorWrite, ...]
+) -> tuple[tuple[TensorWrite, ...], Mapping[str, checkpoint.Lora]]:
+    """The backbone's writes without the adapter terms that can stay beside a linear layer, and these, by its name.
+
+    What is not a linear layer of its own, such as tied embeddings, keeps its term and gets it folded in.
+    """
+    terms = {
+        write.name.removesuffix(".weight"): step
+        for write in backbone
+        for step in write.steps
+        if isinstance(step, checkpoint.Lora)
+    }
+    linears = linear_names(config) if terms else set()
+    loras = {name: lora for name, lora in terms.items() if name in linears}
+    plain = (
+        replace(write, steps=tuple(step for step in write.steps if step is not loras.get(name)))
+        for write in backbone
+        for name in [write.name.removesuffix(".weight")]
+    )
+    return tuple(plain), loras
+
+
+def _lora(lora: checkpoint.Lora, *, factor: float = 1.0) -> Lora:
+    return torch.from_numpy(values(lora.a)), torch.from_numpy(values(lora.b)), lora.scale * factor
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
@@ -216,8 +271,21 @@ def _block_maker(
     dense: dict[object, nn.Module] = {}
 
     def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
-        found = parts.gates.get(parts.gate_names(path)[layer])
-        return found.to(dtype) if found is not None and dtype is not None else found
+        name = parts.gate_names(path)[layer]
+        found = parts.gates.get(name)
+        if found is None:
+            if path == SHARED:
+                return None
+            raise ArtifactError(f"{parts.folder} has lost its router {name}", hint=ROUTERS_AGAIN)
+        hidden = parts.config.hidden_size
+        if not found.is_floating_point() or found.dim() != 2 or found.shape[1] != hidden:
+            raise ArtifactError(
+                f"router {name} is {found.dtype} {list(found.shape)}, expected numbers of shape [experts, {hidden}]",
+                hint=ROUTERS_AGAIN,
+            )
+        if not found.isfinite().all():
+            raise NumericsError(f"router {name} holds numbers that are not finite", hint=ROUTERS_AGAIN)
+        return found.to(dtype) if dtype is not None else found
 
     def leaf(node: ExpertNode, layer: int) -> nn.Module:
         row = node.ffn[layer]
@@ -226,11 +294,7 @@ def _block_maker(
             tensors = {suffix: tensor(write) for suffix, write in row.items()}
             dense[key] = fill(pattern(node.source.folder if node.source else None)[layer], tensors)
         loras = {
-            suffix.removesuffix(".weight"): (
-                torch.from_numpy(values(lora.a)),
-                torch.from_numpy(values(lora.b)),
-                lora.scale * residual_scale(row[suffix]),
-            )
+            suffix.removesuffix(".weight"): _lora(lora, factor=residual_scale(row[suffix]))
             for suffix, lora in node.loras[layer].items()
         }
         return with_adapter(dense[key], loras) if loras else dense[key]

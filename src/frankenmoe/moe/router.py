@@ -51,9 +51,12 @@ class Router(nn.Module):
 
     def forward(self, hidden_TD: torch.Tensor) -> Routing:
         """Route T tokens; NaN in `hidden_TD` or the gate shows as NaN weights, it is not looked for here."""
-        logits_TE = nn.functional.linear(hidden_TD, self.weight)
+        return self.choose(nn.functional.linear(hidden_TD, self.weight), top_k=self.top_k)
+
+    def choose(self, logits_TE: torch.Tensor, *, top_k: int) -> Routing:
+        """What follows from the gate's scores."""
         probs_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
-        weights_TK, ids_TK = probs_TE.topk(self.top_k, dim=-1)
+        weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
         if self.renormalize:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         if self.round_weights:

@@ -1,0 +1,82 @@
+"""Looks at an MoE on text that was held out: loss per domain, load and entropy per layer; trains nothing.
+
+Shape suffixes: B blocks in a batch, T tokens, E experts.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from frankenmoe.moe.trace import LayerTrace, concat, load, record
+from frankenmoe.train.data import Domain, as_tensors
+
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Look:
+    """One look: nats per token of each domain, and per layer the load of every expert and the routers' entropy.
+
+    `load[layer][expert]` is a share of all assignments; `entropy[layer]` is that of the router's softmax over all
+    experts, in nats, averaged over tokens (0 is certain, log E undecided). `largest` is the largest load anywhere.
+    """
+
+    step: int
+    loss: dict[str, float]
+    load: list[list[float]]
+    entropy: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over domains, each counted once."""
+        return fmean(self.loss.values())
+
+    @property
+    def largest(self) -> float:
+        return max(max(layer) for layer in self.load)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"mean": self.mean}
+
+
+@torch.no_grad()
+def look(
+    model: Any,
+    domains: Sequence[Domain],
+    *,
+    step: int,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]],
+    on_block: Callable[[int], None] = lambda count: None,
+) -> Look:
+    """Measures the model as it will be used: in evaluation mode, without noise, with its own top-k."""
+    was_training = model.training
+    model.eval()
+    loss: dict[str, float] = {}
+    traces: list[LayerTrace] = []
+    for domain in domains:
+        total, count = 0.0, 0
+        for start in range(0, len(domain.held), BATCH):
+            rows = [as_tensors(block) for block in domain.held[start : start + BATCH]]
+            ids_BT = torch.stack([row["input_ids"] for row in rows]).to(device)
+            labels_BT = torch.stack([row["labels"] for row in rows])[:, 1:].to(device)
+            with record(model) as layers, context():
+                logits = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+            traces += [trace for trace in layers if not trace.path]
+            total += float(functional.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), reduction="sum"))
+            count += int((labels_BT >= 0).sum())
+            on_block(len(rows))
+        loss[domain.name] = total / count
+    model.train(was_training)
+    routers = concat(traces).layers
+    return Look(step, loss, [load(each).tolist() for each in routers], [_entropy(each) for each in routers])
+
+
+def _entropy(trace: LayerTrace) -> float:
+    log_probs_TE = trace.logits_TE.float().log_softmax(dim=-1)
+    return float(-(log_probs_TE.exp() * log_probs_TE).sum(dim=-1).mean())

@@ -1,0 +1,90 @@
+"""What the parents predict on their own text, computed once and kept on disk; one parent in memory at a time.
+
+Shape suffixes: N blocks, T tokens, M kept tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.data.blocks import Block
+from frankenmoe.errors import PlanError
+from frankenmoe.moe.dense import as_tensor, load_dense, read_config
+from frankenmoe.planning import Plan
+from frankenmoe.planning.sources import anatomy
+from frankenmoe.planning.tree import dense_writes
+from frankenmoe.train.data import Domain
+
+KEPT = 32  # tokens of the vocabulary whose probability is kept; the others' sum follows
+BATCH = 8
+
+Teachers = dict[int, tuple[torch.Tensor, torch.Tensor]]
+"""A domain's index -> its parent's log-probabilities [N, T, M] in float16, and which tokens they are of."""
+
+
+def cache_teachers(
+    folder: Path,
+    domains: Sequence[Domain],
+    plan: Plan,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]],
+    on_block: Callable[[int], None],
+) -> None:
+    """Writes `folder/NAME.safetensors` for every domain that is not there yet; the domain's expert is its teacher."""
+    folder.mkdir(exist_ok=True)
+    for domain in domains:
+        file = folder / f"{domain.owner}.safetensors"
+        if file.exists():
+            on_block(len(domain.blocks))
+            continue
+        model = _parent(plan, domain, dtype=dtype).to(device)
+        found = [_best(model, part, device=device, context=context, on_block=on_block) for part in _batches(domain)]
+        values, ids = (torch.cat(column) for column in zip(*found, strict=True))
+        write_atomic(file, save({"log_probs": values, "ids": ids}))
+
+
+def open_teachers(folder: Path, domains: Sequence[Domain]) -> Teachers:
+    """What `cache_teachers` wrote."""
+    found = {index: load_file(folder / f"{domain.owner}.safetensors") for index, domain in enumerate(domains)}
+    return {index: (each["log_probs"], each["ids"].long()) for index, each in found.items()}
+
+
+def _parent(plan: Plan, domain: Domain, *, dtype: torch.dtype | None) -> Any:
+    """The dense model that a domain's expert was taken from, its adapter folded in."""
+    source = plan.nodes[domain.owner].source
+    if source is None:
+        raise PlanError(
+            f"expert {domain.name} is an MoE of its own, so there is no one parent to distil from",
+            hint="leave distill out, or name the data after experts that are FFNs",
+        )
+    tensors = {write.name: as_tensor(write) for write in dense_writes(source, anatomy(source), dtype=plan.dtype)}
+    kind = dtype or next(iter(tensors.values())).dtype
+    return load_dense(read_config(source.folder), {key: value.to(kind) for key, value in tensors.items()}, dtype=kind)
+
+
+def _batches(domain: Domain) -> list[Sequence[Block]]:
+    return [domain.blocks[start : start + BATCH] for start in range(0, len(domain.blocks), BATCH)]
+
+
+@torch.no_grad()
+def _best(
+    model: Any,
+    blocks: Sequence[Block],
+    *,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]],
+    on_block: Callable[[int], None],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    ids_NT = torch.tensor([block.ids for block in blocks], device=device)
+    with context():
+        logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
+    values, ids = logits_NTV.float().log_softmax(dim=-1).topk(min(KEPT, logits_NTV.shape[-1] - 1))
+    on_block(len(blocks))
+    return values.half().cpu(), ids.int().cpu()

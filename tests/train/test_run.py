@@ -1,0 +1,288 @@
+"""A run keeps its best state, refuses what cannot learn, and goes on where it was killed, to the same losses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import corpus
+import pytest
+import torch
+from pydantic import ValidationError
+
+import frankenmoe as fm
+import tiny
+from frankenmoe.errors import ArtifactError, NumericsError, PlanError
+from frankenmoe.recipetrain import Train
+from frankenmoe.train import checkpoint
+from frankenmoe.training import train
+
+Parents = dict[str, list[Path]]
+
+
+def losses(out: Path) -> list[float]:
+    return json.loads((out / "training.json").read_text())["losses"]
+
+
+@pytest.fixture
+def virtual(parents: Parents, tmp_path: Path) -> Path:
+    """A virtual artifact over two llamas, with text beside it."""
+    corpus.write_texts(tmp_path)
+    return fm.build(corpus.recipe(tmp_path, parents["llama"]), tmp_path / "moe", virtual=True).folder
+
+
+def data(folder: Path) -> dict[str, list[str]]:
+    return {name: [str(folder / f"{name}.txt")] for name in corpus.WORDS}
+
+
+CHILD = """
+import json, os, signal, sys
+from frankenmoe.recipetrain import Train
+from frankenmoe.train.trainer import MoETrainer
+from frankenmoe.training import train
+what, out, data, settings, die = json.loads(sys.argv[1])
+step = MoETrainer.training_step
+def dies(self, *rest, **more):
+    if self.state.global_step == die:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *rest, **more)
+MoETrainer.training_step = dies
+train(what, out, data=data, settings=Train.model_validate(settings))
+"""
+
+
+@pytest.mark.parametrize("die", [pytest.param(1, marks=pytest.mark.slow), 5])
+def test_killed_at_a_step_the_same_command_ends_with_the_same_losses(die: int, virtual: Path, tmp_path: Path) -> None:
+    settings = corpus.settings(what="routers,adapters", noise=0.1, balance=0.01, save_every=2, steps=7).to_dict()
+
+    def child(out: str, at: int | None) -> int:
+        words = json.dumps([str(virtual), str(tmp_path / out), data(tmp_path), settings, at])
+        return subprocess.run([sys.executable, "-c", CHILD, words], capture_output=True).returncode
+
+    assert child("killed", die) == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert (checkpoint.last_checkpoint(tmp_path / "killed.partial") is not None) == (die > 1)
+    assert child("killed", None) == 0
+    whole = train(virtual, tmp_path / "whole", data=data(tmp_path), settings=Train.model_validate(settings))
+    assert losses(tmp_path / "killed") == whole.report["losses"]
+    for name in ("model-routers.safetensors", "adapters/e1/adapter_model.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_the_best_look_is_kept(virtual: Path, tmp_path: Path) -> None:
+    """A rate that ruins the routers after a good start: what is written is the good start."""
+    settings = corpus.settings(steps=12, guard_every=2, router_rate=0.03, warmup=0)
+    found = train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings)
+    looks = {look["step"]: look["mean"] for look in found.report["looks"]}
+    assert set(looks) == {0, 2, 4, 6, 8, 10, 12}
+    assert looks[found.report["best_step"]] == min(looks.values()) == found.report["mean_held_out_loss"]["best"]
+    again = train(tmp_path / "out", tmp_path / "again", data=data(tmp_path), settings=settings, keep_anyway=True)
+    assert again.report["looks"][0]["mean"] == pytest.approx(min(looks.values()), abs=1e-6)
+    look = found.report["looks"][0]
+    assert all(sum(layer) == pytest.approx(1) for layer in look["load"])
+    assert all(0 <= entropy <= 0.6932 for entropy in look["entropy"])
+
+
+def test_a_run_that_helps_nothing_writes_nothing_unless_told_to(virtual: Path, tmp_path: Path) -> None:
+    settings = corpus.settings(what="norms", rate=3.0, warmup=0, steps=3, guard_every=1)
+    with pytest.raises(PlanError, match=r"ended worse than it began: mean held-out loss .* on e[01]") as told:
+        train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings)
+    assert "--keep-anyway" in str(told.value)
+    assert not (tmp_path / "out").exists()
+    kept = train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings, keep_anyway=True)
+    assert kept.report["improved"] is False
+    assert kept.report["mean_held_out_loss"]["after"] > kept.report["mean_held_out_loss"]["before"]
+    assert (
+        float(
+            (
+                corpus.logits(fm.load(virtual).model, tiny.ids())
+                - corpus.logits(fm.load(tmp_path / "out").model, tiny.ids())
+            )
+            .abs()
+            .max()
+        )
+        > 0.1
+    )
+
+
+def poisoned(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    from frankenmoe.train.trainer import MoETrainer
+
+    plain = MoETrainer._token_loss
+
+    def nan_at_step(self: Any, *rest: Any) -> torch.Tensor:
+        return plain(self, *rest) * (float("nan") if self.state.global_step == step else 1)
+
+    monkeypatch.setattr(MoETrainer, "_token_loss", nan_at_step)
+
+
+def test_nan_stops_and_keeps_the_best_state_before_it(
+    virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, 4)
+    with pytest.raises(NumericsError, match=r"the loss is nan at step 5.*holds the best state before it, of step 3"):
+        train(virtual, tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
+    report = json.loads((tmp_path / "out/training.json").read_text())
+    assert (report["steps"], report["best_step"], len(report["losses"])) == (4, 3, 4)
+    fm.verify(tmp_path / "out")
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = checkpoint.write_atomic, []
+
+    def full(path: Path, raw: bytes) -> None:
+        if path.name == checkpoint.WEIGHTS:
+            calls.append(path)
+            if len(calls) == 2:
+                raise ArtifactError("the disk is full", hint="free some space")
+        plain(path, raw)
+
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    settings = corpus.settings(save_every=2)
+    with pytest.raises(ArtifactError, match=r"checkpoint of step 4 cannot be written.*that of step 2 is intact"):
+        train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings)
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path / "out.partial")] == [2]
+    found = train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings)
+    whole = train(virtual, tmp_path / "whole", data=data(tmp_path), settings=settings)
+    assert found.report["losses"] == whole.report["losses"]
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(
+    virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            "frankenmoe.train.trainer.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(ArtifactError("x"))
+        )
+        with pytest.raises(ArtifactError):
+            train(virtual, tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
+    with pytest.raises(ArtifactError, match="was begun from another"):
+        train(virtual, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(seed=5))
+
+
+def refused(moe: Path, tmp_path: Path, match: str, **changes: Any) -> str:
+    with pytest.raises(PlanError, match=match) as told:
+        train(moe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(**changes))
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+    return str(told.value)
+
+
+def test_identical_experts_are_a_trap(parents: Parents, tmp_path: Path) -> None:
+    corpus.write_texts(tmp_path)
+    base = parents["llama"][0]
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, base])
+    assert "--what routers,adapters" in refused(recipe, tmp_path, "bit-identical")
+    assert train(recipe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(what="routers,adapters"))
+
+
+def test_identical_experts_in_a_built_body_are_found_by_their_gradient(parents: Parents, tmp_path: Path) -> None:
+    corpus.write_texts(tmp_path)
+    base = parents["llama"][0]
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, base])
+    fm.build(recipe, tmp_path / "built", allow_identical=True)
+    with pytest.raises(PlanError, match="no gradient in the gates"):
+        train(tmp_path / "built", tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
+
+
+def test_one_expert_per_token_is_a_trap_that_two_while_training_open(parents: Parents, tmp_path: Path) -> None:
+    corpus.write_texts(tmp_path)
+    recipe = corpus.recipe(tmp_path, parents["llama"], experts_per_token=1)
+    assert "--train-top-k 2" in refused(recipe, tmp_path, "weight is always 1")
+    found = train(recipe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(experts_per_token=2))
+    assert found.artifact.record["experts_per_token"] == 1
+    assert fm.load(found.artifact).model.model.layers[0].mlp.router.top_k == 1
+
+
+def test_what_cannot_learn_is_refused(virtual: Path, parents: Parents, tmp_path: Path) -> None:
+    fm.build(virtual, tmp_path / "built")
+    refused(tmp_path / "built", tmp_path, "built artifact can have its routers trained", what="routers,norms")
+    average = corpus.recipe(tmp_path, parents["llama"], backbone="average")
+    refused(average, tmp_path, "parents' average", what="attention")
+    text = data(tmp_path)
+    with pytest.raises(PlanError, match="needs the expert that owns each text, found none called verse"):
+        train(virtual, tmp_path / "out", data={"verse": text["e0"]}, settings=corpus.settings(domain=0.1))
+
+
+@pytest.mark.parametrize(
+    ("table", "says"),
+    [
+        ({"bias_balance": 0.001}, "no place for"),
+        ({"next_token": 0}, "something to learn from"),
+        ({"batch": 6, "accumulate": 4}, "must divide the batch"),
+        ({"what": "routers,heads"}, "must be one of routers"),
+        ({"what": []}, "at least one part"),
+        ({"stepz": 3}, "is not a known key"),
+        ({"rate": 0}, "greater than 0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(table: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        Train.model_validate(table)
+
+
+def test_distillation_pulls_towards_the_parent(virtual: Path, tmp_path: Path) -> None:
+    settings = corpus.settings(what="routers,norms", distill=1.0, next_token=0.0, steps=8, domain=0.1, z=0.001)
+    found = train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings, keep_anyway=True)
+    assert found.report["losses"][-1] < found.report["losses"][0]
+    assert not (tmp_path / "out/teachers").exists()
+
+
+def test_a_batch_in_parts_is_the_batch(virtual: Path, tmp_path: Path) -> None:
+    one = train(virtual, tmp_path / "a", data=data(tmp_path), settings=corpus.settings())
+    two = train(virtual, tmp_path / "b", data=data(tmp_path), settings=corpus.settings(accumulate=2))
+    assert one.report["losses"] == pytest.approx(two.report["losses"], abs=1e-5)
+
+
+def test_sixteen_bit_sources_stay_sixteen_bit_while_float32_learns(parents: Parents, tmp_path: Path) -> None:
+    corpus.write_texts(tmp_path)
+    halves = [tiny.make_parent(tmp_path / f"p{seed}", seed=seed, dtype=torch.bfloat16) for seed in range(3)]
+    recipe = corpus.recipe(tmp_path, halves)
+    found = train(
+        recipe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(what="routers,adapters,norms")
+    )
+    assert found.report["improved"]
+    fm.build(tmp_path / "out", tmp_path / "built")
+    ids = tiny.ids()
+    ours, stock = fm.load(tmp_path / "built").model, corpus.stock(tmp_path / "built")
+    assert float((corpus.logits(ours, ids) - corpus.logits(stock, ids)).abs().max()) < 0.1
+    assert {parameter.dtype for parameter in ours.parameters()} == {torch.bfloat16}
+
+
+def test_a_recipe_may_say_everything(parents: Parents, tmp_path: Path) -> None:
+    """Data per expert and `train:` in the recipe; the trained recipe keeps both, and learns on without a word."""
+    corpus.write_texts(tmp_path)
+    base, *others = parents["llama"]
+    experts = [
+        {"source_model": str(parent), "name": f"e{index}", "data": f"e{index}.txt"}
+        for index, parent in enumerate(others)
+    ]
+    table = corpus.settings(what="routers,attention").to_dict()
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [], experts=experts, train=table)
+    found = train(recipe, tmp_path / "sub" / "out")
+    assert found.report["settings"] == table
+    assert train(tmp_path / "sub" / "out", tmp_path / "again", keep_anyway=True).report["steps"] == 6
+
+
+@pytest.mark.slow
+def test_training_is_killed_by_ctrl_c_and_goes_on(virtual: Path, tmp_path: Path) -> None:
+    words = ["train", str(virtual), str(tmp_path / "out"), "--steps", "400", "--block", "16", "--save-every", "2"]
+    words += [f"--data={name}={files[0]}" for name, files in data(tmp_path).items()]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "frankenmoe.cli", *words],
+        preexec_fn=tiny.hears_ctrl_c,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while checkpoint.last_checkpoint(tmp_path / "out.partial") is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(child.pid, signal.SIGINT)
+    _, said = child.communicate(timeout=60)
+    assert child.returncode == 130, said
+    assert "goes on from here" in said
+    assert checkpoint.last_checkpoint(tmp_path / "out.partial") is not None
