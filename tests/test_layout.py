@@ -16,20 +16,33 @@ MAX_LINES = 400
 LAYERS = (
     {"errors", "suggest", "progress", "palette"},
     {"families", "checkpoint"},
-    {"recipe", "recipefields", "recipetrain", "refusal", "sourcename", "yamlfile", "artifact"},
+    {
+        "recipe",
+        "recipefields",
+        "recipestages",
+        "recipetext",
+        "recipetrain",
+        "refusal",
+        "sourcename",
+        "yamlfile",
+        "artifact",
+    },
     {"planning", "data"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
-    {"loading"},
+    {"loading", "fitting", "extracting"},
     {"auditing", "evaluating", "exporting", "training"},
+    {"sampling"},
+    {"running"},
     {"demo"},
     {"cli"},
 )
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
-    "sourcename", "yamlfile", "artifact", "planning", "compose", "data", "palette", "recipetrain",
+    "sourcename", "yamlfile", "artifact", "planning", "compose", "data", "palette", "recipestages",
+    "recipetext", "recipetrain", "publish",
 }  # fmt: skip
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")

@@ -26,9 +26,12 @@ from frankenmoe.errors import ArtifactError, FrankenMoEError
 
 RECORD = "frankenmoe.json"
 ROUTERS = "model-routers.safetensors"
+STATISTICS = "router-statistics.safetensors"
 INDEX = "model.safetensors.index.json"
 UNFINISHED = "build.json"
 LOCK = "build.lock"
+STAGED = "replacing"
+ORDER = "order.json"
 RECORD_VERSION = 1
 # what a record must say, and as which kind of value
 FIELDS: Mapping[str, type] = {
@@ -226,7 +229,7 @@ def _claim(partial: Path, *, out: Path, digest: str) -> None:
 
 def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
     """Writes the record last, then renames the partial folder to `out`: from here on it looks finished, and is."""
-    write_atomic(partial / RECORD, _json_bytes({"version": RECORD_VERSION, **record}))
+    write_atomic(partial / RECORD, record_bytes(record))
     try:
         if out.is_dir():
             out.rmdir()
@@ -256,9 +259,51 @@ def small_hashes(folder: Path) -> dict[str, str]:
 
 def write_routers(folder: Path, routers: Routers) -> None:
     """Writes model-routers.safetensors, whole or not at all."""
+    write_atomic(folder / ROUTERS, routers_bytes(routers))
+
+
+def routers_bytes(routers: Routers) -> bytes:
+    """Gates as the safetensors file they are kept in."""
     entries = [(name, dtype, shape) for name, (dtype, shape, _) in routers.items()]
     head = header_bytes(entries, metadata={"format": "pt"})
-    write_atomic(folder / ROUTERS, head + b"".join(raw.tobytes() for _, _, raw in routers.values()))
+    return head + b"".join(raw.tobytes() for _, _, raw in routers.values())
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Puts new files in the place of old ones, all or none of them once this has been called again after a kill.
+
+    They are written beside the old ones first and then renamed one after the other, in order.
+    """
+    finish_replacing(folder)
+    staged = folder / STAGED
+    growing_stage = folder / f"{STAGED}.partial"
+    shutil.rmtree(growing_stage, ignore_errors=True)
+    growing_stage.mkdir()
+    try:
+        for name, data in files.items():
+            write_atomic(growing_stage / name, data)
+        write_atomic(growing_stage / ORDER, json.dumps(list(files)).encode())
+        growing_stage.replace(staged)
+    except BaseException:
+        shutil.rmtree(growing_stage, ignore_errors=True)
+        raise
+    finish_replacing(folder)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Goes on with a replacement that a kill cut short; does nothing where there is none."""
+    staged = folder / STAGED
+    if not staged.is_dir():
+        return
+    for name in json.loads((staged / ORDER).read_bytes()):
+        if (staged / name).exists():
+            (staged / name).replace(folder / name)
+    shutil.rmtree(staged)
+
+
+def record_bytes(record: Mapping[str, Any]) -> bytes:
+    """A record as the file it is kept in."""
+    return _json_bytes({"version": RECORD_VERSION, **record})
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -267,4 +312,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # of a path with bytes that are no UTF-8, which Linux allows
+        return (json.dumps(value, indent=2) + "\n").encode()

@@ -33,7 +33,7 @@ CHECK_BLOCKS = 8
 CHECK_POSITIONS = 24  # of every text
 
 
-def export(
+def export_gguf(
     what: Recipe | Artifact | str | Path,
     out: str | Path,
     *,
@@ -173,7 +173,7 @@ def subject_of(
     if made.recipe.gate_mode in RANDOM_MODES and made.experts > 1 and not (allow_random or made.all_identical):
         raise _random(made.recipe.origin)
     with tempfile.TemporaryDirectory() as folder:
-        write_routers(Path(folder), make_routers(made, progress, trust_remote_code=trust_remote_code))
+        write_routers(Path(folder), make_routers(made, progress, trust_remote_code=trust_remote_code).routers)
         yield of_plan(made, read_header(Path(folder) / ROUTERS))
 
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
@@ -13,6 +13,7 @@ from frankenmoe.yamlfile import Location
 
 RANDOM_MODES = frozenset({"random", "uniform_random"})
 PROMPT_MODES = frozenset({"hidden", "hidden_avg", "hidden_last", "cheap_embed"})
+FIT_MODES = frozenset({"centroid", "lda", "ridge", "logistic"})
 
 NO_TEXT, WRITE_IT = "must not be empty, found no text", "write the text or delete the entry"
 # the spellings that mergekit, torch and the trainers use
@@ -81,9 +82,21 @@ Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_bool)
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_not_bool)]
-GateMode = Annotated[
-    Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"],
-    BeforeValidator(_one_of("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")),
+_Mode = Literal[
+    "hidden",
+    "hidden_avg",
+    "hidden_last",
+    "cheap_embed",
+    "random",
+    "uniform_random",
+    "centroid",
+    "lda",
+    "ridge",
+    "logistic",
+]
+GateMode = Annotated[_Mode, BeforeValidator(_one_of(*get_args(_Mode)))]
+FitMode = Annotated[
+    Literal["centroid", "lda", "ridge", "logistic"], BeforeValidator(_one_of("centroid", "lda", "ridge", "logistic"))
 ]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"],

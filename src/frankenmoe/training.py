@@ -28,6 +28,7 @@ from frankenmoe.artifact import (
     open_artifact,
     partial_folder,
     refuse_occupied,
+    small_hashes,
     write_json,
     write_routers,
 )
@@ -95,6 +96,7 @@ def train(
     keep_anyway: bool = False,
     dtype: str | None = None,
     report_to: Sequence[str] = (),
+    shard: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> Trained:
@@ -102,8 +104,9 @@ def train(
 
     `data` maps the name of a domain, best that of the expert it belongs to, to files or hub datasets; by default it is
     that of the recipe's experts. `settings` is by default the recipe's `train`. `dtype` is what frozen weights compute
-    in, by default as they are stored. The result is what the guard measured best on text held out; raises PlanError
-    where that is where it began, unless `keep_anyway`.
+    in, by default as they are stored. `shard` spreads weights over the processes of a launcher (FSDP2).
+    The result is what the guard measured best on text held out; raises PlanError where that is where it began, unless
+    `keep_anyway`.
     """
     out = Path(os.path.realpath(out))
     main = int(os.environ.get("RANK", "0")) == 0
@@ -125,7 +128,7 @@ def train(
     traps.check_domains(settings, domains, experts=start.experts)
     digest = _digest(start, settings, data, dtype=dtype)
     with _folder(out, digest=digest, main=main) as partial:
-        job = Job(moe, start.plan, start.gate_names, domains, settings, partial, tuple(report_to))
+        job = Job(moe, start.plan, start.gate_names, domains, settings, partial, tuple(report_to), shard)
         try:
             outcome: Outcome | FrankenMoEError = run(job, progress=progress)
         except ArtifactError as error:  # a checkpoint could not be written: what there is stays for the next try
@@ -152,7 +155,7 @@ def _start(what: Recipe | Artifact | str | Path, progress: Progress, *, trust_re
     if not isinstance(what, Artifact):
         made = plan(load_recipe(what), weights=True, trust_remote_code=trust_remote_code)
         check_buildable(made, virtual=True, allow_identical=True)
-        return _planned(made, make_routers(made, progress, trust_remote_code=trust_remote_code), None)
+        return _planned(made, make_routers(made, progress, trust_remote_code=trust_remote_code).routers, None)
     if what.form == "virtual":
         made = plan_of(what, trust_remote_code=trust_remote_code)
         return _planned(made, stored_routers(made, what.folder / ROUTERS), what)
@@ -288,7 +291,7 @@ def _write(
     record["stages"] = [*earlier, stage]
     record.pop("version", None)
     remove_scaffold(partial)
-    finish(partial, out, record=record)
+    finish(partial, out, record=record | {"files": small_hashes(partial)})
 
 
 def _virtual_record(
@@ -303,10 +306,15 @@ def _virtual_record(
     made = plan(Recipe.load(partial / "recipe.yml"), dtype=start.plan.dtype, weights=True)
     known = start.artifact.record["sources"] if start.artifact else []
     record = record_of(
-        made, out, virtual=True, progress=progress, known={each["fingerprint"]: each["sha256"] for each in known}
+        made,
+        out,
+        folder=partial,
+        virtual=True,
+        progress=progress,
+        known={each["fingerprint"]: each["sha256"] for each in known},
     )
     inside, final = f"{partial}{os.sep}", f"{out}{os.sep}"
-    for each in record["sources"]:
+    for each in (*record["sources"], *record["configs"]):
         each["file"] = final + each["file"].removeprefix(inside) if each["file"].startswith(inside) else each["file"]
     return record | {"recipe_folder": str(out), "recipe_folder_from_here": "."}
 

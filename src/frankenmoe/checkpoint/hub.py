@@ -125,3 +125,8 @@ def stream_rows(name: str, *, revision: str | None, config: str | None, split: s
             f"{which} cannot be read: {_first_line(error)}",
             hint="check the spelling and the network, and write org/name:config:split where it has several",
         ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form org/name; whether there is such a model is not asked."""
+    return _HUB_ID.fullmatch(name) is not None

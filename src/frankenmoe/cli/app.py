@@ -9,9 +9,13 @@ import click
 
 from frankenmoe import __version__
 from frankenmoe.cli.audit import audit_command
+from frankenmoe.cli.card import card_command
 from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
+from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
 from frankenmoe.cli.options import REMOTE, Size, Temperature, example
+from frankenmoe.cli.push import push_command
+from frankenmoe.cli.run import run_command
 from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.cli.train import run_train, setting_options
 from frankenmoe.errors import FrankenMoEError
@@ -219,6 +223,7 @@ def chat_command(
 @click.option("--weights", multiple=True, metavar="NAME=X", help="How often a domain is drawn (1).")
 @setting_options
 @click.option("--keep-anyway", is_flag=True, help="Write the result even where it is worse.")
+@click.option("--shard", is_flag=True, help="Spread weights over a launcher's processes (FSDP2).")
 @click.option("--report-to", multiple=True, help="wandb, tensorboard; again for more.")
 @DTYPE
 @JSON
@@ -250,6 +255,9 @@ def demo_command(out: Path, as_json: bool) -> None:
 
 app.add_command(audit_command)
 app.add_command(export_command)
+app.add_command(card_command)
+app.add_command(push_command)
+app.add_command(run_command)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
@@ -261,6 +269,8 @@ def schema_command() -> None:
 
 
 app.add_command(eval_command)
+for command in (fit_command, add_expert_command, extract_command):
+    app.add_command(command)
 
 
 def main() -> None:
