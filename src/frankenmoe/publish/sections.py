@@ -123,9 +123,9 @@ def _fitted(start: str, fit: Mapping[str, Any]) -> str:
     after, own = mean(losses["after"].values()), mean(losses["own_expert"].values())
     before = f"{mean(losses['before'].values()):.4f} nats per token before, " if losses.get("before") else ""
     return (
-        f"{start} {GATE_WORDS.get(method, method)} (`{method}`), on {tokens:,} tokens for {len(fit['text'])} experts. On "
-        f"text held out from the fit the mean loss is {before}{after:.4f} nats per token with these routers and {own:.4f} "
-        "where every text goes to its own expert."
+        f"{start} {GATE_WORDS.get(method, method)} (`{method}`), on {tokens:,} tokens for {len(fit['text'])} experts. "
+        f"On text held out from the fit the mean loss is {before}{after:.4f} nats per token with these routers and "
+        f"{own:.4f} where every text goes to its own expert."
     )
 
 
