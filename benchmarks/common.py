@@ -23,7 +23,10 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("smoke", "small", "full")
-PACKAGES = ("frankenmoe", "numpy", "safetensors", "torch", "transformers", "mergekit", "gguf", "xllamacpp", "cyllama")
+PACKAGES = (
+    *("frankenmoe", "numpy", "safetensors", "torch", "transformers"),
+    *("mergekit", "lm_eval", "gguf", "xllamacpp", "cyllama"),
+)
 MB = 10**6
 INTERVAL = 0.02  # seconds between two looks at a process's memory
 # Nothing here may wait for a network that a laptop has and a build machine has not.
@@ -46,23 +49,30 @@ class Run:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a result: `value` in `unit` against `limit`, the most it may be; None is not measured, or no limit."""
+    """A line of a result: `value` in `unit` against `limit`, the most it may be, or `at_least`; None: not measured, or
+    nothing to reach."""
 
     what: str
     value: float | None
     unit: str
     limit: float | None
     samples: Mapping[str, Sequence[float]]
+    at_least: float | None = None
 
     @property
     def reached(self) -> bool | None:
         """Whether the value is within its limit; None where there is nothing to compare."""
-        return None if self.value is None or self.limit is None else self.value <= self.limit
+        if self.value is None or (self.limit is None and self.at_least is None):
+            return None
+        return self.value <= self.limit if self.limit is not None else self.value >= (self.at_least or 0.0)
 
 
-def arguments(description: str, *, name: str) -> argparse.Namespace:
-    """The options all benchmarks take: scale, rounds, work, out."""
+def arguments(
+    description: str, *, name: str, more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The options all benchmarks take: scale, rounds, work, out; `more` adds those of one of them."""
     parser = argparse.ArgumentParser(description=description)
+    more(parser)
     parser.add_argument("--scale", choices=SCALES, default="small", help="only full counts (default: small)")
     parser.add_argument("--rounds", type=int, default=5, help="times each contestant runs (default: 5)")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: the temporary folder)")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import frankenmoe as fm
 from frankenmoe.export.check import Checked, Reference, check, reference
-from frankenmoe.exporting import export
+from frankenmoe.exporting import export_gguf
 from frankenmoe.planning import plan
 from frankenmoe.planning.forecast import forecast
 from frankenmoe.recipe import Recipe
@@ -54,7 +54,7 @@ def quality(options: argparse.Namespace, work: Path) -> list[Row]:
     log("asking the source")
     source = ask(recipe, options.scale)
     kinds = ("f32", "f16", *QUALITY)
-    files = {file.type: file for file in export(recipe, work / "real", types=kinds, threads=THREADS)}
+    files = {file.type: file for file in export_gguf(recipe, work / "real", types=kinds, threads=THREADS)}
     vocab = source.passages[0].logprobs.shape[1]
     found = {name: check(files[name].path, source, top=vocab) for name in log_each(kinds)}
     rows = [row for name in ("f32", "f16") for row in fidelity(name, found[name])]

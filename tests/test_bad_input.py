@@ -63,8 +63,10 @@ def test_identical_prompts_for_all(tmp_path: Path, parents: Parents) -> None:
     experts = [{"source_model": str(parent), "positive_prompts": ["the same"]} for parent in parents["llama"]]
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump({"base_model": str(parents["llama"][0]), "experts": experts}))
-    facts = (f"{recipe}:2: experts must have prompts that differ", "the same for all")
-    refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="prompts that only it should get")
+    facts = (f"{recipe}:2: experts must have data or prompts that differ", "the same for all")
+    refused(
+        "build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="data or prompts that only it should get"
+    )
 
 
 def test_unreadable_yaml_has_line_and_column(tmp_path: Path) -> None:

@@ -42,6 +42,18 @@ def test_an_output_folder_of_any_name(recipe: Path, tmp_path: Path, name: str) -
     builds(recipe, tmp_path / name, "--virtual")
 
 
+def test_a_folder_whose_name_is_no_text(recipe: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    (tmp_path / "parents").rename(odd)
+    recipe = recipe.rename(odd / "recipe.yml")
+    recipe.write_text(
+        recipe.read_text().replace(f"{tmp_path}/parents/", "./").replace("gate_mode: hidden", "gate_mode: random")
+    )
+    assert cli("plan", recipe).code == 0
+    for form in ((), ("--virtual",)):
+        builds(recipe, tmp_path / "".join(("out", *form)), *form)
+
+
 def test_relative_paths_with_dots_count_from_the_recipe(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "recipes").mkdir()
     moved = tmp_path / "recipes" / "r.yml"

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from frankenmoe.artifact import Artifact
     from frankenmoe.building import build
     from frankenmoe.errors import FrankenMoEError
+    from frankenmoe.exporting import export_gguf
     from frankenmoe.extracting import extract
     from frankenmoe.fitting import add_expert, fit
     from frankenmoe.loading import load
@@ -25,6 +26,7 @@ _HOMES = {
     "Recipe": "frankenmoe.recipe",
     "add_expert": "frankenmoe.fitting",
     "build": "frankenmoe.building",
+    "export_gguf": "frankenmoe.exporting",
     "extract": "frankenmoe.extracting",
     "fit": "frankenmoe.fitting",
     "load": "frankenmoe.loading",
@@ -40,6 +42,7 @@ __all__ = [
     "Recipe",
     "add_expert",
     "build",
+    "export_gguf",
     "extract",
     "fit",
     "load",

@@ -312,4 +312,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # of a path with bytes that are no UTF-8, which Linux allows
+        return (json.dumps(value, indent=2) + "\n").encode()

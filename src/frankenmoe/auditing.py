@@ -39,7 +39,6 @@ class Subject:
     what: Artifact | Recipe
     recipe: Recipe
     facts: Mapping[str, Any]
-    name: str
 
 
 def audit(
@@ -108,31 +107,21 @@ def look(
 def _subject(what: Recipe | Artifact | str | Path) -> Subject:
     if isinstance(what, str | Path):
         what = Recipe.load(what) if is_recipe(what) else open_artifact(Path(what))
-    made = {"versions": versions()}
     if isinstance(what, Recipe):
-        name = what.name or Path(what.origin).stem
-        subject = {"what": "recipe", "path": what.origin, "name": name}
-        return Subject(
-            what,
-            what,
-            {**made, "subject": subject, "recipe_digest": what.digest, "recipe": what.to_dict(), "record": None},
-            name,
-        )
-    recipe, record = recipe_of(what), dict(what.record)
-    name = what.folder.resolve().name
-    subject = {"what": f"{what.form} artifact", "path": str(what.folder), "name": record.get("name") or name}
-    return Subject(
-        what,
-        recipe,
-        {
-            **made,
-            "subject": subject,
-            "recipe_digest": record["recipe_digest"],
-            "recipe": record["recipe"],
-            "record": record,
-        },
-        name,
-    )
+        named = {"what": "recipe", "path": what.origin, "name": what.name or Path(what.origin).stem}
+        return Subject(what, what, _head(named, digest=what.digest, recipe=what.to_dict(), record=None))
+    record = dict(what.record)
+    name = record.get("name") or what.folder.resolve().name
+    named = {"what": f"{what.form} artifact", "path": str(what.folder), "name": name}
+    digest, recipe = record["recipe_digest"], record["recipe"]
+    return Subject(what, recipe_of(what), _head(named, digest=digest, recipe=recipe, record=record))
+
+
+def _head(
+    named: Mapping[str, str], *, digest: str, recipe: Mapping[str, Any], record: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """What a report says of itself before anything was measured; a reader needs nothing beside it."""
+    return {"versions": versions(), "subject": named, "recipe_digest": digest, "recipe": recipe, "record": record}
 
 
 def _plan(subject: Subject, trust_remote_code: bool) -> Plan | None:

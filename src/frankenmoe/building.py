@@ -76,7 +76,10 @@ def build(
     digest = (
         f"{made.digest}/{'virtual' if virtual else shard_size}{f'/{sha256(given.folder / ROUTERS)}' if given else ''}"
     )
-    with growing(out, digest=digest) as partial, torch_ahead(made, trust_remote_code=trust_remote_code) as ahead:
+    with (
+        growing(out, digest=digest) as partial,
+        torch_ahead(made, virtual=virtual, trust_remote_code=trust_remote_code) as ahead,
+    ):
         if virtual or made.recipe.gate_mode not in RANDOM_MODES:
             ahead.result()
         if virtual:
@@ -131,9 +134,9 @@ def _plan(what: Recipe | Artifact | str | Path, *, dtype: str | None, trust_remo
 
 
 @contextmanager
-def torch_ahead(made: Plan, *, trust_remote_code: bool = False) -> Iterator[Future[None]]:
+def torch_ahead(made: Plan, *, virtual: bool, trust_remote_code: bool = False) -> Iterator[Future[None]]:
     """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes, then checks there
-    that transformers can make models of the sources.
+    that transformers can make models of the sources, and of what will be built.
 
     Yields what waits for it and raises what it found: transformers cannot be imported from two threads at once.
     Python's threads take turns; a short turn keeps the copying from waiting for the imports.
@@ -142,17 +145,20 @@ def torch_ahead(made: Plan, *, trust_remote_code: bool = False) -> Iterator[Futu
     sys.setswitchinterval(SWITCH_INTERVAL)
     with ThreadPoolExecutor(max_workers=1) as pool:
         try:
-            yield pool.submit(_check_loadable, made, trust_remote_code)
+            yield pool.submit(_check_ahead, made, virtual=virtual, trust_remote_code=trust_remote_code)
         finally:
             pool.shutdown()
             sys.setswitchinterval(before)
 
 
-def _check_loadable(made: Plan, trust_remote_code: bool) -> None:
-    import_module("frankenmoe.prove")
+def _check_ahead(made: Plan, *, virtual: bool, trust_remote_code: bool) -> None:
+    """transformers can load the sources, and will find in a built form what its class wants."""
+    prove = import_module("frankenmoe.prove")
     from frankenmoe.moe.load import check_loadable
 
     check_loadable(made, trust_remote_code=trust_remote_code)
+    if not virtual:
+        prove.prove_class(made)
 
 
 def _unless_failed(ahead: Future[None], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
@@ -175,7 +181,7 @@ def _check_sources(made: Plan, progress: Progress) -> None:
 
 
 def _prove(made: Plan, folder: Path) -> None:
-    """What was written is what was planned, and transformers can load it."""
+    """What was written is what was planned."""
     from frankenmoe.prove import prove_body, prove_routers
 
     try:

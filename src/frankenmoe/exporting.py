@@ -33,7 +33,7 @@ CHECK_BLOCKS = 8
 CHECK_POSITIONS = 24  # of every text
 
 
-def export(
+def export_gguf(
     what: Recipe | Artifact | str | Path,
     out: str | Path,
     *,

@@ -283,7 +283,7 @@ class Recipe(Closed):
     @model_validator(mode="after")
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
-        if self.gate_mode in PROMPT_MODES:
+        if self.gate_mode not in RANDOM_MODES:
             check_blank(self.shared_experts, at=("shared_experts",))
             check_blank(self.experts, at=("experts",))
         _check_level(self.experts, recipe=self, top_k=self.experts_per_token, at=())

@@ -96,6 +96,7 @@ def train(
     keep_anyway: bool = False,
     dtype: str | None = None,
     report_to: Sequence[str] = (),
+    shard: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
 ) -> Trained:
@@ -103,8 +104,9 @@ def train(
 
     `data` maps the name of a domain, best that of the expert it belongs to, to files or hub datasets; by default it is
     that of the recipe's experts. `settings` is by default the recipe's `train`. `dtype` is what frozen weights compute
-    in, by default as they are stored. The result is what the guard measured best on text held out; raises PlanError
-    where that is where it began, unless `keep_anyway`.
+    in, by default as they are stored. `shard` spreads weights over the processes of a launcher (FSDP2).
+    The result is what the guard measured best on text held out; raises PlanError where that is where it began, unless
+    `keep_anyway`.
     """
     out = Path(os.path.realpath(out))
     main = int(os.environ.get("RANK", "0")) == 0
@@ -126,7 +128,7 @@ def train(
     traps.check_domains(settings, domains, experts=start.experts)
     digest = _digest(start, settings, data, dtype=dtype)
     with _folder(out, digest=digest, main=main) as partial:
-        job = Job(moe, start.plan, start.gate_names, domains, settings, partial, tuple(report_to))
+        job = Job(moe, start.plan, start.gate_names, domains, settings, partial, tuple(report_to), shard)
         try:
             outcome: Outcome | FrankenMoEError = run(job, progress=progress)
         except ArtifactError as error:  # a checkpoint could not be written: what there is stays for the next try

@@ -1,5 +1,6 @@
 """The audit of recipes and artifacts from end to end: what the report says, where it goes, and what is refused."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,11 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 import frankenmoe as fm
 import tiny
 from frankenmoe.audit.write import write_report
 from frankenmoe.auditing import audit, look
+from frankenmoe.cli.audit import show_audit
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, RecipeError, SourceError
 
 Parents = dict[str, list[Path]]
@@ -99,6 +102,9 @@ def test_a_dead_expert_is_listed(recipe: Path, tmp_path: Path) -> None:
     assert "imatrix, GPTQ and AWQ would find no data" in answer(found, "survive")["sentence"]
     assert "linearly dependent" in answer(found, "gate")["sentence"]
     json.dumps(found, allow_nan=False)
+    shown = io.StringIO()
+    show_audit(found, Console(width=80, file=shown))
+    assert "dead in layer 1: e2" in shown.getvalue()
 
 
 def _towards_first_two(gate: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 import gguftools
 import tiny
 from frankenmoe.export.quantize import quantize
-from frankenmoe.exporting import export
+from frankenmoe.exporting import export_gguf
 from frankenmoe.families.llamacpp import FILE_TYPES, MixFacts, tensor_type
 from frankenmoe.planning import plan
 from frankenmoe.planning.forecast import forecast
@@ -32,7 +32,7 @@ def test_files_are_llama_cpps_own(sizes: dict[str, int], experts: int, layers: i
     base, *others = gguftools.parents(tmp_path, "llama", count=3, **changes)
     parents = [others[index % 2] for index in range(experts)]
     path = tiny.write_recipe(tmp_path / "r.yml", base, parents, dtype="float32")
-    files = {file.type: file for file in export(path, tmp_path / "out", types=list(FILE_TYPES), allow_random=True)}
+    files = {file.type: file for file in export_gguf(path, tmp_path / "out", types=list(FILE_TYPES), allow_random=True)}
     reference = tmp_path / "reference.gguf"
     for kind in (kind for kind in FILE_TYPES.values() if kind.name != "f32"):
         options = cyllama.LlamaModelQuantizeParams()
@@ -54,7 +54,7 @@ def test_sizes_are_known_before_anything_is_written(family: str, pad256: bool, t
     rows, reason = forecast(plan(Recipe.load(path)))
     assert reason is None
     said = {row.type: row.padded_bytes if pad256 else row.bytes for row in rows}
-    for file in export(path, tmp_path / "out", types=list(FILE_TYPES), pad256=pad256, allow_random=True):
+    for file in export_gguf(path, tmp_path / "out", types=list(FILE_TYPES), pad256=pad256, allow_random=True):
         assert file.bytes == file.path.stat().st_size
         assert said[file.type] == pytest.approx(file.bytes, rel=0.01)
 
@@ -62,7 +62,7 @@ def test_sizes_are_known_before_anything_is_written(family: str, pad256: bool, t
 def test_rows_that_no_block_fits_stay_16_bit_and_load(tmp_path: Path) -> None:
     base, *others = gguftools.parents(tmp_path, "llama", **NARROW)
     path = tiny.write_recipe(tmp_path / "r.yml", base, others)
-    (file,) = export(path, tmp_path / "out", types=["q4_k_m"], allow_random=True)
+    (file,) = export_gguf(path, tmp_path / "out", types=["q4_k_m"], allow_random=True)
     assert set(file.holds) == {"F16", "F32"}
     assert "F16" in file.notes[-1]
     assert gguftools.Engine(file.path, context=64).greedy([3, 4], tokens=2)

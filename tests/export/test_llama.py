@@ -9,7 +9,7 @@ import frankenmoe as fm
 import gguftools
 import tiny
 from frankenmoe.errors import PlanError
-from frankenmoe.exporting import export
+from frankenmoe.exporting import export_gguf
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -48,7 +48,7 @@ def test_every_architecture_computes_what_the_source_computes(
     family: str, changes: dict[str, Any], keys: dict[str, Any], arch: str, tmp_path: Path
 ) -> None:
     path = recipe(tmp_path, gguftools.parents(tmp_path, family, count=4, **changes), **keys)
-    (file,) = export(path, tmp_path / "out", types=["f32"], allow_random=True)
+    (file,) = export_gguf(path, tmp_path / "out", types=["f32"], allow_random=True)
     assert gguftools.architecture(file.path) == arch
     assert gguftools.greatest_kl(file.path, fm.load(path)) < 1e-6
 
@@ -58,7 +58,7 @@ def test_built_and_virtual_become_the_same_file(tmp_path: Path) -> None:
     path = recipe(tmp_path, folders, shared={}, gate_mode="random", experts_per_token=3, dtype="bfloat16")
     built, virtual = fm.build(path, tmp_path / "built"), fm.build(path, tmp_path / "virtual", virtual=True)
     files = [
-        export(artifact, tmp_path / f"{artifact.form}.gguf", types=["q8_0"], allow_random=True)[0].path
+        export_gguf(artifact, tmp_path / f"{artifact.form}.gguf", types=["q8_0"], allow_random=True)[0].path
         for artifact in (built, virtual)
     ]
     ours, theirs = map(gguftools.tensors, files)
@@ -72,9 +72,9 @@ def test_an_ungated_shared_expert_is_not_doubled(architecture: str, tmp_path: Pa
                   architecture=architecture, gate_mode="uniform_random" if architecture == "deepseek" else "hidden",
                   prompts=architecture == "qwen")  # fmt: skip
     if architecture == "qwen":  # without prompts of its own the shared expert has no gate
-        (file,) = export(fm.build(path, tmp_path / "built"), tmp_path / "out", types=["f32"])
+        (file,) = export_gguf(fm.build(path, tmp_path / "built"), tmp_path / "out", types=["f32"])
     else:
-        (file,) = export(fm.build(path, tmp_path / "built"), tmp_path / "out", types=["f32"], allow_random=True)
+        (file,) = export_gguf(fm.build(path, tmp_path / "built"), tmp_path / "out", types=["f32"], allow_random=True)
     assert gguftools.architecture(file.path) == "granitemoe"
     assert gguftools.greatest_kl(file.path, fm.load(tmp_path / "built")) < 1e-6
 
@@ -83,7 +83,7 @@ def test_an_ungated_shared_expert_is_not_doubled(architecture: str, tmp_path: Pa
 def test_padding_changes_no_reply(family: str, tmp_path: Path) -> None:
     folders = gguftools.parents(tmp_path, family, count=3, hidden_size=96, num_attention_heads=4, head_dim=24)
     path = recipe(tmp_path, folders)
-    (file,) = export(path, tmp_path / "out", types=["f32"], pad256=True, allow_random=True)
+    (file,) = export_gguf(path, tmp_path / "out", types=["f32"], pad256=True, allow_random=True)
     assert gguftools.tensors(file.path)["blk.0.ffn_down_exps.weight"][1].shape == (2, 256, 256)
     assert gguftools.greatest_kl(file.path, fm.load(path)) < 1e-6
 
@@ -95,7 +95,7 @@ def test_adapters_and_noise_are_folded_in(tmp_path: Path) -> None:
         for index, parent in enumerate(others)
     ]
     path = tiny.write_recipe(tmp_path / "r.yml", base, others, experts=entries)
-    (file,) = export(path, tmp_path / "out", types=["f32"], allow_random=True)
+    (file,) = export_gguf(path, tmp_path / "out", types=["f32"], allow_random=True)
     assert gguftools.greatest_kl(file.path, fm.load(path)) < 1e-6
 
 
@@ -118,5 +118,5 @@ def test_what_llama_cpp_cannot_say_is_refused_by_name(
         keys = {"experts": [{"name": "both", "experts": inner}, {"source_model": str(folders[3])}]}
     path = recipe(tmp_path, folders, **keys)
     with pytest.raises(PlanError, match=word):
-        export(path, tmp_path / "out", types=["f16"], allow_random=True)
+        export_gguf(path, tmp_path / "out", types=["f16"], allow_random=True)
     assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ import tiny
 from frankenmoe.errors import SourceError
 from frankenmoe.export.llama import Engine
 from frankenmoe.export.tokenizer import BYTE, CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, read_vocabulary
-from frankenmoe.exporting import export
+from frankenmoe.exporting import export_gguf
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -32,7 +32,7 @@ TEXTS = [
 def engine(tmp_path: Path, tokenizer: Any) -> Engine:
     base, *others = gguftools.parents(tmp_path, "llama", tokenizer=tokenizer)
     path = tiny.write_recipe(tmp_path / "r.yml", base, others)
-    (file,) = export(path, tmp_path / "out", types=["f16"], allow_random=True)
+    (file,) = export_gguf(path, tmp_path / "out", types=["f16"], allow_random=True)
     return Engine(file.path, context=64)
 
 

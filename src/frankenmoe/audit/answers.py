@@ -161,7 +161,8 @@ def _who(whole: Whole) -> Answer:
     share = max(layer["load"]["share"])
     busiest = whole.names[str(layer["load"]["share"].index(share))]
     count = sum(len(facts["load"]["dead"]) for facts in whole.routers)
-    lost = f"{count} of all layers' experts got no token, in {_layers(dead)}" if dead else "no expert is dead"
+    tokens = f"{min(facts['tokens'] for facts in whole.routers):,} tokens"
+    lost = f"{count} experts got none of {tokens}, in {_layers(dead)}" if dead else f"none is dead after {tokens}"
     level = BAD if dead else MIND if worst[0] > CROWDED else GOOD
     verdict = {GOOD: "all of them", MIND: "some crowd", BAD: "not all"}[level]
     return Answer(

@@ -223,6 +223,7 @@ def chat_command(
 @click.option("--weights", multiple=True, metavar="NAME=X", help="How often a domain is drawn (1).")
 @setting_options
 @click.option("--keep-anyway", is_flag=True, help="Write the result even where it is worse.")
+@click.option("--shard", is_flag=True, help="Spread weights over a launcher's processes (FSDP2).")
 @click.option("--report-to", multiple=True, help="wandb, tensorboard; again for more.")
 @DTYPE
 @JSON

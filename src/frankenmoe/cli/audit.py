@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from frankenmoe.cli.options import REMOTE, example
 from frankenmoe.cli.show import console, expert_style
+from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.palette import mark
 
 Facts = Mapping[str, Any]
@@ -26,8 +28,10 @@ WIDEST_STRIP = 26  # layers shown beside a token
 
 @click.command(
     "audit",
-    epilog="\b\nExample:\n  frankenmoe audit recipe.yml --data maths=maths.txt --data verse=verse.txt\n"
-    "  frankenmoe audit before/ after/ --out reports/",
+    epilog=example(
+        "frankenmoe audit recipe.yml --data maths=maths.txt --data verse=verse.txt\n"
+        "frankenmoe audit before/ after/ --out reports/"
+    ),
 )
 @click.argument("first", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("second", metavar="[OUT|RECIPE]", required=False, type=click.Path(path_type=Path))
@@ -43,7 +47,7 @@ WIDEST_STRIP = 26  # layers shown beside a token
     help="Where the report's own folder goes.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first.")
+@REMOTE
 def audit_command(
     first: Path,
     second: Path | None,
@@ -68,6 +72,8 @@ def audit_command(
 
     if not can_draw():
         click.secho("warning: no charts on the page without `pip install 'frankenmoe[audit]'`", fg="yellow", err=True)
+    if prompt is not None and not is_unicode(prompt):
+        raise click.UsageError("--prompt is not UTF-8 text")
     pairs = [_labelled(each) for each in data]
     with bars() as progress:
         audits = [
@@ -97,22 +103,22 @@ def show_audit(report: Facts, show: Console) -> None:
     """One audit: what it is of, who the experts are, then question by question."""
     model, subject = report["model"], report["subject"]
     shared = ", one shared expert" if model["shared_expert"] else ""
-    show.print(Text(f"\n{subject['name']}: {subject['what']}", style="bold"))
+    show.print(Text(f"\n{printable(subject['name'])}: {subject['what']}", style="bold"))
     show.print(
         f"{model['layers']} layers x {len(model['experts'])} experts, {model['experts_per_token']} per token{shared}",
         highlight=False,
     )
-    read = ", ".join(f"{part['tokens']:,} of {name}" for name, part in report["text"].items())
+    read = ", ".join(f"{part['tokens']:,} of {printable(name)}" for name, part in report["text"].items())
     show.print(f"tokens read: {read}", highlight=False, markup=False)
     legend = Text("experts: ")
     for index, name in enumerate(model["experts"]):
         legend.append(mark(index).digit, style=expert_style(index))
-        legend.append(f" {name}  ")
+        legend.append(f" {printable(name)}  ")
     show.print(legend)
     outer = [facts for facts in report["routers"] if not facts["path"]]
     for number, answer in enumerate(report["answers"], 1):
         show.print(_title(number, answer))
-        show.print(answer["sentence"], highlight=False, markup=False)
+        show.print(printable(answer["sentence"]), highlight=False, markup=False)
         _details(answer["key"], report, outer, show)
 
 
@@ -151,6 +157,10 @@ def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> 
         bar = [load_bar(facts["load"]["share"], width)] if key == "load" else []
         table.add_row(place, *bar, *(value(facts) for _, value in columns))
     show.print(table)
+    if key == "survive":
+        for facts in (each for each in outer if each["load"]["dead"]):
+            names = ", ".join(report["model"]["experts"][index] for index in facts["load"]["dead"])
+            show.print(f"dead in layer {facts['layer']}: {printable(names)}", highlight=False, markup=False)
 
 
 def load_bar(shares: Sequence[float], width: int) -> Text:
@@ -168,7 +178,7 @@ def _print_tokens(report: Facts, show: Console) -> None:
     """The first tokens of the first passage: a digit per layer and, where there is room, the last layer's weights."""
     passage = report["passages"][0]
     layers = passage["layers"][:WIDEST_STRIP]
-    names = report["model"]["experts"]
+    names = [printable(name) for name in report["model"]["experts"]]
     show.print(Text(f"{'token':<{TOKEN_WIDTH}} first expert by layer", style="dim"))
     for at, token in enumerate(passage["tokens"][:TOKENS_SHOWN]):
         line = Text(f"{repr(token)[1:-1]:<{TOKEN_WIDTH}.{TOKEN_WIDTH}} ")
@@ -225,7 +235,7 @@ def _own(facts: Facts) -> str:
 def _worst(facts: Facts) -> str:
     shares = {name: share for name, share in facts["domains"]["own_first"].items() if share is not None}
     name = min(shares, key=lambda each: shares[each])
-    return f"{shares[name]:.0%} {name:.10}"
+    return f"{shares[name]:.0%} {printable(name):.10}"
 
 
 def _over(factor: str) -> Callable[[Facts], str]:

@@ -50,11 +50,11 @@ def export_command(
     source is kept in OUT/export.json.
     """
     from frankenmoe.cli.progress import bars
-    from frankenmoe.exporting import check_files, export, write_report
+    from frankenmoe.exporting import check_files, export_gguf, write_report
 
     asked = [name.strip() for name in (types or "").split(",") if name.strip()]
     with bars() as progress:
-        files = export(
+        files = export_gguf(
             what,
             out,
             types=asked,

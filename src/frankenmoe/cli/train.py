@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from frankenmoe.errors import RecipeError
+from frankenmoe.progress import SILENT
 
 # option -> (setting, type, help); the defaults are those of the recipe's `train`, or its own
 SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
@@ -66,8 +67,9 @@ def run_train(what: Path, out: Path, *, options: dict[str, Any]) -> None:
             keep_anyway=options["keep_anyway"],
             dtype=options["dtype"],
             report_to=options["report_to"],
+            shard=options["shard"],
             trust_remote_code=options["trust_remote_code"],
-            **({"progress": progress} if main else {}),
+            progress=progress if main else SILENT,
         )
     if not main:
         return

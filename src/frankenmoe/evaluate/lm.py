@@ -172,6 +172,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                         new_tokens=new_tokens,
                         end=end,
                         budget=self.budget,
+                        plain_head=self.sharing.plain_head,
                         on_text=on_text,
                     )
                 else:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from frankenmoe.checkpoint.values import Floats
+from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import mlp_modules
 from frankenmoe.moe.load import MoE

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from frankenmoe.checkpoint.values import Bytes, Floats, encode
+from frankenmoe.checkpoint.cast import Bytes, Floats, encode
 from frankenmoe.errors import PlanError
 
 PLAIN = ("F32", "F16", "BF16")

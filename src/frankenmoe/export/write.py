@@ -14,9 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from frankenmoe.checkpoint.cast import Bytes, Floats, decode
+from frankenmoe.checkpoint.copying import copy_run
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
-from frankenmoe.checkpoint.values import Bytes, Floats, blocks, check_finite, decode, materialize
-from frankenmoe.checkpoint.writer import copy_run, replacing, write_all
+from frankenmoe.checkpoint.values import blocks, check_finite, materialize
+from frankenmoe.checkpoint.writer import replacing, write_all
 from frankenmoe.errors import NumericsError
 from frankenmoe.export.quantize import quantize
 from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes

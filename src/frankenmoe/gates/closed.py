@@ -34,22 +34,22 @@ def sums_of(statistics: RouterStatistics, layer: int) -> Sums:
 
 
 def centroid(sums: Sums) -> torch.Tensor:
-    """The nearest class mean, [C, D]: score mu_c x - |mu_c|^2 / 2, its bias along the grand mean."""
+    """The nearest class mean, [C, D]: score mu_c x - |mu_c|^2 / 2, its bias folded into the means' own directions."""
     centred_CD = sums.means_CD - sums.mean_D
     bias_C = -0.5 * sums.means_CD.square().sum(dim=1)
-    return centred(centred_CD + folded(bias_C, sums.mean_D, sums.mean_D))
+    return centred(centred_CD + folded(bias_C, sums.means_CD, sums.means_CD))
 
 
 def lda(sums: Sums, *, shrink: float = SHRINK) -> torch.Tensor:
     """Fisher's linear discriminant, [C, D]: score mu_c S^-1 (x - mu_c / 2) with S the covariance within classes.
 
-    The bias is folded into S^-1 m, of all directions with v m = 1 the one that varies least within classes.
+    Of all directions with v mu_c = 1 for every class, the bias goes into the one that varies least within classes.
     """
     between_DD = sums.means_CD.T @ sums.means_CD / len(sums.means_CD)
     within_DD = shrunk(sums.second_DD - between_DD, shrink)
     rows_CD = torch.linalg.solve(within_DD, sums.means_CD.T).T
     bias_C = -0.5 * (rows_CD * sums.means_CD).sum(dim=1)
-    return centred(rows_CD + folded(bias_C, torch.linalg.solve(within_DD, sums.mean_D), sums.mean_D))
+    return centred(rows_CD + folded(bias_C, rows_CD, sums.means_CD))
 
 
 def ridge(sums: Sums, *, penalty: float = RIDGE) -> torch.Tensor:
@@ -73,12 +73,15 @@ def shrunk(moment_DD: torch.Tensor, share: float) -> torch.Tensor:
     return moment_DD + scale.clamp(min=torch.finfo(moment_DD.dtype).tiny) * torch.eye(hidden, dtype=moment_DD.dtype)
 
 
-def folded(bias_C: torch.Tensor, direction_D: torch.Tensor, mean_D: torch.Tensor) -> torch.Tensor:
-    """[C, D]: rows that add `bias_C` to the mean state's score, along `direction_D`; zero where there is no mean."""
-    at_mean = direction_D @ mean_D
-    if at_mean <= 0:
-        return torch.zeros(len(bias_C), len(mean_D), dtype=mean_D.dtype)
-    return bias_C[:, None] * (direction_D / at_mean)
+def folded(bias_C: torch.Tensor, whitened_CD: torch.Tensor, means_CD: torch.Tensor) -> torch.Tensor:
+    """[C, D]: b v' for the v with v mu_c = 1 for every class mean (as nearly as they allow) that is shortest in S.
+
+    `whitened_CD` is S^-1 mu_c, so that v = S^-1 M' (M S^-1 M')^-1 1.
+    """
+    overlap_CC = whitened_CD @ means_CD.T
+    share_C = torch.linalg.pinv(overlap_CC, rtol=1e-9) @ torch.ones(len(bias_C), dtype=overlap_CC.dtype)
+    folded_CD: torch.Tensor = bias_C[:, None] * (share_C @ whitened_CD)
+    return folded_CD
 
 
 def centred(rows_CD: torch.Tensor) -> torch.Tensor:

@@ -31,7 +31,7 @@ Statistics = dict[Path, RouterStatistics]
 Places = Mapping[Path, Sequence[tuple[int, Text]]]
 """A router's path -> the texts it is fitted on, by index, and what it should make of each."""
 TINY = 1e-12
-CLOSED_START, LOGISTIC_START = 4.0, 1.25  # where the search for the scale starts
+CLOSED_START, LOGISTIC_START = 4.0, 1.5  # where the search for the scale starts
 TRIES = 6  # how many scales it usually looks at, for the progress bar
 STATES_BYTES = 2 * 2**30  # states that `logistic` holds in memory; more text than fits is thinned out evenly
 
@@ -249,7 +249,8 @@ def _scaled(
         progress.advance(1)
         return _losses(model, texts, silent).mean
 
-    scale, _ = search(loss, start=at)
+    tokens = sum(block.targets for text in texts for block in text.held)
+    scale, _ = search(loss, start=at, tokens=tokens)
     return scale, times(gates, scale)
 
 

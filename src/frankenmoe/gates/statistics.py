@@ -118,8 +118,8 @@ def statistics_bytes(fitted: Fitted) -> bytes:
     about = []
     for path, router in fitted.routers.items():
         key = _key(path)
-        tensors[f"{key}.count"] = router.count_U
-        tensors[f"{key}.mean"] = router.mean_ULD.contiguous()
+        tensors[f"{key}.count"] = router.count_U.clone()
+        tensors[f"{key}.mean"] = router.mean_ULD.clone()
         rows, columns = _triangle(router.second_LDD.shape[-1])
         tensors[f"{key}.second"] = router.second_LDD[:, rows, columns].contiguous()
         texts = [{"name": text.name, "target": text.target_C, "weight": text.weight} for text in router.texts]

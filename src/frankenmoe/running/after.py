@@ -134,11 +134,11 @@ def _eval_said(job: Job) -> str:
 
 
 def _export(job: Job, progress: Progress) -> None:
-    from frankenmoe.exporting import check_files, export
+    from frankenmoe.exporting import check_files, export_gguf
 
     section: Export = _section(job, "export")
     with _scratch(job, "export") as folder:
-        files = export(
+        files = export_gguf(
             job.model,
             folder,
             types=section.types,

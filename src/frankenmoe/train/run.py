@@ -39,6 +39,7 @@ from frankenmoe.train.data import Domain, Mixture
 from frankenmoe.train.guard import Look, look
 from frankenmoe.train.parts import Slots, blocks, gate_modules, make_learnable
 from frankenmoe.train.routing import prepare_routers
+from frankenmoe.train.sharding import shard
 from frankenmoe.train.teachers import cache_teachers, open_teachers
 from frankenmoe.train.trainer import MoETrainer
 from frankenmoe.train.traps import check_gradient
@@ -55,6 +56,7 @@ class Job:
     settings: Train
     folder: Path
     report_to: tuple[str, ...] = ()
+    shard: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,9 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
         if trainer.args.should_save:
             save_best(job.folder, weights)
 
+    sharded = job.shard and arguments.world_size > 1
+    if sharded:
+        shard(model, arguments.device)
     trainer = MoETrainer(
         slots=slots,
         settings=settings,
@@ -127,6 +132,7 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
         on_look=on_look,
         progress=progress,
         context=context,
+        sharded=sharded,
         model=model,
         args=arguments,
         data_collator=_stack,
@@ -186,6 +192,9 @@ def _arguments(job: Job) -> TrainingArguments:
         dataloader_num_workers=0,
         dataloader_pin_memory=torch.cuda.is_available(),
         ddp_find_unused_parameters=any(part in settings.what for part in ("adapters", "experts")),
+        # without these accelerate would let every process of a CPU run train alone
+        use_cpu=not torch.accelerator.is_available(),
+        ddp_backend="gloo" if world > 1 and not torch.accelerator.is_available() else None,
         seed=settings.seed % 2**32,
         average_tokens_across_devices=True,
     )

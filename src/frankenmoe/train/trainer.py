@@ -5,8 +5,8 @@ Shape suffixes: B blocks, T tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +48,7 @@ class MoETrainer(Trainer):  # type: ignore[misc]
         on_look: Callable[["MoETrainer", int], None],
         progress: Progress,
         context: Callable[[], AbstractContextManager[Any]],
+        sharded: bool = False,
         **options: Any,
     ) -> None:
         self.slots, self.settings, self.mixture, self.history = slots, settings, mixture, history
@@ -55,6 +56,8 @@ class MoETrainer(Trainer):  # type: ignore[misc]
         self.step_loss: torch.Tensor | float = 0.0
         super().__init__(train_dataset=mixture, **options)
         self.blocks = blocks(self.model)
+        # a sharded model must neither be wrapped in DDP nor sharded again
+        self.is_distributed_loading_by_transformers = sharded
         self.model_accepts_loss_kwargs = True  # makes the Trainer count targets over all processes
         self.loss_is_scaled_for_ga = True
         self.add_callback(_Watch(self))
@@ -78,6 +81,15 @@ class MoETrainer(Trainer):  # type: ignore[misc]
             betas=BETAS,
         )
         return self.optimizer
+
+    @contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Between the parts of one batch; transformers' own asks a config that only its own way of loading makes."""
+        self.model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.model.set_requires_gradient_sync(True)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
@@ -105,12 +117,19 @@ class MoETrainer(Trainer):  # type: ignore[misc]
             logits_BTV = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
         tokens = self._token_loss(logits_BTV, inputs) * world / num_items_in_batch
         loss = tokens + self._router_loss(seen, inputs) / parts
-        if not torch.isfinite(loss):
+        if not self._finite(loss):
             raise NumericsError(
                 f"the loss is {float(loss.detach())} at step {self.state.global_step + 1}",
                 hint="lower --rate and --router-rate, or look for text that is nothing but one repeated token",
             )
         return (loss, None) if return_outputs else loss
+
+    def _finite(self, loss: torch.Tensor) -> bool:
+        """Whether the loss is a number in every process, so that all of them stop together."""
+        finite = torch.isfinite(loss.detach()).float()
+        if self.args.world_size > 1:
+            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        return bool(finite)
 
     def _token_loss(self, logits_BTV: torch.Tensor, inputs: Any) -> torch.Tensor:
         """The sum over targets of the language-model terms."""

@@ -1,0 +1,261 @@
+"""What training wins back on four parents of real text: held-out loss of MoEs beside dense models trained alike.
+
+Every run (a row and a seed) is kept as a file under --runs, so that a long benchmark can be split and goes on where it
+stopped. Settings were chosen on a part of the training text; the held-out text is read here and nowhere else.
+"""
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from common import REPOSITORY, Row, arguments, log, publish
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import frankenmoe as fm
+from frankenmoe.evaluate.perplexity import mean_loss
+from frankenmoe.moe.dense import quiet_transformers
+from frankenmoe.recipetrain import Train
+from frankenmoe.training import train
+
+SHARED = REPOSITORY.parent / "shared"
+DOMAINS = ("french", "math", "python", "shakespeare")
+COPIES = (*DOMAINS, "a", "b", "c", "d")
+PROMPTS, PROMPT_TOKENS = 8, 48
+Losses = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe and how it is trained; `seeds` is how many runs make the row."""
+
+    recipe: Callable[[int], dict[str, Any]]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 5
+
+
+def main() -> None:
+    options = _options()
+    options.runs.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)
+    names = list(RUNS) if options.only is None else options.only.split(",")
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in names:
+        seeds = range(min(RUNS[name].seeds, options.rounds)) if options.seed is None else [options.seed]
+        for seed in seeds:
+            kept = options.runs / f"{name}-{seed}.json"
+            if not kept.exists():
+                if options.kept:
+                    continue
+                log(f"  {name}, seed {seed}")
+                kept.write_text(json.dumps(measure(name, seed, scale=options.scale)))
+            found.setdefault(name, []).append(json.loads(kept.read_text()))
+            log(f"  {name}, seed {seed}: {statistics.fmean(found[name][-1]['loss'].values()):.4f}")
+    if options.only is None:
+        publish("routers-train", rows(found), options=options, work=options.runs)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "frankenmoe-routers-train")
+    parser.add_argument("--only", help="these runs, comma between, and no table")
+    parser.add_argument("--seed", type=int, help="this seed alone")
+    parser.add_argument("--kept", action="store_true", help="make the table of what is kept, run nothing")
+    own, rest = parser.parse_known_args()
+    import sys
+
+    sys.argv[1:] = rest
+    options = arguments(__doc__ or "", name="routers-train")
+    return argparse.Namespace(**vars(options), **vars(own))
+
+
+def measure(name: str, seed: int, *, scale: str) -> dict[str, Any]:
+    """Trains (if the run says so) and measures on held-out text; everything but the numbers is thrown away."""
+    run = RUNS[name]
+    work = Path(tempfile.mkdtemp(prefix="frankenmoe-train-"))
+    try:
+        file = work / "recipe.yml"
+        file.write_text(yaml.safe_dump(run.recipe(seed), allow_unicode=True))
+        if not run.settings:
+            return {"loss": held_out(fm.load(file).model), "parameters": 0, "bytes": 0}
+        settings = dict(run.settings) | {"seed": seed}
+        if scale != "full":
+            settings |= {"steps": 2, "guard_blocks": 2}
+        data = {domain: [str(SHARED / "text" / f"{domain}.train.txt")] for domain in DOMAINS}
+        for stage in (settings.pop("first", None), settings):
+            if stage is not None:
+                table = {"guard_every": 100, "seed": seed} | stage
+                target = work / f"out-{len(list(work.iterdir()))}"
+                found = train(file, target, data=data, settings=Train.model_validate(table), keep_anyway=True)
+                file = target
+        size = sum(each.stat().st_size for each in file.rglob("*.safetensors"))
+        return {
+            "loss": held_out(fm.load(found.artifact).model),
+            "parameters": found.report["parameters"],
+            "bytes": size,
+            "validation": [[look["step"], look["mean"]] for look in found.report["looks"]],
+            "largest_load": found.report["largest_load"],
+        }
+    finally:
+        shutil.rmtree(work)
+
+
+def held_out(model: Any, domains: tuple[str, ...] = DOMAINS) -> Losses:
+    """Nats per token of each domain's held-out text, in blocks of 128 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base")
+    return {
+        domain: mean_loss(model, tokenizer, (SHARED / "text" / f"{domain}.heldout.txt").read_text())
+        for domain in domains
+    }
+
+
+def prompts(domain: str, seed: int) -> list[str]:
+    """Eight prompts of 48 tokens from a domain's training text, others for every seed."""
+    tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base")
+    text = (SHARED / "text" / f"{domain}.train.txt").read_text()
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    starts = torch.randint(len(ids) - PROMPT_TOKENS, (PROMPTS,), generator=torch.Generator().manual_seed(seed))
+    return [tokenizer.decode(ids[start : start + PROMPT_TOKENS]) for start in starts.tolist()]
+
+
+def moe(seed: int, gate_mode: str = "hidden_avg") -> dict[str, Any]:
+    """The four parents' FFNs on the base's backbone, top-2."""
+    experts = [
+        {
+            "source_model": str(SHARED / "models" / f"expert-{domain}"),
+            "name": domain,
+            "positive_prompts": prompts(domain, seed),
+        }
+        for domain in DOMAINS
+    ]
+    return _recipe(experts, gate_mode=gate_mode, seed=seed, experts_per_token=2)
+
+
+def copies(seed: int) -> dict[str, Any]:
+    """Eight experts that all are the base, top-2; four of them are called like the domains."""
+    experts = [{"source_model": str(SHARED / "models" / "base"), "name": name} for name in COPIES]
+    return _recipe(experts, gate_mode="uniform_random", seed=seed, experts_per_token=2)
+
+
+def dense(_seed: int) -> dict[str, Any]:
+    """The base alone, as an MoE of one expert."""
+    return _recipe([{"source_model": str(SHARED / "models" / "base"), "name": "base"}], experts_per_token=1)
+
+
+def forced(domain: str) -> dict[str, Any]:
+    """The base with one parent's FFNs everywhere."""
+    return _recipe([{"source_model": str(SHARED / "models" / f"expert-{domain}"), "name": domain}], experts_per_token=1)
+
+
+def _recipe(experts: list[dict[str, Any]], *, gate_mode: str = "random", **keys: Any) -> dict[str, Any]:
+    base = {"base_model": str(SHARED / "models" / "base"), "dtype": "float32", "gate_mode": gate_mode}
+    return base | {"experts": experts} | keys
+
+
+EVERYTHING = "routers,norms,attention,experts,embeddings"
+RUNS: Mapping[str, Run] = {
+    "random": Run(lambda seed: moe(seed, "random")),
+    "hidden_avg": Run(moe),
+    "routers": Run(moe, {"what": "routers", "steps": 200}),
+    "backbone": Run(moe, {"what": "routers,attention,norms", "steps": 200, "rank": 16}),
+    # one rank more than the MoE's, so that the dense base has at least as many numbers to learn
+    "dense-backbone": Run(dense, {"what": "attention,norms", "steps": 200, "rank": 17}),
+    "copies": Run(copies, {"what": "routers,adapters", "steps": 1000, "rank": 8, "domain": 0.1}),
+    "dense-16": Run(dense, {"what": "adapters", "steps": 1000, "rank": 16}),
+    "dense-64": Run(dense, {"what": "adapters", "steps": 1000, "rank": 64}),
+    "everything": Run(
+        moe,
+        {"what": EVERYTHING, "steps": 1000, "rank": 64, "distill": 1.0, "next_token": 0.0, "domain": 0.1},
+    ),
+}
+
+
+def references() -> tuple[Losses, Losses, Losses]:
+    """(base, every parent on its own text, own expert forced), domain by domain."""
+    with quiet_transformers():
+        parents = {
+            name: AutoModelForCausalLM.from_pretrained(SHARED / "models" / name, dtype=torch.float32).eval()
+            for name in ("base", *(f"expert-{domain}" for domain in DOMAINS))
+        }
+    own = {domain: held_out(parents[f"expert-{domain}"], (domain,))[domain] for domain in DOMAINS}
+    oracle = {}
+    for domain in DOMAINS:
+        recipe = fm.Recipe.parse(json.dumps(forced(domain)), folder=Path.cwd(), origin="forced")
+        oracle[domain] = held_out(fm.load(recipe).model, (domain,))[domain]
+    return held_out(parents["base"]), own, oracle
+
+
+def rows(found: Mapping[str, list[dict[str, Any]]]) -> list[Row]:
+    """The table. Losses are means over domains and seeds; a share of a gap or of an advantage is in percent."""
+    base, own, oracle = (statistics.fmean(each.values()) for each in references())
+    mean = {name: [statistics.fmean(run["loss"].values()) for run in runs] for name, runs in found.items()}
+    random = statistics.fmean(mean["random"]) if "random" in mean else None
+    table = [
+        Row("held-out loss: dense base", base, "nats", None, {}),
+        Row("held-out loss: parents, each on its own text", own, "nats", None, {}),
+        Row("held-out loss: own expert forced", oracle, "nats", None, {}),
+    ]
+    for name, losses in mean.items():
+        table.append(Row(f"{TITLES[name]}: loss", statistics.fmean(losses), "nats", None, {"loss": losses}))
+        shares = [100 * (base - loss) / (base - own) for loss in losses]
+        least = 60.0 if name == "everything" else None
+        table.append(_at_least(f"{TITLES[name]}: of parents' advantage", shares, least))
+        if random is not None and name in ("hidden_avg", "routers"):
+            gaps = [100 * (random - loss) / (random - oracle) for loss in losses]
+            table.append(_at_least(f"{TITLES[name]}: of the gap", gaps, 100.0 if name == "routers" else None))
+    table += _against(found, "backbone", "dense-backbone", every_domain=True)
+    table += _against(found, "copies", "dense-16", every_domain=False)
+    table += _against(found, "copies", "dense-64", every_domain=None)
+    if "copies" in found:
+        # float32 tensors of the adapters and the routers, and a little for the headers
+        adapters = 4 * 8 * 8 * 4 * 3 * (192 + 512) + 4 * 4 * 8 * 192
+        worth = [run["bytes"] / adapters for run in found["copies"]]
+        table.append(Row("8 copies: virtual form against its adapters", max(worth), "x", 1.05, {"ratio": worth}))
+    return table
+
+
+TITLES = {
+    "random": "random gates",
+    "hidden_avg": "mergekit's hidden_avg",
+    "routers": "routers, 200 steps",
+    "backbone": "routers, attention, norms, 200",
+    "dense-backbone": "dense: attention, norms, 200",
+    "copies": "8 copies, adapters of rank 8",
+    "dense-16": "dense, adapter of rank 16",
+    "dense-64": "dense, adapter of rank 64",
+    "everything": "everything, distilled, 1000",
+}
+
+
+def _at_least(what: str, values: list[float], least: float | None) -> Row:
+    return Row(what, statistics.fmean(values), "%", None, {"percent": values}, at_least=least)
+
+
+def _against(
+    found: Mapping[str, list[dict[str, Any]]], ours: str, theirs: str, *, every_domain: bool | None
+) -> list[Row]:
+    """How much lower our loss is than that of the dense model trained alike: on the worst domain, or in the mean."""
+    if not {ours, theirs} <= found.keys():
+        return []
+    gains = {
+        domain: statistics.fmean(run["loss"][domain] for run in found[theirs])
+        - statistics.fmean(run["loss"][domain] for run in found[ours])
+        for domain in DOMAINS
+    }
+    value = min(gains.values()) if every_domain else statistics.fmean(gains.values())
+    where = "worst domain" if every_domain else "mean"
+    least = None if every_domain is None else 0.0
+    return [
+        Row(f"{ours} below {theirs}, {where}", value, "nats", None, {"by domain": list(gains.values())}, at_least=least)
+    ]
+
+
+if __name__ == "__main__":
+    main()
