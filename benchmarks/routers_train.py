@@ -1,4 +1,4 @@
-"""What training wins back on four parents of real text: held-out loss of trained MoEs beside dense models trained alike.
+"""What training wins back on four parents of real text: held-out loss of MoEs beside dense models trained alike.
 
 Every run (a row and a seed) is kept as a file under --runs, so that a long benchmark can be split and goes on where it
 stopped. Settings were chosen on a part of the training text; the held-out text is read here and nowhere else.

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import corpus
 import pytest
 import torch
 from safetensors.torch import load_file
 
-import corpus
 import frankenmoe as fm
 from frankenmoe.train import checkpoint
 
