@@ -194,7 +194,9 @@ def publish(name: str, rows: Sequence[Row], *, options: argparse.Namespace, work
     print(f"{name}, scale {options.scale}, {options.rounds} rounds")
     print(f"{'what':<52}{'value':>10}{'limit':>9}{'':>2}reached")
     for row in rows:
-        print(f"{row.what:<52}{spell(row.value, row.unit):>10}{spell(row.limit, row.unit):>9}  {verdict(row.reached)}")
+        print(
+            f"{row.what:<52}{spell(row.value, row.unit):>10}{goal(row.limit, row.at_least, row.unit):>9}  {verdict(row.reached)}"
+        )
     print(f"kept in {options.out}")
 
 
@@ -205,6 +207,11 @@ def spell(value: float | None, unit: str) -> str:
     if unit == "nats":
         return f"{value:.3f} {unit}"
     return f"{value:.2f} {unit}" if unit in ("x", "s") else f"{value:.0f} {unit}".rstrip()
+
+
+def goal(limit: float | None, at_least: float | None, unit: str) -> str:
+    """What was to be reached: the most a value may be, or the least behind a `>`; a dash for nothing."""
+    return spell(limit, unit) if at_least is None else f"> {spell(at_least, unit)}"
 
 
 def verdict(reached: bool | None) -> str:
