@@ -194,9 +194,8 @@ def publish(name: str, rows: Sequence[Row], *, options: argparse.Namespace, work
     print(f"{name}, scale {options.scale}, {options.rounds} rounds")
     print(f"{'what':<52}{'value':>10}{'limit':>9}{'':>2}reached")
     for row in rows:
-        print(
-            f"{row.what:<52}{spell(row.value, row.unit):>10}{goal(row.limit, row.at_least, row.unit):>9}  {verdict(row.reached)}"
-        )
+        value, least = spell(row.value, row.unit), goal(row.limit, row.at_least, row.unit)
+        print(f"{row.what:<52}{value:>10}{least:>9}  {verdict(row.reached)}")
     print(f"kept in {options.out}")
 
 
