@@ -111,8 +111,8 @@ def _reading(losses: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [
         f"Each parent is good at its own text; the best all-round one is {dense} with {average[dense]:.3f}.",
         f"The {best}: {reached:.3f}, {abs(base - reached):.3f} {'better' if reached < base else 'worse'} than the "
-        f"dense base. On the way from random gates ({random:.3f}) to every text's own expert ({own:.3f}), gates from prompts "
-        f"get {_share(random, prompted, own):.0%} far, fitted ones {_share(random, average[FITTED], own):.0%}"
+        f"dense base. On the way from random gates ({random:.3f}) to every text's own expert ({own:.3f}), gates from "
+        f"prompts get {_share(random, prompted, own):.0%} far, fitted ones {_share(random, average[FITTED], own):.0%}"
         + (f", trained ones {_share(random, average[TRAINED], own):.0%}." if TRAINED in average else "."),
     ]
 
