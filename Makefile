@@ -26,7 +26,7 @@ reference: $(VENV)/.installed
 	$(BIN)/python docs/make_reference.py > docs/reference.md
 
 bench: $(VENV)/.installed
-	for script in plan load build; do $(BIN)/python benchmarks/$$script.py || exit 1; done
+	for script in plan load build audit; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
 # torch first and by its exact version: a plain `torch` may fetch gigabytes of GPU libraries
 $(VENV)/.installed: requirements.lock pyproject.toml
@@ -40,7 +40,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/pip install --quiet torch==2.13.0
-	.lock/bin/pip install --quiet ".[dev,peers,train]"
+	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf]"
 	.lock/bin/pip freeze --exclude frankenmoe | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
 	rm -rf .lock
 

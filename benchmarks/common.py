@@ -23,7 +23,10 @@ from typing import Any, TypeVar
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 SCALES = ("smoke", "small", "full")
-PACKAGES = ("frankenmoe", "numpy", "safetensors", "torch", "transformers", "mergekit")
+PACKAGES = (
+    *("frankenmoe", "numpy", "safetensors", "torch", "transformers"),
+    *("mergekit", "lm_eval", "gguf", "xllamacpp", "cyllama"),
+)
 MB = 10**6
 INTERVAL = 0.02  # seconds between two looks at a process's memory
 # Nothing here may wait for a network that a laptop has and a build machine has not.
@@ -64,9 +67,12 @@ class Row:
         return self.value <= self.limit if self.limit is not None else self.value >= (self.at_least or 0.0)
 
 
-def arguments(description: str, *, name: str) -> argparse.Namespace:
-    """The options all benchmarks take: scale, rounds, work, out."""
+def arguments(
+    description: str, *, name: str, more: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+) -> argparse.Namespace:
+    """The options all benchmarks take: scale, rounds, work, out; `more` adds those of one of them."""
     parser = argparse.ArgumentParser(description=description)
+    more(parser)
     parser.add_argument("--scale", choices=SCALES, default="small", help="only full counts (default: small)")
     parser.add_argument("--rounds", type=int, default=5, help="times each contestant runs (default: 5)")
     parser.add_argument("--work", type=Path, help="folder on the disk to measure (default: the temporary folder)")
@@ -203,9 +209,10 @@ def spell(value: float | None, unit: str) -> str:
     """A value as a table shows it: `1.07 x`, `244 MB`; without a unit it is a count."""
     if value is None:
         return "-"
-    if unit == "nats":
-        return f"{value:.3f} {unit}"
-    return f"{value:.2f} {unit}" if unit in ("x", "s") else f"{value:.0f} {unit}".rstrip()
+    digits = {"x": 2, "s": 2, "%": 2, "nats": 3}.get(unit, 0)
+    if unit == "nats" and value < 0.001:  # differences of rounding
+        return f"{value:.1e}"
+    return f"{value:.{digits}f} {unit}".rstrip()
 
 
 def goal(limit: float | None, at_least: float | None, unit: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
 import tiny
 from frankenmoe import compose
@@ -62,8 +63,10 @@ def test_identical_prompts_for_all(tmp_path: Path, parents: Parents) -> None:
     experts = [{"source_model": str(parent), "positive_prompts": ["the same"]} for parent in parents["llama"]]
     recipe = tmp_path / "recipe.yml"
     recipe.write_text(yaml.safe_dump({"base_model": str(parents["llama"][0]), "experts": experts}))
-    facts = (f"{recipe}:2: experts must have prompts that differ", "the same for all")
-    refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="prompts that only it should get")
+    facts = (f"{recipe}:2: experts must have data or prompts that differ", "the same for all")
+    refused(
+        "build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="data or prompts that only it should get"
+    )
 
 
 def test_unreadable_yaml_has_line_and_column(tmp_path: Path) -> None:
@@ -89,7 +92,6 @@ def test_a_missing_source(recipe: Path, tmp_path: Path) -> None:
         ("llama", {"num_hidden_layers": 3}, ("layer count 2 against 3",)),
         ("llama", {"intermediate_size": 64}, ("FFN width 48 against 64",)),
         ("llama", {"num_attention_heads": 8}, ("head count 4 against 8",)),
-        ("llama", {"vocab_size": 112}, ("vocabulary 128 against 112",)),
         ("mistral", {}, ("family llama against mistral",)),
         ("llama", {"hidden_size": 64, "vocab_size": 112}, ("hidden size 32 against 64", "vocabulary 128 against 112")),
     ],
@@ -101,6 +103,20 @@ def test_a_parent_of_another_shape(
     other = tiny.make_parent(tmp_path / "other", family, **changes)
     recipe = tiny.write_recipe(tmp_path / "recipe.yml", base, [base, other])
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=(str(base), str(other), *facts), hint="family")
+
+
+def test_a_parent_with_another_vocabulary_is_told_why_and_what_to_do(tmp_path: Path, parents: Parents) -> None:
+    base = parents["llama"][0]
+    other = tiny.make_parent(tmp_path / "other", vocab_size=112)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", base, [base, other])
+    facts = (str(base), str(other), "vocabulary 128 against 112", "tokens of its own")
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint="resize_token_embeddings(128)")
+    # the way out is one
+    model = AutoModelForCausalLM.from_pretrained(other)
+    model.resize_token_embeddings(128)
+    model.save_pretrained(other)
+    outcome = cli("build", recipe, tmp_path / "out")
+    assert outcome.code == 0, outcome.stderr
 
 
 # values

@@ -4,15 +4,18 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import dynamic_module_utils
 
 import tiny
-from refusals import cli, copy_of, refused, spoil
+from refusals import Tensors, cli, copy_of, refused, spoil
 
 Parents = dict[str, list[Path]]
 Header = dict[str, Any]
@@ -190,6 +193,29 @@ def test_code_beside_a_known_family_is_ignored(tmp_path: Path, parents: Parents)
     assert not (tmp_path / "boom").exists()
 
 
+def test_code_beside_a_family_without_a_table_is_ignored_where_transformers_knows_it(
+    tmp_path: Path, parents: Parents
+) -> None:
+    folders = [copy_of(parent, tmp_path / parent.name) for parent in parents[tiny.UNLISTED]]
+    for folder in folders:
+        with_code(folder, model_type=tiny.UNLISTED, boom=tmp_path / "boom")
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders[1:], prompts=True, gate_mode="hidden")
+    outcome = cli("build", recipe, tmp_path / "out", "--virtual")
+    assert outcome.code == 0, outcome.stderr
+    assert cli("chat", tmp_path / "out", "--prompt", "hi", "--max-new-tokens", 2).code == 0
+    assert not (tmp_path / "boom").exists()
+
+
+def test_what_transformers_knows_is_read_without_importing_it() -> None:
+    code = (
+        "import sys\nfrom frankenmoe.planning.sources import known_to_transformers as known\n"
+        "print([known(name) for name in ('falcon', 'gpt_neox', 'own', 'gpt.neox', '')])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "[True, True, False, False, False]\n", done.stderr
+
+
 def test_remote_code_runs_when_asked(tmp_path: Path, parents: Parents, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     folders = [copy_of(parent, tmp_path / parent.name) for parent in parents["llama"]]
@@ -230,6 +256,10 @@ def test_remote_code_runs_when_asked(tmp_path: Path, parents: Parents, monkeypat
         ({"rope_parameters": "fast"}, ("rotary settings 'fast'",)),
         ({"rope_theta": "fast", "rope_parameters": None}, ("LlamaForCausalLM", "'str'")),
         ({"rope_parameters": {"rope_type": "nobody-knows", "rope_theta": 1e4}}, ("'nobody-knows'",)),
+        ({"rope_parameters": None, "rope_theta": float("nan")}, ("rope_theta nan", "expected a positive number")),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, ("rope_theta 0",)),
+        ({"rms_norm_eps": -1e-5}, ("rms_norm_eps -1e-05",)),
+        ({"rms_norm_eps": float("inf")}, ("rms_norm_eps inf",)),
         ({"rms_norm_eps": "small"}, ("'rms_norm_eps'", "str")),
         ({"hidden_act": "nobody-knows"}, ("nobody-knows",)),
         ({"dtype": "int8"}, ("int8", "expected float32, float16 or bfloat16")),
@@ -260,6 +290,59 @@ def test_a_config_without_a_size(tmp_path: Path, parents: Parents, key: str) -> 
     facts = (str(folders[0] / "config.json"), f"no {key}")
     refused("plan", recipe, inside=tmp_path, facts=facts, hint="fetch config.json again")
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts)
+
+
+# quantized weights
+
+
+@pytest.mark.parametrize(
+    ("said", "method", "hint"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8", "FineGrainedFP8Config(dequantize=True)"),
+        ({"quant_method": "mxfp4"}, "mxfp4", "Mxfp4Config(dequantize=True)"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes", "model.dequantize()"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq", "the model it was quantized from"),
+        ({"bits": 4}, "None", "the model it was quantized from"),
+        ("int4", "int4", "the model it was quantized from"),
+    ],
+)
+@pytest.mark.parametrize("who", ["base", "expert"])
+def test_a_quantized_source_is_refused_by_the_plan(
+    tmp_path: Path, parents: Parents, said: object, method: str, hint: str, who: str
+) -> None:
+    bad = copy_of(parents["llama"][1], tmp_path / "bad")
+    tiny.edit_config(bad, quantization_config=said)
+    others = parents["llama"]
+    recipe = tiny.write_recipe(
+        tmp_path / "recipe.yml", bad if who == "base" else others[0], [others[2], bad if who == "expert" else others[0]]
+    )
+    facts = (str(bad), "is quantized", f"method {method}", "float32, float16 or bfloat16")
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint=hint)
+    refused("build", recipe, tmp_path / "out", "--virtual", inside=tmp_path, facts=facts, hint=hint)
+    (bad / "model.safetensors").unlink()
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint=hint)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "spelt"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.uint8, "U8")]
+)
+@pytest.mark.parametrize("family", ["llama", tiny.UNLISTED])
+def test_codes_in_the_place_of_weights(
+    tmp_path: Path, parents: Parents, dtype: torch.dtype, spelt: str, family: str
+) -> None:
+    def code(tensors: Tensors) -> None:
+        name = next(name for name in tensors if ".mlp." in name and tensors[name].dim() == 2)
+        tensors[name] = tensors[name].to(dtype)
+
+    bad = spoil(copy_of(parents[family][1], tmp_path / "bad"), code)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", parents[family][0], [bad, parents[family][2]])
+    facts = (str(bad), "is quantized", ".mlp.", f"as {spelt}")
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint="dequantize")
+
+
+def test_an_empty_quantization_config_says_nothing(build: tuple[object, ...], bad: Path) -> None:
+    tiny.edit_config(bad, quantization_config=None)
+    assert cli(*build).code == 0
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe", b"[" * 100_000])

@@ -82,7 +82,7 @@ def interrupted(recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(writer, "_copy_run", stop)
+        patched.setattr(writer, "appending", stop)
         with pytest.raises(KeyboardInterrupt):
             fm.build(recipe, out)
     assert partial_folder(out).is_dir()

@@ -153,7 +153,7 @@ def test_a_reader_that_leaves_early_is_no_error(recipe: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["plan", "build", "verify", "chat", "demo", "schema"])
+@pytest.mark.parametrize("command", ["plan", "build", "verify", "chat", "audit", "demo", "schema"])
 def test_help_shows_an_example(command: str) -> None:
     out = run(command, "--help")
     assert f"frankenmoe {command}" in out.partition("Example:")[2]
@@ -171,7 +171,7 @@ def test_sizes(text: str, size: int) -> None:
     assert Size().convert(text, None, None) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "0", "4 G B", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "4XB", "0", "4 G B", "nan", "9" * 400 + "TB"])
 def test_what_is_not_a_size(text: str) -> None:
     assert CliRunner().invoke(app, ["build", "r.yml", "out", "--shard-size", text]).exit_code == 2
 

@@ -14,22 +14,35 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own package and from lower rows only
 LAYERS = (
-    {"errors", "suggest", "progress"},
+    {"errors", "suggest", "progress", "palette"},
     {"families", "checkpoint"},
-    {"recipe", "recipefields", "recipetrain", "refusal", "sourcename", "yamlfile", "artifact"},
+    {
+        "recipe",
+        "recipefields",
+        "recipestages",
+        "recipetext",
+        "recipetrain",
+        "refusal",
+        "sourcename",
+        "yamlfile",
+        "artifact",
+    },
     {"planning", "data"},
     {"moe"},
     {"compose", "gates", "train", "audit", "evaluate", "export", "publish", "prove"},
     {"building"},
-    {"loading"},
-    {"training"},
+    {"loading", "fitting", "extracting"},
+    {"auditing", "evaluating", "exporting", "training"},
+    {"sampling"},
+    {"running"},
     {"demo"},
     {"cli"},
 )
 STAGES = LAYERS[5]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 TORCH_FREE = {"errors", "suggest", "progress", "families", "checkpoint", "recipe", "recipefields", "refusal"} | {
-    "recipetrain", "sourcename", "yamlfile", "artifact", "planning", "compose", "data",
+    "sourcename", "yamlfile", "artifact", "planning", "compose", "data", "palette", "recipestages",
+    "recipetext", "recipetrain", "publish",
 }  # fmt: skip
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")

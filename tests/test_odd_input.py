@@ -1,6 +1,7 @@
 """Input nobody asked for: odd paths, odd prompts, tokenizers and adapters of another model; refused, or simply fine."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,18 @@ def builds(recipe: Path, out: Path, *options: str) -> None:
 @pytest.mark.parametrize("name", ["MoE mit Ümläuten 🧟", "-x", "a.partial", "%s{0}", "new/folders/on the way"])
 def test_an_output_folder_of_any_name(recipe: Path, tmp_path: Path, name: str) -> None:
     builds(recipe, tmp_path / name, "--virtual")
+
+
+def test_a_folder_whose_name_is_no_text(recipe: Path, tmp_path: Path) -> None:
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    (tmp_path / "parents").rename(odd)
+    recipe = recipe.rename(odd / "recipe.yml")
+    recipe.write_text(
+        recipe.read_text().replace(f"{tmp_path}/parents/", "./").replace("gate_mode: hidden", "gate_mode: random")
+    )
+    assert cli("plan", recipe).code == 0
+    for form in ((), ("--virtual",)):
+        builds(recipe, tmp_path / "".join(("out", *form)), *form)
 
 
 def test_relative_paths_with_dots_count_from_the_recipe(recipe: Path, tmp_path: Path) -> None:
@@ -179,6 +192,44 @@ def test_a_generation_config_that_is_none(
     (base / "generation_config.json").write_text(content)
     facts = (str(base / "generation_config.json"),)
     refused("build", recipe, tmp_path / "out", *form, inside=tmp_path, facts=facts, hint="remove it")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja", "generation_config.json"])
+@pytest.mark.parametrize("kind", ["dangling", "loop", "folder", "pipe"])
+def test_a_small_file_that_is_none_is_not_left_out_silently(
+    recipe: Path, base: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    file = base / name
+    file.unlink(missing_ok=True)
+    match kind:
+        case "dangling":
+            file.symlink_to("../blobs/gone")
+        case "loop":
+            file.symlink_to(name)
+        case "folder":
+            file.mkdir()
+        case "pipe":
+            os.mkfifo(file)
+    facts = (str(file), "is not a file", *(["link that leads to none"] if file.is_symlink() else []))
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint="fetch it again")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "model.safetensors.index.json"])
+def test_a_pipe_is_not_waited_for(recipe: Path, base: Path, tmp_path: Path, name: str) -> None:
+    (base / name).unlink(missing_ok=True)
+    os.mkfifo(base / name)
+    refused("plan", recipe, inside=tmp_path, facts=(str(base / name), "is not a file"))
+
+
+def test_escape_codes_in_names_do_not_reach_the_terminal(recipe: Path, base: Path, tmp_path: Path) -> None:
+    red = "\x1b[31mred\n\u202e"
+    spoil(base, lambda tensors: tensors.__setitem__(red, torch.ones(1)))
+    said = cli("plan", recipe)
+    assert said.code == 0
+    assert "\\x1b[31mred\\n\\u202e" in said.stdout
+    assert not {"\x1b", "\u202e"} & set(said.stdout + said.stderr)
+    tiny.write_recipe(recipe, Path(red), [base, base])
+    refused("plan", recipe, inside=tmp_path, facts=("\\x1b[31mred",))
 
 
 # backbones and adapters

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from frankenmoe.recipe import IGNORED_KEYS, PROMPT_MODES, RANDOM_MODES, Recipe, SourceName, schema
+from frankenmoe.recipe import FIT_MODES, IGNORED_KEYS, PROMPT_MODES, RANDOM_MODES, Recipe, SourceName, schema
 
 ROOT = Path(__file__).parents[1]
 MIXTRAL = """
@@ -86,14 +86,16 @@ def test_long_sources_shared_experts_and_ignored_keys_read() -> None:
     assert recipe.notes == (
         "r.yml:7: override_architecture is ignored, because the architecture is read from the source's own config.json",
         "r.yml:16: tokenizer_source is ignored, because the tokenizer is the base model's",
+        "r.yml has no gate_mode, so routers are fitted by logistic (mergekit-moe would take hidden)",
     )
 
 
-def test_defaults_are_mergekits() -> None:
+def test_defaults_are_mergekits_but_for_the_routers() -> None:
     recipe = parse(
         "base_model: b\nexperts: [{source_model: x, positive_prompts: [p]}, {source_model: y, positive_prompts: [q]}]"
     )
-    assert (recipe.gate_mode, recipe.experts_per_token, recipe.dtype, recipe.seed) == ("hidden", 2, None, 0)
+    assert (recipe.gate_mode, recipe.experts_per_token, recipe.dtype, recipe.seed) == ("logistic", 2, None, 0)
+    assert "no gate_mode" in recipe.notes[0]
     assert (recipe.backbone, recipe.architecture, recipe.name, recipe.shared_experts) == ("base", None, None, ())
 
 
@@ -129,7 +131,7 @@ def test_random_modes_need_no_prompts() -> None:
     for mode in RANDOM_MODES:
         recipe = parse(f"base_model: b\ngate_mode: {mode}\nexperts: [{{source_model: x}}, {{source_model: x}}]\n")
         assert recipe.gate_mode == mode
-    assert set(schema()["properties"]["gate_mode"]["enum"]) == PROMPT_MODES | RANDOM_MODES
+    assert set(schema()["properties"]["gate_mode"]["enum"]) == PROMPT_MODES | RANDOM_MODES | FIT_MODES
 
 
 def test_load_knows_its_folder_and_keeps_existing_folders_whole(
@@ -159,7 +161,7 @@ def test_the_digest_is_of_what_is_said() -> None:
     turned = "# another layout\n" + json.dumps(dict(reversed(data.items())))
     same = Recipe.parse(turned, folder=Path("/elsewhere"), origin="other.yml")
     assert (same, same.digest, hash(same)) == (recipe, recipe.digest, hash(recipe))
-    assert recipe.digest == "9054723d3d0a71fa9332802eca0b83846a56b55663594fb0aac5bd02e2bb8a5c"
+    assert recipe.digest == "0db5f60c7b19042ad55f479c9fd76288039c6d8b37b0f155319d7e3d933f2e5c"
     assert parse(MIXTRAL + "seed: 0\nexperts_per_token: 2\ntokenizer_source: base\n").digest == recipe.digest
     assert parse(MIXTRAL + "seed: 1\n").digest != recipe.digest
     assert parse(MIXTRAL + "seed: 1\n") != recipe

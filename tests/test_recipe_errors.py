@@ -87,8 +87,8 @@ def test_a_misspelt_key_is_refused_with_the_right_one(wrong: str, right: str, me
         ("  experts: [{source_model: z}]", "5: experts[1].source_model must be absent beside nested experts", "within"),
         ("- {name: z}", "7: experts[2] must have a source_model or experts of its own, found neither", "source_model"),
         ("- z", "7: experts[2] must be a mapping of keys to values, found the text 'z'", "key: value"),
-        ("- {source_model: z}", "7: experts[2].positive_prompts must be given, as gate_mode hidden needs prompts for "
-         "expert 'z', found none", "gate_mode: random"),
+        ("- {source_model: z}", "7: experts[2].positive_prompts must be given, as gate_mode logistic needs data or "
+         "prompts for expert 'z', found none", "gate_mode: random"),
         ("base_model: a/c", "7: 'base_model' is given twice, first on line 1", "delete one"),
     ],
 )  # fmt: skip
@@ -104,8 +104,8 @@ def test_a_wrong_line_is_refused(line: str, message: str, hint: str) -> None:
         ("base_model: b\nexperts: []\n", "2: experts must be a list with at least one entry, found an empty", "- "),
         ("base_model: b\nexperts: x\n", "2: experts must be a list, found the text 'x'", "- "),
         ("base_model: 3\nexperts: []\n", "1: base_model must be a hub id or a folder, found 3", "org/name@revision"),
-        (GOOD.replace("[q]", "[p]"), "2: experts must have prompts that differ, found the same for all, which makes "
-         "all gate rows equal", "prompts that only it should get"),
+        (GOOD.replace("[q]", "[p]"), "2: experts must have data or prompts that differ, found the same for all, which "
+         "makes all gate rows equal", "data or prompts that only it should get"),
         (GOOD.replace("a/y", "a@b@c"), "5: experts[1].source_model must read path", "write `model: {path: ...}`"),
         (GOOD.replace("a/y", "a/y+l") + "  adapter: m\n", "7: experts[1].adapter must be the only adapter, found '+l'",
          "keep one"),
@@ -123,10 +123,11 @@ def test_a_recipe_that_says_too_little_or_too_much_is_refused(text: str, message
         ("- experts:\n  - {source_model: z, positive_prompts: [z]}",
          "7: experts[2].experts_per_token must be at most 1, the number of experts there, found 2", "_token: 1"),
         ("- experts:\n  - {source_model: z, positive_prompts: [z]}\n  - {source_model: z}",
-         "9: experts[2].experts[1].positive_prompts must be given, as gate_mode hidden needs prompts for expert 'z-2'",
+         "9: experts[2].experts[1].positive_prompts must be given, as gate_mode logistic needs data or prompts for "
+         "expert 'z-2'",
          "gate_mode: random"),
         ("- experts:\n  - {source_model: z, positive_prompts: [z]}\n  - {source_model: z, positive_prompts: [z]}",
-         "7: experts[2].experts must have prompts that differ", "prompts that only it should get"),
+         "7: experts[2].experts must have data or prompts that differ", "data or prompts that only it should get"),
         ("- residual_scale: 2\n  experts: [{source_model: z}]", "7: experts[2].residual_scale must be", "within"),
         ("shared_experts:\n- {source_model: s}\n- {source_model: t, positive_prompts: [t]}",
          "8: shared_experts[0].positive_prompts must be given for all shared experts or for none", "'s'"),
@@ -144,3 +145,41 @@ def test_different_negative_prompts_tell_experts_apart() -> None:
 
 def test_the_first_wrong_line_is_named() -> None:
     assert refused(f"{GOOD}seed: -1\nbackbone: bass\n").message.startswith("r.yml:7: seed ")
+
+
+@pytest.mark.parametrize("experts", [1, 2, 16])
+def test_the_same_slip_in_all_experts_is_told_as_what_it_is(experts: int) -> None:
+    text = "base_model: a/b\nexperts:\n" + "- source_modle: a/x\n" * experts
+    check(text, message="3: experts[0].source_modle is not a known key", hint="did you mean 'source_model'?")
+
+
+def test_the_same_slip_in_all_nested_experts_is_told_as_what_it_is() -> None:
+    text = f"{GOOD}- experts:\n  - source_model: z\n    positive_prompts: [z]\n    noise_scale: -1\n"
+    check(text, message="10: experts[2].experts[0].noise_scale must be at least 0", hint="such a value")
+
+
+@pytest.mark.parametrize("gate_mode", ["random", "uniform_random"])
+def test_blank_prompts_are_fine_where_gates_are_random(gate_mode: str) -> None:
+    # as in mergekit's own examples
+    text = (
+        GOOD.replace("[p]", "['']").replace("[q]", "[' ', '']") + f"  negative_prompts: ['']\ngate_mode: {gate_mode}\n"
+    )
+    recipe = Recipe.parse(text, folder=Path("/nowhere"), origin="r.yml")
+    assert recipe.experts[1].positive_prompts == (" ", "")
+    assert Recipe.parse(str(recipe.to_dict()), folder=Path("/nowhere"), origin="r.yml") == recipe
+
+
+@pytest.mark.parametrize("gate_mode", ["hidden", "hidden_avg", "hidden_last", "cheap_embed"])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD.replace("[p]", "[p, '']"), "4: experts[0].positive_prompts[1] must not be empty, found no text"),
+        (GOOD.replace("[q]", "['\t']"), "6: experts[1].positive_prompts[0] must not be empty, found no text"),
+        (f"{GOOD}shared_experts: [{{source_model: s, positive_prompts: ['']}}]\n",
+         "7: shared_experts[0].positive_prompts[0] must not be empty, found no text"),
+        (f"{GOOD}- {{experts: [{{source_model: s, positive_prompts: ['']}}], experts_per_token: 1}}\n",
+         "7: experts[2].experts[0].positive_prompts[0] must not be empty, found no text"),
+    ],
+)  # fmt: skip
+def test_blank_prompts_are_refused_where_gates_come_from_them(gate_mode: str, text: str, message: str) -> None:
+    check(f"{text}gate_mode: {gate_mode}\n", message=message, hint="delete the entry")

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from frankenmoe.artifact import Artifact
     from frankenmoe.building import build
     from frankenmoe.errors import FrankenMoEError
+    from frankenmoe.exporting import export_gguf
+    from frankenmoe.extracting import extract
+    from frankenmoe.fitting import add_expert, fit
     from frankenmoe.loading import load
     from frankenmoe.moe.load import MoE
     from frankenmoe.planning import Plan, plan
@@ -21,13 +24,31 @@ _HOMES = {
     "MoE": "frankenmoe.moe.load",
     "Plan": "frankenmoe.planning",
     "Recipe": "frankenmoe.recipe",
+    "add_expert": "frankenmoe.fitting",
     "build": "frankenmoe.building",
+    "export_gguf": "frankenmoe.exporting",
+    "extract": "frankenmoe.extracting",
+    "fit": "frankenmoe.fitting",
     "load": "frankenmoe.loading",
     "plan": "frankenmoe.planning",
     "verify": "frankenmoe.prove",
 }
 
-__all__ = ["Artifact", "FrankenMoEError", "MoE", "Plan", "Recipe", "build", "load", "plan", "verify"]
+__all__ = [
+    "Artifact",
+    "FrankenMoEError",
+    "MoE",
+    "Plan",
+    "Recipe",
+    "add_expert",
+    "build",
+    "export_gguf",
+    "extract",
+    "fit",
+    "load",
+    "plan",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,17 +18,37 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from frankenmoe.checkpoint.header import header_bytes, read_header
+from frankenmoe.checkpoint.fingerprint import sha256
+from frankenmoe.checkpoint.header import header_bytes, parse_object, read_header
 from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.errors import ArtifactError
+from frankenmoe.errors import ArtifactError, FrankenMoEError
 
 RECORD = "frankenmoe.json"
 ROUTERS = "model-routers.safetensors"
+STATISTICS = "router-statistics.safetensors"
 INDEX = "model.safetensors.index.json"
 UNFINISHED = "build.json"
 LOCK = "build.lock"
+STAGED = "replacing"
+ORDER = "order.json"
 RECORD_VERSION = 1
+# what a record must say, and as which kind of value
+FIELDS: Mapping[str, type] = {
+    "recipe": dict,
+    "recipe_folder": str,
+    "recipe_folder_from_here": str,
+    "dtype": str,
+    "base_config": dict,
+    "experts": list,
+    "shared_experts": list,
+    "experts_per_token": int,
+    "sources": list,
+    "configs": list,
+    "files": dict,
+}
+
+KINDS: Mapping[type, str] = {dict: "a mapping", list: "a list", str: "a text", int: "a whole number"}
 
 Form = Literal["virtual", "built"]
 Routers = Mapping[str, tuple[str, tuple[int, ...], NDArray[np.uint8]]]
@@ -62,19 +82,44 @@ def open_artifact(folder: Path) -> Artifact:
             f"{folder} holds no {RECORD}, so it is not an artifact of frankenmoe", hint=_hint_unfinished(folder)
         )
     try:
-        record = json.loads(file.read_bytes())
+        record = parse_object(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error.strerror}", hint="check its permissions") from error
     except ValueError as error:
         raise ArtifactError(f"{file} is not JSON: {error}", hint="build the artifact again") from error
-    if not isinstance(record, dict) or record.get("form") not in ("virtual", "built"):
+    if record.get("form") not in ("virtual", "built"):
         raise ArtifactError(f"{file} does not describe an artifact", hint="build the artifact again")
     if record.get("version") != RECORD_VERSION:
         raise ArtifactError(
             f"{file} is of version {record.get('version')}, this frankenmoe reads version {RECORD_VERSION}",
             hint="update frankenmoe, or build the artifact again",
         )
+    _check_fields(file, record)
     if not (folder / ROUTERS).is_file():
         raise ArtifactError(f"{folder} has lost its {ROUTERS}", hint="build the artifact again")
     return Artifact(folder, record)
+
+
+def _check_fields(file: Path, record: Mapping[str, Any]) -> None:
+    """ArtifactError for a record that lacks something, as one edited by hand or made by an earlier frankenmoe does."""
+    wanted = dict(FIELDS) | ({"format": str} if record["form"] == "built" else {})
+    for key, kind in wanted.items():
+        value = record.get(key)
+        names = value if isinstance(value, list) and key.endswith("experts") else []
+        odd = (key == "experts" and not names) or (isinstance(value, str) and "\0" in value)
+        if odd or not isinstance(value, kind) or not all(isinstance(name, str) for name in names):
+            said = f"{key} {record[key]!r:.40}" if key in record else f"no {key}"
+            raise ArtifactError(
+                f"{file} has {said}, expected {KINDS[kind]}",
+                hint="it was edited, or an earlier frankenmoe made it: build the artifact again",
+            )
+    for key, words in (("sources", ("file", "bytes", "fingerprint", "sha256")), ("configs", ("file", "sha256"))):
+        rows = record[key]
+        if not all(isinstance(row, dict) and row.keys() >= set(words) and type(row["file"]) is str for row in rows):
+            raise ArtifactError(
+                f"{file} has {key} that do not each say {', '.join(words)}",
+                hint="it was edited: build the artifact again",
+            )
 
 
 def _hint_unfinished(folder: Path) -> str:
@@ -94,7 +139,8 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
     """The partial folder of `out`, to be filled and then given to `finish`; nobody else may fill it meanwhile.
 
     A partial folder left by a killed run of the same plan (`digest`) is handed out as it is, to go on with; one of
-    another plan is refused. After an error that is the input's fault, what *this* run began is removed again.
+    another plan is refused. After an error what *this* run began is removed again, unless it had finished shards and
+    the machine was at fault (a full disk, say): then the same command goes on from them.
     """
     refuse_occupied(out)
     partial = partial_folder(out)
@@ -115,11 +161,27 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
         _claim(partial, out=out, digest=digest)
         try:
             yield partial
-        except Exception:
-            if fresh:
+        except Exception as error:
+            if fresh and not _worth_keeping(partial, error):
                 shutil.rmtree(partial, ignore_errors=True)
                 _remove_empty(fresh[1:])
             raise
+
+
+def _worth_keeping(partial: Path, error: Exception) -> bool:
+    """Whether finished shards are sound although the build failed; told to the user where that is so.
+
+    An error of ours accuses the recipe, a source or what was written, except where the system's own error is behind it.
+    """
+    fault = isinstance(error, FrankenMoEError) and not (
+        isinstance(error, ArtifactError) and isinstance(error.__cause__, OSError)
+    )
+    shards = len(list(partial.glob("model-*-of-*.safetensors")))
+    if fault or not shards:
+        return False
+    if isinstance(error, FrankenMoEError):
+        error.hint = f"{error.hint}; the same command then goes on from {shards} finished shards in {partial}"
+    return True
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:
@@ -167,10 +229,16 @@ def _claim(partial: Path, *, out: Path, digest: str) -> None:
 
 def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
     """Writes the record last, then renames the partial folder to `out`: from here on it looks finished, and is."""
-    write_atomic(partial / RECORD, _json_bytes({"version": RECORD_VERSION, **record}))
-    if out.is_dir():
-        out.rmdir()
-    partial.replace(out)
+    write_atomic(partial / RECORD, record_bytes(record))
+    try:
+        if out.is_dir():
+            out.rmdir()
+        partial.replace(out)
+    except OSError as error:
+        raise ArtifactError(
+            f"{partial} is whole but cannot become {out}: {error.strerror}",
+            hint=f"move away what has been put into {out} meanwhile",
+        ) from error
     # only now: without them a run killed before the rename could not be finished
     for name in (UNFINISHED, LOCK):
         (out / name).unlink(missing_ok=True)
@@ -182,11 +250,60 @@ def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
     return open_artifact(out)
 
 
+def small_hashes(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file of an artifact that is neither weights nor the record nor about the building."""
+    skipped = {RECORD, UNFINISHED, LOCK}
+    files = (file for file in folder.iterdir() if file.is_file() and file.name not in skipped)
+    return {file.name: sha256(file) for file in sorted(files) if file.suffix not in (".safetensors", ".partial")}
+
+
 def write_routers(folder: Path, routers: Routers) -> None:
     """Writes model-routers.safetensors, whole or not at all."""
+    write_atomic(folder / ROUTERS, routers_bytes(routers))
+
+
+def routers_bytes(routers: Routers) -> bytes:
+    """Gates as the safetensors file they are kept in."""
     entries = [(name, dtype, shape) for name, (dtype, shape, _) in routers.items()]
     head = header_bytes(entries, metadata={"format": "pt"})
-    write_atomic(folder / ROUTERS, head + b"".join(raw.tobytes() for _, _, raw in routers.values()))
+    return head + b"".join(raw.tobytes() for _, _, raw in routers.values())
+
+
+def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Puts new files in the place of old ones, all or none of them once this has been called again after a kill.
+
+    They are written beside the old ones first and then renamed one after the other, in order.
+    """
+    finish_replacing(folder)
+    staged = folder / STAGED
+    growing_stage = folder / f"{STAGED}.partial"
+    shutil.rmtree(growing_stage, ignore_errors=True)
+    growing_stage.mkdir()
+    try:
+        for name, data in files.items():
+            write_atomic(growing_stage / name, data)
+        write_atomic(growing_stage / ORDER, json.dumps(list(files)).encode())
+        growing_stage.replace(staged)
+    except BaseException:
+        shutil.rmtree(growing_stage, ignore_errors=True)
+        raise
+    finish_replacing(folder)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Goes on with a replacement that a kill cut short; does nothing where there is none."""
+    staged = folder / STAGED
+    if not staged.is_dir():
+        return
+    for name in json.loads((staged / ORDER).read_bytes()):
+        if (staged / name).exists():
+            (staged / name).replace(folder / name)
+    shutil.rmtree(staged)
+
+
+def record_bytes(record: Mapping[str, Any]) -> bytes:
+    """A record as the file it is kept in."""
+    return _json_bytes({"version": RECORD_VERSION, **record})
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
@@ -195,4 +312,7 @@ def write_json(file: Path, value: Mapping[str, Any]) -> None:
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # of a path with bytes that are no UTF-8, which Linux allows
+        return (json.dumps(value, indent=2) + "\n").encode()

@@ -7,23 +7,26 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import yaml
 
 from frankenmoe.artifact import (
     ROUTERS,
+    STATISTICS,
     Artifact,
     Routers,
     finish,
     growing,
     open_artifact,
     refuse_occupied,
+    small_hashes,
     write_routers,
 )
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
@@ -35,9 +38,9 @@ from frankenmoe.compose import compose, copy_small_files
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan, plan
-from frankenmoe.planning.recall import plan_of
+from frankenmoe.planning.recall import facts, plan_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import RANDOM_MODES, Recipe
+from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
 SHARD_SIZE = 4 * 10**9
 SWITCH_INTERVAL = 2e-4  # seconds; see torch_ahead
@@ -53,11 +56,14 @@ def build(
     allow_identical: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
+    router_maker: "RouterMaker | None" = None,
+    stage: str = "build",
 ) -> Artifact:
     """Makes an artifact of a recipe: the built form, a standard checkpoint, or the virtual one, megabytes.
 
-    A virtual artifact, as it is or by its folder, is built with the routers it has. Killed at any moment, the same call
-    goes on where it stopped. Raises FrankenMoEError's children.
+    A virtual artifact, as it is or by its folder, is built with the routers it has. `router_maker` makes the routers in
+    place of the recipe's gate mode, and `stage` is what the record calls that. Killed at any moment, the same call goes
+    on where it stopped. Raises FrankenMoEError's children.
     """
     # a link to an empty folder on another disk is filled there
     out = Path(os.path.realpath(out))
@@ -70,31 +76,41 @@ def build(
     digest = (
         f"{made.digest}/{'virtual' if virtual else shard_size}{f'/{sha256(given.folder / ROUTERS)}' if given else ''}"
     )
-    with growing(out, digest=digest) as partial, torch_ahead() as torch_is_there:
+    with (
+        growing(out, digest=digest) as partial,
+        torch_ahead(made, virtual=virtual, trust_remote_code=trust_remote_code) as ahead,
+    ):
         if virtual or made.recipe.gate_mode not in RANDOM_MODES:
-            torch_is_there()
+            ahead.result()
         if virtual:
-            _check_sources(made, progress, trust_remote_code=trust_remote_code)
+            _check_sources(made, progress)
         if not (partial / ROUTERS).exists():
-            write_routers(
+            _write_routers(
                 partial,
-                stored_routers(made, given.folder / ROUTERS)
+                _given_routers(made, given)
                 if given
+                else router_maker(made, progress)
+                if router_maker
                 else make_routers(made, progress, trust_remote_code=trust_remote_code),
             )
         if virtual:
             copy_small_files(made, partial)
         else:
             progress.start("writing", sum(write.nbytes for write in made.writes), "B")
-            compose(made, partial, shard_size=shard_size, on_bytes=progress.advance)
-            torch_is_there()
-            _prove(made, partial, trust_remote_code=trust_remote_code)
+            compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))
+            ahead.result()
+            _prove(made, partial)
         text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
-        record = record_of(made, out, virtual=virtual, progress=progress)
+        try:
+            record = record_of(made, out, folder=partial, virtual=virtual, progress=progress, stage=stage)
+            record["files"] = small_hashes(partial)
+            same = made.digest_now() == made.digest
+        except FileNotFoundError:
+            same = False
         if given:
             record["stages"] = [*given.record["stages"], *record["stages"]]
-        if made.digest_now() != made.digest:
+        if not same:
             raise SourceError(
                 f"a source of {made.recipe.origin} changed while it was read",
                 hint="build again when nothing writes to the sources any more",
@@ -118,49 +134,102 @@ def _plan(what: Recipe | Artifact | str | Path, *, dtype: str | None, trust_remo
 
 
 @contextmanager
-def torch_ahead() -> Iterator[Callable[[], None]]:
-    """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes.
+def torch_ahead(made: Plan, *, virtual: bool, trust_remote_code: bool = False) -> Iterator[Future[None]]:
+    """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes, then checks there
+    that transformers can make models of the sources, and of what will be built.
 
-    Yields what waits for it: transformers cannot be imported from two threads at once. Python's threads take turns; a
-    short turn keeps the copying from waiting for the imports.
+    Yields what waits for it and raises what it found: transformers cannot be imported from two threads at once.
+    Python's threads take turns; a short turn keeps the copying from waiting for the imports.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
-    thread = Thread(target=import_module, args=("frankenmoe.prove",), daemon=True)
-    thread.start()
-    try:
-        yield thread.join
-    finally:
-        thread.join()
-        sys.setswitchinterval(before)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            yield pool.submit(_check_ahead, made, virtual=virtual, trust_remote_code=trust_remote_code)
+        finally:
+            pool.shutdown()
+            sys.setswitchinterval(before)
 
 
-def _check_sources(made: Plan, progress: Progress, *, trust_remote_code: bool) -> None:
-    """What a virtual MoE will read, checked before it is promised."""
+def _check_ahead(made: Plan, *, virtual: bool, trust_remote_code: bool) -> None:
+    """transformers can load the sources, and will find in a built form what its class wants."""
+    prove = import_module("frankenmoe.prove")
     from frankenmoe.moe.load import check_loadable
-    from frankenmoe.prove import prove_sources
 
     check_loadable(made, trust_remote_code=trust_remote_code)
+    if not virtual:
+        prove.prove_class(made)
+
+
+def _unless_failed(ahead: Future[None], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    """`on_bytes`, but raising what the thread has found meanwhile: no use in writing on."""
+
+    def listen(amount: int) -> None:
+        if ahead.done():
+            ahead.result()
+        on_bytes(amount)
+
+    return listen
+
+
+def _check_sources(made: Plan, progress: Progress) -> None:
+    """What a virtual MoE will read, checked before it is promised."""
+    from frankenmoe.prove import prove_sources
+
     progress.start("checking", made.bill.memory_virtual, "B")
     prove_sources(made, on_bytes=progress.advance)
 
 
-def _prove(made: Plan, folder: Path, *, trust_remote_code: bool) -> None:
-    """What was written is what was planned, and transformers can load it."""
-    from frankenmoe.moe.load import check_loadable
+def _prove(made: Plan, folder: Path) -> None:
+    """What was written is what was planned."""
     from frankenmoe.prove import prove_body, prove_routers
 
-    check_loadable(made, trust_remote_code=trust_remote_code)
-    prove_routers(made, folder)
-    prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
+    try:
+        prove_routers(made, folder)
+        prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
+    except ArtifactError as error:  # of a build that went on: running it again would go on from the same files
+        error.hint = f"the folder was changed or damaged while it was made; remove {folder} if it is there, build again"
+        raise
 
 
-def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> Routers:
+@dataclass(frozen=True)
+class MadeRouters:
+    """Every gate, and, where they were fitted, the bytes of their statistics file."""
+
+    routers: Routers
+    statistics: bytes | None = None
+
+
+RouterMaker = Callable[[Plan, Progress], MadeRouters]
+
+
+def _write_routers(folder: Path, made: MadeRouters) -> None:
+    """The routers last: where they are, the statistics are too."""
+    if made.statistics is not None:
+        write_atomic(folder / STATISTICS, made.statistics)
+    write_routers(folder, made.routers)
+
+
+def _given_routers(made: Plan, given: Artifact) -> MadeRouters:
+    """The routers that an artifact has, and the statistics they were fitted from, where it has these."""
+    statistics = given.folder / STATISTICS
+    return MadeRouters(
+        stored_routers(made, given.folder / ROUTERS), statistics.read_bytes() if statistics.is_file() else None
+    )
+
+
+def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> MadeRouters:
     """Every gate by the recipe's gate mode; random ones without waiting for torch."""
     if made.recipe.routers is not None:
-        return stored_routers(made, (made.recipe.folder / made.recipe.routers).absolute())
-    if made.recipe.gate_mode in RANDOM_MODES:
-        return random_routers(made)
+        return MadeRouters(stored_routers(made, (made.recipe.folder / made.recipe.routers).absolute()))
+    mode = made.recipe.gate_mode
+    if mode in RANDOM_MODES:
+        return MadeRouters(random_routers(made))
+    if mode in FIT_MODES:
+        from frankenmoe.gates.stage import fit_plan
+
+        fitted = fit_plan(made, method=mode, trust_remote_code=trust_remote_code, progress=progress)
+        return MadeRouters(fitted.routers, fitted.statistics)
     from frankenmoe.gates import run
 
     reached = 0
@@ -172,7 +241,7 @@ def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> 
         progress.advance(done - reached)
         reached = done
 
-    return run.make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code)
+    return MadeRouters(run.make_routers(made, on_progress=on_progress, trust_remote_code=trust_remote_code))
 
 
 def stored_routers(made: Plan, file: Path) -> Routers:
@@ -219,7 +288,8 @@ def check_buildable(made: Plan, *, virtual: bool, allow_identical: bool) -> None
         )
     if made.all_identical and not allow_identical:
         raise PlanError(
-            f"all {made.experts} experts hold the same weights, so no router can make a difference",
+            f"all {made.experts} experts hold the same weights"
+            f"{' in every block compared' if made.identical_sampled else ''}, so no router can make a difference",
             hint="set noise_relative (0.01, say) or give them adapters; --allow-identical makes it all the same, to be "
             "trained later",
         )
@@ -230,11 +300,18 @@ def _target(made: Plan) -> str:
 
 
 def record_of(
-    made: Plan, out: Path, *, virtual: bool, progress: Progress, known: Mapping[str, str] | None = None
+    made: Plan,
+    out: Path,
+    *,
+    folder: Path,
+    virtual: bool,
+    progress: Progress,
+    stage: str = "build",
+    known: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """frankenmoe.json: enough to say where every number came from and to load without the recipe file.
 
-    `known` are SHA-256 by fingerprint, of files that were hashed before.
+    `folder` is where the artifact grows, `known` are SHA-256 by fingerprint, of files that were hashed before.
     """
     files, known = made.source_files, known or {}
     if virtual:
@@ -248,12 +325,7 @@ def record_of(
         "recipe_folder_from_here": os.path.relpath(made.recipe.folder, out),
         "recipe_digest": made.recipe.digest,
         "seed": made.recipe.seed,
-        "dtype": made.dtype_name,
-        "format": made.fmt.name if made.fmt else None,
-        "base_config": dict(made.base.config),
-        "experts": [node.name for node in made.nodes],
-        "shared_experts": [node.name for node in made.shared],
-        "experts_per_token": made.recipe.experts_per_token,
+        **facts(made),
         "sources": [
             {
                 "file": str(file),
@@ -265,8 +337,18 @@ def record_of(
             }
             for file in files
         ],
-        "stages": [{"stage": "build", "gate_mode": made.recipe.gate_mode, "versions": versions()}],
+        "configs": [{"file": str(file), "sha256": sha256(file)} for file in made.deciding_files],
+        "stages": [{"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()}],
     }
+
+
+def _fit_report(folder: Path) -> dict[str, Any]:
+    """What the fit said when it wrote its statistics: a run that was killed since has not kept it otherwise."""
+    if not (folder / STATISTICS).exists():
+        return {}
+    from frankenmoe.gates.statistics import load_statistics
+
+    return {"fit": load_statistics(folder / STATISTICS).facts}
 
 
 def versions() -> dict[str, str]:

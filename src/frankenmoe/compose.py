@@ -36,7 +36,7 @@ def compose(plan: Plan, folder: Path, *, shard_size: int, on_bytes: Callable[[in
 def _write_shards(
     shards: Mapping[str, Sequence[TensorWrite]], folder: Path, *, on_bytes: Callable[[int], None]
 ) -> None:
-    """Two shards at a time, so that one is synced to disk while the next is copied. The first error stops both."""
+    """Two shards at a time: one computes or waits for a source while the other writes. The first error stops both."""
     scanned: set[TensorRef] = set()
     stopped = Event()
 

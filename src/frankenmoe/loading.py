@@ -42,6 +42,8 @@ def load(
     check_buildable(made, virtual=True, allow_identical=True)
     gates = {
         name: torch.from_numpy(raw).view(getattr(torch, DTYPES[kind].name)).view(shape)
-        for name, (kind, shape, raw) in make_routers(made, progress, trust_remote_code=trust_remote_code).items()
+        for name, (kind, shape, raw) in make_routers(
+            made, progress, trust_remote_code=trust_remote_code
+        ).routers.items()
     }
     return load_plan(made, gates, dtype=as_dtype, trust_remote_code=trust_remote_code, **options)

@@ -3,27 +3,31 @@
 Makes nothing and mends nothing.
 """
 
+import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.artifact import Artifact, open_artifact, small_hashes
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
-from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.dense import causal_class, quiet_transformers
 from frankenmoe.planning import Plan
-from frankenmoe.planning.recall import plan_of
+from frankenmoe.planning.recall import facts, plan_of
 
 DAMAGED = "the folder was changed or damaged after it was built; build it again"
+UNKNOWN_CLASS = "this transformers has another layout for this format than frankenmoe knows; update frankenmoe"
 SAMPLE = 2**16  # bytes of a copied tensor that a sampled proof compares
 Listener = Callable[[int], None]
 
@@ -48,7 +52,15 @@ def verify(
     """
     artifact = open_artifact(Path(folder))
     made = plan_of(artifact)
-    checks = [Check("sources", f"{len(made.source_files)} files are those it was made from")]
+    for key, value in facts(made).items():
+        if artifact.record.get(key) != value:
+            raise ArtifactError(
+                f"the record of {artifact.folder} says {key} {artifact.record.get(key)!r:.60}, but its recipe makes it "
+                f"{value!r:.60}",
+                hint="the record was edited; build the artifact again",
+            )
+    files = (*made.source_files, *made.deciding_files)
+    checks = [Check("sources", f"{len(files)} files are those it was made from"), _small_files(artifact)]
     if artifact.form == "virtual":
         on_start(sum(file.stat().st_size for file in made.source_files))
         return (*checks, _hashes(artifact, made, on_bytes), *prove_routers(made, artifact.folder))
@@ -56,17 +68,47 @@ def verify(
     return (*checks, *prove_routers(made, artifact.folder), *prove_body(made, artifact.folder, on_bytes=on_bytes))
 
 
+def _small_files(artifact: Artifact) -> Check:
+    """The artifact's own configs, index and tokenizer by SHA-256."""
+    recorded, found = artifact.record["files"], small_hashes(artifact.folder)
+    for name, was in recorded.items():
+        if found.get(name) != was:
+            raise ArtifactError(
+                f"{artifact.folder / name} {'was edited' if name in found else 'is gone'} since it was written",
+                hint="bring the old one back, or build the artifact again",
+            )
+    return Check("files", f"{len(recorded)} small files are as they were written")
+
+
 def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:
-    """A built body against its plan, the target class and the sources; `sampled` compares one block per tensor."""
-    tensors = open_checkpoint(folder).tensors
+    """A built body against its plan, the target class and the sources.
+
+    `sampled` compares one block per tensor, and leaves the class to `prove_class`: as the folder's tensors and config
+    are the plan's, what holds of these holds of those.
+    """
+    checkpoint = open_checkpoint(folder)
+    tensors = checkpoint.tensors
     _compare_headers(plan, tensors)
     checks = [Check("headers", f"{len(tensors)} tensors have the planned name, shape and type")]
-    if plan.fmt is not None and plan.fmt.loads_in_transformers:
-        checks.append(_compare_class(folder, tensors))
+    if sampled:
+        _compare_config(plan, checkpoint.config, folder)
+        _read_ahead(tensors.values())
+    elif plan.fmt is not None and plan.fmt.loads_in_transformers:
+        found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
+        checks.append(_compare_class(folder, found, where="the folder", hint=DAMAGED))
     wanted = _sampled_once(plan.writes, tensors) if sampled else plan.writes
     compared = sum(_compare_bytes(write, tensors[write.name], sampled=sampled, on_bytes=on_bytes) for write in wanted)
     extent = "one block of each tensor, " if sampled else "every byte, "
     return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources'"))
+
+
+def prove_class(plan: Plan) -> None:
+    """What the plan will write is what its target class, made from the plan's config, will look for."""
+    if plan.fmt is None or not plan.fmt.loads_in_transformers:
+        return
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(plan.config))
+        _compare_class(Path(folder), _planned(plan), where="the plan", hint=UNKNOWN_CLASS)
 
 
 def _sampled_once(writes: Iterable[TensorWrite], tensors: Mapping[str, TensorRef]) -> Iterator[TensorWrite]:
@@ -103,6 +145,8 @@ def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
             hint=DAMAGED,
         )
     for ref in routers.values():
+        if ref.dtype not in FLOATS:
+            raise ArtifactError(f"router {ref.name} is stored as {ref.dtype}, expected floats", hint=DAMAGED)
         check_finite(ref)
     return (Check("routers", f"{len(routers)} gates of the planned shape, all finite"),)
 
@@ -122,9 +166,14 @@ def _hashes(artifact: Artifact, made: Plan, on_bytes: Listener) -> Check:
     return Check("values", f"every byte of {len(made.source_files)} source files, by SHA-256")
 
 
-def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
+def _planned(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (safetensors dtype, shape) of everything a built form holds."""
     wanted = {write.name: (write.dtype, write.shape) for write in plan.writes}
-    wanted |= {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
+    return wanted | {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
+
+
+def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
+    wanted = _planned(plan)
     found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -134,28 +183,48 @@ def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
             )
 
 
-def _compare_class(folder: Path, tensors: dict[str, TensorRef]) -> Check:
-    """What is on disk is what the target class, made without weights, would save: no name more or less."""
+def _compare_config(plan: Plan, config: Mapping[str, object], folder: Path) -> None:
+    if config != json.loads(json.dumps(plan.config)):
+        raise ArtifactError(f"{folder / 'config.json'} is not the planned one", hint=DAMAGED)
+
+
+def _compare_class(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, where: str, hint: str) -> Check:
+    """`tensors` are what the class of the folder's config, made without weights, would save: no name more or less."""
     with torch.device("meta"), quiet_transformers():
         config = AutoConfig.from_pretrained(folder)
         model = causal_class(config)._from_config(config, dtype=config.dtype)
         state = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    for name in sorted(state.keys() | tensors.keys()):
-        ours, theirs = tensors.get(name), state.get(name)
-        if ours is None or theirs is None or ours.shape != tuple(theirs.shape) or _torch_dtype(ours) != theirs.dtype:
+    theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    ours = {name: (_torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
             raise ArtifactError(
-                f"{type(model).__name__} and the folder disagree on {name}: the class has "
-                f"{'nothing' if theirs is None else f'{theirs.dtype} {list(theirs.shape)}'}, the folder "
-                f"{'nothing' if ours is None else f'{_torch_dtype(ours)} {list(ours.shape)}'}",
-                hint=DAMAGED,
+                f"{type(model).__name__} and {where} disagree on {name}: the class has "
+                f"{_spell(theirs.get(name))}, {where} {_spell(ours.get(name))}",
+                hint=hint,
             )
     return Check("class", f"{type(model).__name__} has exactly these {len(state)} tensors")
 
 
-def _torch_dtype(ref: TensorRef) -> torch.dtype:
-    found = getattr(torch, DTYPES[ref.dtype].name)
+def _spell(found: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "nothing" if found is None else f"{found[0]} {list(found[1])}"
+
+
+def _read_ahead(tensors: Iterable[TensorRef]) -> None:
+    """Asks for the samples all at once: they were written past the page cache, so each is a wait for the disk."""
+    by_file: dict[Path, list[TensorRef]] = {}
+    for ref in tensors:
+        by_file.setdefault(ref.file, []).append(ref)
+    for file, refs in by_file.items():
+        with file.open("rb") as opened:
+            for ref in refs:
+                os.posix_fadvise(opened.fileno(), ref.start, min(SAMPLE, ref.nbytes), os.POSIX_FADV_WILLNEED)
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    found = getattr(torch, DTYPES[dtype].name)
     assert isinstance(found, torch.dtype)
     return found
 

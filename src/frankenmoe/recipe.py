@@ -12,7 +12,6 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PrivateAttr,
     ValidationError,
@@ -23,6 +22,7 @@ from pydantic import (
 from pydantic.json_schema import GenerateJsonSchema
 
 from frankenmoe.recipefields import (
+    FIT_MODES,
     PROMPT_MODES,
     RANDOM_MODES,
     Backbone,
@@ -36,12 +36,24 @@ from frankenmoe.recipefields import (
     Strings,
     Text,
 )
-from frankenmoe.recipetrain import Train
-from frankenmoe.refusal import found, recipe_error, refusal, refuse_unknown_keys
+from frankenmoe.recipestages import (
+    SECTIONS,
+    AuditSection,
+    BuildSection,
+    CardSection,
+    Closed,
+    EvalSection,
+    ExportSection,
+    FitSection,
+    TrainSection,
+    with_bare_sections,
+)
+from frankenmoe.recipetext import check_blank, check_prompts, check_text, prompts_of
+from frankenmoe.refusal import found, recipe_error, refusal
 from frankenmoe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
 from frankenmoe.yamlfile import Location, YamlFile, parse_yaml, read_text
 
-__all__ = ["PROMPT_MODES", "RANDOM_MODES", "Expert", "Recipe", "SourceName", "schema"]
+__all__ = ["FIT_MODES", "PROMPT_MODES", "RANDOM_MODES", "Expert", "Recipe", "SourceName", "schema"]
 
 # keys found in mergekit files; mergekit-moe does nothing with them either
 IGNORED_KEYS: Mapping[str, str] = {
@@ -115,20 +127,7 @@ def _free_name(stem: str, taken: set[str]) -> str:
 Source = Annotated[SourceName, BeforeValidator(_source), WithJsonSchema(SOURCE_SCHEMA)]
 
 
-class _Closed(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, value: object) -> object:
-        """Refuses unknown keys by name before anything seems missing; a key with nothing behind it is left out."""
-        if not isinstance(value, dict):
-            return value
-        refuse_unknown_keys(value, known=cls.model_fields)
-        return {key: item for key, item in value.items() if item is not None}
-
-
-class Expert(_Closed):
+class Expert(Closed):
     """One parent whose FFNs become an expert in every layer, or a mixture of such experts."""
 
     source_model: Source | None = Field(
@@ -195,7 +194,7 @@ def _refuse_weights_of_its_own(expert: Expert) -> None:
             )
 
 
-class Recipe(_Closed):
+class Recipe(Closed):
     """What a mixture of experts is made of; `load` and `parse` make one from YAML."""
 
     base_model: Source = Field(description="The model that gives the backbone: embeddings, attention, norms and head.")
@@ -203,7 +202,7 @@ class Recipe(_Closed):
         description="The experts between which routers choose."
     )
     shared_experts: Experts = Field((), description="Experts that every token uses, where the format has them.")
-    gate_mode: GateMode = Field("hidden", description="How the routers' first weights are computed.")
+    gate_mode: GateMode = Field("logistic", description="How the routers' first weights are computed.")
     experts_per_token: Count = Field(2, description="How many experts a token uses in each layer.")
     dtype: Dtype | None = Field(None, description="The type of the stored weights; by default the base model's.")
     architecture: Text | None = Field(None, description="The MoE format to build, where there is a choice.")
@@ -212,10 +211,16 @@ class Recipe(_Closed):
     backbone: Backbone = Field(
         "base", description="The base model's backbone, or the average of all parents' backbones."
     )
+    build: BuildSection = Field(None, description="How `frankenmoe run` writes the model.")
+    fit: FitSection = Field(None, description="Asks `frankenmoe run` to fit the routers in closed form.")
+    audit: AuditSection = Field(None, description="Asks `frankenmoe run` for an audit of the routing.")
+    eval: EvalSection = Field(None, description="Asks `frankenmoe run` for measurements.")
+    export: ExportSection = Field(None, description="Asks `frankenmoe run` for GGUF files.")
+    card: CardSection = Field(None, description="Asks `frankenmoe run` for a model card, and says what it says.")
 
     routers: Text | None = Field(None, description="A safetensors file with the routers, in place of gate_mode's.")
     trained: Text | None = Field(None, description="A safetensors file with tensors that replace the sources'.")
-    train: Train | None = Field(None, description="How `frankenmoe train` trains this MoE.")
+    train: TrainSection = Field(None, description="How `frankenmoe train` trains this MoE.")
 
     _context: _Context = PrivateAttr()
 
@@ -230,7 +235,7 @@ class Recipe(_Closed):
         """The recipe in `text`; relative paths start at `folder`, and a RecipeError's message starts with `origin`."""
         file = parse_yaml(text, origin=origin)
         context = _Context(folder=folder.resolve(), origin=origin, notes=tuple(_notes(file)))
-        known = {key: value for key, value in file.data.items() if key not in IGNORED_KEYS}
+        known = with_bare_sections({key: value for key, value in file.data.items() if key not in IGNORED_KEYS})
         try:
             return cls.model_validate(known, context=context)
         except ValidationError as error:
@@ -253,16 +258,14 @@ class Recipe(_Closed):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, of what the recipe says: not of its layout, its comments or where it lies."""
-        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+        """SHA-256, in hex, of the model the recipe says: not of layout, comments or place, nor of what `run` adds."""
+        said = {key: value for key, value in self.to_dict().items() if key not in SECTIONS}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def prompts_of(expert: Expert) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Positive and negative prompts; for nested experts without any of their own, those of all experts within."""
-        if expert.positive_prompts or expert.negative_prompts or not expert.experts:
-            return expert.positive_prompts, expert.negative_prompts
-        positive, negative = zip(*map(Recipe.prompts_of, expert.experts), strict=True)
-        return _union(positive), _union(negative)
+        return prompts_of(expert)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without defaults; as YAML it parses to an equal recipe."""
@@ -280,6 +283,9 @@ class Recipe(_Closed):
     @model_validator(mode="after")
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
+        if self.gate_mode not in RANDOM_MODES:
+            check_blank(self.shared_experts, at=("shared_experts",))
+            check_blank(self.experts, at=("experts",))
         _check_level(self.experts, recipe=self, top_k=self.experts_per_token, at=())
         return self
 
@@ -307,10 +313,11 @@ def _notes(file: YamlFile) -> Iterator[str]:
             case _:
                 continue
         yield f"{file.origin}:{line}: {key} is ignored, because {reason}"
-
-
-def _union(groups: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(prompt for group in groups for prompt in group))
+    if "gate_mode" not in file.data:
+        yield (
+            f"{file.origin} has no gate_mode, so routers are fitted by {Recipe.model_fields['gate_mode'].default} "
+            "(mergekit-moe would take hidden)"
+        )
 
 
 def _plain_keys(model: BaseModel) -> dict[str, Any]:
@@ -328,10 +335,8 @@ def _plain(value: Any) -> Any:
             return value.to_data()
         case tuple():
             return [_plain(item) for item in value]
-        case Expert():
+        case BaseModel():
             return _plain_keys(value)
-        case Train():
-            return value.to_dict()
     return value
 
 
@@ -344,29 +349,13 @@ def _check_level(experts: tuple[Expert, ...], *, recipe: Recipe, top_k: int, at:
             at=(*at, "experts_per_token"),
         )
     if recipe.gate_mode in PROMPT_MODES:
-        _check_prompts(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
+        check_prompts(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
+    if recipe.gate_mode in FIT_MODES:
+        check_text(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
     for index, expert in enumerate(experts):
         if expert.experts:
             below = expert.experts_per_token or recipe.experts_per_token
             _check_level(expert.experts, recipe=recipe, top_k=below, at=(*at, "experts", index))
-
-
-def _check_prompts(experts: tuple[Expert, ...], *, gate_mode: str, at: Location) -> None:
-    prompts = [Recipe.prompts_of(expert) for expert in experts]
-    for index, (positive, _) in enumerate(prompts):
-        if not positive:
-            raise refusal(
-                f"must be given, as gate_mode {gate_mode} needs prompts for expert '{experts[index].name}', found none",
-                hint="add positive_prompts, or write `gate_mode: random` and fit the routers later",
-                at=(*at, index, "positive_prompts"),
-            )
-    if len(prompts) > 1 and all(each == prompts[0] for each in prompts):
-        raise refusal(
-            "must have prompts that differ, found the same for all, which makes all gate rows equal "
-            "so that routing means nothing",
-            hint="give each expert prompts that only it should get",
-            at=at,
-        )
 
 
 def _check_shared(experts: tuple[Expert, ...]) -> None:

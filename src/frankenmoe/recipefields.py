@@ -2,17 +2,20 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
 from frankenmoe.refusal import found, refusal
 from frankenmoe.suggest import did_you_mean
+from frankenmoe.yamlfile import Location
 
 RANDOM_MODES = frozenset({"random", "uniform_random"})
 PROMPT_MODES = frozenset({"hidden", "hidden_avg", "hidden_last", "cheap_embed"})
+FIT_MODES = frozenset({"centroid", "lda", "ridge", "logistic"})
 
+NO_TEXT, WRITE_IT = "must not be empty, found no text", "write the text or delete the entry"
 # the spellings that mergekit, torch and the trainers use
 _DTYPES: Mapping[str, str] = {
     "float32": "float32",
@@ -25,9 +28,16 @@ _DTYPES: Mapping[str, str] = {
 }
 
 
+def refuse_blank(prompts: tuple[str, ...], *, at: Location) -> None:
+    """Raises a refusal for the first prompt without text; `at` is the way to the list."""
+    for index, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise refusal(NO_TEXT, hint=WRITE_IT, at=(*at, index))
+
+
 def _not_blank(value: str) -> str:
     if not value.strip():
-        raise refusal("must not be empty, found no text", hint="write the text or delete the entry")
+        raise refusal(NO_TEXT, hint=WRITE_IT)
     return value
 
 
@@ -65,15 +75,28 @@ def _one_of(*choices: str) -> Callable[[object], object]:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-Prompts = Annotated[tuple[Text, ...], BeforeValidator(_not_one_string, json_schema_input_type=list[str])]
+# blank ones are refused where they are used: mergekit's files leave them blank where gates are random
+Prompts = Annotated[tuple[str, ...], BeforeValidator(_not_one_string, json_schema_input_type=list[str])]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_string_as_list, json_schema_input_type=str | list[str])]
 Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_bool)]
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
 Count = Annotated[int, Field(ge=1), BeforeValidator(_not_bool)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_not_bool)]
-GateMode = Annotated[
-    Literal["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random"],
-    BeforeValidator(_one_of("hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random")),
+_Mode = Literal[
+    "hidden",
+    "hidden_avg",
+    "hidden_last",
+    "cheap_embed",
+    "random",
+    "uniform_random",
+    "centroid",
+    "lda",
+    "ridge",
+    "logistic",
+]
+GateMode = Annotated[_Mode, BeforeValidator(_one_of(*get_args(_Mode)))]
+FitMode = Annotated[
+    Literal["centroid", "lda", "ridge", "logistic"], BeforeValidator(_one_of("centroid", "lda", "ridge", "logistic"))
 ]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"],

@@ -63,8 +63,15 @@ def found(value: object) -> str:
 
 
 def recipe_error(error: ValidationError, *, file: YamlFile) -> RecipeError:
-    """The first thing wrong in the file, by line."""
-    problem = min(error.errors(include_url=False), key=lambda each: file.line(_location(each)))
+    """The first thing wrong in the file, by line; what only follows from something wrong within it does not count."""
+    problems = error.errors(include_url=False)
+    places = [_location(each) for each in problems]
+    causes = [
+        each
+        for each, place in zip(problems, places, strict=True)
+        if not any(len(other) > len(place) and other[: len(place)] == place for other in places)
+    ]
+    problem = min(causes, key=lambda each: file.line(_location(each)))
     location = _location(problem)
     text, hint = in_words(problem)
     return RecipeError(f"{file.origin}:{file.line(location)}: {_label(location)} {text}", hint=hint)

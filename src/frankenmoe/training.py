@@ -28,6 +28,7 @@ from frankenmoe.artifact import (
     open_artifact,
     partial_folder,
     refuse_occupied,
+    small_hashes,
     write_json,
     write_routers,
 )
@@ -153,7 +154,7 @@ def _start(what: Recipe | Artifact | str | Path, progress: Progress, *, trust_re
     if not isinstance(what, Artifact):
         made = plan(load_recipe(what), weights=True, trust_remote_code=trust_remote_code)
         check_buildable(made, virtual=True, allow_identical=True)
-        return _planned(made, make_routers(made, progress, trust_remote_code=trust_remote_code), None)
+        return _planned(made, make_routers(made, progress, trust_remote_code=trust_remote_code).routers, None)
     if what.form == "virtual":
         made = plan_of(what, trust_remote_code=trust_remote_code)
         return _planned(made, stored_routers(made, what.folder / ROUTERS), what)
@@ -289,7 +290,7 @@ def _write(
     record["stages"] = [*earlier, stage]
     record.pop("version", None)
     remove_scaffold(partial)
-    finish(partial, out, record=record)
+    finish(partial, out, record=record | {"files": small_hashes(partial)})
 
 
 def _virtual_record(
@@ -304,10 +305,15 @@ def _virtual_record(
     made = plan(Recipe.load(partial / "recipe.yml"), dtype=start.plan.dtype, weights=True)
     known = start.artifact.record["sources"] if start.artifact else []
     record = record_of(
-        made, out, virtual=True, progress=progress, known={each["fingerprint"]: each["sha256"] for each in known}
+        made,
+        out,
+        folder=partial,
+        virtual=True,
+        progress=progress,
+        known={each["fingerprint"]: each["sha256"] for each in known},
     )
     inside, final = f"{partial}{os.sep}", f"{out}{os.sep}"
-    for each in record["sources"]:
+    for each in (*record["sources"], *record["configs"]):
         each["file"] = final + each["file"].removeprefix(inside) if each["file"].startswith(inside) else each["file"]
     return record | {"recipe_folder": str(out), "recipe_folder_from_here": "."}
 

@@ -1,5 +1,6 @@
 """Names of sources: folders, and the real huggingface_hub on a cache made by hand, offline."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 
+import frankenmoe as fm
+import tiny
 from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.errors import SourceError
+from refusals import cli, refused
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 CONFIG = {"config.json": b"{}"}
@@ -110,6 +114,57 @@ def test_offline_and_not_cached(cache: Path, tmp_path: Path, revision: str | Non
         resolve("org/name", revision=revision, folder=tmp_path)
     assert "HF_HUB_OFFLINE" in str(caught.value)
     assert revision is None or "at revision 'v2'" in caught.value.message
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+def shards_of(parent: Path) -> dict[str, bytes]:
+    """A tiny model's files as a hub would hold them in two shards with an index."""
+    tensors = load_file(parent / "model.safetensors")
+    names = sorted(tensors)
+    halves = [names[::2], names[1::2]]
+    index = {"metadata": {}, "weight_map": {name: SHARDS[half] for half in (0, 1) for name in halves[half]}}
+    small = {name: (parent / name).read_bytes() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")}
+    weights = {SHARDS[half]: save({name: tensors[name] for name in halves[half]}) for half in (0, 1)}
+    return small | {"model.safetensors.index.json": json.dumps(index).encode()} | weights
+
+
+@pytest.mark.parametrize("lost", [[SHARDS[1]], SHARDS, ["model.safetensors.index.json"]], ids=["one", "both", "index"])
+def test_an_interrupted_download_is_planned_and_then_gone_on_with(
+    lost: list[str], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = shards_of(tiny.make_parent(tmp_path / "parent"))
+    snapshot = put_model(cache, {name: content for name, content in files.items() if name not in lost})
+    recipe = tmp_path / "r.yml"
+    recipe.write_text(
+        "base_model: org/name\ngate_mode: random\nexperts: [{source_model: org/name}, {source_model: org/name}]\n"
+    )
+    made = fm.plan(fm.Recipe.load(recipe))
+    assert made.bill.total > 0
+    assert [problem for problem in made.problems if "no weights in org/name" in problem]
+    # offline, what is missing cannot be had
+    with pytest.raises(SourceError, match=r"names .* not there|which tensor is in which|no safetensors weights"):
+        fm.build(recipe, tmp_path / "out", allow_identical=True)
+
+    def go_on(name: str, *, allow_patterns: list[str], **_: object) -> str:
+        for missing in lost if "*.safetensors" in allow_patterns else []:
+            (snapshot / missing).write_bytes(files[missing])
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", go_on)
+    outcome = cli("build", recipe, tmp_path / "out", "--allow-identical")
+    assert outcome.code == 0, outcome.stderr
+
+
+def test_a_folder_that_lacks_a_shard_is_refused_by_the_plan_too(tmp_path: Path) -> None:
+    parent = tiny.make_parent(tmp_path / "parent")
+    files = shards_of(parent)
+    (parent / "model.safetensors").unlink()
+    for name in files.keys() - {SHARDS[1]}:
+        (parent / name).write_bytes(files[name])
+    recipe = tiny.write_recipe(tmp_path / "r.yml", parent, [parent, parent])
+    refused("plan", recipe, inside=tmp_path, facts=(SHARDS[1], "not there"), hint="missing shard")
 
 
 def test_an_id_that_the_hub_does_not_allow(cache: Path, tmp_path: Path) -> None:

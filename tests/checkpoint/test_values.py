@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from frankenmoe.checkpoint import cast
 from frankenmoe.checkpoint import values as values_module
+from frankenmoe.checkpoint.cast import decode, encode
 from frankenmoe.checkpoint.header import header_bytes, read_header
 from frankenmoe.checkpoint.tensors import (
     DTYPES,
@@ -26,7 +28,7 @@ from frankenmoe.checkpoint.tensors import (
     TensorRef,
     TensorWrite,
 )
-from frankenmoe.checkpoint.values import blocks, check_finite, decode, encode, materialize, values
+from frankenmoe.checkpoint.values import blocks, check_finite, materialize, values
 from frankenmoe.errors import NumericsError, SourceError
 
 GOLDEN_NOISE = [-1.744478702545166, -0.48715826869010925, 1.5449836254119873]
@@ -52,7 +54,9 @@ def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "F16"])
-def test_decode_is_bit_identical_to_torch(dtype: str) -> None:
+@pytest.mark.parametrize("chunk", [100, 2**10, 2**18])  # a chunk of its own for subnormal, infinite, NaN: no other way
+def test_decode_is_bit_identical_to_torch(dtype: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cast, "_CHUNK", chunk)
     theirs = torch.from_numpy(SIXTEEN_BITS.copy()).view(getattr(torch, DTYPES[dtype].name)).float().numpy()
     assert_same_bits(decode(SIXTEEN_BITS.view(np.uint8), dtype=dtype), theirs)
 
@@ -68,8 +72,18 @@ def test_encode_is_bit_identical_to_torch(dtype: str, low: int) -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64), dtype=st.sampled_from(["BF16", "F16", "F64"]))
-def test_encode_of_any_bits_is_as_torch(bits: list[int], dtype: str) -> None:
+@given(
+    bits=st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=64),
+    dtype=st.sampled_from(["BF16", "F16", "F64"]),
+    chunk=st.sampled_from([1, 5, 2**18]),
+)
+def test_encode_of_any_bits_is_as_torch(bits: list[int], dtype: str, chunk: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cast, "_CHUNK", chunk)
+        assert_encodes_as_torch(bits, dtype)
+
+
+def assert_encodes_as_torch(bits: list[int], dtype: str) -> None:
     numbers = np.array(bits, np.uint32).view(np.float32)
     theirs = torch.from_numpy(numbers).to(getattr(torch, DTYPES[dtype].name))
     assert_same_bits(decode(encode(numbers, dtype=dtype), dtype=dtype), theirs.float().numpy())
@@ -275,7 +289,7 @@ def test_a_broken_low_rank_factor_is_blamed(save) -> None:
 def test_check_finite_names_the_place(
     save, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bad: float, spelt: str
 ) -> None:
-    monkeypatch.setattr(values_module, "_SCAN", 8)
+    monkeypatch.setattr(cast, "_CHUNK", 8)
     info = torch.finfo(dtype)
     tensor = torch.tensor([info.max, info.min, info.tiny, -0.0, 0.0], dtype=dtype).repeat(6).view(5, 6)
     check_finite(save({"w": tensor})["w"])

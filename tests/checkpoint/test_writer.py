@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from frankenmoe.checkpoint import writer
+from frankenmoe.checkpoint import direct, writer
 from frankenmoe.checkpoint.header import read_header
-from frankenmoe.checkpoint.tensors import DTYPES, Scale, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, Lora, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.writer import free_bytes, write_atomic, write_shard
 from frankenmoe.errors import ArtifactError, NumericsError, SourceError
 
@@ -71,62 +71,15 @@ def test_copies_conversions_and_new_names(save, tmp_path: Path) -> None:
         assert shard.metadata() == {"format": "pt"}
 
 
-@pytest.mark.parametrize("broken", [(), ("copy_file_range",), ("copy_file_range", "sendfile")])
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM])
-def test_every_route_gives_the_same_bytes(
-    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: tuple[str, ...], code: int
-) -> None:
-    monkeypatch.setattr(writer, "_CHUNK", 100)
-    monkeypatch.setattr(writer, "_BUFFER", 64)
-    for call in broken:
-        monkeypatch.setattr(os, call, refuse(code))
-    path = write(tmp_path / "out.safetensors", [copy_of(ref) for ref in save(TENSORS).values()])
-    assert_holds(path, TENSORS)
-
-
-def test_the_kernel_copies_where_it_can(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sendfile", refuse(errno.EIO))
-    monkeypatch.setattr(os, "pread", refuse(errno.EIO))
-    assert_holds(write(tmp_path / "out.safetensors", [copy_of(ref) for ref in save(TENSORS).values()]), TENSORS)
-
-
-def test_another_failure_is_not_a_reason_to_try_on(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "copy_file_range", refuse(errno.EIO))
-    with pytest.raises(OSError, match="Input/output"):
-        write(tmp_path / "out.safetensors", [copy_of(ref) for ref in save(TENSORS).values()])
-
-
-@pytest.mark.parametrize(("order", "calls"), [("abc", 1), ("cba", 3), ("acb", 3), ("bc", 1)])
-def test_neighbours_are_copied_together(
-    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, order: str, calls: int
-) -> None:
-    refs = save({name: torch.randn(5) for name in "abc"})
-    seen: list[int] = []
-    real = os.copy_file_range
-    monkeypatch.setattr(os, "copy_file_range", lambda *args, **kw: seen.append(args[2]) or real(*args, **kw))
-    path = write(tmp_path / "out.safetensors", [copy_of(refs[name]) for name in order])
-    assert len(seen) == calls
-    assert list(read_header(path)) == list(order)
-
-
-def test_neighbours_are_copied_together_up_to_a_chunk(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that what was just scanned is still in memory when it is copied."""
-    monkeypatch.setattr(writer, "_CHUNK", 50)
-    seen: list[int] = []
-    refs = save({name: torch.randn(5) for name in "abc"})
-    write(tmp_path / "out.safetensors", [copy_of(refs[name]) for name in "abc"], on_bytes=seen.append)
-    assert seen == [4096, 40, 20]
-
-
-def test_progress_comes_in_chunks_and_adds_up_to_the_file(
+def test_progress_comes_by_the_buffer_and_adds_up_to_the_file(
     save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writer, "_CHUNK", 500)
-    refs = save(TENSORS)
+    monkeypatch.setattr(direct, "BUFFER", 4096)
+    refs = save({"a": torch.randn(1500), "b": torch.randn(10)})
     seen: list[int] = []
-    writes = [copy_of(refs["a"]), TensorWrite("half", "F16", (30, 10), (refs["a"],))]
+    writes = [copy_of(refs["a"]), TensorWrite("half", "F16", (1500,), (refs["a"],)), copy_of(refs["b"])]
     path = write(tmp_path / "out.safetensors", writes, on_bytes=seen.append)
-    assert seen == [4096, 500, 500, 200, 600]
+    assert seen == [4096, 4096, 1904, 3000, 40]
     assert sum(seen) == path.stat().st_size
 
 
@@ -201,9 +154,16 @@ def test_a_full_disk_says_where_and_how_much(save, tmp_path: Path, monkeypatch: 
 
 
 def test_a_quota_is_met_while_writing(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "copy_file_range", refuse(errno.EDQUOT))
+    monkeypatch.setattr(os, "pwrite", refuse(errno.EDQUOT))
     with pytest.raises(ArtifactError, match="the disk or the quota is full"):
         write(tmp_path / "m.safetensors", [copy_of(save(TENSORS)["a"])])
+    assert {file.name for file in tmp_path.iterdir()} == {"source.safetensors"}
+
+
+def test_another_failure_of_the_disk_is_told_as_it_is(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", refuse(errno.EIO))
+    with pytest.raises(OSError, match="Input/output"):
+        write(tmp_path / "out.safetensors", [copy_of(ref) for ref in save(TENSORS).values()])
 
 
 def test_a_disk_that_cannot_reserve_is_written_all_the_same(
@@ -222,13 +182,47 @@ def test_a_broken_source_is_refused_and_nothing_left(save, tmp_path: Path) -> No
 
 def test_a_shared_source_is_scanned_once(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refs = save({"w": torch.ones(3), "v": torch.ones(3)})
-    seen: list[TensorRef] = []
-    monkeypatch.setattr(writer, "check_finite", seen.append)
+    seen: list[int] = []
+    real = writer.first_nonfinite
+    monkeypatch.setattr(writer, "first_nonfinite", lambda raw, dtype: seen.append(raw.size) or real(raw, dtype=dtype))
     scanned = {refs["v"]}
     write(tmp_path / "m.safetensors", [copy_of(refs["w"], name=str(i)) for i in range(16)], scanned=scanned)
     write(tmp_path / "n.safetensors", [copy_of(refs["w"]), copy_of(refs["v"])], scanned=scanned)
-    assert seen == [refs["w"]]
+    assert seen == [12]
     assert scanned == set(refs.values())
+
+
+@pytest.mark.parametrize("at", [0, 1023, 1024, 1025, 2999])
+@pytest.mark.parametrize("odd", [0, 1, 3])
+def test_a_number_that_is_none_is_found_wherever_buffers_end(
+    save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, odd: int
+) -> None:
+    monkeypatch.setattr(direct, "BUFFER", 4096)
+    broken = torch.zeros(3000)
+    broken[at] = -torch.inf
+    refs = save({"a_bytes": torch.zeros(odd, dtype=torch.uint8), "w": broken})
+    with pytest.raises(NumericsError, match=rf"tensor 'w' in .* holds -Inf at \[{at}\]"):
+        write(tmp_path / "m.safetensors", [copy_of(refs["a_bytes"]), copy_of(refs["w"])])
+
+
+def test_a_number_that_a_product_loses_is_found(save, tmp_path: Path) -> None:
+    refs = save({"w": torch.zeros(2, 2), "a": torch.full((1, 2), torch.inf), "b": torch.zeros(2, 1)})
+    lora = TensorWrite("w", "F32", (2, 2), (refs["w"],), (Lora(refs["a"], refs["b"], 1.0),))
+    with pytest.raises(NumericsError, match=r"tensor 'a' in .* holds Inf at \[0, 0\]"):
+        write(tmp_path / "m.safetensors", [lora])
+
+
+def test_what_is_computed_twice_is_read_back(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(direct, "BUFFER", 4096)
+    made: list[str] = []
+    real = writer.blocks
+    monkeypatch.setattr(writer, "blocks", lambda one: made.append(one.name) or real(one))
+    tensor = torch.randn(5000)
+    ref = save({"w": tensor})["w"]
+    writes = [TensorWrite(name, "BF16", (5000,), (ref,)) for name in "abcdefgh"]
+    path = write(tmp_path / "m.safetensors", writes)
+    assert_holds(path, {name: tensor.bfloat16() for name in "abcdefgh"})
+    assert made == ["a", "b"]  # b's turn comes while the end of a is still in the buffer
 
 
 def test_a_source_that_shrank_or_went(save, tmp_path: Path) -> None:
@@ -244,23 +238,38 @@ def test_a_source_that_shrank_or_went(save, tmp_path: Path) -> None:
 
 
 SHAPES = st.lists(st.integers(0, 5), max_size=3)
+LONG = st.sampled_from([[511], [1], [2047], [2048], [2049], [4097], [3, 1366]])
 PICKS = st.lists(
-    st.tuples(st.sampled_from(["F32", "F16", "BF16", "F64"]), SHAPES, st.booleans()), min_size=1, max_size=6
+    st.tuples(st.sampled_from(["F32", "F16", "BF16", "F64", "U8"]), SHAPES | LONG, st.booleans()),
+    min_size=1,
+    max_size=6,
 )
 
 
-@settings(deadline=None, max_examples=40)
+@pytest.mark.parametrize("way", ["direct", "buffered"])
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(picks=PICKS, data=st.data())
-def test_any_mix_of_writes(tmp_path_factory: pytest.TempPathFactory, picks: list, data: st.DataObject) -> None:
+def test_any_mix_of_writes(
+    way: str, tmp_path_factory: pytest.TempPathFactory, picks: list, data: st.DataObject
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(direct, "BUFFER", data.draw(st.sampled_from([4096, 8192])))
+        if way == "buffered":
+            patch.setattr(direct, "DIRECT", 0)
+        assert_any_mix(tmp_path_factory, picks, data)
+
+
+def assert_any_mix(tmp_path_factory: pytest.TempPathFactory, picks: list, data: st.DataObject) -> None:
     folder = tmp_path_factory.mktemp("mix")
     source = {
-        str(i): torch.randn(shape).to(getattr(torch, DTYPES[dtype].name)) for i, (dtype, shape, _) in enumerate(picks)
+        str(i): torch.randn(shape).abs().to(getattr(torch, DTYPES[dtype].name))
+        for i, (dtype, shape, _) in enumerate(picks)
     }
     save_file(source, folder / "source.safetensors")
     refs = read_header(folder / "source.safetensors")
     writes, expected = [], {}
     for i in data.draw(st.permutations(range(len(picks)))):
-        ref, is_copy = refs[str(i)], picks[i][2]
+        ref, is_copy = refs[str(i)], picks[i][2] or picks[i][0] == "U8"
         dtype = ref.dtype if is_copy else "BF16"
         writes.append(TensorWrite(f"out.{i}", dtype, ref.shape, (ref,)))
         expected[f"out.{i}"] = source[str(i)].float().bfloat16() if dtype == "BF16" else source[str(i)]

@@ -61,6 +61,17 @@ def test_virtual_equals_built_equals_stock(family: str, top_k: int, parents: Par
     assert [difference(first, other) < CLOSE for other in others] == [True] * 3
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_heads_wider_than_their_share_of_the_hidden_size(family: str, tmp_path: Path) -> None:
+    head_dim = 12
+    assert head_dim * tiny.SIZES["num_attention_heads"] != tiny.SIZES["hidden_size"]
+    own = [tiny.make_parent(tmp_path / str(seed), family, seed=seed, head_dim=head_dim) for seed in range(2)]
+    first, *others = three_forms(tiny.write_recipe(tmp_path / "r.yml", own[0], own), tmp_path)
+    assert [difference(first, other) < CLOSE for other in others] == [True] * 3
+    assert json.loads((tmp_path / "built" / "config.json").read_text())["head_dim"] == head_dim
+    assert fm.plan(fm.Recipe.load(tmp_path / "r.yml")).bill.kv_per_token == 2 * 2 * 2 * 2 * head_dim
+
+
 @pytest.mark.parametrize("prompted", [True, False])
 def test_qwen_shared_expert_gated_and_ungated(prompted: bool, parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["qwen2"]

@@ -59,20 +59,27 @@ def sha256(file: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def same_values(a: TensorRef, b: TensorRef, *, limit: int) -> bool:
+def same_values(a: TensorRef, b: TensorRef, *, limit: int | None) -> bool:
     """Whether two tensors have the same type, shape and bytes, whatever their names.
 
-    Compares 16 blocks of 4 KiB spread over the tensors, then their first `limit` bytes; beyond both nothing is seen.
+    Compares 16 blocks of 4 KiB spread over the tensors, then their first `limit` bytes (None: all); beyond both nothing
+    is seen.
     """
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    if (a.start, a.end) == (b.start, b.end) and os.path.realpath(a.file) == os.path.realpath(b.file):
+    if same_place(a, b):
         return True
+    most = a.nbytes if limit is None else min(a.nbytes, limit)
     first, second = map_bytes(a), map_bytes(b)
     samples = ((offset, offset + _SAMPLE) for offset in _sample_offsets(a.nbytes, samples=_TENSOR_SAMPLES))
-    whole = ((start, min(start + _CHUNK, limit)) for start in range(0, min(a.nbytes, limit), _CHUNK))
+    whole = ((start, min(start + _CHUNK, most)) for start in range(0, most, _CHUNK))
     spans = (span for group in (samples, whole) for span in group)
     return all(np.array_equal(first[start:stop], second[start:stop]) for start, stop in spans)
+
+
+def same_place(a: TensorRef, b: TensorRef) -> bool:
+    """Whether two tensors are the same bytes of the same file, through whatever links."""
+    return (a.start, a.end) == (b.start, b.end) and os.path.realpath(a.file) == os.path.realpath(b.file)
 
 
 def _sample_offsets(size: int, *, samples: int) -> Iterator[int]:

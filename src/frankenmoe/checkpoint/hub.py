@@ -22,7 +22,7 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
     A hub model is downloaded into the Hugging Face cache, or only looked up there with HF_HUB_OFFLINE=1; without
     `weights`, its config, tokenizer and licence only. Raises SourceError if there is none or it cannot be had.
     """
-    path = Path(os.path.abspath(folder / os.path.expanduser(name)))
+    path = _local(name, folder)
     if os.path.isdir(path):
         if revision is not None:
             raise SourceError(
@@ -43,6 +43,15 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
     if weights:
         _require_weights(name, snapshot)
     return snapshot
+
+
+def is_folder(name: str, *, folder: Path) -> bool:
+    """Whether `resolve` takes a source for a folder on this machine, and not for a model on the hub."""
+    return os.path.isdir(_local(name, folder))
+
+
+def _local(name: str, folder: Path) -> Path:
+    return Path(os.path.abspath(folder / os.path.expanduser(name)))
 
 
 def _download(name: str, *, revision: str | None, weights: bool) -> Path:
@@ -116,3 +125,8 @@ def stream_rows(name: str, *, revision: str | None, config: str | None, split: s
             f"{which} cannot be read: {_first_line(error)}",
             hint="check the spelling and the network, and write org/name:config:split where it has several",
         ) from error
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form org/name; whether there is such a model is not asked."""
+    return _HUB_ID.fullmatch(name) is not None

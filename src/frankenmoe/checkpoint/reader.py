@@ -47,15 +47,16 @@ class Adapter:
     tensors: dict[str, TensorRef]
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
     """Read the config and the safetensors headers of `folder`, no values.
 
     The index decides where there is one, and tensors that it does not name are left out; else model.safetensors; else a
-    single file of any other name.
+    single file of any other name. Without `whole`, a folder that a download has left unfinished counts as one without
+    weights.
     Raises SourceError if anything is missing, malformed or outside the folder, or if the weights are pickled only.
     """
     config = _config(folder, "config.json")
-    tensors, files = _weights(folder)
+    tensors, files = _weights(folder) if whole or not _unfinished(folder) else ({}, ())
     return Checkpoint(folder, config, tensors, files)
 
 
@@ -108,11 +109,13 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
     if not folder.is_dir():
         raise SourceError(f"{folder} is not a folder, expected one with a {name}", hint="check the path in the recipe")
     return _read_object(
-        folder / name, hint=f"point to a folder that save_pretrained wrote; it has a {name} beside the weights"
+        folder / name, hint=f"point to a folder that save_pretrained wrote; it has {name} beside the weights"
     )
 
 
 def _read_object(file: Path, *, hint: str) -> dict[str, Any]:
+    if file.exists() and not file.is_file():  # a pipe would be waited for without end
+        raise SourceError(f"{file} is not a file", hint=hint)
     try:
         return parse_object(file.read_bytes())
     except FileNotFoundError:
@@ -133,10 +136,21 @@ def _weights(folder: Path) -> tuple[dict[str, TensorRef], tuple[Path, ...]]:
     return read_header(file), (file,)
 
 
+def _unfinished(folder: Path) -> bool:
+    """Whether shards are missing, or the index that belongs to more than one."""
+    if os.path.lexists(folder / _INDEX):
+        return not all((folder / name).is_file() for name in set(_weight_map(folder / _INDEX).values()))
+    return not os.path.lexists(folder / _SINGLE) and len(_shards_beside(folder)) > 1
+
+
+def _shards_beside(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.safetensors") if file.name != _ADAPTER)
+
+
 def _lone_file(folder: Path) -> Path | None:
     if os.path.lexists(folder / _SINGLE):
         return folder / _SINGLE
-    files = sorted(file for file in folder.glob("*.safetensors") if file.name != _ADAPTER)
+    files = _shards_beside(folder)
     if len(files) > 1:
         raise SourceError(
             f"{folder} has {len(files)} safetensors files and no {_INDEX} that says which tensor is in which",

@@ -5,14 +5,12 @@ Shape suffixes: N elements of one block, O rows (out) and I columns (in) of a ma
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import MappingProxyType
 
 import numpy as np
-from numpy.typing import NDArray
 
+from frankenmoe.checkpoint.cast import BITS, Bytes, Floats, decode, encode, first_nonfinite
 from frankenmoe.checkpoint.reader import map_bytes
 from frankenmoe.checkpoint.tensors import (
     DTYPES,
@@ -28,34 +26,10 @@ from frankenmoe.checkpoint.tensors import (
 )
 from frankenmoe.errors import NumericsError, SourceError
 
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
 Stage = Callable[[Floats, int], Floats]
 """A step made ready: takes a block and its number, gives the block after the step and leaves the first unchanged."""
 
 BLOCK = 2**20  # elements; also what the noise is keyed by, so another value gives other noise
-_CACHED = 2**16  # elements; the temporaries of a conversion then stay in the cache
-_SCAN = 2**16  # elements; a scan reads each chunk twice, the second time from the cache
-
-
-@dataclass(frozen=True, slots=True)
-class _Bits:
-    """A float type seen as integers: NaN and infinities are those with all bits of `exponent` set."""
-
-    unsigned: type[np.unsignedinteger]
-    signed: type[np.signedinteger]
-    exponent: int
-    largest: float
-
-
-_BITS: Mapping[str, _Bits] = MappingProxyType(
-    {
-        "F64": _Bits(np.uint64, np.int64, 0x7FF0_0000_0000_0000, float(np.finfo(np.float64).max)),
-        "F32": _Bits(np.uint32, np.int32, 0x7F80_0000, float(np.finfo(np.float32).max)),
-        "F16": _Bits(np.uint16, np.int16, 0x7C00, 65504.0),
-        "BF16": _Bits(np.uint16, np.int16, 0x7F80, 2.0**127 * (2 - 2.0**-7)),
-    }
-)
 
 
 def values(ref: TensorRef) -> Floats:
@@ -76,7 +50,7 @@ def blocks(write: TensorWrite) -> Iterator[Bytes]:
     _require_castable(write)
     for number, block_N in enumerate(_floats(write, write.steps)):
         raw = encode(block_N, dtype=write.dtype)
-        bad = _first_nonfinite(raw, dtype=write.dtype)
+        bad = first_nonfinite(raw, dtype=write.dtype)
         if bad is not None:
             raise _no_number(write, value=float(block_N[bad]), flat=number * BLOCK + bad)
         yield raw
@@ -102,7 +76,7 @@ def check_finite(ref: TensorRef) -> None:
     if ref.dtype not in FLOATS:
         return
     raw = map_bytes(ref)
-    flat = _first_nonfinite(raw, dtype=ref.dtype)
+    flat = first_nonfinite(raw, dtype=ref.dtype)
     if flat is not None:
         value = decode(_elements(raw, flat, flat + 1, dtype=ref.dtype), dtype=ref.dtype)[0]
         raise NumericsError(
@@ -112,45 +86,12 @@ def check_finite(ref: TensorRef) -> None:
         )
 
 
-@np.errstate(over="ignore")
-def decode(raw: Bytes, *, dtype: str) -> Floats:
-    """float32 numbers from the bytes of any float type; exact but for F64, which is rounded. May be a view of `raw`."""
-    if dtype == "BF16":
-        return (raw.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return raw.view(np.dtype(DTYPES[dtype].name)).astype(np.float32, copy=False)
-
-
-@np.errstate(over="ignore")
-def encode(block_N: Floats, *, dtype: str) -> Bytes:
-    """The bytes of float32 numbers as `dtype`: to the nearest, ties to even; NaN stays NaN, overflow is infinite."""
-    if dtype == "BF16":
-        return _bfloat16(block_N).view(np.uint8)
-    return block_N.astype(DTYPES[dtype].name, copy=False).view(np.uint8)
-
-
-def _bfloat16(block_N: Floats) -> NDArray[np.uint16]:
-    out_N = np.empty(block_N.size, np.uint16)
-    for start in range(0, block_N.size, _CACHED):
-        out_N[start : start + _CACHED] = _rounded(block_N[start : start + _CACHED])
-    return out_N
-
-
-def _rounded(block_N: Floats) -> NDArray[np.uint16]:
-    bits_N = block_N.view(np.uint32)
-    # Just under half of the last place kept, plus that place's own bit: it carries exactly when rounding goes up.
-    rounded_N = ((bits_N >> 16) & 1) + np.uint32(0x7FFF) + bits_N
-    quiet_N = np.isnan(block_N)
-    if quiet_N.any():  # the carry could turn a NaN into an infinity or a zero
-        rounded_N[quiet_N] = bits_N[quiet_N] | np.uint32(0x0040_0000)
-    return (rounded_N >> 16).astype(np.uint16)
-
-
 def _copied_blocks(write: TensorWrite) -> Iterator[Bytes]:
     source = write.inputs[0]
     raw = map_bytes(source)
     for start in range(0, write.numel, BLOCK):
         block = _elements(raw, start, start + BLOCK, dtype=write.dtype)
-        if write.dtype in FLOATS and _first_nonfinite(block, dtype=write.dtype) is not None:
+        if write.dtype in FLOATS and first_nonfinite(block, dtype=write.dtype) is not None:
             check_finite(source)
         yield block
 
@@ -249,22 +190,6 @@ def _elements(raw: Bytes, start: int, stop: int, *, dtype: str) -> Bytes:
     return raw[start * itemsize : stop * itemsize]
 
 
-def _first_nonfinite(raw: Bytes, *, dtype: str) -> int | None:
-    """The flat index of the first NaN or infinity, or None.
-
-    Numbers are sign and magnitude, so apart from the sign bit whatever reaches `exponent` is not finite. Two maxima
-    find it and write nothing: among signed integers the largest is a positive number, among unsigned a negative one.
-    """
-    bits = _BITS[dtype]
-    negative = bits.exponent | 1 << (8 * DTYPES[dtype].itemsize - 1)
-    whole = raw.view(bits.unsigned)
-    for start in range(0, whole.size, _SCAN):
-        chunk = whole[start : start + _SCAN]
-        if chunk.max() >= negative or chunk.view(bits.signed).max() >= bits.exponent:
-            return start + int(np.argmax((chunk & bits.unsigned(bits.exponent)) == bits.exponent))
-    return None
-
-
 def _no_number(write: TensorWrite, *, value: float, flat: int) -> NumericsError:
     """Why element `flat` of `write` is not finite: raises the error of a source to blame or returns the overflow."""
     for ref in write.sources:
@@ -272,7 +197,7 @@ def _no_number(write: TensorWrite, *, value: float, flat: int) -> NumericsError:
     files = ", ".join(sorted({str(ref.file) for ref in write.sources})) or "a constant"
     return NumericsError(
         f"tensor {write.name!r} from {files} becomes {value:g} at {_index(flat, write.shape)}, "
-        f"but {write.dtype} holds at most {_BITS[write.dtype].largest:g}",
+        f"but {write.dtype} holds at most {BITS[write.dtype].largest:g}",
         hint="choose a dtype with a wider range: bfloat16 or float32",
     )
 

@@ -1,22 +1,26 @@
-"""Writes safetensors shards, whole or not at all, moving unchanged bytes inside the kernel; knows no model."""
+"""Writes safetensors shards, whole or not at all, reading and checking every byte once; knows no model."""
 
 import errno
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from frankenmoe.checkpoint.cast import first_nonfinite
+from frankenmoe.checkpoint.direct import Appender, appending, create
 from frankenmoe.checkpoint.header import header_bytes
-from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.checkpoint.reading import Reader, reading
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, Lora, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError, SourceError
 
-_CHUNK = 64 * 2**20  # bytes per system call: progress moves and Ctrl-C is answered within a fraction of a second
-_BUFFER = 2**20  # bytes of the slow path's buffer
+_AGAIN = "the source changed meanwhile; start again"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# What kernels, file systems and sandboxes answer where a call does not work between these two files.
-_UNSUPPORTED = frozenset({errno.ENOSYS, errno.EXDEV, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})
+# What file systems and sandboxes answer where space cannot be claimed ahead.
+_UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})
 
 
 def write_shard(
@@ -29,27 +33,32 @@ def write_shard(
 ) -> None:
     """Write `writes`, in this order, as the safetensors file `path`; `on_bytes` hears of every byte, header included.
 
-    Sources that are not yet in `scanned` are checked for NaN and infinities first, and added to it. Memory does not
-    grow with the tensors. `path` appears complete and synced or not at all; kill -9 leaves at most its `.partial`.
+    Sources that are not yet in `scanned` are checked for NaN and infinities on the way, and added to it. Memory does
+    not grow with the tensors. `path` appears complete and synced or not at all; kill -9 leaves at most its `.partial`.
     Raises SourceError, NumericsError, and ArtifactError when the disk is full.
     """
     header = header_bytes([(write.name, write.dtype, write.shape) for write in writes], metadata=metadata)
-    with _replacing(path, size=len(header) + sum(write.nbytes for write in writes)) as target:
-        _write_all(target, header)
+    size = len(header) + sum(write.nbytes for write in writes)
+    uses = Counter(ref for write in writes for ref in write.inputs)
+    with (
+        reading() as sources,
+        replacing(path, size=size, opened=create) as target,
+        appending(target) as out,
+    ):
+        out.append(header)
         on_bytes(len(header))
-        computed: dict[object, TensorRef] = {}
-        for run in _runs(writes):
-            _scan(run, scanned)
-            if run[0].is_copy:
-                _copy_run(target, run, on_bytes=on_bytes)
+        shard = _Shard(_partial(path), out, sources, uses=uses, scanned=scanned, on_bytes=on_bytes)
+        for write in writes:
+            if write.is_copy:
+                shard.copy(write.inputs[0])
             else:
-                _compute_once(target, run[0], partial=_partial(path), computed=computed, on_bytes=on_bytes)
+                shard.compute(write)
 
 
 def write_atomic(path: Path, data: bytes) -> None:
     """Put `data` into the file `path`, which at any moment holds the old or the new; ArtifactError on a full disk."""
-    with _replacing(path, size=len(data)) as target:
-        _write_all(target, data)
+    with replacing(path, size=len(data)) as target:
+        write_all(target, data)
 
 
 def free_bytes(folder: Path) -> int:
@@ -58,129 +67,105 @@ def free_bytes(folder: Path) -> int:
     return status.f_bavail * status.f_frsize
 
 
-def _runs(writes: Sequence[TensorWrite]) -> Iterator[list[TensorWrite]]:
-    """Group copies whose sources lie side by side, up to a chunk together; any other write is a run of its own."""
-    run: list[TensorWrite] = []
-    for write in writes:
-        if run and not _continues(run, write):
-            yield run
-            run = []
-        run.append(write)
-    if run:
-        yield run
+class _Shard:
+    """A shard as it grows: what has been appended to it, and what is known of the sources."""
 
+    def __init__(
+        self,
+        partial: Path,
+        out: Appender,
+        sources: Reader,
+        *,
+        uses: Mapping[TensorRef, int],
+        scanned: set[TensorRef],
+        on_bytes: Callable[[int], None],
+    ) -> None:
+        self._partial = partial
+        self._out = out
+        self._sources = sources
+        self._uses = uses
+        self._scanned = scanned
+        self._on_bytes = on_bytes
+        self._computed: dict[object, TensorRef] = {}
 
-def _continues(run: Sequence[TensorWrite], write: TensorWrite) -> bool:
-    if not (run[-1].is_copy and write.is_copy):
-        return False
-    first, last, source = run[0].inputs[0], run[-1].inputs[0], write.inputs[0]
-    return source.file == last.file and source.start == last.end and source.end - first.start <= _CHUNK
+    def copy(self, source: TensorRef) -> None:
+        """Append a source's bytes, looked at while they are in the buffer if nobody has looked at them yet."""
+        check = source not in self._scanned and source.dtype in FLOATS
+        if check and self._out.position % DTYPES[source.dtype].itemsize:  # a buffer's border may cut a number in two
+            check_finite(source)
+            check = False
+        offset = source.start
+        while offset < source.end:
+            room = self._out.room()[: source.end - offset]
+            self._fill(room, source, offset=offset)
+            if check and first_nonfinite(np.frombuffer(room, np.uint8), dtype=source.dtype) is not None:
+                check_finite(source)
+                raise SourceError(f"tensor {source.name!r} in {source.file} changed while it was read", hint=_AGAIN)
+            self._out.filled(len(room))
+            offset += len(room)
+            self._on_bytes(len(room))
+        self._scanned.add(source)
 
+    def compute(self, write: TensorWrite) -> None:
+        """Append a computed write; where the file already holds an equal one (one source, many experts), copy that."""
+        what = (write.inputs, write.steps, write.dtype, write.shape)
+        known = self._computed.get(what)
+        if known is not None and known.end <= self._out.readable():
+            self.copy(known)
+            return
+        for factor in (ref for step in write.steps if isinstance(step, Lora) for ref in (step.a, step.b)):
+            if factor not in self._scanned:  # a product may lose what an input would show in the result
+                check_finite(factor)
+        start = self._out.position
+        for block in blocks(write):
+            self._out.append(block.data)
+            self._on_bytes(block.size)
+        made = TensorRef(write.name, write.dtype, write.shape, self._partial, start, start + write.nbytes)
+        self._computed.setdefault(what, made)
+        self._scanned.update((*write.sources, made))
 
-def _scan(run: Sequence[TensorWrite], scanned: set[TensorRef]) -> None:
-    for ref in (ref for write in run for ref in write.sources):
-        if ref not in scanned:
-            check_finite(ref)
-            scanned.add(ref)
-
-
-def _copy_run(target: int, run: Sequence[TensorWrite], *, on_bytes: Callable[[int], None]) -> None:
-    """Append the bytes from the first source's start to the last one's end."""
-    file, offset, end = run[0].inputs[0].file, run[0].inputs[0].start, run[-1].inputs[0].end
-    with _opened(file) as source:
-        while offset < end:
-            copied = _copy_chunk(source, target, offset=offset, count=min(end - offset, _CHUNK))
-            if copied == 0:
+    def _fill(self, room: memoryview, source: TensorRef, *, offset: int) -> None:
+        """Fill `room` with the bytes of the source's file from `offset` on."""
+        while room:
+            try:
+                count = self._sources.read(source.file, room, offset, once=self._uses.get(source) == 1)
+            except OSError as error:
+                raise SourceError(f"{source.file} cannot be read: {error.strerror}", hint=_AGAIN) from error
+            if count == 0:
+                missing = source.end - offset
                 raise SourceError(
-                    f"{file} ended {end - offset} bytes before tensor {run[-1].inputs[0].name!r} was copied",
-                    hint="the source changed meanwhile; start again",
+                    f"{source.file} ended {missing} bytes before tensor {source.name!r} was copied", hint=_AGAIN
                 )
-            offset += copied
-            on_bytes(copied)
+            room, offset = room[count:], offset + count
 
 
-def _compute_once(
-    target: int,
-    write: TensorWrite,
-    *,
-    partial: Path,
-    computed: dict[object, TensorRef],
-    on_bytes: Callable[[int], None],
-) -> None:
-    """Append a computed write; where the file already holds an equal one (one source, many experts), copy that."""
-    what = (write.inputs, write.steps, write.dtype, write.shape)
-    if what in computed:
-        _copy_run(target, [replace(write, inputs=(computed[what],), steps=())], on_bytes=on_bytes)
-        return
-    start = os.lseek(target, 0, os.SEEK_CUR)
-    _compute(target, write, on_bytes=on_bytes)
-    computed[what] = TensorRef(write.name, write.dtype, write.shape, partial, start, start + write.nbytes)
-
-
-def _compute(target: int, write: TensorWrite, *, on_bytes: Callable[[int], None]) -> None:
-    for block in blocks(write):
-        _write_all(target, block.data)
-        on_bytes(block.size)
-
-
-def _copy_chunk(source: int, target: int, *, offset: int, count: int) -> int:
-    """Append up to `count` bytes of `source` to `target` by the fastest way that works; 0 at the end of the source."""
-    for copy in (_copy_in_file_system, _copy_in_kernel):
-        try:
-            return copy(source, target, offset, count)
-        except OSError as error:
-            if error.errno not in _UNSUPPORTED:
-                raise
-    return _copy_by_hand(source, target, offset, count)
-
-
-def _copy_in_file_system(source: int, target: int, offset: int, count: int) -> int:
-    return os.copy_file_range(source, target, count, offset_src=offset)
-
-
-def _copy_in_kernel(source: int, target: int, offset: int, count: int) -> int:
-    return os.sendfile(target, source, offset, count)
-
-
-def _copy_by_hand(source: int, target: int, offset: int, count: int) -> int:
-    data = os.pread(source, min(count, _BUFFER), offset)
-    _write_all(target, data)
-    return len(data)
-
-
-def _write_all(target: int, data: bytes | memoryview) -> None:
+def write_all(target: int, data: bytes | memoryview) -> None:
+    """Append all of `data` to an open file, however often the system takes only a part of it."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(target, rest) :]
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[int]:
-    try:
-        descriptor = os.open(file, os.O_RDONLY)
-    except OSError as error:
-        raise SourceError(
-            f"{file} cannot be read: {error.strerror}", hint="the source changed meanwhile; start again"
-        ) from error
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _partial(path: Path) -> Path:
     return path.with_name(f"{path.name}.partial")
 
 
+def _create(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+
 @contextmanager
-def _replacing(path: Path, *, size: int) -> Iterator[int]:
+def replacing(path: Path, *, size: int, opened: Callable[[Path], int] = _create) -> Iterator[int]:
     """A file descriptor whose `size` bytes become `path` once the block ends well; else nothing is left of them."""
     partial = _partial(path)
     try:
-        with partial.open("wb", buffering=0) as file:
-            _reserve(file.fileno(), size)
-            yield file.fileno()
-            os.fsync(file.fileno())
+        target = opened(partial)
+        try:
+            _reserve(target, size)
+            yield target
+            os.fsync(target)
+        finally:
+            os.close(target)
         partial.replace(path)
     except BaseException as error:  # Ctrl-C included
         partial.unlink(missing_ok=True)

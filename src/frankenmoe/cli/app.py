@@ -1,7 +1,6 @@
 """The commands and their options; each imports what it needs when it runs, so that `plan` and `--help` stay quick."""
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,20 +8,18 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.audit import audit_command
+from frankenmoe.cli.card import card_command
+from frankenmoe.cli.evaluate import eval_command
+from frankenmoe.cli.export import export_command
+from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
+from frankenmoe.cli.options import REMOTE, Size, Temperature, example
+from frankenmoe.cli.push import push_command
+from frankenmoe.cli.run import run_command
+from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.cli.train import run_train, setting_options
 from frankenmoe.errors import FrankenMoEError
 
-SIZE_UNITS = {
-    "": 1,
-    "K": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "KI": 2**10,
-    "MI": 2**20,
-    "GI": 2**30,
-    "TI": 2**40,
-}
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -32,26 +29,6 @@ DTYPE = click.option(
     help="Type to store weights in; default: the recipe's.",
 )
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-REMOTE = click.option(
-    "--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first."
-)
-
-
-class Size(click.ParamType[int]):
-    """A number of bytes such as 4GB, 500MB or 2GiB."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
-        if match is None or match[2] not in SIZE_UNITS or float(match[1]) <= 0:
-            self.fail(f"{value!r} is not a size; write it like 4GB, 500MB or 2GiB", param, ctx)
-        return max(1, int(float(match[1]) * SIZE_UNITS[match[2]]))
-
-
-def example(text: str) -> str:
-    """An epilog that click prints as it stands."""
-    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in text.splitlines())
 
 
 @click.group(
@@ -83,7 +60,11 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 
     made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
     if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        from frankenmoe.planning.forecast import forecast
+
+        rows, reason = forecast(made)
+        gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
+        click.echo(json.dumps(made.to_dict() | {"gguf": gguf}, indent=2, ensure_ascii=False))
     else:
         show_plan(made)
 
@@ -165,11 +146,11 @@ def verify_command(folder: Path, as_json: bool) -> None:
 
 
 @app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
-@click.argument("what", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("what", metavar="OUT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the sampling.")
+@click.option("--temperature", type=Temperature(), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @click.option("--trace", is_flag=True, help="Show which experts each token went to.")
 @click.option("--json", "as_json", is_flag=True, help="Print reply and trace as JSON (needs --prompt).")
 @REMOTE
@@ -183,13 +164,29 @@ def chat_command(
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Talk to an artifact, or to a recipe before anything is built.
+    """Talk to an artifact, to a recipe before anything is built, or to a GGUF file.
 
     Tokens appear as they are made. With a chat template the model is addressed as an assistant, otherwise it goes on
     from your text.
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
+    if prompt is not None and not is_unicode(prompt):
+        raise click.UsageError("--prompt is not UTF-8 text")
+    if what.suffix == ".gguf":
+        from frankenmoe.cli.ggufchat import chat_gguf
+
+        if trace:
+            raise click.UsageError("--trace needs an artifact or a recipe: llama.cpp does not tell who was chosen")
+        return chat_gguf(
+            what,
+            prompt=prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            as_json=as_json,
+        )
+
     from frankenmoe.building import is_recipe
 
     if is_recipe(what):
@@ -256,6 +253,13 @@ def demo_command(out: Path, as_json: bool) -> None:
     demo(out, as_json=as_json)
 
 
+app.add_command(audit_command)
+app.add_command(export_command)
+app.add_command(card_command)
+app.add_command(push_command)
+app.add_command(run_command)
+
+
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
 def schema_command() -> None:
     """Print the JSON schema of recipes, for editors."""
@@ -264,12 +268,19 @@ def schema_command() -> None:
     click.echo(json.dumps(schema(), indent=2))
 
 
+app.add_command(eval_command)
+for command in (fit_command, add_expert_command, extract_command):
+    app.add_command(command)
+
+
 def main() -> None:
     """Runs a command; every error a user can act on ends in one sentence, a hint and exit code 2."""
     try:
         app(standalone_mode=False)
     except FrankenMoEError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(f"error: {printable(error.message)}", err=True)
+        if error.hint:
+            click.echo(f"  hint: {printable(error.hint)}", err=True)
         sys.exit(2)
     except click.ClickException as error:
         error.show()

@@ -11,13 +11,12 @@ import torch
 from rich.text import Text
 from transformers import TextStreamer
 
-from frankenmoe.cli.show import console
+from frankenmoe.cli.show import console, expert_style
+from frankenmoe.cli.text import is_unicode
 from frankenmoe.loading import load
 from frankenmoe.moe.generate import Reply, reply, weight_shares
+from frankenmoe.palette import mark
 
-# Okabe and Ito's palette, which colour-blind eyes tell apart; experts beyond it share colours but keep their numbers
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#999999")
-DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 TOKEN_WIDTH = 12
 LAYERS_TITLE = "first choice by layer"
 
@@ -65,7 +64,12 @@ def _ask() -> str | None:
     while True:
         if sys.stdin.isatty():
             click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            line = "\udcff"
+        if not is_unicode(line):
+            raise click.UsageError("what you write must be UTF-8 text")
         if not line:
             return None
         if line.strip():
@@ -78,29 +82,20 @@ def show_trace(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> None:
     width = max(len(LAYERS_TITLE), len(made.layers))
     legend = Text("experts: ", style="bold")
     for index, name in enumerate(experts):
-        legend.append(f"{_digit(index)} {name}  ", style=_colour(index))
+        legend.append(f"{mark(index).digit} {name}  ", style=expert_style(index))
     out.print(legend)
     out.print(Text(f"{'token':<{TOKEN_WIDTH}} {LAYERS_TITLE:<{width}} share of weight", style="dim"))
     for position in range(len(made.layers[0].ids_TK)):
         line = Text(f"{_shown(tokenizer, made.tokens[position]):<{TOKEN_WIDTH}.{TOKEN_WIDTH}} ")
         for trace in made.layers:
             first = int(trace.ids_TK[position, 0])
-            line.append(_digit(first), style=_colour(first))
+            line.append(mark(first).digit, style=expert_style(first))
         line.append(" " * (width - len(made.layers) + 1))
         shares = weight_shares(made.layers, position)
         best = sorted(range(len(shares)), key=lambda index: -shares[index])[:2]
         line.append("  ".join(f"{shares[index]:.0%} {experts[index]}" for index in best if shares[index] > 0))
         line.truncate(out.width, overflow="ellipsis")
         out.print(line)
-
-
-def _colour(index: int) -> str:
-    return COLOURS[index % len(COLOURS)] if index >= 0 else "dim"
-
-
-def _digit(index: int) -> str:
-    """One character per expert, as far as characters go; a dash for a dropped choice."""
-    return "-" if index < 0 else DIGITS[index] if index < len(DIGITS) else "+"
 
 
 def _shown(tokenizer: Any, token: int) -> str:

@@ -12,9 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.artifact import Artifact
+from frankenmoe.cli.text import printable
+from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
+from frankenmoe.planning.forecast import forecast
 
 WIDTH = 80
+GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
 SHOWN_UNUSED = 3
 
 
@@ -31,18 +35,21 @@ def show_plan(made: Plan) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _plan_rows(made, facts):
-        table.add_row(name, escape(value))
+        table.add_row(name, escape(printable(value)))
     out = console()
     out.print(table)
     reasons = _unused_by_reason(facts["unused"])
     for reason, names in reasons.items():
         more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""
         out.print(
-            f"unused: {', '.join(names[:SHOWN_UNUSED])}{more}: {reason}", style="dim", highlight=False, markup=False
+            printable(f"unused: {', '.join(names[:SHOWN_UNUSED])}{more}: {reason}"),
+            style="dim",
+            highlight=False,
+            markup=False,
         )
     warn(made.warnings)
     for problem in made.problems:
-        click.secho(f"cannot be built: {problem}", fg="red", err=True)
+        click.secho(f"cannot be built: {printable(problem)}", fg="red", err=True)
     if made.problems and not any("no weights" in problem for problem in made.problems):
         click.secho("  hint: keep it virtual with `frankenmoe build --virtual`, or change the recipe", err=True)
 
@@ -62,12 +69,25 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("  per expert", f"{counts['per_expert']:,}"),
         ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
         ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
-        ("  as GGUF", f"{gib(memory['q4_0'])} q4_0, {gib(memory['q5_0'])} q5_0"),
+        ("  as GGUF", _gguf_row(made)),
         ("  KV cache", f"{memory['kv_per_token'] / 2**10:.1f} KiB per token (16 bit)"),
         ("tensors", f"{facts['writes']:,} to write, {len(facts['unused']):,} left unused in the sources"),
         ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} too little'}"),
         ("licences", ", ".join(licences) or "none declared"),
     ]
+
+
+def _gguf_row(made: Plan) -> str:
+    """Sizes of the files people ask for, and what a K-quant really is where the shape does not let it be one."""
+    rows, reason = forecast(made)
+    if reason is not None:
+        return f"not possible: {reason}"
+    shown = []
+    for row in (row for row in rows if row.type in GGUF_SHOWN):
+        padded = f", {gib(row.padded_bytes)} with --pad256" if row.advice and row.padded_bytes else ""
+        really = f": mostly {next(iter(row.holds))}{padded}" if row.advice else ""
+        shown.append(f"{gib(row.bytes)} {row.type} ({row.bits_per_weight:.2f} bits{really})")
+    return "\n".join(shown)
 
 
 def _unused_by_reason(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
@@ -80,7 +100,7 @@ def _unused_by_reason(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
 def warn(warnings: Sequence[str]) -> None:
     """Warnings, a line each, on stderr."""
     for text in warnings:
-        click.secho(f"warning: {text}", fg="yellow", err=True)
+        click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
 
 
 def show_built(artifact: Artifact) -> None:
@@ -104,6 +124,12 @@ def show_checks(folder: Path, checks: Sequence[Any]) -> None:
 def program() -> str:
     """How this program was called, so that a printed command can be run as it stands."""
     return "frankenmoe" if shutil.which("frankenmoe") else sys.argv[0]
+
+
+def expert_style(expert: int) -> str:
+    """How rich writes an expert's digit, in the colours that the audit's page has too."""
+    own = mark(expert)
+    return f"bold {own.ink} on {own.colour}" if expert >= 0 else "dim"
 
 
 def gib(count: int) -> str:

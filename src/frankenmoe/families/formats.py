@@ -5,12 +5,22 @@ from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.families.dense import LAYER, QKV_BIAS
-from frankenmoe.families.spec import Config, Family, MoEFormat, Rule, TensorSpec
+from frankenmoe.families.spec import Config, Family, MoEFormat, Note, Rule, TensorSpec
 
 FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 EXPERT_BIAS = Rule("mlp_bias", (False, None), "its experts have no bias")
 NO_WINDOW = Rule("sliding_window", (None,), "it has no sliding window that other runtimes agree on")
 ATTENTION_BIAS = Rule("attention_bias", (False, None), "its attention has no place for all four biases")
+# read in llama.cpp's graphs (norm_w false) and converters (rope_freqs written for the Llama classes alone)
+WEAKER = Note(
+    "llama.cpp does not renormalise the top-k weights of this format, so its experts come out weaker there than in "
+    "transformers and frankenmoe",
+    renormalizing=True,
+)
+NO_LLAMA3 = Note(
+    "llama.cpp's converter loses the llama3 rotary factors in this format: long contexts will suffer there",
+    rope="llama3",
+)
 # what a dense config says that a MoE config says with the same word
 COPIED = (
     "vocab_size",
@@ -90,6 +100,8 @@ FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
                 rules=(EXPERT_BIAS, NO_WINDOW),
                 renormalizes_top1=False,
                 loads_in_transformers=False,
+                two_word_rope=True,
+                notes=(WEAKER,),
             ),
             MoEFormat(
                 name="qwen2_moe",
@@ -119,6 +131,7 @@ FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
                     "shared_expert_intermediate_size": "shared_ffn",
                 },
                 rules=(ATTENTION_BIAS, EXPERT_BIAS, NO_WINDOW),
+                notes=(WEAKER, NO_LLAMA3),
             ),
             MoEFormat(
                 name="qwen3_moe",
@@ -191,6 +204,8 @@ def moe_config(
     }
     rotary = rope(family, config)
     scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    if fmt.two_word_rope:
+        scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
     copied = {key: family.value(config, key) for key in COPIED}
     return {
         "architectures": [fmt.architecture],

@@ -96,6 +96,19 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """What another program makes of a format, for `plan` to warn of.
+
+    `rope` is the rotary type that it is about (None: any); `renormalizing` where it only matters if the weights of the
+    chosen experts are made to sum to one, which they do by themselves where all are chosen.
+    """
+
+    text: str
+    rope: str | None = None
+    renormalizing: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class MoEFormat:
     """A MoE checkpoint format: where experts, routers and the shared expert are written, and its config.
 
@@ -105,7 +118,8 @@ class MoEFormat:
     `renormalizes_top1` is False where the format's own code leaves the weight of a single chosen expert as it is.
     `rounds_weights` where transformers rounds the top-k weights to the model's dtype.
     `inert_shared_ffn` is the width of the all-zero shared expert written where the format demands one and the recipe
-    has none. `added` are tensors the format wants that a family may not have, written as zeros.
+    has none. `added` are tensors the format wants that a family may not have, written as zeros. `two_word_rope` where
+    the format's own code takes a `rope_scaling` of `type` and `factor` and nothing else.
     """
 
     name: str
@@ -126,3 +140,5 @@ class MoEFormat:
     renormalizes_top1: bool = True
     rounds_weights: bool = True
     loads_in_transformers: bool = True
+    two_word_rope: bool = False
+    notes: tuple[Note, ...] = ()

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frankenmoe.artifact import Routers
-from frankenmoe.checkpoint.values import encode
+from frankenmoe.checkpoint.cast import encode
 from frankenmoe.planning import Plan
 from frankenmoe.planning.tree import tensor_seed
 

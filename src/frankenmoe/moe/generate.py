@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from frankenmoe.errors import SourceError
+from frankenmoe.moe.dense import one_line
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
 
@@ -39,12 +40,15 @@ def reply(
     temperature: float = 0.0,
     streamer: Any = None,
 ) -> Reply:
-    """Generates with a KV cache: old tokens are neither computed nor routed again. `temperature` 0 is greedy.
+    """Generates with a KV cache: old tokens are neither computed nor routed again. `temperature` 0 is greedy. It ends
+    where the model sees no further, whatever `max_new_tokens` says.
 
     `history` is a list of {"role", "content"}; `streamer` is a transformers one.
     Raises SourceError for a prompt without tokens.
     """
     ids = encode(tokenizer, history, moe.model.config)
+    limit = getattr(moe.model.config, "max_position_embeddings", None)
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - ids.shape[-1])
     settings = moe.model.generation_config
     eos = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
     pad = eos[0] if isinstance(eos, list) else eos
@@ -54,7 +58,7 @@ def reply(
         out = moe.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             streamer=streamer,
             eos_token_id=eos,
             pad_token_id=0 if pad is None else pad,
@@ -71,9 +75,15 @@ def encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> to
     SourceError where a model of this `config` cannot take it: no token, too many, or one it has no embedding for.
     """
     if tokenizer.chat_template:
-        found = tokenizer.apply_chat_template(
-            list(history), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            found = tokenizer.apply_chat_template(
+                list(history), add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as error:  # a template is a program of its author's
+            raise SourceError(
+                f"the chat template of the base fails: {one_line(error)}",
+                hint="mend chat_template.jinja (or the one in tokenizer_config.json), or remove it to go on from text",
+            ) from error
     else:
         found = tokenizer("".join(turn["content"] for turn in history), return_tensors="pt")
     ids = found["input_ids"]

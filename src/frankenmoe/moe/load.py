@@ -19,7 +19,7 @@ from frankenmoe.checkpoint import tensors as checkpoint
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
-from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.errors import ArtifactError, NumericsError, SourceError
 from frankenmoe.families import FAMILIES, FORMATS
 from frankenmoe.moe.adapter import Lora, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
@@ -40,6 +40,7 @@ from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.layout import SHARED, router_names
 
 Gates = Mapping[str, torch.Tensor]
+ROUTERS_AGAIN = "the routers file was changed after it was written: fit the routers or build the artifact again"
 # endings of config fields that no `mlp` depends on
 OUTSIDE_MLP = ("_token_id", "dtype", "_version", "architectures", "use_cache", "_name_or_path", "rope_parameters")
 
@@ -96,6 +97,8 @@ def load_plan(
 ) -> MoE:
     """The virtual form: straight from the sources' mapped files. `options` are MoEBlock's (capacity, drop policy)."""
     config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
+    if plan.base.own_head:
+        config.tie_word_embeddings = False
     configs = {
         source.folder: read_config(source.folder, trust_remote_code=trust_remote_code) for source in plan.sources
     }
@@ -119,9 +122,17 @@ def load_plan(
 def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
     """The built form: its own files, mapped; in any format that is written here, without remote code."""
     tensors = open_checkpoint(artifact.folder).tensors
-    fmt, base = FORMATS[artifact.record["format"]], artifact.record["base_config"]
-    family = FAMILIES[base["model_type"]]
-    layers = family.dims(base).layers
+    fmt, base = FORMATS.get(artifact.record["format"]), artifact.record["base_config"]
+    family = FAMILIES.get(str(base.get("model_type")))
+    try:
+        layers = family.dims(base).layers if family else 0
+    except (KeyError, TypeError, ValueError):
+        layers = 0
+    if fmt is None or family is None or not layers:
+        raise ArtifactError(
+            f"the record of {artifact.folder} has a format or base_config that no artifact is built with",
+            hint="it was edited: build the artifact again",
+        )
     backbone = tuple(copy(tensors, name, name) for name in family.shapes(family.backbone, base))
 
     def ffn(templates: Mapping[str, str], expert: int) -> tuple[Mapping[str, TensorWrite], ...]:
@@ -184,7 +195,19 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
         setattr(holder, name, make(layer))
     model.generation_config = _generation_config(parts.folder) or model.generation_config
     model.requires_grad_(False)
+    head = model.get_output_embeddings()
+    if head is not None:
+        head.register_forward_pre_hook(_plain_strides)
     return MoE(model=model.eval(), experts=tuple(node.name for node in parts.nodes), folder=parts.folder)
+
+
+def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Copies what the head reads.
+
+    For the last token's slice of a long prompt and a frozen weight, torch would otherwise choose a batched product, for
+    which it copies the weights of the whole vocabulary: half of a prefill's time.
+    """
+    return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
 
 def low_rank(
@@ -248,8 +271,21 @@ def _block_maker(
     dense: dict[object, nn.Module] = {}
 
     def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
-        found = parts.gates.get(parts.gate_names(path)[layer])
-        return found.to(dtype) if found is not None and dtype is not None else found
+        name = parts.gate_names(path)[layer]
+        found = parts.gates.get(name)
+        if found is None:
+            if path == SHARED:
+                return None
+            raise ArtifactError(f"{parts.folder} has lost its router {name}", hint=ROUTERS_AGAIN)
+        hidden = parts.config.hidden_size
+        if not found.is_floating_point() or found.dim() != 2 or found.shape[1] != hidden:
+            raise ArtifactError(
+                f"router {name} is {found.dtype} {list(found.shape)}, expected numbers of shape [experts, {hidden}]",
+                hint=ROUTERS_AGAIN,
+            )
+        if not found.isfinite().all():
+            raise NumericsError(f"router {name} holds numbers that are not finite", hint=ROUTERS_AGAIN)
+        return found.to(dtype) if dtype is not None else found
 
     def leaf(node: ExpertNode, layer: int) -> nn.Module:
         row = node.ffn[layer]

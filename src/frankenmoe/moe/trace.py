@@ -51,6 +51,9 @@ class RoutingTrace:
         )
 
 
+Sink = Callable[[LayerTrace, torch.Tensor], None]
+
+
 @contextmanager
 def record(model: nn.Module) -> Iterator[list[LayerTrace]]:
     """Within the context, every forward appends one LayerTrace per router that ran, in the order they ran.
@@ -59,10 +62,22 @@ def record(model: nn.Module) -> Iterator[list[LayerTrace]]:
     Raises ArtifactError if there is none, or if one block stands in two places: its traces could not be told apart.
     """
     traces: list[LayerTrace] = []
-    with ExitStack() as hooks:
-        for layer, path, block in _blocks(model):
-            hooks.callback(block.capacity.register_forward_hook(_recorder(traces, layer, path)).remove)
+    with stream(model, lambda trace, _: traces.append(trace)):
         yield traces
+
+
+@contextmanager
+def stream(model: nn.Module, sink: Sink) -> Iterator[None]:
+    """Within the context, `sink(trace, hidden_TD)` is called for every router that ran, with what that router read.
+
+    Nothing is kept here, so memory does not grow with the text. Routers and errors are those of `record`.
+    """
+    with ExitStack() as hooks:
+        for layer, path, block in blocks(model):
+            read, decided = _hooks(sink, layer, path)
+            hooks.callback(block.router.register_forward_pre_hook(read).remove)
+            hooks.callback(block.capacity.register_forward_hook(decided).remove)
+        yield
 
 
 def concat(traces: Iterable[LayerTrace]) -> RoutingTrace:
@@ -107,8 +122,8 @@ def _probs(trace: LayerTrace) -> torch.Tensor:
     return trace.logits_TE.softmax(dim=-1, dtype=torch.float32)
 
 
-def _blocks(model: nn.Module) -> Iterator[tuple[int, str, MoEBlock]]:
-    """Every block with its layer and path, outer blocks before those nested in them."""
+def blocks(model: nn.Module) -> list[tuple[int, str, MoEBlock]]:
+    """Every block with its layer and path, outer blocks before those nested in them; errors are those of `record`."""
     named = {name: part for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, MoEBlock)}
     places = [(*place, block) for name, block in named.items() if (place := _place(name, outer=_outer(name, named)))]
     if not places:
@@ -121,7 +136,7 @@ def _blocks(model: nn.Module) -> Iterator[tuple[int, str, MoEBlock]]:
             f"a {type(model).__name__} has one MoEBlock in two places, expected a block of its own in each",
             hint="share the experts inside the block rather than the block",
         )
-    yield from places
+    return places
 
 
 def _outer(name: str, blocks: Iterable[str]) -> str:
@@ -137,12 +152,18 @@ def _place(name: str, *, outer: str) -> tuple[int, str] | None:
     return int(indices[-1]), ".".join(part for part in inner if part not in ("", "experts"))
 
 
-def _recorder(traces: list[LayerTrace], layer: int, path: str) -> Callable[[nn.Module, object, Routing], None]:
-    def append(_module: nn.Module, _inputs: object, routing: Routing) -> None:
-        weights_TK, ids_TK, logits_TE = (tensor.detach() for tensor in routing)
-        traces.append(LayerTrace(layer, path, logits_TE.shape[1], weights_TK, ids_TK, logits_TE))
+def _hooks(sink: Sink, layer: int, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """A hook for what a router reads and one for what its block finally uses, which gives both to the sink."""
+    read: list[torch.Tensor] = []
 
-    return append
+    def before(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        read[:] = inputs
+
+    def after(_module: nn.Module, _inputs: object, routing: Routing) -> None:
+        weights_TK, ids_TK, logits_TE = (tensor.detach() for tensor in routing)
+        sink(LayerTrace(layer, path, logits_TE.shape[1], weights_TK, ids_TK, logits_TE), read.pop().detach())
+
+    return before, after
 
 
 def _join(parts: list[LayerTrace]) -> LayerTrace:

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
-from frankenmoe.planning.sources import Source
+from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
+from frankenmoe.planning.sources import Source, odd_heads
 from frankenmoe.planning.tree import ExpertNode
 
-# bits per weight of llama.cpp's block formats: bytes of a block x 8 / weights in it
-GGUF_BITS = {"F32": 32.0, "F16": 16.0, "Q8_0": 34 * 8 / 32, "Q6_K": 210 * 8 / 256, "Q5_0": 22 * 8 / 32, "Q4_0": 4.5}
 KV_BYTES = 2  # a 16-bit cache
 
 
@@ -118,28 +117,20 @@ def _place(ref: TensorRef) -> object:
 
 
 def gguf_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], kind: str, *, experts: int) -> int:
-    """Size of a GGUF file of a legacy type with llama.cpp's tensor mix (its llama-quant.cpp).
+    """Size of a GGUF file of a plain type such as Q4_0, of any family: dense names and 2-D shapes of all its tensors.
 
-    Norms and routers stay F32, the head is Q6_K (Q8_0 where its rows are no multiple of 256), exactly eight experts
-    lift attn_k and attn_v to Q8_0, and rows that are no multiple of 32 stay F16.
+    What llama.cpp has no words for is counted as if it had; `forecast` knows which files can be written.
     """
     named = list(shapes)
-    head = "lm_head.weight" if any(name == "lm_head.weight" for name, _ in named) else "model.embed_tokens.weight"
-    return int(
-        sum(_numel(shape) * GGUF_BITS[_gguf_kind(name, shape, kind, head, experts)] / 8 for name, shape in named)
+    facts = MixFacts(layers=1, experts=experts, tied=all(name != "lm_head.weight" for name, _ in named))
+    types = [tensor_type(_file_name(name), shape, FILE_TYPES[kind.lower()], facts) for name, shape in named]
+    return sum(
+        math.prod(shape[:-1]) * row_bytes(found, shape[-1]) for (_, shape), found in zip(named, types, strict=True)
     )
 
 
-def _gguf_kind(name: str, shape: tuple[int, ...], kind: str, head: str, experts: int) -> str:
-    if len(shape) < 2 or name.endswith("gate.weight"):
-        return "F32"
-    if shape[-1] % 32:
-        return "F16"
-    if name == head:
-        return "Q8_0" if shape[-1] % 256 else "Q6_K"
-    if experts == 8 and name.endswith(("k_proj.weight", "v_proj.weight")):
-        return "Q8_0"
-    return kind
+def _file_name(name: str) -> str:
+    return ROUTER if name.endswith("gate.weight") else gguf_name(name) or name
 
 
 def _numel(shape: tuple[int, ...]) -> int:
@@ -152,6 +143,5 @@ def kv_numbers(base: Source) -> int:
     if base.family is not None:
         dims = base.family.dims(config)
         return 2 * dims.layers * dims.kv_heads * dims.head_dim
-    heads = int(config["num_attention_heads"])
-    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    return 2 * int(config["num_hidden_layers"]) * int(config.get("num_key_value_heads") or heads) * head_dim
+    head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
+    return 2 * int(config["num_hidden_layers"]) * odd_heads(config) * head_dim

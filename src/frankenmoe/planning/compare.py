@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.fingerprint import same_values
+from frankenmoe.checkpoint.fingerprint import same_place, same_values
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
@@ -51,6 +51,25 @@ def same_expert(one: ExpertNode, two: ExpertNode) -> bool:
         )
         for row, other in zip(one.loras, two.loras, strict=True)
     )
+
+
+def compared_whole(one: ExpertNode, two: ExpertNode) -> bool:
+    """True where `same_expert` has seen every byte of two equal experts, and not just blocks of larger tensors."""
+    pairs = [
+        (ref, other)
+        for leaf, twin in zip(one.leaves(), two.leaves(), strict=True)
+        for ref, other in zip(_refs(leaf), _refs(twin), strict=True)
+    ]
+    return all(
+        (ref.file, ref.name) == (other.file, other.name) or ref.nbytes <= COMPARE_LIMIT or same_place(ref, other)
+        for ref, other in pairs
+    )
+
+
+def _refs(leaf: ExpertNode) -> list[TensorRef]:
+    """The tensors that an FFN is made from, in an order that equal experts share."""
+    written = [ref for row in leaf.ffn for suffix in sorted(row) for ref in row[suffix].inputs]
+    return written + [ref for row in leaf.loras for suffix in sorted(row) for ref in (row[suffix].a, row[suffix].b)]
 
 
 def same_write(one: TensorWrite, two: TensorWrite) -> bool:

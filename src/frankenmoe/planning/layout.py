@@ -11,6 +11,8 @@ from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.recipe import Recipe
 from frankenmoe.suggest import did_you_mean
 
+# raised whenever the same recipe and sources would give other bytes than before, so that no build goes on halfway
+LAYOUT_VERSION = 1
 # the path of the shared expert, beside those of the routed ones
 SHARED = (-1,)
 # rotary types that DeepSeek-MoE v1's own code knows
@@ -98,6 +100,17 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
             if (ours or False) != (theirs or False):
                 found.append(f"expert {leaf.name} has {key} {theirs}, the base {ours}; a built MoE has one for all")
     return tuple(found)
+
+
+def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, recipe: Recipe) -> list[str]:
+    """What other programs make of this format that a person should know, where it concerns this recipe."""
+    rope_type, top_k = rope(family, base.config)["rope_type"], recipe.experts_per_token
+    renormalized = top_k < experts and (top_k > 1 or fmt.renormalizes_top1)
+    return [
+        f"{fmt.title}: {note.text}"
+        for note in fmt.notes
+        if note.rope in (None, rope_type) and (renormalized or not note.renormalizing)
+    ]
 
 
 def router_shapes(

@@ -12,22 +12,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import Lora, TensorRef, TensorWrite, safetensors_dtype
+from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
 from frankenmoe.planning.bill import Bill, kv_numbers, make_bill
-from frankenmoe.planning.compare import identical_groups, licence, same_expert, source_warnings
+from frankenmoe.planning.compare import (
+    COMPARE_LIMIT,
+    compared_whole,
+    identical_groups,
+    licence,
+    same_expert,
+    source_warnings,
+)
+from frankenmoe.planning.files import check_small_files, deciding_files, small_files, states
+from frankenmoe.planning.heads import with_own_head
 from frankenmoe.planning.layout import (
+    LAYOUT_VERSION,
     SHARED,
     built_writes,
     choose_format,
     expert_conflicts,
+    format_notes,
     router_names,
     router_shapes,
 )
 from frankenmoe.planning.sources import (
-    BUFFER,
-    Anatomy,
     Source,
     anatomy,
     check_anatomies,
@@ -38,21 +47,8 @@ from frankenmoe.planning.sources import (
 )
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
 from frankenmoe.planning.tree import ExpertNode, backbone_writes, expert_nodes, ffn_writes
+from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.recipe import RANDOM_MODES, Recipe
-
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,8 @@ class Plan:
     """What a recipe becomes. `problems` are the reasons why it cannot be built (a virtual MoE may still be made).
 
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all the rest, `groups` the
-    built body in byte order, `routers` the shape (experts, hidden) of every gate by name.
+    built body in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` where
+    identical experts (or base) are so large that blocks of them were compared and not every byte.
     """
 
     recipe: Recipe
@@ -79,6 +76,7 @@ class Plan:
     bill: Bill
     identical_experts: tuple[tuple[int, ...], ...]
     equals_base: bool
+    identical_sampled: bool
     unused: tuple[tuple[str, str, str], ...] = field(repr=False)
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
@@ -120,13 +118,13 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Names this plan: the recipe, the stored type and every source file as it was when first asked for."""
+        """Names this plan: recipe, stored type, layout and every source file as it was when first asked for."""
         return self.digest_now()
 
     def digest_now(self) -> str:
-        """The digest with every source file's size and time of change as they are at this moment."""
-        files = sorted({(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in self.source_files})
-        facts = [self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
+        """The digest with weight files by size and time, small files by content, as they are at this moment."""
+        files = states(self.source_files, self.deciding_files)
+        facts = [LAYOUT_VERSION, self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     def router_names(self, path: tuple[int, ...]) -> tuple[str, ...]:
@@ -144,7 +142,12 @@ class Plan:
     @property
     def small_files(self) -> tuple[Path, ...]:
         """Tokenizer, chat template and generation settings of the base, which come along unchanged."""
-        return tuple(file for name in TOKENIZER_FILES if (file := self.base.folder / name).is_file())
+        return small_files(self.base)
+
+    @property
+    def deciding_files(self) -> tuple[Path, ...]:
+        """Every config and small file that the plan depends on."""
+        return deciding_files(self.base, self.sources)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, as `frankenmoe plan --json` prints it."""
@@ -159,6 +162,7 @@ class Plan:
             **self.bill.to_dict(),
             "identical_experts": [list(group) for group in self.identical_experts],
             "equals_base": self.equals_base,
+            "identical_sampled": self.identical_sampled,
             "warnings": list(self.warnings),
             "problems": list(self.problems),
             "writes": len(self.writes) + len(self.routers),
@@ -188,12 +192,16 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     Raises RecipeError, SourceError or PlanError where not even a virtual MoE could come of it.
     """
     opened = {
-        (str(name), adapter): open_source(
-            name, folder=recipe.folder, weights=weights, adapter=adapter, trust_remote_code=trust_remote_code
+        (str(name), adapter): with_own_head(
+            open_source(
+                name, folder=recipe.folder, weights=weights, adapter=adapter, trust_remote_code=trust_remote_code
+            ),
+            limit=None if weights else COMPARE_LIMIT,
         )
         for name, adapter in dict.fromkeys(sources_of(recipe))
     }
     base = opened[(str(recipe.base_model), None)]
+    check_small_files(base)
     others = [source for source in opened.values() if source is not base]
     check_siblings(base, others)
     parts = {key: (source, anatomy(source)) for key, source in opened.items()}
@@ -258,11 +266,22 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             top_k=recipe.experts_per_token,
             itemsize=4 if stored == "F32" else 2,
             kv_numbers=kv_numbers(base),
-            small_files=_small_bytes(base),
+            small_files=sum(file.stat().st_size for file in small_files(base)),
         ),
         identical_experts=tuple(map(tuple, identical)),
         equals_base=equals_base,
-        unused=_unused(recipe, base, parts, nodes=nodes, shared=shared, backbone=backbone),
+        identical_sampled=not all(
+            compared_whole(nodes[group[0]], nodes[index]) for group in identical for index in group[1:]
+        )
+        or (equals_base and not all(compared_whole(leaf, base_node) for node in nodes for leaf in node.leaves())),
+        unused=unused_tensors(
+            parts.values(),
+            base=base,
+            averaged=averaged,
+            trained=bool(trained),
+            nodes=(*nodes, *shared),
+            backbone=backbone,
+        ),
         trained=tuple(trained.values()),
         problems=problems,
     )
@@ -290,14 +309,16 @@ def _with_warnings(made: Plan, others: list[Source]) -> Plan:
 
 
 def _identity_warnings(made: Plan) -> list[str]:
+    same = "identical in every block compared" if made.identical_sampled else "bit-identical"
     if made.all_identical:
-        computes = "exactly its base" if made.equals_base else "exactly one dense model"
+        computes = "its base" if made.equals_base else "one dense model"
         return [
-            f"all {made.experts} experts are bit-identical: this MoE computes {computes}, whatever its routers say and "
-            "however they are trained; break the symmetry with noise_relative (0.01, say) or adapters, then train"
+            f"all {made.experts} experts are {same}: this MoE computes {'' if made.identical_sampled else 'exactly '}"
+            f"{computes}, whatever its routers say and however they are trained; break the symmetry with "
+            "noise_relative (0.01, say) or adapters, then train"
         ]
     return [
-        f"experts {', '.join(map(str, group))} are bit-identical and count as one for routing"
+        f"experts {', '.join(map(str, group))} are {same} and count as one for routing"
         for group in made.identical_experts
     ]
 
@@ -310,6 +331,13 @@ def _own_warnings(made: Plan) -> list[str]:
         found.append(
             f"{made.fmt.title} must have a shared expert: one of {made.fmt.inert_shared_ffn} zero neurons is written"
         )
+    if made.base.own_head:
+        found.append(
+            f"{made.base.name} says tie_word_embeddings, but its stored lm_head.weight differs from its embeddings; "
+            "the stored head is used, as transformers does, and the MoE is untied"
+        )
+    if made.fmt is not None and made.base.family is not None:
+        found.extend(format_notes(made.fmt, made.base, made.base.family, experts=made.experts, recipe=recipe))
     if made.shared and all(expert.residual_scale is None for expert in (*recipe.experts, *recipe.shared_experts)):
         found.append(
             "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all of them evens it out"
@@ -341,49 +369,5 @@ def _beside_experts(
     return [write for group in groups for write in group if write.name not in inside and ".experts." not in write.name]
 
 
-def _unused(
-    recipe: Recipe,
-    base: Source,
-    parts: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
-    *,
-    nodes: tuple[ExpertNode, ...],
-    shared: tuple[ExpertNode, ...],
-    backbone: tuple[TensorWrite, ...],
-) -> tuple[tuple[str, str, str], ...]:
-    """(source, tensor, reason) for every tensor of every source that nothing is made from."""
-    leaves = [leaf for node in (*nodes, *shared) for leaf in node.leaves()]
-    folded = [leaf.folded(layer, suffix) for leaf in leaves for layer, row in enumerate(leaf.ffn) for suffix in row]
-    steps = [step for write in (*backbone, *folded) for step in write.steps if isinstance(step, Lora)]
-    used = {ref for write in (*backbone, *folded) for ref in write.inputs}
-    used |= {ref for step in steps for ref in (step.a, step.b)}
-    rows: list[tuple[str, str, str]] = []
-    for source, found in parts.values():
-        inside_ffn = {name for layer in found.ffn for name, _ in layer.values()}
-        for name, ref in source.checkpoint.tensors.items():
-            if ref not in used:
-                why = _reason(name, found, inside_ffn, averaged=recipe.backbone == "average")
-                rows.append((str(source.name), name, f"{why}, or training replaced it" if recipe.trained else why))
-        for name, ref in source.adapter.tensors.items() if source.adapter else ():
-            if ref not in used:
-                rows.append((str(source.name), name, "the adapter changes the backbone, and an expert is an FFN only"))
-    return tuple(dict.fromkeys(rows))
-
-
-def _reason(name: str, found: Anatomy, inside_ffn: set[str], *, averaged: bool) -> str:
-    if name in inside_ffn:
-        return "the base's own FFN is not among the experts"
-    if name in found.backbone:
-        return "the backbone is the experts' average" if averaged else "the backbone comes from the base"
-    if BUFFER.search(name):
-        return "a buffer that is recomputed from the config"
-    if name == "lm_head.weight":
-        return "the head is tied to the embeddings"
-    return "not a tensor of this family"
-
-
 def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:
     return all(same_expert(leaf, base_node) for node in made_of for leaf in node.leaves())
-
-
-def _small_bytes(base: Source) -> int:
-    return sum(file.stat().st_size for name in TOKENIZER_FILES if (file := base.folder / name).is_file())

@@ -1,11 +1,12 @@
 """The plan an artifact was made from, made again from its record; knows nothing of how artifacts are written."""
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from frankenmoe.artifact import Artifact
-from frankenmoe.checkpoint.fingerprint import fingerprint
+from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.planning.plan import Plan, plan
 from frankenmoe.recipe import Recipe
@@ -13,17 +14,9 @@ from frankenmoe.recipe import Recipe
 
 def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
     """Plans the recorded recipe against its sources as they are now; ArtifactError if they are not what they were."""
-    record = artifact.record
-    folder = Path(record["recipe_folder"])
-    if not folder.is_dir():  # artifact and sources may have moved together
-        folder = (artifact.folder / record["recipe_folder_from_here"]).resolve()
-    recipe = Recipe.parse(
-        yaml.safe_dump(record["recipe"], sort_keys=False),
-        folder=folder,
-        origin=str(artifact.folder / "recipe.yml"),
-    )
+    recipe = recipe_of(artifact)
     try:
-        made = plan(recipe, dtype=record["dtype"], weights=True, trust_remote_code=trust_remote_code)
+        made = plan(recipe, dtype=artifact.record["dtype"], weights=True, trust_remote_code=trust_remote_code)
     except SourceError as error:
         raise ArtifactError(
             f"{artifact.folder} cannot find or use its sources any more: {error.message}",
@@ -33,8 +26,34 @@ def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
     return made
 
 
+def facts(made: Plan) -> dict[str, Any]:
+    """What a record says of the MoE itself besides its recipe, so that a built one loads without its sources."""
+    return {
+        "dtype": made.dtype_name,
+        "format": made.fmt.name if made.fmt else None,
+        "base_config": dict(made.base.config),
+        "experts": [node.name for node in made.nodes],
+        "shared_experts": [node.name for node in made.shared],
+        "experts_per_token": made.recipe.experts_per_token,
+    }
+
+
+def recipe_of(artifact: Artifact) -> Recipe:
+    """The recipe in an artifact's record; relative paths start where they did, or where artifact and sources moved."""
+    record = artifact.record
+    folder = Path(record["recipe_folder"])
+    if not folder.is_dir():
+        folder = (artifact.folder / record["recipe_folder_from_here"]).resolve()
+    return Recipe.parse(
+        yaml.safe_dump(record["recipe"], sort_keys=False),
+        folder=folder,
+        origin=str(artifact.folder / "recipe.yml"),
+    )
+
+
 def check_sources(artifact: Artifact, made: Plan) -> None:
-    """ArtifactError when the plan's weight files are not, in order and by fingerprint, those of the record."""
+    """ArtifactError when the plan's files are not, in order, those of the record: weights by fingerprint, configs and
+    tokenizer by SHA-256."""
     recorded = artifact.record["sources"]
     if len(recorded) != len(made.source_files):
         raise ArtifactError(
@@ -46,5 +65,19 @@ def check_sources(artifact: Artifact, made: Plan) -> None:
             raise ArtifactError(
                 f"{file} is not what {artifact.folder} was made from (it was {was['bytes']} bytes, fingerprint "
                 f"{was['fingerprint']})",
+                hint="a source has changed; bring the old one back, or build the artifact again",
+            )
+    configs = artifact.record["configs"]
+    now = [file.name for file in made.deciding_files]
+    if [Path(was["file"]).name for was in configs] != now:
+        raise ArtifactError(
+            f"{artifact.folder} was made from other configs and tokenizer files than the sources have now: "
+            f"{', '.join(now)}",
+            hint="a source has changed; bring its files back, or build the artifact again",
+        )
+    for file, was in zip(made.deciding_files, configs, strict=True):
+        if sha256(file) != was["sha256"]:
+            raise ArtifactError(
+                f"{file} is not what {artifact.folder} was made from: its SHA-256 was {was['sha256']}",
                 hint="a source has changed; bring the old one back, or build the artifact again",
             )

@@ -4,12 +4,14 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.hub import resolve
+from frankenmoe.checkpoint.hub import is_folder, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
-from frankenmoe.checkpoint.tensors import TensorRef
+from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, Family
 from frankenmoe.families.spec import Dims
@@ -32,12 +34,28 @@ MUST_AGREE: Mapping[str, str] = {
 # sizes that every config must say, those that its family's table reads besides, and those that it may leave out
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 FAMILY_SIZES = ("intermediate_size", "vocab_size")
-OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+OPTIONAL_SIZES = (
+    "num_key_value_heads", "num_kv_heads", "multi_query_group_num", "head_dim", "max_position_embeddings",
+)  # fmt: skip
 # what older families call the same; transformers' own configs answer to both
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
     "num_hidden_layers": ("n_layer", "num_layers"),
     "num_attention_heads": ("n_head", "num_heads"),
+}
+# families whose config classes take multi_query for granted where config.json does not say
+MULTI_QUERY = ("falcon", "gpt_bigcode")
+GROUPED = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
+# numbers of which any model makes NaN where they are zero, negative, infinite or NaN themselves
+POSITIVE = ("rope_theta", "rms_norm_eps")
+MOST = 1e30
+# where a config says that its weights are not plain numbers
+QUANTIZED = ("quantization_config", "compression_config")
+# how transformers is told to undo a method while it loads; the others undo it afterwards, if at all
+DEQUANTIZE: Mapping[str, str] = {
+    "fp8": "FineGrainedFP8Config(dequantize=True)",
+    "mxfp4": "Mxfp4Config(dequantize=True)",
+    "compressed-tensors": "CompressedTensorsConfig(dequantize=True)",
 }
 # the table is written out per layer, so a number that no model has must not reach it
 MOST_LAYERS = 10_000
@@ -60,6 +78,8 @@ class Source:
     name: SourceName
     checkpoint: Checkpoint
     adapter: Adapter | None = None
+    # the config ties head and embeddings, the weights do not: see planning/heads.py
+    own_head: bool = False
 
     @property
     def folder(self) -> Path:
@@ -92,15 +112,15 @@ def open_source(
     name: SourceName, *, folder: Path, weights: bool, adapter: str | None = None, trust_remote_code: bool = False
 ) -> Source:
     """Finds and opens one source. `weights=False` is content with a config; `adapter` overrides the name's own."""
-    opened = open_checkpoint(resolve(name.path, revision=name.revision, folder=folder, weights=weights))
+    found = resolve(name.path, revision=name.revision, folder=folder, weights=weights)
+    # of a hub model the bill needs no weights: those of a download that was cut off are fetched when it is built
+    opened = open_checkpoint(found, whole=weights or is_folder(name.path, folder=folder))
     checkpoint = replace(opened, config=in_one_spelling(opened.config))
-    if (
-        checkpoint.config.get("auto_map")
-        and not trust_remote_code
-        and str(checkpoint.config.get("model_type")) not in FAMILIES
-    ):
+    model_type = str(checkpoint.config.get("model_type"))
+    own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES
+    if own_code and not trust_remote_code and not known_to_transformers(model_type):
         raise SourceError(
-            f"{name} is a {checkpoint.config.get('model_type')!r} model with Python code of its own, which is not run",
+            f"{name} is a {model_type!r} model with Python code of its own, which is not run",
             hint="read that code, and if you trust it say --trust-remote-code",
         )
     check_config(Source(name, checkpoint))
@@ -110,6 +130,20 @@ def open_source(
     if adapter and "@" in adapter and not os.path.exists(folder / adapter):
         path, revision = adapter.rsplit("@", 1)
     return Source(name, checkpoint, open_adapter(resolve(path, revision=revision, folder=folder, weights=True)))
+
+
+@cache
+def known_to_transformers(model_type: str) -> bool:
+    """Whether the installed transformers has a config class for a model type, so that code beside it is not needed.
+
+    Read from the text of its table, since importing that takes seconds and brings torch along; a table that has moved
+    only means that such a model is refused.
+    """
+    spec = find_spec("transformers")
+    auto = Path(spec.origin).parent / "models" / "auto" if spec and spec.origin else Path()
+    rows = re.compile(rf'^\s*\("{re.escape(model_type)}", "\w+Config"\)', re.MULTILINE)
+    files = (auto / "auto_mappings.py", auto / "configuration_auto.py")
+    return any(rows.search(file.read_text(encoding="utf-8")) for file in files if file.is_file())
 
 
 def in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,8 +173,31 @@ def check_config(source: Source) -> None:
             f"{file} has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}",
             hint="fetch config.json again, or delete the setting",
         )
+    for key, value in (("rope_theta", rotary.get("rope_theta")), *((key, source.config.get(key)) for key in POSITIVE)):
+        if isinstance(value, int | float) and not 0 < value < MOST:
+            raise SourceError(f"{file} has {key} {value!r:.40}, expected a positive number", hint=WRONG_FILE)
+    _refuse_quantized(source)
     if family:
         _check_heads(file, family.dims(source.config))
+
+
+def _refuse_quantized(source: Source) -> None:
+    """Raises SourceError where config.json says that the weights are codes, which no step here can compute with."""
+    said = next((source.config[key] for key in QUANTIZED if source.config.get(key)), None)
+    if said is not None:
+        method = (said.get("quant_method") or said.get("quant_algo")) if isinstance(said, Mapping) else said
+        raise SourceError(
+            f"{source.name} is quantized: config.json has a quantization_config, method {method!s:.40}; expected "
+            "weights in float32, float16 or bfloat16",
+            hint=f"name the model it was quantized from, or dequantize it first: {_dequantizing(str(method))}",
+        )
+
+
+def _dequantizing(method: str) -> str:
+    option = DEQUANTIZE.get(method)
+    load = f"load it with from_pretrained(..., quantization_config={option})" if option else "load it with transformers"
+    call = "" if option else " call model.dequantize() where its method has that,"
+    return f"{load},{call} save_pretrained(folder) in bfloat16, and name that folder"
 
 
 def _check_heads(file: Path, dims: Dims) -> None:
@@ -150,6 +207,19 @@ def _check_heads(file: Path, dims: Dims) -> None:
             "expected heads that share the others evenly",
             hint=WRONG_CONFIG,
         )
+
+
+def odd_heads(config: Mapping[str, Any]) -> int:
+    """Cached heads of a family without a table: one in multi-query models, all in Falcon's second generation.
+
+    There transformers' code repeats the grouped heads before it caches them.
+    """
+    heads = int(config["num_attention_heads"])
+    if config.get("new_decoder_architecture"):
+        return heads
+    if config.get("multi_query", config.get("model_type") in MULTI_QUERY):
+        return 1
+    return next((int(config[key]) for key in GROUPED if config.get(key)), heads)
 
 
 def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
@@ -204,7 +274,7 @@ def _layered(
 
 
 def check_tensors(source: Source, parts: Anatomy) -> None:
-    """Raises SourceError when a tensor the family's table asks for is missing or has another shape."""
+    """Raises SourceError when a tensor the family's table asks for is missing, of another shape, or quantized."""
     if not source.checkpoint.has_weights:
         return
     wanted = dict(parts.backbone) | {name: shape for layer in parts.ffn for name, shape in layer.values()}
@@ -222,6 +292,15 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
                 f"{source.name} holds {name} of shape {list(found)}, but its config.json says {list(shape)}",
                 hint=WRONG_CONFIG,
             )
+    # a family without a table has integer buffers in its backbone, but none of its FFNs is made of integers
+    numbers = wanted if source.family else (name for layer in parts.ffn for name, _ in layer.values())
+    coded = next((ref for name in numbers if (ref := source.checkpoint.tensors[name]).dtype not in FLOATS), None)
+    if coded is not None:
+        raise SourceError(
+            f"{source.name} is quantized: it holds {coded.name} as {coded.dtype}, expected weights in float32, float16 "
+            "or bfloat16",
+            hint=f"name the model it was quantized from, or dequantize it first: {_dequantizing('')}",
+        )
 
 
 def check_siblings(base: Source, others: Iterable[Source]) -> None:
@@ -232,12 +311,25 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
             for key, words in MUST_AGREE.items()
             if base.config.get(key) != other.config.get(key)
         }
+        if set(differ) == {"vocabulary"}:
+            raise _other_vocabulary(base, other)
         if differ:
             sides = "; ".join(f"{words} {ours} against {theirs}" for words, (ours, theirs) in differ.items())
             raise SourceError(
                 f"{other.name} does not fit beside the base {base.name}: {sides}",
                 hint="experts must be fine-tunes of one architecture; choose parents of the base's family and size",
             )
+
+
+def _other_vocabulary(base: Source, other: Source) -> SourceError:
+    """An FFN has no vocabulary, but it was trained behind embeddings that have: said, with the way to make it fit."""
+    ours, theirs = base.config.get("vocab_size"), other.config.get("vocab_size")
+    return SourceError(
+        f"{other.name} does not fit beside the base {base.name}: vocabulary {ours} against {theirs}, so it was trained "
+        "with tokens of its own, which the base's tokenizer never makes",
+        hint=f"if the extra tokens do not matter, load {other.name} with transformers, call "
+        f"resize_token_embeddings({ours}), save_pretrained(folder), and name that folder: its FFNs stay the same",
+    )
 
 
 def check_anatomies(base: tuple[Source, Anatomy], others: Iterable[tuple[Source, Anatomy]], *, averaged: bool) -> None:

@@ -22,6 +22,8 @@ DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 # PEFT settings that change what a LoRA computes in a way W + scale * B A cannot say
 # initialisations that leave the base's own weights alone; PiSSA, OLoRA and their like rewrite them on loading
 PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
+# a tensor of an adapter on an FFN, whichever kind of adapter it is
+FFN_ADAPTER = re.compile(r"\.\d+\.mlp\.")
 UNSUPPORTED_PEFT = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora")
 
 
@@ -110,6 +112,7 @@ def ffn_writes(
 ) -> tuple[tuple[Mapping[str, TensorWrite], ...], tuple[Mapping[str, Lora], ...]]:
     """A source's FFNs as they are: per layer, suffix -> write under its dense name, and suffix -> adapter step."""
     loras = adapter_steps(source, parts)
+    refuse_strange_keys(source, FFN_ADAPTER)
     ffn = tuple(
         {
             suffix: TensorWrite(name=name, dtype=dtype, shape=shape, inputs=(source.tensor(name, shape),), steps=())
@@ -179,6 +182,30 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
     return steps
 
 
+def refuse_strange_keys(source: Source, wanted: re.Pattern[str]) -> None:
+    """SourceError for a tensor of the adapter, among those whose names match, that is no half of a LoRA matrix.
+
+    On the base every name counts: whatever its adapter holds belongs to the backbone. On an expert only the FFN's do.
+    """
+    adapter = source.adapter
+    if adapter is None:
+        return
+    strange = [
+        key
+        for key in adapter.tensors
+        if wanted.search(key)
+        and not key.endswith(".lora_A.weight")
+        and not (key.endswith(".lora_B.weight") and key.replace(".lora_B.", ".lora_A.") in adapter.tensors)
+    ]
+    if strange:
+        more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
+        raise SourceError(
+            f"the adapter {adapter.folder} holds {strange[0]}{more}, expected pairs of .lora_A.weight and "
+            ".lora_B.weight only",
+            hint="merge it into its model with PEFT's merge_and_unload and name that model as the source",
+        )
+
+
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Whether [rank, in] and [out, rank] make a term for a weight [out, in], of a rank that one can divide by."""
     return len(weight) == len(a) == 2 and a[0] > 0 and (a[1], b) == (weight[1], (weight[0], a[0]))
@@ -217,6 +244,7 @@ def backbone_writes(
     The mean (`backbone: average`) counts every expert once, as in Branch-Train-MiX (arXiv 2403.07816, section 2.2).
     """
     loras = adapter_steps(base, parts)
+    refuse_strange_keys(base, re.compile(""))
     donors = [leaf.source for node in nodes for leaf in node.leaves() if leaf.source is not None]
     averaged = recipe.backbone == "average"
     if averaged and loras:

@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file, save
 
 from frankenmoe.artifact import ROUTERS, Routers
+from frankenmoe.checkpoint.cast import encode
 from frankenmoe.checkpoint.tensors import Lora
-from frankenmoe.checkpoint.values import encode, values
+from frankenmoe.checkpoint.values import values
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.planning import Plan

@@ -1,0 +1,253 @@
+"""Charts by layer as Vega-Lite specifications, drawn to SVG without a network; knows no page.
+
+Colours are CSS variables, so that one drawing serves light and dark; no two lines differ by colour alone.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from frankenmoe.palette import COLOURS
+
+Facts = Mapping[str, Any]
+Spec = dict[str, Any]
+
+WIDE, HALF, NARROW = 500, 200, 240  # pixels of plot: a screen's column, half of one, a phone
+DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
+SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
+TOLD_CELLS = 1000  # more are not read out one by one; the bars and tables have the same numbers
+LABELLED_CELLS = 260  # a heat map with more cells has no room for numbers
+SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
+CONFIG: Spec = {
+    "background": "transparent",
+    "font": "sans-serif",
+    "view": {"stroke": None},
+    "axis": {
+        "labelColor": "var(--ink)", "titleColor": "var(--ink)", "gridColor": "var(--line)",
+        "domainColor": "var(--line)", "tickColor": "var(--line)",
+        "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal",
+    },
+    "legend": {"labelColor": "var(--ink)", "labelFontSize": 12, "orient": "top", "title": None},
+    "text": {"fill": "var(--ink)"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart to be drawn: what it shows in words, and its specification for a plot `width` pixels wide."""
+
+    key: str
+    caption: str
+    spec: Callable[[int], Spec]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart: a name, a colour (a CSS value) and a value per layer, None where there is none."""
+
+    name: str
+    colour: str
+    values: Sequence[float | None]
+
+
+def can_draw() -> bool:
+    """Whether the drawing library (the extra `audit`) is installed."""
+    try:
+        import vl_convert  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def drawn(chart: Chart, width: int) -> str:
+    """The chart as an SVG element."""
+    import vl_convert
+
+    svg: str = vl_convert.vegalite_to_svg(json.dumps({"$schema": SCHEMA, "config": CONFIG, **chart.spec(width)}))
+    return svg
+
+
+def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...]:
+    """Every chart of one MoE's outer routers, in the order of the questions."""
+    layers = [facts["layer"] for facts in routers]
+
+    def of(key: str, part: str) -> list[Any]:
+        return [facts[part][key] for facts in routers]
+
+    found = [_apart(layers, routers), _heat(layers, routers, experts)]
+    found += [
+        _lines("load", what, layers, [Series(what, line(0), of(key, "load"))], y=None, zero=True)
+        for key, what in (
+            ("cv", "Coefficient of variation of the load"),
+            ("max_vio", "MaxVio: busiest expert over even"),
+            ("entropy_share", "Gate entropy, share of ln E"),
+            ("margin", "Margin of the k-th to the next, nats"),
+        )
+        if any(value is not None for value in of(key, "load"))
+    ]
+    if routers[0]["domains"] is not None:
+        found.append(_own(layers, routers, experts))
+    found.append(
+        _lines(
+            "gate", "Condition number of the gate by layer; above 5 mergekit calls it degenerate", layers,
+            [Series("condition number", line(0), of("condition", "gate"))], y=None, rule=5.0, zero=True,
+        )
+    )  # fmt: skip
+    found.append(_over(layers, routers))
+    return tuple(chart for chart in found if chart is not None)
+
+
+def line(index: int) -> str:
+    """The CSS variable of a line's colour; a page defines one per palette colour, darker where it is light."""
+    return f"var(--l{index % len(COLOURS)})"
+
+
+def _apart(layers: Sequence[int], routers: Sequence[Facts]) -> Chart | None:
+    """Distances of pairs of experts: the nearest, the middle and the farthest pair of each layer."""
+    if routers[0]["apart"]["median"] is None:
+        return None
+    keys = (("farthest", 5), ("median", 0), ("nearest", 2))
+    series = [Series(f"{key} pair", line(colour), [facts["apart"][key] for facts in routers]) for key, colour in keys]
+    caption = "Distance of expert pairs by layer, in units of the reference's FFN norm"
+    return _lines("moe", caption, layers, series, y="distance", zero=True)
+
+
+def _own(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str]) -> Chart:
+    domains = [name for name, share in routers[0]["domains"]["own_first"].items() if share is not None]
+    series = [
+        Series(
+            name,
+            line(experts.index(name) if name in experts else index),
+            [facts["domains"]["own_first"][name] for facts in routers],
+        )
+        for index, name in enumerate(domains)
+    ]
+    caption = "Share of a domain's tokens that go first to its own expert, by layer; the rule is chance"
+    return _lines("domain", caption, layers, series, y="share of tokens", rule=1 / routers[0]["experts"], zero=True)
+
+
+def _over(layers: Sequence[int], routers: Sequence[Facts]) -> Chart:
+    series = [
+        Series(f"capacity {factor}", line(colour), [facts["capacity"]["over"][factor] for facts in routers])
+        for factor, colour in zip(routers[0]["capacity"]["over"], (5, 0, 2), strict=True)
+    ]
+    caption = "Share of assignments that a capacity would drop, by layer"
+    return _lines("survive", caption, layers, series, y="share of assignments", zero=True)
+
+
+def _lines(
+    key: str,
+    caption: str,
+    layers: Sequence[int],
+    series: Sequence[Series],
+    *,
+    y: str | None,
+    rule: float | None = None,
+    zero: bool = False,
+) -> Chart:
+    rows = [
+        {"layer": layer, "value": value, "line": each.name}
+        for each in series
+        for layer, value in zip(layers, each.values, strict=True)
+        if value is not None
+    ]
+    names = [each.name for each in series]
+    count = range(len(series))
+
+    def scale(values: Sequence[Any]) -> Spec:
+        return {"domain": names, "range": [values[index % len(values)] for index in count]}
+
+    legend: Spec | None = None if len(series) == 1 else {"symbolSize": 90, "columns": 3, "symbolStrokeWidth": 0}
+    layered: list[Spec] = [
+        {
+            "mark": {"type": "line", "strokeWidth": 2, "aria": False},
+            "encoding": {"strokeDash": {"field": "line", "scale": scale(DASHES), "legend": None, "sort": names}},
+        },
+        {
+            "mark": {"type": "point", "size": 46, "filled": True, "opacity": 1, "strokeWidth": 0},
+            "encoding": {
+                "shape": {"field": "line", "scale": scale(SHAPES), "legend": legend, "sort": names},
+                "description": {"field": "told"},
+            },
+        },
+    ]
+    for row in rows:
+        row["told"] = f"layer {row['layer']}, {row['line']}: {row['value']:.3g}"
+    if rule is not None:
+        layered.append(
+            {
+                "data": {"values": [{"value": rule}]},
+                "mark": {"type": "rule", "strokeDash": [3, 3], "color": "var(--ink)", "opacity": 0.7, "aria": False},
+                "encoding": {"y": {"field": "value", "type": "quantitative"}},
+            }
+        )
+    x = {"field": "layer", "type": "ordinal", "axis": _layer_axis(layers), "title": "layer"}
+    colour = {"field": "line", "scale": scale([each.colour for each in series]), "legend": legend, "sort": names}
+
+    def spec(width: int) -> Spec:
+        axis = {"format": "~g", "titleLimit": 150, "tickCount": 4}
+        vertical = {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": zero, "nice": True}}
+        shared = {"y": vertical | {"axis": axis}}
+        for part in layered[:2]:
+            part["encoding"] |= {"x": x, "color": colour}
+        return {
+            "width": width, "height": 150, "data": {"values": rows}, "encoding": shared, "layer": layered,
+            "description": caption,
+        }  # fmt: skip
+
+    return Chart(key, caption, spec)
+
+
+def _heat(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str]) -> Chart:
+    """Load of every expert in every layer; opacity carries the share, so that it works on any background."""
+    rows = [
+        {
+            "layer": facts["layer"], "expert": f"{index} {name}", "share": share,
+            "told": f"layer {facts['layer']}, {name}: {share:.1%} of assignments",
+            "short": "dead" if index in facts["load"]["dead"] else f"{100 * share:.0f}",
+        }
+        for facts in routers
+        for index, (name, share) in enumerate(zip(experts, facts["load"]["share"], strict=True))
+    ]  # fmt: skip
+    caption = "Load: share of each layer's assignments by expert, in percent"
+    names = [f"{index} {name}" for index, name in enumerate(experts)]
+
+    def spec(width: int) -> Spec:
+        cell = 24 if len(experts) <= 16 else 13
+        rect: Spec = {
+            "mark": {
+                "type": "rect", "fill": "var(--heat)", "stroke": "var(--card)", "strokeWidth": 1,
+                "aria": len(rows) <= TOLD_CELLS,
+            },
+            "encoding": {
+                "fillOpacity": {
+                    "field": "share", "type": "quantitative", "legend": None,
+                    "scale": {"domainMin": 0, "range": [0.03, 0.6]},
+                },
+                "description": {"field": "told"},
+            },
+        }  # fmt: skip
+        room = width / len(layers) >= 26 and len(rows) <= LABELLED_CELLS
+        text: Spec = {
+            "mark": {"type": "text", "fontSize": 11, "aria": False},
+            "encoding": {"text": {"field": "short"}},
+        }
+        return {
+            "width": width, "height": cell * len(experts), "data": {"values": rows}, "description": caption,
+            "encoding": {
+                "x": {"field": "layer", "type": "ordinal", "axis": _layer_axis(layers), "title": "layer"},
+                "y": {
+                    "field": "expert", "type": "nominal", "sort": names, "title": None,
+                    "axis": {"labelLimit": 110, "ticks": False, "domain": False},
+                },
+            },
+            "layer": [rect, text] if room else [rect],
+        }  # fmt: skip
+
+    return Chart("load", caption, spec)
+
+
+def _layer_axis(layers: Sequence[int]) -> Spec:
+    step = max(1, len(layers) // 13)
+    return {"labelAngle": 0, "values": list(layers[::step]), "ticks": False, "grid": False}

@@ -1,0 +1,332 @@
+"""One HTML page that needs nothing but itself: answers, charts, tables, tokens; computes nothing new.
+
+Everything from outside (names, tokens) is escaped, and a content policy forbids any request.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, can_draw, charts, drawn
+from frankenmoe.audit.compare import MEASURES, paired
+from frankenmoe.audit.run import Audit
+from frankenmoe.audit.tokens import encoded
+from frankenmoe.palette import mark
+
+Facts = Mapping[str, Any]
+
+LARGEST = 4_900_000  # bytes that a page should not exceed; token data is thinned out to keep to it
+POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+NO_CHARTS = (
+    "Charts need the extra <code>audit</code>: <code>pip install 'frankenmoe[audit]'</code>. All numbers are below."
+)
+# question -> columns of its table over all layers: title, where in a router's facts, decimals
+TABLES: Mapping[str, Sequence[tuple[str, tuple[str, str], int]]] = {
+    "moe": (
+        ("nearest pair", ("apart", "nearest"), 3),
+        ("median pair", ("apart", "median"), 3),
+        ("farthest pair", ("apart", "farthest"), 3),
+        ("output moves by", ("apart", "moved"), 3),
+    ),
+    "load": (
+        ("CV", ("load", "cv"), 3),
+        ("MaxVio", ("load", "max_vio"), 3),
+        ("dead", ("load", "dead"), 0),
+        ("gate entropy, nats", ("load", "entropy"), 3),
+        ("share of ln E", ("load", "entropy_share"), 3),
+        ("margin, nats", ("load", "margin"), 3),
+        ("close calls", ("load", "close_share"), 3),
+        ("Switch balance", ("load", "switch_balance"), 3),
+    ),
+    "domain": (("mutual information, bits", ("domains", "information"), 3),),
+    "gate": (
+        ("largest cosine", ("gate", "largest_cosine"), 3),
+        ("condition number", ("gate", "condition"), 2),
+        ("logit spread", ("gate", "logit_spread"), 3),
+        ("hidden norm", ("gate", "hidden_norm"), 2),
+    ),
+    "survive": (("fewest tokens", ("capacity", "fewest_tokens"), 0), ("dropped here", ("capacity", "dropped"), 3)),
+    "token": (),
+}
+
+
+def page(audits: Sequence[Audit]) -> str:
+    """The page of one audit, or of two side by side."""
+    reports = [audit.report for audit in audits]
+    names = [report["subject"]["name"] for report in reports]
+    title = f"Audit of {' and '.join(dict.fromkeys(names))}"
+    layers = max(len(_outer(report)) for report in reports)
+    body = "".join(_question(number, reports) for number in range(len(reports[0]["answers"])))
+    head = f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>{_asset("page.css")}</style>
+</head>
+<body{' class="two"' if len(audits) > 1 else ""}>
+<a class="skip" href="#token">Skip to the tokens</a>
+<header>
+<div class="top"><h1>{escape(title)}</h1><button type="button" id="theme" class="theme">light / dark</button></div>
+{"".join(_subject(report) for report in reports)}
+<ul class="cards">{"".join(_cards(reports))}</ul>
+</header>
+<div class="bar"><div>
+<label><output id="layer-name" for="layer">Layer</output>
+<input type="range" id="layer" min="0" max="{layers - 1}" value="0" step="1" aria-label="layer"></label>
+{_legend(reports)}
+</div></div>
+<main>
+<noscript><p>Without JavaScript the slider and the tokens do not work; every number is in the tables.</p></noscript>
+{_comparison(reports)}
+{body}
+</main>
+<footer>{"".join(_footer(report) for report in reports)}
+<p>Made by frankenmoe. Charts were drawn by Vega-Lite (BSD-3-Clause) beforehand; this page loads nothing.</p></footer>
+"""
+    script = f"<script>{_asset('page.js')}</script>\n</body>\n</html>\n"
+    data = _data(audits, room=LARGEST - len((head + script).encode()))
+    return f'{head}<script type="application/json" id="data">{data}</script>\n{script}'
+
+
+def _asset(name: str) -> str:
+    return (files("frankenmoe.audit") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _outer(report: Facts) -> list[Facts]:
+    return [facts for facts in report["routers"] if not facts["path"]]
+
+
+def _subject(report: Facts) -> str:
+    model, text = report["model"], report["text"]
+    read = ", ".join(f"{part['tokens']:,} of {name}" for name, part in text.items())
+    shared = ", and one shared expert that every token uses" if model["shared_expert"] else ""
+    nested = f", {model['nested_routers']} nested routers" if model["nested_routers"] else ""
+    return (
+        f"<p><strong>{escape(report['subject']['name'])}</strong>: {escape(report['subject']['what'])}, "
+        f"{model['layers']} layers, {len(model['experts'])} experts, {model['experts_per_token']} per "
+        f"token{shared}{nested}. "
+        f'<span class="soft">Tokens read: {escape(read)}.</span></p>'
+    )
+
+
+def _cards(reports: Sequence[Facts]) -> Iterable[str]:
+    for number, answer in enumerate(reports[0]["answers"]):
+        rows = "".join(
+            f'<span class="row">{_big(report["answers"][number])}</span>{_who(report) if len(reports) > 1 else ""}'
+            for report in reports
+        )
+        title = f"<strong>{number + 1}. {escape(answer['question'])}</strong>"
+        yield f'<li><a href="#{answer["key"]}">{title}{rows}</a></li>'
+
+
+def _who(report: Facts) -> str:
+    return f'<span class="who">{escape(report["subject"]["name"])}, {escape(report["subject"]["what"])}</span>'
+
+
+def _big(answer: Facts) -> str:
+    number = answer["number"]
+    shown = "–" if number is None else _number(number, answer["unit"])
+    return f'<span class="big">{shown}</span>{_verdict(answer)}<span class="unit">{escape(answer["unit"])}</span>'
+
+
+def _number(number: float, unit: str) -> str:
+    shares = ("of its output", "of tokens", "switches", "dropped")
+    return f"{number:.0%}" if unit.startswith(shares) else f"{number:.2f}"
+
+
+def _verdict(answer: Facts) -> str:
+    return f'<span class="verdict {answer["level"]}">{escape(answer["verdict"])}</span>'
+
+
+def _legend(reports: Sequence[Facts]) -> str:
+    names = max((report["model"]["experts"] for report in reports), key=len)
+    items = "".join(f"<li>{_chip(index)} {escape(name)}</li>" for index, name in enumerate(names))
+    return f'<ul class="legend" aria-label="experts" tabindex="0">{items}</ul>'
+
+
+def _chip(expert: int) -> str:
+    own = mark(expert)
+    stroke = "rgb(255 255 255 / .38)" if own.ink == "#FFFFFF" else "rgb(0 0 0 / .24)"
+    style = f"background-color:{own.colour};color:{own.ink};--stroke:{stroke}"
+    return f'<span class="chip {own.pattern}" style="{style}">{own.digit}</span>'
+
+
+def _question(number: int, reports: Sequence[Facts]) -> str:
+    answer = reports[0]["answers"][number]
+    sides = "".join(_side(report["answers"][number], report, index, reports) for index, report in enumerate(reports))
+    return (
+        f'<section class="question" id="{answer["key"]}"><h2>{number + 1}. {escape(answer["question"])}</h2>'
+        f'<div class="sides">{sides}</div></section>'
+    )
+
+
+def _side(answer: Facts, report: Facts, index: int, reports: Sequence[Facts]) -> str:
+    key = answer["key"]
+    subject = report["subject"]
+    title = f"<h3>{escape(subject['name'])}, {escape(subject['what'])}</h3>" if len(reports) > 1 else ""
+    tokens = _tokens(index) if key == "token" else ""
+    return (
+        f'<div class="side">{title}<p>{_verdict(answer)} {escape(answer["sentence"])}</p>'
+        f'<div class="{"both" if key != "token" else ""}">{_charts(key, report)}'
+        f'<div class="here" id="here-{key}-{index}"></div></div>{tokens}{_table(key, report)}</div>'
+    )
+
+
+def _charts(key: str, report: Facts) -> str:
+    wanted = [chart for chart in charts(_outer(report), report["model"]["experts"]) if chart.key == key]
+    if not wanted:
+        return ""
+    if not can_draw():
+        return f'<p class="soft">{NO_CHARTS}</p>'
+    return f'<div class="charts">{"".join(_figure(chart, alone=len(wanted) == 1) for chart in wanted)}</div>'
+
+
+def _figure(chart: Chart, *, alone: bool) -> str:
+    full = alone or chart.caption.startswith("Load")
+    drawings = "".join(
+        f'<div class="chart {name}">{drawn(chart, width)}</div>'
+        for name, width in (("wide", WIDE if full else HALF), ("narrow", NARROW))
+    )
+    return f"<figure{' class=full' if full else ''}><figcaption>{escape(chart.caption)}</figcaption>{drawings}</figure>"
+
+
+def _tokens(index: int) -> str:
+    return (
+        "<p class=soft>Point at a token, or reach it with <kbd>Tab</kbd>; <kbd>←</kbd> <kbd>→</kbd> go to its "
+        "neighbours, <kbd>↑</kbd> <kbd>↓</kbd> through the layers. The small character is the first expert.</p>"
+        f'<div class="seen"><div><div class="pages" id="pages-{index}"></div><div class="tokens" id="tokens-{index}">'
+        f'</div></div><aside class="panel" id="panel-{index}" aria-live="polite">'
+        '<p class="soft">Nothing pointed at yet.</p></aside></div>'
+    )
+
+
+def _table(key: str, report: Facts) -> str:
+    """Every layer's numbers, nested routers too."""
+    columns = list(TABLES[key])
+    rows = report["routers"] if key in ("load", "gate", "survive") else _outer(report)
+    extra = _extra(key, rows)
+    if not columns and not extra:
+        return ""
+    heads = "".join(f"<th scope=col>{escape(title)}</th>" for title in ["layer", *(c[0] for c in columns), *extra])
+    body = "".join(
+        "<tr>"
+        f"<th scope=row>{_place(facts)}</th>"
+        + "".join(f"<td>{_cell(facts, at, digits)}</td>" for _, at, digits in columns)
+        + "".join(f"<td>{value}</td>" for value in (_share(each[row]) for each in extra.values()))
+        + "</tr>"
+        for row, facts in enumerate(rows)
+    )
+    return (
+        f"<details><summary>All layers in numbers</summary><div class=scroll tabindex=0><table><tr>{heads}</tr>{body}"
+        "</table></div></details>"
+    )
+
+
+def _place(facts: Facts) -> str:
+    """The layer of a router, and for a nested one the expert it is in."""
+    return f"{facts['layer']}, in expert {facts['path']}" if facts["path"] else str(facts["layer"])
+
+
+def _extra(key: str, rows: Sequence[Facts]) -> dict[str, list[float | None]]:
+    """Columns whose number depends on the audit: one per domain, one per capacity."""
+    if key == "domain" and rows[0]["domains"] is not None:
+        return {
+            f"{name} to its own": [facts["domains"]["own_first"][name] for facts in rows]
+            for name, share in rows[0]["domains"]["own_first"].items()
+            if share is not None
+        }
+    if key == "survive":
+        return {
+            f"over {factor}": [facts["capacity"]["over"][factor] for facts in rows]
+            for factor in rows[0]["capacity"]["over"]
+        }
+    return {}
+
+
+def _cell(facts: Facts, at: tuple[str, str], digits: int) -> str:
+    part = facts[at[0]]
+    value = None if part is None else part[at[1]]
+    if isinstance(value, list):
+        return escape(", ".join(map(str, value)) or "none")
+    if value is None:
+        return "infinite" if at == ("gate", "condition") else "–"
+    return f"{value:,.{digits}f}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1%}"
+
+
+def _comparison(reports: Sequence[Facts]) -> str:
+    """What changed from the first to the second, by layer."""
+    if len(reports) < 2:
+        return ""
+    titles = {"cv": "CV", "max_vio": "MaxVio", "entropy_share": "entropy, share of ln E", "margin": "margin",
+              "information": "information, bits", "condition": "condition", "largest_cosine": "largest cosine",
+              "moved": "output moves by"}  # fmt: skip
+    heads = "".join(f"<th scope=col>{titles[name]}</th>" for name, _, _ in MEASURES)
+    rows = "".join(
+        f"<tr><th scope=row>{left['layer']}</th>"
+        + "".join(f"<td>{_cell(left, at, digits)} → {_cell(right, at, digits)}</td>" for _, at, digits in MEASURES)
+        + "</tr>"
+        for left, right in paired(*reports)
+    )
+    return (
+        '<section class="question"><h2>From the first to the second</h2><div class=scroll tabindex=0><table>'
+        f"<tr><th scope=col>layer</th>{heads}</tr>{rows}</table></div></section>"
+    )
+
+
+def _footer(report: Facts) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    sources = (
+        "" if report["model"]["sources_at_hand"] else " The sources are gone: distances are from the experts' mean."
+    )
+    return (
+        f"<p>{escape(report['subject']['path'])}, finished {report['finished']}, recipe "
+        f"{report['recipe_digest'][:16]}, computed in {report['model']['dtype']}; {escape(versions)}.{sources}</p>"
+    )
+
+
+def _data(audits: Sequence[Audit], *, room: int) -> str:
+    """What page.js reads, in about `room` bytes: token data gives way, the rest is what it is."""
+    shown = [_shown(audit) for audit in audits]
+    left = room - len(_text({"audits": shown}).encode())
+    traces = [encoded(audit.trace, budget=left // len(audits)) for audit in audits]
+    return _text({"audits": [each | {"trace": trace} for each, trace in zip(shown, traces, strict=True)]})
+
+
+def _shown(audit: Audit) -> dict[str, Any]:
+    report = audit.report
+    return {
+        "experts": report["model"]["experts"],
+        "paths": report["model"]["paths"],
+        "marks": [asdict(mark(index)) for index in range(len(report["model"]["experts"]))],
+        "routers": [_slim(facts) for facts in _outer(report)],
+        "passages": [{"label": each["label"], "tokens": each["tokens"]} for each in report["passages"]],
+    }
+
+
+def _slim(facts: Facts) -> Facts:
+    """The facts of a router that page.js shows; matrices to the three digits that are seen."""
+    keys = ("layer", "experts", "load", "domains", "capacity", "sentences")
+    apart = facts["apart"]
+    return {key: facts[key] for key in keys} | {
+        "gate": {"cosines": _short(facts["gate"]["cosines"])},
+        "apart": apart and apart | {"pairs": _short(apart["pairs"])},
+    }
+
+
+def _short(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[round(value, 3) for value in row] for row in matrix]
+
+
+def _text(data: Mapping[str, Any]) -> str:
+    # "</script>" in a token must not end the element
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

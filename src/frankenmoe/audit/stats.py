@@ -1,0 +1,133 @@
+"""Statistics of routing: pure functions of counts, gates and Gram matrices; knows nothing of models or text.
+
+Shape suffixes: C domains, E experts, D hidden, K top-k.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+TINY = 1e-12
+
+
+def load(counts_E: torch.Tensor) -> torch.Tensor:
+    """load_E: each expert's share of the assignments; sums to 1, or is all zero without any."""
+    return counts_E.double() / counts_E.sum().clamp(min=1)
+
+
+def coefficient_of_variation(counts_E: torch.Tensor) -> float:
+    """Population standard deviation of the counts over their mean: 0 when even, sqrt(E - 1) when one takes all."""
+    wide_E = counts_E.double()
+    return float(wide_E.std(unbiased=False) / wide_E.mean().clamp(min=TINY))
+
+
+def max_violation(counts_E: torch.Tensor) -> float:
+    """MaxVio (arXiv 2408.15664, eq. 4): (largest count - mean) / mean; 0 when even, E - 1 when one takes all."""
+    mean = float(counts_E.double().mean())
+    return (float(counts_E.max()) - mean) / mean if mean else 0.0
+
+
+def dead(counts_E: torch.Tensor) -> list[int]:
+    """The experts that got nothing, by number; all of them where there was nothing to get."""
+    return [expert for expert, count in enumerate(counts_E.tolist()) if count == 0]
+
+
+def capacity(factor: float, *, assignments: int, experts: int) -> int:
+    """Most assignments an expert serves: ceil(factor * assignments / experts), as in arXiv 2101.03961, section 2.2."""
+    return math.ceil(round(factor * assignments / experts, 9))
+
+
+def overflow(counts_E: torch.Tensor, *, factor: float) -> int:
+    """Assignments over capacity, whoever is dropped: sum_e max(0, count_e - capacity)."""
+    limit = capacity(factor, assignments=int(counts_E.sum()), experts=len(counts_E))
+    return int((counts_E - limit).clamp(min=0).sum())
+
+
+def switch_balance(counts_E: torch.Tensor, prob_E: torch.Tensor) -> float:
+    """E * sum_e f_e P_e from the choices and the mean probabilities; see `frankenmoe.moe.trace.switch_balance`."""
+    return float(len(counts_E) * load(counts_E) @ prob_E.double())
+
+
+def mutual_information(counts_CE: torch.Tensor) -> float:
+    """Bits that an expert tells of the domain, every domain weighing the same: 0 to log2(min(C, E)).
+
+    Rows are made to sum to one first, so that a domain with more text does not count for more. Domains without any
+    assignment are left out.
+    """
+    wide_CE = counts_CE.double()
+    wide_CE = wide_CE[wide_CE.sum(dim=1) > 0]
+    if not len(wide_CE):
+        return 0.0
+    joint_CE = wide_CE / wide_CE.sum(dim=1, keepdim=True) / len(wide_CE)
+    apart_CE = joint_CE.sum(dim=1, keepdim=True) * joint_CE.sum(dim=0, keepdim=True)
+    terms_CE = joint_CE * (joint_CE.clamp(min=TINY) / apart_CE.clamp(min=TINY)).log2()
+    return max(0.0, float(terms_CE.sum()))
+
+
+def own_share(counts_CE: torch.Tensor, own: Sequence[int | None], *, tokens_C: torch.Tensor) -> list[float | None]:
+    """Per domain, the share of its tokens that its own expert got; None without such an expert or without tokens."""
+    return [
+        None if expert is None or not tokens else float(counts_CE[row, expert]) / tokens
+        for row, (expert, tokens) in enumerate(zip(own, tokens_C.tolist(), strict=True))
+    ]
+
+
+def cosines(gate_ED: torch.Tensor) -> torch.Tensor:
+    """cosines_EE between the rows of a gate; a row of zeros has the cosine 0 with every other."""
+    wide_ED = gate_ED.double()
+    unit_ED = wide_ED / torch.linalg.vector_norm(wide_ED, dim=1, keepdim=True).clamp(min=TINY)
+    cosines_EE: torch.Tensor = unit_ED @ unit_ED.T
+    return cosines_EE
+
+
+def largest_cosine(gate_ED: torch.Tensor) -> tuple[float, tuple[int, int]] | None:
+    """The most alike two different rows are, and which; None for a single row."""
+    experts = len(gate_ED)
+    if experts < 2:
+        return None
+    off_EE = cosines(gate_ED).masked_fill(torch.eye(experts, dtype=torch.bool), -math.inf)
+    one, two = divmod(int(off_EE.argmax()), experts)
+    return float(off_EE[one, two]), (one, two)
+
+
+def condition_number(gate_ED: torch.Tensor) -> float:
+    """Largest over smallest singular value: 1 for orthogonal rows of one length, infinite where rows are dependent."""
+    singular = torch.linalg.svdvals(gate_ED.double())
+    largest, smallest = float(singular[0]), float(singular[-1])
+    # what rounding of the gate's own type leaves of a singular value that is zero
+    noise = largest * max(gate_ED.shape) * torch.finfo(torch.float64).eps
+    return largest / smallest if smallest > noise else math.inf
+
+
+def pair_distances(gram_EE: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """distance_EE: Frobenius distances of experts from the inner products of what each differs from one reference by.
+
+    |a - b|^2 = <a, a> + <b, b> - 2 <a, b>, over `scale`, the norm that distances are relative to.
+    """
+    own_E = gram_EE.diagonal()
+    squared_EE = (own_E[:, None] + own_E[None, :] - 2 * gram_EE).clamp(min=0)
+    squared_EE.fill_diagonal_(0)
+    return squared_EE.sqrt() / max(scale, TINY)
+
+
+def reference_distances(gram_EE: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """distance_E: how far each expert is from the reference, over `scale`."""
+    return gram_EE.diagonal().clamp(min=0).sqrt() / max(scale, TINY)
+
+
+def off_diagonal(square_EE: torch.Tensor) -> torch.Tensor:
+    """The entries above the diagonal, one per pair."""
+    experts = len(square_EE)
+    rows, columns = torch.triu_indices(experts, experts, offset=1)
+    return square_EE[rows, columns]
+
+
+def others(ranked_TE: torch.Tensor, *, top_k: int) -> torch.Tensor:
+    """others_TK: the K best experts that were not chosen, taking turns where there are fewer than K of them.
+
+    `ranked_TE` names the experts by descending logit. There must be more than K.
+    """
+    rest = ranked_TE.shape[1] - top_k
+    columns = torch.arange(top_k, device=ranked_TE.device) % rest + top_k
+    return ranked_TE[:, columns]

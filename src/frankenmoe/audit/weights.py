@@ -1,0 +1,199 @@
+"""How far the experts of an MoE are from each other and from its base, in weights, by slices; knows no text.
+
+Shape suffixes: E experts (leaves, where they nest), O rows (out), I columns (in), N elements of a slice.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from frankenmoe.audit.stats import pair_distances, reference_distances
+from frankenmoe.moe.adapter import LoraLinear
+from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.dense import as_tensor
+from frankenmoe.moe.trace import blocks
+from frankenmoe.planning import Plan
+from frankenmoe.planning.sources import anatomy
+from frankenmoe.planning.tree import ExpertNode, ffn_writes
+from frankenmoe.progress import SILENT, Progress
+
+SLICE = 2**18  # elements of one expert at a time: 2 MB each in float64
+BASE, MEAN = "base", "mean"
+
+
+@dataclass(frozen=True)
+class Distances:
+    """Frobenius distances over all FFN matrices of one layer, relative to the norm of the reference's.
+
+    `paths` name the experts, "2" or "2.0" for nested ones; `reference` is BASE, or MEAN of all experts where the base
+    is not at hand. `identical` are groups of experts with the same numbers in this layer.
+    """
+
+    layer: int
+    paths: tuple[str, ...]
+    reference: str
+    pairs_EE: torch.Tensor
+    to_reference_E: torch.Tensor
+    identical: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight of one expert, its adapter still low-rank: `weight` + scale * b @ a. Vectors are one row."""
+
+    weight: torch.Tensor
+    a_RI: torch.Tensor | None = None
+    b_OR: torch.Tensor | None = None
+    scale: float = 0.0
+
+    def minus(self, reference: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` less those of the reference, float64; only the adapter where it is the same tensor."""
+        if reference is not None and _same_memory(self.weight, reference):
+            rows_OI = torch.zeros(stop - start, self.weight.shape[1], dtype=torch.float64)
+        else:
+            rows_OI = self.weight[start:stop].double()
+            if reference is not None:
+                rows_OI = rows_OI - reference[start:stop].double()
+        if self.a_RI is not None and self.b_OR is not None:
+            rows_OI = rows_OI + self.scale * (self.b_OR[start:stop].double() @ self.a_RI.double())
+        return rows_OI
+
+    def equals(self, other: "Matrix") -> bool:
+        """Whether both hold the same numbers, part by part."""
+        mine, theirs = (self.weight, self.a_RI, self.b_OR), (other.weight, other.a_RI, other.b_OR)
+        return self.scale == other.scale and all(map(_equal, mine, theirs))
+
+
+def distances(
+    model: nn.Module, base: Mapping[int, Mapping[str, torch.Tensor]] | None, *, progress: Progress = SILENT
+) -> Iterator[Distances]:
+    """Layer by layer; `base` has the base's FFN tensors by layer and name, None where it is not at hand.
+
+    Sums go in float64 over slices of rows, so that memory does not grow with the size of an expert.
+    """
+    outer = [(layer, block) for layer, path, block in blocks(model) if not path]
+    progress.start("comparing experts", len(outer), "layers")
+    for layer, block in outer:
+        yield _of_layer(layer, block, base[layer] if base else None)
+        progress.advance(1)
+
+
+def base_ffn(plan: Plan) -> Mapping[int, Mapping[str, torch.Tensor]]:
+    """Layer -> suffix -> tensor of the base's own FFNs, its adapter folded in; mapped where nothing changes them."""
+    node = ExpertNode("base", (), plan.base, *ffn_writes(plan.base, anatomy(plan.base), dtype=plan.dtype))
+    return {
+        layer: {suffix: as_tensor(node.folded(layer, suffix)) for suffix in row} for layer, row in enumerate(node.ffn)
+    }
+
+
+def leaves(block: MoEBlock, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of every FFN in a block, depth first."""
+    for index, expert in enumerate(block.experts):
+        own = f"{path}.{index}" if path else str(index)
+        if isinstance(expert, MoEBlock):
+            yield from leaves(expert, own)
+        else:
+            yield own, expert
+
+
+def matrices(expert: nn.Module) -> dict[str, Matrix]:
+    """Every weight and bias of an FFN by the name it has without an adapter, as a matrix."""
+    found: dict[str, Matrix] = {}
+    adapted = {name: part for name, part in expert.named_modules() if isinstance(part, LoraLinear)}
+    for name, part in adapted.items():
+        found[f"{name}.weight"] = Matrix(part.base.weight.detach(), part.a.detach(), part.b.detach(), part.scale)
+        if part.base.bias is not None:
+            found[f"{name}.bias"] = Matrix(_rows(part.base.bias.detach()))
+    for name, parameter in expert.named_parameters(remove_duplicate=False):
+        if not any(name.startswith(f"{prefix}.") for prefix in adapted):
+            found[name] = Matrix(_rows(parameter.detach()))
+    return found
+
+
+def _of_layer(layer: int, block: MoEBlock, base: Mapping[str, torch.Tensor] | None) -> Distances:
+    named = list(leaves(block))
+    distinct: list[nn.Module] = list({id(expert): expert for _, expert in named}.values())
+    parts = [matrices(expert) for expert in distinct]
+    gram_EE = torch.zeros(len(distinct), len(distinct), dtype=torch.float64)
+    norm = 0.0
+    for name in parts[0]:
+        reference = _rows(base[name]) if base is not None else None
+        for part_EN, squared in _slices([part[name] for part in parts], reference):
+            gram_EE += part_EN @ part_EN.T
+            norm += squared
+    place = {id(expert): index for index, expert in enumerate(distinct)}
+    rows = torch.tensor([place[id(expert)] for _, expert in named])
+    groups = _identical(parts, gram_EE, scale=norm**0.5)
+    pairs_EE, to_reference_E = pair_distances(gram_EE, scale=norm**0.5), reference_distances(gram_EE, scale=norm**0.5)
+    for group in groups:  # equal numbers, whatever rounding left
+        pairs_EE[group[0], list(group)] = pairs_EE[list(group), group[0]] = 0.0
+        for index in group:
+            pairs_EE[index, list(group)] = 0.0
+    return Distances(
+        layer=layer,
+        paths=tuple(path for path, _ in named),
+        reference=MEAN if base is None else BASE,
+        pairs_EE=pairs_EE[rows][:, rows],
+        to_reference_E=to_reference_E[rows],
+        identical=_with_copies(groups, rows.tolist()),
+    )
+
+
+def _slices(parts: Sequence[Matrix], reference: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, float]]:
+    """(difference_EN, squared norm of the reference) by slices of rows; the mean of all stands in for a reference."""
+    rows, columns = parts[0].weight.shape
+    step = max(1, SLICE // columns)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        part_EN = torch.stack([part.minus(reference, start, stop).flatten() for part in parts])
+        if reference is None:
+            mean_N = part_EN.mean(dim=0)
+            yield part_EN - mean_N, float(mean_N @ mean_N)
+        else:
+            flat_N = reference[start:stop].double().flatten()
+            yield part_EN, float(flat_N @ flat_N)
+
+
+def _identical(parts: Sequence[Mapping[str, Matrix]], gram_EE: torch.Tensor, *, scale: float) -> list[tuple[int, ...]]:
+    """Groups of two or more with equal numbers; only pairs that are near by their distance are compared in full."""
+    near_EE = pair_distances(gram_EE, scale=scale) < 1e-5
+    groups: list[list[int]] = []
+    for index, part in enumerate(parts):
+        home = next(
+            (
+                group
+                for group in groups
+                if near_EE[group[0], index] and all(part[name].equals(parts[group[0]][name]) for name in part)
+            ),
+            None,
+        )
+        if home is None:
+            groups.append([index])
+        else:
+            home.append(index)
+    return [tuple(group) for group in groups if len(group) > 1]
+
+
+def _with_copies(groups: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+    """Groups of experts in the block's own numbering, where one module may stand in several places."""
+    home = {index: group[0] for group in groups for index in group}
+    members: dict[int, list[int]] = {}
+    for expert, row in enumerate(rows):
+        members.setdefault(home.get(row, row), []).append(expert)
+    return tuple(tuple(group) for group in members.values() if len(group) > 1)
+
+
+def _rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.dim() == 2 else tensor.reshape(1, -1)
+
+
+def _same_memory(one: torch.Tensor, two: torch.Tensor) -> bool:
+    return (one.data_ptr(), one.shape, one.dtype) == (two.data_ptr(), two.shape, two.dtype)
+
+
+def _equal(one: torch.Tensor | None, two: torch.Tensor | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    return _same_memory(one, two) or (one.shape == two.shape and bool(torch.equal(one, two)))

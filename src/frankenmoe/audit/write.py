@@ -1,0 +1,82 @@
+"""Puts reports into a folder of their own: JSON to be read on, a page to be looked at; does not know how they look."""
+
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.audit.compare import difference
+from frankenmoe.audit.page import page
+from frankenmoe.audit.run import KIND, VERSION, Audit
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.errors import ArtifactError
+
+JSON, HTML = "audit.json", "audit.html"
+LONGEST = 60  # characters of a folder's name
+
+
+def as_json(audits: Sequence[Audit]) -> dict[str, Any]:
+    """One audit's report as it is; two side by side with what differs between them."""
+    if len(audits) == 1:
+        return audits[0].report
+    one, two = (audit.report for audit in audits)
+    return {
+        "kind": f"{KIND} of two",
+        "version": VERSION,
+        "finished": two["finished"],
+        "audits": [one, two],
+        "difference": difference(one, two),
+    }
+
+
+def write_report(audits: Sequence[Audit], out: Path) -> Path:
+    """Writes `audit.json` and `audit.html` into a new folder below `out` and returns it.
+
+    A folder that is there already is kept: the new one gets the next free number. It appears whole or not at all.
+    Raises ArtifactError where `out` cannot be written to.
+    """
+    files = {
+        JSON: (json.dumps(as_json(audits), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        HTML: page(audits).encode(),
+    }
+    stem = _stem([audit.report["subject"] for audit in audits])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        folder, partial = _claim(out, stem)
+    except OSError as error:
+        raise ArtifactError(
+            f"the report cannot be written to {out}: {error.strerror}", hint="choose another folder with --out"
+        ) from error
+    try:
+        for name, content in files.items():
+            write_atomic(partial / name, content)
+        partial.rename(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ArtifactError(
+            f"the report cannot be written to {folder}: {error.strerror}", hint="choose another folder with --out"
+        ) from error
+    return folder
+
+
+def _claim(out: Path, stem: str) -> tuple[Path, Path]:
+    """The first free name and a partial folder for it, which nobody else can have claimed."""
+    number = 1
+    while True:
+        folder = out / (stem if number == 1 else f"{stem}-{number}")
+        partial = folder.with_name(f"{folder.name}.partial")
+        if not folder.exists():
+            try:
+                partial.mkdir()
+            except FileExistsError:
+                pass
+            else:
+                return folder, partial
+        number += 1
+
+
+def _stem(subjects: Sequence[Mapping[str, Any]]) -> str:
+    names = [re.sub(r"[^\w.-]+", "-", str(subject["name"])).strip("-.") or "moe" for subject in subjects]
+    return f"audit-{'-and-'.join(dict.fromkeys(names))}"[:LONGEST]

@@ -1,0 +1,237 @@
+"""Artifact or recipe -> its audit, and the report on disk; the library's and the CLI's way to audit."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.audit.run import Audit, Text, examine
+from frankenmoe.audit.tokens import Passage
+from frankenmoe.audit.write import write_report
+from frankenmoe.building import is_recipe, versions
+from frankenmoe.data.blocks import encode, packed
+from frankenmoe.data.documents import Document, check_data, read_documents
+from frankenmoe.errors import ArtifactError, RecipeError, SourceError
+from frankenmoe.loading import load
+from frankenmoe.moe.load import MoE
+from frankenmoe.planning import Plan, plan
+from frankenmoe.planning.recall import plan_of, recipe_of
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import Recipe
+from frankenmoe.suggest import did_you_mean
+
+WINDOW = 256  # tokens read at once, less where the model sees less
+TOKENS = 8192  # of each domain, unless asked otherwise
+SHOWN = 96  # tokens of each domain on the page where no prompt is given
+SHOWN_DOMAINS = 8
+UNLABELLED = "text"
+
+Data = Sequence[tuple[str | None, str]]
+"""(expert or None, file or hub dataset) in the order given."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is audited: the thing to load, its recipe, and what the report says of both."""
+
+    what: Artifact | Recipe
+    recipe: Recipe
+    facts: Mapping[str, Any]
+
+
+def audit(
+    what: Recipe | Artifact | str | Path,
+    *,
+    out: str | Path = "reports",
+    data: Data = (),
+    prompt: str | None = None,
+    tokens: int = TOKENS,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> Path:
+    """Audits one MoE and writes the report; the folder it is in, with `audit.json` and `audit.html`.
+
+    The folder is new: `out`/audit-NAME, numbered where there is one already. Arguments are those of `look`.
+    """
+    found = look(
+        what, data=data, prompt=prompt, tokens=tokens, dtype=dtype, trust_remote_code=trust_remote_code,
+        progress=progress,
+    )  # fmt: skip
+    return write_report([found], Path(out))
+
+
+def look(
+    what: Recipe | Artifact | str | Path,
+    *,
+    data: Data = (),
+    prompt: str | None = None,
+    tokens: int = TOKENS,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> Audit:
+    """Audits one MoE and writes nothing.
+
+    Text is `data`, paths from here; without it the `data` of the recipe's experts; without that their positive prompts.
+    `prompt` is what is shown token by token; without it the beginning of each domain's text. Raises RecipeError for a
+    label that names no expert, SourceError for text that cannot be read or has no tokens, ArtifactError for a folder
+    that is no artifact or has lost its routers.
+    """
+    subject = _subject(what)
+    labelled = _domains(subject.recipe, data)  # before anything is loaded
+    moe = load(subject.what, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress)
+    tokenizer = moe.tokenizer()
+    window = min(WINDOW, getattr(moe.model.config, "max_position_embeddings", None) or WINDOW)
+    texts, openings = {}, []
+    for name, domain in labelled.items():
+        blocks = _checked(domain.blocks(tokenizer, window), moe, name)
+        first = next(blocks, ())
+        openings.append((name, first[:SHOWN]))
+        texts[name] = Text(chain([first], blocks), domain.origin, domain.own)
+    return examine(
+        moe,
+        plan=_plan(subject, trust_remote_code),
+        texts=texts,
+        passages=list(_passages(moe, tokenizer, prompt, openings)),
+        subject=dict(subject.facts),
+        limit=tokens,
+        window=window,
+        trust_remote_code=trust_remote_code,
+        progress=progress,
+    )
+
+
+def _subject(what: Recipe | Artifact | str | Path) -> Subject:
+    if isinstance(what, str | Path):
+        what = Recipe.load(what) if is_recipe(what) else open_artifact(Path(what))
+    if isinstance(what, Recipe):
+        named = {"what": "recipe", "path": what.origin, "name": what.name or Path(what.origin).stem}
+        return Subject(what, what, _head(named, digest=what.digest, recipe=what.to_dict(), record=None))
+    record = dict(what.record)
+    name = record.get("name") or what.folder.resolve().name
+    named = {"what": f"{what.form} artifact", "path": str(what.folder), "name": name}
+    digest, recipe = record["recipe_digest"], record["recipe"]
+    return Subject(what, recipe_of(what), _head(named, digest=digest, recipe=recipe, record=record))
+
+
+def _head(
+    named: Mapping[str, str], *, digest: str, recipe: Mapping[str, Any], record: Mapping[str, Any] | None
+) -> Mapping[str, Any]:
+    """What a report says of itself before anything was measured; a reader needs nothing beside it."""
+    return {"versions": versions(), "subject": named, "recipe_digest": digest, "recipe": recipe, "record": record}
+
+
+def _plan(subject: Subject, trust_remote_code: bool) -> Plan | None:
+    """What it was made from; None for a built artifact whose sources are gone, which the report then says."""
+    if isinstance(subject.what, Recipe):
+        return plan(subject.what, weights=True, trust_remote_code=trust_remote_code)
+    try:
+        return plan_of(subject.what, trust_remote_code=trust_remote_code)
+    except ArtifactError:
+        return None
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """One domain's text before there is a tokenizer."""
+
+    names: tuple[str, ...]
+    folder: Path
+    prompts: tuple[str, ...]
+    own: int | None
+
+    @property
+    def origin(self) -> tuple[str, ...]:
+        return self.names or ("positive prompts of the recipe",)
+
+    def blocks(self, tokenizer: Any, window: int) -> Iterator[tuple[int, ...]]:
+        """Blocks of at most `window` token ids, as they stream by; every prompt is one of its own."""
+        if self.names:
+            for block in packed(read_documents(self.names, folder=self.folder), tokenizer, length=window):
+                yield block.ids
+        for prompt in self.prompts:
+            for block in packed([Document(text=prompt, closed=False)], tokenizer, length=window):
+                yield block.ids
+
+
+def _domains(recipe: Recipe, data: Data) -> dict[str, _Domain]:
+    """Label -> its text: what was given, else the recipe's data, else the recipe's prompts."""
+    experts = [expert.name for expert in recipe.experts]
+    if data:
+        found = _given(experts, data)
+    else:
+        found = {
+            expert.name: _Domain(expert.data, recipe.folder, (), index)
+            for index, expert in enumerate(recipe.experts)
+            if expert.data
+        }
+    if not found:
+        prompted = ((index, expert, Recipe.prompts_of(expert)[0]) for index, expert in enumerate(recipe.experts))
+        found = {
+            expert.name: _Domain((), recipe.folder, positive, index) for index, expert, positive in prompted if positive
+        }
+    if not found:
+        raise SourceError(
+            f"{recipe.origin} names neither data nor prompts for its experts, so there is no text to audit on",
+            hint="add --data EXPERT=FILE, or --data FILE for text without a label",
+        )
+    for domain in found.values():
+        check_data(domain.names, folder=domain.folder)
+    return found
+
+
+def _given(experts: Sequence[str], data: Data) -> dict[str, _Domain]:
+    files: dict[str, list[str]] = {}
+    for label, file in data:
+        if label is not None and label not in experts:
+            raise RecipeError(
+                f"--data {label}={file} names no expert, expected one of {', '.join(experts)}",
+                hint=did_you_mean(label, experts),
+            )
+        files.setdefault(label or UNLABELLED, []).append(file)
+    labels = {label for label, _ in data}
+    return {
+        name: _Domain(tuple(names), Path.cwd(), (), experts.index(name) if name in labels else None)
+        for name, names in files.items()
+    }
+
+
+def _checked(blocks: Iterable[tuple[int, ...]], moe: MoE, name: str) -> Iterator[tuple[int, ...]]:
+    """The same blocks; SourceError for a token that the model has no embedding for."""
+    vocabulary = moe.model.config.vocab_size
+    for ids in blocks:
+        if max(ids) >= vocabulary:
+            raise SourceError(
+                f"the tokenizer makes token {max(ids)} of {name}, but the model has {vocabulary} tokens only",
+                hint="put the model's own tokenizer beside its weights",
+            )
+        yield ids
+
+
+def _passages(
+    moe: MoE, tokenizer: Any, prompt: str | None, openings: Sequence[tuple[str, Sequence[int]]]
+) -> Iterator[Passage]:
+    """What is shown token by token: the prompt, or the beginnings of the first domains."""
+    if prompt is None:
+        for name, ids in openings[:SHOWN_DOMAINS]:
+            if not ids:
+                raise _no_tokens(f"the text of {name}")
+            yield _passage(tokenizer, name, ids)
+        return
+    said, _ = encode(Document(text=prompt, closed=False), tokenizer)
+    if not said:
+        raise _no_tokens("the prompt")
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for ids in _checked([(*head, *said)], moe, "the prompt"):
+        yield _passage(tokenizer, "prompt", ids)
+
+
+def _no_tokens(what: str) -> SourceError:
+    return SourceError(f"{what} has no tokens in this tokenizer, so there is nothing to route", hint="write more text")
+
+
+def _passage(tokenizer: Any, label: str, ids: Sequence[int]) -> Passage:
+    return Passage(label, tuple(ids), tuple(str(tokenizer.decode([token])) for token in ids))

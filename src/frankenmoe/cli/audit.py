@@ -1,0 +1,281 @@
+"""`frankenmoe audit`: six answers in the terminal, on a page and as JSON; computes none of them."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from frankenmoe.cli.options import REMOTE, example
+from frankenmoe.cli.show import console, expert_style
+from frankenmoe.cli.text import is_unicode, printable
+from frankenmoe.palette import mark
+
+Facts = Mapping[str, Any]
+Column = tuple[str, Callable[[Facts], str]]
+
+STYLES = {"good": "bold green", "mind": "bold yellow", "bad": "bold red", "open": "bold"}
+ROOMY = 70  # columns from which tables get their optional columns
+BAR = 16  # characters of a load bar, more where there is room
+TOKENS_SHOWN = 12
+TOKEN_WIDTH = 12
+WIDEST_STRIP = 26  # layers shown beside a token
+
+
+@click.command(
+    "audit",
+    epilog=example(
+        "frankenmoe audit recipe.yml --data maths=maths.txt --data verse=verse.txt\n"
+        "frankenmoe audit before/ after/ --out reports/"
+    ),
+)
+@click.argument("first", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("second", metavar="[OUT|RECIPE]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--data", "data", metavar="EXPERT=FILE", multiple=True,
+    help="Text to route, labelled with the expert it belongs to (a file or hub dataset; again for more). Without "
+    "EXPERT= it has no label. Default: the recipe's data, else its prompts.",
+)  # fmt: skip
+@click.option("--prompt", help="Show these tokens one by one. Default: the beginning of each text.")
+@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Most tokens of each text.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True,
+    help="Where the report's own folder goes.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@REMOTE
+def audit_command(
+    first: Path,
+    second: Path | None,
+    data: tuple[str, ...],
+    prompt: str | None,
+    tokens: int,
+    out: Path,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """See what the routers of an MoE do, or of two side by side.
+
+    Answers six questions, layer by layer: is it an MoE at all, who gets the tokens, does routing follow the domain, is
+    the router conditioned, would it survive, what did this token see. Prints them and writes a page (audit.html, one
+    file that loads nothing) and audit.json.
+    """
+    from frankenmoe.audit.charts import can_draw
+    from frankenmoe.audit.write import as_json as plain
+    from frankenmoe.audit.write import write_report
+    from frankenmoe.auditing import look
+    from frankenmoe.cli.progress import bars
+
+    if not can_draw():
+        click.secho("warning: no charts on the page without `pip install 'frankenmoe[audit]'`", fg="yellow", err=True)
+    if prompt is not None and not is_unicode(prompt):
+        raise click.UsageError("--prompt is not UTF-8 text")
+    pairs = [_labelled(each) for each in data]
+    with bars() as progress:
+        audits = [
+            look(what, data=pairs, prompt=prompt, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
+            for what in (first, *([second] if second else []))
+        ]
+    folder = write_report(audits, out)
+    if as_json:
+        click.echo(json.dumps(plain(audits), indent=1, ensure_ascii=False, allow_nan=False))
+        click.echo(f"page: {folder / 'audit.html'}", err=True)
+        return
+    show = console()
+    for audit in audits:
+        show_audit(audit.report, show)
+    if len(audits) == 2:
+        show_difference(audits[0].report, audits[1].report, show)
+    click.echo(f"page: {folder / 'audit.html'}\njson: {folder / 'audit.json'}")
+
+
+def _labelled(text: str) -> tuple[str | None, str]:
+    """EXPERT=FILE in two; a file whose own name has the sign in it is taken as it is."""
+    label, sign, file = text.partition("=")
+    return (None, text) if not sign or Path(text).exists() else (label, file)
+
+
+def show_audit(report: Facts, show: Console) -> None:
+    """One audit: what it is of, who the experts are, then question by question."""
+    model, subject = report["model"], report["subject"]
+    shared = ", one shared expert" if model["shared_expert"] else ""
+    show.print(Text(f"\n{printable(subject['name'])}: {subject['what']}", style="bold"))
+    show.print(
+        f"{model['layers']} layers x {len(model['experts'])} experts, {model['experts_per_token']} per token{shared}",
+        highlight=False,
+    )
+    read = ", ".join(f"{part['tokens']:,} of {printable(name)}" for name, part in report["text"].items())
+    show.print(f"tokens read: {read}", highlight=False, markup=False)
+    legend = Text("experts: ")
+    for index, name in enumerate(model["experts"]):
+        legend.append(mark(index).digit, style=expert_style(index))
+        legend.append(f" {printable(name)}  ")
+    show.print(legend)
+    outer = [facts for facts in report["routers"] if not facts["path"]]
+    for number, answer in enumerate(report["answers"], 1):
+        show.print(_title(number, answer))
+        show.print(printable(answer["sentence"]), highlight=False, markup=False)
+        _details(answer["key"], report, outer, show)
+
+
+def _title(number: int, answer: Facts) -> Text:
+    title = Text(f"\n{number}. {answer['question']} ", style="bold")
+    title.append(answer["verdict"], style=STYLES[answer["level"]])
+    if answer["number"] is not None:
+        title.append(f"  {answer['number']:.3g} ", style="bold")
+        title.append(answer["unit"], style="dim")
+    return title
+
+
+def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> None:
+    if key == "token":
+        _print_tokens(report, show)
+        return
+    if key == "domain" and outer[0]["domains"] is None:
+        return
+    if key == "moe" and outer[0]["apart"]["median"] is None:
+        return
+    routers = report["routers"] if key in ("load", "gate", "survive") else outer
+    columns = [*COLUMNS[key], *(ROOMY_COLUMNS.get(key, ()) if show.width >= ROOMY else ())]
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("layer", no_wrap=True)
+    if key == "load":
+        table.add_column("load", no_wrap=True)
+    for title, _ in columns:
+        table.add_column(title, justify="right", no_wrap=True)
+    width = (
+        max(8, min(show.width - 60, 24))
+        if show.width >= ROOMY
+        else BAR - (6 if report["model"]["nested_routers"] else 0)
+    )
+    for facts in routers:
+        place = f"{facts['layer']}" + (f" in {facts['path']}" if facts["path"] else "")
+        bar = [load_bar(facts["load"]["share"], width)] if key == "load" else []
+        table.add_row(place, *bar, *(value(facts) for _, value in columns))
+    show.print(table)
+    if key == "survive":
+        for facts in (each for each in outer if each["load"]["dead"]):
+            names = ", ".join(report["model"]["experts"][index] for index in facts["load"]["dead"])
+            show.print(f"dead in layer {facts['layer']}: {printable(names)}", highlight=False, markup=False)
+
+
+def load_bar(shares: Sequence[float], width: int) -> Text:
+    """One character per 1/width of the assignments, each the digit of the expert that got it."""
+    bar, done, filled = Text(), 0.0, 0
+    for expert, share in enumerate(shares):
+        done += share
+        until = round(done * width)
+        bar.append(mark(expert).digit * (until - filled), style=expert_style(expert))
+        filled = until
+    return bar
+
+
+def _print_tokens(report: Facts, show: Console) -> None:
+    """The first tokens of the first passage: a digit per layer and, where there is room, the last layer's weights."""
+    passage = report["passages"][0]
+    layers = passage["layers"][:WIDEST_STRIP]
+    names = [printable(name) for name in report["model"]["experts"]]
+    show.print(Text(f"{'token':<{TOKEN_WIDTH}} first expert by layer", style="dim"))
+    for at, token in enumerate(passage["tokens"][:TOKENS_SHOWN]):
+        line = Text(f"{repr(token)[1:-1]:<{TOKEN_WIDTH}.{TOKEN_WIDTH}} ")
+        for layer in layers:
+            first = layer["experts"][at][0]
+            line.append(mark(first).digit, style=expert_style(first))
+        if show.width >= ROOMY:
+            last = layers[-1]
+            weights = zip(last["experts"][at], last["weights"][at], strict=True)
+            told = (f"{weight:.2f} {names[expert] if expert >= 0 else 'dropped'}" for expert, weight in weights)
+            line.append(f"  layer {last['layer']}: {', '.join(told)}", style="dim")
+            line.truncate(show.width, overflow="ellipsis")
+        show.print(line)
+    rest = sum(len(each["tokens"]) for each in report["passages"]) - min(TOKENS_SHOWN, len(passage["tokens"]))
+    if rest:
+        show.print(f"... and {rest:,} more on the page", highlight=False, style="dim")
+
+
+def show_difference(one: Facts, two: Facts, show: Console) -> None:
+    """Layer by layer, from the first audit to the second."""
+    from frankenmoe.audit.compare import paired
+
+    titles = (("CV", "load", "cv"), ("entropy", "load", "entropy_share"), ("moves", "apart", "moved"))
+    roomy = (("MaxVio", "load", "max_vio"), ("condition", "gate", "condition"), ("bits", "domains", "information"))
+    wanted = (*titles, *roomy) if show.width >= ROOMY else titles
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for title in ("layer", *(each[0] for each in wanted)):
+        table.add_column(title, justify="left" if title == "layer" else "right", no_wrap=True)
+    for left, right in paired(one, two):
+        cells = (f"{_number(left, *at)}>{_number(right, *at)}" for _, *at in wanted)
+        table.add_row(str(left["layer"]), *cells)
+    show.print(Text("\nFrom the first to the second", style="bold"))
+    show.print(table)
+
+
+def _number(facts: Facts, part: str, key: str) -> str:
+    value = None if facts[part] is None else facts[part][key]
+    if isinstance(value, list):
+        return str(len(value))
+    if value is None:
+        return "inf" if key == "condition" else "-"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
+
+
+def _column(part: str, key: str) -> Callable[[Facts], str]:
+    return lambda facts: _number(facts, part, key)
+
+
+def _own(facts: Facts) -> str:
+    shares = [share for share in facts["domains"]["own_first"].values() if share is not None]
+    return f"{sum(shares) / len(shares):.0%}" if shares else "-"
+
+
+def _worst(facts: Facts) -> str:
+    shares = {name: share for name, share in facts["domains"]["own_first"].items() if share is not None}
+    name = min(shares, key=lambda each: shares[each])
+    return f"{shares[name]:.0%} {printable(name):.10}"
+
+
+def _over(factor: str) -> Callable[[Facts], str]:
+    return lambda facts: f"{facts['capacity']['over'][factor]:.1%}"
+
+
+def _alike(facts: Facts) -> str:
+    pair = facts["gate"]["most_alike"]
+    return "-" if pair is None else "/".join(mark(index).digit for index in pair)
+
+
+# at 40 columns these fit; ROOMY_COLUMNS come on top from ROOMY columns on
+COLUMNS: Mapping[str, Sequence[Column]] = {
+    "moe": (
+        ("nearest", _column("apart", "nearest")),
+        ("median", _column("apart", "median")),
+        ("farthest", _column("apart", "farthest")),
+        ("moves", _column("apart", "moved")),
+    ),
+    "load": (
+        ("CV", _column("load", "cv")),
+        ("MaxVio", _column("load", "max_vio")),
+        ("dead", _column("load", "dead")),
+    ),
+    "domain": (("own", _own), ("bits", _column("domains", "information")), ("fewest", _worst)),
+    "gate": (
+        ("cosine", _column("gate", "largest_cosine")),
+        ("of", _alike),
+        ("condition", _column("gate", "condition")),
+        ("spread", _column("gate", "logit_spread")),
+    ),
+    "survive": (
+        ("at 1.0", _over("1.0")),
+        ("1.25", _over("1.25")),
+        ("2.0", _over("2.0")),
+        ("dead", _column("load", "dead")),
+    ),
+}
+ROOMY_COLUMNS: Mapping[str, Sequence[Column]] = {
+    "load": (("entropy", _column("load", "entropy")), ("margin", _column("load", "margin"))),
+    "gate": (("hidden norm", _column("gate", "hidden_norm")),),
+    "survive": (("fewest tokens", _column("capacity", "fewest_tokens")),),
+}

@@ -1,0 +1,274 @@
+"""`frankenmoe eval`: its options, its tables, its verdict; computes nothing."""
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from frankenmoe.cli.options import REMOTE, Size, example
+from frankenmoe.errors import PlanError, SourceError
+
+if TYPE_CHECKING:
+    from frankenmoe.evaluating import Report
+
+MOST_DOMAINS = 5  # columns that 80 characters have room for
+SHORT = {
+    "arc_challenge": "ARC",
+    "hellaswag": "HellaS",
+    "mmlu": "MMLU",
+    "truthfulqa": "TQA",
+    "winogrande": "WinoG",
+    "gsm8k": "GSM8K",
+}
+
+
+@click.command(
+    "eval",
+    epilog=example(
+        "frankenmoe eval my-moe --tasks leaderboard-v1 --data-dir rows/ --json scores.json\n"
+        "frankenmoe eval recipe.yml --against-parents --plot worth.svg"
+    ),
+)
+@click.argument("models", metavar="ARTIFACT|RECIPE|MODEL...", nargs=-1, required=True)
+@click.option("--tasks", help="`leaderboard-v1`, or names parted by commas: arc_challenge, mmlu, ... and `ppl`.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Folder with the rows as JSONL, one folder per task; without it they come from the hub.",
+)
+@click.option(
+    "--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Text to measure the loss on; may be repeated."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents of a task, and blocks of a text.")
+@click.option("--against-parents", is_flag=True, help="Compare an MoE with its base, parents and their average.")
+@click.option("--batch-size", default="auto", show_default=True, help="Sequences at once; `auto` goes by memory.")
+@click.option("--memory", type=Size(), help="What one pass may take; default: a share of what is free.")
+@click.option(
+    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Type to compute in; default: as stored."
+)
+@click.option(
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; `auto` takes a GPU if there is one."
+)
+@click.option(
+    "--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file; - for stdout."
+)
+@click.option("--log-samples", type=click.Path(path_type=Path), help="Folder for every document, asked and answered.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw quality against memory (svg, png, pdf)."
+)
+@click.option("--cache", type=click.Path(path_type=Path), help="Where answers are kept; default: the user's cache.")
+@click.option("--no-cache", is_flag=True, help="Score everything again and keep nothing.")
+@REMOTE
+def eval_command(models: tuple[str, ...], **options: Any) -> None:
+    """Score models as Open LLM Leaderboard v1 did, and an MoE beside its parents.
+
+    Each model is an artifact, a recipe, a folder or a hub id. Without --tasks the loss is measured, on --text or on the
+    held-out parts of the experts' data. Killed, the same command goes on from the finished documents.
+    """
+    run_eval(models, **options)
+
+
+def run_eval(
+    models: tuple[str, ...],
+    *,
+    tasks: str | None,
+    data_dir: Path | None,
+    texts: tuple[str, ...],
+    limit: int | None,
+    against_parents: bool,
+    batch_size: str,
+    memory: int | None,
+    dtype: str | None,
+    device: str,
+    json_file: Path | None,
+    log_samples: Path | None,
+    plot_file: Path | None,
+    cache: Path | None,
+    no_cache: bool,
+    trust_remote_code: bool,
+) -> None:
+    """The command: checks what can be checked first, scores, prints, and ends in an error if something failed."""
+    rows = _rows(batch_size)
+    named = _named(texts)
+    _check_out(json_file)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        from frankenmoe.evaluate.run import Settings
+        from frankenmoe.evaluate.store import default_folder
+        from frankenmoe.evaluating import draw, evaluate
+    except ModuleNotFoundError as error:
+        raise PlanError(
+            f"evaluating needs the library {error.name!r}, which is not installed",
+            hint="pip install 'frankenmoe[eval]'",
+        ) from error
+    from frankenmoe.cli.progress import bars
+    from frankenmoe.evaluate.plot import check_plot
+
+    if plot_file is None and against_parents:
+        plot_file = json_file.with_suffix(".svg") if json_file and json_file.name != "-" else Path("eval.svg")
+    if plot_file is not None:
+        check_plot(plot_file)
+    store = None if no_cache else cache or default_folder()
+    with bars() as progress:
+        report = evaluate(
+            models,
+            tasks=tasks,
+            data_dir=data_dir,
+            texts=named,
+            limit=limit,
+            against_parents=against_parents,
+            dtype=dtype,
+            device=device,
+            settings=Settings(rows=rows, memory=memory, store=store, samples=log_samples),
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    _write(report, json_file)
+    if plot_file is not None and any(result.losses or result.outcomes for result in report.results):
+        draw(report, plot_file)
+        click.echo(f"plot: {plot_file}", err=True)
+    if report.errors:
+        raise PlanError("; ".join(report.errors), hint="what else was asked has been scored; see the report")
+
+
+def _rows(batch_size: str) -> int | None:
+    if batch_size == "auto":
+        return None
+    if not batch_size.isdecimal() or int(batch_size) < 1:
+        raise click.BadParameter(f"{batch_size!r} is neither `auto` nor a number from 1", param_hint="--batch-size")
+    return int(batch_size)
+
+
+def _named(texts: tuple[str, ...]) -> dict[str, Path]:
+    """NAME=FILE, or FILE whose name without its endings is the domain's."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        name, equals, rest = text.partition("=")
+        file = Path(rest) if equals else Path(text)
+        name = name if equals else file.name.split(".")[0]
+        if not file.is_file():
+            raise SourceError(f"text {file} does not exist", hint="write --text NAME=FILE")
+        if name in found:
+            raise SourceError(f"two texts are called {name!r}", hint="write --text NAME=FILE with names that differ")
+        found[name] = file
+    return found
+
+
+def _check_out(json_file: Path | None) -> None:
+    if json_file is not None and json_file.name != "-" and not json_file.absolute().parent.is_dir():
+        raise SourceError(f"{json_file.parent}, where the report is to go, is no folder", hint="make it first")
+
+
+def _write(report: "Report", json_file: Path | None) -> None:
+    from frankenmoe.artifact import write_json
+
+    if json_file is not None and json_file.name == "-":
+        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        return
+    if json_file is not None:
+        write_json(json_file, report.to_dict())
+    show(report)
+    if json_file is not None:
+        click.echo(f"report: {json_file}", err=True)
+
+
+def show(report: "Report") -> None:
+    """The tables, what to know about them, and the verdict."""
+    from frankenmoe.cli.show import console
+
+    out = console()
+    if any(result.outcomes for result in report.results):
+        out.print(_one(report) if len(report.results) == 1 else _several(report))
+    if any(result.losses for result in report.results):
+        out.print(_losses(report))
+    for note in _notes(report):
+        out.print(note, style="dim", highlight=False, markup=False)
+    for line in report.verdict:
+        out.print(line, style="bold" if line is report.verdict[0] else "", highlight=False, markup=False)
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value * 100:.2f}"
+
+
+def _one(report: "Report") -> Table:
+    """A model's tasks, a line each."""
+    (result,) = report.results
+    table = Table(box=None, pad_edge=False, title=escape(result.name), title_justify="left")
+    for name, justify in (("task", "left"), ("shots", "right"), ("documents", "right"), ("metric", "left")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("score", justify="right")
+    table.add_column("stderr", justify="right")
+    for outcome in result.outcomes.values():
+        facts = outcome.to_dict()
+        error = outcome.stderr.get(outcome.benchmark.metric)
+        table.add_row(
+            outcome.benchmark.title,
+            str(outcome.benchmark.shots),
+            "failed" if outcome.error else str(facts["documents"]),
+            outcome.benchmark.metric,
+            _percent(outcome.value),
+            _percent(error),
+        )
+    if result.average is not None:
+        table.add_row("Avg.", "", "", "", _percent(result.average), "", style="bold")
+    return table
+
+
+def _several(report: "Report") -> Table:
+    """Models side by side, a line each."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("percent", no_wrap=True)
+    names = [name for name in SHORT if any(name in result.outcomes for result in report.results)]
+    for name in (*names, *(["Avg."] if len(names) == len(SHORT) else [])):
+        table.add_column(SHORT.get(name, name), justify="right")
+    for result in report.results:
+        cells = [_percent(result.outcomes[name].value if name in result.outcomes else None) for name in names]
+        cells += [_percent(result.average)] if len(names) == len(SHORT) else []
+        table.add_row(escape(result.name), *cells, style="bold" if result.kind == "moe" else "")
+    return table
+
+
+def _losses(report: "Report") -> Table:
+    """Loss per domain, and what a model costs; bits per byte where tokenizers differ."""
+    one_tokenizer = len({result.facts["tokenizer_digest"] for result in report.results}) == 1
+    domains = list(dict.fromkeys(name for result in report.results for name in result.losses))
+    shown = domains if len(domains) <= MOST_DOMAINS else []
+    table = Table(box=None, pad_edge=False)
+    table.add_column("nats per token" if one_tokenizer else "bits per byte", no_wrap=True)
+    for name in (*shown, "mean"):
+        table.add_column(escape(name), justify="right")
+    table.add_column("MB", justify="right")
+    table.add_column("token/s", justify="right")
+    for result in report.results:
+        values = {
+            name: losses.mean if one_tokenizer else losses.bits_per_byte for name, losses in result.losses.items()
+        }
+        mean = f"{sum(values.values()) / len(values):.3f}" if values else "-"
+        cells = [f"{values[name]:.3f}" if name in values else "-" for name in shown]
+        cost = (f"{result.facts['memory_bytes'] / 1e6:.0f}", f"{result.facts['tokens_per_second']:.0f}")
+        table.add_row(escape(result.name), *cells, mean, *cost, style="bold" if result.kind == "moe" else "")
+    return table
+
+
+def _notes(report: "Report") -> list[str]:
+    """What a reader must know beside the numbers."""
+    notes = [f"{name}: not compared, {reason}" for name, reason in report.skipped.items()]
+    for result in report.results:
+        reason = result.facts["shared_reading"]["reason"]
+        if reason:
+            notes.append(f"{result.name}: read without sharing, or only in part: {reason}")
+        for outcome in result.outcomes.values():
+            cut, asked = outcome.counts.get("cut_on_the_left", 0), outcome.counts.get("requests", 0)
+            if cut and outcome.benchmark.counted:
+                lost = outcome.counts.get("question_cut", 0)
+                more = f"; of {lost} documents the question itself" if lost else ""
+                notes.append(
+                    f"{result.name}, {outcome.benchmark.title}: {cut} of {asked} requests lost their left end, as the "
+                    f"model sees {result.facts['max_length']} tokens{more}"
+                )
+    return notes

@@ -1,0 +1,48 @@
+"""A conversation with a GGUF file, by llama.cpp; the file's own chat template decides how it is addressed."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from frankenmoe.export.llama import Engine, check_loadable
+
+
+def chat_gguf(
+    file: Path, *, prompt: str | None, max_new_tokens: int, temperature: float, seed: int, as_json: bool
+) -> None:
+    """One exchange with `prompt`, otherwise a conversation until end of file or Ctrl-C."""
+    facts = check_loadable(file)
+    arch = str(facts["general.architecture"])
+    context = int(facts.get(f"{arch}.context_length", 4096))
+    engine = Engine(file, context=min(context, 8192), exact_cache=False)
+    history: list[dict[str, str]] = []
+    if prompt is None and sys.stdin.isatty():
+        click.echo("write, then Enter; Ctrl-D ends", err=True)
+    while (said := _ask() if prompt is None else prompt) is not None:
+        history.append({"role": "user", "content": said})
+        text = engine.chat(
+            history,
+            templated=bool(facts["chat_template"]),
+            tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_text=lambda piece: None if as_json else click.echo(piece, nl=False),
+        )
+        history.append({"role": "assistant", "content": text})
+        click.echo(json.dumps({"reply": text}, ensure_ascii=False) if as_json else "")
+        if prompt is not None:
+            return
+
+
+def _ask() -> str | None:
+    """A line from the person or the pipe; None at its end. Empty lines are asked for again."""
+    while True:
+        if sys.stdin.isatty():
+            click.echo("> ", nl=False, err=True)
+        line = sys.stdin.readline()
+        if not line:
+            return None
+        if line.strip():
+            return line.rstrip("\n")

@@ -1,0 +1,69 @@
+"""`frankenmoe push`: lists what would be sent, asks, sends; knows nothing of the hub's protocol."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.markup import escape
+from rich.table import Table
+
+from frankenmoe.artifact import open_artifact
+from frankenmoe.cli.show import console, gib, warn
+
+if TYPE_CHECKING:
+    from frankenmoe.publish.upload import Shipment
+
+
+@click.command("push", epilog="\b\nExample:\n  frankenmoe push my-moe me/my-moe --dry-run")
+@click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("repo", metavar="ORG/NAME")
+@click.option("--private", is_flag=True, help="Make the repository private where it is new.")
+@click.option("--files", help="Only these kinds: card, weights, gguf, reports, tokenizer; commas between.")
+@click.option("--message", default="Upload with frankenmoe", show_default=True, help="Of the commit.")
+@click.option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
+@click.option("--yes", is_flag=True, help="Send without asking.")
+@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON instead of a table.")
+def push_command(
+    folder: Path, repo: str, private: bool, files: str | None, message: str, dry_run: bool, yes: bool, as_json: bool
+) -> None:
+    """Send ARTIFACT to the Hugging Face hub, as one commit.
+
+    First says what, how large and under which licences, then asks. Interrupted, the same command goes on. The login
+    is the hub's own (`hf auth login`).
+    """
+    from frankenmoe.publish.upload import prepare, send
+
+    groups = [part.strip() for part in files.split(",") if part.strip()] if files is not None else None
+    shipment = prepare(open_artifact(folder), repo, private=private, groups=groups)
+    if as_json:
+        click.echo(json.dumps(shipment.to_dict(), indent=2, ensure_ascii=False))
+    else:
+        _show(shipment)
+    warn(shipment.warnings)
+    if dry_run:
+        return
+    if not yes:
+        if not sys.stdin.isatty():
+            click.echo("nothing was sent: say --yes to send it", err=True)
+            return
+        click.confirm(f"send this to {repo}?", abort=True, err=True)
+    sent = send(shipment, message=message, bars=sys.stderr.isatty())
+    click.echo(f"sent to {sent.page}", err=as_json)
+
+
+def _show(shipment: "Shipment") -> None:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
+    table.add_column("kind")
+    table.add_column("size", justify="right", no_wrap=True)
+    for item in shipment.items:
+        table.add_row(escape(item.path), item.group, gib(item.size))
+    table.add_row("in all", "", gib(shipment.size), style="bold")
+    out = console()
+    out.print(table)
+    where = "a private repository" if shipment.private else "a public repository"
+    click.echo(f"to {shipment.repo}, {where} where it is new; under {shipment.declared or 'no licence'}")
+    for source, found in shipment.licences:
+        click.echo(f"  {source}: {found or 'no licence declared'}")

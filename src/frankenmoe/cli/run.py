@@ -1,0 +1,62 @@
+"""`frankenmoe run`: one line per step as it ends, one table at the end; does no step itself."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from frankenmoe.cli.progress import bars
+from frankenmoe.cli.show import console, program, warn
+
+if TYPE_CHECKING:
+    from frankenmoe.running import Finished
+
+
+@click.command(
+    "run", epilog="\b\nExample:\n  frankenmoe run recipe.yml raiden/\n  frankenmoe push raiden/model me/raiden"
+)
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first.")
+def run_command(recipe: Path, out: Path, as_json: bool, trust_remote_code: bool) -> None:
+    """Every stage RECIPE asks for, in the folder OUT.
+
+    Builds the model in OUT/model, then fits, trains, audits, measures, exports and describes it, as far as the recipe
+    has sections for that. What has not changed is not done again. Killed, the same command goes on.
+    """
+    from frankenmoe.planning import plan
+    from frankenmoe.recipe import Recipe
+
+    # planned first: a mistake in the recipe is told before torch has been imported
+    read = Recipe.load(recipe)
+    warn(plan(read, trust_remote_code=trust_remote_code).warnings)
+
+    from frankenmoe.running import run
+
+    with bars() as progress:
+        finished = run(read, out, trust_remote_code=trust_remote_code, progress=progress)
+    if as_json:
+        facts = {"artifact": str(finished.artifact.folder), "steps": [asdict(step) for step in finished.steps]}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        _show(finished)
+
+
+def _show(finished: "Finished") -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("step", style="bold", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("took", justify="right", no_wrap=True)
+    table.add_column("result", overflow="fold")
+    for step in finished.steps:
+        state = "done" if step.now else "unchanged"
+        table.add_row(step.name, state, f"{step.seconds:.1f} s" if step.now else "", escape(step.said))
+    console().print(table)
+    click.echo(f"model in {finished.artifact.folder}")
+    click.echo(f"next: {program()} push {finished.artifact.folder} ORG/NAME --dry-run")

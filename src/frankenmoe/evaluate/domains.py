@@ -1,0 +1,138 @@
+"""Loss per kind of text, block by block, so that models can be compared on the same blocks; does not load models.
+
+Shape suffixes: B blocks in a batch, T tokens.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frankenmoe.data.blocks import Block, hold_out, text_blocks
+from frankenmoe.data.documents import read_documents
+from frankenmoe.errors import NumericsError, SourceError
+from frankenmoe.evaluate.scorer import scored
+from frankenmoe.evaluate.store import Store, request_key
+from frankenmoe.progress import SILENT, Progress
+
+BLOCK = 128
+SHARE = 0.1
+MOST_BLOCKS = 200  # per domain, unless a limit says otherwise
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Source:
+    """A kind of text: its files or hub datasets, relative to `folder`; `held_out` where only a part may be read."""
+
+    name: str
+    files: tuple[str, ...]
+    folder: Path
+    held_out: bool
+    block: int = BLOCK
+    share: float = SHARE
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Nats of every block, and how many tokens they are summed over; `characters` of text behind them."""
+
+    nats: tuple[float, ...]
+    targets: tuple[int, ...]
+    bytes: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token."""
+        return sum(self.nats) / sum(self.targets)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Comparable between tokenizers too."""
+        return sum(self.nats) / math.log(2) / max(1, self.bytes)
+
+
+def read_domain(source: Source, tokenizer: Any, *, limit: int | None) -> list[Block]:
+    """The blocks of a domain; of an expert's own data only those that are held out of fitting and training."""
+    most = limit or MOST_BLOCKS
+    enough = math.ceil(most / source.share) + 1 if source.held_out else most
+    blocks = text_blocks(
+        read_documents(source.files, folder=source.folder), tokenizer, length=source.block, limit=enough
+    )
+    if source.held_out:
+        blocks = hold_out(blocks, share=source.share)[1]
+    return blocks[:most]
+
+
+def domain_losses(
+    model: Any,
+    tokenizer: Any,
+    domains: Mapping[str, Sequence[Block]],
+    *,
+    plain_head: bool,
+    store: Store | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Losses]:
+    """Domain -> its losses under a model. SourceError for a tokenizer of another model, NumericsError for NaN."""
+    progress.start("loss", sum(map(len, domains.values())), "blocks")
+    vocabulary = model.config.get_text_config().vocab_size
+    found = {}
+    for name, blocks in domains.items():
+        largest = max(max(block.ids) for block in blocks)
+        if largest >= vocabulary:
+            raise SourceError(
+                f"the tokenizer gives the id {largest}, but the model has {vocabulary} embeddings",
+                hint="the tokenizer in the model's folder belongs to another model",
+            )
+        nats = _nats(model, blocks, plain_head=plain_head, store=store, progress=progress)
+        if any(math.isnan(value) for value in nats):
+            at = next(index for index, value in enumerate(nats) if math.isnan(value))
+            raise NumericsError(f"block {at} of {name}: the model computes NaN", hint="check the model's weights")
+        targets = tuple(block.targets for block in blocks)
+        found[name] = Losses(tuple(nats), targets, sum(_bytes(block, tokenizer) for block in blocks))
+    return found
+
+
+def _nats(
+    model: Any, blocks: Sequence[Block], *, plain_head: bool, store: Store | None, progress: Progress
+) -> list[float]:
+    keys = [request_key("loss", [list(block.ids), list(block.learn)]) for block in blocks]
+    known = store.found if store is not None else {}
+    nats = {at: float(known[key]) for at, key in enumerate(keys) if key in known}
+    progress.advance(len(nats))
+    order = sorted(set(range(len(blocks))) - set(nats), key=lambda at: len(blocks[at].ids))
+    for length, group in groupby(order, key=lambda at: len(blocks[at].ids)):
+        same = list(group)
+        for start in range(0, len(same), BATCH):
+            batch = same[start : start + BATCH]
+            sums = _batch(model, [blocks[at] for at in batch], length, plain_head)
+            nats |= dict(zip(batch, sums, strict=True))
+            if store is not None:
+                store.add((keys[at], nats[at]) for at in batch)
+            progress.advance(len(batch))
+    return [nats[at] for at in range(len(blocks))]
+
+
+def _batch(model: Any, blocks: Sequence[Block], length: int, plain_head: bool) -> list[float]:
+    ids_BT = torch.tensor([block.ids for block in blocks], device=model.device)
+    places = [
+        (line * length + at - 1, block.ids[at], line, at)
+        for line, block in enumerate(blocks)
+        for at in range(1, length)
+        if block.learn[at]
+    ]
+    sums = [0.0] * len(blocks)
+    with torch.inference_mode():
+        for some, logprobs, _ in scored(model, ids_BT, places, plain_head=plain_head, use_cache=False):
+            for (_, _, line, _), logprob in zip(some, logprobs, strict=True):
+                sums[line] -= logprob
+    return sums
+
+
+def _bytes(block: Block, tokenizer: Any) -> int:
+    learnt = [token for token, learn in zip(block.ids, block.learn, strict=True) if learn]
+    return len(tokenizer.decode(learnt, skip_special_tokens=True).encode())

@@ -1,0 +1,295 @@
+"""Greedy continuations for many prompts, a slot taking the next prompt as soon as its text is done; knows no tasks.
+
+A slot guesses its next tokens from what followed the same tokens earlier in its prompt and text (prompt lookup), and
+one pass checks the guesses: each that is kept is what the model itself would have said.
+
+Shape suffixes: S slots, H key heads, C columns of a slot, T new tokens, D head size, V vocabulary.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from frankenmoe.errors import NumericsError
+from frankenmoe.evaluate.memory import Budget
+
+SLOTS_CPU = 8
+SLOTS_GPU = 64
+GUESSES = 8  # tokens at most
+GRAMS = (3, 2)  # so many last tokens must agree, the longer first
+SPARE = 6  # tokens that are decoded beyond the longest stop string's characters, for tokens without any character
+
+
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
+    """One layer's keys and values of all slots, written in place: no copy of what is there when a token is added."""
+
+    is_sliding = False
+
+    def __init__(self, slots: "_Slots", **_: Any) -> None:
+        super().__init__()
+        self.slots = slots
+        self.is_initialized = False
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        shape = (self.slots.count, key_states.shape[1], self.slots.columns)
+        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
+        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Filling a slot: what is new is kept there and is all that is seen. A step: T tokens for each live slot."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        slots = self.slots
+        if slots.filling is not None:
+            self.keys[slots.filling, :, : key_states.shape[2]] = key_states[0]
+            self.values[slots.filling, :, : value_states.shape[2]] = value_states[0]
+            return key_states, value_states
+        live, new = len(slots.lengths), key_states.shape[2]
+        line_S1 = torch.arange(live, device=key_states.device)[:, None]
+        at_ST = torch.tensor(slots.lengths, device=key_states.device)[:, None] + torch.arange(
+            new, device=key_states.device
+        )
+        self.keys[line_S1, :, at_ST] = key_states.transpose(1, 2)
+        self.values[line_S1, :, at_ST] = value_states.transpose(1, 2)
+        seen = max(slots.lengths) + new
+        return self.keys[:live, :, :seen], self.values[:live, :, :seen]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """A slot's content into another one."""
+        self.keys[target, :, :length] = self.keys[source, :, :length]
+        self.values[target, :, :length] = self.values[source, :, :length]
+
+    def get_seq_length(self, *_: Any) -> int:
+        return 0 if self.slots.filling is not None else max(self.slots.lengths, default=0)
+
+    def get_mask_sizes(self, query_length: int, *_: Any) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+@dataclass
+class _Slots:
+    """How full each live slot is; the slots 0 .. live-1 are in use. `filling` is the one that a prompt is read into."""
+
+    count: int
+    columns: int
+    lengths: list[int] = field(default_factory=list)
+    filling: int | None = None
+
+
+@dataclass
+class _Text:
+    """A prompt on its way: its number, the tokens made so far, and what it guesses from.
+
+    `after` has, for the last tokens of each length in GRAMS, the place behind their latest occurrence in `tokens`.
+    `reach` is how many tokens are guessed at once: two more after a pass in which all were right, else one less.
+    """
+
+    number: int
+    tokens: list[int]
+    prompt: int
+    reach: int = GUESSES // 2
+    after: dict[tuple[int, ...], int] = field(default_factory=dict)
+
+    @property
+    def made(self) -> list[int]:
+        """The new tokens."""
+        return self.tokens[self.prompt :]
+
+    def add(self, tokens: Sequence[int]) -> None:
+        """Takes in tokens; what stands before each is remembered, but not yet for the very last."""
+        for token in tokens:
+            end = len(self.tokens)
+            for gram in GRAMS:
+                if end >= gram:
+                    self.after[tuple(self.tokens[end - gram :])] = end
+            self.tokens.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """What followed the last tokens when they last stood there."""
+        for gram in GRAMS:
+            at = self.after.get(tuple(self.tokens[-gram:]))
+            if at is not None:
+                return self.tokens[at : at + min(most, self.reach)]
+        return []
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to go on from, the strings at which to stop, and whether the left end is missing."""
+
+    tokens: tuple[int, ...]
+    stops: tuple[str, ...]
+    cut: bool = False
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int,
+    end: frozenset[int],
+    budget: Budget,
+    plain_head: bool,
+    on_text: Callable[[int, str], None],
+) -> None:
+    """The greedy continuation of every prompt, at most `new_tokens` long, cut before its first stop string or `end`.
+
+    Prompts go through slots, as many as the budget allows; the longest first, so that too little memory shows at once.
+    NumericsError for a model that computes NaN.
+    """
+    order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].tokens))
+    columns = len(prompts[order[0]].tokens) + new_tokens + GUESSES
+    slots = _Slots(_slot_count(budget, columns, len(prompts), model.device.type), columns)
+    cache = Cache(layer_class_to_replicate=lambda **_: _SlotLayer(slots))
+    live: list[_Text] = []
+    with torch.inference_mode():
+        while order or live:
+            while order and len(live) < slots.count:
+                number = order.pop(0)
+                text = _Text(number, [], len(prompts[number].tokens))
+                text.add(prompts[number].tokens)
+                text.add([_fill(model, cache, slots, prompts[number].tokens, number)])
+                live.append(text)
+                slots.lengths.append(text.prompt)
+            for at in reversed(range(len(live))):
+                said = _finished(tokenizer, live[at].made, prompts[live[at].number].stops, new_tokens, end)
+                if said is not None:
+                    on_text(live[at].number, said)
+                    _free(cache, slots, live, at)
+            if live and not (order and len(live) < slots.count):
+                _step(model, cache, slots, live, new_tokens, plain_head)
+
+
+def _slot_count(budget: Budget, columns: int, prompts: int, device: str) -> int:
+    if budget.rows is not None:
+        return min(budget.rows, prompts)
+    most = SLOTS_CPU if device == "cpu" else SLOTS_GPU
+    return max(1, min(most, prompts, budget.bytes // (columns * budget.sizes.kept)))
+
+
+def _fill(model: Any, cache: Cache, slots: _Slots, tokens: Sequence[int], number: int) -> int:
+    """Reads a prompt into the next free slot; its first new token."""
+    slots.filling = len(slots.lengths)
+    ids_BT = torch.tensor([list(tokens)], device=model.device)
+    out = model(
+        input_ids=ids_BT,
+        position_ids=torch.arange(len(tokens), device=model.device)[None],
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    slots.filling = None
+    return _best(out.logits[:, -1], [number])[0]
+
+
+def _step(model: Any, cache: Cache, slots: _Slots, live: Sequence[_Text], new_tokens: int, plain_head: bool) -> None:
+    """At least one more token for every live slot: the model's own, and as many guesses before it as were right."""
+    device = model.device
+    guesses = [text.guess(new_tokens - len(text.made) - 1) for text in live]
+    width = 1 + max(map(len, guesses))
+    rows = [[text.tokens[-1], *guess] for text, guess in zip(live, guesses, strict=True)]
+    ids_ST = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+    positions_ST = torch.tensor(slots.lengths, device=device)[:, None] + torch.arange(width, device=device)
+    seen_STC = torch.arange(max(slots.lengths) + width, device=device) <= positions_ST[..., None]
+    mask = torch.zeros(seen_STC.shape, dtype=model.dtype, device=device)
+    mask.masked_fill_(~seen_STC, torch.finfo(model.dtype).min)
+    inputs = {"position_ids": positions_ST, "attention_mask": mask[:, None], "past_key_values": cache}
+    # the head, dear for a small model, runs where there is a token and not where a shorter guess is padded
+    there = [(at, place) for at, row in enumerate(rows) for place in range(len(row))]
+    line_N, place_N = (torch.tensor(column, device=device) for column in zip(*there, strict=True))
+    if plain_head:
+        hidden_STD = model.base_model(input_ids=ids_ST, use_cache=True, **inputs).last_hidden_state
+        logits_NV = model.get_output_embeddings()(hidden_STD[line_N, place_N])
+    else:
+        logits_NV = model(input_ids=ids_ST, use_cache=True, **inputs).logits[line_N, place_N]
+    said = iter(_best(logits_NV, [live[at].number for at, _ in there]))
+    for at, (text, guess) in enumerate(zip(live, guesses, strict=True)):
+        own = list(islice(said, len(guess) + 1))
+        right = next((place for place, token in enumerate(guess) if token != own[place]), len(guess))
+        text.add(own[: right + 1])
+        slots.lengths[at] += right + 1
+        if guess:
+            text.reach = min(GUESSES, text.reach + 2) if right == len(guess) else max(1, text.reach - 1)
+
+
+def _best(logits_SV: torch.Tensor, numbers: Sequence[int]) -> list[int]:
+    best_S = logits_SV.argmax(dim=-1)
+    # argmax takes NaN for the largest of all, so one anywhere in a row is found where it points
+    bad = (~torch.isfinite(logits_SV.gather(-1, best_S[:, None])[:, 0])).nonzero()
+    if len(bad):
+        raise NumericsError(
+            f"the model computes NaN or infinity for prompt {numbers[int(bad[0])]}", hint="check the model's weights"
+        )
+    return [int(token) for token in best_S.tolist()]
+
+
+def _free(cache: Cache, slots: _Slots, live: list[_Text], at: int) -> None:
+    """Gives slot `at` back; the last live slot moves into its place."""
+    last = len(live) - 1
+    if at != last:
+        for layer in cache.layers:
+            layer.move(last, at, slots.lengths[last])
+        live[at], slots.lengths[at] = live[last], slots.lengths[last]
+    live.pop()
+    slots.lengths.pop()
+
+
+def _finished(
+    tokenizer: Any, made: Sequence[int], stops: Sequence[str], new_tokens: int, end: frozenset[int]
+) -> str | None:
+    """The text once it is done, else None. Only its end is looked at in most steps, the whole is decoded to be sure."""
+    recent = list(made[-GUESSES - 1 :])
+    ended = not end.isdisjoint(recent)
+    if not ended and len(made) < new_tokens:
+        longest = max(map(len, stops), default=0)
+        tail = tokenizer.decode(made[-longest - SPARE - GUESSES :], skip_special_tokens=True)
+        if not any(stop in tail for stop in stops):
+            return None
+    last = next((at for at, token in enumerate(made) if token in end), len(made)) if ended else len(made)
+    kept = made[: min(last, new_tokens)]
+    text = str(tokenizer.decode(kept, skip_special_tokens=True))
+    if ended or len(made) >= new_tokens or any(stop in text for stop in stops):
+        return cut(text, stops)
+    return None
+
+
+def cut(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
+
+
+def generate_plainly(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    new_tokens: int,
+    end: frozenset[int],
+    on_text: Callable[[int, str], None],
+) -> None:
+    """The same, prompt by prompt and without a cache of ours: for models that cannot be read in parts."""
+    with torch.inference_mode():
+        for number, prompt in enumerate(prompts):
+            past, made = None, []
+            ids_BT = torch.tensor([list(prompt.tokens)], device=model.device)
+            said = None
+            while said is None:
+                out = model(input_ids=ids_BT, past_key_values=past, use_cache=True)
+                past = getattr(out, "past_key_values", None)
+                made.append(_best(out.logits[:, -1], [number])[0])
+                new = torch.tensor([[made[-1]]], device=model.device)
+                # a model that gives no cache back is read from the beginning each time
+                ids_BT = new if past is not None else torch.cat([ids_BT, new], dim=1)
+                said = _finished(tokenizer, made, prompt.stops, new_tokens, end)
+            on_text(number, said)

@@ -1,0 +1,59 @@
+"""What makes two models the same for scores: every number in them and how they are put together; not where they lie."""
+
+import hashlib
+import json
+from typing import Any
+
+import torch
+
+from frankenmoe.progress import SILENT, Progress
+
+# what a config says of its file and not of its model
+OUTSIDE = ("_name_or_path", "transformers_version", "architectures", "torch_dtype")
+READ_BY = 1  # goes up when the scorer changes what it computes
+
+
+def model_digest(model: Any, *, progress: Progress = SILENT) -> str:
+    """SHA-256, in hex, of all parameters and buffers, the config, the modules' settings, device type and dtype.
+
+    A tensor that several modules share is read once. Scores on a CPU and a GPU differ in their last digits, so each has
+    its own.
+    """
+    config = {key: value for key, value in model.config.to_dict().items() if key not in OUTSIDE}
+    facts = [READ_BY, json.dumps(config, sort_keys=True, default=str), str(model), model.device.type, str(model.dtype)]
+    hashed = hashlib.sha256("\n".join(map(str, facts)).encode())
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    seen: dict[tuple[Any, ...], str] = {}
+    places = {_place(tensor): tensor for _, tensor in named}
+    progress.start("hashing the model", sum(tensor.nbytes for tensor in places.values()), "B")
+    for name, tensor in named:
+        place = _place(tensor)
+        if place not in seen:
+            seen[place] = hashlib.sha256(_bytes(tensor)).hexdigest()
+            progress.advance(tensor.nbytes)
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {seen[place]}\n".encode())
+    return hashed.hexdigest()
+
+
+def memory_of(model: Any) -> int:
+    """Bytes of all weights, each counted once however many modules share it."""
+    tensors = {_place(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """SHA-256, in hex, of what a tokenizer does to text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        return hashlib.sha256(backend.to_str().encode("utf-8", "surrogatepass")).hexdigest()
+    facts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
+    return hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+
+
+def _bytes(tensor: torch.Tensor) -> Any:
+    flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
+    return flat.numpy()

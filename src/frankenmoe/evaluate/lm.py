@@ -1,0 +1,311 @@
+"""lm-eval's LM interface over the scorer: text to tokens, answers from the store, progress; knows nothing of tasks."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval import utils
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+
+from frankenmoe.errors import NumericsError, SourceError
+from frankenmoe.evaluate.generation import Prompt, cut, generate, generate_plainly
+from frankenmoe.evaluate.identity import model_digest, tokenizer_digest
+from frankenmoe.evaluate.memory import budget
+from frankenmoe.evaluate.scorer import Answer, Query, Scorer
+from frankenmoe.evaluate.sharing import sharing
+from frankenmoe.evaluate.store import Store, request_key
+from frankenmoe.progress import SILENT, Progress
+
+LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
+DEFAULT_LENGTH = 2048  # lm-eval's, for a model that does not say how far it sees
+FLUSH = 32  # answers between two writes
+
+
+class PrefixLM(TemplateLM):  # type: ignore[misc]
+    """A transformers causal model for lm-eval, without BOS, as the leaderboard read it.
+
+    `folder` keeps finished answers; without it nothing is kept. `rows` fixes how many sequences go through at once,
+    `memory` the bytes that a pass may take; by default a share of what is free.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        folder: Path | None = None,
+        rows: int | None = None,
+        memory: int | None = None,
+        max_length: int | None = None,
+        progress: Progress = SILENT,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.tokenizer = tokenizer
+        self.folder = folder
+        self.progress = progress
+        self.versions: dict[str | None, int] = {}
+        self.counts: Counter[str] = Counter()
+        self._device = model.device
+        self.max_length = max_length or _length(model.config.get_text_config())
+        self.budget = budget(model, bytes_at_most=memory, rows=rows)
+        self.sharing = sharing(model, self.budget, capacity=_has_capacity(model))
+        self.scorer = Scorer(
+            model,
+            self.budget,
+            share_up_to=self.sharing.up_to,
+            plain_head=self.sharing.plain_head,
+            alone=self.sharing.alone,
+        )
+        self.digest = ""
+        if folder is not None:
+            self.digest = (
+                f"{model_digest(model, progress=progress)[:40]}-{tokenizer_digest(tokenizer)[:16]}-{self.max_length}"
+            )
+
+    # ---- what lm-eval asks of a model ----
+
+    @property
+    def eot_token_id(self) -> int:
+        """The end of text; SourceError for a tokenizer that has none."""
+        if self.tokenizer.eos_token_id is None:
+            raise SourceError(
+                "the tokenizer has no EOS token, which ends generated texts and opens texts without a context",
+                hint="set eos_token in its tokenizer_config.json to the token that the model was trained to end with",
+            )
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def prefix_token_id(self) -> int:
+        found = self.tokenizer.bos_token_id
+        return int(found) if found is not None else self.eot_token_id
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens without any that the tokenizer would add."""
+        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log-likelihood in nats, whether greedy) of each (context, continuation).
+
+        SourceError for a continuation that the model cannot see whole, NumericsError for NaN, with its document.
+        """
+        self.counts["requests"] += len(requests)
+        answers, stores, waiting = self._known(requests)
+        queries = self._queries([requests[at] for at in waiting])
+        for at, query in zip(waiting, queries, strict=True):
+            if not len(query.targets) <= len(query.tokens) <= self.max_length:
+                raise SourceError(
+                    f"{_named(requests[at])}: its answer alone has {len(query.targets)} tokens, but the model sees "
+                    f"{self.max_length} at most",
+                    hint="this model cannot be asked this; leave the task out",
+                )
+        fresh: dict[str | None, list[tuple[str, Any]]] = defaultdict(list)
+
+        def on_answer(number: int, answer: Answer) -> None:
+            request = requests[waiting[number]]
+            if answer.loglikelihood != answer.loglikelihood:
+                raise NumericsError(
+                    f"{_named(request)}: the model computes NaN", hint="check the model's weights; float16 may overflow"
+                )
+            answers[waiting[number]] = (answer.loglikelihood, answer.greedy)
+            cut = queries[number].cut
+            self.counts["cut"] += cut
+            self._keep(fresh, stores, request, [[answer.loglikelihood, answer.greedy], cut])
+
+        try:
+            self.scorer.score(queries, on_answer)
+        finally:
+            self._flush(fresh, stores)
+        return [answers[at] for at in range(len(requests))]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Greedy continuations, cut at the first stop string. Requests that differ in their stops only share one text.
+
+        SourceError without an EOS token or where the model is too short for the new tokens.
+        """
+        self.counts["requests"] += len(requests)
+        end = self._end()
+        answers, stores, waiting = self._known(requests)
+        together: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for at in waiting:
+            context, settings = requests[at].args
+            if settings.get("do_sample"):
+                raise SourceError(f"{_named(requests[at])} asks for sampling", hint="only greedy texts are made here")
+            together[context, int(settings["max_gen_toks"])].append(at)
+        fresh: dict[str | None, list[tuple[str, Any]]] = defaultdict(list)
+        for new_tokens in sorted({tokens for _, tokens in together}):
+            contexts = [context for context, tokens in together if tokens == new_tokens]
+            room = self.max_length - new_tokens
+            if room <= 0:
+                first = requests[together[contexts[0], new_tokens][0]]
+                raise SourceError(
+                    f"{_named(first)}: {new_tokens} tokens are to be made, but the model sees "
+                    f"{self.max_length} at most, the question included",
+                    hint="leave the task out for this model",
+                )
+            prompts = []
+            for context in contexts:
+                tokens = self.tok_encode(context)
+                too_long = len(tokens) > room
+                # a text is made once, up to the stops that all its requests share; each is cut at its own
+                stops = [set(requests[at].args[1]["until"]) for at in together[context, new_tokens]]
+                prompts.append(Prompt(tuple(tokens[-room:]), tuple(sorted(set.intersection(*stops))), cut=too_long))
+
+            def on_text(number: int, text: str, asked: Any = (contexts, prompts, new_tokens)) -> None:
+                for at in together[asked[0][number], asked[2]]:
+                    answers[at] = cut(text, requests[at].args[1]["until"])
+                    self.counts["cut"] += asked[1][number].cut
+                    self._keep(fresh, stores, requests[at], [answers[at], asked[1][number].cut])
+
+            try:
+                if self.sharing.up_to > max(len(prompt.tokens) for prompt in prompts) + new_tokens:
+                    generate(
+                        self.model,
+                        self.tokenizer,
+                        prompts,
+                        new_tokens=new_tokens,
+                        end=end,
+                        budget=self.budget,
+                        plain_head=self.sharing.plain_head,
+                        on_text=on_text,
+                    )
+                else:
+                    generate_plainly(
+                        self.model, self.tokenizer, prompts, new_tokens=new_tokens, end=end, on_text=on_text
+                    )
+            finally:
+                self._flush(fresh, stores)
+        return [answers[at] for at in range(len(requests))]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of each whole text, in windows as lm-eval cuts them; every token is predicted once."""
+        owners: list[int] = []
+        queries: list[Query] = []
+        for at, request in enumerate(requests):
+            windows = utils.get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, continuation in map(utils.make_disjoint_window, windows):
+                owners.append(at)
+                queries.append(self._query(context, continuation))
+        sums = [0.0] * len(requests)
+
+        def on_answer(number: int, answer: Answer) -> None:
+            sums[owners[number]] += answer.loglikelihood
+
+        self.scorer.score(queries, on_answer)
+        return sums
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+
+        def on_answer(number: int, answer: Answer) -> None:
+            found[number] = (answer.loglikelihood, answer.greedy)
+
+        self.scorer.score([self._query(context, rest) for _, context, rest in requests], on_answer)
+        return found
+
+    # ---- tokens ----
+
+    def _queries(self, requests: Sequence[Instance]) -> list[Query]:
+        """Requests as tokens: every distinct text is encoded once. Split as lm-eval splits context and continuation."""
+        pairs = []
+        for request in requests:
+            context, continuation = request.args
+            bare = context.rstrip()
+            pairs.append((bare, context[len(bare) :] + continuation))
+        texts = list(dict.fromkeys(text for bare, rest in pairs for text in ((bare, bare + rest) if bare else (rest,))))
+        ids = dict(zip(texts, self._encode(texts), strict=True))
+        queries = []
+        for bare, rest in pairs:
+            if bare:
+                known = len(ids[bare])
+                queries.append(self._query(ids[bare + rest][:known], ids[bare + rest][known:]))
+            else:  # nothing to go on from but the mark that begins a text
+                queries.append(self._query([self.prefix_token_id], ids[rest]))
+        return queries
+
+    def _query(self, context: Sequence[int], continuation: Sequence[int]) -> Query:
+        whole = [*context, *continuation]
+        kept = whole[-(self.max_length + 1) :]
+        return Query(tuple(kept[:-1]), tuple(continuation), cut=len(kept) < len(whole))
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        if self.tokenizer.is_fast:
+            return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
+        return [self.tok_encode(text) for text in texts]
+
+    def _end(self) -> frozenset[int]:
+        """Tokens that end a text: the tokenizer's and those of the model's generation config."""
+        said = getattr(self.model.generation_config, "eos_token_id", None)
+        more = said if isinstance(said, list) else [said]
+        return frozenset({self.eot_token_id, *(token for token in more if token is not None)})
+
+    # ---- what is known already ----
+
+    def _known(self, requests: Sequence[Instance]) -> tuple[dict[int, Any], dict[str | None, Store], list[int]]:
+        """Answers from the store by place, the stores by task, and the places that are left."""
+        stores = {}
+        if self.folder is not None:
+            for name in {request.task_name for request in requests}:
+                version = self.versions.get(name, 0)
+                stores[name] = Store(self.folder, model=self.digest, task=str(name), version=version)
+        answers: dict[int, Any] = {}
+        waiting = []
+        for at, request in enumerate(requests):
+            store = stores.get(request.task_name)
+            found = store.found.get(request_key(request.request_type, request.args)) if store else None
+            if found is None:
+                waiting.append(at)
+            else:
+                answer, was_cut = found
+                answers[at] = tuple(answer) if isinstance(answer, list) else answer
+                self.counts["cut"] += was_cut
+                self.progress.advance(1)
+        self.counts["known"] += len(answers)
+        return answers, stores, waiting
+
+    def _keep(
+        self,
+        fresh: dict[str | None, list[tuple[str, Any]]],
+        stores: dict[str | None, Store],
+        request: Instance,
+        answer: Any,
+    ) -> None:
+        self.progress.advance(1)
+        if request.task_name in stores:
+            group = fresh[request.task_name]
+            group.append((request_key(request.request_type, request.args), answer))
+            if len(group) >= FLUSH:
+                stores[request.task_name].add(group)
+                group.clear()
+
+    @staticmethod
+    def _flush(fresh: dict[str | None, list[tuple[str, Any]]], stores: dict[str | None, Store]) -> None:
+        for name, group in fresh.items():
+            if group:
+                stores[name].add(group)
+        fresh.clear()
+
+
+def _named(request: Instance) -> str:
+    return f"document {request.doc_id} of {request.task_name}"
+
+
+def _has_capacity(model: Any) -> bool:
+    return any(getattr(module, "factor", None) is not None and hasattr(module, "policy") for module in model.modules())
+
+
+def _length(config: Any) -> int:
+    return next((int(value) for name in LENGTHS if (value := getattr(config, name, None))), DEFAULT_LENGTH)

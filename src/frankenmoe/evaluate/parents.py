@@ -1,0 +1,111 @@
+"""The dense models that an MoE was made of, and the average of their weights, as running models; scores nothing."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS
+from frankenmoe.errors import SourceError
+from frankenmoe.moe.dense import as_tensor, load_dense, one_line, quiet_transformers, read_config
+from frankenmoe.moe.router import Router
+from frankenmoe.planning import Plan
+from frankenmoe.planning.sources import Source, anatomy
+from frankenmoe.planning.tree import dense_writes
+
+
+def parents(made: Plan) -> Iterator[tuple[str, Source]]:
+    """(name, source) of every distinct parent but the base itself; the name is that of its first expert."""
+    seen = {_key(made.base)}
+    for node in made.nodes:
+        for leaf in node.leaves():
+            if leaf.source is not None and _key(leaf.source) not in seen:
+                seen.add(_key(leaf.source))
+                yield leaf.name, leaf.source
+
+
+def _key(source: Source) -> tuple[Path, Path | None]:
+    return source.folder, source.adapter.folder if source.adapter else None
+
+
+def dense_model(source: Source, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+    """A parent as the model it is, its adapter folded in."""
+    if source.adapter is None:
+        return stock_model(source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
+    stored = _stored(source)
+    tensors = {write.name: as_tensor(write) for write in dense_writes(source, anatomy(source), dtype=stored)}
+    return _loaded(source, tensors, dtype=dtype or _torch(stored), trust_remote_code=trust_remote_code)
+
+
+def average_model(sources: list[Source], *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+    """The mean of the parents' weights, computed in float32, stored in the first one's type.
+
+    SourceError where their tensors differ in name or shape.
+    """
+    total: dict[str, torch.Tensor] = {}
+    for source in sources:
+        writes = {write.name: write for write in dense_writes(source, anatomy(source), dtype="F32")}
+        odd = sorted(set(writes) ^ set(total)) if total else []
+        odd += [name for name in writes if name in total and tuple(total[name].shape) != tuple(writes[name].shape)]
+        if odd:
+            raise SourceError(
+                f"the parents' weights cannot be averaged: {source.name} differs in {odd[0]}",
+                hint="parents of one vocabulary and shape can be averaged",
+            )
+        for name, write in writes.items():
+            tensor = as_tensor(write)
+            if name not in total:
+                total[name] = tensor.clone()  # not the mapped file itself, which is added to below
+            elif tensor.is_floating_point():
+                total[name] += tensor
+    mean = {name: tensor / len(sources) if tensor.is_floating_point() else tensor for name, tensor in total.items()}
+    wanted = dtype or _torch(_stored(sources[0]))
+    return _loaded(sources[0], mean, dtype=wanted, trust_remote_code=trust_remote_code)
+
+
+def _stored(source: Source) -> str:
+    """The type that most of a source's floats are kept in."""
+    floats = [ref for ref in source.checkpoint.tensors.values() if ref.dtype in FLOATS]
+    return max(floats, key=lambda ref: ref.nbytes).dtype
+
+
+def _torch(dtype: str) -> torch.dtype:
+    found = getattr(torch, DTYPES[dtype].name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _loaded(source: Source, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+    config = read_config(source.folder, trust_remote_code=trust_remote_code)
+    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    return load_dense(config, cast, dtype=dtype)
+
+
+def stock_model(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+    """Any causal model in a folder, as transformers loads it."""
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # of as many classes as there are things wrong with a folder
+        raise SourceError(
+            f"transformers cannot load a causal language model from {folder}: {one_line(error)}",
+            hint="check that config.json and the weights belong together; own code needs --trust-remote-code",
+        ) from error
+    return model.eval()
+
+
+def randomize_gates(model: Any, *, seed: int) -> Any:
+    """The same MoE with standard normal gates, as gate_mode `random` draws them, in place of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, Router):
+            old = module.weight
+            drawn = torch.randn(old.shape, generator=generator).to(old.device, old.dtype)
+            # a new parameter: the old one may be a mapped file that others read too
+            module.weight = nn.Parameter(drawn, requires_grad=False)
+    return model

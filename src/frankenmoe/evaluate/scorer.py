@@ -1,0 +1,289 @@
+"""Log-likelihoods of token sequences under a causal model, each shared stretch read once; knows nothing of text.
+
+Shape suffixes: B rows, T tokens of a row, P shared tokens before it, N scored places, D hidden, V vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from frankenmoe.errors import PlanError
+from frankenmoe.evaluate.memory import Budget, ran_out
+from frankenmoe.evaluate.prefixcache import shared_cache
+from frankenmoe.evaluate.tree import Row, Trunk, plan
+
+ROW_TOKENS = 384  # of a forest in one row: more makes attention look at strangers, less makes rows too many
+HEAD_BYTES = 16 * 2**20  # of logits that are alive at once
+
+
+@dataclass(frozen=True)
+class Query:
+    """How likely are `targets`, the tokens behind the last `len(targets)` of `tokens` each? The last target stands
+    behind the last token, so `tokens` is context and continuation without the continuation's last token."""
+
+    tokens: tuple[int, ...]
+    targets: tuple[int, ...]
+    cut: bool = False  # whether the left end is missing
+
+    @property
+    def first(self) -> int:
+        """The position whose output is the first that is scored."""
+        return len(self.tokens) - len(self.targets)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Sum of the targets' log-probabilities in nats, and whether each was the most likely token."""
+
+    loglikelihood: float
+    greedy: bool
+
+
+OnAnswer = Callable[[int, Answer], None]
+"""Called with the number of a query as soon as its answer is there."""
+Place = tuple[int, int, int, int]
+"""(column in the pass, target, number of the query, number of the target in it)."""
+
+
+class _Answers:
+    """Collects the scored places of every query, which may lie in several passes."""
+
+    def __init__(self, queries: Sequence[Query], on_answer: OnAnswer) -> None:
+        self.on_answer = on_answer
+        self.missing = [len(query.targets) for query in queries]
+        self.sums = [0.0] * len(queries)
+        self.greedy = [True] * len(queries)
+
+    def add(self, places: Sequence[Place], logprobs: Sequence[float], greedy: Sequence[bool]) -> None:
+        for (_, _, query, _), logprob, best in zip(places, logprobs, greedy, strict=True):
+            self.sums[query] += logprob
+            self.greedy[query] &= best
+            self.missing[query] -= 1
+            if not self.missing[query]:
+                self.on_answer(query, Answer(self.sums[query], self.greedy[query]))
+
+
+class Scorer:
+    """Scores queries with one model.
+
+    `share_up_to` is the longest sequence whose reading may be shared (0: none, see sharing.py); longer ones are read
+    alone. `plain_head` says that the model's logits are its output embedding of its last hidden state.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        budget: Budget,
+        *,
+        share_up_to: int,
+        plain_head: bool,
+        alone: bool = False,
+        row_tokens: int = ROW_TOKENS,
+    ) -> None:
+        self.model = model
+        self.budget = budget
+        self.share_up_to = share_up_to
+        self.plain_head = plain_head
+        self.alone = alone  # strictly one sequence in a pass, as capacity limits demand
+        self.row_tokens = row_tokens
+        self.tokens_read = 0
+
+    def score(self, queries: Sequence[Query], on_answer: OnAnswer) -> None:
+        """Answers all queries, in an order of its own. PlanError where memory does not suffice for one sequence."""
+        answers = _Answers(queries, on_answer)
+        by_tokens: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for number, query in enumerate(queries):
+            by_tokens[query.tokens].append(number)
+        shared = [tokens for tokens in by_tokens if len(tokens) <= self.share_up_to]
+        alone = [tokens for tokens in by_tokens if len(tokens) > self.share_up_to]
+        with torch.inference_mode():
+            if shared:
+                asked = [[(number, queries[number]) for number in by_tokens[tokens]] for tokens in shared]
+                self._trunk(plan(shared, row_tokens=self.row_tokens), None, asked, answers)
+            self._each(
+                alone, [[(number, queries[number]) for number in by_tokens[tokens]] for tokens in alone], answers
+            )
+
+    # ---- shared reading ----
+
+    def _trunk(
+        self, trunk: Trunk, past: Cache | None, asked: Sequence[Sequence[tuple[int, Query]]], answers: _Answers
+    ) -> None:
+        length = trunk.start + len(trunk.tokens)
+        if trunk.tokens:
+            places = [
+                place
+                for sequence in trunk.through
+                for place in _places(asked[sequence], trunk.start, range(len(trunk.tokens)))
+            ]
+            past = self._read_trunk(trunk, past, places, answers)
+        rows = sorted(trunk.rows, key=lambda row: -len(row.tokens))
+        while rows:
+            count = self._how_many(rows, length)
+            try:
+                self._read_rows(rows[:count], past, length, asked, answers)
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+                self.budget.shrink(count, len(rows[0].tokens))
+                continue
+            rows = rows[count:]
+        for below in trunk.trunks:
+            self._trunk(below, past, asked, answers)
+
+    def _how_many(self, rows: Sequence[Row], shared: int) -> int:
+        """How many of the rows, the longest first, fit into one pass."""
+        longest, count = len(rows[0].tokens), 1
+        self._check_room(longest, shared)
+        while count < len(rows) and self.budget.fits(count + 1, longest, shared):
+            count += 1
+        return count
+
+    def _check_room(self, tokens: int, shared: int) -> None:
+        if self.budget.cost(1, tokens, shared) > self.budget.bytes:
+            raise PlanError(
+                f"too little memory for a single sequence of {shared + tokens} tokens: it takes about "
+                f"{self.budget.cost(1, tokens, shared) / 1e6:.0f} MB, allowed are {self.budget.bytes / 1e6:.0f} MB",
+                hint="allow more with --memory, load the model with --dtype bfloat16, or free memory",
+            )
+
+    def _read_trunk(self, trunk: Trunk, past: Cache | None, places: list[Place], answers: _Answers) -> Cache:
+        self._check_room(len(trunk.tokens), trunk.start)
+        cache = shared_cache(past, keep=True)
+        ids_BT = self._tensor([trunk.tokens])
+        positions_BT = torch.arange(trunk.start, trunk.start + len(trunk.tokens), device=ids_BT.device)[None]
+        try:
+            self._pass(ids_BT, places, answers, position_ids=positions_BT, past_key_values=cache, use_cache=True)
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            self.budget.shrink(1, trunk.start + len(trunk.tokens))
+        return cache
+
+    def _read_rows(
+        self,
+        rows: Sequence[Row],
+        past: Cache | None,
+        shared: int,
+        asked: Sequence[Sequence[tuple[int, Query]]],
+        answers: _Answers,
+    ) -> None:
+        width = len(rows[0].tokens)
+        places = [
+            place
+            for line, row in enumerate(rows)
+            for sequence, columns in row.where.items()
+            for place in _places(asked[sequence], shared, [line * width + column for column in columns])
+        ]
+        ids_BT = self._tensor([row.tokens + (0,) * (width - len(row.tokens)) for row in rows])
+        if past is None and all(row.single for row in rows):
+            self._pass(ids_BT, places, answers, use_cache=False)  # causal as it stands, and what pads a row stands last
+            return
+        positions_BT = self._tensor([row.positions + (0,) * (width - len(row.tokens)) for row in rows])
+        self._pass(
+            ids_BT,
+            places,
+            answers,
+            position_ids=positions_BT,
+            attention_mask=self._mask(rows, width, shared),
+            past_key_values=shared_cache(past, keep=False) if past is not None else None,
+            use_cache=past is not None,
+        )
+
+    def _mask(self, rows: Sequence[Row], width: int, shared: int) -> torch.Tensor:
+        """[B, 1, T, P + T], to be added: 0 where a token sees another, as good as minus infinity elsewhere."""
+        seen_BTT = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no row is empty
+        for line, row in enumerate(rows):
+            size = len(row.tokens)
+            seen_BTT[line, :size, :size] = torch.from_numpy(row.visible())
+        dtype, device = self.model.dtype, self.model.device
+        mask = torch.zeros(len(rows), 1, width, shared + width, dtype=dtype)
+        mask[:, 0, :, shared:].masked_fill_(~seen_BTT, torch.finfo(dtype).min)
+        return mask.to(device)
+
+    # ---- plain reading ----
+
+    def _each(
+        self, sequences: Sequence[tuple[int, ...]], asked: Sequence[Sequence[tuple[int, Query]]], answers: _Answers
+    ) -> None:
+        """Every sequence from its beginning, only equal lengths together, so that nothing is padded."""
+        order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
+        for length, same in groupby(order, key=lambda at: len(sequences[at])):
+            waiting = list(same)
+            self._check_room(length, 0)
+            while waiting:
+                count = 1
+                while not self.alone and count < len(waiting) and self.budget.fits(count + 1, length, 0):
+                    count += 1
+                batch = waiting[:count]
+                places = [
+                    place
+                    for line, at in enumerate(batch)
+                    for place in _places(asked[at], 0, range(line * length, (line + 1) * length))
+                ]
+                try:
+                    self._pass(self._tensor([sequences[at] for at in batch]), places, answers, use_cache=False)
+                except Exception as error:
+                    if not ran_out(error):
+                        raise
+                    self.budget.shrink(count, length)
+                    continue
+                waiting = waiting[count:]
+
+    # ---- one pass ----
+
+    def _pass(self, ids_BT: torch.Tensor, places: Sequence[Place], answers: _Answers, **inputs: Any) -> None:
+        """Reads tokens and scores the places, whose columns count through the rows of the batch."""
+        self.tokens_read += ids_BT.numel()
+        found = list(scored(self.model, ids_BT, places, plain_head=self.plain_head, **inputs))
+        for some, logprobs, greedy in found:  # only now: a pass that ran out of memory is read again
+            answers.add(some, logprobs, greedy)
+
+    def _tensor(self, rows: Iterable[Sequence[int]]) -> torch.Tensor:
+        return torch.tensor([list(row) for row in rows], dtype=torch.long, device=self.model.device)
+
+
+def _places(asked: Sequence[tuple[int, Query]], start: int, columns: Sequence[int]) -> Iterator[Place]:
+    """The scored places of a sequence's queries among the positions from `start` on, which stand in `columns`."""
+    for number, query in asked:
+        for at in range(max(query.first, start), min(len(query.tokens), start + len(columns))):
+            yield columns[at - start], query.targets[at - query.first], number, at - query.first
+
+
+def scored(
+    model: Any, ids_BT: torch.Tensor, places: Sequence[Place], *, plain_head: bool, **inputs: Any
+) -> Iterator[tuple[Sequence[Place], list[float], list[bool]]]:
+    """Log-probabilities of the places' targets, some at a time; the head runs where something is scored only."""
+    if plain_head:
+        hidden_ND = model.base_model(input_ids=ids_BT, **inputs).last_hidden_state.flatten(0, 1)
+        head = model.get_output_embeddings()
+    else:
+        hidden_ND = model(input_ids=ids_BT, **inputs).logits.flatten(0, 1)
+        head = None
+    if not places:
+        return
+    ordered = sorted(places)
+    columns = sorted({place[0] for place in ordered})
+    vocabulary = model.config.get_text_config().vocab_size
+    step = max(16, HEAD_BYTES // (4 * vocabulary))
+    at = 0
+    for start in range(0, len(columns), step):
+        some = columns[start : start + step]
+        line_of = {column: line for line, column in enumerate(some)}
+        end = at
+        while end < len(ordered) and ordered[end][0] <= some[-1]:
+            end += 1
+        group = ordered[at:end]
+        at = end
+        picked_ND = hidden_ND[torch.tensor(some, device=hidden_ND.device)]
+        logits_NV = (head(picked_ND) if head is not None else picked_ND).float()
+        lines = torch.tensor([line_of[place[0]] for place in group], device=logits_NV.device)
+        targets = torch.tensor([place[1] for place in group], device=logits_NV.device)
+        logprobs = logits_NV[lines, targets] - logits_NV.logsumexp(dim=-1)[lines]
+        greedy = logits_NV.argmax(dim=-1)[lines] == targets
+        yield group, logprobs.tolist(), greedy.tolist()

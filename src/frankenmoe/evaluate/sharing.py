@@ -1,0 +1,143 @@
+"""Whether a model's tokens may be read once for many sequences: asked of its config, then proved on a few sequences.
+
+Does not know what the sequences mean. A model that fails is read sequence by sequence, and the report says why.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from frankenmoe.evaluate.memory import Budget
+from frankenmoe.evaluate.scorer import Query, Scorer, scored
+
+ANY_LENGTH = 2**62
+WINDOWS = ("sliding_window", "attention_chunk_size")
+LOCAL = ("sliding_attention", "chunked_attention")
+GLOBAL = "full_attention"
+MOVING_ROPE = ("dynamic", "longrope")  # their angles depend on the length of the whole input
+NOISE = 4.0  # a shared reading may differ from a plain one by so many times what two plain ones differ by
+FLOOR = 1e-5  # nats per token that any two ways of computing may differ by, in float32
+PROOF_ROW = 24  # tokens of a row in the proof, so that few sequences need all that many would
+LONG = 300
+HALF_FLOOR = 2e-2  # the same in bfloat16 and float16
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Up to which length sequences may share their reading (0: never), whether the head is plain, and why not more."""
+
+    up_to: int
+    plain_head: bool
+    reason: str | None = None
+    alone: bool = False
+
+
+def sharing(model: Any, budget: Budget, *, capacity: bool) -> Sharing:
+    """What may be shared in this model. `capacity` says that its experts have one, so that tokens depend on others."""
+    head = _plain_head(model)
+    if capacity:
+        return Sharing(0, head, "its experts have a capacity, so what a token gets depends on all others", alone=True)
+    longest, reason = _from_config(model)
+    if longest == 0:
+        return Sharing(0, head, reason)
+    wrong = _proof(model, replace(budget, rows=4), longest, head)
+    return Sharing(0, head, wrong) if wrong else Sharing(longest, head, reason)
+
+
+def _from_config(model: Any) -> tuple[int, str | None]:
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {GLOBAL, *LOCAL} or getattr(model, "_is_stateful", False):
+        return (
+            0,
+            f"it has layers without keys and values ({', '.join(sorted(kinds - {GLOBAL, *LOCAL})) or 'state'})",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        return 0, "it is an encoder and a decoder"
+    if str(getattr(config, "_attn_implementation", "sdpa")).startswith("flash"):
+        return 0, f"its attention ({config._attn_implementation}) takes no masks of ours"
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = rope.values() if all(isinstance(value, dict) for value in rope.values()) and rope else [rope]
+    if any(each.get("rope_type") in MOVING_ROPE for each in nested):
+        return 0, "its rotary angles depend on the length of the input"
+    windows = [value for name in WINDOWS if (value := getattr(config, name, None))]
+    if windows and (not kinds or kinds & set(LOCAL)):
+        return min(windows), f"longer sequences than its window of {min(windows)} tokens are read alone"
+    return ANY_LENGTH, None
+
+
+def _plain_head(model: Any) -> bool:
+    """Whether the logits are the output embedding of the last hidden state, with nothing done to them."""
+    ids_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
+    try:
+        with torch.inference_mode():
+            logits = model(input_ids=ids_BT, use_cache=False).logits
+            hidden = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            made = model.get_output_embeddings()(hidden)
+    except Exception:  # whatever a model's own code says of a call that it does not know: then it is not plain
+        return False
+    return made.shape == logits.shape and torch.allclose(made.float(), logits.float(), atol=1e-5, rtol=1e-4)
+
+
+def _proof(model: Any, budget: Budget, longest: int, plain_head: bool) -> str | None:
+    """Why shared reading is wrong for this model, found by scoring a few both ways; None where it is right."""
+    queries = _sample(model.config.get_text_config(), longest)
+    plain, other, shared = ([0.0] * len(queries) for _ in range(3))
+
+    def into(found: list[float]) -> Any:
+        def keep(number: int, answer: Any) -> None:
+            found[number] = answer.loglikelihood
+
+        return keep
+
+    Scorer(model, budget, share_up_to=0, plain_head=plain_head, alone=True).score(queries, into(plain))
+    _padded(model, queries, other, plain_head)
+    shared_scorer = Scorer(model, budget, share_up_to=longest, plain_head=plain_head, row_tokens=PROOF_ROW)
+    try:
+        shared_scorer.score(queries, into(shared))
+    except Exception as error:  # a model whose code takes no mask, cache or positions of ours may say so in any way
+        return f"it refuses to be read in parts ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
+    floor = FLOOR if model.dtype == torch.float32 else HALF_FLOOR
+    noise = max(abs(a - b) for a, b in zip(plain, other, strict=True))
+    tokens = max(len(query.targets) for query in queries)
+    worst = max(abs(a - b) for a, b in zip(plain, shared, strict=True))
+    if not worst <= max(NOISE * noise, floor * tokens):
+        return f"read in parts it gives other scores (by {worst:.2g} nats where {noise:.2g} is noise)"
+    return None
+
+
+def _padded(model: Any, queries: list[Query], found: list[float], plain_head: bool) -> None:
+    """Another right way to the same scores: all sequences in one batch, padded behind; its difference is noise."""
+    width = max(len(query.tokens) for query in queries)
+    rows = [[*query.tokens, *[0] * (width - len(query.tokens))] for query in queries]
+    places = [
+        (line * width + query.first + at, target, line, at)
+        for line, query in enumerate(queries)
+        for at, target in enumerate(query.targets)
+    ]
+    with torch.inference_mode():
+        ids_BT = torch.tensor(rows, device=model.device)
+        for some, logprobs, _ in scored(model, ids_BT, places, plain_head=plain_head, use_cache=False):
+            for (_, _, line, _), logprob in zip(some, logprobs, strict=True):
+                found[line] += logprob
+
+
+def _sample(config: Any, longest: int) -> list[Query]:
+    """Trunks within trunks and branches of several lengths, over ids from all over the vocabulary."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(config.vocab_size, (count,), generator=generator).tolist())
+
+    room = min(longest, getattr(config, "max_position_embeddings", None) or ANY_LENGTH)
+    # one long document, for windows that a config does not name, then short ones in which everything branches
+    long = words(min(LONG, max(2, room - 8)))
+    queries = [Query((long + answer[:-1])[-room:], answer) for answer in (words(5), words(3))]
+    opening = words(20)
+    for _ in range(3):
+        document = opening + words(PROOF_ROW)
+        for length in (7, 4, 4):
+            answer = words(length)
+            queries.append(Query((document + answer[:-1])[-room:], answer))
+    return queries

@@ -1,0 +1,326 @@
+"""Models by name -> a report: what they score, what they cost, and an MoE beside its parents; prints nothing.
+
+The library's and the CLI's way to evaluate. Models are loaded one after the other.
+"""
+
+import gc
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from frankenmoe.artifact import RECORD, open_artifact
+from frankenmoe.building import is_recipe, load_recipe
+from frankenmoe.checkpoint.hub import resolve
+from frankenmoe.data.blocks import Block
+from frankenmoe.errors import FrankenMoEError, PlanError, SourceError
+from frankenmoe.evaluate import bootstrap
+from frankenmoe.evaluate.compare import AVERAGE, BASE, MODEL, MOE, PARENT, RANDOM, Gains, gains, verdict
+from frankenmoe.evaluate.domains import BLOCK, SHARE, Source, read_domain
+from frankenmoe.evaluate.identity import tokenizer_digest
+from frankenmoe.evaluate.parents import average_model, dense_model, parents, randomize_gates, stock_model
+from frankenmoe.evaluate.plot import Point, check_plot, plot
+from frankenmoe.evaluate.prompts import SEED
+from frankenmoe.evaluate.run import Result, Settings, Suite, check_names, load_suite, run
+from frankenmoe.evaluate.store import default_folder
+from frankenmoe.evaluate.tasks import PERPLEXITY, task_names
+from frankenmoe.loading import load
+from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.planning import Plan, plan
+from frankenmoe.planning.recall import plan_of
+from frankenmoe.planning.sources import leaves
+from frankenmoe.progress import SILENT, Progress
+
+HARNESS = "EleutherAI/lm-evaluation-harness at b281b0921b, as Open LLM Leaderboard v1 ran it"
+PACKAGES = ("frankenmoe", "lm_eval", "torch", "transformers", "tokenizers", "numpy")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A model that can be loaded: `load` gives it, `tokenizer` the folder of its tokenizer."""
+
+    name: str
+    kind: str
+    origin: str
+    load: Callable[[], Any]
+    tokenizer: Path
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured. `gains` are those of the MoE over each other model, in the order of `results`."""
+
+    results: tuple[Result, ...]
+    gains: tuple[Gains, ...] = ()
+    verdict: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[str]:
+        """What failed, by model."""
+        return [f"{result.name}: {error}" for result in self.results for error in result.errors]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return {
+            **self.conditions,
+            "models": [result.to_dict() for result in self.results],
+            "skipped": dict(self.skipped),
+            "gains": [gain.to_dict() for gain in self.gains],
+            "verdict": list(self.verdict),
+        }
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    *,
+    tasks: str | None = None,
+    data_dir: Path | None = None,
+    texts: Mapping[str, Path] | None = None,
+    limit: int | None = None,
+    against_parents: bool = False,
+    dtype: str | None = None,
+    device: str = "auto",
+    settings: Settings | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+) -> Report:
+    """Scores models on tasks (names parted by commas) and on texts (domain -> file), and compares them if asked to.
+
+    A model is an artifact, a recipe, a folder or a hub id (with @revision). Without `tasks` and `texts`, the texts are
+    the held-out parts of an MoE's `experts[].data`. Answers found before are used again (`settings.store`).
+    Raises FrankenMoEError's children for input that makes no sense, before anything is scored; a task that fails later
+    is named in the report.
+    """
+    settings = settings or Settings(store=default_folder())
+    names = task_names(tasks) if tasks else (PERPLEXITY,)
+    suite = load_suite([name for name in names if name != PERPLEXITY], data_dir=data_dir, limit=limit)
+    found = [_described(str(model), dtype, trust_remote_code, progress) for model in models]
+    made = [each[1] for each in found if each[1] is not None]
+    if against_parents and (len(models) != 1 or not made):
+        raise PlanError(
+            "--against-parents compares one MoE with what it was made of, found " + ", ".join(map(str, models)),
+            hint="name one artifact or recipe; several models side by side need no such option",
+        )
+    contestants = [each[0] for each in found]
+    skipped: dict[str, str] = {}
+    if against_parents:
+        contestants = [*_ancestors(made[0], contestants[0], dtype, trust_remote_code, skipped), contestants[0]]
+    check_names([each.name for each in contestants])
+    sources = _texts(texts or {}, made) if PERPLEXITY in names or texts or against_parents else []
+    if PERPLEXITY in names and not sources:
+        raise SourceError(
+            "there is no text to measure the loss on",
+            hint="give files with --text NAME=FILE, add `data` to the recipe's experts, or name --tasks",
+        )
+    results = _run_all(contestants, suite, sources, settings, limit, device, skipped, progress)
+    conditions = _conditions(suite, sources, data_dir)
+    if not against_parents:
+        return Report(tuple(results), skipped=skipped, conditions=conditions)
+    moe, others = results[-1], results[:-1]
+    compared = [gains(moe, other) for other in others]
+    return Report(tuple(results), tuple(compared), tuple(verdict(moe, others, compared)), skipped, conditions)
+
+
+def _run_all(
+    contestants: Sequence[Contestant],
+    suite: Suite,
+    sources: Sequence[Source],
+    settings: Settings,
+    limit: int | None,
+    device: str,
+    skipped: dict[str, str],
+    progress: Progress,
+) -> list[Result]:
+    blocks: dict[str, dict[str, list[Block]]] = {}
+    results = []
+    for each in contestants:
+        tokenizer = load_tokenizer(each.tokenizer)
+        digest = tokenizer_digest(tokenizer)
+        if digest not in blocks:
+            blocks[digest] = {source.name: read_domain(source, tokenizer, limit=limit) for source in sources}
+        try:
+            model = _placed(each.load(), device)
+        except FrankenMoEError as error:
+            if each.kind not in (AVERAGE, PARENT):
+                raise
+            skipped[each.name] = error.message
+            continue
+        samples = settings.samples
+        own = replace(settings, samples=samples / each.name if samples and len(contestants) > 1 else samples)
+        result = run(
+            each.name,
+            model,
+            tokenizer,
+            suite=suite,
+            domains=blocks[digest],
+            settings=own,
+            kind=each.kind,
+            origin=each.origin,
+            progress=progress,
+        )
+        results.append(replace(result, facts={**result.facts, "tokenizer_digest": digest}))
+        del model
+        gc.collect()
+    return results
+
+
+def _placed(model: Any, device: str) -> Any:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        return model.to(chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(f"the model cannot be put on {chosen}: {error}", hint="choose another --device") from error
+
+
+def _described(
+    what: str, dtype: str | None, trust_remote_code: bool, progress: Progress
+) -> tuple[Contestant, Plan | None]:
+    """A model by its name on the command line, and the plan of an MoE whose parents are known."""
+    path = Path(what)
+    name = path.stem if is_recipe(path) else path.name or what
+    if is_recipe(path):
+        made = plan(load_recipe(path), weights=True, trust_remote_code=trust_remote_code)
+
+        def moe() -> Any:
+            return load(made.recipe, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress).model
+
+        return Contestant(name, MOE, what, moe, made.base.folder), made
+    if (path / RECORD).is_file():
+        artifact = open_artifact(path)
+
+        def opened() -> Any:
+            return load(artifact, dtype=dtype, trust_remote_code=trust_remote_code).model
+
+        return Contestant(name, MOE, what, opened, path), _plan_if_there(path, trust_remote_code)
+    stem, _, revision = what.partition("@") if not path.exists() else (what, "", "")
+    folder = resolve(stem, revision=revision or None, folder=Path.cwd())
+    as_dtype = getattr(torch, dtype) if dtype else None
+
+    def dense() -> Any:
+        return stock_model(folder, dtype=as_dtype, trust_remote_code=trust_remote_code)
+
+    return Contestant(name, MODEL, what, dense, folder), None
+
+
+def _plan_if_there(folder: Path, trust_remote_code: bool) -> Plan | None:
+    """The plan of an artifact, whose sources may have gone: then it has no parents to be compared with."""
+    try:
+        return plan_of(open_artifact(folder), trust_remote_code=trust_remote_code)
+    except FrankenMoEError:
+        if open_artifact(folder).form == "virtual":
+            raise
+        return None
+
+
+def _ancestors(
+    made: Plan, moe: Contestant, dtype: str | None, trust_remote_code: bool, skipped: dict[str, str]
+) -> list[Contestant]:
+    """Base, parents, the average of the parents, and the MoE with random gates."""
+    as_dtype = getattr(torch, dtype) if dtype else None
+    folder = made.base.folder
+
+    def dense(source: Any) -> Callable[[], Any]:
+        return lambda: dense_model(source, dtype=as_dtype, trust_remote_code=trust_remote_code)
+
+    found = [Contestant("base", BASE, str(made.base.name), dense(made.base), folder)]
+    distinct = list(parents(made))
+    found += [Contestant(name, PARENT, str(source.name), dense(source), folder) for name, source in distinct]
+    if len(distinct) > 1:
+        sources = [source for _, source in distinct]
+
+        def average() -> Any:
+            return average_model(sources, dtype=as_dtype, trust_remote_code=trust_remote_code)
+
+        found.append(Contestant("average", AVERAGE, ", ".join(str(source.name) for source in sources), average, folder))
+    else:
+        skipped["average"] = "there are not two parents besides the base to average"
+
+    def random() -> Any:
+        return randomize_gates(moe.load(), seed=made.recipe.seed)
+
+    found.append(
+        Contestant("random gates", RANDOM, f"{moe.origin}, gates drawn with seed {made.recipe.seed}", random, folder)
+    )
+    return found
+
+
+def _texts(given: Mapping[str, Path], made: Sequence[Plan]) -> list[Source]:
+    """Files that were given, whole; otherwise the held-out parts of what the experts are good at."""
+    if given:
+        return [Source(name, (str(file.absolute()),), Path.cwd(), held_out=False) for name, file in given.items()]
+    found: dict[str, Source] = {}
+    for each in made:
+        train = getattr(each.recipe, "train", None)  # what it trained on must be cut as it cut it
+        for expert in leaves(each.recipe.experts):
+            if expert.data and expert.name not in found:
+                found[expert.name] = Source(
+                    expert.name,
+                    expert.data,
+                    each.recipe.folder,
+                    held_out=True,
+                    block=getattr(train, "block", BLOCK),
+                    share=getattr(train, "hold_out", SHARE),
+                )
+    return list(found.values())
+
+
+def _conditions(suite: Suite, sources: Sequence[Source], data_dir: Path | None) -> dict[str, Any]:
+    return {
+        "harness": HARNESS,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "limit": suite.limit,
+        "seeds": {"document_order_and_few_shot_draws": SEED, "bootstrap": bootstrap.SEED},
+        "bootstrap": {"resamples": bootstrap.RESAMPLES, "level": bootstrap.LEVEL},
+        "data": {
+            "from": str(data_dir) if data_dir else "the hub",
+            "sha256": dict(suite.data),
+        },
+        "texts": {
+            source.name: {"files": list(source.files), "held_out_part": source.held_out, "block_tokens": source.block}
+            for source in sources
+        },
+    }
+
+
+def draw(report: Report, file: Path) -> None:
+    """One plot of a comparison: quality against memory. PlanError where there is nothing to put on the axis."""
+    check_plot(file)
+    points = []
+    for result in report.results:
+        if result.losses:
+            groups = [
+                (losses.nats, [float(count) for count in losses.targets], 1 / len(result.losses))
+                for losses in result.losses.values()
+            ]
+            quality = "nats per token, mean over domains (lower is better)"
+        elif result.average is not None or any(outcome.scores for outcome in result.outcomes.values()):
+            scored = {
+                name: outcome
+                for name, outcome in result.outcomes.items()
+                if outcome.scores and outcome.benchmark.counted
+            }
+            groups = [
+                (rows, [1.0] * len(rows), 100 / len(scored) / len(outcome.scores))
+                for outcome in scored.values()
+                for rows in outcome.scores.values()
+            ]
+            quality = f"score in percent, mean of {', '.join(each.benchmark.title for each in scored.values())}"
+        else:
+            continue
+        interval = bootstrap.weighted(groups)
+        memory = result.facts["memory_bytes"]
+        points.append(Point(result.name, result.kind, memory, interval.value, interval.low, interval.high))
+    if not points:
+        raise PlanError("nothing was scored, so there is nothing to plot", hint="see the errors above")
+    plot(points, file, quality=quality)

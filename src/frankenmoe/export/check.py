@@ -1,0 +1,183 @@
+"""Does a GGUF file say what its source says: greedy tokens, next-token distributions, perplexity, speed.
+
+Knows nothing of how the file was made. Shape suffixes: T tokens, V vocabulary.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from frankenmoe.export.llama import Distribution, Engine
+from frankenmoe.export.samples import PROMPTS
+from frankenmoe.moe.load import MoE
+
+TOP = 1000  # tokens of a distribution that are compared one by one; the rest counts as one
+
+
+@dataclass(frozen=True)
+class Passage:
+    """What the source says about a text: its ids, the positions asked about, and log-probabilities [positions, V]."""
+
+    ids: tuple[int, ...]
+    positions: tuple[int, ...]
+    logprobs: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the source says about passages and prompts; `ids` and `replies` are of the prompts."""
+
+    passages: tuple[Passage, ...]
+    prompts: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    replies: tuple[tuple[int, ...], ...]
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class Checked:
+    """How a file compares: mean KL from the source in nats, share of equal best tokens, perplexity over the source's.
+
+    `same_replies` and `same_prompts` count prompts with the same greedy tokens, and with the same tokenization.
+    """
+
+    path: Path
+    kl: float
+    top1: float
+    perplexity_ratio: float
+    same_replies: int
+    same_prompts: int
+    prompts: int
+    positions: int
+    tokens_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+def reference(
+    moe: MoE,
+    tokenizer: Any,
+    *,
+    texts: Sequence[Sequence[int]],
+    prompts: Sequence[str] = PROMPTS,
+    tokens: int = 24,
+    positions: int = 32,
+    on_step: Callable[[int], None] = lambda amount: None,
+) -> Reference:
+    """Asks the source, in the type it was loaded in: about `positions` places of every text, and for a greedy reply
+    of `tokens` tokens to every prompt."""
+    passages = []
+    for ids in texts:
+        places = _places(len(ids), positions)
+        with torch.no_grad():
+            logits_TV = moe.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
+        passages.append(Passage(tuple(ids), places, logits_TV[list(places)].log_softmax(-1).numpy()))
+        on_step(1)
+    asked, replies = [], []
+    for prompt in prompts:
+        prompt_ids = tokenizer(prompt)["input_ids"]
+        asked.append(tuple(prompt_ids))
+        replies.append(_greedy(moe, prompt_ids, tokens))
+        on_step(1)
+    losses = [
+        -row_V[passage.ids[place + 1]]
+        for passage in passages
+        for place, row_V in zip(passage.positions, passage.logprobs, strict=True)
+    ]
+    perplexity = math.exp(float(np.mean(losses))) if losses else math.nan
+    return Reference(tuple(passages), tuple(prompts), tuple(asked), tuple(replies), perplexity)
+
+
+def steps(texts: Sequence[Sequence[int]], *, positions: int, prompts: int) -> int:
+    """How many steps `check` announces."""
+    return sum(len(_places(len(ids), positions)) for ids in texts) + prompts
+
+
+def check(
+    file: Path,
+    source: Reference,
+    *,
+    threads: int | None = None,
+    top: int = TOP,
+    on_step: Callable[[int], None] = lambda amount: None,
+) -> Checked:
+    """Loads the file in llama.cpp and compares it with what its source says; `top` tokens of each distribution."""
+    longest = max((len(ids) for ids in (*(passage.ids for passage in source.passages), *source.ids)), default=0)
+    most = max((len(reply) for reply in source.replies), default=0)
+    engine = Engine(file, context=max(256, longest + most + 8), threads=threads)
+    divergences, best, losses = [], [], []
+    for passage in source.passages:
+        for place, row_V in zip(passage.positions, passage.logprobs, strict=True):
+            found = engine.next_token(passage.ids[: place + 1], top=min(top, len(row_V)))
+            divergences.append(kl(row_V, found))
+            best.append(int(row_V.argmax()) == int(found.ids[0]))
+            target = passage.ids[place + 1]
+            at = np.flatnonzero(found.ids == target)
+            if at.size:
+                losses.append(float(row_V[target]) - float(found.logprobs[at[0]]))
+            on_step(1)
+    same_replies = same_prompts = 0
+    speeds = []
+    for prompt, prompt_ids, reply in zip(source.prompts, source.ids, source.replies, strict=True):
+        same_replies += engine.greedy(prompt_ids, tokens=len(reply)) == reply
+        same_prompts += _same_tokens(engine, prompt, prompt_ids)
+        speeds.append(engine.tokens_per_second(prompt_ids, tokens=most))
+        on_step(1)
+    return Checked(
+        path=file,
+        kl=float(np.mean(divergences)) if divergences else math.nan,
+        top1=float(np.mean(best)) if best else math.nan,
+        perplexity_ratio=math.exp(float(np.mean(losses))) if losses else math.nan,
+        same_replies=same_replies,
+        same_prompts=same_prompts,
+        prompts=len(source.prompts),
+        positions=len(divergences),
+        tokens_per_second=float(np.median(speeds)) if speeds else math.nan,
+    )
+
+
+def kl(source_V: NDArray[np.float32], found: Distribution) -> float:
+    """KL(source || file) in nats over the tokens that the file names, all others together as one.
+
+    llama.cpp sums probabilities in float32; where all tokens are named, that is made up for.
+    """
+    log_p, log_q = source_V[found.ids].astype(np.float64), found.logprobs
+    p, q = np.exp(log_p), np.exp(log_q)
+    if len(found.ids) == len(source_V):
+        total_p, total_q = float(p.sum()), float(q.sum())
+        return float(np.sum(p * (log_p - log_q))) / total_p + math.log(total_q / total_p)
+    rest_p, rest_q = max(1 - float(p.sum()), 1e-12), max(1 - float(q.sum()), 1e-12)
+    return float(np.sum(p * (log_p - log_q))) + rest_p * math.log(rest_p / rest_q)
+
+
+def _same_tokens(engine: Engine, prompt: str, ids: Sequence[int]) -> bool:
+    """Whether llama.cpp splits a prompt into these ids: as many tokens, and the same best tokens after them."""
+    by_text, by_ids = engine.next_token(prompt, top=5), engine.next_token(ids, top=5)
+    return by_text.after == len(ids) and bool(np.array_equal(by_text.ids, by_ids.ids))
+
+
+def _places(length: int, positions: int) -> tuple[int, ...]:
+    """Up to `positions` places of a text, spread evenly, each with a token after it."""
+    last = length - 1
+    return tuple(sorted({round(place) for place in np.linspace(0, last - 1, min(positions, last))}))
+
+
+def _greedy(moe: MoE, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
+    """Greedy tokens without any of the generation settings that a checkpoint brings along."""
+    end = moe.model.generation_config.eos_token_id
+    out = moe.model.generate(
+        input_ids=torch.tensor([list(ids)]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=tokens,
+        do_sample=False,
+        repetition_penalty=1.0,
+        pad_token_id=end[0] if isinstance(end, list) else end,
+    )
+    return tuple(out[0, len(ids) :].tolist())

@@ -1,0 +1,136 @@
+"""Everything of a GGUF file that stands before its tensors: metadata, vocabulary, names, types and places of tensors.
+
+Written by the gguf package. Does not know any tensor's values.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from frankenmoe import __version__
+from frankenmoe.export.tokenizer import Vocabulary
+from frankenmoe.families import rope
+from frankenmoe.families.llamacpp import FileType
+from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, Subject, nbytes
+
+QUANTIZATION_VERSION = 2
+YARN = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
+
+
+def head_bytes(
+    subject: Subject, layout: GgufLayout, vocabulary: Vocabulary, kind: FileType, types: Mapping[str, str]
+) -> bytes:
+    """The head of a file of this kind, up to where its first tensor begins."""
+    logging.getLogger("gguf").setLevel(logging.WARNING)
+    writer = gguf.GGUFWriter(None, layout.arch.name)
+    _general(writer, subject, layout, kind)
+    _architecture(writer, subject, layout)
+    _vocabulary(writer, vocabulary)
+    for tensor in layout.tensors:
+        number = gguf.GGMLQuantizationType[types[tensor.name]]
+        size = nbytes(tensor.shape, types[tensor.name])
+        # a float type's shape is taken as it is, the byte type's would be divided by the block
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=number)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "head"
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        raw = file.read_bytes()
+    return raw + b"\0" * (-len(raw) % ALIGNMENT)
+
+
+def _general(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout, kind: FileType) -> None:
+    about = subject.about
+    writer.add_type("model")
+    writer.add_name(subject.name)
+    writer.add_file_type(kind.number)
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+    writer.add_size_label(_size_label(layout))
+    writer.add_tags(["merge", "moe", "frankenmoe"])
+    if about.get("licence"):
+        writer.add_license(about["licence"])
+    writer.add_string("frankenmoe.version", __version__)
+    writer.add_array("frankenmoe.experts", [node.name for node in subject.nodes])
+    if about.get("recipe_digest"):
+        writer.add_string("frankenmoe.recipe_digest", about["recipe_digest"])
+    dims = subject.family.dims(subject.config)
+    if (layout.hidden, layout.ffn) != (dims.hidden, dims.ffn):
+        writer.add_array("frankenmoe.padded_from", [dims.hidden, dims.ffn])
+
+
+def _size_label(layout: GgufLayout) -> str:
+    """Such as 16x3.4B: experts, and the parameters of a dense model that has one of them."""
+    total = layout.weights
+    experts = sum(part.numel for tensor in layout.tensors if "_exps." in tensor.name for part in tensor.parts)
+    each = experts // layout.facts.experts
+    return str(gguf.size_label(total, total - experts, each, layout.facts.experts))
+
+
+def _architecture(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout) -> None:
+    """Sizes, rotary settings and what each architecture asks for; without `expert_used_count` llama.cpp aborts."""
+    dims, name = subject.family.dims(subject.config), layout.arch.name
+    writer.add_vocab_size(dims.vocab)
+    writer.add_context_length(int(subject.family.value(subject.config, "max_position_embeddings")))
+    writer.add_embedding_length(layout.hidden)
+    writer.add_block_count(dims.layers)
+    writer.add_feed_forward_length(layout.ffn)
+    writer.add_head_count(dims.heads)
+    writer.add_head_count_kv(dims.kv_heads)
+    writer.add_key_length(dims.head_dim)
+    writer.add_value_length(dims.head_dim)
+    writer.add_layer_norm_rms_eps(layout.eps)
+    writer.add_expert_count(len(subject.nodes))
+    writer.add_expert_used_count(subject.top_k)
+    writer.add_rope_dimension_count(dims.head_dim)
+    _rotary(writer, rope(subject.family, subject.config), subject.config, head=f"{name}.rope.scaling")
+    if name in ("qwen2moe", "qwen3moe", "deepseek"):
+        writer.add_expert_feed_forward_length(layout.ffn)
+    if name in ("qwen2moe", "granitemoe"):
+        writer.add_expert_shared_feed_forward_length(layout.ffn)
+    if name == "granitemoe":
+        writer.add_logit_scale(1.0)
+    if name == "deepseek":
+        writer.add_leading_dense_block_count(0)
+        writer.add_expert_shared_count(1)
+        writer.add_expert_weights_scale(1.0)
+
+
+def _rotary(writer: gguf.GGUFWriter, rotary: Mapping[str, Any], config: Mapping[str, Any], *, head: str) -> None:
+    writer.add_rope_freq_base(float(rotary["rope_theta"]))
+    kind = rotary["rope_type"]
+    if kind == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(rotary["factor"]))
+    if kind == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(float(rotary["factor"]))
+        before = rotary.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(int(before))
+        for ours, theirs in YARN.items():
+            if rotary.get(ours) is not None:
+                writer.add_float32(f"{head}.{theirs}", float(rotary[ours]))
+
+
+def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+    writer.add_token_types(list(vocabulary.types))
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for name, index in vocabulary.special.items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
+    writer.add_add_bos_token(vocabulary.add_bos)
+    writer.add_add_eos_token(vocabulary.add_eos)
+    writer.add_add_space_prefix(vocabulary.add_space_prefix)
+    if vocabulary.chat_template:
+        writer.add_chat_template(vocabulary.chat_template)

@@ -1,0 +1,167 @@
+"""How much each column of each matrix matters, measured on text: llama.cpp's importance matrix, expert by expert.
+
+Does not know how it is used. The measure is the mean square of what a column is multiplied by. An expert that the
+routers hardly chose would be weighed by a handful of tokens, so it gets its measure from text that all experts were
+made to read.
+
+Shape suffixes: N tokens of one expert, T tokens, D hidden, C columns, P parts (experts) of a tensor, K top-k.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from frankenmoe.checkpoint.cast import Floats
+from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.load import MoE
+from frankenmoe.planning.gguf import GgufLayout
+
+FORCED = 512  # tokens that every expert reads
+ENOUGH = 64  # tokens from which an expert's own measure is trusted
+
+Key = tuple[int, str, int]
+"""Layer, what goes in (attention, output, experts, down, shared, shared_down), and the expert."""
+
+
+@dataclass
+class _Sums:
+    """Sums of squares per column, and over how many tokens."""
+
+    squares: dict[Key, Any] = field(default_factory=dict)
+    tokens: dict[Key, int] = field(default_factory=dict)
+
+    def add(self, key: Key, x_NC: torch.Tensor) -> None:
+        flat_NC = x_NC.reshape(-1, x_NC.shape[-1]).double()
+        self.squares[key] = self.squares.get(key, 0) + flat_NC.square().sum(0)
+        self.tokens[key] = self.tokens.get(key, 0) + len(flat_NC)
+
+    def mean(self, key: Key) -> Any:
+        return (self.squares[key] / max(1, self.tokens[key])).float().numpy()
+
+
+@dataclass(frozen=True)
+class Measured:
+    """`importance` by tensor name, [P, C]; `starved` are (layer, expert, tokens it got of its own); `tokens` in all."""
+
+    importance: Mapping[str, Floats]
+    starved: tuple[tuple[int, int, int], ...]
+    tokens: int
+
+
+def measure(
+    moe: MoE,
+    layout: GgufLayout,
+    blocks: Sequence[Sequence[int]],
+    *,
+    on_step: Callable[[int], None] = lambda amount: None,
+) -> Measured:
+    """Reads every block of tokens, the first of them with all experts as well, and measures what goes into each matrix.
+
+    Embedding and head are left out, as llama.cpp leaves them out.
+    """
+    own, forced = _Sums(), _Sums()
+    read = 0
+    with torch.no_grad():
+        for ids in blocks:
+            with _listening(moe, own, forced if read < FORCED else None):
+                moe.model(input_ids=torch.tensor([list(ids)]))
+            read += len(ids)
+            on_step(1)
+    experts = layout.facts.experts
+    starved = tuple(
+        (layer, expert, own.tokens.get((layer, "experts", expert), 0))
+        for layer in range(layout.facts.layers)
+        for expert in range(experts)
+        if own.tokens.get((layer, "experts", expert), 0) < min(ENOUGH, read)
+    )
+    hungry = {(layer, expert) for layer, expert, _ in starved}
+    importance = {}
+    for tensor in layout.tensors:
+        place = _place(tensor.name)
+        if place is None:
+            continue
+        layer, what = place
+        parts = range(experts) if what in ("experts", "down") else range(1)
+        rows = [(forced if (layer, part) in hungry and len(parts) > 1 else own).mean((layer, what, part))
+                for part in parts]  # fmt: skip
+        importance[tensor.name] = _widened(np.stack(rows), tensor.shape[-1])
+    return Measured(importance, starved, read)
+
+
+def _place(name: str) -> tuple[int, str] | None:
+    """blk.3.ffn_up_exps.weight -> (3, "experts"); None for what is not weighed."""
+    found = re.fullmatch(r"blk\.(\d+)\.(attn_[qkv]|attn_output|ffn_(?:gate|up|down)_(?:exps|shexp))\.weight", name)
+    if found is None:
+        return None
+    what = found[2]
+    if what.startswith("attn"):
+        return int(found[1]), "output" if what == "attn_output" else "attention"
+    if what.endswith("_exps"):
+        return int(found[1]), "down" if "down" in what else "experts"
+    return int(found[1]), "shared_down" if "down" in what else "shared"
+
+
+def _widened(rows_PC: Floats, columns: int) -> Floats:
+    """Padding columns matter as much as the average, which is as good as anything: they hold zeros."""
+    missing = columns - rows_PC.shape[1]
+    mean_P1 = rows_PC.mean(axis=1, keepdims=True)
+    return np.concatenate([rows_PC, np.repeat(mean_P1, missing, axis=1)], axis=1) if missing else rows_PC
+
+
+@contextmanager
+def _listening(moe: MoE, own: _Sums, forced: _Sums | None) -> Iterator[None]:
+    """Hooks on every attention and MoE block while one text is read."""
+    hooks = []
+    for layer, (holder, block) in mlp_modules(moe.model).items():
+        for name, what in (("q_proj", "attention"), ("o_proj", "output")):
+            matrix = holder.get_submodule(f"self_attn.{name}")
+            hooks.append(matrix.register_forward_pre_hook(_adder(own, (layer, what, 0))))
+        hooks.append(block.register_forward_pre_hook(_block_hook(layer, own, forced)))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _adder(sums: _Sums, key: Key) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        sums.add(key, args[0])
+
+    return hook
+
+
+def _block_hook(layer: int, own: _Sums, forced: _Sums | None) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+    def hook(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(block, MoEBlock)
+        hidden_TD = args[0].reshape(-1, args[0].shape[-1])
+        _, ids_TK, _ = block.router(hidden_TD)
+        for number, expert in enumerate(block.experts):
+            chosen_ND = hidden_TD[(ids_TK == number).any(dim=1)]
+            if len(chosen_ND):
+                _expert(own, layer, ("experts", "down"), number, expert, chosen_ND)
+            if forced is not None:
+                _expert(forced, layer, ("experts", "down"), number, expert, hidden_TD)
+        if block.shared is not None:
+            _expert(own, layer, ("shared", "shared_down"), 0, block.shared, hidden_TD)
+
+    return hook
+
+
+def _expert(
+    sums: _Sums, layer: int, names: tuple[str, str], number: int, expert: nn.Module, x_ND: torch.Tensor
+) -> None:
+    """What goes into an expert, and what goes into its down projection."""
+    sums.add((layer, names[0], number), x_ND)
+    hook = expert.get_submodule("down_proj").register_forward_pre_hook(_adder(sums, (layer, names[1], number)))
+    try:
+        expert(x_ND)
+    finally:
+        hook.remove()

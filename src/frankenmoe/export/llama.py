@@ -1,0 +1,186 @@
+"""llama.cpp, in this process, on the CPU: loads a GGUF file and answers with tokens and probabilities.
+
+Stands on xllamacpp's public API. A file that llama.cpp would abort on, and the process with it, is refused before.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.export.quantize import INSTALL
+from frankenmoe.families.llamacpp import ARCHS, MAX_EXPERTS
+
+QUIET = -1  # verbosity
+NORMAL = 1  # type of a token that is neither special nor a byte
+SMALL = 2**29  # bytes; below, threads wait for one another longer than they compute
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The most likely next tokens, best first, and the natural logarithms of their probabilities; `after` is how many
+    tokens the prompt had."""
+
+    ids: NDArray[np.int64]
+    logprobs: NDArray[np.float64]
+    after: int
+
+
+class Engine:
+    """A loaded file. Every request is greedy unless told otherwise, and reuses what the last one has in common."""
+
+    def __init__(self, file: Path, *, context: int, threads: int | None = None, exact_cache: bool = True) -> None:
+        """Raises ArtifactError for a file that is no MoE llama.cpp can load, or where it is not installed.
+
+        `exact_cache` keeps keys and values in float32, so that nothing but the weights is rounded.
+        """
+        self._whole_token = int(check_loadable(file)["whole_token"])
+        try:
+            import xllamacpp
+        except ImportError as error:
+            raise ArtifactError("running a GGUF file needs llama.cpp, which is not installed", hint=INSTALL) from error
+        params = xllamacpp.CommonParams()
+        params.model.path = str(file)
+        params.n_ctx = context
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.warmup = False
+        params.verbosity = QUIET
+        count = threads or (len(os.sched_getaffinity(0)) if file.stat().st_size > SMALL else 1)
+        for part in (params.cpuparams, params.cpuparams_batch):
+            part.n_threads = count
+            part.poll = 0
+        if exact_cache:
+            params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+            params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        with _silence():
+            try:
+                self._server = xllamacpp.Server(params)
+            except Exception as error:  # RuntimeError with no more than "Failed to init server"
+                raise ArtifactError(
+                    f"llama.cpp cannot load {file}: {error}",
+                    hint="the file is damaged, or of a kind that this version of xllamacpp does not know",
+                ) from error
+
+    def next_token(self, prompt: str | Sequence[int], *, top: int) -> Distribution:
+        """The `top` most likely tokens after a text (which llama.cpp tokenizes) or after ids."""
+        said = prompt if isinstance(prompt, str) else list(prompt)
+        # probabilities are those before the bias; without it a token that is part of a character would withhold them
+        bias = [[self._whole_token, 1000.0]]
+        answer = self._complete({"prompt": said, "n_predict": 1, "n_probs": top, "logit_bias": bias})
+        entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        return Distribution(
+            np.array([entry["id"] for entry in entries], np.int64),
+            np.array([entry["logprob"] for entry in entries], np.float64),
+            answer["usage"]["prompt_tokens"],
+        )
+
+    def greedy(self, ids: Sequence[int], *, tokens: int) -> tuple[int, ...]:
+        """The `tokens` most likely tokens after `ids`, one after the other."""
+        found: list[int] = []
+        for _ in range(tokens):
+            found.append(int(self.next_token((*ids, *found), top=1).ids[0]))
+        return tuple(found)
+
+    def tokens_per_second(self, ids: Sequence[int], *, tokens: int) -> float:
+        """How fast it writes after `ids`."""
+        answer = self._complete({"prompt": list(ids), "n_predict": tokens, "ignore_eos": True})
+        return float(answer["timings"].get("predicted_per_second") or 0)
+
+    def chat(
+        self,
+        history: Sequence[dict[str, str]],
+        *,
+        templated: bool,
+        tokens: int,
+        temperature: float,
+        seed: int,
+        on_text: Callable[[str], None],
+    ) -> str:
+        """A reply, streamed to `on_text`: through the file's chat template, or going on from what was said."""
+        made: list[str] = []
+        failed: list[str] = []
+
+        def hear(piece: dict[str, Any]) -> bool:
+            if "error" in piece:
+                failed.append(str(piece["error"].get("message", piece["error"])))
+                return True
+            for choice in piece.get("choices") or []:
+                text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
+                if text:
+                    made.append(text)
+                    on_text(text)
+            return False
+
+        options = {"n_predict": tokens, "max_tokens": tokens, "temperature": temperature, "seed": seed, "stream": True}
+        if templated:
+            self._server.handle_chat_completions({"messages": list(history), **options}, hear)
+        else:
+            said = "".join(turn["content"] for turn in history)
+            self._server.handle_completions({"prompt": said, **options}, hear)
+        if failed:
+            raise SourceError(f"llama.cpp refuses this conversation: {failed[0]}", hint="say less, or start anew")
+        return "".join(made)
+
+    def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        answer = self._server.handle_completions({"temperature": 0, "cache_prompt": True, **request})
+        if "choices" not in answer:
+            raise SourceError(f"llama.cpp answers {str(answer)[:200]}", hint="ask for fewer tokens")
+        return dict(answer)
+
+
+def check_loadable(file: Path) -> dict[str, Any]:
+    """What a file says of itself; ArtifactError for one that is no GGUF, is cut off, or would abort the process.
+
+    llama.cpp asserts, rather than refuses, that an MoE says how many experts a token uses.
+    """
+    try:
+        import gguf
+    except ImportError as error:
+        raise ArtifactError("reading a GGUF file needs the gguf package", hint=INSTALL) from error
+    if not file.is_file():
+        raise ArtifactError(f"{file} is not a file", hint="make one with `frankenmoe export`")
+    try:
+        reader = gguf.GGUFReader(file)
+        size = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
+        facts = {name: reader.fields[name].contents() for name in reader.fields if not name.startswith("tokenizer.")}
+        facts["chat_template"] = "tokenizer.chat_template" in reader.fields
+        words, kinds = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
+        facts["whole_token"] = next(
+            (at for at, word in enumerate(words) if word.isascii() and word.isalnum() and kinds[at] == NORMAL), 0
+        )
+    except Exception as error:  # of many classes, as the reader trusts its input
+        raise ArtifactError(f"{file} is not a whole GGUF file: {error}", hint="export or fetch it again") from error
+    if size > file.stat().st_size:
+        raise ArtifactError(
+            f"{file} is cut off: {size - file.stat().st_size} bytes are missing", hint="export or fetch it again"
+        )
+    arch = str(facts.get("general.architecture"))
+    experts, used = facts.get(f"{arch}.expert_count", 0), facts.get(f"{arch}.expert_used_count", 0)
+    if experts and not 1 <= used <= experts <= MAX_EXPERTS:
+        raise ArtifactError(
+            f"{file} has {experts} experts of which a token uses {used}, which llama.cpp aborts on",
+            hint=f"export it again; architectures written here are {', '.join(known.name for known in ARCHS)}",
+        )
+    return facts
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """llama.cpp writes to the process's stderr, whatever verbosity says until it has read it."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)

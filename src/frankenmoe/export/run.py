@@ -1,0 +1,151 @@
+"""Subject -> GGUF files of the types asked for: reads top to bottom, writes nothing but them; does not run them."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.checkpoint.writer import free_bytes
+from frankenmoe.errors import ArtifactError, PlanError
+from frankenmoe.export.head import head_bytes
+from frankenmoe.export.quantize import require
+from frankenmoe.export.tokenizer import read_vocabulary
+from frankenmoe.export.write import Importance, Target, write_files
+from frankenmoe.families.llamacpp import FILE_TYPES, FileType
+from frankenmoe.planning.gguf import GgufLayout, Subject, layout, suggestion
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.suggest import did_you_mean
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A file that was written: its size in bytes, bits per weight of the model, weights per type, what to know."""
+
+    path: Path
+    type: str
+    bytes: int
+    bits_per_weight: float
+    holds: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+def file_types(names: Sequence[str]) -> tuple[FileType, ...]:
+    """The types of a list such as ["q4_0", "q5_k_m"]; PlanError for one nobody knows, with the nearest."""
+    for name in names:
+        if name.lower() not in FILE_TYPES:
+            raise PlanError(
+                f"{name!r} is not a type of GGUF file that can be written: {', '.join(FILE_TYPES)}",
+                hint=did_you_mean(name.lower(), list(FILE_TYPES)),
+            )
+    return tuple(FILE_TYPES[name] for name in dict.fromkeys(name.lower() for name in names))
+
+
+def default_types(found: GgufLayout) -> tuple[FileType, ...]:
+    """A q4 and a q5: K-quants where this shape lets them be K-quants, otherwise the plain ones."""
+    wanted = ("q4_k_m", "q5_k_m") if found.survives(FILE_TYPES["q4_k_m"]) else ("q4_0", "q5_0")
+    return tuple(FILE_TYPES[name] for name in wanted)
+
+
+def export_files(
+    subject: Subject,
+    out: Path,
+    *,
+    types: Sequence[str] = (),
+    pad256: bool = False,
+    importance: Importance | None = None,
+    notes: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> list[GgufFile]:
+    """Writes a file per type, all in one pass over the weights, each whole or not at all.
+
+    `out` is a folder (made if need be), or a name ending in .gguf for a single type. Without `types`: a q4 and a q5
+    that suit the shape. `notes` are added to those of every file.
+
+    Raises PlanError (a type or an MoE that llama.cpp does not have), SourceError (tokenizer,
+    broken weights), NumericsError, ArtifactError (occupied, disk too small).
+    """
+    found, kinds, paths = check_output(subject, out, types=types, pad256=pad256, importance=importance is not None)
+    held = {kind.name: found.types(kind, imatrix=importance is not None) for kind in kinds}
+    vocabulary = read_vocabulary(subject.folder, subject.config, rows=subject.family.dims(subject.config).vocab)
+    targets = [
+        Target(
+            path=path,
+            head=head_bytes(subject, found, vocabulary, kind, held[kind.name]),
+            types=held[kind.name],
+            tensor_bytes=found.tensor_bytes(kind, imatrix=importance is not None),
+        )
+        for kind, path in zip(kinds, paths, strict=True)
+    ]
+    _check_disk(paths[0].parent, sum(target.size for target in targets))
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    progress.start(f"writing {', '.join(kind.name for kind in kinds)}", sum(t.tensor_bytes for t in targets), "B")
+    write_files(
+        targets,
+        found.tensors,
+        threads=threads or len(os.sched_getaffinity(0)),
+        importance=importance,
+        on_bytes=progress.advance,
+    )
+    return [_describe(found, kind, target, notes) for kind, target in zip(kinds, targets, strict=True)]
+
+
+def check_output(
+    subject: Subject, out: Path, *, types: Sequence[str], pad256: bool, importance: bool
+) -> tuple[GgufLayout, tuple[FileType, ...], list[Path]]:
+    """(layout, types, paths) of an export, or the error that it would end in, before anything slow is begun."""
+    found = layout(subject, pad256=pad256)
+    kinds = file_types(types) or default_types(found)
+    paths = _paths(subject, out, kinds)
+    for name in sorted({name for kind in kinds for name in found.types(kind, imatrix=importance).values()}):
+        require(name, importance=importance)
+    _check_disk(paths[0].parent, sum(found.tensor_bytes(kind, imatrix=importance) for kind in kinds))
+    return found, kinds, paths
+
+
+def _describe(found: GgufLayout, kind: FileType, target: Target, notes: Sequence[str]) -> GgufFile:
+    advice = suggestion(found, kind)
+    return GgufFile(
+        path=target.path,
+        type=kind.name,
+        bytes=target.size,
+        bits_per_weight=target.size * 8 / found.weights,
+        holds=found.weights_by_type(target.types),
+        notes=(*found.notes, *notes, *([advice] if advice else [])),
+    )
+
+
+def _paths(subject: Subject, out: Path, kinds: Sequence[FileType]) -> list[Path]:
+    """Where the files go, none of them there yet."""
+    if out.suffix == ".gguf" and not out.is_dir():
+        if len(kinds) > 1:
+            raise ArtifactError(
+                f"{out} is one file, and {len(kinds)} types were asked for", hint="name a folder, or one of --types"
+            )
+        paths = [out]
+    else:
+        stem = re.sub(r"[^\w.-]+", "-", subject.name).strip("-") or "moe"
+        paths = [out / f"{stem}-{kind.name.upper()}.gguf" for kind in kinds]
+    taken = next((path for path in paths if os.path.lexists(path)), None)
+    if taken is not None:
+        raise ArtifactError(f"{taken} exists already", hint="choose another place, or remove that file first")
+    if os.path.lexists(paths[0].parent) and not paths[0].parent.is_dir():
+        raise ArtifactError(f"{paths[0].parent} is not a folder", hint="choose another place")
+    return paths
+
+
+def _check_disk(folder: Path, need: int) -> None:
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = free_bytes(there)
+    if need > free:
+        raise ArtifactError(
+            f"{folder} has {free / GIB:.2f} GiB free, but the files will have {need / GIB:.2f} GiB",
+            hint="choose a folder on another disk, or fewer or smaller types",
+        )

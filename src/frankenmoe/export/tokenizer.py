@@ -1,0 +1,321 @@
+"""A tokenizer's own files -> the vocabulary that a GGUF file holds; knows nothing of models or of the gguf package.
+
+Nothing is guessed: a tokenizer that llama.cpp would split differently is refused.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.errors import SourceError
+from frankenmoe.export.sentencepiece import read_model
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+NO_MERGE = -1e9  # below every rank: a piece that no merge makes comes last
+PADDING_SCORE = -10000.0
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# (digits are split one by one first, the regex, whole words are looked up before merging) -> llama.cpp's name
+PRE_TOKENIZERS: Mapping[tuple[bool, str, bool], str] = MappingProxyType(
+    {
+        (False, _GPT2, False): "gpt-2",
+        (True, _GPT2, False): "smollm",
+        (False, _LLAMA3, True): "llama-bpe",
+        (False, _LLAMA3, False): "smaug-bpe",
+        (False, _QWEN2, False): "qwen2",
+        (False, _TEKKEN, True): "tekken",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What `tokenizer.ggml.*` says. `model` is "llama" (SentencePiece, with scores) or "gpt2" (BPE, with merges)."""
+
+    model: str
+    pre: str
+    tokens: tuple[str, ...]
+    types: tuple[int, ...]
+    scores: tuple[float, ...]
+    merges: tuple[str, ...]
+    special: Mapping[str, int]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    chat_template: str | None
+
+
+def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vocabulary:
+    """The vocabulary of a checkpoint's folder, padded to the `rows` of its embedding.
+
+    Raises SourceError for a tokenizer that is missing, broken, or that llama.cpp cannot be made to follow.
+    """
+    settings = _json(folder / "tokenizer_config.json")
+    if (folder / "tokenizer.json").is_file():
+        found = _from_json(folder / "tokenizer.json", settings)
+    elif (folder / "tokenizer.model").is_file():
+        found = _from_sentencepiece(folder, settings)
+    else:
+        raise SourceError(
+            f"{folder} has neither tokenizer.json nor tokenizer.model, and a GGUF file holds its tokenizer",
+            hint="put the base's tokenizer files there",
+        )
+    if len(found.tokens) > rows:
+        raise SourceError(
+            f"the tokenizer in {folder} has {len(found.tokens)} tokens, but the embedding only {rows} rows",
+            hint="these are the tokenizer of one model and the weights of another",
+        )
+    missing = rows - len(found.tokens)
+    return Vocabulary(
+        model=found.model,
+        pre=found.pre,
+        tokens=(*found.tokens, *(f"[PAD{index}]" for index in range(len(found.tokens), rows))),
+        types=(*found.types, *[UNUSED] * missing),
+        scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
+        merges=found.merges,
+        special=_special(folder, settings, config, found.tokens),
+        add_bos=found.add_bos,
+        add_eos=found.add_eos,
+        add_space_prefix=found.add_space_prefix,
+        chat_template=_chat_template(folder, settings),
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    model: str
+    pre: str
+    tokens: Sequence[str]
+    types: Sequence[int]
+    scores: Sequence[float]
+    merges: tuple[str, ...]
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+
+
+def _from_json(file: Path, settings: Mapping[str, Any]) -> _Found:
+    data = _json(file)
+    model = data.get("model") or {}
+    if model.get("type") != "BPE":
+        raise _cannot(file, f"is a {model.get('type')} tokenizer, expected BPE (byte-level or SentencePiece's)")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise _cannot(file, f"has {key} {model[key]!r}")
+    merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
+    add_bos, add_eos = _ends(data.get("post_processor") or {})
+    if settings.get("tokenizer_class") in LLAMA_CLASSES:
+        add_bos = bool(settings.get("add_bos_token", True))
+        add_eos = bool(settings.get("add_eos_token", False))
+    tokens, types = _table(file, data)
+    if model.get("byte_fallback"):
+        return _Found(
+            model="llama",
+            pre="default",
+            tokens=tokens,
+            types=types,
+            scores=_scores(tokens, types, merges),
+            merges=(),
+            add_bos=add_bos,
+            add_eos=add_eos,
+            add_space_prefix=_space_prefix(file, data),
+        )
+    return _Found(
+        model="gpt2",
+        pre=_pre_tokenizer(file, data),
+        tokens=tokens,
+        types=types,
+        scores=(),
+        merges=tuple(" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges),
+        add_bos=add_bos,
+        add_eos=add_eos,
+        add_space_prefix=False,
+    )
+
+
+def _table(file: Path, data: Mapping[str, Any]) -> tuple[list[str], list[int]]:
+    """Tokens by id, and what kind each is; ids that nothing has are unused."""
+    model, by_id = data["model"], {}
+    kinds: dict[int, int] = {}
+    for token, index in model["vocab"].items():
+        by_id[index] = token
+        byte = bool(model.get("byte_fallback")) and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+        kinds[index] = UNKNOWN if token == model.get("unk_token") else BYTE if byte else NORMAL
+    for added in data.get("added_tokens") or []:
+        index = added["id"]
+        by_id[index] = added["content"]
+        if kinds.get(index) != UNKNOWN:
+            kinds[index] = CONTROL if added.get("special") else USER_DEFINED
+    if not by_id:
+        raise _cannot(file, "has no tokens")
+    size = max(by_id) + 1
+    return [by_id.get(index, f"[PAD{index}]") for index in range(size)], [
+        kinds.get(index, UNUSED) for index in range(size)
+    ]
+
+
+def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> list[float]:
+    """SentencePiece merges the best score first, so the rank of the merge that makes a piece stands in for its score.
+
+    transformers 5 keeps no scores. Equal scores, as llama.cpp's converter writes them then, merge from the left.
+    """
+    rank: dict[str, int] = {}
+    for index, merge in enumerate(merges):
+        rank.setdefault("".join(merge), index)
+    return [
+        0.0 if kind != NORMAL else -float(rank[token]) if token in rank else NO_MERGE
+        for token, kind in zip(tokens, types, strict=True)
+    ]
+
+
+def _space_prefix(file: Path, data: Mapping[str, Any]) -> bool:
+    """Whether a text gets a space in front; refuses a SentencePiece that changes texts in other ways."""
+    normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
+    steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
+    prefix = False
+    for step in steps:
+        if step["type"] == "Prepend" and step.get("prepend") == "▁":
+            prefix = True
+        elif not (step["type"] == "Replace" and step.get("content") == "▁"):
+            raise _cannot(file, f"normalizes with {step['type']}")
+    if pre.get("type") == "Metaspace":
+        scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
+        prefix = scheme != "never"
+        if pre.get("split") is True:
+            raise _cannot(file, "splits at every space before merging")
+    elif pre:
+        raise _cannot(file, f"splits with {pre.get('type')} before merging")
+    return prefix
+
+
+def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
+    """llama.cpp's name for how a text is split before merging; only splits known to be equal have one."""
+    normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
+    if normalizer and normalizer["type"] != "NFC":  # which llama.cpp leaves out, for Qwen too
+        raise _cannot(file, f"normalizes with {normalizer['type']}")
+    steps = pre.get("pretokenizers", [pre])
+    digits, regex = False, None
+    for step in steps:
+        match step:
+            case {"type": "Digits", "individual_digits": True}:
+                digits = True
+            case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"} if regex is None:
+                regex = pattern
+            case {"type": "ByteLevel"} if not step.get("add_prefix_space"):
+                regex = regex or (_GPT2 if step.get("use_regex", True) else None)
+            case _:
+                regex = None
+                break
+    name = PRE_TOKENIZERS.get((digits, str(regex), bool(data["model"].get("ignore_merges"))))
+    if name is None:
+        raise _cannot(file, f"splits texts in a way that is none of {', '.join(PRE_TOKENIZERS.values())}")
+    return name
+
+
+def _ends(post: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a special token is put before and behind every text."""
+    for step in post.get("processors", [post]):
+        if step.get("type") == "TemplateProcessing":
+            kinds = ["Sequence" in piece for piece in step["single"]]
+            at = kinds.index(True)
+            return at > 0, at < len(kinds) - 1
+    return False, False
+
+
+def _from_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> _Found:
+    pieces, is_bpe, prefix = read_model(folder / "tokenizer.model")
+    if not is_bpe:
+        raise _cannot(folder / "tokenizer.model", "is a unigram SentencePiece model, expected BPE")
+    table = dict(enumerate(pieces))
+    added: dict[int, tuple[str, int]] = {
+        index: (token, USER_DEFINED) for token, index in _json(folder / "added_tokens.json").items()
+    }
+    for index, entry in (settings.get("added_tokens_decoder") or {}).items():
+        added[int(index)] = (entry["content"], CONTROL if entry.get("special") else USER_DEFINED)
+    for index, (token, kind) in added.items():
+        known = table.get(index)
+        if known is None or known[2] == NORMAL:
+            table[index] = (token, 0.0, kind)
+    rows = [table.get(index, (f"[PAD{index}]", PADDING_SCORE, UNUSED)) for index in range(max(table) + 1)]
+    tokens, scores, types = zip(*rows, strict=True)
+    return _Found(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        types=types,
+        scores=scores,
+        merges=(),
+        add_bos=bool(settings.get("add_bos_token", True)),
+        add_eos=bool(settings.get("add_eos_token", False)),
+        add_space_prefix=prefix,
+    )
+
+
+def _special(
+    folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], tokens: Sequence[str]
+) -> dict[str, int]:
+    """bos, eos, eot, unknown and padding as ids; the end of generation_config.json where it has a second one.
+
+    Without an end token llama.cpp would take token 11, so one is always written.
+    """
+    ids = {token: index for index, token in enumerate(tokens)}
+    found: dict[str, int] = {}
+    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        said = settings.get(f"{key}_token")
+        text = said.get("content") if isinstance(said, dict) else said
+        index = ids.get(text) if isinstance(text, str) else config.get(f"{key}_token_id")
+        index = index[0] if isinstance(index, list) and index else index
+        if isinstance(index, int) and 0 <= index < len(tokens):
+            found[name] = index
+    ends = _json(folder / "generation_config.json").get("eos_token_id")
+    others = [end for end in ends if end != found.get("eos")] if isinstance(ends, list) else []
+    if "eos" not in found:
+        if "bos" not in found and not others:
+            raise SourceError(
+                f"the tokenizer in {folder} has no end token, and llama.cpp would take token 11 for one",
+                hint="name an eos_token in tokenizer_config.json",
+            )
+        found["eos"] = others.pop(0) if others else found["bos"]
+    found.setdefault("bos", found["eos"])
+    return found | ({"eot": others[0]} if others else {})
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    said = settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
+    if isinstance(said, list):  # several by name; the one called default is what a plain conversation uses
+        said = next((entry.get("template") for entry in said if entry.get("name") == "default"), None)
+    return said if isinstance(said, str) else None
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        return parse_object(file.read_bytes())
+    except ValueError as error:
+        raise SourceError(f"{file} is not JSON: {error}", hint="fetch the file again") from error
+
+
+def _cannot(file: Path, what: str) -> SourceError:
+    return SourceError(
+        f"{file} {what}, and llama.cpp has no tokenizer that does exactly that",
+        hint="run it with `frankenmoe chat` or transformers, which use the tokenizer as it is",
+    )

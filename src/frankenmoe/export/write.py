@@ -1,0 +1,226 @@
+"""Tensors -> one or several GGUF files at once, streaming: every source is read once, and no file is in memory.
+
+Knows nothing of architectures or tokenizers: it is given heads, tensors and types. Shape suffixes: R rows, C columns.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from frankenmoe.checkpoint.cast import Bytes, Floats, decode
+from frankenmoe.checkpoint.copying import copy_run
+from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
+from frankenmoe.checkpoint.values import blocks, check_finite, materialize
+from frankenmoe.checkpoint.writer import replacing, write_all
+from frankenmoe.errors import NumericsError
+from frankenmoe.export.quantize import quantize
+from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
+
+CHUNK = 2**20  # elements that one thread turns into bytes at a time
+AHEAD = 2  # chunks per thread that may wait to be written
+
+Importance = Mapping[str, Floats]
+"""Tensor name -> importance of its columns [parts, C]."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file to write: everything before its tensors, and the type of each."""
+
+    path: Path
+    head: bytes
+    types: Mapping[str, str]
+    tensor_bytes: int
+
+    @property
+    def size(self) -> int:
+        return len(self.head) + self.tensor_bytes
+
+
+@dataclass
+class _Sink:
+    """A file being written; `kept` has where in it the parts of the current tensor lie."""
+
+    fd: int
+    target: Target
+    kept: dict[object, TensorRef] = field(default_factory=dict)
+
+
+def write_files(
+    targets: Sequence[Target],
+    tensors: Sequence[GgufTensor],
+    *,
+    threads: int,
+    importance: Importance | None = None,
+    on_bytes: Callable[[int], None],
+) -> None:
+    """Writes every target whole or not at all; `on_bytes` hears how many bytes went into any of them.
+
+    Raises SourceError, NumericsError (a source that is not finite, a value that the type cannot hold), ArtifactError
+    (a full disk). Memory is a few chunks per thread, and one matrix where its rows are reordered or computed.
+    """
+    with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
+        sinks = [_Sink(stack.enter_context(replacing(target.path, size=target.size)), target) for target in targets]
+        for sink in sinks:
+            write_all(sink.fd, sink.target.head)
+        for tensor in tensors:
+            _write_tensor(tensor, sinks, pool, threads * AHEAD, (importance or {}).get(tensor.name), on_bytes)
+
+
+def _write_tensor(
+    tensor: GgufTensor,
+    sinks: Sequence[_Sink],
+    pool: ThreadPoolExecutor,
+    ahead: int,
+    weights_PC: Floats | None,
+    on_bytes: Callable[[int], None],
+) -> None:
+    for sink in sinks:
+        sink.kept.clear()
+    if tensor.values:
+        for sink in sinks:
+            write_all(sink.fd, np.array(tensor.values, np.float32).tobytes())
+    for number, part in enumerate(tensor.parts):
+        key = (part.inputs, part.steps, part.dtype, number if weights_PC is not None else 0)
+        rest = [sink for sink in sinks if not _moved(sink, tensor, part, key)]
+        if rest:
+            starts = [os.lseek(sink.fd, 0, os.SEEK_CUR) for sink in rest]
+            weights_C = None if weights_PC is None else weights_PC[number]
+            _compute(tensor, part, rest, pool, ahead, weights_C)
+            for sink, start in zip(rest, starts, strict=True):
+                sink.kept[key] = _stored(sink, tensor, start)
+    for sink in sinks:
+        size = nbytes(tensor.shape, sink.target.types[tensor.name])
+        write_all(sink.fd, b"\0" * (aligned(size) - size))
+        on_bytes(aligned(size))
+
+
+def _moved(sink: _Sink, tensor: GgufTensor, part: TensorWrite, key: object) -> bool:
+    """Writes a part without computing it, where that is possible: its own bytes, or an equal part's in this file."""
+    silent: Callable[[int], None] = lambda amount: None  # noqa: E731
+    if key in sink.kept:
+        copy_run(sink.fd, [_as_copy(sink.kept[key])], on_bytes=silent)
+        return True
+    rows, columns = _matrix(part.shape)
+    as_is = part.is_copy and tensor.factor == 1 and not tensor.heads and _matrix(_part_shape(tensor)) == (rows, columns)
+    if not as_is or sink.target.types[tensor.name] != part.dtype:
+        return False
+    check_finite(part.inputs[0])
+    copy_run(sink.fd, [part], on_bytes=silent)
+    return True
+
+
+def _as_copy(ref: TensorRef) -> TensorWrite:
+    return TensorWrite(ref.name, ref.dtype, ref.shape, (ref,))
+
+
+def _stored(sink: _Sink, tensor: GgufTensor, start: int) -> TensorRef:
+    """What was just written, as bytes to copy."""
+    partial = sink.target.path.with_name(f"{sink.target.path.name}.partial")
+    end = os.lseek(sink.fd, 0, os.SEEK_CUR)
+    return TensorRef(tensor.name, "U8", (end - start,), partial, start, end)
+
+
+def _compute(
+    tensor: GgufTensor,
+    part: TensorWrite,
+    sinks: Sequence[_Sink],
+    pool: ThreadPoolExecutor,
+    ahead: int,
+    weights_C: Floats | None,
+) -> None:
+    """One part, chunk by chunk through the pool, in order into every sink."""
+    rows, columns = _matrix(_part_shape(tensor))
+    kinds = [sink.target.types[tensor.name] for sink in sinks]
+    waiting: deque[Future[list[Bytes]]] = deque()
+
+    def put() -> None:
+        for sink, data in zip(sinks, waiting.popleft().result(), strict=True):
+            write_all(sink.fd, data.data)
+
+    done = 0
+    for raw_RC in _row_chunks(part, heads=tensor.heads):
+        waiting.append(pool.submit(_encode, raw_RC, part, tensor.factor, columns, kinds, weights_C))
+        done += len(raw_RC)
+        while len(waiting) >= ahead:
+            put()
+    while waiting:
+        put()
+    if done < rows:
+        zeros_RC = np.zeros((rows - done, columns), np.float32)
+        for sink, kind in zip(sinks, kinds, strict=True):
+            write_all(sink.fd, quantize(zeros_RC, kind, weights_C).data)
+
+
+def _encode(
+    raw_RC: Bytes, part: TensorWrite, factor: float, columns: int, kinds: Sequence[str], weights_C: Floats | None
+) -> list[Bytes]:
+    """A chunk of stored rows in every kind, widened with zeros to `columns`."""
+    block_RC = decode(raw_RC.ravel(), dtype=part.dtype).reshape(len(raw_RC), -1)
+    if not np.isfinite(block_RC).all():
+        for ref in part.sources:
+            check_finite(ref)
+    if factor != 1:
+        block_RC = block_RC * np.float32(factor)
+    if block_RC.shape[1] < columns:
+        block_RC = np.pad(block_RC, ((0, 0), (0, columns - block_RC.shape[1])))
+    found = []
+    for kind in kinds:
+        data = quantize(block_RC, kind, weights_C)
+        if kind == "F16" and np.isinf(data.view(np.float16)).any():
+            raise NumericsError(
+                f"tensor {part.name!r} has values up to {np.abs(block_RC).max():g}, and f16 holds at most 65504",
+                hint="take bf16, f32 or q8_0",
+            )
+        found.append(data)
+    return found
+
+
+def _row_chunks(part: TensorWrite, *, heads: int) -> Iterator[Bytes]:
+    """The stored bytes of a part, whole rows at a time, [R, bytes of a row]."""
+    rows, columns = _matrix(part.shape)
+    width = columns * DTYPES[part.dtype].itemsize
+    step = max(1, CHUNK // columns)
+    if heads:
+        yield from _cut(_interleaved(materialize(part), part.shape, heads).reshape(rows, width), step)
+    elif part.is_copy:
+        yield from _cut(materialize(part).reshape(rows, width), step)
+    else:
+        held: list[Bytes] = []
+        for block in blocks(part):
+            held.append(block)
+            if sum(map(len, held)) >= step * width:
+                joined = np.concatenate(held)
+                whole = len(joined) // width * width
+                yield from _cut(joined[:whole].reshape(-1, width), step)
+                held = [joined[whole:]]
+        if held and (last := np.concatenate(held)).size:
+            yield from _cut(last.reshape(-1, width), step)
+
+
+def _cut(raw_RC: Bytes, step: int) -> Iterator[Bytes]:
+    yield from (raw_RC[start : start + step] for start in range(0, len(raw_RC), step))
+
+
+def _interleaved(raw: Bytes, shape: tuple[int, ...], heads: int) -> Bytes:
+    """Rows of q or k reordered: checkpoints keep the two halves of a rotary pair apart, ggml's `norm` mode together."""
+    outputs = shape[0]
+    halves = raw.reshape(heads, 2, outputs // heads // 2, -1)
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1)
+
+
+def _part_shape(tensor: GgufTensor) -> tuple[int, ...]:
+    """The shape of one part inside the tensor: without the axis along which experts are stacked."""
+    return tensor.shape[1:] if len(tensor.shape) == 3 else tensor.shape
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Rows and columns; a vector is one row."""
+    return math.prod(shape[:-1]), shape[-1]

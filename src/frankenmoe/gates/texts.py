@@ -1,0 +1,200 @@
+"""Whose text is whose: every expert's data or prompts as blocks of tokens, and what each router should make of them.
+
+Knows nothing of models.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import Any
+
+from frankenmoe.data.blocks import Block, hold_out, text_blocks
+from frankenmoe.data.documents import Document, read_documents
+from frankenmoe.errors import RecipeError, SourceError
+from frankenmoe.gates.statistics import Text
+from frankenmoe.planning import Plan
+from frankenmoe.planning.layout import SHARED
+from frankenmoe.recipe import Expert
+from frankenmoe.suggest import did_you_mean
+
+Path = tuple[int, ...]
+
+LENGTH = 256  # tokens of a block
+TOKENS = 32_768  # tokens of data per expert
+HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
+PROMPTS = ("prompts",)  # the origin of text that is no data
+SHORTEST = 16  # tokens of the shortest blocks that text is cut into once more
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """An expert's text, or (`negative`) text that it should not get. `path` is the way to that expert.
+
+    `origin` says where it came from; `kept` is fitted on, `held` chooses the scale and measures.
+    """
+
+    name: str
+    path: Path
+    negative: bool
+    origin: tuple[str, ...]
+    kept: tuple[Block, ...]
+    held: tuple[Block, ...]
+
+    @property
+    def from_prompts(self) -> bool:
+        return self.origin == PROMPTS
+
+    @property
+    def title(self) -> str:
+        return f"not {self.name}" if self.negative else self.name
+
+
+def read_texts(
+    plan: Plan,
+    tokenizer: Any,
+    *,
+    data: Mapping[str, Sequence[str]] | None = None,
+    folder: FilePath | None = None,
+    tokens: int = TOKENS,
+    length: int = LENGTH,
+    only: str | None = None,
+) -> tuple[OwnText, ...]:
+    """The text of every expert at every depth, and of a gated shared expert: its data, or else its prompts.
+
+    `data` maps experts' names ("group/leaf" for nested ones) to files or datasets that go before the recipe's; their
+    paths start at `folder`, those of the recipe at the recipe. `only` reads one expert's.
+    Raises RecipeError for a name that is no expert's or an expert without text, SourceError for text that cannot be
+    read or is shorter than a block.
+    """
+    named = dict(_named(plan))
+    given = dict(data or {})
+    for name in given:
+        if name not in named:
+            raise RecipeError(f"there is no expert {name!r} to give data to", hint=did_you_mean(name, named))
+    longest = plan.base.config.get("max_position_embeddings")
+    length = min(length, longest) if isinstance(longest, int) else length
+    found: list[OwnText] = []
+    for name, (path, expert) in named.items():
+        if only not in (None, name):
+            continue
+        names, home = (given[name], folder) if name in given else (expert.data, plan.recipe.folder)
+        prompts = () if names else expert.positive_prompts
+        if names:
+            found.append(_from_data(name, path, tuple(names), tokenizer, home or plan.recipe.folder, tokens, length))
+        elif prompts:
+            found.append(_from_prompts(name, path, prompts, tokenizer, length, negative=False))
+        elif not expert.experts and path != SHARED:
+            raise RecipeError(
+                f"expert {name!r} has neither data nor positive_prompts, so no router can be fitted to it",
+                hint=f"say --data {name}=FILE, or add data to the recipe",
+            )
+        if expert.negative_prompts:
+            found.append(_from_prompts(name, path, expert.negative_prompts, tokenizer, length, negative=True))
+    for text in found:
+        _check_vocabulary(plan, text)
+    return tuple(found)
+
+
+def _named(plan: Plan) -> Iterator[tuple[str, tuple[Path, Expert]]]:
+    yield from _below(plan.recipe.experts, (), "")
+    if plan.gated_shared:
+        yield plan.recipe.shared_experts[0].name, (SHARED, plan.recipe.shared_experts[0])
+
+
+def _below(experts: tuple[Expert, ...], path: Path, prefix: str) -> Iterator[tuple[str, tuple[Path, Expert]]]:
+    for index, expert in enumerate(experts):
+        yield prefix + expert.name, ((*path, index), expert)
+        yield from _below(expert.experts, (*path, index), f"{prefix}{expert.name}/")
+
+
+def _from_data(
+    name: str, path: Path, names: tuple[str, ...], tokenizer: Any, folder: FilePath, tokens: int, length: int
+) -> OwnText:
+    try:
+        blocks = text_blocks(
+            read_documents(names, folder=folder), tokenizer, length=length, limit=max(2, tokens // length), whole=True
+        )
+    except SourceError as error:
+        raise SourceError(f"data of expert {name!r}: {error.message}", hint=error.hint) from error
+    kept, held = hold_out(blocks, share=HELD_OUT_DATA)
+    return OwnText(name, path, False, names, tuple(kept), tuple(held))
+
+
+def _from_prompts(
+    name: str, path: Path, prompts: tuple[str, ...], tokenizer: Any, length: int, *, negative: bool
+) -> OwnText:
+    blocks = []
+    for prompt in prompts:
+        try:
+            blocks += text_blocks([Document(text=prompt, closed=False)], tokenizer, length=length)
+        except SourceError as error:
+            raise RecipeError(
+                f"the prompt {prompt[:40]!r} of expert {name!r} has fewer than two tokens", hint="write a longer prompt"
+            ) from error
+    kept, held = hold_out(blocks, share=HELD_OUT_PROMPTS)
+    return OwnText(name, path, negative, PROMPTS, tuple(kept), tuple(held))
+
+
+def _check_vocabulary(plan: Plan, text: OwnText) -> None:
+    vocabulary = plan.base.config.get("vocab_size")
+    most = max(max(block.ids) for block in (*text.kept, *text.held))
+    if vocabulary and most >= vocabulary:
+        raise SourceError(
+            f"the tokenizer in {plan.base.folder} makes token {most} of the text of {text.name!r}, but the model has "
+            f"{vocabulary} tokens only",
+            hint="put the model's own tokenizer beside its weights",
+        )
+
+
+def router_texts(texts: Sequence[OwnText], path: Path, classes: int) -> list[tuple[int, Text]]:
+    """What the router at `path` should make of which texts, by their index: for each a distribution over its experts.
+
+    An expert's text, and that of everything nested in it, goes to that expert; negative text of an expert goes to its
+    siblings in equal parts; SHARED has two classes, the shared expert's own text (0) and everybody else's (1).
+    All classes weigh the same, however many texts they have.
+    """
+    placed = [(index, text, target) for index, text in enumerate(texts) if (target := _target(text, path, classes))]
+    members = {
+        target: sum(other == target and not text.negative for _, text, other in placed) for _, _, target in placed
+    }
+    return [
+        (index, Text(text.title, target, 1.0 if text.negative else 1 / members[target]))
+        for index, text, target in placed
+    ]
+
+
+def _target(text: OwnText, path: Path, classes: int) -> tuple[float, ...] | None:
+    if path == SHARED:
+        own = text.path == SHARED and not text.negative
+        return (1.0, 0.0) if own else (0.0, 1.0)
+    depth = len(path)
+    if text.path == SHARED or text.path[:depth] != path or len(text.path) <= depth:
+        return None
+    own_class = text.path[depth]
+    if not text.negative:
+        return tuple(float(index == own_class) for index in range(classes))
+    if len(text.path) > depth + 1 or classes == 1:
+        return None
+    return tuple(float(index != own_class) / (classes - 1) for index in range(classes))
+
+
+def cut_again(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block, ...]]:
+    """The blocks as they are, and their text cut into blocks of a quarter and of a sixteenth of the longest.
+
+    At the start of a text hardly anything tells whose it is, and that is where most wrong choices are made: short
+    blocks are all start. Each begins with `bos` if the one it is cut from does.
+    """
+    longest = max(len(block.ids) for block in blocks)
+    found = [tuple(blocks)]
+    for length in (longest // 4, longest // 16):
+        if length >= SHORTEST:
+            found.append(tuple(piece for block in blocks for piece in _pieces(block, length, bos)))
+    return found
+
+
+def _pieces(block: Block, length: int, bos: int | None) -> Iterator[Block]:
+    head = int(block.ids[0] == bos)
+    room = length - head
+    for start in range(head, len(block.ids), room):
+        part, learn = block.ids[start : start + room], block.learn[start : start + room]
+        yield Block((*block.ids[:head], *part), (*block.learn[:head], *learn))

@@ -1,0 +1,104 @@
+"""How large an MoE will be as GGUF, type by type, and what each type becomes on its shape; writes nothing.
+
+Reads the tokenizer's file for its part of the size; knows nothing of torch or of the gguf package.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.checkpoint.tensors import Constant, TensorWrite
+from frankenmoe.errors import PlanError
+from frankenmoe.families.llamacpp import FILE_TYPES
+from frankenmoe.planning.gguf import Subject, layout, suggestion
+from frankenmoe.planning.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """A file that could be written: bytes, bits per weight of the model, weights by type, bytes with --pad256."""
+
+    type: str
+    bytes: int
+    bits_per_weight: float
+    holds: Mapping[str, int]
+    padded_bytes: int | None
+    advice: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def forecast(made: Plan) -> tuple[tuple[Forecast, ...], str | None]:
+    """(a forecast per type, None), or (nothing, why llama.cpp cannot say this MoE)."""
+    try:
+        subject = subject_of_plan(made)
+        plain = layout(subject)
+    except PlanError as error:
+        return (), error.message
+    try:
+        padded = layout(subject, pad256=True)
+    except PlanError:
+        padded = plain
+    head = metadata_bytes(subject.folder, tensors=len(plain.tensors), vocab=int(subject.config["vocab_size"]))
+    widened = (padded.hidden, padded.ffn) != (plain.hidden, plain.ffn)
+    rows = []
+    for kind in FILE_TYPES.values():
+        size = plain.tensor_bytes(kind) + head
+        rows.append(
+            Forecast(
+                type=kind.name,
+                bytes=size,
+                bits_per_weight=size * 8 / plain.weights,
+                holds=plain.weights_by_type(plain.types(kind)),
+                padded_bytes=padded.tensor_bytes(kind) + head if widened else None,
+                advice=suggestion(plain, kind),
+            )
+        )
+    return tuple(rows), None
+
+
+def subject_of_plan(made: Plan) -> Subject:
+    """A plan as a subject, its gates still zeros; PlanError where llama.cpp has no words for it, with the reasons.
+
+    Missing weights are no reason: sizes need none.
+    """
+    problems = [problem for problem in made.problems if not problem.startswith("no weights in")]
+    if made.fmt is None or made.base.family is None or problems:
+        raise PlanError(
+            f"llama.cpp cannot say this MoE: {'; '.join(problems) or 'no stock format holds it'}",
+            hint="chat, audit and evaluation run it as it is; only GGUF needs a stock format",
+        )
+    gates = {name: TensorWrite(name, made.dtype, shape, (), (Constant(0.0),)) for name, shape in made.routers.items()}
+    return Subject(
+        name=made.recipe.name or Path(made.recipe.origin).stem or "moe",
+        fmt=made.fmt,
+        family=made.base.family,
+        config=made.base.config,
+        folder=made.base.folder,
+        backbone=made.backbone,
+        nodes=made.nodes,
+        shared=made.shared,
+        gates=gates,
+        gated_shared=made.gated_shared,
+        top_k=made.recipe.experts_per_token,
+    )
+
+
+def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:
+    """About how large the head of a GGUF file is: the vocabulary and merges of `folder`, and a line per tensor."""
+    file, model = folder / "tokenizer.json", {}
+    if file.is_file():
+        try:
+            model = json.loads(file.read_bytes())["model"]
+        except (ValueError, KeyError, TypeError):
+            model = {}
+    tokens, merges = model.get("vocab") or {}, model.get("merges") or []
+    words = tokens if isinstance(tokens, dict) else [str(piece[0]) for piece in tokens]
+    size = sum(8 + len(word.encode()) for word in words) + 10 * max(0, vocab - len(words)) + 4 * vocab
+    if model.get("byte_fallback"):
+        return size + 4 * vocab + 64 * tensors + 2000
+    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
+    return size + sum(8 + len(pair.encode()) for pair in pairs) + 64 * tensors + 2000

@@ -1,0 +1,321 @@
+"""What an MoE becomes as GGUF: the architecture that can say it, every tensor of the file, its types and its size.
+
+Reads configs and tokenizer files only; knows nothing of torch, of the gguf package or of how values are computed.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.checkpoint.tensors import Scale, TensorWrite
+from frankenmoe.errors import PlanError
+from frankenmoe.families import Family, MoEFormat, rope
+from frankenmoe.families.llamacpp import (
+    ARCHS,
+    EXPERTS,
+    MAX_EXPERTS,
+    NAMES,
+    PLAIN,
+    ROUTER,
+    SHARED_EXPERT,
+    SHARED_ROUTER,
+    WIDE_BLOCK,
+    Arch,
+    FileType,
+    MixFacts,
+    generic_name,
+    gguf_name,
+    row_bytes,
+    tensor_type,
+)
+from frankenmoe.planning.tree import ExpertNode
+
+ALIGNMENT = 32  # bytes; where the tensors of a GGUF file begin
+SCALINGS = ("default", "linear", "yarn", "llama3")
+HALF = Scale(0.5)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An MoE as its file will need it, from a plan or from a built artifact: writes under dense names, gates by name.
+
+    `config` is the dense base's. `gates` has every router's write, `gated_shared` whether the shared expert has one.
+    `halve_shared` where the stored shared expert is doubled to make up for a constant gate of one half. `about` is what
+    the file's metadata says of its making.
+    """
+
+    name: str
+    fmt: MoEFormat
+    family: Family
+    config: Mapping[str, Any]
+    folder: Path
+    backbone: tuple[TensorWrite, ...]
+    nodes: tuple[ExpertNode, ...]
+    shared: tuple[ExpertNode, ...]
+    gates: Mapping[str, TensorWrite]
+    gated_shared: bool
+    top_k: int
+    halve_shared: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def normalizes(self) -> bool | None:
+        """Whether the chosen experts' weights sum to one; None where both ways come to the same."""
+        if self.top_k == len(self.nodes):
+            return None
+        return self.top_k > 1 or self.fmt.renormalizes_top1
+
+    @property
+    def shared_kind(self) -> str:
+        return "gated" if self.shared and self.gated_shared else "plain" if self.shared else "none"
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor of the file: `parts` stacked along the first of `shape` (numpy order), each padded with zeros to it.
+
+    `heads` > 0: rows are reordered so that rotary pairs are neighbours. `factor` multiplies the values; `values` stands
+    in for parts that no checkpoint holds.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parts: tuple[TensorWrite, ...]
+    heads: int = 0
+    factor: float = 1.0
+    values: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class GgufLayout:
+    """Everything about the file but its types: `arch`, `tensors` in order, the mix's facts, what a reader should know.
+
+    `hidden` and `ffn` are the file's own sizes, wider than the model's where it is padded; `notes` are sentences.
+    """
+
+    arch: Arch
+    tensors: tuple[GgufTensor, ...]
+    facts: MixFacts
+    hidden: int
+    ffn: int
+    eps: float
+    notes: tuple[str, ...]
+
+    @cached_property
+    def weights(self) -> int:
+        """Parameters of the model itself, without padding."""
+        return sum(math.prod(write.shape) for tensor in self.tensors for write in tensor.parts)
+
+    def types(self, kind: FileType, *, imatrix: bool = False) -> dict[str, str]:
+        """Tensor name -> its type in a file of this kind."""
+        facts = replace(self.facts, imatrix=imatrix)
+        return {tensor.name: tensor_type(tensor.name, tensor.shape, kind, facts) for tensor in self.tensors}
+
+    def tensor_bytes(self, kind: FileType, *, imatrix: bool = False) -> int:
+        """Bytes of all tensors, each aligned."""
+        types = self.types(kind, imatrix=imatrix)
+        return sum(aligned(nbytes(tensor.shape, types[tensor.name])) for tensor in self.tensors)
+
+    def weights_by_type(self, types: Mapping[str, str]) -> dict[str, int]:
+        """How many of the model's weights each type holds, most first."""
+        held: dict[str, int] = {}
+        for tensor in self.tensors:
+            name = types[tensor.name]
+            held[name] = held.get(name, 0) + sum(part.numel for part in tensor.parts)
+        return dict(sorted(held.items(), key=lambda item: -item[1]))
+
+    def survives(self, kind: FileType) -> bool:
+        """Whether most weights of a file of this kind have the type that gives it its name."""
+        held = self.weights_by_type(self.types(kind))
+        return 2 * held.get(kind.base, 0) > self.weights
+
+
+def layout(subject: Subject, *, pad256: bool = False) -> GgufLayout:
+    """The file of a subject; PlanError naming what llama.cpp cannot say, and why.
+
+    `pad256` widens hidden and FFN to multiples of 256 with zeros. That is exact: a norm over d' numbers, d' - d of them
+    zero, divides by sqrt(d / d') too little, which its weights and its epsilon make up for.
+    """
+    reasons, notes = _cannot(subject)
+    arch, odd = choose_arch(subject)
+    if reasons or arch is None:
+        raise PlanError(
+            f"llama.cpp cannot say this MoE: {'; '.join((*reasons, *odd))}",
+            hint="chat, audit and evaluation run it as it is; `frankenmoe build` writes it for transformers and vLLM",
+        )
+    dims = subject.family.dims(subject.config)
+    wide = {"hidden": _up(dims.hidden), "ffn": _up(dims.ffn)} if pad256 else {"hidden": dims.hidden, "ffn": dims.ffn}
+    if pad256 and not arch.free_heads:
+        raise PlanError(
+            f"--pad256 widens the hidden size, and llama.cpp's {arch.name} has heads that must fill it",
+            hint="leave --pad256 out",
+        )
+    tensors = tuple(_tensors(subject, arch, wide))
+    if pad256:
+        narrow, padded = f"{dims.hidden}/{dims.ffn}", f"{wide['hidden']}/{wide['ffn']}"
+        notes = (*notes, f"padded with zeros from {narrow} to {padded}: LoRAs and merges for {narrow} do not fit it")
+    return GgufLayout(
+        arch=arch,
+        tensors=tensors,
+        facts=MixFacts(
+            layers=dims.layers,
+            experts=len(subject.nodes),
+            tied=all(tensor.name != "output.weight" for tensor in tensors),
+            is_70b=arch.name == "llama" and dims.layers == 80 and dims.heads != dims.kv_heads,
+        ),
+        hidden=wide["hidden"],
+        ffn=wide["ffn"],
+        eps=subject.family.value(subject.config, "rms_norm_eps") * dims.hidden / wide["hidden"],
+        notes=notes,
+    )
+
+
+def choose_arch(subject: Subject) -> tuple[Arch | None, tuple[str, ...]]:
+    """The first architecture that computes exactly this MoE, or None and the reasons."""
+    names = {write.name.rpartition("self_attn.")[2] for write in subject.backbone if "self_attn." in write.name}
+    qk_norm, bias = "q_norm.weight" in names, any(name.endswith(".bias") for name in names)
+    dims = subject.family.dims(subject.config)
+    for arch in ARCHS:
+        if (
+            subject.normalizes in (arch.normalizes, None)
+            and subject.shared_kind == arch.shared
+            and qk_norm == arch.qk_norm
+            and (arch.qkv_bias or not bias)
+            and (arch.free_heads or dims.heads * dims.head_dim == dims.hidden)
+        ):
+            return arch, ()
+    weights = "whose weights sum to one" if subject.normalizes else "whose weights are left as the softmax gives them"
+    norms = ", a norm on q and k" if qk_norm else ""
+    return None, (
+        f"no architecture of it has top-{subject.top_k} experts {weights}, "
+        f"{'no' if subject.shared_kind == 'none' else f'a {subject.shared_kind}'} shared expert{norms}"
+        f"{' and attention biases' if bias else ''} together",
+    )
+
+
+def _cannot(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """(reasons why no architecture will do, notes on what is lost without changing a reply)."""
+
+    def value(key: str) -> Any:
+        return subject.family.value(subject.config, key)
+
+    reasons, notes = [], []
+    if subject.fmt.name == "flex_olmo":
+        reasons.append("it has no FlexOlmo (norms behind attention and experts)")
+    if value("hidden_act") != "silu":
+        reasons.append(f"its experts know silu only, these have {value('hidden_act')}")
+    if len(subject.nodes) > MAX_EXPERTS:
+        reasons.append(f"it allows {MAX_EXPERTS} experts, these are {len(subject.nodes)}")
+    odd = [write.name for write in subject.backbone if gguf_name(write.name) is None]
+    if odd and subject.fmt.name != "flex_olmo":
+        reasons.append(f"it has no place for {odd[0]}")
+    rotary = rope(subject.family, subject.config)
+    if rotary["rope_type"] not in SCALINGS:
+        reasons.append(f"it has no rope scaling {rotary['rope_type']!r}")
+    window = value("sliding_window")
+    if window is not None and window < subject.config.get("max_position_embeddings", window):
+        notes.append(f"llama.cpp has no sliding window here: beyond {window} tokens it attends to more than the source")
+    return tuple(reasons), tuple(notes)
+
+
+def _tensors(subject: Subject, arch: Arch, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
+    """Embedding, head and norm, then layer by layer; dense rows from the family's table, experts stacked."""
+    dims = subject.family.dims(subject.config)
+    factor = math.sqrt(dims.hidden / wide["hidden"])
+    specs = {spec.name: spec.shape for spec in subject.family.backbone}
+    heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}
+    writes = {write.name: write for write in subject.backbone}
+    if arch.own_head and "lm_head.weight" not in writes:
+        writes["lm_head.weight"] = replace(writes["model.embed_tokens.weight"], name="lm_head.weight")
+    rows: dict[int, list[GgufTensor]] = {layer: [] for layer in range(-1, dims.layers)}
+    for name, write in writes.items():
+        layer, generic = generic_name(name)
+        shape = tuple(wide.get(symbol, dims.size(symbol)) for symbol in specs[generic])
+        inside = name.rpartition("self_attn.")[2].split(".")[0]
+        rows[layer].append(
+            GgufTensor(
+                name=NAMES[generic].format(layer=layer),
+                shape=shape,
+                parts=(write,),
+                heads=heads.get(inside, 0) if arch.interleaved else 0,
+                factor=factor if specs[generic] == ("hidden",) and name.endswith("norm.weight") else 1.0,
+            )
+        )
+    rotary = rope(subject.family, subject.config)
+    yield from rows[-1]
+    if rotary["rope_type"] == "llama3":
+        freqs = llama3_factors(rotary, dims.head_dim)
+        yield GgufTensor("rope_freqs.weight", (len(freqs),), (), values=freqs)
+    for layer in range(dims.layers):
+        yield from rows[layer]
+        yield from _experts(subject, layer, wide)
+
+
+def _experts(subject: Subject, layer: int, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
+    hidden, ffn, count = wide["hidden"], wide["ffn"], len(subject.nodes)
+    gate = subject.gates[subject.fmt.gate.format(layer=layer)]
+    yield GgufTensor(ROUTER.format(layer=layer), (count, hidden), (gate,))
+    for suffix, name in EXPERTS.items():
+        shape = (hidden, ffn) if suffix.startswith("down") else (ffn, hidden)
+        parts = tuple(node.folded(layer, suffix) for node in subject.nodes)
+        yield GgufTensor(name.format(layer=layer), (count, *shape), parts)
+    for node in subject.shared:
+        for suffix, name in SHARED_EXPERT.items():
+            down = suffix.startswith("down")
+            write = node.folded(layer, suffix)
+            halved = down and subject.halve_shared
+            shape = (hidden, ffn) if down else (ffn, hidden)
+            yield GgufTensor(name.format(layer=layer), shape, (write,), factor=HALF.factor if halved else 1.0)
+    if subject.shared_kind == "gated":
+        assert subject.fmt.shared_gate is not None
+        write = subject.gates[subject.fmt.shared_gate.format(layer=layer)]
+        yield GgufTensor(SHARED_ROUTER.format(layer=layer), (hidden,), (replace(write, shape=(write.numel,)),))
+
+
+def llama3_factors(rotary: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
+    """What llama.cpp divides each rotary frequency by: 1 for short wavelengths, `factor` for long, smooth between.
+
+    The formula is that of Llama 3.1, as transformers' `llama3` rope type has it.
+    """
+    factor, low = float(rotary["factor"]), float(rotary.get("low_freq_factor", 1.0))
+    high = float(rotary.get("high_freq_factor", 4.0))
+    context = float(rotary["original_max_position_embeddings"])
+    found = []
+    for index in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * float(rotary["rope_theta"]) ** (index / head_dim)
+        if wavelength < context / high:
+            found.append(1.0)
+        elif wavelength > context / low:
+            found.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(found)
+
+
+def nbytes(shape: tuple[int, ...], kind: str) -> int:
+    """Bytes of a tensor of a type."""
+    return math.prod(shape[:-1]) * row_bytes(kind, shape[-1])
+
+
+def aligned(size: int) -> int:
+    """A size rounded up to where the next tensor may begin."""
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
+def _up(size: int) -> int:
+    return -(-size // WIDE_BLOCK) * WIDE_BLOCK
+
+
+def suggestion(found: GgufLayout, kind: FileType) -> str | None:
+    """A sentence for a K-quant file of which little is K-quants, naming what to take instead; else None."""
+    if kind.name not in PLAIN or found.survives(kind):
+        return None
+    mostly = list(found.weights_by_type(found.types(kind)))[:2]
+    return (
+        f"{kind.name} is mostly {' and '.join(mostly)} on this shape: K-quants need rows of a multiple of "
+        f"{WIDE_BLOCK}, these have {found.hidden} and {found.ffn}; take {PLAIN[kind.name]}, or --pad256"
+    )

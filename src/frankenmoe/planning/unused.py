@@ -1,0 +1,56 @@
+"""What of the sources goes into nothing, and why; knows nothing of formats or the bill."""
+
+from collections.abc import Iterable
+
+from frankenmoe.checkpoint.tensors import Lora, TensorWrite
+from frankenmoe.planning.sources import BUFFER, Anatomy, Source
+from frankenmoe.planning.tree import FFN_ADAPTER, ExpertNode
+
+Row = tuple[str, str, str]
+"""(source, tensor, reason)."""
+
+
+def unused_tensors(
+    parts: Iterable[tuple[Source, Anatomy]],
+    *,
+    base: Source,
+    averaged: bool,
+    trained: bool,
+    nodes: tuple[ExpertNode, ...],
+    backbone: tuple[TensorWrite, ...],
+) -> tuple[Row, ...]:
+    """A row for every tensor of every source that nothing is made from; `nodes` with the shared experts."""
+    leaves = [leaf for node in nodes for leaf in node.leaves()]
+    folded = [leaf.folded(layer, suffix) for leaf in leaves for layer, row in enumerate(leaf.ffn) for suffix in row]
+    steps = [step for write in (*backbone, *folded) for step in write.steps if isinstance(step, Lora)]
+    used = {ref for write in (*backbone, *folded) for ref in write.inputs}
+    used |= {ref for step in steps for ref in (step.a, step.b)}
+    rows: list[Row] = []
+    for source, found in parts:
+        inside_ffn = {name for layer in found.ffn for name, _ in layer.values()}
+        for name, ref in source.checkpoint.tensors.items():
+            if ref not in used:
+                why = _reason(name, found, inside_ffn, averaged=averaged)
+                rows.append((str(source.name), name, f"{why}, or training replaced it" if trained else why))
+        for name, ref in source.adapter.tensors.items() if source.adapter else ():
+            if ref not in used:
+                rows.append((str(source.name), name, _adapter_reason(name, is_base=source is base)))
+    return tuple(dict.fromkeys(rows))
+
+
+def _reason(name: str, found: Anatomy, inside_ffn: set[str], *, averaged: bool) -> str:
+    if name in inside_ffn:
+        return "the base's own FFN is not among the experts"
+    if name in found.backbone:
+        return "the backbone is the experts' average" if averaged else "the backbone comes from the base"
+    if BUFFER.search(name):
+        return "a buffer that is recomputed from the config"
+    if name == "lm_head.weight":
+        return "the head is tied to the embeddings, and holds the same numbers"
+    return "not a tensor of this family"
+
+
+def _adapter_reason(name: str, *, is_base: bool) -> str:
+    if is_base and FFN_ADAPTER.search(name):
+        return "the base's own FFN is not among the experts"
+    return "the adapter changes the backbone, and an expert is an FFN only"

@@ -1,0 +1,267 @@
+"""The sections of a card about what was made and how to use it, as Markdown; a section without evidence says why.
+
+Every number in them comes from the plan, the record or a report.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean
+from typing import Any
+
+import yaml
+
+from frankenmoe.publish.facts import ExpertRow, Facts, shown
+from frankenmoe.publish.privacy import local_names, without_folders
+from frankenmoe.publish.reports import Evidence, Exported, Training
+from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipestages import SECTIONS
+
+GIB = 2**30
+LOCAL = "folder/of/this/repository"
+# formats that vLLM's list of supported models names
+IN_VLLM = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "deepseek"})
+GATE_WORDS = {
+    "hidden": "from the base's states before each layer, at the last token of every prompt",
+    "hidden_last": "from the base's states before each layer, at the last token of every prompt",
+    "hidden_avg": "from the base's states before each layer, averaged over every prompt",
+    "cheap_embed": "from the embeddings of the prompts' tokens",
+    "centroid": "in closed form at the routers' own inputs, to the mean of each expert's text",
+    "lda": "in closed form at the routers' own inputs, by linear discriminant analysis of the experts' texts",
+    "ridge": "in closed form at the routers' own inputs, by ridge regression on the experts' texts",
+    "logistic": "at the routers' own inputs, by logistic regression on the experts' texts",
+    "random": "by chance",
+    "uniform_random": "by chance",
+}
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a section is left out, and what would fill it."""
+
+    reason: str
+
+
+def merged(facts: Facts, evidence: Evidence) -> str | Missing:
+    """A row per expert."""
+    rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
+    base = facts.recipe["base_model"]
+    base = base if isinstance(base, str) else base["model"]["path"]
+    backbone = (
+        "is the average of all parents'" if facts.recipe.get("backbone") == "average" else f"is that of `{shown(base)}`"
+    )
+    table = markdown(("expert", "made of", "prompts", "data"), rows)
+    return (
+        f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
+        f"attention, norms, head) {backbone}."
+    )
+
+
+def _expert_rows(experts: Sequence[ExpertRow], *, shared: bool = False) -> Iterator[tuple[str, ...]]:
+    for index, row in enumerate(experts):
+        data = ", ".join(f"`{name}`" for name in row.data) or "-"
+        label = f"shared: {row.name}" if shared else f"{index} {row.name}"
+        yield label, f"`{row.made_of}`" if " " not in row.made_of else row.made_of, str(row.prompts or "-"), data
+
+
+def bill(facts: Facts, evidence: Evidence) -> str | Missing:
+    """Parameters and bytes, and why they are fewer than the names of the parents add up to."""
+    if facts.plan is None:
+        return Missing(f"the bill needs the sources' headers, and {facts.lost}")
+    made, count = facts.plan, facts.plan.experts
+    costs = made.bill
+    dense = costs.shared + costs.per_expert
+    rows = [
+        ("parameters", f"{costs.total:,} ({billions(costs.total)})"),
+        ("active per token", f"{costs.active:,} ({billions(costs.active)})"),
+        ("layers x experts, per token", f"{made.layers} x {count}, {made.recipe.experts_per_token}"),
+        ("weights on disk", f"{gib(costs.built)} as {made.dtype_name}"),
+        ("memory for the weights", f"{gib(costs.memory_built)} built, {gib(costs.memory_virtual)} virtual"),
+        ("KV cache", f"{costs.kv_per_token / 2**10:.1f} KiB per token (16 bit)"),
+    ]
+    used = made.recipe.experts_per_token
+    return (
+        f"{markdown(('', ''), rows)}\n\n{count} models of {billions(dense)} would be {billions(count * dense)}. This "
+        f"one is {billions(costs.total)}, since everything but the FFNs is there once. A token meets {used} of {count} "
+        f"experts in each layer and so computes like a dense model of {billions(costs.active)}, not of "
+        f"{billions(used * dense)}; but all parameters must be in memory, as the next token may need any of them."
+    )
+
+
+def routers(facts: Facts, evidence: Evidence) -> str | Missing:
+    """How the gates began, then every stage that changed them."""
+    training = evidence.get(Training)
+    first, *later = facts.stages or ({},)
+    lines = [_began(facts, first)]
+    for stage in later:
+        name = stage.get("stage")
+        if name == "fit":
+            lines.append(_fitted("They were fitted again", stage["fit"]))
+        elif name == "add-expert":
+            lines.append("An expert was added, and its row of the gates fitted, without touching the others' text.")
+        elif name == "train" and training is None:
+            lines.append("They were then trained together with the experts.")
+    if training:
+        lines.append(
+            f"Then {', '.join(training.what)} were trained, {training.steps} steps. Mean loss on text held out from "
+            f"{', '.join(training.domains)}: {training.before:.4f} nats per token before, {training.kept:.4f} in the "
+            f"state that was kept (step {training.best_step})."
+        )
+    return " ".join(lines)
+
+
+def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
+    if stage.get("fit"):
+        return _fitted("The gates of every layer were fitted", stage["fit"])
+    made = GATE_WORDS.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
+    return f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`)."
+
+
+def _fitted(start: str, fit: Mapping[str, Any]) -> str:
+    """A fit as the artifact's record keeps it: method, text by expert, mean held-out losses."""
+    method, losses = str(fit["method"]), fit["held_out_loss"]
+    tokens = sum(text["tokens"] for text in fit["text"].values())
+    after, own = mean(losses["after"].values()), mean(losses["own_expert"].values())
+    before = f"{mean(losses['before'].values()):.4f} nats per token before, " if losses.get("before") else ""
+    return (
+        f"{start} {GATE_WORDS.get(method, method)} (`{method}`), on {tokens:,} tokens for {len(fit['text'])} experts. "
+        f"On text held out from the fit the mean loss is {before}{after:.4f} nats per token with these routers and "
+        f"{own:.4f} where every text goes to its own expert."
+    )
+
+
+def files(facts: Facts, evidence: Evidence) -> str | Missing:
+    """A row per GGUF file, with how far it is from its source where that was measured."""
+    exported = evidence.get(Exported)
+    if exported is None or not exported.files:
+        return Missing("no GGUF files were made; `frankenmoe export` makes them")
+    rows = [
+        (
+            f"`{file.name}`",
+            file.type,
+            gigabytes(file.bytes),
+            f"{file.bits:.2f}",
+            "-" if file.kl is None else f"{file.kl:.1e}",
+            "-" if file.top1 is None else f"{file.top1:.1%}",
+            "-" if file.perplexity_ratio is None else f"{file.perplexity_ratio:.4f}",
+            "-" if file.speed is None else f"{file.speed:.1f}",
+        )
+        for file in exported.files
+    ]
+    head = ("file", "type", "size", "bits per weight", "KL", "same best token", "perplexity", "tokens/s")
+    text = markdown(head, rows)
+    if any(file.kl is not None for file in exported.files):
+        text += (
+            "\n\nKL is the mean divergence in nats of llama.cpp's next-token distribution from that of the unquantized "
+            "model, perplexity is a factor, tokens/s are those of the machine that made the files."
+        )
+    notes = dict.fromkeys(note for file in exported.files for note in file.notes)
+    return text + "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in notes)
+
+
+def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
+    """How to run it, in the programs that can."""
+    parts = []
+    if facts.built and facts.fmt and facts.fmt.loads_in_transformers:
+        parts.append(
+            "transformers:\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
+            f'model = AutoModelForCausalLM.from_pretrained("{model}", dtype="auto", device_map="auto")\n'
+            'ids = tokenizer("Once upon a time", return_tensors="pt").to(model.device)\n'
+            "print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))\n```"
+        )
+    parts.append(
+        "frankenmoe, which shows the experts of every token:\n\n"
+        f'```sh\nfrankenmoe chat {LOCAL} --prompt "Once upon a time" --trace\n```'
+    )
+    if not facts.built:
+        parts.append(
+            "This is a virtual artifact: recipe, hashes and routers. It needs the models it is made of at the places "
+            "its recipe names, and runs straight from them; `frankenmoe build` makes a checkpoint of it that other "
+            "programs load."
+        )
+    exported = evidence.get(Exported)
+    if exported and exported.files:
+        parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {exported.files[0].name} -p "Once upon a time" -n 100\n```')
+    if facts.built and facts.fmt and facts.fmt.name in IN_VLLM:
+        parts.append(
+            f"vLLM lists this format among those it serves (not tried for this card):\n\n```sh\nvllm serve {model}\n```"
+        )
+    return "\n\n".join(parts)
+
+
+def licences(facts: Facts, evidence: Evidence) -> str | Missing:
+    """A row per source, then what follows from them."""
+    if facts.plan is None:
+        return Missing(f"the sources' licences are in their folders, and {facts.lost}")
+    rows = [(f"`{source}`", found or "none declared") for source, found in facts.licences.by_source]
+    text = markdown(("source", "licence"), rows)
+    findings = [f"{finding[0].upper()}{finding[1:]}." for finding in facts.licences.findings]
+    if not findings and facts.licences.chosen:
+        findings = [f"All sources are under {facts.licences.chosen}, and so is this model."]
+    if facts.licences.chosen is None:
+        findings.append("This card therefore declares no licence: the author has to.")
+    return text + "".join(f"\n\n{finding}" for finding in findings)
+
+
+def primer(facts: Facts, evidence: Evidence) -> str | Missing:
+    """What a reader of an MoE's card expects to be explained, with this model's own numbers."""
+    experts, used = len(facts.experts), facts.artifact.record.get("experts_per_token")
+    nested = any(row.made_of.startswith("a mixture of its own") for row in facts.experts)
+    return "\n\n".join(
+        (
+            f"A sparse mixture of experts has, in place of the one FFN of each layer, several: here {experts} experts. "
+            "An expert may be an FFN, a more complex network, or a mixture itself"
+            f"{' (as some are here)' if nested else ' (none is here)'}. A router, one matrix of learned numbers, gives "
+            f"every expert a score for every token; the token goes to the {used} best, and their outputs are added up, "
+            "weighted by the scores.",
+            "Left to itself, a router under training comes to favour the same few experts, which then learn the most. "
+            "An auxiliary loss (`aux_loss` in transformers) evens that out, and a capacity limits how many tokens one "
+            "expert may process; what is over it passes by. Mixtures overfit more easily than dense models when they "
+            "are fine-tuned.",
+            "In a mixture merged from finished models the router has not grown up with its experts. How this one's "
+            "came about is said above.",
+        )
+    )
+
+
+def recipe(facts: Facts, evidence: Evidence) -> str | Missing:
+    """What the recipe says of the model, without the names of folders on the machine that made it."""
+    said = {key: value for key, value in facts.recipe.items() if key not in SECTIONS}
+    plain = without_folders(said, local_names(facts.artifact))
+    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+    return f"<details>\n<summary>{facts.name}.yml</summary>\n\n```yaml\n{text}```\n\n</details>"
+
+
+def prompted(facts: Facts) -> bool:
+    """Whether the routers are what prompts made them."""
+    return facts.gate_mode in PROMPT_MODES and not any(stage.get("stage") in ("fit", "train") for stage in facts.stages)
+
+
+def left_to_chance(facts: Facts) -> bool:
+    """Whether nothing but chance has set the routers."""
+    return facts.gate_mode in RANDOM_MODES and not any(stage.get("stage") in ("fit", "train") for stage in facts.stages)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; bars in cells are escaped, line ends become spaces."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def billions(count: int) -> str:
+    """A parameter count as people say it."""
+    return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"
+
+
+def gigabytes(count: int) -> str:
+    """A file's size as download pages say it, in powers of ten."""
+    return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
+
+
+def gib(count: int) -> str:
+    """Bytes in GiB, or in MiB where that reads better."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"

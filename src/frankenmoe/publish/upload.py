@@ -1,0 +1,241 @@
+"""Artifact -> a repository on the hub: what would go, how large, under which licences, and then, if asked, the sending.
+
+Sends nothing that it did not list, and knows no token: huggingface_hub's own login is used.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from types import MappingProxyType
+from typing import Any
+
+from frankenmoe.artifact import Artifact
+from frankenmoe.errors import ArtifactError, FrankenMoEError
+from frankenmoe.publish.facts import gather
+from frankenmoe.publish.privacy import as_published, local_names
+from frankenmoe.suggest import did_you_mean
+
+CARD = "README.md"
+# a group's files, as patterns below the artifact's folder; a file belongs to the first group that knows it
+GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "card": (CARD, "routing.png"),
+        "weights": ("*.safetensors", "*.safetensors.index.json", "config.json", "frankenmoe.json", "recipe.yml"),
+        "gguf": ("*.gguf", "gguf/*.gguf"),
+        "reports": ("reports/**/*",),
+        "tokenizer": ("*.json", "*.model", "*.txt", "*.jinja"),
+    }
+)
+LEFTOVERS = (".partial", ".lock", ".tmp")
+
+
+@dataclass(frozen=True)
+class Item:
+    """One file to send: its path in the repository, where it lies, its size in bytes, its group."""
+
+    path: str
+    file: Path
+    size: int
+    group: str
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """What a push would do. `warnings` are what a careful person wants to know first."""
+
+    repo: str
+    private: bool
+    items: tuple[Item, ...]
+    licences: tuple[tuple[str, str | None], ...]
+    declared: str | None
+    warnings: tuple[str, ...]
+    names: Mapping[str, str] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes in all."""
+        return sum(item.size for item in self.items)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The shipment as plain data."""
+        return {
+            "repo": self.repo,
+            "private": self.private,
+            "bytes": self.size,
+            "files": [{"path": item.path, "bytes": item.size, "group": item.group} for item in self.items],
+            "licence": self.declared,
+            "licences": [{"source": source, "licence": found} for source, found in self.licences],
+            "warnings": list(self.warnings),
+        }
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A finished push: the repository's page and the commit's."""
+
+    page: str
+    commit: str
+
+
+def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Sequence[str] | None = None) -> Shipment:
+    """Lists what would be sent; reads local files only. `groups` are names in GROUPS, None for all.
+
+    Raises ArtifactError for an unknown group, a name that is no org/name, or a choice without files.
+    """
+    check_repo_name(repo)
+    for group in groups or ():
+        if group not in GROUPS:
+            raise ArtifactError(f"{group!r} is not a kind of file to push", hint=did_you_mean(group, GROUPS))
+    wanted = groups or tuple(GROUPS)
+    items = tuple(item for item in list_files(artifact.folder) if item.group in wanted)
+    empty = [group for group in groups or () if not any(item.group == group for item in items)]
+    if empty or not items:
+        raise ArtifactError(
+            f"{artifact.folder} has no files of the kind {', '.join(empty) or 'asked for'}",
+            hint="`frankenmoe export` writes gguf, `frankenmoe card` the card, `frankenmoe audit` and `eval` reports",
+        )
+    facts = gather(artifact)
+    return Shipment(
+        repo=repo,
+        private=private,
+        items=items,
+        licences=facts.licences.by_source,
+        declared=facts.licences.chosen,
+        warnings=tuple(_warnings(artifact, facts.licences.findings, facts.lost, items, wanted)),
+        names=local_names(artifact),
+    )
+
+
+def list_files(folder: Path) -> Iterator[Item]:
+    """Every file of an artifact that belongs to a group, by path; links out of the folder are refused."""
+    root = folder.resolve()
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        path = PurePosixPath(file.relative_to(folder).as_posix())
+        group = next((name for name, patterns in GROUPS.items() if _matches(path, patterns)), None)
+        if group is None or path.name.endswith(LEFTOVERS) or any(part.startswith(".") for part in path.parts):
+            continue
+        if not file.resolve().is_relative_to(root) and group != "gguf":
+            raise ArtifactError(
+                f"{file} is a link to {file.resolve()}, outside the artifact", hint="put the file itself there"
+            )
+        yield Item(str(path), file, file.stat().st_size, group)
+
+
+def _matches(path: PurePosixPath, patterns: Sequence[str]) -> bool:
+    for pattern in patterns:
+        head, deep, _ = pattern.partition("/**/")
+        if deep and path.parts[0] == head and len(path.parts) > 1:
+            return True
+        if not deep and len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern):
+            return True
+    return False
+
+
+def _warnings(
+    artifact: Artifact, findings: Sequence[str], lost: str | None, items: Sequence[Item], groups: Sequence[str]
+) -> Iterator[str]:
+    if "card" in groups and not any(item.path == CARD for item in items):
+        yield "there is no README.md: nobody will know what this is; `frankenmoe card` writes one"
+    yield from findings
+    if lost:
+        yield f"the sources' licences cannot be read: {lost}"
+    if artifact.form == "virtual" and "weights" in groups:
+        yield "a virtual artifact holds recipe and routers only: whoever wants to run it needs its sources as well"
+
+
+def send(shipment: Shipment, *, message: str, bars: bool = False) -> Sent:
+    """Creates the repository if need be and sends everything as one commit: the hub shows all of it or nothing.
+
+    Interrupted, the same call goes on: what the hub has received it does not ask for again. `bars` lets
+    huggingface_hub draw its progress bars. Raises ArtifactError with what to do where the hub refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
+
+    (enable_progress_bars if bars else disable_progress_bars)()
+    api = huggingface_hub.HfApi(library_name="frankenmoe")
+    try:
+        api.whoami()
+        page = api.create_repo(shipment.repo, private=shipment.private, exist_ok=True)
+        operations = [
+            huggingface_hub.CommitOperationAdd(item.path, as_published(item.file, path=item.path, names=shipment.names))
+            for item in shipment.items
+        ]
+        done = api.create_commit(shipment.repo, operations, commit_message=message)
+    except FrankenMoEError:
+        raise
+    except Exception as error:  # whichever HTTP library the client uses this year, each with errors of its own
+        raise explained(error, repo=shipment.repo) from error
+    return Sent(str(page), str(done.commit_url))
+
+
+def check_repo_name(repo: str) -> None:
+    """ArtifactError for what the hub would not take as the name of a repository, or that names no owner."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+        problem = "" if repo.count("/") == 1 else "it names no owner"
+    except HFValidationError as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        raise ArtifactError(f"{repo!r} is no name for a repository on the hub: {problem}", hint="write it as org/name")
+
+
+def explained(error: BaseException, *, repo: str) -> ArtifactError:
+    """What the hub's client raised, as one sentence and what to do about it."""
+    from huggingface_hub import errors
+
+    status = next((code for cause in _causes(error) if (code := _status(cause)) is not None), None)
+    match error, status:
+        case errors.LocalTokenNotFoundError(), _:
+            said, hint = "nobody is logged in to the hub on this machine", "log in with `hf auth login`"
+        case errors.OfflineModeIsEnabled(), _:
+            said, hint = "HF_HUB_OFFLINE is set, so nothing can be sent", "unset it to push"
+        case _, 401:
+            said, hint = (
+                f"the hub does not accept this machine's login for {repo}: its token has expired or was revoked",
+                "log in again with `hf auth login` (HF_TOKEN, where set, goes before it)",
+            )
+        case _, 403:
+            said, hint = (
+                f"the hub does not let this login write to {repo}",
+                "push to a name of your own, or use a token that may write there",
+            )
+        case _, 404:
+            said, hint = f"the hub knows no {repo} that this login may see", "check the spelling of org/name"
+        case _, 413 | 507:
+            said, hint = f"{repo} has no room for this: {_first_line(error)}", "send less with --files, or ask for room"
+        case _, 429:
+            said, hint = "the hub asks to slow down", "wait some minutes; the same command goes on from here"
+        case ValueError(), _ if "metadata" in str(error).lower():
+            said, hint = (
+                f"the hub does not accept the head of {CARD}: {' '.join(str(error).split())}",
+                "write it again with `frankenmoe card`",
+            )
+        case _ if status is not None and status >= 500:
+            said, hint = f"the hub failed (HTTP {status})", "try again later; the same command goes on from here"
+        case _:
+            said, hint = (
+                f"sending to {repo} failed: {_first_line(error)}",
+                "check the network; the same command goes on from here",
+            )
+    return ArtifactError(said, hint=hint)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it was raised from: uploads in threads wrap the hub's answer."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -1,0 +1,113 @@
+"""The executor: goes through the steps a recipe asks for, does those that changed, remembers each; decides no more."""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+from frankenmoe.artifact import Artifact, open_artifact, partial_folder
+from frankenmoe.building import load_recipe
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import Recipe
+from frankenmoe.running.job import MODEL, Job, Stage
+from frankenmoe.running.stages import check, stages_of
+from frankenmoe.running.state import State, Step, claimed, digest_of, is_done, prints, read_state, write_state
+
+
+@dataclass(frozen=True)
+class Done:
+    """One step in the summary: what it left in words, how long it took, and whether it was done now or before."""
+
+    name: str
+    said: str
+    seconds: float
+    now: bool
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A whole run: the artifact that came of it, and its steps in order."""
+
+    artifact: Artifact
+    steps: tuple[Done, ...]
+
+
+def run(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+    on_step: Callable[[Done], None] = lambda done: None,
+) -> Finished:
+    """Does every stage that a recipe asks for, in order, in the folder `out`; the model is in `out`/model.
+
+    A step whose recipe section, texts and earlier results are what they were, by content, is not done again. Killed at
+    any moment, the same call goes on with the step that was being done, which itself goes on where it can. `on_step`
+    hears of each step as it ends. Raises FrankenMoEError's children, for bad input before the first step.
+    """
+    out = Path(os.path.realpath(out))
+    recipe = load_recipe(recipe)
+    job = Job(recipe, out, trust_remote_code=trust_remote_code)
+    stages = stages_of(job)
+    check(job, stages)
+    with claimed(out):
+        done = []
+        for number, stage in enumerate(stages, 1):
+            found = _step(job, stage, numbered(progress, f"{number}/{len(stages)} {stage.name}"))
+            done.append(found)
+            on_step(found)
+        return Finished(open_artifact(out / MODEL), tuple(done))
+
+
+def _step(job: Job, stage: Stage, progress: Progress) -> Done:
+    """One step, skipped if it can be; its result is remembered before the next begins."""
+    state = read_state(job.out)
+    digest = digest_of(stage.name, stage.settings(job), prints(stage.inputs(job), root=job.out))
+    before = state.steps.get(stage.name)
+    if before is not None and is_done(before, digest=digest, out=job.out):
+        return Done(stage.name, before.said, before.seconds, now=False)
+    began = time.perf_counter()
+    folder = stage.folder(job) if stage.folder else None
+    # killed between the rename that made the folder whole and the line that says so
+    begun = state.doing == (stage.name, digest)
+    adopted = folder is not None and folder.is_dir() and begun
+    if not adopted:
+        if folder and not begun:
+            shutil.rmtree(partial_folder(folder), ignore_errors=True)  # begun from something that has changed since
+        others = {name: step for name, step in state.steps.items() if name != stage.name}
+        with replaced(folder) if folder else nullcontext():
+            # from here on the old result must not look new
+            state = State(others, (stage.name, digest))
+            write_state(job.out, state)
+            stage.act(job, progress)
+    said = stage.said(job)
+    step = Step(digest, prints(stage.outputs(job), root=job.out), said, round(time.perf_counter() - began, 3))
+    write_state(job.out, State({**state.steps, stage.name: step}))
+    return Done(stage.name, said, step.seconds, now=True)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """For making a folder anew: the old one is out of the way meanwhile, and comes back if that fails."""
+    old = folder.with_name(f"{folder.name}.old")
+    if folder.is_dir():
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+    try:
+        yield
+    except BaseException:
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def numbered(progress: Progress, prefix: str) -> Progress:
+    """The same listener, which hears which step is at work as well."""
+    return Progress(
+        start=lambda stage, total, unit: progress.start(f"{prefix}: {stage}", total, unit), advance=progress.advance
+    )

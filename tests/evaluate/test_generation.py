@@ -1,0 +1,128 @@
+"""Texts are those of transformers' own greedy generation, cut where lm-eval cuts them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+pytest.importorskip("lm_eval")
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+import tiny
+from frankenmoe.errors import NumericsError, SourceError
+from frankenmoe.evaluate.generation import cut
+from frankenmoe.evaluate.lm import PrefixLM
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "eos_token_id": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    torch.manual_seed(0)
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES)).eval()
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.2)
+    return made
+
+
+def tokenizer() -> Any:
+    made = tiny.make_tokenizer()
+    made.pad_token = made.eos_token
+    return made
+
+
+def asked(contexts: list[str], until: list[str], tokens: int = 40) -> list[Instance]:
+    settings = {"until": until, "do_sample": False, "temperature": 0.0, "max_gen_toks": tokens}
+    return [
+        Instance("generate_until", {}, (context, dict(settings)), 0, ("t", at, 1))
+        for at, context in enumerate(contexts)
+    ]
+
+
+CONTEXTS = [
+    "Once upon",
+    "Question: 1 + 1?\nAnswer:",
+    "x",
+    "The end of the world is near, said",
+    "ab" * 30,
+    "Why",
+    "A B C",
+]
+
+
+@pytest.mark.parametrize("rows", [1, 3, None])
+def test_texts_are_lm_evals(model: Any, rows: int | None) -> None:
+    ours = PrefixLM(model, tokenizer(), rows=rows).generate_until(asked(CONTEXTS, ["~", "q"]))
+    peer = HFLM(pretrained=model, tokenizer=tokenizer(), backend="causal", batch_size=3, add_bos_token=False)
+    assert ours == peer.generate_until(asked(CONTEXTS, ["~", "q"]), disable_tqdm=True)
+    assert len(set(map(len, ours))) > 1  # some stopped early
+
+
+def test_prompts_that_are_too_long_lose_their_left_end(model: Any) -> None:
+    requests = asked(["ab" * 300, "cd" * 200], ["~"], tokens=100)
+    lm = PrefixLM(model, tokenizer())
+    peer = HFLM(pretrained=model, tokenizer=tokenizer(), backend="causal", batch_size=2, add_bos_token=False)
+    assert lm.generate_until(requests) == peer.generate_until(requests, disable_tqdm=True)
+    assert lm.counts["cut"] == 1
+
+
+def test_requests_that_differ_in_their_stops_share_one_text(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    import frankenmoe.evaluate.lm as module
+
+    whole = module.generate
+    monkeypatch.setattr(module, "generate", lambda *a, **k: read.append(len(a[2])) or whole(*a, **k))
+    (long,) = PrefixLM(model, tokenizer()).generate_until(asked(["Once upon"], ["Question"]))
+    stop = long[len(long) // 2]
+    both = [*asked(["Once upon"], [stop, "Question"]), *asked(["Once upon"], ["Question"])]
+    assert PrefixLM(model, tokenizer()).generate_until(both) == [cut(long, [stop]), long]
+    assert read == [1, 1]
+
+
+def test_a_model_without_shared_reading_says_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = PrefixLM(model, tokenizer())
+    expected = lm.generate_until(asked(CONTEXTS, ["~", "q"]))
+    monkeypatch.setattr(lm, "sharing", type(lm.sharing)(0, True, "for this test"))
+    assert lm.generate_until(asked(CONTEXTS, ["~", "q"])) == expected
+
+
+def test_a_tokenizer_without_eos_is_refused(model: Any) -> None:
+    without = tiny.make_tokenizer()
+    without.eos_token = None
+    with pytest.raises(SourceError, match="no EOS token"):
+        PrefixLM(model, without).generate_until(asked(["Once"], ["~"]))
+
+
+def test_a_model_shorter_than_the_text_to_be_made_is_refused(model: Any) -> None:
+    with pytest.raises(SourceError, match="600 tokens are to be made, but the model sees 512"):
+        PrefixLM(model, tokenizer()).generate_until(asked(["Once"], ["~"], tokens=600))
+
+
+def test_nan_is_not_a_token(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    broken = AutoModelForCausalLM.from_pretrained(tmp_path)
+    lm = PrefixLM(broken, tokenizer())
+    with torch.no_grad():
+        broken.lm_head.weight[5] = float("nan")
+    with pytest.raises(NumericsError, match="NaN or infinity"):
+        lm.generate_until(asked(["Once"], ["~"]))
+
+
+def test_cut_at_the_first_stop() -> None:
+    assert cut("so: Question", ["Question", ":"]) == "so"
+    assert cut("so", []) == "so"

@@ -1,0 +1,159 @@
+"""llama.cpp splits texts as the source's tokenizer does, and a tokenizer that it would split otherwise is refused."""
+
+import json
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import gguftools
+import tiny
+from frankenmoe.errors import SourceError
+from frankenmoe.export.llama import Engine
+from frankenmoe.export.tokenizer import BYTE, CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, read_vocabulary
+from frankenmoe.exporting import export_gguf
+
+pytest.importorskip("gguf")
+pytest.importorskip("xllamacpp")
+
+TEXTS = [
+    *gguftools.WORDS.splitlines(keepends=True),
+    *(word for word in gguftools.WORDS.split()),
+    "hello  world", "tab\there", "end\n", "a\n\n\nb", "x = {'a': [1, 2.5e-3]}", "12345678", "don't DON'T I'LL we'Ve",
+    "中文字符和标点。", "🙂🙃🚀 emoji", "İstanbul ŞİİR", "école—ÉCOLE", "a" * 50,
+    "</s> in <s>", "\u00a0nbsp\u2009thin",
+]  # fmt: skip
+
+
+def engine(tmp_path: Path, tokenizer: Any) -> Engine:
+    base, *others = gguftools.parents(tmp_path, "llama", tokenizer=tokenizer)
+    path = tiny.write_recipe(tmp_path / "r.yml", base, others)
+    (file,) = export_gguf(path, tmp_path / "out", types=["f16"], allow_random=True)
+    return Engine(file.path, context=64)
+
+
+@pytest.mark.parametrize("name", PRE_TOKENIZERS.values())
+def test_byte_level_bpe(name: str, tmp_path: Path) -> None:
+    tokenizer = gguftools.bpe(name, bos=name == "llama-bpe")
+    running = engine(tmp_path, tokenizer)
+    for text in TEXTS:
+        assert gguftools.tokenize(running, text) == tokenizer(text)["input_ids"], text
+
+
+def test_sentencepiece_without_scores(tmp_path: Path) -> None:
+    tokenizer = gguftools.sentencepiece()
+    running = engine(tmp_path, tokenizer)
+    octets = ["<0xF0>", "<0x9F>", "<0x9A>", "<0x80>"]
+    assert tokenizer("🚀")["input_ids"][-4:] == tokenizer.convert_tokens_to_ids(octets)
+    for text in TEXTS:
+        if "<s>" not in text:  # whether a space follows a special token is not settled between the two
+            assert gguftools.tokenize(running, text) == tokenizer(text)["input_ids"], text
+
+
+def test_sentencepiece_by_its_own_file(tmp_path: Path) -> None:
+    """tokenizer.model alone: the same pieces, scores and kinds as from the merges of tokenizer.json."""
+    tokenizer = gguftools.sentencepiece()
+    tokenizer.save_pretrained(tmp_path)
+    config = {"bos_token_id": 1, "eos_token_id": 2}
+    by_merges = read_vocabulary(tmp_path, config, rows=len(tokenizer) + 3)
+    assert by_merges.types[-3:] == (UNUSED,) * 3
+    assert by_merges.types.count(BYTE) == 256
+    pieces = list(zip(by_merges.tokens, by_merges.scores, by_merges.types, strict=True))[:-3]
+    (tmp_path / "tokenizer.json").rename(tmp_path / "elsewhere.json")
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(sentencepiece_file(pieces)))
+    by_file = read_vocabulary(tmp_path, config, rows=len(tokenizer) + 3)
+    assert (by_file.tokens, by_file.types) == (by_merges.tokens, by_merges.types)
+    assert by_file.scores == by_merges.scores
+    assert by_file.add_bos
+    assert by_file.add_space_prefix
+
+
+def sentencepiece_file(pieces: list[tuple[str, float, int]]) -> Iterator[bytes]:
+    """A protocol buffer with these pieces, a BPE trainer and a dummy prefix."""
+
+    def field(number: int, raw: bytes) -> bytes:
+        return varint(number << 3 | 2) + varint(len(raw)) + raw
+
+    for text, score, kind in pieces:
+        body = field(1, text.encode()) + varint(2 << 3 | 5) + struct.pack("<f", score) + varint(3 << 3) + varint(kind)
+        yield field(1, body)
+    yield field(2, varint(3 << 3) + varint(2))
+    yield field(3, varint(3 << 3) + varint(1))
+
+
+def varint(value: int) -> bytes:
+    out = bytearray()
+    while True:
+        out.append(value & 0x7F | (0x80 if value > 0x7F else 0))
+        value >>= 7
+        if not value:
+            return bytes(out)
+
+
+def saved(folder: Path, raw: Tokenizer) -> Path:
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_special_tokens_keep_their_kinds(tmp_path: Path) -> None:
+    tokenizer = gguftools.bpe("gpt-2")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.add_tokens(["frankenmoe"])
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, len(tokenizer) - 2]}))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages }}")
+    found = read_vocabulary(tmp_path, {}, rows=len(tokenizer))
+    assert found.types[-2:] == (CONTROL, USER_DEFINED)
+    assert found.special == {"bos": 1, "eos": 2, "unknown": 0, "eot": len(tokenizer) - 2}
+    assert found.chat_template == "{{ messages }}"
+
+
+def test_an_unknown_split_is_refused_not_guessed(tmp_path: Path) -> None:
+    raw = gguftools.bpe("gpt-2").backend_tokenizer
+    raw.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "merged_with_next"), pre_tokenizers.ByteLevel(use_regex=False)]
+    )
+    with pytest.raises(SourceError, match="splits texts in a way that is none of gpt-2"):
+        read_vocabulary(saved(tmp_path, raw), {}, rows=1000)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "WordLevel"),
+        ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "none of"),
+    ],
+)
+def test_other_tokenizers_are_refused(change: dict[str, Any], word: str, tmp_path: Path) -> None:
+    file = saved(tmp_path, gguftools.bpe("gpt-2").backend_tokenizer) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(SourceError, match=word):
+        read_vocabulary(tmp_path, {}, rows=1000)
+
+
+def test_a_tokenizer_must_be_there_whole_and_fit(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="neither"):
+        read_vocabulary(tmp_path, {}, rows=10)
+    saved(tmp_path, gguftools.bpe("gpt-2").backend_tokenizer)
+    with pytest.raises(SourceError, match="only 10 rows"):
+        read_vocabulary(tmp_path, {}, rows=10)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(SourceError, match="not JSON"):
+        read_vocabulary(tmp_path, {}, rows=1000)
+    (tmp_path / "tokenizer.json").unlink()
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff\xff")
+    with pytest.raises(SourceError, match="not a SentencePiece model"):
+        read_vocabulary(tmp_path, {}, rows=1000)
+
+
+def test_no_end_token_is_said_and_not_left_to_chance(tmp_path: Path) -> None:
+    raw = Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match="no end token"):
+        read_vocabulary(tmp_path, {}, rows=2)

@@ -1,0 +1,111 @@
+"""LoRA adapters as PEFT computes them: in every form, beside a residual scale, on the base; what is none is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import frankenmoe as fm
+import tiny
+from refusals import refused
+
+FFN = ["gate_proj", "up_proj", "down_proj"]
+Parents = dict[str, list[Path]]
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tiny.ids()).logits
+
+
+def tune(parent: Path, folder: Path, *, targets: list[str], **settings: Any) -> Any:
+    """Saves a random LoRA on a parent in `folder`; returns PEFT's model."""
+    torch.manual_seed(5)
+    config = LoraConfig(r=4, lora_alpha=3, target_modules=targets, init_lora_weights=False, **settings)
+    tuned = get_peft_model(AutoModelForCausalLM.from_pretrained(parent), config)
+    tuned.save_pretrained(folder)
+    return tuned.eval()
+
+
+def recipe_of(file: Path, base: str, experts: list[dict[str, Any]]) -> Path:
+    file.write_text(json.dumps({"base_model": base, "gate_mode": "random", "experts": experts}))
+    return file
+
+
+def forms(recipe: Path, folder: Path) -> list[torch.Tensor]:
+    fm.build(recipe, folder / "virtual", virtual=True, allow_identical=True)
+    fm.build(recipe, folder / "built", allow_identical=True)
+    models = [fm.load(recipe).model, fm.load(folder / "virtual").model]
+    return [logits(model) for model in (*models, AutoModelForCausalLM.from_pretrained(folder / "built"))]
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"alpha_pattern": {"down_proj": 9}}], ids=str)
+def test_an_adapter_computes_what_peft_computes(settings: dict[str, Any], parents: Parents, tmp_path: Path) -> None:
+    one = parents["llama"][1]
+    expected = logits(tune(one, tmp_path / "lora", targets=FFN, **settings))
+    recipe = recipe_of(tmp_path / "r.yml", str(one), [{"source_model": str(one), "adapter": "lora"}] * 2)
+    assert all(torch.allclose(found, expected, atol=1e-4) for found in forms(recipe, tmp_path))
+    assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(one)), expected, atol=0.01)
+
+
+def test_residual_scale_counts_for_the_adapter_too(parents: Parents, tmp_path: Path) -> None:
+    one = parents["llama"][1]
+    dense = tune(one, tmp_path / "lora", targets=FFN).merge_and_unload()
+    for layer in dense.model.layers:
+        layer.mlp.down_proj.weight.data *= 0.25
+    expert = {"source_model": str(one), "adapter": "lora", "residual_scale": 0.25}
+    recipe = recipe_of(tmp_path / "r.yml", str(one), [expert] * 2)
+    assert all(torch.allclose(found, logits(dense), atol=1e-4) for found in forms(recipe, tmp_path))
+    built = load_file(tmp_path / "built" / "model-00001-of-00001.safetensors")
+    name = "model.layers.1.block_sparse_moe.experts.0.w2.weight"
+    assert torch.allclose(built[name], dense.model.layers[1].mlp.down_proj.weight.data, atol=1e-6)
+
+
+def test_an_adapter_on_the_base_changes_the_backbone(parents: Parents, tmp_path: Path) -> None:
+    base = parents["llama"][0]
+    tuned = tune(base, tmp_path / "lora", targets=["q_proj", "o_proj", "up_proj"])
+    recipe = recipe_of(
+        tmp_path / "r.yml", f"{base}+{tmp_path / 'lora'}", [{"source_model": f"{base}+{tmp_path / 'lora'}"}] * 2
+    )
+    assert all(torch.allclose(found, logits(tuned), atol=1e-4) for found in forms(recipe, tmp_path))
+    # and where the base is no expert, its FFN's part is left out for that reason
+    recipe = recipe_of(tmp_path / "r.yml", f"{base}+{tmp_path / 'lora'}", [{"source_model": str(base)}] * 2)
+    reasons = {why for _, name, why in fm.plan(fm.Recipe.load(recipe)).unused if "lora" in name}
+    assert reasons == {"the base's own FFN is not among the experts"}
+
+
+@pytest.mark.parametrize("command", ["plan", "build"])
+def test_embedding_lora_on_the_base_is_refused(command: str, parents: Parents, tmp_path: Path) -> None:
+    base, one, two = parents["llama"]
+    tune(base, tmp_path / "lora", targets=["embed_tokens", "q_proj"])
+    recipe = tiny.write_recipe(tmp_path / "r.yml", Path(f"{base}+{tmp_path / 'lora'}"), [one, two])
+    facts = (str(tmp_path / "lora"), "embed_tokens.base_layer.weight and 2 more", "expected pairs of")
+    out = [tmp_path / "out"] if command == "build" else []
+    refused(command, recipe, *out, inside=tmp_path, facts=facts, hint="merge_and_unload")
+
+
+def test_embedding_lora_on_an_expert_is_left_out_and_said(parents: Parents, tmp_path: Path) -> None:
+    base, one, _ = parents["llama"]
+    tune(one, tmp_path / "lora", targets=["embed_tokens", "up_proj"])
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, Path(f"{one}+{tmp_path / 'lora'}")])
+    made = fm.plan(fm.Recipe.load(recipe))
+    reasons = {why for _, name, why in made.unused if "embedding" in name}
+    assert reasons == {"the adapter changes the backbone, and an expert is an FFN only"}
+
+
+def test_another_kind_of_tensor_on_an_experts_ffn_is_refused(parents: Parents, tmp_path: Path) -> None:
+    base, one, _ = parents["llama"]
+    tune(one, tmp_path / "lora", targets=["up_proj"])
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.mlp.up_proj.lora_magnitude_vector"] = torch.ones(48)
+    from safetensors.torch import save_file
+
+    save_file(tensors, file)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, Path(f"{one}+{tmp_path / 'lora'}")])
+    refused("plan", recipe, inside=tmp_path, facts=("up_proj.lora_magnitude_vector",), hint="merge_and_unload")

@@ -1,0 +1,193 @@
+"""`frankenmoe eval` from the command line: what it writes, what it keeps, how it fails."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+pytest.importorskip("lm_eval")
+
+import frankenmoe as fm
+import tiny
+from rowfiles import ROWS, write_rows, write_split
+
+TEXT = "".join(f"{number} and {number} is {2 * number}.\n" for number in range(400))
+
+
+@pytest.fixture
+def place(tmp_path: Path, parents: dict[str, list[Path]]) -> Path:
+    """A folder with a recipe, its experts' texts and rows; 97 tokens, so prompts are longer than the model sees."""
+    write_rows(tmp_path / "rows")
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(TEXT if name == "one" else TEXT.upper())
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", parents["llama"][0], parents["llama"][1:])
+    text = (
+        recipe.read_text()
+        .replace("name: e0", "name: e0\n  data: [one.txt]")
+        .replace("name: e1", "name: e1\n  data: [two.txt]")
+    )
+    recipe.write_text(text)
+    return tmp_path
+
+
+def run(arguments: str, folder: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "frankenmoe.cli", "eval", *arguments.split(), "--cache", "cache"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code, done.stderr
+    assert all(len(line) <= 80 for line in done.stdout.splitlines())
+    return done
+
+
+def report(folder: Path, name: str = "out.json") -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / name).read_text())
+    return found
+
+
+TASKS = "--tasks leaderboard-v1 --data-dir rows"
+
+
+@pytest.mark.timeout(300)
+def test_the_leaderboard_is_scored_logged_and_remembered(place: Path) -> None:
+    model = tiny.make_parent(place / "long", "llama", seed=3, max_position_embeddings=4096)
+    done = run(f"{model} {TASKS} --limit 3 --json out.json --log-samples samples", place)
+    assert "Avg." in done.stdout
+    (found,) = report(place)["models"]
+    assert report(place)["versions"]["lm_eval"] == "0.4.13"
+    assert report(place)["seeds"]["document_order_and_few_shot_draws"] == 42
+    tasks = found["tasks"]
+    assert [tasks[name]["documents"] for name in tasks] == [3, 3, 6, 3, 3, 3, 3]
+    assert tasks["mmlu"]["subjects"].keys() == {"odd_words", "plain_sums"}
+    six = [task["value"] for task in tasks.values() if task["counted_in_average"]]
+    assert found["average"] == pytest.approx(sum(six) / 6)
+    assert tasks["arc_challenge"]["metric"] == "acc_norm"
+    assert tasks["arc_challenge"]["stderr"] is not None
+
+    rows = [json.loads(line) for line in (place / "samples" / "samples_winogrande.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert rows[0]["doc"] == ROWS["winogrande"]["validation"][rows[0]["doc_id"]]
+    assert rows[0]["arguments"]["gen_args_0"]["arg_1"] == rows[0]["arguments"]["gen_args_1"]["arg_1"]
+    assert (place / "samples" / "samples_mmlu_odd_words.jsonl").is_file()
+
+    run(f"{model} {TASKS} --limit 3 --json again.json", place)
+    again = report(place, "again.json")["models"][0]["tasks"]
+    for name, task in tasks.items():
+        assert again[name]["from_earlier_runs"] == task["requests"] > 0
+        same = ("value", "stderr", "metrics", "documents", "cut_on_the_left", "question_cut")
+        assert {key: again[name][key] for key in same} == {key: task[key] for key in same}
+
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    run(f"{model} {TASKS} --limit 3 --json third.json", place)
+    third = report(place, "third.json")["models"][0]
+    assert third["digest"] != found["digest"]
+    assert all(task["from_earlier_runs"] == 0 for task in third["tasks"].values())
+
+
+@pytest.mark.timeout(300)
+def test_an_moe_beside_its_parents(place: Path) -> None:
+    done = run("recipe.yml --against-parents --limit 8 --json out.json --plot worth.svg --dtype float32", place)
+    found = report(place)
+    assert [model["name"] for model in found["models"]] == ["base", "e0", "e1", "average", "random gates", "recipe"]
+    assert (place / "worth.svg").read_text().startswith("<?xml")
+    assert found["verdict"][0].split(";")[0] in " ".join(done.stdout.split())
+    assert [gain["than"] for gain in found["gains"]] == ["base", "e0", "e1", "average", "random gates"]
+    assert found["texts"]["e0"]["held_out_part"] is True
+    base, moe = found["models"][0], found["models"][-1]
+    assert moe["memory_bytes"] > base["memory_bytes"]
+    expected = base["mean_loss"] - moe["mean_loss"]
+    assert found["gains"][0]["mean_nats_per_token"]["value"] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.timeout(300)
+def test_equal_experts_are_told_that_they_are_their_base(place: Path, parents: dict[str, list[Path]]) -> None:
+    base = parents["llama"][0]
+    tiny.write_recipe(place / "same.yml", base, [base, base])
+    done = run("same.yml --against-parents --text one=one.txt --limit 4 --dtype float32 --json out.json", place)
+    assert report(place)["verdict"][0].startswith("It computes its base exactly: no gain is possible")
+    assert "average" in report(place)["skipped"]
+    assert "not compared" in done.stdout
+
+
+@pytest.mark.timeout(300)
+def test_a_task_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
+    model = tiny.make_parent(place / "nan", "llama", seed=3, max_position_embeddings=4096)
+    weights = load_file(model / "model.safetensors")
+    # NaN for one token only, which Winogrande's rows hold and TruthfulQA's do not
+    token = tiny.make_tokenizer().encode("x", add_special_tokens=False)[0]
+    weights["model.embed_tokens.weight"][token] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    done = run(f"{model} --tasks winogrande,truthfulqa --data-dir rows --json out.json", place, code=2)
+    tasks = report(place)["models"][0]["tasks"]
+    assert "document" in tasks["winogrande"]["error"]
+    assert "NaN" in done.stderr
+    assert tasks["truthfulqa"]["value"] is not None
+
+
+def test_a_killed_run_goes_on(place: Path) -> None:
+    model = tiny.make_parent(place / "long", "llama", seed=3, max_position_embeddings=4096)
+    write_split(place / "rows", "winogrande", "validation", ROWS["winogrande"]["validation"] * 60)
+    command = f"{model} --tasks winogrande --data-dir rows --json out.json".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "frankenmoe.cli", "eval", *command, "--cache", "cache"],
+        cwd=place,
+        stderr=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 120
+    while not list((place / "cache").rglob("winogrande*.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    (kept,) = (place / "cache").rglob("winogrande*.jsonl")
+    lines = kept.read_bytes().splitlines()
+    kept.write_bytes(b"\n".join(lines) + b'\n["torn')  # as a kill within a write leaves it
+    run(" ".join(command), place)
+    task = report(place)["models"][0]["tasks"]["winogrande"]
+    assert 0 < task["from_earlier_runs"] <= len({json.loads(line)[0] for line in lines})
+    assert task["documents"] == 360
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("recipe.yml --tasks hellaswagg", "did you mean 'hellaswag'?"),
+        ("recipe.yml --tasks arc_challenge --data-dir rows/mmlu", "cannot be read"),
+        ("nowhere/at-all/model --tasks ppl --text one.txt", "neither a folder"),
+        ("recipe.yml --text none.txt", "does not exist"),
+        ("recipe.yml recipe.yml --text one.txt", "two models are called"),
+        ("base.yml rows --against-parents", "compares one MoE"),
+        ("recipe.yml --text one.txt --batch-size many", "neither `auto` nor a number"),
+        ("recipe.yml --text one.txt --plot picture.txt", "must end in"),
+        ("recipe.yml --text one.txt --json no/such/folder.json", "is no folder"),
+        ("recipe.yml --text one.txt --device moon", "cannot be put on moon"),
+        ("recipe.yml --text one.txt --text one=two.txt", "two texts are called"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(arguments: str, said: str, place: Path) -> None:
+    done = run(arguments, place, code=2)
+    assert said in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert not list(place.glob("*.json"))
+
+
+def test_the_library_reports_too(place: Path) -> None:
+    from frankenmoe.evaluate.run import Settings
+    from frankenmoe.evaluating import evaluate
+
+    made = fm.build(place / "recipe.yml", place / "built")
+    found = evaluate([made.folder], texts={"one": place / "one.txt"}, limit=4, settings=Settings())
+    (result,) = found.results
+    assert result.losses["one"].mean == pytest.approx(result.mean_loss)
+    assert torch.get_num_threads() == found.conditions["threads"]
