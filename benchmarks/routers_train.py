@@ -59,6 +59,7 @@ def main() -> None:
             found.setdefault(name, []).append(json.loads(kept.read_text()))
             log(f"  {name}, seed {seed}: {statistics.fmean(found[name][-1]['loss'].values()):.4f}")
     if options.only is None:
+        options.rounds = max(map(len, found.values()))  # seeds of the row that has most; `samples` has every one
         publish("routers-train", rows(found), options=options, work=options.runs)
 
 

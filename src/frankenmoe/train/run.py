@@ -107,10 +107,13 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
         seed=settings.seed,
         teachers=_teachers(job, arguments, context, progress) if settings.distill else None,
     )
+    sharded = job.shard and arguments.world_size > 1
     held = sum(len(domain.held) for domain in job.domains)
 
     def on_look(trainer: Any, step: int) -> None:
         found = look(trainer.model, job.domains, step=step, device=arguments.device, context=context)
+        if sharded:  # a forward leaves the outermost group whole, and its weights would be taken for what learns
+            model.reshard()
         history.looks.append(found)
         best = min(history.looks, key=lambda each: (each.mean, each.step))
         progress.note(f"loss {_recent(history):.3f}, held out {found.mean:.3f}")
@@ -121,7 +124,6 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
         if trainer.args.should_save:
             save_best(job.folder, weights)
 
-    sharded = job.shard and arguments.world_size > 1
     if sharded:
         shard(model, arguments.device)
     trainer = MoETrainer(
