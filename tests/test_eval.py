@@ -59,10 +59,8 @@ TASKS = "--tasks leaderboard-v1 --data-dir rows"
 
 
 @pytest.mark.timeout(300)
-def test_the_leaderboard_is_scored_logged_and_remembered(place: Path, parents: dict[str, list[Path]]) -> None:
-    config = json.loads((parents["llama"][0] / "config.json").read_text())
+def test_the_leaderboard_is_scored_logged_and_remembered(place: Path) -> None:
     model = tiny.make_parent(place / "long", "llama", seed=3, max_position_embeddings=4096)
-    assert config["vocab_size"] == 97
     done = run(f"{model} {TASKS} --limit 3 --json out.json --log-samples samples", place)
     assert "Avg." in done.stdout
     (found,) = report(place)["models"]

@@ -202,7 +202,8 @@ def test_when_memory_runs_out_smaller_passes_follow(data_dir: Path, monkeypatch:
 
     monkeypatch.setattr(scorer_module, "scored", scarce)
     lm.scorer.budget.tokens = 10**6
-    assert lm.loglikelihood(requests) == pytest.approx(expected, abs=1e-4)
+    found = lm.loglikelihood(requests)
+    assert [ll for ll, _ in found] == pytest.approx([ll for ll, _ in expected], abs=1e-4)
     assert sizes[0] > 1
     assert lm.scorer.budget.rows == 1
 
@@ -224,8 +225,8 @@ def test_nan_names_its_document(data_dir: Path) -> None:
 
 
 def test_an_answer_longer_than_the_model_sees_is_refused(data_dir: Path) -> None:
-    lm = PrefixLM(make_model("llama", SIZES), tiny.make_tokenizer(), max_length=20)
-    with pytest.raises(SourceError, match=r"document \d of truthfulqa|document \d of winogrande"):
+    lm = PrefixLM(make_model("llama", SIZES), tiny.make_tokenizer(), max_length=10)
+    with pytest.raises(SourceError, match=r"document \d of winogrande: its answer alone has 14 tokens"):
         lm.loglikelihood(instances("winogrande", data_dir))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from frankenmoe.errors import PlanError
 
-CPU_TOKENS = 1024  # more at once is no faster on a CPU, and only takes memory
+CPU_TOKENS = 512  # more at once is no faster on a CPU, and only takes memory
 GPU_TOKENS = 16384
 SHARE = {"cpu": 0.25, "cuda": 0.7}  # of what is free, taken by default
 FFN_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")

@@ -18,7 +18,7 @@ from frankenmoe.evaluate.prefixcache import shared_cache
 from frankenmoe.evaluate.tree import Row, Trunk, plan
 
 ROW_TOKENS = 384  # of a forest in one row: more makes attention look at strangers, less makes rows too many
-HEAD_BYTES = 32 * 2**20  # of logits that are alive at once
+HEAD_BYTES = 16 * 2**20  # of logits that are alive at once
 
 
 @dataclass(frozen=True)
