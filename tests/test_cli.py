@@ -153,7 +153,9 @@ def test_a_reader_that_leaves_early_is_no_error(recipe: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["plan", "build", "verify", "chat", "audit", "demo", "schema"])
+@pytest.mark.parametrize(
+    "command", ["plan", "build", "verify", "chat", "audit", "demo", "schema", "card", "push", "run"]
+)
 def test_help_shows_an_example(command: str) -> None:
     out = run(command, "--help")
     assert f"frankenmoe {command}" in out.partition("Example:")[2]

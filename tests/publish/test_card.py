@@ -346,3 +346,44 @@ def test_the_six_have_as_many_documents_as_their_sets() -> None:
     assert {name: task.documents for name, task in TASKS.items()} == {
         "arc_challenge": 1172, "hellaswag": 10042, "mmlu": 14042, "truthfulqa": 817, "winogrande": 1267, "gsm8k": 1319,
     }  # fmt: skip
+
+
+def evaluated(documents: int) -> dict[str, Any]:
+    """A report as `frankenmoe eval --json` writes it, cut down to what a card quotes: the MoE and its base."""
+
+    def model(name: str, kind: str, score: float, loss: float) -> dict[str, Any]:
+        task = {"value": score, "stderr": 0.01, "documents": documents}
+        return {
+            "name": name,
+            "kind": kind,
+            "tasks": {"gsm8k": task, "mmlu": {"value": None, "error": "too long", "documents": 0}},
+            "domains": {"maths": {"nats_per_token": loss}},
+            "tokens_per_second": 100.0,
+            "memory_bytes": 2**31,
+        }
+
+    models = [model("base", "base", 0.30, 3.5), model("moe", "moe", 0.25, 4.25)]
+    return {"harness": "h", "models": models, "verdict": ["Not worth its memory: it is worse than its base."]}
+
+
+def test_results_stand_beside_the_base_and_a_base_that_wins_is_said(artifact: Artifact) -> None:
+    put(artifact, "scores.json", evaluated(TASKS["gsm8k"].documents))
+    card = make_card(artifact)
+    assert "| Two-of-them | 25.00 ± 1.00 | - |" in card.text
+    assert "| base | 30.00 ± 1.00 | - |" in card.text
+    assert "| Two-of-them | 4.250 |" in card.text
+    assert "| base | 100 | 2.00 GiB |" in card.text
+    assert "- Not worth its memory: it is worse than its base.\n" in card.text
+    assert (
+        "- Its base does better on maths (3.500 against 4.250 nats per token), GSM8k (5-shot) (30.00 against 25.00)."
+        in (card.text)
+    )
+    (only,) = ModelCard(card.text).data.eval_results
+    assert (only.dataset_type, only.metric_value, only.source_name) == ("gsm8k", 25.0, None)
+
+
+def test_a_run_on_some_rows_is_no_leaderboard_score(artifact: Artifact) -> None:
+    put(artifact, "eval.json", evaluated(10))
+    card = make_card(artifact)
+    assert "model-index" not in card.metadata
+    assert "these are not leaderboard scores: GSM8k (5-shot): 10 of 1,319." in card.text

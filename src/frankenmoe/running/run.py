@@ -72,16 +72,18 @@ def _step(job: Job, stage: Stage, progress: Progress) -> Done:
         return Done(stage.name, before.said, before.seconds, now=False)
     began = time.perf_counter()
     folder = stage.folder(job) if stage.folder else None
+    name, of, replacing = state.doing or ("", "", 0)
+    begun = (name, of) == (stage.name, digest)
     # killed between the rename that made the folder whole and the line that says so
-    begun = state.doing == (stage.name, digest)
-    adopted = folder is not None and folder.is_dir() and begun
+    adopted = begun and folder is not None and inode(folder) not in (0, replacing)
     if not adopted:
         if folder and not begun:
             shutil.rmtree(partial_folder(folder), ignore_errors=True)  # begun from something that has changed since
         others = {name: step for name, step in state.steps.items() if name != stage.name}
+        old = (inode(folder) or inode(aside(folder))) if folder else 0
         with replaced(folder) if folder else nullcontext():
             # from here on the old result must not look new
-            state = State(others, (stage.name, digest))
+            state = State(others, (stage.name, digest, old))
             write_state(job.out, state)
             stage.act(job, progress)
     said = stage.said(job)
@@ -90,10 +92,20 @@ def _step(job: Job, stage: Stage, progress: Progress) -> Done:
     return Done(stage.name, said, step.seconds, now=True)
 
 
+def aside(folder: Path) -> Path:
+    """Where the old folder is while a new one is made."""
+    return folder.with_name(f"{folder.name}.old")
+
+
+def inode(folder: Path) -> int:
+    """What tells a folder from another that takes its name; 0 where there is none."""
+    return folder.stat().st_ino if folder.is_dir() else 0
+
+
 @contextmanager
 def replaced(folder: Path) -> Iterator[None]:
     """For making a folder anew: the old one is out of the way meanwhile, and comes back if that fails."""
-    old = folder.with_name(f"{folder.name}.old")
+    old = aside(folder)
     if folder.is_dir():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)

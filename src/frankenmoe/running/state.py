@@ -78,10 +78,10 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class State:
-    """The steps that were done, and the one that was begun and is not among them: its name and digest."""
+    """The steps that were done, and the one begun since: name, digest, inode of the folder it replaces."""
 
     steps: Mapping[str, Step]
-    doing: tuple[str, str] | None = None
+    doing: tuple[str, str, int] | None = None
 
 
 def read_state(out: Path) -> State:
