@@ -200,7 +200,8 @@ def publish(name: str, rows: Sequence[Row], *, options: argparse.Namespace, work
     print(f"{name}, scale {options.scale}, {options.rounds} rounds")
     print(f"{'what':<52}{'value':>10}{'limit':>9}{'':>2}reached")
     for row in rows:
-        print(f"{row.what:<52}{spell(row.value, row.unit):>10}{spell(row.limit, row.unit):>9}  {verdict(row.reached)}")
+        value, least = spell(row.value, row.unit), goal(row.limit, row.at_least, row.unit)
+        print(f"{row.what:<52}{value:>10}{least:>9}  {verdict(row.reached)}")
     print(f"kept in {options.out}")
 
 
@@ -212,6 +213,11 @@ def spell(value: float | None, unit: str) -> str:
     if unit == "nats" and value < 0.001:  # differences of rounding
         return f"{value:.1e}"
     return f"{value:.{digits}f} {unit}".rstrip()
+
+
+def goal(limit: float | None, at_least: float | None, unit: str) -> str:
+    """What was to be reached: the most a value may be, or the least behind a `>`; a dash for nothing."""
+    return spell(limit, unit) if at_least is None else f"> {spell(at_least, unit)}"
 
 
 def verdict(reached: bool | None) -> str:

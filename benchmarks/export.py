@@ -64,14 +64,14 @@ def quality(options: argparse.Namespace, work: Path) -> list[Row]:
         peer = check(theirs, source, top=vocab)
         rows.append(
             Row(
-                f"{name}: KL against that of llama.cpp's quantizer on f16",
+                f"GGUF {name}: KL over that of llama.cpp's own file",
                 found[name].kl / peer.kl,
                 "x",
                 1.05,
                 {OURS: [found[name].kl], PEER: [peer.kl]},
             )
         )
-        rows.append(Row(f"{name}: top-1 that differs from the source", 100 * (1 - found[name].top1), "%", None, {}))
+        rows.append(Row(f"GGUF {name}: best tokens that differ", 100 * (1 - found[name].top1), "%", None, {}))
     return [*rows, sizes(recipe, files)]
 
 
@@ -80,8 +80,8 @@ def fidelity(name: str, found: Checked) -> list[Row]:
     wrong = found.prompts - found.same_replies
     limit = {"f32": 1e-5, "f16": 1e-3}[name]
     return [
-        Row(f"{name}: prompts of {found.prompts} with another greedy reply", wrong, "", 0, {OURS: [wrong]}),
-        Row(f"{name}: mean KL over {found.positions} positions", found.kl, "nats", limit, {OURS: [found.kl]}),
+        Row(f"GGUF {name}: prompts of {found.prompts}, another greedy reply", wrong, "", 0, {OURS: [wrong]}),
+        Row(f"GGUF {name}: mean KL over {found.positions} positions", found.kl, "nats", limit, {OURS: [found.kl]}),
     ]
 
 
@@ -89,7 +89,7 @@ def sizes(recipe: Path, files: Mapping[str, Any]) -> Row:
     """How far `plan` is from the files, at most."""
     rows, _ = forecast(plan(Recipe.load(recipe)))
     off = [100 * abs(row.bytes / files[row.type].path.stat().st_size - 1) for row in rows if row.type in files]
-    return Row("size of a file against what plan said, at most", max(off), "%", 1, {OURS: off})
+    return Row("GGUF: size against what plan said, at most", max(off), "%", 1, {OURS: off})
 
 
 def speed(options: argparse.Namespace, work: Path) -> list[Row]:
@@ -115,11 +115,11 @@ def speed(options: argparse.Namespace, work: Path) -> list[Row]:
     slow = {name: [run.seconds for run in runs] for name, runs in quantized.items()}
     work_anon = {name: [run.anon / MB for run in runs] for name, runs in quantized.items()}
     return [
-        Row("bf16 as it is: time against cp", ratio(seconds, OURS, to=FLOOR), "x", 1.5, seconds),
-        Row("bf16 as it is: anonymous memory", max(anon[OURS]), "MB", 500, anon),
-        Row(f"q4_k_m, {THREADS} threads: time against llama.cpp's", ratio(slow, OURS, to=PEER), "x", 1 / 0.9, slow),
-        Row("q4_k_m: anonymous memory", max(work_anon[OURS]), "MB", 500, work_anon),
-        Row("q4_k_m: anonymous memory of llama.cpp's", max(work_anon[PEER]), "MB", None, {}),
+        Row("GGUF bf16 as it is: time against cp", ratio(seconds, OURS, to=FLOOR), "x", 1.5, seconds),
+        Row("GGUF bf16 as it is: anonymous memory", max(anon[OURS]), "MB", 500, anon),
+        Row(f"GGUF q4_k_m, {THREADS} threads: time over llama.cpp's", ratio(slow, OURS, to=PEER), "x", 1 / 0.9, slow),
+        Row("GGUF q4_k_m: anonymous memory", max(work_anon[OURS]), "MB", 500, work_anon),
+        Row("GGUF q4_k_m: memory of llama.cpp's quantizer", max(work_anon[PEER]), "MB", None, {}),
     ]
 
 

@@ -36,12 +36,13 @@ def main() -> None:
     options = arguments("Fit routers in closed form, a seed a round.", name="routers-fit")
     lab = Lab(characters=CHARACTERS[options.scale])
     fixed = {"dense base": lab.dense("base"), "parents, own text": lab.parents(), "own expert forced": lab.own_expert()}
-    rounds: list[dict[str, float]] = []
+    wanted, rounds = options.rounds, list[Losses]()
     with workspace(options.work) as work:
-        for seed in range(options.rounds):
+        for seed in range(wanted):
             tokens = DATA_TOKENS if options.scale == "full" else 2048
             rounds.append(dict(lab.seed(seed, work, tokens=tokens)))
             log(f"seed {seed}: {rounds[-1]}")
+            options.rounds = len(rounds)  # what is kept says how many seeds it is of, also if the run is cut short
             publish("routers-fit", rows(fixed, rounds), options=options, work=work)
 
 

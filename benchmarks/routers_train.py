@@ -210,6 +210,9 @@ def rows(found: Mapping[str, list[dict[str, Any]]]) -> list[Row]:
         if random is not None and name in ("hidden_avg", "routers"):
             gaps = [100 * (random - loss) / (random - oracle) for loss in losses]
             table.append(_at_least(f"{TITLES[name]}: of the gap", gaps, 100.0 if name == "routers" else None))
+    if "everything" not in found:
+        what = f"{TITLES['everything']}: of parents' advantage"
+        table.append(Row(what, None, "%", None, {}, at_least=60.0))
     table += _against(found, "backbone", "dense-backbone", every_domain=True)
     table += _against(found, "copies", "dense-16", every_domain=False)
     table += _against(found, "copies", "dense-64", every_domain=None)

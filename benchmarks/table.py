@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from common import RESULTS, spell, verdict
+from common import RESULTS, goal, spell, verdict
 
 README = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
@@ -19,10 +19,10 @@ def main() -> None:
 def markdown(files: list[Path]) -> str:
     """One line per row of every result, and where and when each result was measured."""
     results = [json.loads(file.read_text()) for file in files]
-    lines = ["| what | value | at most | reached |", "| --- | ---: | ---: | --- |"]
+    lines = ["| what | value | at most, or at least (>) | reached |", "| --- | ---: | ---: | --- |"]
     for result in results:
         for row in result["rows"]:
-            value, limit = spell(row["value"], row["unit"]), spell(row["limit"], row["unit"])
+            value, limit = spell(row["value"], row["unit"]), goal(row["limit"], row.get("at_least"), row["unit"])
             lines.append(f"| {row['what']} | {value} | {limit} | {verdict(row['reached'])} |")
     lines += ["", *map(circumstances, results)]
     return "\n".join(lines).rstrip() + "\n"

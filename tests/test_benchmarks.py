@@ -53,7 +53,14 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "rows"),
-    [("load.py", 6), ("build.py", 14), ("experts.py", 14), ("compose.py", 4), ("audit.py", 4 if REAL_PARENTS else 2)],
+    [
+        ("load.py", 6),
+        ("build.py", 14),
+        ("experts.py", 14),
+        ("compose.py", 4),
+        ("audit.py", 4 if REAL_PARENTS else 2),
+        ("export.py", 16 if REAL_PARENTS else 5),
+    ],
 )
 def test_scripts_keep_their_rows(script: str, rows: int, tmp_path: Path) -> None:
     check(run_script(script, tmp_path), rows=rows)

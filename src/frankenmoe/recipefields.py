@@ -106,9 +106,8 @@ Dtype = Annotated[
 ]
 Backbone = Annotated[Literal["base", "average"], BeforeValidator(_one_of("base", "average"))]
 
-# what a run of training may change, and by which kind of objective
+# what a run of training may change
 PARTS = ("routers", "adapters", "norms", "attention", "experts", "embeddings")
-OBJECTIVES = ("next-token",)
 
 
 def _listed(value: object) -> object:
@@ -132,4 +131,3 @@ Part = Annotated[
 Parts = Annotated[
     tuple[Part, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), AfterValidator(_in_order)
 ]
-Objective = Annotated[Literal["next-token"], BeforeValidator(_one_of(*OBJECTIVES))]

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from frankenmoe.recipefields import BlockLength, Count, HeldShare, Objective, Parts, Rate, Seed, Share, Steps
+from frankenmoe.recipefields import BlockLength, Count, HeldShare, Parts, Rate, Seed, Share, Steps
 from frankenmoe.refusal import refusal, refuse_unknown_keys
 
 
@@ -14,9 +14,6 @@ class Train(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     what: Parts = Field(("routers",), description="The parts that learn; everything else stays as it is.")
-    objective: Objective = Field(
-        "next-token", description="A language-model loss through the whole model, or each layer's own target."
-    )
     steps: Count = Field(200, description="Optimizer steps.")
     batch: Count = Field(8, description="Blocks per step, over all processes together.")
     accumulate: Count = Field(1, description="Parts that a batch is computed in, to save memory.")
@@ -70,7 +67,7 @@ class Train(BaseModel):
                 hint="use `balance: 0.01`, which ends in the gate itself",
                 at=("bias_balance",),
             )
-        if self.objective == "next-token" and not (self.next_token or self.distill or self.domain):
+        if not (self.next_token or self.distill or self.domain):
             raise refusal(
                 "must leave something to learn from, found next_token, distill and domain all 0",
                 hint="balance and z alone pull routers towards nothing; give next_token a coefficient",
@@ -81,12 +78,6 @@ class Train(BaseModel):
                 f"must divide the batch of {self.batch}, found {self.accumulate}",
                 hint=f"write `batch: {self.accumulate * -(-self.batch // self.accumulate)}`",
                 at=("accumulate",),
-            )
-        if self.objective == "local" and self.what != ("routers",):
-            raise refusal(
-                f"must be next-token to train {', '.join(self.what)}, found local, which trains routers only",
-                hint="train the routers locally first, then the rest",
-                at=("objective",),
             )
         return self
 

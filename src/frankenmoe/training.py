@@ -104,9 +104,8 @@ def train(
 
     `data` maps the name of a domain, best that of the expert it belongs to, to files or hub datasets; by default it is
     that of the recipe's experts. `settings` is by default the recipe's `train`. `dtype` is what frozen weights compute
-    in, by default as they are stored. `shard` spreads weights over the processes of a launcher (FSDP2).
-    The result is what the guard measured best on text held out; raises PlanError where that is where it began, unless
-    `keep_anyway`.
+    in, by default as they are stored. `shard` spreads weights over the processes of a launcher (FSDP2). The result is
+    what the guard measured best on text held out; raises PlanError where that is where it began, unless `keep_anyway`.
     """
     out = Path(os.path.realpath(out))
     main = int(os.environ.get("RANK", "0")) == 0

@@ -66,14 +66,3 @@ def test_distill_is_the_divergence_over_kept_tokens_and_the_rest() -> None:
     assert torch.allclose(found_T, torch.tensor([by_hand]))
     same_T = losses.distill(teacher_V.log()[None], teacher_V[:2].log()[None], torch.tensor([[0, 1]]))
     assert torch.allclose(same_T, torch.zeros(1), atol=1e-6)
-
-
-def test_local_is_the_squared_distance_of_mixtures() -> None:
-    draw = torch.Generator().manual_seed(0)
-    outputs_TED, target_TD = torch.randn(7, 3, 5, generator=draw), torch.randn(7, 5, generator=draw)
-    gates_TE = torch.rand(7, 3, generator=draw)
-    gram_TEE = torch.einsum("ted,tfd->tef", outputs_TED, outputs_TED)
-    cross_TE = torch.einsum("ted,td->te", outputs_TED, target_TD)
-    found_T = losses.local(gram_TEE, cross_TE, target_TD.square().sum(-1), gates_TE)
-    by_hand_T = (torch.einsum("te,ted->td", gates_TE, outputs_TED) - target_TD).square().sum(-1)
-    assert torch.allclose(found_T, by_hand_T, atol=1e-5)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from frankenmoe.errors import RecipeError
+from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.progress import SILENT
 
 # option -> (setting, type, help); the defaults are those of the recipe's `train`, or its own
@@ -55,7 +55,12 @@ def run_train(what: Path, out: Path, *, options: dict[str, Any]) -> None:
 
     settings = _settings(what, given)
 
-    from frankenmoe.training import train
+    try:
+        from frankenmoe.training import train
+    except ImportError as error:
+        raise PlanError(
+            f"training needs the library {error.name}, which is not installed", hint="pip install 'frankenmoe[train]'"
+        ) from error
 
     main = os.environ.get("RANK", "0") == "0"
     with bars() as progress:

@@ -1,4 +1,4 @@
-"""The whole story on parents made here: plan, run without writing, measure, look at the routing, build, prove.
+"""The whole story on parents made here: a recipe that asks for every stage, run; then what came of it, measured.
 
 Every stage is the one that users call; knows nothing of terminals.
 """
@@ -6,6 +6,7 @@ Every stage is the one that users call; knows nothing of terminals.
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -14,11 +15,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from frankenmoe.artifact import Artifact, open_artifact
-from frankenmoe.building import build
+from frankenmoe.artifact import Artifact
 from frankenmoe.demo.parents import make_parents
-from frankenmoe.demo.text import DOMAINS, held_out, prompts
+from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
+from frankenmoe.evaluate.quiz import quiz
 from frankenmoe.loading import load
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.generate import Reply, reply
@@ -27,26 +28,47 @@ from frankenmoe.planning import Plan, plan
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.prove import Check, verify
 from frankenmoe.recipe import Recipe
+from frankenmoe.running import Done, run
 
 RANDOM_SEEDS = 3
 PROMPT = "def count_"
+# the rows of the loss table that are not dense models
+RANDOM, PROMPTED, FITTED, TRAINED, FORCED = (
+    *("MoE, random gates", "MoE, prompt gates", "MoE, fitted gates", "MoE, trained gates", "MoE, own expert forced"),
+)
 REPLY_TOKENS = 24
+TEXT_CHARACTERS = 40_000  # of each domain, for fitting and training; the held-out text is another
+TEXT_SEED = 1
+TRAIN_STEPS = 60
+# what a stage needs beside the plain installation -> the extra that brings it
+NEEDS = {
+    "train": ("accelerate", "train"),
+    "audit": ("vl_convert", "audit"),
+    "export": ("xllamacpp", "gguf"),
+}
 
 
 @dataclass(frozen=True)
 class Story:
-    """What the demo found. `losses` is row name -> domain -> nats per token on held-out text."""
+    """What the demo found.
+
+    `losses` is row name -> domain -> nats per token on held-out text, `quiz` model -> domain -> share of questions
+    answered right, `lacking` the stages that were left out -> the extra that brings them.
+    """
 
     folder: Path
     recipe: Path
     plan: Plan
+    steps: tuple[Done, ...]
+    lacking: Mapping[str, str]
     losses: Mapping[str, Mapping[str, float]]
+    quiz: Mapping[str, Mapping[str, float]]
     own_share: Mapping[str, float]
     prompt: str
     reply: Reply = field(repr=False)
     checks: tuple[Check, ...]
     stock_difference: float
-    artifacts: tuple[Artifact, ...] = field(repr=False)
+    artifact: Artifact = field(repr=False)
     tokenizer: Any = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,57 +77,89 @@ class Story:
             "folder": str(self.folder),
             "recipe": str(self.recipe),
             "plan": self.plan.to_dict(),
+            "stages": {step.name: step.said for step in self.steps},
+            "left_out": dict(self.lacking),
             "held_out_loss": {name: dict(row) | {"mean": mean(row.values())} for name, row in self.losses.items()},
+            "quiz": {name: dict(row) for name, row in self.quiz.items()},
             "tokens_to_own_expert": dict(self.own_share),
             "prompt": self.prompt,
             "reply": self.reply.text,
             "checks": {check.what: check.found for check in self.checks},
             "largest_logit_difference_to_stock_transformers": self.stock_difference,
-            "artifacts": {artifact.form: str(artifact.folder) for artifact in self.artifacts},
+            "artifact": str(self.artifact.folder),
         }
 
 
 def tell(out: Path, *, progress: Progress = SILENT) -> Story:
-    """Runs the whole demo in the folder `out`; parents and artifacts that are there already are used again."""
+    """Runs the whole demo in the folder `out`; parents and results that are there already are used again."""
     out = out.absolute()
     with quiet_transformers():
         parents = make_parents(out / "parents", on_progress=_parent_progress(progress))
-    file = write_recipe(out / "recipe.yml", parents)
+    lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
+    write_texts(out / "text")
+    file = write_recipe(out / "recipe.yml", parents, without=tuple(lacking))
     recipe = Recipe.load(file)
-    virtual = _artifact(recipe, out / "moe-virtual", virtual=True, progress=progress)
-    moe = load(virtual)
-    losses = dict(_losses(recipe, parents, moe, progress))
-    built = _artifact(recipe, out / "moe", virtual=False, progress=progress)
+    finished = run(recipe, out / "run", progress=progress)
+    built = finished.artifact
+    moe = load(built)
+    losses = dict(_losses(recipe, parents, out / "run", moe, progress))
     return Story(
         folder=out,
         recipe=file,
         plan=plan(recipe),
+        steps=finished.steps,
+        lacking=lacking,
         losses=losses,
+        quiz=_quiz(parents, moe),
         own_share=_own_shares(moe),
         prompt=PROMPT,
         reply=reply(moe, moe.tokenizer(), [{"role": "user", "content": PROMPT}], max_new_tokens=REPLY_TOKENS),
         checks=verify(built.folder),
-        stock_difference=_stock_difference(built, moe),
-        artifacts=(virtual, built),
+        stock_difference=_stock_difference(built),
+        artifact=built,
         tokenizer=moe.tokenizer(),
     )
 
 
-def write_recipe(file: Path, parents: Mapping[str, Path]) -> Path:
-    """The demo's recipe: one expert per domain, routers from eight short prompts each."""
+def write_texts(folder: Path) -> None:
+    """Two files per domain: what routers are fitted and trained on, and what everything is measured on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for domain in DOMAINS:
+        (folder / f"{domain}.txt").write_text(generate(domain, seed=TEXT_SEED, characters=TEXT_CHARACTERS))
+        (folder / f"{domain}.heldout.txt").write_text(held_out(domain))
+
+
+def write_recipe(file: Path, parents: Mapping[str, Path], *, without: tuple[str, ...] = ()) -> Path:
+    """The demo's recipe: one expert per domain, and every stage but those in `without`."""
     experts = [
-        {"source_model": f"parents/{domain}", "name": domain, "positive_prompts": list(prompts(domain))}
+        {
+            "source_model": f"parents/{domain}",
+            "name": domain,
+            "positive_prompts": list(prompts(domain)),
+            "data": f"text/{domain}.txt",
+        }
         for domain in parents
         if domain in DOMAINS
     ]
+    stages = {
+        "fit": {"method": "logistic"},
+        "train": {"what": ["routers"], "steps": TRAIN_STEPS},
+        "audit": {"tokens": 2048},
+        "eval": {
+            "texts": {domain: f"text/{domain}.heldout.txt" for domain in DOMAINS},
+            "against_parents": True,
+        },
+        "export": {"types": ["q8_0"]},
+        "card": {"prompts": [PROMPT], "max_new_tokens": REPLY_TOKENS},
+    }
     recipe = {
         "name": "demo",
         "base_model": "parents/base",
-        "gate_mode": "hidden_avg",
+        "gate_mode": "logistic",
         "experts_per_token": 2,
         "dtype": "bfloat16",
         "experts": experts,
-    }
+    } | {stage: settings for stage, settings in stages.items() if stage not in without}
     file.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100))
     return file
 
@@ -119,41 +173,44 @@ def _parent_progress(progress: Progress) -> Any:
     return on_progress
 
 
-def _artifact(recipe: Recipe, folder: Path, *, virtual: bool, progress: Progress) -> Artifact:
-    """The artifact in `folder` if it was made from this recipe and these sources, else a new one."""
-    if folder.is_dir():
-        found = open_artifact(folder)
-        if found.record["recipe"] == recipe.to_dict():
-            return found
-    return build(recipe, folder, virtual=virtual, progress=progress)
-
-
 def _losses(
-    recipe: Recipe, parents: Mapping[str, Path], moe: MoE, progress: Progress
+    recipe: Recipe, parents: Mapping[str, Path], folder: Path, moe: MoE, progress: Progress
 ) -> Iterator[tuple[str, Mapping[str, float]]]:
     """Row name -> loss per domain: the dense base and parents, then the MoE under different routers."""
     tokenizer = moe.tokenizer()
-    progress.start("measuring", len(parents) + RANDOM_SEEDS + len(DOMAINS) + 1, "models")
+    fitted, trained = (folder / "work" / stage for stage in ("fit", "train"))
+    progress.start("measuring", len(parents) + RANDOM_SEEDS + len(DOMAINS) + 2 + trained.is_dir(), "models")
 
     def row(model: Any, domains: tuple[str, ...] = DOMAINS) -> Mapping[str, float]:
         found = {domain: mean_loss(model, tokenizer, held_out(domain)) for domain in domains}
         progress.advance(1)
         return found
 
-    for name, folder in parents.items():
+    for name, source in parents.items():
         with quiet_transformers():
-            yield f"dense {name}", row(AutoModelForCausalLM.from_pretrained(folder))
+            yield f"dense {name}", row(AutoModelForCausalLM.from_pretrained(source))
     plain = recipe.to_dict()
     drawn = [
         row(load(_changed(recipe, plain | {"gate_mode": "random", "seed": seed})).model) for seed in range(RANDOM_SEEDS)
     ]
-    yield "MoE, random gates", {domain: mean(found[domain] for found in drawn) for domain in DOMAINS}
-    yield "MoE, prompt gates", row(moe.model)
+    yield RANDOM, {domain: mean(found[domain] for found in drawn) for domain in DOMAINS}
+    yield PROMPTED, row(load(_changed(recipe, plain | {"gate_mode": "hidden_avg"})).model)
+    yield FITTED, row(load(fitted).model)
+    if trained.is_dir():
+        yield TRAINED, row(load(trained).model)
     forced: dict[str, float] = {}
     for expert in plain["experts"]:
         alone = plain | {"experts": [expert], "experts_per_token": 1, "gate_mode": "random"}
         forced |= row(load(_changed(recipe, alone)).model, (expert["name"],))
-    yield "MoE, own expert forced", forced
+    yield FORCED, forced
+
+
+def _quiz(parents: Mapping[str, Path], moe: MoE) -> Mapping[str, Mapping[str, float]]:
+    """Base and MoE on questions made of the held-out text."""
+    texts = {domain: held_out(domain) for domain in DOMAINS}
+    with quiet_transformers():
+        base = AutoModelForCausalLM.from_pretrained(parents["base"]).eval()
+    return {name: quiz(model, moe.tokenizer(), texts) for name, model in (("dense base", base), ("MoE", moe.model))}
 
 
 def _changed(recipe: Recipe, data: Mapping[str, Any]) -> Recipe:
@@ -173,12 +230,11 @@ def _own_shares(moe: MoE) -> Mapping[str, float]:
     return shares
 
 
-def _stock_difference(built: Artifact, moe: MoE) -> float:
-    """Largest difference between the virtual MoE's logits and those of the built one in stock transformers, in fp32."""
+def _stock_difference(built: Artifact) -> float:
+    """Largest difference between our logits of the built MoE and those in stock transformers, in fp32."""
     with quiet_transformers():
         stock = AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32).eval()
-    tokenizer = moe.tokenizer()
-    ids = tokenizer(held_out(DOMAINS[0]), return_tensors="pt")["input_ids"][:, :128]
-    ours = load(built, dtype="float32").model
+    ours = load(built, dtype="float32")
+    ids = ours.tokenizer()(held_out(DOMAINS[0]), return_tensors="pt")["input_ids"][:, :128]
     with torch.no_grad():
-        return float((stock(input_ids=ids).logits - ours(input_ids=ids).logits).abs().max())
+        return float((stock(input_ids=ids).logits - ours.model(input_ids=ids).logits).abs().max())

@@ -165,7 +165,7 @@ def router_texts(texts: Sequence[OwnText], path: Path, classes: int) -> list[tup
 
 def _target(text: OwnText, path: Path, classes: int) -> tuple[float, ...] | None:
     if path == SHARED:
-        own = (text.path == SHARED) != text.negative
+        own = text.path == SHARED and not text.negative
         return (1.0, 0.0) if own else (0.0, 1.0)
     depth = len(path)
     if text.path == SHARED or text.path[:depth] != path or len(text.path) <= depth:

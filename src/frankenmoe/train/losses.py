@@ -59,15 +59,3 @@ def distill(logits_TV: torch.Tensor, teacher_TM: torch.Tensor, ids_TM: torch.Ten
 def _rest(log_probs_TM: torch.Tensor) -> torch.Tensor:
     """The probability of everything that is not among the M; never zero, so that its logarithm is a number."""
     return (1 - log_probs_TM.exp().sum(dim=-1)).clamp(min=1e-6)
-
-
-def local(
-    gram_TEE: torch.Tensor, target_TE: torch.Tensor, norm_T: torch.Tensor, gates_TE: torch.Tensor
-) -> torch.Tensor:
-    """error_T: |sum_k g_k f_k - f*|^2 of one layer, from inner products alone: g'Gg - 2 g'G* + G**.
-
-    `gram_TEE` holds <f_i, f_j> of the experts' outputs, `target_TE` <f_i, f*>, `norm_T` <f*, f*>; `gates_TE` are the
-    mixture weights, zero where an expert was not chosen. Exact, and the outputs themselves need not be kept.
-    """
-    quadratic_T = torch.einsum("te,tef,tf->t", gates_TE, gram_TEE, gates_TE)
-    return quadratic_T - 2 * (gates_TE * target_TE).sum(dim=-1) + norm_T

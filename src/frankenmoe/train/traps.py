@@ -68,8 +68,7 @@ def _check_top_k(settings: Train, *, top_k: int, renormalize: bool, experts: int
             hint="lower experts_per_token in the settings of training",
         )
     whole = renormalize or settings.experts_per_token is not None
-    learns = settings.domain or settings.objective == "local"
-    if k == 1 and whole and "routers" in settings.what and not learns:
+    if k == 1 and whole and "routers" in settings.what and not settings.domain:
         raise PlanError(
             "with one expert per token and renormalised weights the weight is always 1, so the language-model loss has "
             "no gradient in the gates",
