@@ -102,7 +102,7 @@ def test_folders_made_on_the_way_go_again(recipe: Path, base: Path, tmp_path: Pa
 
 def test_a_recipe_that_is_a_folder(tmp_path: Path) -> None:
     refused("plan", tmp_path, inside=tmp_path, facts=(str(tmp_path), "found a folder"), hint=".yml file inside")
-    refused("build", tmp_path, tmp_path / "out", inside=tmp_path, facts=("found a folder",))
+    refused("build", tmp_path, tmp_path / "out", inside=tmp_path, facts=(str(tmp_path), "not an artifact"))
     refused("chat", tmp_path, "--prompt", "x", inside=tmp_path, facts=(str(tmp_path), "not an artifact"))
 
 

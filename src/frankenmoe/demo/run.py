@@ -38,6 +38,7 @@ RANDOM, PROMPTED, FITTED, TRAINED, FORCED = (
 )
 REPLY_TOKENS = 24
 TEXT_CHARACTERS = 40_000  # of each domain, for fitting and training; the held-out text is another
+FIT_TOKENS = 4096
 TEXT_SEED = 1
 TRAIN_STEPS = 60
 # what a stage needs beside the plain installation -> the extra that brings it
@@ -142,7 +143,7 @@ def write_recipe(file: Path, parents: Mapping[str, Path], *, without: tuple[str,
         if domain in DOMAINS
     ]
     stages = {
-        "fit": {"method": "logistic"},
+        "fit": {"method": "logistic", "tokens": FIT_TOKENS},
         "train": {"what": ["routers"], "steps": TRAIN_STEPS},
         "audit": {"tokens": 2048},
         "eval": {

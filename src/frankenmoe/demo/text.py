@@ -44,7 +44,7 @@ def _documents(domain: str, *, stream: str) -> Iterator[str]:
 def _collect(documents: Iterator[str], *, characters: int) -> str:
     collected: list[str] = []
     length = 0
-    while length < characters:
+    while length - 1 < characters:  # no blank line behind the last, but a newline
         collected.append(next(documents))
         length += len(collected[-1]) + 2
     return "\n\n".join(collected) + "\n"
