@@ -92,8 +92,20 @@ class Story:
 
 
 def tell(out: Path, *, progress: Progress = SILENT) -> Story:
-    """Runs the whole demo in the folder `out`; parents and results that are there already are used again."""
-    out = out.absolute()
+    """Runs the whole demo in the folder `out`; parents and results that are there already are used again.
+
+    On one thread: for models this small two wait for each other longer than they compute, beside a busy neighbour most of
+    all.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _tell(out.absolute(), progress)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _tell(out: Path, progress: Progress) -> Story:
     with quiet_transformers():
         parents = make_parents(out / "parents", on_progress=_parent_progress(progress))
     lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
