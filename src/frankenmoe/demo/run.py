@@ -94,8 +94,8 @@ class Story:
 def tell(out: Path, *, progress: Progress = SILENT) -> Story:
     """Runs the whole demo in the folder `out`; parents and results that are there already are used again.
 
-    On one thread: for models this small two wait for each other longer than they compute, beside a busy neighbour most of
-    all.
+    On one thread: for models this small two wait for each other longer than they compute, beside a busy neighbour most
+    of all.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
