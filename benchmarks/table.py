@@ -36,7 +36,7 @@ def circumstances(result: dict[str, object]) -> str:
     return (
         f"- {result['benchmark']}: {result['rounds']} rounds, {result['finished']}, {machine['cores']} cores of "
         f"{machine['cpu']}, {machine['memory'] / 2**30:.0f} GiB, {machine['filesystem']}, torch {versions['torch']}, "
-        f"transformers {versions['transformers']}, commit {str(result["revision"])[:12]}"
+        f"transformers {versions['transformers']}, commit {str(result['revision'])[:12]}"
     )
 
 
