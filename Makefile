@@ -9,10 +9,10 @@ demo: $(VENV)/.installed
 	$(BIN)/frankenmoe demo
 
 test: $(VENV)/.installed
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-slow: $(VENV)/.installed
-	$(BIN)/pytest -n 2 -m "slow or not gpu"
+	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not gpu"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

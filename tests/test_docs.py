@@ -16,6 +16,7 @@ from frankenmoe.recipe import IGNORED_KEYS, schema
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+SHORT = 8_000  # characters of a text
 SETS_UP = ("make ", "python3 -m venv", ".venv/bin/")  # these make the environment that this test runs in
 
 
@@ -36,6 +37,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert loss["MoE, own expert forced"] < loss["MoE, prompt gates"] < loss["MoE, random gates"]
     assert loss["MoE, prompt gates"] < loss["dense base"]
     assert story["largest_logit_difference_to_stock_transformers"] < 1e-4
+    # half of the commands fit routers again; the demo has shown what all of its text gives, here less will do
+    for file in (folder / "demo-out" / "text").glob("*.txt"):
+        kept = file.read_text()[:SHORT]
+        file.write_text(kept[: kept.rindex("\n") + 1])
     return folder
 
 

@@ -175,7 +175,7 @@ def test_copying_stops_as_soon_as_a_source_is_known_to_be_no_use() -> None:
 
 
 def test_a_build_listens_to_that(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_use(*_: Any) -> None:
+    def no_use(*_: Any, **__: Any) -> None:
         raise SourceError("no model can be made of it")
 
     def endless(*_: Any, on_bytes: Callable[[int], None], **__: Any) -> None:
@@ -184,7 +184,7 @@ def test_a_build_listens_to_that(recipe: Path, tmp_path: Path, monkeypatch: pyte
             time.sleep(0.001)
         raise AssertionError("nobody stopped the copying")
 
-    monkeypatch.setattr(building, "_check_loadable", no_use)
+    monkeypatch.setattr("frankenmoe.moe.load.check_loadable", no_use)
     monkeypatch.setattr(building, "compose", endless)
     with pytest.raises(SourceError, match="no model"):
         fm.build(recipe, tmp_path / "out")

@@ -168,6 +168,8 @@ def test_light_dark_and_phone(width: int, scheme: str, browser: Any, report: Pat
         assert light == (scheme == "light")
         tab.locator("#theme").click()
         assert tab.evaluate("getComputedStyle(document.body).backgroundColor") != paper
+        tab.locator("#theme").click()
+        assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == paper
         tab.locator("#tokens-0 .t").nth(9).hover()
         tab.screenshot(path=str(SHOTS / f"{width}-{scheme}-token.png"))
         assert tab.said == []

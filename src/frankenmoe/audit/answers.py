@@ -203,8 +203,8 @@ def _domain(whole: Whole) -> Answer:
     verdict = {GOOD: "yes", MIND: "in part", BAD: "hardly"}[level]
     return Answer(
         *asked, verdict, level, worst[0], "of tokens, worst layer",
-        f"{_span(shares, percent)} of tokens go first to their domain's own expert ({percent(chance)} by chance); the "
-        f"choice tells {_span(told, _two)} of {most:.2f} bits of the domain.",
+        f"The share of tokens that go first to their domain's own expert is {_span(shares, percent)}, by chance "
+        f"{percent(chance)}; of {most:.2f} bits of the domain the choice tells {_span(told, _two)}.",
     )  # fmt: skip
 
 
@@ -298,7 +298,7 @@ def _survive(whole: Whole) -> Answer:
     )
     return Answer(
         *asked, verdict, level, max(over)[0], f"dropped at capacity {TRAINED}, worst layer",
-        f"A capacity of {TRAINED} would drop {_span(over, percent)} of assignments; {quantized}.",
+        f"The share of assignments that a capacity of {TRAINED} would drop is {_span(over, percent)}; {quantized}.",
     )  # fmt: skip
 
 
@@ -318,8 +318,9 @@ def _token(whole: Whole) -> Answer:
     shown, experts = whole.routers[0]["tokens_seen"]["tokens"], whole.routers[0]["experts"]
     return Answer(
         "token", "What did this token see?", "look below", OPEN, max(switches)[0], "switches, liveliest layer",
-        f"The {shown} tokens shown go first to {_span(used, lambda count: f'{count:.0f}')} of {_experts(experts)}; "
-        f"{_span(switches, percent)} of tokens have another first expert than the token before.",
+        f"Of {_experts(experts)}, those that come first for one of the {shown} tokens shown: "
+        f"{_span(used, lambda count: f'{count:.0f}')}. Tokens with another first expert than the token before: "
+        f"{_span(switches, percent)}.",
     )  # fmt: skip
 
 
