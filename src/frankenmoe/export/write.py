@@ -23,8 +23,8 @@ from frankenmoe.errors import NumericsError
 from frankenmoe.export.quantize import quantize
 from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
 
-CHUNK = 2**20  # elements that one thread turns into bytes at a time
-AHEAD = 2  # chunks per thread that may wait to be written
+CHUNK = 2**17  # elements that one thread turns into bytes at a time
+AHEAD = 4  # chunks per thread that may wait to be written
 
 Importance = Mapping[str, Floats]
 """Tensor name -> importance of its columns [parts, C]."""
