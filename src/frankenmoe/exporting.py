@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from frankenmoe.artifact import ROUTERS, Artifact, open_artifact, write_json, write_routers
 from frankenmoe.building import check_buildable, is_recipe, load_recipe, make_routers
+from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import parse_object, read_header
 from frankenmoe.errors import ArtifactError
 from frankenmoe.export.run import GgufFile, check_output, export_files
@@ -136,23 +137,38 @@ def check_files(
     return found
 
 
-def write_report(files: Sequence[GgufFile], checks: "Sequence[Checked]") -> Path:
-    """export.json beside the files: what each is and how it compares, those of earlier runs kept while they exist."""
+def write_report(
+    files: Sequence[GgufFile],
+    checks: "Sequence[Checked]",
+    *,
+    what: Recipe | Artifact | str | Path,
+) -> Path:
+    """export.json beside the files: of which model they are, what each is and how it compares with its source.
+
+    Rows of earlier runs stay while their files are there and are of the same model, so that a card can quote them.
+    """
     folder = files[0].path.parent
     report = folder / REPORT
+    about = _about(what)
     kept: dict[str, Any] = {}
     if report.is_file():
-        with suppress(ValueError):
-            kept = {entry["file"]: entry for entry in parse_object(report.read_bytes()).get("files", [])}
-    found = {check.path: check.to_dict() for check in checks}
-    for file in files:
-        check = found.get(file.path)
-        facts = {key: value for key, value in file.to_dict().items() if key != "path"}
-        seen = None if check is None else {key: value for key, value in check.items() if key != "path"}
-        kept[file.path.name] = {"file": file.path.name, **facts, "check": seen}
-    there = [entry for name, entry in kept.items() if (folder / name).is_file()]
-    write_json(report, {"version": 1, "files": there})
+        with suppress(ValueError, AttributeError, KeyError, TypeError):
+            before = parse_object(report.read_bytes())
+            if {key: before.get(key) for key in about} == about:
+                kept = {entry["path"]: entry for entry in before["files"] if (folder / entry["path"]).is_file()}
+    found = {check.path: check.to_dict() | {"path": check.path.name} for check in checks}
+    kept |= {file.path.name: file.to_dict() | {"path": file.path.name, "check": found.get(file.path)} for file in files}
+    write_json(report, {"kind": "frankenmoe export", "version": 1, **about, "files": list(kept.values())})
     return report
+
+
+def _about(what: Recipe | Artifact | str | Path) -> dict[str, str]:
+    """Which model a report is of, in the words by which a card knows its own."""
+    if isinstance(what, str | Path) and not is_recipe(what):
+        what = open_artifact(Path(what))
+    if isinstance(what, Artifact):
+        return {"recipe_digest": what.record["recipe_digest"], "routers_sha256": sha256(what.folder / ROUTERS)}
+    return {"recipe_digest": load_recipe(what).digest}
 
 
 @contextmanager

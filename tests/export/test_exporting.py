@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from frankenmoe.export.llama import Engine, check_loadable
 from frankenmoe.export.subject import of_artifact
 from frankenmoe.exporting import check_files, export_gguf
 from frankenmoe.planning.gguf import layout
+from frankenmoe.publish.card import make_card
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -208,7 +210,7 @@ def test_the_command_exports_checks_reports_and_chats(place: Path, tmp_path: Pat
     assert [row["type"] for row in rows] == ["q4_0", "q8_0"]
     assert rows[1]["check"]["kl"] < rows[0]["check"]["kl"]
     kept = json.loads((tmp_path / "gguf" / "export.json").read_text())["files"]
-    assert [entry["file"] for entry in kept] == [Path(row["path"]).name for row in rows]
+    assert [entry["path"] for entry in kept] == [Path(row["path"]).name for row in rows]
     assert kept[0]["check"]["kl"] == rows[0]["check"]["kl"]
     more = CliRunner().invoke(app, ["export", str(place / "built"), str(tmp_path / "gguf"), "--types", "f16"])
     assert more.exit_code == 0
@@ -265,7 +267,28 @@ def test_exporting_an_artifact_does_not_import_torch(place: Path, tmp_path: Path
 
 def test_the_report_says_what_was_measured(place: Path, tmp_path: Path) -> None:
     files = export_gguf(place / "virtual", tmp_path, types=["f16"])
-    report = exporting.write_report(files, [])
+    report = exporting.write_report(files, [], what=place / "virtual")
     (entry,) = json.loads(report.read_text())["files"]
     assert entry["check"] is None
     assert entry["bytes"] == files[0].bytes
+
+
+def test_a_card_quotes_what_was_exported_beside_it_and_nothing_stale(place: Path, tmp_path: Path) -> None:
+    artifact = shutil.copytree(place / "built", tmp_path / "moe")
+    for types in ("q8_0", "q4_0"):
+        answer = CliRunner().invoke(app, ["export", str(artifact), str(artifact / "gguf"), "--types", types])
+        assert answer.exit_code == 0, answer.output
+    text = make_card(open_artifact(artifact)).text
+    assert "| `tiny-moe-Q8_0.gguf` | q8_0 |" in text
+    assert "| `tiny-moe-Q4_0.gguf` | q4_0 |" in text
+    assert "Not compared with their source" not in text
+
+    routers = artifact / "model-routers.safetensors"
+    routers.write_bytes(routers.read_bytes()[:-1] + b"\1")
+    card = make_card(open_artifact(artifact))
+    assert "Files for llama.cpp" in card.missing
+    assert "gguf/export.json was made before the routers were changed" in card.text
+    export = ["export", str(artifact), str(artifact / "gguf"), "--types", "f16", "--no-check"]
+    assert CliRunner().invoke(app, export).exit_code == 0
+    files = json.loads((artifact / "gguf" / "export.json").read_text())["files"]
+    assert [file["path"] for file in files] == ["tiny-moe-F16.gguf"]

@@ -73,7 +73,7 @@ def export_command(
             if wanted
             else []
         )
-    write_report(files, checks)
+    write_report(files, checks, what=what)
     if as_json:
         click.echo(json.dumps(_as_data(files, checks), indent=2, ensure_ascii=False))
     else:

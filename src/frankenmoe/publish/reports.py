@@ -17,6 +17,8 @@ from frankenmoe.publish.leaderboard import Origin, known
 
 FOLDER = "reports"
 TRAINING = "training.json"
+# where stages leave theirs by themselves: training in the artifact, `frankenmoe export` beside the files it wrote
+BESIDE = (TRAINING, "export.json", "gguf/export.json")
 HINT = "run the stage again that wrote it, or take the file away"
 
 # L layers, E experts
@@ -348,7 +350,8 @@ def collect(artifact: Artifact, *, given: Sequence[Path] = ()) -> Evidence:
 
 def _files(folder: Path) -> Iterator[Path]:
     """Possible reports, the oldest first."""
-    files = [file for file in [*(folder / FOLDER).rglob("*.json"), folder / TRAINING] if file.is_file()]
+    places = [*(folder / FOLDER).rglob("*.json"), *(folder / name for name in BESIDE)]
+    files = [file for file in places if file.is_file()]
     return iter(sorted(files, key=lambda file: (file.stat().st_mtime_ns, str(file))))
 
 
