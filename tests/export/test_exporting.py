@@ -77,6 +77,16 @@ def test_a_small_disk_is_told_before_the_first_byte(place: Path, monkeypatch: py
     refused(place, ArtifactError, "GiB free, but the files will have")
 
 
+def test_what_a_killed_export_left_is_room_for_the_next(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = export_gguf(place / "virtual", tmp_path / "whole", types=["q8_0"])
+    (tmp_path / "tiny-moe-Q8_0.gguf.partial").write_bytes(b"x" * file.bytes)
+    monkeypatch.setattr(run, "free_bytes", lambda folder: 5000)
+    (again,) = export_gguf(place / "virtual", tmp_path, types=["q8_0"])
+    assert again.path.read_bytes() == file.path.read_bytes()
+
+
 def test_a_disk_that_fills_up_leaves_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object) -> None:
         raise OSError(28, "No space left on device")

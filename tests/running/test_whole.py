@@ -9,7 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 import frankenmoe as fm
-from frankenmoe.errors import PlanError
+from frankenmoe.checkpoint.writer import free_bytes
+from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.running import Finished, run
 
 pytest.importorskip("gguf")
@@ -91,3 +92,27 @@ def test_a_type_that_llama_cpp_does_not_have_is_told_before_the_first_step(folde
     with pytest.raises(PlanError, match="q4_k_n"):
         run(write(folder, export={"types": ["q4_k_n"]}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+ONLY_EXPORT = {"fit": False, "train": False, "audit": False, "eval": False, "card": False}
+
+
+@pytest.mark.timeout(120)
+def test_a_finished_export_needs_no_room_for_a_second_one(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = {"types": ["q8_0"], "check": False, "allow_random": True}
+    recipe = write(folder, **ONLY_EXPORT, export=export)
+    assert now(run(recipe, tmp_path / "out")) == ["build", "export"]
+    monkeypatch.setattr("frankenmoe.export.run.free_bytes", lambda folder: 0)
+    assert now(run(recipe, tmp_path / "out")) == []
+    # a run killed while it checked the files that it had written
+    scratch = tmp_path / "out" / "work" / "export.partial"
+    scratch.mkdir()
+    (tmp_path / "out" / "model" / "gguf").rename(scratch / "gguf")
+    monkeypatch.setattr("frankenmoe.export.run.free_bytes", free_bytes)
+    assert now(run(recipe, tmp_path / "out")) == ["export"]
+    assert not scratch.exists()
+    with pytest.raises(ArtifactError, match="GiB free, but the files"):
+        monkeypatch.setattr("frankenmoe.export.run.free_bytes", lambda folder: 0)
+        run(write(folder, **ONLY_EXPORT, export=export | {"types": ["f32"]}), tmp_path / "out")

@@ -12,7 +12,7 @@ from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.export.head import head_bytes
 from frankenmoe.export.quantize import require
 from frankenmoe.export.tokenizer import read_vocabulary
-from frankenmoe.export.write import Importance, Target, write_files
+from frankenmoe.export.write import Importance, Target, partial_of, write_files
 from frankenmoe.families.llamacpp import FILE_TYPES, FileType
 from frankenmoe.planning.gguf import GgufLayout, Subject, layout, suggestion
 from frankenmoe.progress import SILENT, Progress
@@ -84,7 +84,7 @@ def export_files(
         )
         for kind, path in zip(kinds, paths, strict=True)
     ]
-    _check_disk(paths[0].parent, sum(target.size for target in targets))
+    _check_disk(paths, sum(target.size for target in targets))
     paths[0].parent.mkdir(parents=True, exist_ok=True)
     progress.start(f"writing {', '.join(kind.name for kind in kinds)}", sum(t.tensor_bytes for t in targets), "B")
     write_files(
@@ -98,15 +98,18 @@ def export_files(
 
 
 def check_output(
-    subject: Subject, out: Path, *, types: Sequence[str], pad256: bool, importance: bool
+    subject: Subject, out: Path, *, types: Sequence[str], pad256: bool, importance: bool, spare: int = 0
 ) -> tuple[GgufLayout, tuple[FileType, ...], list[Path]]:
-    """(layout, types, paths) of an export, or the error that it would end in, before anything slow is begun."""
+    """(layout, types, paths) of an export, or the error that it would end in, before anything slow is begun.
+
+    `spare` are bytes in use now that will be free by then.
+    """
     found = layout(subject, pad256=pad256)
     kinds = file_types(types) or default_types(found)
     paths = _paths(subject, out, kinds)
     for name in sorted({name for kind in kinds for name in found.types(kind, imatrix=importance).values()}):
         require(name, importance=importance)
-    _check_disk(paths[0].parent, sum(found.tensor_bytes(kind, imatrix=importance) for kind in kinds))
+    _check_disk(paths, sum(found.tensor_bytes(kind, imatrix=importance) for kind in kinds), spare=spare)
     return found, kinds, paths
 
 
@@ -141,11 +144,18 @@ def _paths(subject: Subject, out: Path, kinds: Sequence[FileType]) -> list[Path]
     return paths
 
 
-def _check_disk(folder: Path, need: int) -> None:
+def _check_disk(paths: Sequence[Path], need: int, *, spare: int = 0) -> None:
+    folder = paths[0].parent
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    free = free_bytes(there)
+    # what a killed export left is written over
+    free = free_bytes(there) + spare + sum(map(disk_bytes, map(partial_of, paths)))
     if need > free:
         raise ArtifactError(
             f"{folder} has {free / GIB:.2f} GiB free, but the files will have {need / GIB:.2f} GiB",
             hint="choose a folder on another disk, or fewer or smaller types",
         )
+
+
+def disk_bytes(file: Path) -> int:
+    """What a file takes of the disk, 0 where there is none."""
+    return file.stat().st_blocks * 512 if file.is_file() else 0

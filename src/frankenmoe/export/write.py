@@ -74,6 +74,11 @@ def write_files(
             _write_tensor(tensor, sinks, pool, threads * AHEAD, (importance or {}).get(tensor.name), on_bytes)
 
 
+def partial_of(path: Path) -> Path:
+    """Where a file is while it grows, and what a killed export leaves."""
+    return path.with_name(f"{path.name}.partial")
+
+
 def _write_tensor(
     tensor: GgufTensor,
     sinks: Sequence[_Sink],
@@ -123,7 +128,7 @@ def _as_copy(ref: TensorRef) -> TensorWrite:
 
 def _stored(sink: _Sink, tensor: GgufTensor, start: int) -> TensorRef:
     """What was just written, as bytes to copy."""
-    partial = sink.target.path.with_name(f"{sink.target.path.name}.partial")
+    partial = partial_of(sink.target.path)
     end = os.lseek(sink.fd, 0, os.SEEK_CUR)
     return TensorRef(tensor.name, "U8", (end - start,), partial, start, end)
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +167,23 @@ def _export(job: Job, progress: Progress) -> None:
 
 def _check_export(job: Job) -> None:
     """A type, a shape or a tokenizer that llama.cpp does not have is told before days of training."""
-    from frankenmoe.export.run import check_output
+    from frankenmoe.export.run import check_output, disk_bytes
     from frankenmoe.export.tokenizer import read_vocabulary
     from frankenmoe.planning.forecast import subject_of_plan
 
     section: Export = _section(job, "export")
     subject = subject_of_plan(job.plan)
-    place = job.out / WORK / "export.partial" / "none"
-    check_output(subject, place, types=section.types, pad256=section.pad256, importance=bool(section.imatrix))
+    scratch = job.out / WORK / "export.partial"
+    # a run that was done or killed has its files on the disk already, and need not find room for them twice
+    earlier = sum(map(disk_bytes, chain(files_below(scratch), files_below(job.model / GGUF))))
+    check_output(
+        subject,
+        scratch / "none",
+        types=section.types,
+        pad256=section.pad256,
+        importance=bool(section.imatrix),
+        spare=earlier,
+    )
     read_vocabulary(subject.folder, subject.config, rows=subject.family.dims(subject.config).vocab)
 
 
