@@ -252,6 +252,37 @@ def test_files_that_would_abort_llama_cpp_are_refused(place: Path, tmp_path: Pat
         Engine(broken, context=64)
 
 
+def test_a_template_that_llama_cpp_cannot_read_costs_the_template_only(tmp_path: Path) -> None:
+    tokenizer = gguftools.bpe("gpt-2")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] | made_up_filter }}{% endfor %}"
+    base, *others = gguftools.parents(tmp_path, "llama", tokenizer=tokenizer)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, others)
+    answer = CliRunner().invoke(app, ["export", str(recipe), str(tmp_path / "out"), "--types", "f16", "--allow-random"])
+    assert answer.exit_code == 0, answer.output
+    assert "cannot read the chat template in r-F16.gguf" in " ".join(answer.stderr.split())
+    said = CliRunner().invoke(
+        app, ["chat", str(tmp_path / "out" / "r-F16.gguf"), "--max-new-tokens", "2"], input=b"a\n"
+    )
+    assert said.exit_code == 0, said.output
+    assert "cannot read the file's chat template" in said.stderr
+
+
+def test_bytes_that_are_no_text_are_told_to_whoever_chats_with_a_file(place: Path, tmp_path: Path) -> None:
+    (file,) = export_gguf(place / "virtual", tmp_path, types=["f16"])
+    said = CliRunner().invoke(app, ["chat", str(file.path)], input=b"\xff\n")
+    assert said.exit_code == 2
+    assert "must be UTF-8" in said.stderr
+
+
+def test_a_file_with_one_token_twice_is_refused_before_llama_cpp_aborts(place: Path, tmp_path: Path) -> None:
+    (file,) = export_gguf(place / "virtual", tmp_path, types=["f16"])
+    raw = file.path.read_bytes()
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(raw.replace(b"</s>", "Ġqu".encode(), 1))  # as long, and there already
+    with pytest.raises(ArtifactError, match="under two numbers"):
+        Engine(broken, context=64)
+
+
 def test_without_the_extra_plain_types_still_work(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from frankenmoe.export import quantize
 

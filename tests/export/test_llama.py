@@ -103,6 +103,8 @@ REFUSED = [
     ("olmo2", {}, {}, "FlexOlmo"),
     ("llama", {"hidden_act": "gelu"}, {}, "silu"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "dynamic"),
+    ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, {}, "yarn has no attention_factor 1.5"),
+    ("llama", {"rope_parameters": YARN | {"truncate": False}}, {}, "truncate"),
     ("qwen2", {}, {"shared": {}, "gate_mode": "random"}, "gated shared expert"),
     ("qwen3", {}, {"experts": "nested"}, "an MoE itself"),
 ]

@@ -20,6 +20,14 @@ from frankenmoe.exporting import export_gguf
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
+QWEN2 = {
+    "type": "Split",
+    "pattern": {"Regex": next(regex for (_, regex, _), name in PRE_TOKENIZERS.items() if name == "qwen2")},
+    "behavior": "Isolated",
+}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PLAIN = BYTES | {"use_regex": False}
+DIGITS = {"type": "Digits", "individual_digits": True}
 TEXTS = [
     *gguftools.WORDS.splitlines(keepends=True),
     *(word for word in gguftools.WORDS.split()),
@@ -27,6 +35,12 @@ TEXTS = [
     "中文字符和标点。", "🙂🙃🚀 emoji", "İstanbul ŞİİR", "école—ÉCOLE", "a" * 50,
     "</s> in <s>", "\u00a0nbsp\u2009thin",
 ]  # fmt: skip
+
+
+def around(*specials: str) -> dict[str, Any]:
+    """What puts these in front of every text."""
+    single = [{"SpecialToken": {"id": token, "type_id": 0}} for token in specials]
+    return {"type": "TemplateProcessing", "single": [*single, {"Sequence": {"id": "A", "type_id": 0}}]}
 
 
 def engine(tmp_path: Path, tokenizer: Any) -> Engine:
@@ -127,6 +141,12 @@ def test_an_unknown_split_is_refused_not_guessed(tmp_path: Path) -> None:
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "WordLevel"),
         ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "none of"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN2, BYTES]}}, "none of"),  # split twice
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN2 | {"invert": True}, PLAIN]}}, "none of"),
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [PLAIN]}}, "none of"),  # not split at all
+        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES, DIGITS]}}, "none of"),
+        ({"post_processor": around("<unk>")}, "puts <unk> around a text, expected its bos_token alone"),
+        ({"post_processor": around("<s>", "<unk>")}, "puts <s> <unk> around"),
     ],
 )
 def test_other_tokenizers_are_refused(change: dict[str, Any], word: str, tmp_path: Path) -> None:
@@ -157,3 +177,42 @@ def test_no_end_token_is_said_and_not_left_to_chance(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=raw).save_pretrained(tmp_path)
     with pytest.raises(SourceError, match="no end token"):
         read_vocabulary(tmp_path, {}, rows=2)
+
+
+def test_padding_takes_no_name_that_a_token_has(tmp_path: Path) -> None:
+    """llama.cpp aborts, and the process with it, on two tokens of one name."""
+    tokenizer = gguftools.bpe("gpt-2")
+    tokenizer.add_tokens([f"[PAD{len(tokenizer) + 2}]"])
+    tokenizer.save_pretrained(tmp_path)
+    found = read_vocabulary(tmp_path, {}, rows=len(tokenizer) + 3)
+    assert len(set(found.tokens)) == len(tokenizer) + 3
+    assert found.tokens[: len(tokenizer)] == tuple(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text())
+    data["added_tokens"].append(data["added_tokens"][0] | {"id": len(tokenizer)})
+    file.write_text(json.dumps(data))
+    with pytest.raises(SourceError, match="'<unk>' under two numbers"):
+        read_vocabulary(tmp_path, {}, rows=len(tokenizer) + 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda data: data["model"]["vocab"].update({"xyz": data["model"]["vocab"].pop("<0xF0>")}), "255 of the 256"),
+        (lambda data: data.update(normalizer=None, pre_tokenizer={"type": "Metaspace", "replacement": "▁"}), "every"),
+    ],
+)
+def test_a_sentencepiece_that_llama_cpp_cannot_follow_is_refused(change: Any, word: str, tmp_path: Path) -> None:
+    gguftools.sentencepiece().save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    data = json.loads(file.read_text())
+    change(data)
+    file.write_text(json.dumps(data))
+    with pytest.raises(SourceError, match=word):
+        read_vocabulary(tmp_path, {}, rows=1000)
+
+
+def test_the_one_end_of_the_generation_settings_counts(tmp_path: Path) -> None:
+    gguftools.bpe("gpt-2").save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert read_vocabulary(tmp_path, {}, rows=1000).special["eot"] == 7

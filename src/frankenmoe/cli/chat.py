@@ -11,8 +11,8 @@ import torch
 from rich.text import Text
 from transformers import TextStreamer
 
+from frankenmoe.cli.ask import ask
 from frankenmoe.cli.show import console, expert_style
-from frankenmoe.cli.text import is_unicode
 from frankenmoe.loading import load
 from frankenmoe.moe.generate import Reply, reply, weight_shares
 from frankenmoe.palette import mark
@@ -39,7 +39,7 @@ def chat(what: Path, *, prompt: str | None, settings: Settings, as_json: bool, t
     history: list[dict[str, str]] = []
     if prompt is None and sys.stdin.isatty():
         click.echo("write, then Enter; Ctrl-D ends", err=True)
-    while (said := _ask() if prompt is None else prompt) is not None:
+    while (said := ask() if prompt is None else prompt) is not None:
         history.append({"role": "user", "content": said})
         made = reply(
             moe,
@@ -57,23 +57,6 @@ def chat(what: Path, *, prompt: str | None, settings: Settings, as_json: bool, t
         click.echo(f"{made.tokens_per_second:.1f} tokens/s", err=True)
         if prompt is not None:
             return
-
-
-def _ask() -> str | None:
-    """A line from the person or the pipe; None at its end. Empty lines are asked for again."""
-    while True:
-        if sys.stdin.isatty():
-            click.echo("> ", nl=False, err=True)
-        try:
-            line = sys.stdin.readline()
-        except UnicodeDecodeError:
-            line = "\udcff"
-        if not is_unicode(line):
-            raise click.UsageError("what you write must be UTF-8 text")
-        if not line:
-            return None
-        if line.strip():
-            return line.rstrip("\n")
 
 
 def show_trace(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> None:

@@ -115,4 +115,6 @@ def _show(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> None:
             warn(
                 [f"{check.path.name} splits {check.prompts - check.same_prompts} of {check.prompts} prompts otherwise"]
             )
+        if not check.reads_template:
+            warn([f"llama.cpp cannot read the chat template in {check.path.name}: give it another when you run it"])
     click.echo(f"in {files[0].path.parent}; next: {program()} chat {files[-1].path}")

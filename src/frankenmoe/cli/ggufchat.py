@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from frankenmoe.cli.ask import ask
+from frankenmoe.cli.show import warn
 from frankenmoe.export.llama import Engine, check_loadable
 
 
@@ -17,14 +19,18 @@ def chat_gguf(
     arch = str(facts["general.architecture"])
     context = int(facts.get(f"{arch}.context_length", 4096))
     engine = Engine(file, context=min(context, 8192), exact_cache=False)
+    templated = bool(facts["chat_template"])
+    if templated and not engine.reads_template:
+        warn(["llama.cpp cannot read the file's chat template: it goes on from what you write, as without one"])
+        templated = False
     history: list[dict[str, str]] = []
     if prompt is None and sys.stdin.isatty():
         click.echo("write, then Enter; Ctrl-D ends", err=True)
-    while (said := _ask() if prompt is None else prompt) is not None:
+    while (said := ask() if prompt is None else prompt) is not None:
         history.append({"role": "user", "content": said})
         text = engine.chat(
             history,
-            templated=bool(facts["chat_template"]),
+            templated=templated,
             tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
@@ -34,15 +40,3 @@ def chat_gguf(
         click.echo(json.dumps({"reply": text}, ensure_ascii=False) if as_json else "")
         if prompt is not None:
             return
-
-
-def _ask() -> str | None:
-    """A line from the person or the pipe; None at its end. Empty lines are asked for again."""
-    while True:
-        if sys.stdin.isatty():
-            click.echo("> ", nl=False, err=True)
-        line = sys.stdin.readline()
-        if not line:
-            return None
-        if line.strip():
-            return line.rstrip("\n")

@@ -44,7 +44,8 @@ class Reference:
 class Checked:
     """How a file compares: mean KL from the source in nats, share of equal best tokens, perplexity over the source's.
 
-    `same_replies` and `same_prompts` count prompts with the same greedy tokens, and with the same tokenization.
+    `same_replies` and `same_prompts` count prompts with the same greedy tokens, and with the same tokenization;
+    `reads_template` is false for a chat template that llama.cpp cannot read.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Checked:
     prompts: int
     positions: int
     tokens_per_second: float
+    reads_template: bool
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -140,6 +142,7 @@ def check(
         prompts=len(source.prompts),
         positions=len(divergences),
         tokens_per_second=float(np.median(speeds)) if speeds else math.nan,
+        reads_template=engine.reads_template,
     )
 
 

@@ -110,8 +110,8 @@ def _rotary(writer: gguf.GGUFWriter, rotary: Mapping[str, Any], config: Mapping[
         writer.add_rope_scaling_factor(float(rotary["factor"]))
     if kind == "yarn":
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        writer.add_rope_scaling_factor(float(rotary["factor"]))
         before = rotary.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_factor(float(rotary.get("factor") or config["max_position_embeddings"] / before))
         writer.add_rope_scaling_orig_ctx_len(int(before))
         for ours, theirs in YARN.items():
             if rotary.get(ours) is not None:

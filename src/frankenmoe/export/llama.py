@@ -18,6 +18,7 @@ from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.export.quantize import INSTALL
 from frankenmoe.families.llamacpp import ARCHS, MAX_EXPERTS
 
+STAND_IN = "chatml"  # a chat template that llama.cpp knows by name
 QUIET = -1  # verbosity
 NORMAL = 1  # type of a token that is neither special nor a byte
 SMALL = 2**29  # bytes; below, threads wait for one another longer than they compute
@@ -39,7 +40,8 @@ class Engine:
     def __init__(self, file: Path, *, context: int, threads: int | None = None, exact_cache: bool = True) -> None:
         """Raises ArtifactError for a file that is no MoE llama.cpp can load, or where it is not installed.
 
-        `exact_cache` keeps keys and values in float32, so that nothing but the weights is rounded.
+        `exact_cache` keeps keys and values in float32, so that nothing but the weights is rounded. `reads_template`
+        is false afterwards where the file's chat template is none that llama.cpp can read.
         """
         self._whole_token = int(check_loadable(file)["whole_token"])
         try:
@@ -60,10 +62,17 @@ class Engine:
         if exact_cache:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.reads_template = True
         with _silence():
             try:
                 self._server = xllamacpp.Server(params)
-            except Exception as error:  # RuntimeError with no more than "Failed to init server"
+                return
+            except RuntimeError:  # no more than "Failed to init server", which a template is enough for
+                self.reads_template = False
+                params.chat_template = STAND_IN
+            try:
+                self._server = xllamacpp.Server(params)
+            except Exception as error:
                 raise ArtifactError(
                     f"llama.cpp cannot load {file}: {error}",
                     hint="the file is damaged, or of a kind that this version of xllamacpp does not know",
@@ -161,6 +170,10 @@ def check_loadable(file: Path) -> dict[str, Any]:
     if size > file.stat().st_size:
         raise ArtifactError(
             f"{file} is cut off: {size - file.stat().st_size} bytes are missing", hint="export or fetch it again"
+        )
+    if len(set(words)) < len(words):
+        raise ArtifactError(
+            f"{file} has a token under two numbers, which llama.cpp aborts on", hint="export or fetch it again"
         )
     arch = str(facts.get("general.architecture"))
     experts, used = facts.get(f"{arch}.expert_count", 0), facts.get(f"{arch}.expert_used_count", 0)

@@ -4,6 +4,7 @@ Nothing is guessed: a tokenizer that llama.cpp would split differently is refuse
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,16 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
             f"the tokenizer in {folder} has {len(found.tokens)} tokens, but the embedding only {rows} rows",
             hint="these are the tokenizer of one model and the weights of another",
         )
+    if found.model == "llama" and found.types.count(BYTE) < 256:
+        raise _cannot(folder, f"has {found.types.count(BYTE)} of the 256 byte tokens that characters fall back on")
     missing = rows - len(found.tokens)
+    padding = [f"[PAD{index}]" for index in range(len(found.tokens), rows)]
+    types = (*found.types, *[UNUSED] * missing)
     return Vocabulary(
         model=found.model,
         pre=found.pre,
-        tokens=(*found.tokens, *(f"[PAD{index}]" for index in range(len(found.tokens), rows))),
-        types=(*found.types, *[UNUSED] * missing),
+        tokens=_distinct(folder, (*found.tokens, *padding), types),
+        types=types,
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
         merges=found.merges,
         special=_special(folder, settings, config, found.tokens),
@@ -94,6 +99,19 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
         add_space_prefix=found.add_space_prefix,
         chat_template=_chat_template(folder, settings),
     )
+
+
+def _distinct(folder: Path, tokens: Sequence[str], types: Sequence[int]) -> tuple[str, ...]:
+    """The tokens, padding renamed where a real one has its name: on two equal ones llama.cpp aborts the process."""
+    taken = Counter(token for token, kind in zip(tokens, types, strict=True) if kind != UNUSED)
+    twice = next((token for token, count in taken.items() if count > 1), None)
+    if twice is not None:
+        raise _cannot(folder, f"has the token {twice!r} under two numbers")
+
+    def free(name: str) -> str:
+        return free(f"[{name}]") if name in taken else name
+
+    return tuple(free(token) if kind == UNUSED else token for token, kind in zip(tokens, types, strict=True))
 
 
 @dataclass(frozen=True)
@@ -118,7 +136,7 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> _Found:
         if model.get(key):
             raise _cannot(file, f"has {key} {model[key]!r}")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
-    add_bos, add_eos = _ends(data.get("post_processor") or {})
+    add_bos, add_eos = _ends(file, data.get("post_processor") or {}, settings)
     if settings.get("tokenizer_class") in LLAMA_CLASSES:
         add_bos = bool(settings.get("add_bos_token", True))
         add_eos = bool(settings.get("add_eos_token", False))
@@ -159,7 +177,7 @@ def _table(file: Path, data: Mapping[str, Any]) -> tuple[list[str], list[int]]:
     for added in data.get("added_tokens") or []:
         index = added["id"]
         by_id[index] = added["content"]
-        if kinds.get(index) != UNKNOWN:
+        if kinds.get(index) not in (UNKNOWN, BYTE):
             kinds[index] = CONTROL if added.get("special") else USER_DEFINED
     if not by_id:
         raise _cannot(file, "has no tokens")
@@ -196,7 +214,7 @@ def _space_prefix(file: Path, data: Mapping[str, Any]) -> bool:
     if pre.get("type") == "Metaspace":
         scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
         prefix = scheme != "never"
-        if pre.get("split") is True:
+        if pre.get("split", True):
             raise _cannot(file, "splits at every space before merging")
     elif pre:
         raise _cannot(file, f"splits with {pre.get('type')} before merging")
@@ -212,12 +230,16 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     digits, regex = False, None
     for step in steps:
         match step:
-            case {"type": "Digits", "individual_digits": True}:
+            case {"type": "Digits", "individual_digits": True} if regex is None:
                 digits = True
-            case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"} if regex is None:
+            case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"} if (
+                regex is None and not step.get("invert")
+            ):
                 regex = pattern
-            case {"type": "ByteLevel"} if not step.get("add_prefix_space"):
-                regex = regex or (_GPT2 if step.get("use_regex", True) else None)
+            case {"type": "ByteLevel"} if not step.get("add_prefix_space") and (
+                (regex is None) == step.get("use_regex", True)  # split by one regex, not by none and not by two
+            ):
+                regex = regex or _GPT2
             case _:
                 regex = None
                 break
@@ -227,14 +249,23 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     return name
 
 
-def _ends(post: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether a special token is put before and behind every text."""
+def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether the begin token is put before and the end token behind every text; others llama.cpp cannot put there."""
     for step in post.get("processors", [post]):
         if step.get("type") == "TemplateProcessing":
             kinds = ["Sequence" in piece for piece in step["single"]]
             at = kinds.index(True)
+            ids = [piece["SpecialToken"]["id"] for piece in step["single"] if "SpecialToken" in piece]
+            for key, found in (("bos_token", ids[:at]), ("eos_token", ids[at:])):
+                if found and found != [_content(settings.get(key)) or found[0]]:
+                    raise _cannot(file, f"puts {' '.join(found)} around a text, expected its {key} alone")
             return at > 0, at < len(kinds) - 1
     return False, False
+
+
+def _content(said: object) -> object:
+    """A special token's text, as transformers writes it: the text itself, or an object with more about it."""
+    return said.get("content") if isinstance(said, dict) else said
 
 
 def _from_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> _Found:
@@ -276,14 +307,13 @@ def _special(
     ids = {token: index for index, token in enumerate(tokens)}
     found: dict[str, int] = {}
     for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        said = settings.get(f"{key}_token")
-        text = said.get("content") if isinstance(said, dict) else said
+        text = _content(settings.get(f"{key}_token"))
         index = ids.get(text) if isinstance(text, str) else config.get(f"{key}_token_id")
         index = index[0] if isinstance(index, list) and index else index
         if isinstance(index, int) and 0 <= index < len(tokens):
             found[name] = index
     ends = _json(folder / "generation_config.json").get("eos_token_id")
-    others = [end for end in ends if end != found.get("eos")] if isinstance(ends, list) else []
+    others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, found.get("eos"))]
     if "eos" not in found:
         if "bos" not in found and not others:
             raise SourceError(

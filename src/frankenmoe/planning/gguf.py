@@ -35,6 +35,11 @@ from frankenmoe.planning.tree import ExpertNode
 
 ALIGNMENT = 32  # bytes; where the tensors of a GGUF file begin
 SCALINGS = ("default", "linear", "yarn", "llama3")
+OWN_YARN = (
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)  # instead of the attention factor that follows from `factor`
 HALF = Scale(0.5)
 
 
@@ -215,6 +220,10 @@ def _cannot(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
     rotary = rope(subject.family, subject.config)
     if rotary["rope_type"] not in SCALINGS:
         reasons.append(f"it has no rope scaling {rotary['rope_type']!r}")
+    if rotary["rope_type"] == "yarn":
+        reasons += [f"its yarn has no {key} {rotary[key]!r}" for key in OWN_YARN if rotary.get(key) is not None]
+        if rotary.get("truncate") is False:
+            reasons.append("its yarn has no range that is left unrounded (truncate: false)")
     window = value("sliding_window")
     if window is not None and window < subject.config.get("max_position_embeddings", window):
         notes.append(f"llama.cpp has no sliding window here: beyond {window} tokens it attends to more than the source")
