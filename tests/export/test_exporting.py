@@ -140,6 +140,21 @@ def test_a_killed_export_leaves_only_a_partial(how: signal.Signals, place: Path,
     assert not list(tmp_path.glob("*.partial"))
 
 
+def test_a_file_says_only_the_licence_that_all_sources_share(tmp_path: Path) -> None:
+    folders = gguftools.parents(tmp_path, "llama")
+    recipe = tiny.write_recipe(tmp_path / "r.yml", folders[0], folders[1:])
+
+    def said(out: str) -> str | None:
+        (file,) = export_gguf(recipe, tmp_path / out, types=["f16"], allow_random=True)
+        return check_loadable(file.path).get("general.license")
+
+    for folder in folders:
+        (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    assert said("shared") == "apache-2.0"
+    (folders[2] / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
+    assert said("mixed") is None
+
+
 def test_a_copied_tensor_is_the_sources_bytes(place: Path, tmp_path: Path) -> None:
     (file,) = export_gguf(place / "built", tmp_path, types=["f32"])
     from safetensors.numpy import load_file

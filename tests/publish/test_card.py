@@ -236,6 +236,15 @@ def test_licences_that_differ_are_named_and_the_head_declares_none(made: Path, t
     assert chosen.metadata["library_name"] == "frankenmoe"  # nobody else loads a virtual artifact
 
 
+def test_a_licence_with_a_name_of_its_own_is_declared_as_the_hub_wants_it(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made / "parents", tmp_path / "parents")
+    for parent in (tmp_path / "parents").iterdir():
+        (parent / "README.md").write_text("---\nlicense: other\nlicense_name: bigcode\n---\n")
+    shutil.copy(made / "recipe.yml", tmp_path / "recipe.yml")
+    head = make_card(build(tmp_path / "recipe.yml", tmp_path / "out", virtual=True)).metadata
+    assert (head["license"], head["license_name"]) == ("other", "bigcode")
+
+
 def test_sources_out_of_reach_cost_their_sections_and_nothing_else(made: Path, tmp_path: Path) -> None:
     shutil.copytree(made / "parents", tmp_path / "parents")
     shutil.copy(made / "recipe.yml", tmp_path / "recipe.yml")

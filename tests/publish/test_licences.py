@@ -1,7 +1,10 @@
 """Licences of sources: what a mixture of them may be under, and every conflict by name."""
 
+from pathlib import Path
+
 import pytest
 
+from frankenmoe.planning.compare import licence
 from frankenmoe.publish.licences import weigh
 
 
@@ -49,3 +52,29 @@ def test_the_author_decides_and_a_contradiction_is_said() -> None:
     assert found.chosen == "mit"
     assert "the author declares mit, and the sources cc-by-nc-4.0" in found.findings
     assert weigh([("a", "mit")], declared="mit").findings == ()
+
+
+@pytest.mark.parametrize(
+    ("head", "expected"),
+    [
+        ("license: mit  # as the base", "mit"),
+        ("license: Apache-2.0", "apache-2.0"),
+        ("license:\n- mit", "mit"),
+        ("license: [mit, apache-2.0]", "mit, apache-2.0"),
+        ("license: other\nlicense_name: deepseek", "other (deepseek)"),
+        ("license: unknown", None),
+        ("license:", None),
+        ("tags: [a", None),
+    ],
+)
+def test_a_licence_is_read_as_the_hub_writes_it(head: str, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(f"\ufeff---\n{head}\n---\n\nlicense: gpl\n")
+    assert licence(tmp_path) == expected
+
+
+def test_licences_without_a_name_of_the_hubs_are_not_taken_for_one() -> None:
+    assert weigh([("a", "other (x)"), ("b", "other (y)")]).chosen is None
+    assert weigh([("a", "other (x)"), ("b", "other (x)")]).chosen == "other (x)"
+    assert weigh([("a", "other"), ("b", "other")]).chosen is None
+    assert weigh([("a", "other")]).chosen == "other"
+    assert weigh([("a", "mit, apache-2.0"), ("b", "mit, apache-2.0")]).chosen is None

@@ -113,6 +113,7 @@ def test_a_finished_export_needs_no_room_for_a_second_one(
     monkeypatch.setattr("frankenmoe.export.run.free_bytes", free_bytes)
     assert now(run(recipe, tmp_path / "out")) == ["export"]
     assert not scratch.exists()
+    recipe = write(folder, **ONLY_EXPORT, export=export | {"types": ["f32"]})
+    monkeypatch.setattr("frankenmoe.export.run.free_bytes", lambda folder: 0)
     with pytest.raises(ArtifactError, match="GiB free, but the files"):
-        monkeypatch.setattr("frankenmoe.export.run.free_bytes", lambda folder: 0)
-        run(write(folder, **ONLY_EXPORT, export=export | {"types": ["f32"]}), tmp_path / "out")
+        run(recipe, tmp_path / "out")

@@ -9,7 +9,7 @@ from frankenmoe.checkpoint.tensors import Lora, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError
 from frankenmoe.families import FAMILIES, FORMATS
 from frankenmoe.planning import ExpertNode, Plan
-from frankenmoe.planning.compare import licence
+from frankenmoe.planning.compare import licence, shared_licence
 from frankenmoe.planning.forecast import subject_of_plan
 from frankenmoe.planning.gguf import Subject
 from frankenmoe.planning.layout import SHARED
@@ -28,8 +28,16 @@ def of_plan(made: Plan, routers: Mapping[str, TensorRef]) -> Subject:
     """A plan with the gates of a routers file."""
     found = subject_of_plan(made)
     gates = {name: _copy(routers, name, name) for name in found.gates}
-    about = {"licence": licence(made.base.folder), "recipe_digest": made.recipe.digest}
+    about = {"licence": _licence(made), "recipe_digest": made.recipe.digest}
     return replace(found, gates=gates, about=about)
+
+
+def _licence(made: Plan) -> str | None:
+    """What the file may say it is under: the author's word, or what all sources share."""
+    folders = [source.folder for source in made.sources]
+    folders += [source.adapter.folder for source in made.sources if source.adapter is not None]
+    declared = made.recipe.card.license if made.recipe.card else None
+    return declared or shared_licence([licence(folder) for folder in dict.fromkeys(folders)])
 
 
 def routers_were_set(artifact: Artifact) -> bool:

@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from frankenmoe.checkpoint.fingerprint import same_place, same_values
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
@@ -154,16 +156,39 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def licence(folder: Path) -> str | None:
-    """The licence a model card declares in its YAML head, read line by line; None where it declares none."""
+    """The licence that a source's model card declares, None where it declares none or `unknown`.
+
+    By the hub's name for it; one without, which is called `other` there, as "other (its own name)"; several as a list.
+    """
+    head = card_head(folder)
+    said = head.get("license")
+    names = [name.strip().lower() for name in (said if isinstance(said, list) else [said]) if isinstance(name, str)]
+    if names == ["other"] and isinstance(head.get("license_name"), str):
+        return f"other ({head['license_name']})"
+    return ", ".join(name for name in names if name not in ("", "unknown")) or None
+
+
+def shared_licence(by_source: Sequence[str | None]) -> str | None:
+    """The one licence that all sources are under; None where they differ, or one is silent or has no name for it."""
+    found = set(by_source)
+    (only, *others) = found or {None}
+    if others or only is None or "," in only or (only == "other" and len(by_source) > 1):
+        return None
+    return only
+
+
+def card_head(folder: Path) -> dict[str, Any]:
+    """The YAML head of a source's model card; empty where it has none that can be read."""
     card = folder / "README.md"
     if not card.is_file():
-        return None
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines or lines[0].strip() != "---":
-        return None
-    for line in lines[1:200]:
-        if line.strip() == "---":
-            return None
-        if line.startswith("license:"):
-            return line.removeprefix("license:").strip().strip("\"'") or None
-    return None
+        return {}
+    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    lines = text.splitlines()
+    ends = [number for number, line in enumerate(lines[1:], 1) if line.strip() == "---"]
+    if not ends or lines[0].strip() != "---":
+        return {}
+    try:
+        found = yaml.safe_load("\n".join(lines[1 : ends[0]]))
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}

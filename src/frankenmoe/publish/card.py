@@ -4,6 +4,7 @@ A section without evidence is left out and named at the end. Nothing is written 
 """
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,9 +129,11 @@ def _head(facts: Facts, evidence: Evidence) -> tuple[str, dict[str, str]]:
     languages = _distinct(wanted.language or [name for parent in parents for name in parent.languages])
     datasets = _distinct(wanted.datasets or [name for parent in parents for name in parent.datasets])
     scores, origin = head_scores(evidence)
+    own = re.fullmatch(r"other \((.+)\)", facts.licences.chosen or "")
     fields: dict[str, Any] = {
         "language": languages,
-        "license": facts.licences.chosen,
+        "license": "other" if own else facts.licences.chosen,
+        "license_name": own[1] if own else None,
         "base_model": base_model,
         "tags": _distinct([*TAGS, *wanted.tags]),
         "library_name": "transformers"

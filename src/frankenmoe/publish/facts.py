@@ -17,7 +17,7 @@ from frankenmoe.checkpoint.hub import is_hub_id
 from frankenmoe.errors import ArtifactError
 from frankenmoe.families import FORMATS, MoEFormat
 from frankenmoe.planning import Plan
-from frankenmoe.planning.compare import licence
+from frankenmoe.planning.compare import card_head, licence
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.planning.sources import sources_of
 from frankenmoe.publish.licences import Licences, weigh
@@ -151,7 +151,7 @@ def shown(path: str) -> str:
 def _parents(plan: Plan) -> Iterator[Parent]:
     named = dict.fromkeys(sources_of(plan.recipe))
     for (name, own_adapter), source in zip(named, plan.sources, strict=True):
-        declared = declarations(source.folder)
+        declared = card_head(source.folder)
         yield Parent(
             name=shown(name.path),
             hub=_hub_ids([name.path], folder=plan.recipe.folder),
@@ -173,21 +173,6 @@ def _parents(plan: Plan) -> Iterator[Parent]:
 def _hub_ids(paths: Sequence[str], *, folder: Path) -> tuple[str, ...]:
     """Those paths that were fetched from the hub; a folder never was, whatever it looks like."""
     return tuple(path for path in paths if is_hub_id(path) and not os.path.isdir(folder / os.path.expanduser(path)))
-
-
-def declarations(folder: Path) -> Mapping[str, Any]:
-    """The YAML head of a source's model card; empty where it has none that can be read."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return {}
-    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
-    if len(parts) < 3 or parts[0].strip():
-        return {}
-    try:
-        found = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _strings(value: object) -> tuple[str, ...]:

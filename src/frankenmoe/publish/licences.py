@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from frankenmoe.planning.compare import shared_licence
+
 # what a licence asks of whoever shares something made from it, by the hub's names for licences
 NO_DERIVATIVES = frozenset({"cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"})
 NO_COMMERCE = frozenset(
@@ -84,7 +86,7 @@ def weigh(by_source: Sequence[tuple[str, str | None]], *, declared: str | None =
         if licence:
             holders.setdefault(licence, []).append(source)
     silent = [source for source, licence in rows if not licence]
-    shared = next(iter(holders)) if len(holders) == 1 and not silent else None
+    shared = shared_licence([licence for _, licence in rows])
     findings = []
     if len(holders) > 1:
         listed = "; ".join(f"{licence} ({', '.join(names)})" for licence, names in sorted(holders.items()))
