@@ -240,14 +240,19 @@ def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
             hint=f"move away what has been put into {out} meanwhile",
         ) from error
     # only now: without them a run killed before the rename could not be finished
-    for name in (UNFINISHED, LOCK):
-        (out / name).unlink(missing_ok=True)
+    clear_building(out)
     descriptor = os.open(out.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return open_artifact(out)
+
+
+def clear_building(out: Path) -> None:
+    """Removes from a finished folder what spoke of its building; a kill right after the rename leaves it."""
+    for name in (UNFINISHED, LOCK):
+        (out / name).unlink(missing_ok=True)
 
 
 def small_hashes(folder: Path) -> dict[str, str]:

@@ -226,6 +226,7 @@ def test_hidden_and_foreign_files_stay_at_home(artifact: Artifact) -> None:
     (artifact.folder / ".cache").mkdir()
     (artifact.folder / ".cache" / "token.json").write_text("{}")
     (artifact.folder / "notes.docx").write_text("mine")
+    (artifact.folder / "build.json").write_text("{}")  # a build was killed right after it had become whole
     assert prepare(artifact, "me/moe").items == before
 
 

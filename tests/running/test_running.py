@@ -19,6 +19,7 @@ from frankenmoe.errors import ArtifactError, FrankenMoEError, PlanError, RecipeE
 from frankenmoe.progress import Progress
 from frankenmoe.running import Finished, run
 
+KILLER = Path(__file__).with_name("killer.py")
 CARD = {"license": "mit", "prompts": ["hello"], "max_new_tokens": 4}
 
 
@@ -217,53 +218,6 @@ def test_nothing_is_begun_for_input_that_cannot_work(recipe: Path, tmp_path: Pat
     assert not (tmp_path / "out").exists()
 
 
-# a child that imports once, then forks a run for every moment, in which that run kills itself
-KILLER = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-import frankenmoe.prove, frankenmoe.sampling
-from frankenmoe.running import run
-
-recipe, root, first, step = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-
-def in_a_fork(out, moment):
-    # runs into `out`, dying at the `moment`th change of a folder; returns how many changes there were, None if it died
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        count = 0
-        def listen(event, arguments):
-            nonlocal count
-            if event in EVENTS and str(out) in str(arguments[0]):
-                count += 1
-                if count == moment:
-                    os.kill(os.getpid(), signal.SIGKILL)
-        sys.addaudithook(listen)
-        try:
-            run(recipe, out)
-            os.write(writer, str(count).encode())
-        finally:
-            os._exit(0)
-    os.close(writer)
-    said = os.read(reader, 100)
-    os.close(reader)
-    _, status = os.waitpid(pid, 0)
-    assert said or os.WTERMSIG(status) == signal.SIGKILL, "the run failed"
-    return int(said) if said else None
-
-moments = in_a_fork(root / "whole", 0)
-killed = 0
-for moment in range(first, moments + 1, step):
-    out = root / f"killed-{moment}"
-    assert in_a_fork(out, moment) is None, moment
-    assert in_a_fork(out, 0) is not None, moment
-    killed += 1
-print(json.dumps({"moments": moments, "killed": killed}))
-"""
-
-
 def content(out: Path) -> dict[str, bytes]:
     """Every file of a run but for its state and the time in a report."""
     files = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
@@ -282,7 +236,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_files(
     root = tmp_path / "runs"
     root.mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(recipe), str(root), str(first), str(step)],
+        [sys.executable, str(KILLER), str(recipe), str(root), str(first), str(step)],
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},

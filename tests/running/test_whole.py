@@ -1,6 +1,9 @@
 """The tiny twin of recipes/raiden-16x3.43b.yml: every stage there is, on parents made here, in one run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 pytest.importorskip("lm_eval")
 
+KILLER = Path(__file__).with_name("killer.py")
+WEIGHTS = (".safetensors", ".gguf")
 ALL = ["fit", "train", "build", "audit", "eval", "export", "card"]
 
 
@@ -92,6 +97,36 @@ def test_a_type_that_llama_cpp_does_not_have_is_told_before_the_first_step(folde
     with pytest.raises(PlanError, match="q4_k_n"):
         run(write(folder, export={"types": ["q4_k_n"]}), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize(
+    ("first", "step"),
+    [(90, 110), pytest.param(1, 3, marks=pytest.mark.slow)],
+    ids=["in train and export", "every third moment"],
+)
+def test_killed_in_any_stage_the_same_command_ends_with_the_same_model(
+    folder: Path, tmp_path: Path, first: int, step: int
+) -> None:
+    recipe = write(folder, eval={"limit": 2}, export={"types": ["q8_0"]})
+    done = subprocess.run(
+        [sys.executable, str(KILLER), str(recipe), str(tmp_path), str(first), str(step)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["killed"] >= 2
+    whole = content(tmp_path / "whole")
+    for out in tmp_path.glob("killed-*"):
+        found = content(out)
+        assert found.keys() == whole.keys(), out.name
+        assert [name for name in found if name.endswith(WEIGHTS) and found[name] != whole[name]] == [], out.name
+
+
+def content(out: Path) -> dict[str, bytes]:
+    """Every file of a run."""
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
 
 
 ONLY_EXPORT = {"fit": False, "train": False, "audit": False, "eval": False, "card": False}

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact import UNFINISHED, Artifact
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 from frankenmoe.publish.facts import gather
 from frankenmoe.publish.privacy import as_published, local_names
@@ -112,7 +112,11 @@ def list_files(folder: Path) -> Iterator[Item]:
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         path = PurePosixPath(file.relative_to(folder).as_posix())
         group = next((name for name, patterns in GROUPS.items() if _matches(path, patterns)), None)
-        if group is None or path.name.endswith(LEFTOVERS) or any(part.startswith(".") for part in path.parts):
+        if (
+            group is None
+            or path.name.endswith((*LEFTOVERS, UNFINISHED))
+            or any(part.startswith(".") for part in path.parts)
+        ):
             continue
         if not file.resolve().is_relative_to(root) and group != "gguf":
             raise ArtifactError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from frankenmoe.artifact import Artifact, open_artifact, partial_folder
+from frankenmoe.artifact import Artifact, clear_building, open_artifact, partial_folder
 from frankenmoe.building import load_recipe
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
@@ -76,7 +76,9 @@ def _step(job: Job, stage: Stage, progress: Progress) -> Done:
     begun = (name, of) == (stage.name, digest)
     # killed between the rename that made the folder whole and the line that says so
     adopted = begun and folder is not None and inode(folder) not in (0, replacing)
-    if not adopted:
+    if adopted and folder is not None:
+        clear_building(folder)
+    else:
         if folder and not begun:
             shutil.rmtree(partial_folder(folder), ignore_errors=True)  # begun from something that has changed since
         others = {name: step for name, step in state.steps.items() if name != stage.name}
