@@ -278,44 +278,9 @@ def test_what_a_person_wrote_is_not_replaced(artifact: Artifact) -> None:
     assert "My own words" not in file.read_text()
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("not json", "is not JSON"),
-        ("[1]", "should be an object"),
-        ('{"kind": "frankenmoe audit"}', "model. should be an object"),
-        (
-            '{"kind": "frankenmoe audit", "model": {"experts": 3}, "text": {}, "routers": []}',
-            "model.experts should be a list",
-        ),
-    ],
-)
-def test_a_report_that_cannot_be_read_is_named_with_its_key(artifact: Artifact, text: str, words: str) -> None:
-    (artifact.folder / "reports").mkdir()
-    file = artifact.folder / "reports" / "audit.json"
-    file.write_text(text)
-    with pytest.raises(ArtifactError, match=re.escape(words)) as caught:
-        make_card(artifact)
-    assert str(file) in str(caught.value)
-
-
-def test_a_file_that_is_no_report_is_refused_where_it_was_asked_for(artifact: Artifact, tmp_path: Path) -> None:
-    put(artifact, "something.json", {"a": 1})
-    make_card(artifact)  # in the folder it may lie
-    (tmp_path / "something.json").write_text("{}")
-    with pytest.raises(ArtifactError, match="not a report that a card can quote"):
-        make_card(artifact, reports=[tmp_path / "something.json"])
-
-
 def test_a_head_the_hub_would_refuse_is_refused_here(artifact: Artifact) -> None:
     with pytest.raises(ArtifactError, match="would not be accepted by the hub"):
         make_card(artifact, settings=settings(base_model=["not an id at all"]))
-
-
-def test_a_score_of_a_task_nobody_knows_is_refused(artifact: Artifact) -> None:
-    put(artifact, "leaderboard.json", PUBLISHED | {"scores": {"hellaswga": 3.0}})
-    with pytest.raises(ArtifactError, match="hellaswga"):
-        make_card(artifact)
 
 
 def test_a_fence_in_a_reply_does_not_end_its_block(artifact: Artifact) -> None:

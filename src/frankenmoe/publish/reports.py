@@ -4,6 +4,7 @@ Stages meet on disk, and here is the one place of publish/ that knows their file
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,7 +140,8 @@ class Table:
     def get(self, key: str, kind: type | tuple[type, ...]) -> Any:
         """The value of a key that must be there."""
         value = self.data.get(key)
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        odd = isinstance(value, float) and not math.isfinite(value)
+        if odd or not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ArtifactError(
                 f"{self.file}: {self.at}{key} should be {_said(kind)}, found {'nothing' if value is None else value!r}"[
                     :300
@@ -149,8 +151,9 @@ class Table:
         return value
 
     def maybe(self, key: str, kind: type | tuple[type, ...]) -> Any:
-        """The value of a key, None where it is absent or null."""
-        return None if self.data.get(key) is None else self.get(key, kind)
+        """The value of a key, None where it is absent, null or NaN, which is how a measure of nothing is written."""
+        value = self.data.get(key)
+        return None if value is None or value != value else self.get(key, kind)
 
     def table(self, key: str) -> "Table":
         """A nested object."""
@@ -173,16 +176,18 @@ def _said(kind: type | tuple[type, ...]) -> str:
 
 
 def _audit(report: Table) -> Routing:
-    model = report.table("model")
+    experts = tuple(report.table("model").get("experts", list))
     outer = [router for router in report.tables("routers") if not router.get("path", str)]
     own: dict[str, list[float]] = {}
     for router in outer:
         if router.data.get("domains") is not None:
             for domain, share in router.table("domains").numbers("own_first").items():
                 own.setdefault(domain, []).append(share)
+    if not outer:
+        raise ArtifactError(f"{report.file}: routers should be a list with one per layer, found none", hint=HINT)
     texts = report.get("text", dict)
     return Routing(
-        experts=tuple(model.get("experts", list)),
+        experts=experts,
         layers=tuple(router.get("layer", int) for router in outer),
         share_LE=tuple(tuple(router.table("load").get("share", list)) for router in outer),
         dead=tuple(
@@ -246,10 +251,10 @@ def _quantized(file: Table) -> Quantized:
         type=file.get("type", str),
         bytes=file.get("bytes", int),
         bits=file.get("bits_per_weight", (int, float)),
-        kl=check.get("kl", (int, float)) if check else None,
-        top1=check.get("top1", (int, float)) if check else None,
-        perplexity_ratio=check.get("perplexity_ratio", (int, float)) if check else None,
-        speed=check.get("tokens_per_second", (int, float)) if check else None,
+        kl=check.maybe("kl", (int, float)) if check else None,
+        top1=check.maybe("top1", (int, float)) if check else None,
+        perplexity_ratio=check.maybe("perplexity_ratio", (int, float)) if check else None,
+        speed=check.maybe("tokens_per_second", (int, float)) if check else None,
         notes=tuple(file.get("notes", list)),
     )
 
@@ -257,6 +262,11 @@ def _quantized(file: Table) -> Quantized:
 def _published(report: Table) -> Published:
     source = report.table("source")
     scores = {known(task): score for task, score in report.numbers("scores").items()}
+    odd = next((f"{task} {score:g}" for task, score in scores.items() if not 0 <= score <= 100), None)
+    if odd or not scores:
+        raise ArtifactError(
+            f"{report.file}: scores are in percent, from 0 to 100, found {odd or 'none'}", hint="correct that file"
+        )
     return Published(scores, Origin(source.get("name", str), source.get("url", str)))
 
 
