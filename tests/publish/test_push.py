@@ -221,6 +221,18 @@ def test_a_link_out_of_the_artifact_is_refused(artifact: Artifact, tmp_path: Pat
         prepare(artifact, "me/moe")
 
 
+@pytest.mark.parametrize(("name", "taken"), [("a b é#50%?.json", True), ("a\nb.json", False), ("a\udcff.json", False)])
+def test_names_of_files_are_kept_or_refused(artifact: Artifact, hub: Hub, name: str, taken: bool) -> None:
+    (artifact.folder / "reports").mkdir()
+    (artifact.folder / "reports" / name).write_text("{}")
+    if taken:
+        sent_with(artifact)
+        assert f"reports/{name}" in hub.repos["me/moe"]
+    else:
+        with pytest.raises(ArtifactError, match=r"no file name such as 'reports/a\\"):
+            sent_with(artifact)
+
+
 def test_hidden_and_foreign_files_stay_at_home(artifact: Artifact) -> None:
     before = prepare(artifact, "me/moe").items
     (artifact.folder / ".cache").mkdir()

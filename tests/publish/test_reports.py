@@ -26,8 +26,8 @@ from frankenmoe.publish.card import make_card
             "routers should be a list with one per layer",
         ),
         (
-            '{"kind": "frankenmoe audit", "model": {"experts": []}, "text": {}, "answers": [], "routers": [{"layer": 0, '
-            '"path": "", "load": {"share": [1], "dead": []}, "domains": {"own_first": {"a": Infinity}}}]}',
+            '{"kind": "frankenmoe audit", "model": {"experts": []}, "text": {}, "answers": [], "routers": [{"layer": 0,'
+            ' "path": "", "load": {"share": [1], "dead": []}, "domains": {"own_first": {"a": Infinity}}}]}',
             "own_first.a should be a number",
         ),
     ],

@@ -118,6 +118,8 @@ def list_files(folder: Path) -> Iterator[Item]:
             or any(part.startswith(".") for part in path.parts)
         ):
             continue
+        if not str(path).isprintable():
+            raise ArtifactError(f"the hub takes no file name such as {str(path)!a}", hint="give the file another name")
         if not file.resolve().is_relative_to(root) and group != "gguf":
             raise ArtifactError(
                 f"{file} is a link to {file.resolve()}, outside the artifact", hint="put the file itself there"
