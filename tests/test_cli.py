@@ -38,6 +38,8 @@ def test_plan_is_a_table_of_at_most_eighty_columns(recipe: Path) -> None:
     assert max(map(len, out.splitlines())) <= COLUMNS
     for word in ("tiny", "Mixtral", "parameters", "active per token", "q4_0", "KV cache", "licences"):
         assert word in out
+    assert "\\n" not in out
+    assert len([line for line in out.splitlines() if "bits" in line]) == 4
 
 
 def test_plan_json_has_the_promised_keys(recipe: Path) -> None:

@@ -88,6 +88,8 @@ def test_the_twin_runs_whole_then_only_what_changed(folder: Path, tmp_path: Path
     assert ModelCard(text, ignore_metadata_errors=False).data.license == "apache-2.0"
 
     assert now(run(write(folder), out)) == []
+    (model / "routing.png").unlink()
+    assert now(run(write(folder), out)) == ["card"]
     assert now(run(write(folder, export={"types": ["q4_0"], "check": False}), out)) == ["export", "card"]
     assert [file.name for file in (model / "gguf").iterdir()] == ["twin-Q4_0.gguf"]
 

@@ -69,7 +69,7 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("  per expert", f"{counts['per_expert']:,}"),
         ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
         ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
-        ("  as GGUF", _gguf_row(made)),
+        *(("" if at else "  as GGUF", line) for at, line in enumerate(_gguf_lines(made))),
         ("  KV cache", f"{memory['kv_per_token'] / 2**10:.1f} KiB per token (16 bit)"),
         ("tensors", f"{facts['writes']:,} to write, {len(facts['unused']):,} left unused in the sources"),
         ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} too little'}"),
@@ -77,17 +77,17 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _gguf_row(made: Plan) -> str:
+def _gguf_lines(made: Plan) -> list[str]:
     """Sizes of the files people ask for, and what a K-quant really is where the shape does not let it be one."""
     rows, reason = forecast(made)
     if reason is not None:
-        return f"not possible: {reason}"
+        return [f"not possible: {reason}"]
     shown = []
     for row in (row for row in rows if row.type in GGUF_SHOWN):
         padded = f", {gib(row.padded_bytes)} with --pad256" if row.advice and row.padded_bytes else ""
         really = f": mostly {next(iter(row.holds))}{padded}" if row.advice else ""
         shown.append(f"{gib(row.bytes)} {row.type} ({row.bits_per_weight:.2f} bits{really})")
-    return "\n".join(shown)
+    return shown
 
 
 def _unused_by_reason(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:

@@ -18,6 +18,7 @@ from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
 from frankenmoe.progress import Progress
 from frankenmoe.publish.card import README, is_ours, make_card, write_card
+from frankenmoe.publish.found import PICTURE
 from frankenmoe.publish.reports import TRAINING
 from frankenmoe.publish.sections import gigabytes
 from frankenmoe.recipestages import Audit, Card, Eval, Export
@@ -280,7 +281,7 @@ AFTER: Mapping[str, Stage] = {
         name="card",
         settings=_settings("card"),
         inputs=_card_inputs,
-        outputs=lambda job: [job.model / README, *job.reports.glob("samples.json")],
+        outputs=lambda job: [job.model / README, *job.model.glob(PICTURE), *job.reports.glob("samples.json")],
         act=_card,
         said=_card_said,
         check=_check_card,
