@@ -1,4 +1,4 @@
-"""Loads one model, `dense` or `virtual`, in this process, runs it once, and prints what that took as JSON.
+"""Loads one model, by stock transformers or by us, in this process, runs it once, and prints what that took as JSON.
 
 Knows nothing of contestants: load.py starts it for each.
 """
@@ -6,36 +6,45 @@ Knows nothing of contestants: load.py starts it for each.
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from common import status
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401  (transformers imports it on first use)
+from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
 from frankenmoe.loading import load
 
 TOKENS = 32
 LOADERS = {
-    "dense": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
-    "virtual": lambda folder: load(folder).model,
+    "stock": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
+    "ours": lambda folder: load(folder).model,
 }
 
 
-def main(form: str, folder: str) -> None:
+def main(loader: str, folder: str) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # from here VmHWM, the kernel's own peak, counts anew
-    before, begun = status("self")["VmRSS"], time.perf_counter()
-    model = LOADERS[form](folder)
+    before, begun = status("self"), time.perf_counter()
+    model = LOADERS[loader](folder)
     loaded = facts(before, begun)
     with torch.inference_mode():
+        model(input_ids=torch.arange(1)[None])
+        first = facts(before, begun)
         model(input_ids=torch.arange(TOKENS)[None])
-    print(json.dumps({"loaded": loaded, "first logits": facts(before, begun)}))
+    print(json.dumps({"loaded": loaded, "first logits": first, f"{TOKENS} tokens more": facts(before, begun)}))
 
 
-def facts(before: int, begun: float) -> dict[str, float]:
-    """Seconds since `begun`, the peak of resident memory in bytes (anonymous and file), and its growth."""
+def facts(before: Mapping[str, int], begun: float) -> dict[str, float]:
+    """Seconds since `begun`; in bytes the peak of resident memory, its growth, and the growth of what is no file's."""
     seconds, now = time.perf_counter() - begun, status("self")
-    return {"seconds": seconds, "peak": now["VmHWM"], "grown": now["VmHWM"] - before, "anon": now["RssAnon"]}
+    return {
+        "seconds": seconds,
+        "peak": now["VmHWM"],
+        "grown": now["VmHWM"] - before["VmRSS"],
+        "anon": now["RssAnon"] - before["RssAnon"],
+    }
 
 
 if __name__ == "__main__":
