@@ -53,6 +53,32 @@ def test_an_adapter_computes_what_peft_computes(settings: dict[str, Any], parent
     assert not torch.allclose(logits(AutoModelForCausalLM.from_pretrained(one)), expected, atol=0.01)
 
 
+@pytest.mark.parametrize(
+    ("base", "adapter", "held"),
+    [
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float16, torch.float32),
+    ],
+    ids=str,
+)
+def test_an_adapter_is_held_in_the_type_that_loses_nothing(
+    base: torch.dtype, adapter: torch.dtype, held: torch.dtype, parents: Parents, tmp_path: Path
+) -> None:
+    one = parents["llama"][1]
+    tune(one, tmp_path / "lora", targets=FFN).to(adapter).save_pretrained(tmp_path / "lora")
+    AutoModelForCausalLM.from_pretrained(one).to(base).save_pretrained(tmp_path / "base")
+    recipe = recipe_of(tmp_path / "r.yml", "base", [{"source_model": "base", "adapter": "lora"}] * 2)
+    stored = load_file(tmp_path / "lora" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {adapter}
+    experts = fm.load(recipe).model.model.layers[0].mlp.experts
+    lora = experts[0].down_proj
+    assert (lora.a.dtype, lora.base.weight.dtype) == (held, base)
+    (name,) = [name for name in stored if "layers.0.mlp.down_proj.lora_A" in name]
+    assert torch.equal(lora.a, stored[name].to(held))
+
+
 def test_residual_scale_counts_for_the_adapter_too(parents: Parents, tmp_path: Path) -> None:
     one = parents["llama"][1]
     dense = tune(one, tmp_path / "lora", targets=FFN).merge_and_unload()

@@ -68,6 +68,11 @@ def test_equals_every_expert_by_itself(
         inputs = (hidden, weights, *experts.parameters())
         grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
         results.append((out_TD.detach(), *grads))
+    with torch.inference_mode():  # where memory is used again
+        kept_TD = hidden_TD.clone()
+        results[0] = (dispatch(hidden_TD, weights_TK, ids_TK, experts), *results[0])
+        results[1] = (results[1][0], *results[1])
+        torch.testing.assert_close(hidden_TD, kept_TD, rtol=0, atol=0)
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-4)
 

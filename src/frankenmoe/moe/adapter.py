@@ -55,13 +55,20 @@ def wrap_linear(model: nn.Module, name: str, a_RI: torch.Tensor, b_OR: torch.Ten
     return wrapped
 
 
-def with_update(base: torch.Tensor, lora: LoraLinear | None, hidden: torch.Tensor) -> torch.Tensor:
-    """What the base made of `hidden`, [..., O], plus what the adapter adds, in the base's dtype; `base` without one."""
+def with_update(
+    base: torch.Tensor, lora: LoraLinear | None, hidden: torch.Tensor, *, in_place: bool = False
+) -> torch.Tensor:
+    """What the base made of `hidden`, [..., O], plus what the adapter adds, in the base's dtype; `base` without one.
+
+    `in_place`: `base` may be overwritten.
+    """
     if lora is None:
         return base
     if base.dim() == 2 and base.dtype == hidden.dtype == lora.a.dtype:
         # one pass over [T, O] in place of three
-        return torch.addmm(base, nn.functional.linear(hidden, lora.a), lora.b.T, alpha=lora.scale)
+        return torch.addmm(
+            base, nn.functional.linear(hidden, lora.a), lora.b.T, alpha=lora.scale, out=base if in_place else None
+        )
     return (base + lora.update(hidden)).to(base.dtype)
 
 

@@ -68,13 +68,15 @@ def _adapted(
     down is linear, so the weighted sum over experts is taken before it: sum_k w_k (W + B_k A_k) h_k =
     W sum_k w_k h_k + sum_k B_k A_k (w_k h_k).
     """
+    reuse = not torch.is_grad_enabled()  # what backward does not need is overwritten: fresh memory is dear
     gate_NF, up_NF = base.gate_proj(hidden_ND), base.up_proj(hidden_ND)
     mixed_NF, update_ND = torch.zeros_like(gate_NF), torch.zeros_like(hidden_ND)
     for loras, row_M, weight_M1 in _assignments(group, weights_NK, ids_NK):
         hidden_MD, gate_MF, up_MF = (tensor.index_select(0, row_M) for tensor in (hidden_ND, gate_NF, up_NF))
-        gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD)
-        up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD)
-        inner_MF = base.act(gate_MF) * up_MF * weight_M1.to(gate_MF.dtype)
+        gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD, in_place=reuse)
+        up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD, in_place=reuse)
+        inner_MF, weight_M1 = base.act(gate_MF), weight_M1.to(gate_MF.dtype)
+        inner_MF = inner_MF.mul_(up_MF).mul_(weight_M1) if reuse else inner_MF * up_MF * weight_M1
         mixed_NF.index_add_(0, row_M, inner_MF)
         if "down_proj" in loras:
             update_ND.index_add_(0, row_M, loras["down_proj"].update(inner_MF).to(update_ND.dtype))

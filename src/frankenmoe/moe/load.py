@@ -18,7 +18,6 @@ from frankenmoe.artifact import Artifact
 from frankenmoe.checkpoint import tensors as checkpoint
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
-from frankenmoe.checkpoint.values import values
 from frankenmoe.errors import ArtifactError, NumericsError, SourceError
 from frankenmoe.families import FAMILIES, FORMATS
 from frankenmoe.moe.adapter import Lora, with_adapter, wrap_linear
@@ -187,7 +186,7 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
     tensors = {write.name: tensor(write) for write in writes}
     model = load_dense(parts.config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
     for name, lora in loras.items():
-        wrap_linear(model, name, *_lora(lora))
+        wrap_linear(model, name, *_lora(lora, tensors[f"{name}.weight"].dtype))
     places = mlp_modules(model)
     make = _block_maker(parts, {layer: mlp for layer, (_, mlp) in places.items()}, tensor, dtype, options)
     for layer, (holder, dense_mlp) in places.items():
@@ -233,8 +232,11 @@ def low_rank(
     return tuple(plain), loras
 
 
-def _lora(lora: checkpoint.Lora, *, factor: float = 1.0) -> Lora:
-    return torch.from_numpy(values(lora.a)), torch.from_numpy(values(lora.b)), lora.scale * factor
+def _lora(lora: checkpoint.Lora, base: torch.dtype, *, factor: float = 1.0) -> Lora:
+    """In the adapter's type or that of its base, whichever holds more: exact, and no wider than that needs."""
+    stored = (as_tensor(TensorWrite(ref.name, ref.dtype, ref.shape, (ref,))) for ref in (lora.a, lora.b))
+    a_RI, b_OR = (tensor.to(torch.promote_types(tensor.dtype, base)) for tensor in stored)
+    return a_RI, b_OR, lora.scale * factor
 
 
 def _generation_config(folder: Path) -> GenerationConfig | None:
@@ -294,7 +296,7 @@ def _block_maker(
             tensors = {suffix: tensor(write) for suffix, write in row.items()}
             dense[key] = fill(pattern(node.source.folder if node.source else None)[layer], tensors)
         loras = {
-            suffix.removesuffix(".weight"): _lora(lora, factor=residual_scale(row[suffix]))
+            suffix.removesuffix(".weight"): _lora(lora, tensor(row[suffix]).dtype, factor=residual_scale(row[suffix]))
             for suffix, lora in node.loras[layer].items()
         }
         return with_adapter(dense[key], loras) if loras else dense[key]
