@@ -9,7 +9,7 @@ from typing import Any
 from frankenmoe.artifact import Artifact, open_artifact
 from frankenmoe.audit.run import Audit, Text, examine
 from frankenmoe.audit.tokens import Passage
-from frankenmoe.audit.write import write_report
+from frankenmoe.audit.write import check_place, write_report
 from frankenmoe.building import is_recipe, versions
 from frankenmoe.data.blocks import encode, packed
 from frankenmoe.data.documents import Document, check_data, read_documents
@@ -56,6 +56,7 @@ def audit(
 
     The folder is new: `out`/audit-NAME, numbered where there is one already. Arguments are those of `look`.
     """
+    check_place(Path(out))
     found = look(
         what, data=data, prompt=prompt, tokens=tokens, dtype=dtype, trust_remote_code=trust_remote_code,
         progress=progress,
@@ -102,6 +103,11 @@ def look(
         trust_remote_code=trust_remote_code,
         progress=progress,
     )
+
+
+def check(what: Recipe | Artifact | str | Path, *, data: Data = ()) -> None:
+    """Raises what `look` would for the folder, the labels and the text's names; loads nothing."""
+    _domains(_subject(what).recipe, data)
 
 
 def _subject(what: Recipe | Artifact | str | Path) -> Subject:
@@ -185,13 +191,14 @@ def _domains(recipe: Recipe, data: Data) -> dict[str, _Domain]:
 
 def _given(experts: Sequence[str], data: Data) -> dict[str, _Domain]:
     files: dict[str, list[str]] = {}
+    unlabelled = next(name for name in (UNLABELLED, f"{UNLABELLED} without a label") if name not in experts)
     for label, file in data:
         if label is not None and label not in experts:
             raise RecipeError(
                 f"--data {label}={file} names no expert, expected one of {', '.join(experts)}",
                 hint=did_you_mean(label, experts),
             )
-        files.setdefault(label or UNLABELLED, []).append(file)
+        files.setdefault(label or unlabelled, []).append(file)
     labels = {label for label, _ in data}
     return {
         name: _Domain(tuple(names), Path.cwd(), (), experts.index(name) if name in labels else None)

@@ -100,7 +100,7 @@ def test_a_dead_expert_is_listed(recipe: Path, tmp_path: Path) -> None:
         assert facts["gate"]["degenerate"]
     assert answer(found, "load")["level"] == answer(found, "survive")["level"] == "bad"
     assert "imatrix, GPTQ and AWQ would find no data" in answer(found, "survive")["sentence"]
-    assert "linearly dependent" in answer(found, "gate")["sentence"]
+    assert "infinite in every layer" in answer(found, "gate")["sentence"]
     json.dumps(found, allow_nan=False)
     shown = io.StringIO()
     show_audit(found, Console(width=80, file=shown))

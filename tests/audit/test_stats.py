@@ -95,6 +95,23 @@ def test_condition_number_by_hand() -> None:
     assert stats.condition_number(torch.tensor([[0.5, 0.5]])) == pytest.approx(1)
 
 
+def test_what_all_rows_share_does_not_count_when_centred() -> None:
+    """Less their mean the rows are (1, 0), (0, 1), (-1, -1): A'A is ((2, 1), (1, 2)), with eigenvalues 3 and 1."""
+    gate_ED = torch.tensor([[500.0, 1.0, 0.0], [500.0, 0.0, 1.0], [500.0, -1.0, -1.0]])
+    assert stats.condition_number(gate_ED) > 400
+    assert stats.centred_condition_number(gate_ED) == pytest.approx(math.sqrt(3))
+    opposed = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])  # two experts that are each other's negative prompts
+    assert stats.condition_number(opposed) == math.inf
+    assert stats.centred_condition_number(opposed) == pytest.approx(1)
+
+
+def test_rows_that_cannot_be_told_apart_are_infinite_centred_too() -> None:
+    assert stats.centred_condition_number(torch.ones(3, 4)) == math.inf
+    assert stats.centred_condition_number(torch.tensor([[1.0, 0.0, 3.0], [1.0, 0.0, 3.0]])) == math.inf
+    assert stats.centred_condition_number(torch.zeros(2, 2)) == math.inf
+    assert stats.centred_condition_number(torch.tensor([[0.0, 7.0]])) == 1
+
+
 def test_distances_are_those_of_the_vectors() -> None:
     """Experts 3, 4 and the reference itself away from it: a 3-4-5 triangle."""
     difference_EN = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]], dtype=torch.float64)

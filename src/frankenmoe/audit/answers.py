@@ -15,13 +15,14 @@ MOVED = 0.01  # a layer whose output moves by less is hardly an MoE
 CHANGE = "of its output, least layer"
 DROPS = 0.1  # share of assignments over capacity 1.25 that is worth a warning
 ALIKE = 0.99  # a cosine at which two rows choose as one
+CONDITIONED = 5.0  # mergekit's limit, held against the centred rows: their mean decides nothing
 TRAINED = "1.25"  # the capacity factor most training code uses
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What answers over all layers need: outer routers' facts, experts' names by path, groups of equal experts by
-    name, output change with other experts (nats per token), and what is known of the base."""
+    """What answers over all layers need: outer routers' facts and nested ones', experts' names by path, groups of equal
+    experts by name, output change with other experts (nats per token), and what is known of the base."""
 
     routers: Sequence[Facts]
     names: Mapping[str, str]
@@ -30,6 +31,7 @@ class Whole:
     divergence: float | None
     base: Mapping[str, Any] | None
     labelled: bool
+    nested: Sequence[Facts] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,10 @@ def _experts(count: int) -> str:
     return "1 expert" if count == 1 else f"{count} experts"
 
 
+def _tokens(count: int) -> str:
+    return "1 token" if count == 1 else f"{count:,} tokens"
+
+
 def _layers(numbers: Sequence[int]) -> str:
     if len(numbers) == 1:
         return f"layer {numbers[0]}"
@@ -87,6 +93,16 @@ def _span(values: Sequence[tuple[float, int]], spell: Callable[[float], str]) ->
 
 def _two(value: float) -> str:
     return f"{value:.2f}"
+
+
+def _dead(whole: Whole) -> list[tuple[int, str]]:
+    """(layer, expert) of each that got no token; of nested ones only where tokens came to their router."""
+    return sorted(
+        (facts["layer"], whole.names[_inside(facts["path"], index)])
+        for facts in (*whole.routers, *whole.nested)
+        if facts["tokens"]
+        for index in facts["load"]["dead"]
+    )
 
 
 # 1. is it an MoE at all?
@@ -111,15 +127,17 @@ def _is_moe(whole: Whole) -> Answer:
             f"All {len(whole.names)} experts hold the same numbers, so this is one dense model, whatever routers say.",
         )  # fmt: skip
     if number is None:
-        return Answer(
-            *asked, "no choice", MIND, None, CHANGE,
-            f"Every token uses all {_experts(first['experts'])}, so the routers weigh but do not choose.",
-        )  # fmt: skip
+        told = (
+            f"Every token uses all {first['experts']} experts, so the routers weigh but do not choose."
+            if first["experts"] > 1
+            else "Every token uses the only expert there is, so the routers have nothing to choose from."
+        )
+        return Answer(*asked, "no choice", MIND, None, CHANGE, told)
     same = "; ".join(" = ".join(group) for group in whole.identical)
     pairs = [(layer["apart"]["median"], layer["layer"]) for layer in whole.routers]
-    weights = f"Experts lie {_span(pairs, _two)} apart, in units of the {_norm_of(first)}"
-    outputs = f"with the next best experts chosen a layer's output moves by {_span(moved, percent)}"
-    nats = f", the model's by {whole.divergence:.2f} nats per token" if whole.divergence is not None else ""
+    weights = f"In units of the {_norm_of(first)}, experts lie apart by {_span(pairs, _two)}"
+    outputs = f"with the next best experts chosen, outputs move by {_span(moved, percent)}"
+    nats = f", predictions by {whole.divergence:.2f} nats per token" if whole.divergence is not None else ""
     level = BAD if max(moved)[0] < MOVED else MIND if same or number < MOVED else GOOD
     verdict = {GOOD: "yes", MIND: "in part", BAD: "hardly"}[level]
     told = f" Equal by content: {same}." if same else ""
@@ -145,7 +163,9 @@ def _moe_layer(facts: Facts, experts: Sequence[str]) -> str:
         if apart["moved"] is not None
         else "every token uses all of them"
     )
-    return f"Experts lie {apart['nearest']:.2f} to {apart['farthest']:.2f} of the {_norm_of(facts)} apart; {moved}."
+    near, far = _two(apart["nearest"]), _two(apart["farthest"])
+    distance = near if near == far else f"{near} to {far}"
+    return f"Experts lie {distance} of the {_norm_of(facts)} apart; {moved}."
 
 
 # 2. who gets the tokens?
@@ -155,20 +175,20 @@ def _who(whole: Whole) -> Answer:
     asked = ("load", "Who gets the tokens?")
     violations = [(layer["load"]["max_vio"], layer["layer"]) for layer in whole.routers]
     variation = [(layer["load"]["cv"], layer["layer"]) for layer in whole.routers]
-    dead = [layer["layer"] for layer in whole.routers if layer["load"]["dead"]]
+    dead = _dead(whole)
     worst = max(violations)
     layer = next(facts for facts in whole.routers if facts["layer"] == worst[1])
     share = max(layer["load"]["share"])
     busiest = whole.names[str(layer["load"]["share"].index(share))]
-    count = sum(len(facts["load"]["dead"]) for facts in whole.routers)
-    tokens = f"{min(facts['tokens'] for facts in whole.routers):,} tokens"
-    lost = f"{count} experts got none of {tokens}, in {_layers(dead)}" if dead else f"none is dead after {tokens}"
+    tokens = _tokens(whole.routers[0]["tokens"])
+    places = _layers(sorted({layer for layer, _ in dead}))
+    lost = f"{_experts(len(dead))} got none of {tokens}, in {places}" if dead else f"none is dead after {tokens}"
     level = BAD if dead else MIND if worst[0] > CROWDED else GOOD
     verdict = {GOOD: "all of them", MIND: "some crowd", BAD: "not all"}[level]
     return Answer(
         *asked, verdict, level, worst[0], "MaxVio, worst layer",
-        f"The load varies by {_span(variation, _two)} (coefficient of variation; 0 is even). The busiest expert is "
-        f"{busiest} with {percent(share)} of layer {worst[1]} ({percent(1 / layer['experts'])} is even); {lost}.",
+        f"The load's coefficient of variation (0 is even) is {_span(variation, _two)}. The busiest expert is {busiest} "
+        f"with {percent(share)} of layer {worst[1]} ({percent(1 / layer['experts'])} is even); {lost}.",
     )  # fmt: skip
 
 
@@ -195,16 +215,20 @@ def _domain(whole: Whole) -> Answer:
             "The text has no labels; name its expert with --data EXPERT=FILE, or write `data` in the recipe.",
         )  # fmt: skip
     chance = 1 / whole.routers[0]["experts"]
+    if chance == 1:
+        return Answer(*asked, "no choice", OPEN, None, "of tokens", "Every token goes to the only expert there is.")
     shares = [(_own(layer), layer["layer"]) for layer in whole.routers]
     told = [(layer["domains"]["information"], layer["layer"]) for layer in whole.routers]
     most = whole.routers[0]["domains"]["most_information"]
+    bits = f"; of {most:.2f} bits of the domain the choice tells {_span(told, _two)}" if most else ""
     worst = min(shares)
-    level = GOOD if worst[0] >= 2 * chance else MIND if max(shares)[0] >= 1.2 * chance else BAD
+    enough = min(2 * chance, (1 + chance) / 2)  # twice chance would be all tokens where there are two experts
+    level = GOOD if worst[0] >= enough else MIND if max(shares)[0] >= 1.2 * chance else BAD
     verdict = {GOOD: "yes", MIND: "in part", BAD: "hardly"}[level]
     return Answer(
         *asked, verdict, level, worst[0], "of tokens, worst layer",
         f"The share of tokens that go first to their domain's own expert is {_span(shares, percent)}, by chance "
-        f"{percent(chance)}; of {most:.2f} bits of the domain the choice tells {_span(told, _two)}.",
+        f"{percent(chance)}{bits}.",
     )  # fmt: skip
 
 
@@ -221,11 +245,11 @@ def _domain_layer(facts: Facts, experts: Sequence[str]) -> str:
     shares = {name: share for name, share in domains["own_first"].items() if share is not None}
     if not shares:
         return "No text of a labelled domain came here."
-    worst = min(shares, key=lambda name: shares[name])
+    worst, most = min(shares, key=lambda name: shares[name]), domains["most_information"]
+    bits = f"; the choice tells {domains['information']:.2f} of {most:.2f} bits" if most else ""
     return (
         f"{percent(_own(facts))} of tokens go first to their own expert ({percent(1 / len(experts))} by chance), "
-        f"fewest of {worst} ({percent(shares[worst])}); the choice tells {domains['information']:.2f} of "
-        f"{domains['most_information']:.2f} bits."
+        f"fewest of {worst} ({percent(shares[worst])}){bits}."
     )
 
 
@@ -240,27 +264,35 @@ def _gate(whole: Whole) -> Answer:
         return Answer(
             *asked, "one row", OPEN, None, "condition number", "A router over one expert has nothing to tell apart."
         )
-    singular = [layer for gate, layer in gates if gate["condition"] is None]
-    finite = [(gate["condition"], layer) for gate, layer in gates if gate["condition"] is not None]
+    conditions = [(gate["condition"], layer) for gate, layer in gates]
+    centred = [(gate["condition_centred"], layer) for gate, layer in gates]
     degenerate = [layer for gate, layer in gates if gate["degenerate"]]
     spreads = [(gate["logit_spread"], layer) for gate, layer in gates]
-    level = BAD if singular or max(cosines)[0] > ALIKE else MIND if degenerate else GOOD
+    infinite = any(condition is None for condition, _ in centred)
+    number = None if infinite else max(centred)[0]
+    level = BAD if number is None or max(cosines)[0] > ALIKE else MIND if number > CONDITIONED else GOOD
     verdict = {GOOD: "yes", MIND: "weakly", BAD: "no"}[level]
-    number = max(finite)[0] if finite and not singular else None
-    condition = f"condition numbers are {_span(finite, _two)}" if finite else "rows are linearly dependent everywhere"
-    if singular and finite:
-        condition += f", infinite in {_layers(singular)}"
     advice = (
-        f" mergekit calls a gate above 5 degenerate: {len(degenerate)} of {len(gates)} are. Fit the rows at the true "
-        "router input, or give experts prompts that differ more."
-        if degenerate
-        else ""
+        ", but only by the mean of their rows, on which no choice depends."
+        if level == GOOD
+        else ". Fit the rows at the true router input, or give experts prompts that differ more."
     )
+    called = f" mergekit calls a gate above 5 degenerate: {len(degenerate)} of {len(gates)} are{advice}"
     return Answer(
-        *asked, verdict, level, number, "condition number, worst layer",
-        f"The two most alike rows have cosines of {_span(cosines, _two)} and {condition}; logits of a token spread by "
-        f"{_span(spreads, _two)} over experts.{advice}",
+        *asked, verdict, level, number, "centred condition number, worst layer",
+        f"The cosine of the two rows most alike is {_span(cosines, _two)}, and the spread of a token's logits over "
+        f"experts {_span(spreads, _two)}. The condition number is {_conditions(conditions)}, of the "
+        f"rows less their mean {_conditions(centred)}.{called if degenerate else ''}",
     )  # fmt: skip
+
+
+def _conditions(found: Sequence[tuple[float | None, int]]) -> str:
+    """A span of condition numbers, of which None are infinite."""
+    finite = [(condition, layer) for condition, layer in found if condition is not None]
+    infinite = [layer for condition, layer in found if condition is None]
+    if not finite:
+        return "infinite in every layer" if len(found) > 1 else "infinite"
+    return _span(finite, _two) + (f", infinite in {_layers(infinite)}" if infinite else "")
 
 
 def _gate_layer(facts: Facts, experts: Sequence[str]) -> str:
@@ -268,11 +300,14 @@ def _gate_layer(facts: Facts, experts: Sequence[str]) -> str:
     if gate["most_alike"] is None:
         return "One row: nothing to tell apart."
     one, two = (experts[index] for index in gate["most_alike"])
-    condition = "infinite" if gate["condition"] is None else f"{gate['condition']:.1f}"
+    condition, centred = (
+        "infinite" if gate[key] is None else f"{gate[key]:.1f}" for key in ("condition", "condition_centred")
+    )
     called = "above 5, which mergekit calls degenerate" if gate["degenerate"] else "fine (5 is mergekit's limit)"
     return (
         f"{one} and {two} are most alike (cosine {gate['largest_cosine']:.2f}); the condition number is {condition}, "
-        f"{called}; logits spread by {gate['logit_spread']:.2f} at a hidden norm of {gate['hidden_norm']:.1f}."
+        f"{called}, and {centred} of the rows less their mean; logits spread by {gate['logit_spread']:.2f} at a hidden "
+        f"norm of {gate['hidden_norm']:.1f}."
     )
 
 
@@ -282,11 +317,7 @@ def _gate_layer(facts: Facts, experts: Sequence[str]) -> str:
 def _survive(whole: Whole) -> Answer:
     asked = ("survive", "Would it survive?")
     over = [(layer["capacity"]["over"][TRAINED], layer["layer"]) for layer in whole.routers]
-    dead = [
-        f"{whole.names[str(index)]} in layer {layer['layer']}"
-        for layer in whole.routers
-        for index in layer["load"]["dead"]
-    ]
+    dead = [f"{name} in layer {layer}" for layer, name in _dead(whole)]
     fewest = [(layer["capacity"]["fewest_tokens"], layer["layer"]) for layer in whole.routers]
     level = BAD if dead else MIND if max(over)[0] > DROPS else GOOD
     verdict = {GOOD: "yes", MIND: "with losses", BAD: "not all"}[level]
@@ -294,11 +325,12 @@ def _survive(whole: Whole) -> Answer:
     quantized = (
         f"imatrix, GPTQ and AWQ would find no data for {listed}: calibrate on more text, or leave these unquantized"
         if dead
-        else f"every expert has data to calibrate on, {min(fewest)[0]:,} tokens at least (layer {min(fewest)[1]})"
+        else f"every expert has data to calibrate on, {_tokens(min(fewest)[0])} at least (layer {min(fewest)[1]})"
     )
     return Answer(
         *asked, verdict, level, max(over)[0], f"dropped at capacity {TRAINED}, worst layer",
-        f"The share of assignments that a capacity of {TRAINED} would drop is {_span(over, percent)}; {quantized}.",
+        f"In batches of one domain's text, the share of assignments that a capacity of {TRAINED} would drop is "
+        f"{_span(over, percent)}; {quantized}.",
     )  # fmt: skip
 
 
@@ -318,9 +350,9 @@ def _token(whole: Whole) -> Answer:
     shown, experts = whole.routers[0]["tokens_seen"]["tokens"], whole.routers[0]["experts"]
     return Answer(
         "token", "What did this token see?", "look below", OPEN, max(switches)[0], "switches, liveliest layer",
-        f"Of {_experts(experts)}, those that come first for one of the {shown} tokens shown: "
-        f"{_span(used, lambda count: f'{count:.0f}')}. Tokens with another first expert than the token before: "
-        f"{_span(switches, percent)}.",
+        f"Of {_experts(experts)}, those that come first for one of the tokens shown ({shown}) are "
+        f"{_span(used, lambda count: f'{count:.0f}')}. The share of tokens with another first expert than the token "
+        f"before is {_span(switches, percent)}.",
     )  # fmt: skip
 
 

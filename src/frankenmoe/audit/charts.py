@@ -90,8 +90,12 @@ def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...
         found.append(_own(layers, routers, experts))
     found.append(
         _lines(
-            "gate", "Condition number of the gate by layer; above 5 mergekit calls it degenerate", layers,
-            [Series("condition number", line(0), of("condition", "gate"))], y=None, rule=5.0, zero=True,
+            "gate", "Condition number of the gate by layer; above 5 (the rule) mergekit calls it degenerate", layers,
+            [
+                Series("whole", line(0), of("condition", "gate")),
+                Series("centred (rows less their mean)", line(5), of("condition_centred", "gate")),
+            ],
+            y=None, rule=5.0, log=True,
         )
     )  # fmt: skip
     found.append(_over(layers, routers))
@@ -145,6 +149,7 @@ def _lines(
     y: str | None,
     rule: float | None = None,
     zero: bool = False,
+    log: bool = False,
 ) -> Chart:
     rows = [
         {"layer": layer, "value": value, "line": each.name}
@@ -187,7 +192,8 @@ def _lines(
 
     def spec(width: int) -> Spec:
         axis = {"format": "~g", "titleLimit": 150, "tickCount": 4}
-        vertical = {"field": "value", "type": "quantitative", "title": y, "scale": {"zero": zero, "nice": True}}
+        scaled: Spec = {"type": "log", "domainMin": 1} if log else {"zero": zero}
+        vertical = {"field": "value", "type": "quantitative", "title": y, "scale": scaled | {"nice": True}}
         shared = {"y": vertical | {"axis": axis}}
         for part in layered[:2]:
             part["encoding"] |= {"x": x, "color": colour}

@@ -96,7 +96,7 @@ def _domains(sums: RouterSums, domains: Sequence[str], own: Sequence[int | None]
 def _gate(sums: RouterSums, gate_ED: torch.Tensor) -> Facts:
     wide_ED = gate_ED.detach().float().cpu()
     alike = stats.largest_cosine(wide_ED)
-    condition = stats.condition_number(wide_ED)
+    condition, centred = stats.condition_number(wide_ED), stats.centred_condition_number(wide_ED)
     lengths_E = torch.linalg.vector_norm(wide_ED, dim=1)
     tokens = max(sums.tokens, 1)
     return {
@@ -105,6 +105,7 @@ def _gate(sums: RouterSums, gate_ED: torch.Tensor) -> Facts:
         "most_alike": list(alike[1]) if alike else None,
         # JSON has no infinity: null is a gate whose rows are linearly dependent
         "condition": rounded(condition) if math.isfinite(condition) else None,
+        "condition_centred": rounded(centred) if math.isfinite(centred) else None,
         "degenerate": condition > DEGENERATE,
         "row_lengths": [rounded(float(lengths_E.min())), rounded(float(lengths_E.max()))],
         "logit_spread": rounded(sums.spread / tokens),

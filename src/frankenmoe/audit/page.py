@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
 from importlib.resources import files
+from itertools import zip_longest
 from typing import Any
 
 from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, can_draw, charts, drawn
-from frankenmoe.audit.compare import MEASURES, paired
+from frankenmoe.audit.compare import MEASURES, OTHER_TEXT, paired, same_text
 from frankenmoe.audit.run import Audit
 from frankenmoe.audit.tokens import encoded
 from frankenmoe.palette import mark
@@ -45,6 +46,7 @@ TABLES: Mapping[str, Sequence[tuple[str, tuple[str, str], int]]] = {
     "gate": (
         ("largest cosine", ("gate", "largest_cosine"), 3),
         ("condition number", ("gate", "condition"), 2),
+        ("centred", ("gate", "condition_centred"), 2),
         ("logit spread", ("gate", "logit_spread"), 3),
         ("hidden norm", ("gate", "hidden_norm"), 2),
     ),
@@ -90,8 +92,13 @@ def page(audits: Sequence[Audit]) -> str:
 <p>Made by frankenmoe. Charts were drawn by Vega-Lite (BSD-3-Clause) beforehand; this page loads nothing.</p></footer>
 """
     script = f"<script>{_asset('page.js')}</script>\n</body>\n</html>\n"
-    data = _data(audits, room=LARGEST - len((head + script).encode()))
-    return f'{head}<script type="application/json" id="data">{data}</script>\n{script}'
+    data = _data(audits, room=LARGEST - len(storable(head + script)))
+    return storable(f'{head}<script type="application/json" id="data">{data}</script>\n{script}').decode()
+
+
+def storable(text: str) -> bytes:
+    """UTF-8; what no encoding has, bytes in a path that are no text, spelt out as JSON would."""
+    return text.encode("utf-8", "backslashreplace")
 
 
 def _asset(name: str) -> str:
@@ -145,7 +152,9 @@ def _verdict(answer: Facts) -> str:
 
 
 def _legend(reports: Sequence[Facts]) -> str:
-    names = max((report["model"]["experts"] for report in reports), key=len)
+    """Who a mark stands for; where two audits have different experts under one number, both."""
+    numbered = zip_longest(*(report["model"]["experts"] for report in reports))
+    names = [" / ".join(name for name in dict.fromkeys(both) if name is not None) for both in numbered]
     items = "".join(f"<li>{_chip(index)} {escape(name)}</li>" for index, name in enumerate(names))
     return f'<ul class="legend" aria-label="experts" tabindex="0">{items}</ul>'
 
@@ -255,7 +264,7 @@ def _cell(facts: Facts, at: tuple[str, str], digits: int) -> str:
     if isinstance(value, list):
         return escape(", ".join(map(str, value)) or "none")
     if value is None:
-        return "infinite" if at == ("gate", "condition") else "–"
+        return "infinite" if at[1].startswith("condition") else "–"
     return f"{value:,.{digits}f}"
 
 
@@ -277,8 +286,9 @@ def _comparison(reports: Sequence[Facts]) -> str:
         + "</tr>"
         for left, right in paired(*reports)
     )
+    other = "" if same_text(*reports) else f"<p>{OTHER_TEXT}</p>"
     return (
-        '<section class="question"><h2>From the first to the second</h2><div class=scroll tabindex=0><table>'
+        f'<section class="question"><h2>From the first to the second</h2>{other}<div class=scroll tabindex=0><table>'
         f"<tr><th scope=col>layer</th>{heads}</tr>{rows}</table></div></section>"
     )
 
@@ -297,7 +307,7 @@ def _footer(report: Facts) -> str:
 def _data(audits: Sequence[Audit], *, room: int) -> str:
     """What page.js reads, in about `room` bytes: token data gives way, the rest is what it is."""
     shown = [_shown(audit) for audit in audits]
-    left = room - len(_text({"audits": shown}).encode())
+    left = room - len(storable(_text({"audits": shown})))
     traces = [encoded(audit.trace, budget=left // len(audits)) for audit in audits]
     return _text({"audits": [each | {"trace": trace} for each, trace in zip(shown, traces, strict=True)]})
 

@@ -160,6 +160,7 @@ def _whole(
         divergence=None if change is None else change.divergence,
         base=base,
         labelled=labelled,
+        nested=[facts for facts in routers if facts["path"]],
     )
 
 

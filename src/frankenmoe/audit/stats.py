@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 TINY = 1e-12
+EPSILON = torch.finfo(torch.float64).eps
 
 
 def load(counts_E: torch.Tensor) -> torch.Tensor:
@@ -94,9 +95,28 @@ def largest_cosine(gate_ED: torch.Tensor) -> tuple[float, tuple[int, int]] | Non
 def condition_number(gate_ED: torch.Tensor) -> float:
     """Largest over smallest singular value: 1 for orthogonal rows of one length, infinite where rows are dependent."""
     singular = torch.linalg.svdvals(gate_ED.double())
-    largest, smallest = float(singular[0]), float(singular[-1])
-    # what rounding of the gate's own type leaves of a singular value that is zero
-    noise = largest * max(gate_ED.shape) * torch.finfo(torch.float64).eps
+    return _ratio(float(singular[0]), float(singular[-1]), noise=_noise(gate_ED))
+
+
+def centred_condition_number(gate_ED: torch.Tensor) -> float:
+    """The same of the rows less their mean, the direction that this takes away left out; 1 for a single row.
+
+    A shift that all rows share moves all logits alike, so neither the choice nor the weights of softmax depend on it.
+    """
+    experts = len(gate_ED)
+    if experts < 2:
+        return 1.0
+    wide_ED = gate_ED.double()
+    singular = torch.linalg.svdvals(wide_ED - wide_ED.mean(dim=0))
+    return _ratio(float(singular[0]), float(singular[min(experts - 1, len(singular)) - 1]), noise=_noise(gate_ED))
+
+
+def _noise(gate_ED: torch.Tensor) -> float:
+    """What rounding of sums in float64 leaves of a singular value that is zero."""
+    return float(torch.linalg.matrix_norm(gate_ED.double(), ord=2)) * max(gate_ED.shape) * EPSILON
+
+
+def _ratio(largest: float, smallest: float, *, noise: float) -> float:
     return largest / smallest if smallest > noise else math.inf
 
 

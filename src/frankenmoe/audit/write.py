@@ -1,6 +1,7 @@
 """Puts reports into a folder of their own: JSON to be read on, a page to be looked at; does not know how they look."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.audit.compare import difference
-from frankenmoe.audit.page import page
+from frankenmoe.audit.page import page, storable
 from frankenmoe.audit.run import KIND, VERSION, Audit
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
@@ -31,6 +32,21 @@ def as_json(audits: Sequence[Audit]) -> dict[str, Any]:
     }
 
 
+def check_place(out: Path) -> None:
+    """ArtifactError where no folder can be made below `out`, before hours are spent on a report; makes nothing."""
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "cannot be written to" if there.is_dir() else "is no folder"
+        raise ArtifactError(
+            f"the report cannot be written to {out}: {there} {reason}", hint="choose another folder with --out"
+        )
+
+
+def as_text(audits: Sequence[Audit]) -> str:
+    """`as_json` as text that any terminal and file takes."""
+    return storable(json.dumps(as_json(audits), indent=1, ensure_ascii=False, allow_nan=False)).decode()
+
+
 def write_report(audits: Sequence[Audit], out: Path) -> Path:
     """Writes `audit.json` and `audit.html` into a new folder below `out` and returns it.
 
@@ -38,7 +54,7 @@ def write_report(audits: Sequence[Audit], out: Path) -> Path:
     Raises ArtifactError where `out` cannot be written to.
     """
     files = {
-        JSON: (json.dumps(as_json(audits), indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode(),
+        JSON: (as_text(audits) + "\n").encode(),
         HTML: page(audits).encode(),
     }
     stem = _stem([audit.report["subject"] for audit in audits])
@@ -53,8 +69,10 @@ def write_report(audits: Sequence[Audit], out: Path) -> Path:
         for name, content in files.items():
             write_atomic(partial / name, content)
         partial.rename(folder)
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
         shutil.rmtree(partial, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise ArtifactError(
             f"the report cannot be written to {folder}: {error.strerror}", hint="choose another folder with --out"
         ) from error

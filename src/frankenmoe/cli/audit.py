@@ -1,6 +1,5 @@
 """`frankenmoe audit`: six answers in the terminal, on a page and as JSON; computes none of them."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.text import Text
 
 from frankenmoe.cli.options import REMOTE, example
 from frankenmoe.cli.show import console, expert_style
-from frankenmoe.cli.text import is_unicode, printable
+from frankenmoe.cli.text import in_cells, is_unicode, printable
 from frankenmoe.palette import mark
 
 Facts = Mapping[str, Any]
@@ -65,9 +64,8 @@ def audit_command(
     file that loads nothing) and audit.json.
     """
     from frankenmoe.audit.charts import can_draw
-    from frankenmoe.audit.write import as_json as plain
-    from frankenmoe.audit.write import write_report
-    from frankenmoe.auditing import look
+    from frankenmoe.audit.write import as_text, check_place, write_report
+    from frankenmoe.auditing import check, look
     from frankenmoe.cli.progress import bars
 
     if not can_draw():
@@ -75,22 +73,27 @@ def audit_command(
     if prompt is not None and not is_unicode(prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
     pairs = [_labelled(each) for each in data]
+    subjects = (first, *([second] if second else []))
+    check_place(out)  # before anything is computed, of the second as well
+    for what in subjects:
+        check(what, data=pairs)
     with bars() as progress:
         audits = [
             look(what, data=pairs, prompt=prompt, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
-            for what in (first, *([second] if second else []))
+            for what in subjects
         ]
     folder = write_report(audits, out)
     if as_json:
-        click.echo(json.dumps(plain(audits), indent=1, ensure_ascii=False, allow_nan=False))
-        click.echo(f"page: {folder / 'audit.html'}", err=True)
+        click.echo(as_text(audits))
+        click.echo(f"page: {printable(str(folder / 'audit.html'))}", err=True)
         return
     show = console()
     for audit in audits:
         show_audit(audit.report, show)
     if len(audits) == 2:
         show_difference(audits[0].report, audits[1].report, show)
-    click.echo(f"page: {folder / 'audit.html'}\njson: {folder / 'audit.json'}")
+    for kind, name in (("page", "audit.html"), ("json", "audit.json")):
+        click.echo(f"{kind}: {printable(str(folder / name))}")
 
 
 def _labelled(text: str) -> tuple[str | None, str]:
@@ -158,8 +161,9 @@ def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> 
         table.add_row(place, *bar, *(value(facts) for _, value in columns))
     show.print(table)
     if key == "survive":
-        for facts in (each for each in outer if each["load"]["dead"]):
-            names = ", ".join(report["model"]["experts"][index] for index in facts["load"]["dead"])
+        for facts in (each for each in routers if each["load"]["dead"] and each["tokens"]):
+            inside = f"{facts['path']}." if facts["path"] else ""
+            names = ", ".join(report["model"]["paths"][f"{inside}{index}"] for index in facts["load"]["dead"])
             show.print(f"dead in layer {facts['layer']}: {printable(names)}", highlight=False, markup=False)
 
 
@@ -179,9 +183,10 @@ def _print_tokens(report: Facts, show: Console) -> None:
     passage = report["passages"][0]
     layers = passage["layers"][:WIDEST_STRIP]
     names = [printable(name) for name in report["model"]["experts"]]
-    show.print(Text(f"{'token':<{TOKEN_WIDTH}} first expert by layer", style="dim"))
+    cut = f", the first {WIDEST_STRIP}" if len(passage["layers"]) > WIDEST_STRIP else ""
+    show.print(Text(f"{'token':<{TOKEN_WIDTH}} first expert by layer{cut}", style="dim"))
     for at, token in enumerate(passage["tokens"][:TOKENS_SHOWN]):
-        line = Text(f"{repr(token)[1:-1]:<{TOKEN_WIDTH}.{TOKEN_WIDTH}} ")
+        line = Text(f"{in_cells(repr(token)[1:-1], TOKEN_WIDTH)} ")
         for layer in layers:
             first = layer["experts"][at][0]
             line.append(mark(first).digit, style=expert_style(first))
@@ -199,7 +204,7 @@ def _print_tokens(report: Facts, show: Console) -> None:
 
 def show_difference(one: Facts, two: Facts, show: Console) -> None:
     """Layer by layer, from the first audit to the second."""
-    from frankenmoe.audit.compare import paired
+    from frankenmoe.audit.compare import OTHER_TEXT, paired, same_text
 
     titles = (("CV", "load", "cv"), ("entropy", "load", "entropy_share"), ("moves", "apart", "moved"))
     roomy = (("MaxVio", "load", "max_vio"), ("condition", "gate", "condition"), ("bits", "domains", "information"))
@@ -211,6 +216,8 @@ def show_difference(one: Facts, two: Facts, show: Console) -> None:
         cells = (f"{_number(left, *at)}>{_number(right, *at)}" for _, *at in wanted)
         table.add_row(str(left["layer"]), *cells)
     show.print(Text("\nFrom the first to the second", style="bold"))
+    if not same_text(one, two):
+        show.print(OTHER_TEXT, highlight=False)
     show.print(table)
 
 
@@ -219,7 +226,7 @@ def _number(facts: Facts, part: str, key: str) -> str:
     if isinstance(value, list):
         return str(len(value))
     if value is None:
-        return "inf" if key == "condition" else "-"
+        return "inf" if key.startswith("condition") else "-"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
@@ -276,6 +283,6 @@ COLUMNS: Mapping[str, Sequence[Column]] = {
 }
 ROOMY_COLUMNS: Mapping[str, Sequence[Column]] = {
     "load": (("entropy", _column("load", "entropy")), ("margin", _column("load", "margin"))),
-    "gate": (("hidden norm", _column("gate", "hidden_norm")),),
+    "gate": (("centred", _column("gate", "condition_centred")), ("hidden norm", _column("gate", "hidden_norm"))),
     "survive": (("fewest tokens", _column("capacity", "fewest_tokens")),),
 }

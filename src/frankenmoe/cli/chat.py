@@ -13,6 +13,7 @@ from transformers import TextStreamer
 
 from frankenmoe.cli.ask import ask
 from frankenmoe.cli.show import console, expert_style
+from frankenmoe.cli.text import in_cells, printable
 from frankenmoe.loading import load
 from frankenmoe.moe.generate import Reply, reply, weight_shares
 from frankenmoe.palette import mark
@@ -65,18 +66,20 @@ def show_trace(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> None:
     width = max(len(LAYERS_TITLE), len(made.layers))
     legend = Text("experts: ", style="bold")
     for index, name in enumerate(experts):
-        legend.append(f"{mark(index).digit} {name}  ", style=expert_style(index))
+        legend.append(f"{mark(index).digit} {printable(name)}  ", style=expert_style(index))
     out.print(legend)
     out.print(Text(f"{'token':<{TOKEN_WIDTH}} {LAYERS_TITLE:<{width}} share of weight", style="dim"))
     for position in range(len(made.layers[0].ids_TK)):
-        line = Text(f"{_shown(tokenizer, made.tokens[position]):<{TOKEN_WIDTH}.{TOKEN_WIDTH}} ")
+        line = Text(f"{in_cells(_shown(tokenizer, made.tokens[position]), TOKEN_WIDTH)} ")
         for trace in made.layers:
             first = int(trace.ids_TK[position, 0])
             line.append(mark(first).digit, style=expert_style(first))
         line.append(" " * (width - len(made.layers) + 1))
         shares = weight_shares(made.layers, position)
         best = sorted(range(len(shares)), key=lambda index: -shares[index])[:2]
-        line.append("  ".join(f"{shares[index]:.0%} {experts[index]}" for index in best if shares[index] > 0))
+        line.append(
+            "  ".join(f"{shares[index]:.0%} {printable(experts[index])}" for index in best if shares[index] > 0)
+        )
         line.truncate(out.width, overflow="ellipsis")
         out.print(line)
 

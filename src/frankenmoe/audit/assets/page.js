@@ -77,10 +77,12 @@
   const showGate = (audit, facts) =>
     facts.experts < 2 ? "" : caption(`Cosines between the gate's rows in layer ${facts.layer}`,
       matrix(audit.experts, heads(audit, audit.experts), facts.gate.cosines, (value) => fixed(value), (value) => Math.abs(value)));
-  const showCapacity = (audit, facts) => caption("Fewest and most assignments of an expert, and what a capacity drops",
-    matrix(["layer " + facts.layer], ["fewest", "most", ...Object.keys(facts.capacity.over).map((factor) => `over ${factor}`)],
-      [[Math.min(...facts.load.assignments), Math.max(...facts.load.assignments), ...Object.values(facts.capacity.over)]],
-      (value) => (Number.isInteger(value) && value > 1 ? value.toLocaleString("en") : percent(value)), () => 0));
+  const showCapacity = (audit, facts) => {
+    const counts = [Math.min, Math.max].map((most) => most(...facts.load.assignments).toLocaleString("en"));
+    return caption("Fewest and most assignments of an expert, and what a capacity drops",
+      matrix([`layer ${facts.layer}`], ["fewest", "most", ...Object.keys(facts.capacity.over).map((factor) => `over ${factor}`)],
+        [[...counts, ...Object.values(facts.capacity.over).map(percent)]], (shown) => shown, () => 0));
+  };
   const SHOW = { moe: showApart, load: showLoad, domain: showDomains, gate: showGate, survive: showCapacity };
 
   // ---- tokens
@@ -113,7 +115,8 @@
         expert: best[at(k, layer, token)], logit: trace.low[layer] + trace.unit[layer] * logits[at(k, layer, token)] })),
     };
   };
-  const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥") || "∅";
+  const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥") // others that nobody sees, or that turn the line around
+    .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (letter) => `\\u${letter.codePointAt(0).toString(16).padStart(4, "0")}`) || "∅";
 
   class Tokens {
     constructor(audit, number) {
