@@ -76,7 +76,7 @@ def make_audit(
                 "experts_per_token": TOP_K, "shared_expert": False, "shared_gated": False, "nested_routers": 0,
                 "dtype": "float32", "sources_at_hand": True,
             },
-            "text": {domain: {"tokens": tokens, "origin": [], "own_expert": 0} for domain in domains},
+            "text": {domain: {"tokens": tokens, "origin": [], "own_expert": 0, "digest": ""} for domain in domains},
             "answers": [vars(each) for each in answers(whole)],
             "outputs": {"tokens": 0, "other_experts": None, "base": None},
             "identical_experts": [],

@@ -1,7 +1,9 @@
 """Input nobody asked for: odd paths, odd prompts, tokenizers and adapters of another model; refused, or simply fine."""
 
+import io
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from frankenmoe.cli.app import main
 from refusals import Tensors, cli, copy_of, refused, spoil
 
 Parents = dict[str, list[Path]]
@@ -230,6 +233,16 @@ def test_escape_codes_in_names_do_not_reach_the_terminal(recipe: Path, base: Pat
     assert not {"\x1b", "\u202e"} & set(said.stdout + said.stderr)
     tiny.write_recipe(recipe, Path(red), [base, base])
     refused("plan", recipe, inside=tmp_path, facts=("\\x1b[31mred",))
+
+
+def test_a_terminal_that_has_no_such_letters(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe.write_text(recipe.read_text() + "name: naïve 日\n")
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["frankenmoe", "plan", str(recipe)])
+    main()
+    sys.stdout.flush()
+    assert b"na\\xefve \\u65e5" in shown.getvalue()
 
 
 # backbones and adapters

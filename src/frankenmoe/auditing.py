@@ -27,6 +27,9 @@ TOKENS = 8192  # of each domain, unless asked otherwise
 SHOWN = 96  # tokens of each domain on the page where no prompt is given
 SHOWN_DOMAINS = 8
 UNLABELLED = "text"
+NO_CHARACTER = "\ufffd"  # what decoders put for bytes that are no character, or not a whole one
+LONGEST = 4  # bytes of a character in UTF-8
+PART = "…"
 
 Data = Sequence[tuple[str | None, str]]
 """(expert or None, file or hub dataset) in the order given."""
@@ -241,4 +244,18 @@ def _no_tokens(what: str) -> SourceError:
 
 
 def _passage(tokenizer: Any, label: str, ids: Sequence[int]) -> Passage:
-    return Passage(label, tuple(ids), tuple(str(tokenizer.decode([token])) for token in ids))
+    return Passage(label, tuple(ids), tuple(_texts(tokenizer, ids)))
+
+
+def _texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """Each token's text; of a character that several tokens spell byte by byte, PART for all but the last."""
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        own, joined = (str(tokenizer.decode(tokens)) for tokens in ([token], pending))
+        found = next((text for text in (own, joined) if NO_CHARACTER not in text), None)
+        if found is None and len(pending) < LONGEST:
+            yield PART
+            continue
+        yield own if found is None else found
+        pending = []

@@ -37,14 +37,14 @@ def test_equal_layers_read_as_a_sentence(layers: int, words: str) -> None:
         "moe": f"In units of the base's FFN norm, experts lie apart by 0.50{words}; with the next best experts chosen, "
         f"outputs move by 40%{words}, predictions by 0.30 nats per token.",
         "load": f"The load's coefficient of variation (0 is even) is 0.25{words}. The busiest expert is ",
-        "domain": f"The share of tokens that go first to their domain's own expert is 75%{words}, by chance 25%; of 1.00 "
-        f"bits of the domain the choice tells 0.50{words}.",
-        "gate": f"The cosine of the two rows most alike is 0.50{words}, and the spread of a token's logits over experts "
-        f"2.00{words}. The condition number is 2.00{words}, of the rows less their mean 1.50{words}.",
+        "domain": f"The share of tokens that go first to their domain's own expert is 75%{words}, by chance 25%; of "
+        f"1.00 bits of the domain the choice tells 0.50{words}.",
+        "gate": f"The cosine of the two rows most alike is 0.50{words}, and the spread of a token's logits over "
+        f"experts 2.00{words}. The condition number is 2.00{words}, of the rows less their mean 1.50{words}.",
         "survive": "In batches of one domain's text, the share of assignments that a capacity of 1.25 would drop is "
         f"12%{words}; ",
-        "token": f"Of 4 experts, those that come first for one of the tokens shown (120) are 3{words}. The share of tokens "
-        f"with another first expert than the token before is 50%{words}.",
+        "token": f"The number of experts, of 4, that come first for any of the 120 tokens shown is 3{words}; the share "
+        f"of tokens with another first expert than the token before is 50%{words}.",
     }.items():
         assert said(found, key).sentence.startswith(start)
 
@@ -60,7 +60,9 @@ def test_a_gate_bad_only_by_its_mean_is_no_bad_gate() -> None:
 
 @pytest.mark.parametrize(("condition", "centred"), [(None, 1.0), (9.0, None), (9.0, 7.0)])
 def test_infinite_conditions(condition: float | None, centred: float | None) -> None:
-    found = changed(whole(), "gate", condition=condition, condition_centred=centred, degenerate=True, largest_cosine=0.1)
+    found = changed(
+        whole(), "gate", condition=condition, condition_centred=centred, degenerate=True, largest_cosine=0.1
+    )
     answer = said(found, "gate")
     assert answer.level == ("good" if centred == 1.0 else "bad" if centred is None else "mind")
     assert answer.number == centred

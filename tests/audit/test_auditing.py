@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from rich.console import Console
 
 import frankenmoe as fm
 import tiny
+from frankenmoe.audit.compare import same_text
+from frankenmoe.audit.page import page
 from frankenmoe.audit.write import write_report
-from frankenmoe.auditing import audit, look
+from frankenmoe.auditing import _texts, audit, look
 from frankenmoe.cli.audit import show_audit
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, RecipeError, SourceError
 
@@ -241,6 +244,39 @@ def test_two_reports_side_by_side(recipe: Path, tmp_path: Path) -> None:
     assert "From the first to the second" in (folder / "audit.html").read_text()
 
 
+def test_the_same_text_is_known_by_its_tokens(recipe: Path, tmp_path: Path) -> None:
+    for folder, words in (("a", "hello "), ("b", "hello "), ("c", "other ")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(words * 50)
+    one, two, other = (report(recipe, data=[("e1", str(tmp_path / each / "text.txt"))]) for each in "abc")
+    assert same_text(one, two)
+    assert not same_text(one, other)
+    assert "read different text" in page([look(recipe), look(recipe, prompt="x", tokens=3)])
+
+
+def test_an_expert_called_text_keeps_its_own(parents: Parents, tmp_path: Path) -> None:
+    base, one, _ = parents["llama"]
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, one], prompts=True)
+    recipe.write_text(recipe.read_text().replace("name: e1", "name: text"))
+    (tmp_path / "a.txt").write_text("abc " * 30)
+    found = report(recipe, data=[("text", str(tmp_path / "a.txt")), (None, str(tmp_path / "a.txt"))])["text"]
+    assert {name: part["own_expert"] for name, part in found.items()} == {"text": 1, "text without a label": None}
+
+
+def test_a_character_of_several_tokens_stands_at_its_last() -> None:
+    class Bytes:
+        def decode(self, tokens: list[int]) -> str:
+            return bytes(tokens).decode(errors="replace")
+
+    def texts(text: bytes) -> list[str]:
+        return list(_texts(Bytes(), text))
+
+    assert texts("né日!".encode()) == ["n", "…", "é", "…", "…", "日", "!"]
+    assert texts("👩".encode()) == ["…", "…", "…", "👩"]
+    assert texts(b"\xe2x") == ["…", "x"]  # a character that never ends
+    assert texts(b"\xff\xff\xff\xff!") == ["…", "…", "…", "\ufffd", "!"]
+
+
 # what a person may get wrong
 
 
@@ -288,6 +324,35 @@ def test_a_place_where_nothing_can_be_written(recipe: Path, tmp_path: Path) -> N
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FrankenMoEError, match="report cannot be written"):
         write_report([look(recipe)], tmp_path / "file" / "reports")
+
+
+def test_a_bad_place_is_told_before_anything_is_computed(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("frankenmoe.auditing.load", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "file").write_text("in the way")
+    for out in ("file", "file/reports"):
+        with pytest.raises(ArtifactError, match=r"file is no folder"):
+            audit(recipe, out=tmp_path / out)
+    with pytest.raises(SourceError, match="does not exist"):
+        look(recipe, data=[(None, "a" * 5000)])  # longer than a disk lets a name be
+
+
+def test_ctrl_c_while_writing_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("frankenmoe.audit.write.write_atomic", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_report([look(recipe)], tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_recipe_whose_name_is_no_text(recipe: Path, tmp_path: Path) -> None:
+    odd = recipe.rename(recipe.with_name(os.fsdecode(b"caf\xe9.yml")))
+    folder = audit(odd, out=tmp_path / "out")
+    assert json.loads((folder / "audit.json").read_text())["subject"]["path"] == str(odd)
+    assert "caf\\udce9.yml" in (folder / "audit.html").read_text()
 
 
 def test_names_cannot_leave_the_folder_or_the_page(recipe: Path, tmp_path: Path) -> None:

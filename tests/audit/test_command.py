@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from rich.cells import cell_len
 from rich.console import Console
 
 import frankenmoe as fm
@@ -61,6 +62,29 @@ def test_many_experts_and_layers_fit_too(columns: int) -> None:
     text = show.export_text()
     assert max(map(len, text.splitlines())) <= columns
     assert "…" not in re.sub(r"layer \d+:.*", "", text)
+    assert "the first 26" in " ".join(text.split())
+    assert "50% switches" in " ".join(text.split())
+
+
+def test_wide_letters_keep_their_place() -> None:
+    report = synthetic.make_audit(experts=4, layers=30, tokens=40).report
+    report["passages"][0]["tokens"][:2] = ["日本語日本語日本語", "\x1b[31m\u202e"]
+    show = Console(width=40, record=True, color_system=None, file=io.StringIO())
+    show_audit(report, show)
+    lines = show.export_text().splitlines()
+    assert max(map(cell_len, lines)) <= 40
+    assert next(line for line in lines if line.startswith("日"))[6] == " "  # six letters take twelve columns
+    assert not {"\x1b", "\u202e"} & set("".join(lines))
+
+
+def test_dead_experts_inside_others_are_listed() -> None:
+    report = synthetic.make_audit(experts=4, layers=2, tokens=40).report
+    inside = report["routers"][0]
+    report["routers"].append({**inside, "path": "3", "load": {**inside["load"], "dead": [1]}})
+    report["model"]["paths"]["3.1"] = "inner/law"
+    show = Console(width=80, record=True, color_system=None, file=io.StringIO())
+    show_audit(report, show)
+    assert "dead in layer 0: inner/law" in show.export_text()
 
 
 def test_colours_are_the_pages_and_chats(recipe: Path, tmp_path: Path) -> None:
@@ -90,6 +114,17 @@ def test_two_artifacts(recipe: Path, tmp_path: Path) -> None:
     assert (tmp_path / "reports" / "audit-tiny" / "audit.json").is_file()
 
 
+def test_the_second_is_checked_before_the_first_is_computed(
+    recipe: Path, parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("frankenmoe.auditing.load", lambda *_, **__: pytest.fail("loaded"))
+    base, one, _ = parents["llama"]
+    second = tiny.write_recipe(tmp_path / "second.yml", base, [base, one], prompts=True)
+    (tmp_path / "a.txt").write_text("abc " * 30)
+    with pytest.raises(FrankenMoEError, match="names no expert, expected one of e0, e1"):
+        run(recipe, second, "--out", tmp_path / "reports", "--data", f"e2={tmp_path / 'a.txt'}")
+
+
 def test_data_with_and_without_a_label(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "a=b.txt").write_text("hello " * 30)
     found = json.loads(
@@ -106,6 +141,7 @@ def test_data_with_and_without_a_label(recipe: Path, tmp_path: Path) -> None:
     [
         (["--data", "e9=x.txt"], "names no expert"),
         (["--data", "missing.txt"], "does not exist"),
+        (["--data", f"{'a' * 5000}=x"], "names no expert"),
         (["--prompt", ""], "no tokens"),
     ],
 )
@@ -137,5 +173,6 @@ def test_chat_marks_experts_alike(recipe: Path, monkeypatch: pytest.MonkeyPatch)
     moe: Any = fm.load(recipe)
     tokenizer = moe.tokenizer()
     made = reply(moe, tokenizer, [{"role": "user", "content": "hello"}], max_new_tokens=3)
-    chat.show_trace(made, moe.experts, tokenizer)
+    chat.show_trace(made, ("\x1b[31m\u202ered", *moe.experts[1:]), tokenizer)
+    assert "\\x1b[31m\\u202ered" in show.export_text(styles=False, clear=False)
     assert "48;2;0;114;178" in show.export_text(styles=True)

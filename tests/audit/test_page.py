@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,65 @@ def test_two_audits_side_by_side(browser: Any, tmp_path: Path) -> None:
         tab.screenshot(path=str(SHOTS / "two.png"), full_page=True)
         assert (tab.said, tab.asked) == ([], [file.as_uri()])
         assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+    finally:
+        tab.context.close()
+
+
+def test_two_of_one_name_and_different_experts_can_be_told_apart(browser: Any, tmp_path: Path) -> None:
+    pair = [synthetic.make_audit(experts=count, layers=3, tokens=60, seed=count) for count in (3, 4)]
+    pair[1].report["model"]["experts"][0] = "law"
+    pair[1].report["subject"]["path"] = "after/"
+    tab = _open(browser, write_report(pair, tmp_path) / "audit.html", width=1280, scheme="light")
+    try:
+        assert tab.locator(".legend li").all_inner_texts() == [
+            "0 expert 0 / law",
+            "1 expert 1",
+            "2 expert 2",
+            "3 expert 3",
+        ]
+        assert tab.locator("#load h3").all_inner_texts() == [
+            "synthetic, recipe in synthetic.yml",
+            "synthetic, recipe in after/",
+        ]
+        tab.locator("#tokens-0 .t").first.hover()
+        box = tab.locator("#panel-0").bounding_box()
+        assert 0 <= box["y"] < box["y"] + box["height"] <= 900  # what a token saw is seen beside it
+        assert tab.said == []
+    finally:
+        tab.context.close()
+
+
+@pytest.mark.parametrize(("experts", "width"), [(4, 1280), (4, 390), (16, 1280), (64, 1280)])
+def test_tables_are_not_cut(experts: int, width: int, browser: Any, tmp_path: Path) -> None:
+    audit = synthetic.make_audit(experts=experts, layers=2, tokens=60)
+    tab = _open(browser, write_report([audit], tmp_path) / "audit.html", width=width, scheme="dark")
+    try:
+        cut = tab.locator(".here .scroll").evaluate_all(
+            "all => all.filter(each => each.scrollWidth > each.clientWidth).map(each => each.closest('.here').id)"
+        )
+        assert cut == []
+        tab.locator("#tokens-0 .t").first.focus()
+        tab.locator("#tokens-0").evaluate("tokens => tokens.scrollIntoView()")
+        bar, panel = (tab.locator(name).bounding_box() for name in (".bar", "#panel-0"))
+        assert panel["y"] >= bar["y"] + bar["height"]
+        assert panel["y"] + panel["height"] <= 900
+        assert tab.said == []
+    finally:
+        tab.context.close()
+
+
+def test_letters_nobody_sees_and_counts_of_none_are_shown(browser: Any, tmp_path: Path) -> None:
+    audit = synthetic.make_audit(experts=3, layers=1, tokens=5)
+    odd = replace(audit.trace.passages[0], shown=(" ", "\u202eabc", "a\x00", "</script><b>", "\t\n"))
+    audit.report["passages"][0]["tokens"] = list(odd.shown)
+    audit.report["routers"][0]["load"]["assignments"] = [0, 1, 9]
+    tab = _open(browser, write_report([audit], tmp_path) / "audit.html", width=1280, scheme="light")
+    try:
+        shown = tab.locator("#tokens-0 .t").all_inner_texts()
+        assert [text.strip() for text in shown] == ["␣", "\\u202eabc", "a\\u0000", "</script><b>", "⇥⏎"]
+        capacity = tab.locator("#here-survive-0 tr").all_inner_texts()
+        assert [row.split() for row in capacity[1:3]] == [["fewest", "0"], ["most", "9"]]
+        assert tab.said == []
     finally:
         tab.context.close()
 

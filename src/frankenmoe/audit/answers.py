@@ -59,6 +59,12 @@ def layer_sentences(facts: Facts, names: Mapping[str, str]) -> dict[str, str]:
     return {key: say(facts, experts) for key, say in LAYER.items()}
 
 
+def spelt(number: float, unit: str) -> str:
+    """An answer's number as its unit wants it: shares in percent."""
+    shares = ("of its output", "of tokens", "switches", "dropped")
+    return percent(number) if unit.startswith(shares) else _two(number)
+
+
 def percent(share: float) -> str:
     """A share as people read it; what is small but not nothing stays visible."""
     return f"{share:.0%}" if share == 0 or share >= 0.005 else "under 1%"
@@ -350,8 +356,8 @@ def _token(whole: Whole) -> Answer:
     shown, experts = whole.routers[0]["tokens_seen"]["tokens"], whole.routers[0]["experts"]
     return Answer(
         "token", "What did this token see?", "look below", OPEN, max(switches)[0], "switches, liveliest layer",
-        f"Of {_experts(experts)}, those that come first for one of the tokens shown ({shown}) are "
-        f"{_span(used, lambda count: f'{count:.0f}')}. The share of tokens with another first expert than the token "
+        f"The number of experts, of {experts}, that come first for any of the {_tokens(shown)} shown is "
+        f"{_span(used, lambda count: f'{count:.0f}')}; the share of tokens with another first expert than the token "
         f"before is {_span(switches, percent)}.",
     )  # fmt: skip
 

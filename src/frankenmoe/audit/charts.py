@@ -4,6 +4,7 @@ Colours are CSS variables, so that one drawing serves light and dark; no two lin
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,10 +91,11 @@ def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...
         found.append(_own(layers, routers, experts))
     found.append(
         _lines(
-            "gate", "Condition number of the gate by layer; above 5 (the rule) mergekit calls it degenerate", layers,
+            "gate", "Condition number of the gate, and centred, of its rows less their mean; the rule is mergekit's 5",
+            layers,
             [
-                Series("whole", line(0), of("condition", "gate")),
-                Series("centred (rows less their mean)", line(5), of("condition_centred", "gate")),
+                Series("gate", line(0), of("condition", "gate")),
+                Series("centred", line(5), of("condition_centred", "gate")),
             ],
             y=None, rule=5.0, log=True,
         )
@@ -163,7 +165,7 @@ def _lines(
     def scale(values: Sequence[Any]) -> Spec:
         return {"domain": names, "range": [values[index % len(values)] for index in count]}
 
-    legend: Spec | None = None if len(series) == 1 else {"symbolSize": 90, "columns": 3, "symbolStrokeWidth": 0}
+    several = len(series) > 1
     layered: list[Spec] = [
         {
             "mark": {"type": "line", "strokeWidth": 2, "aria": False},
@@ -172,7 +174,7 @@ def _lines(
         {
             "mark": {"type": "point", "size": 46, "filled": True, "opacity": 1, "strokeWidth": 0},
             "encoding": {
-                "shape": {"field": "line", "scale": scale(SHAPES), "legend": legend, "sort": names},
+                "shape": {"field": "line", "scale": scale(SHAPES), "sort": names},
                 "description": {"field": "told"},
             },
         },
@@ -188,15 +190,20 @@ def _lines(
             }
         )
     x = {"field": "layer", "type": "ordinal", "axis": _layer_axis(layers), "title": "layer"}
-    colour = {"field": "line", "scale": scale([each.colour for each in series]), "legend": legend, "sort": names}
+    colour = {"field": "line", "scale": scale([each.colour for each in series]), "sort": names}
+
+    highest = max([10.0, *(value for each in series for value in each.values if value is not None)])
+    powers = [10**power for power in range(math.ceil(math.log10(highest)) + 1)]
 
     def spec(width: int) -> Spec:
-        axis = {"format": "~g", "titleLimit": 150, "tickCount": 4}
-        scaled: Spec = {"type": "log", "domainMin": 1} if log else {"zero": zero}
+        legend = {"symbolSize": 90, "columns": max(3, width // 120), "symbolStrokeWidth": 0} if several else None
+        layered[1]["encoding"]["shape"]["legend"] = legend
+        axis = {"format": "~g", "titleLimit": 150} | ({"values": powers} if log else {"tickCount": 4})
+        scaled: Spec = {"type": "log", "domain": [powers[0], powers[-1]]} if log else {"zero": zero}
         vertical = {"field": "value", "type": "quantitative", "title": y, "scale": scaled | {"nice": True}}
         shared = {"y": vertical | {"axis": axis}}
         for part in layered[:2]:
-            part["encoding"] |= {"x": x, "color": colour}
+            part["encoding"] |= {"x": x, "color": colour | {"legend": legend}}
         return {
             "width": width, "height": 150, "data": {"values": rows}, "encoding": shared, "layer": layered,
             "description": caption,

@@ -11,6 +11,7 @@ from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
 
+from frankenmoe.audit.answers import spelt
 from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, can_draw, charts, drawn
 from frankenmoe.audit.compare import MEASURES, OTHER_TEXT, paired, same_text
 from frankenmoe.audit.run import Audit
@@ -21,6 +22,7 @@ Facts = Mapping[str, Any]
 
 LARGEST = 4_900_000  # bytes that a page should not exceed; token data is thinned out to keep to it
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+HALF_WIDE = 6  # experts whose table fits into half of the page
 NO_CHARTS = (
     "Charts need the extra <code>audit</code>: <code>pip install 'frankenmoe[audit]'</code>. All numbers are below."
 )
@@ -71,7 +73,7 @@ def page(audits: Sequence[Audit]) -> str:
 <title>{escape(title)}</title>
 <style>{_asset("page.css")}</style>
 </head>
-<body{' class="two"' if len(audits) > 1 else ""}>
+<body class="{_layout(reports)}">
 <a class="skip" href="#token">Skip to the tokens</a>
 <header>
 <div class="top"><h1>{escape(title)}</h1><button type="button" id="theme" class="theme">light / dark</button></div>
@@ -94,6 +96,12 @@ def page(audits: Sequence[Audit]) -> str:
     script = f"<script>{_asset('page.js')}</script>\n</body>\n</html>\n"
     data = _data(audits, room=LARGEST - len(storable(head + script)))
     return storable(f'{head}<script type="application/json" id="data">{data}</script>\n{script}').decode()
+
+
+def _layout(reports: Sequence[Facts]) -> str:
+    """Which columns the page has room for: tables of many experts need its whole width."""
+    many = max(len(report["routers"][0]["apart"]["paths"]) for report in reports) > HALF_WIDE
+    return " ".join([*(["two"] if len(reports) > 1 else []), *(["many"] if many else [])])
 
 
 def storable(text: str) -> bytes:
@@ -125,26 +133,27 @@ def _subject(report: Facts) -> str:
 def _cards(reports: Sequence[Facts]) -> Iterable[str]:
     for number, answer in enumerate(reports[0]["answers"]):
         rows = "".join(
-            f'<span class="row">{_big(report["answers"][number])}</span>{_who(report) if len(reports) > 1 else ""}'
-            for report in reports
+            f'<span class="row">{_big(report["answers"][number])}</span>{_who(report, reports)}' for report in reports
         )
         title = f"<strong>{number + 1}. {escape(answer['question'])}</strong>"
         yield f'<li><a href="#{answer["key"]}">{title}{rows}</a></li>'
 
 
-def _who(report: Facts) -> str:
-    return f'<span class="who">{escape(report["subject"]["name"])}, {escape(report["subject"]["what"])}</span>'
+def _who(report: Facts, reports: Sequence[Facts]) -> str:
+    return f'<span class="who">{escape(_called(report, reports))}</span>' if len(reports) > 1 else ""
+
+
+def _called(report: Facts, reports: Sequence[Facts]) -> str:
+    """What one of two is called; by its place as well where both have one name, as before and after training."""
+    names = [(each["subject"]["name"], each["subject"]["what"]) for each in reports]
+    place = f" in {report['subject']['path']}" if len(set(names)) < len(names) else ""
+    return f"{report['subject']['name']}, {report['subject']['what']}{place}"
 
 
 def _big(answer: Facts) -> str:
     number = answer["number"]
-    shown = "–" if number is None else _number(number, answer["unit"])
+    shown = "–" if number is None else spelt(number, answer["unit"])
     return f'<span class="big">{shown}</span>{_verdict(answer)}<span class="unit">{escape(answer["unit"])}</span>'
-
-
-def _number(number: float, unit: str) -> str:
-    shares = ("of its output", "of tokens", "switches", "dropped")
-    return f"{number:.0%}" if unit.startswith(shares) else f"{number:.2f}"
 
 
 def _verdict(answer: Facts) -> str:
@@ -177,8 +186,7 @@ def _question(number: int, reports: Sequence[Facts]) -> str:
 
 def _side(answer: Facts, report: Facts, index: int, reports: Sequence[Facts]) -> str:
     key = answer["key"]
-    subject = report["subject"]
-    title = f"<h3>{escape(subject['name'])}, {escape(subject['what'])}</h3>" if len(reports) > 1 else ""
+    title = f"<h3>{escape(_called(report, reports))}</h3>" if len(reports) > 1 else ""
     tokens = _tokens(index) if key == "token" else ""
     return (
         f'<div class="side">{title}<p>{_verdict(answer)} {escape(answer["sentence"])}</p>'

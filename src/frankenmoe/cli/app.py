@@ -1,5 +1,6 @@
 """The commands and their options; each imports what it needs when it runs, so that `plan` and `--help` stay quick."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -275,6 +276,8 @@ for command in (fit_command, add_expert_command, extract_command):
 
 def main() -> None:
     """Runs a command; every error a user can act on ends in one sentence, a hint and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still gets what it can show
     try:
         app(standalone_mode=False)
     except FrankenMoEError as error:

@@ -1,5 +1,6 @@
 """`frankenmoe audit`: six answers in the terminal, on a page and as JSON; computes none of them."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,14 +100,15 @@ def audit_command(
 def _labelled(text: str) -> tuple[str | None, str]:
     """EXPERT=FILE in two; a file whose own name has the sign in it is taken as it is."""
     label, sign, file = text.partition("=")
-    return (None, text) if not sign or Path(text).exists() else (label, file)
+    return (None, text) if not sign or os.path.exists(text) else (label, file)
 
 
 def show_audit(report: Facts, show: Console) -> None:
     """One audit: what it is of, who the experts are, then question by question."""
     model, subject = report["model"], report["subject"]
     shared = ", one shared expert" if model["shared_expert"] else ""
-    show.print(Text(f"\n{printable(subject['name'])}: {subject['what']}", style="bold"))
+    place = printable(subject["path"])
+    show.print(Text(f"\n{printable(subject['name'])}: {subject['what']} {place}", style="bold", overflow="fold"))
     show.print(
         f"{model['layers']} layers x {len(model['experts'])} experts, {model['experts_per_token']} per token{shared}",
         highlight=False,
@@ -129,7 +131,9 @@ def _title(number: int, answer: Facts) -> Text:
     title = Text(f"\n{number}. {answer['question']} ", style="bold")
     title.append(answer["verdict"], style=STYLES[answer["level"]])
     if answer["number"] is not None:
-        title.append(f"  {answer['number']:.3g} ", style="bold")
+        from frankenmoe.audit.answers import spelt
+
+        title.append(f"  {spelt(answer['number'], answer['unit'])} ", style="bold")
         title.append(answer["unit"], style="dim")
     return title
 

@@ -85,9 +85,9 @@ def _read(name: str, folder: Path) -> Iterator[Document]:
 def _place(name: str, folder: Path) -> Path | None:
     """The file that a name means, or None where it means a hub dataset."""
     path = Path(os.path.abspath(folder / os.path.expanduser(name)))
-    if path.is_file():
+    if os.path.isfile(path):  # not path.is_file(): a name too long for the disk is no file either
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         raise SourceError(f"data {name!r} is the folder {path}, expected a file", hint="name the files in it")
     if HUB_NAME.fullmatch(name) and not name.endswith(FILE_ENDINGS):
         return None

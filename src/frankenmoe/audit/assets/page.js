@@ -31,18 +31,22 @@
     const mark = markOf(audit, expert);
     return paint(make("span", { class: "chip" }, mark.digit), mark);
   };
-  const FEW = 6; // experts whose names fit over columns; more are their chips, whose names the legend has
-  const heads = (audit, names) => (names.length <= FEW || names.length !== audit.experts.length ? names : names.map((_, expert) => chip(audit, expert)));
+  // names beside rows, chips over columns: names there would be too wide for half a page or a phone
+  const whole = (audit, names) => names.length === audit.experts.length;
+  const heads = (audit, names) => (whole(audit, names) ? names.map((_, expert) => chip(audit, expert)) : names);
+  const named = (audit, names) => (whole(audit, names) ? names.map((name, expert) => make("span", {}, chip(audit, expert), ` ${name}`)) : names);
   const fill = (id, ...children) => document.getElementById(id)?.replaceChildren(...children);
 
   // ---- what a layer's routers did
 
+  const ROOM = 16; // columns with numbers that a page's width holds
   const matrix = (rows, columns, values, show, share) => {
-    const table = make("table", { class: "matrix" });
+    const dense = columns.length > ROOM; // then colour says it, and a number is there to be pointed at
+    const table = make("table", { class: dense ? "matrix dense" : "matrix" });
     table.append(make("tr", {}, make("td"), ...columns.map((name) => make("th", { scope: "col" }, name))));
     rows.forEach((name, row) => {
       const cells = values[row].map((value) =>
-        make("td", {}, make("i", { style: `opacity:${0.6 * Math.min(1, Math.max(0, share(value, row)))}` }), make("span", {}, show(value, row))));
+        make("td", dense ? { title: show(value, row) } : {}, make("i", { style: `opacity:${0.6 * Math.min(1, Math.max(0, share(value, row)))}` }), make("span", {}, show(value, row))));
       table.append(make("tr", {}, make("th", { scope: "row" }, name), ...cells));
     });
     return make("div", { class: "scroll", tabindex: "0" }, table);
@@ -61,7 +65,10 @@
   };
   const showDomains = (audit, facts) => {
     if (!facts.domains) return "";
-    const names = Object.keys(facts.domains.first);
+    const names = Object.keys(facts.domains.first).map((name) => {
+      const expert = audit.experts.indexOf(name); // a label is the name of its expert
+      return expert < 0 ? name : make("span", {}, chip(audit, expert), ` ${name}`);
+    });
     const counts = Object.values(facts.domains.first);
     const totals = counts.map((row) => row.reduce((sum, count) => sum + count, 0) || 1);
     return caption("Rows are domains, columns experts: where a domain's tokens go first, in percent",
@@ -72,16 +79,16 @@
     if (!apart || apart.paths.length < 2) return "";
     const names = apart.paths.map((path) => audit.paths[path] ?? path);
     return caption(`Distance of expert pairs in layer ${facts.layer}; the last row is the distance from the ${apart.reference === "base" ? "base" : "experts' mean"}`,
-      matrix([...names, apart.reference], heads(audit, names), [...apart.pairs, apart.to_reference], (value) => fixed(value), (value) => value / (Math.max(apart.farthest, ...apart.to_reference) || 1)));
+      matrix([...named(audit, names), apart.reference], heads(audit, names), [...apart.pairs, apart.to_reference], (value) => fixed(value), (value) => value / (Math.max(apart.farthest, ...apart.to_reference) || 1)));
   };
   const showGate = (audit, facts) =>
     facts.experts < 2 ? "" : caption(`Cosines between the gate's rows in layer ${facts.layer}`,
-      matrix(audit.experts, heads(audit, audit.experts), facts.gate.cosines, (value) => fixed(value), (value) => Math.abs(value)));
+      matrix(named(audit, audit.experts), heads(audit, audit.experts), facts.gate.cosines, (value) => fixed(value), (value) => Math.abs(value)));
   const showCapacity = (audit, facts) => {
     const counts = [Math.min, Math.max].map((most) => most(...facts.load.assignments).toLocaleString("en"));
     return caption("Fewest and most assignments of an expert, and what a capacity drops",
-      matrix([`layer ${facts.layer}`], ["fewest", "most", ...Object.keys(facts.capacity.over).map((factor) => `over ${factor}`)],
-        [[...counts, ...Object.values(facts.capacity.over).map(percent)]], (shown) => shown, () => 0));
+      matrix(["fewest", "most", ...Object.keys(facts.capacity.over).map((factor) => `over ${factor}`)], [`layer ${facts.layer}`],
+        [...counts, ...Object.values(facts.capacity.over).map(percent)].map((shown) => [shown]), (shown) => shown, () => 0));
   };
   const SHOW = { moe: showApart, load: showLoad, domain: showDomains, gate: showGate, survive: showCapacity };
 
@@ -116,7 +123,8 @@
     };
   };
   const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥") // others that nobody sees, or that turn the line around
-    .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (letter) => `\\u${letter.codePointAt(0).toString(16).padStart(4, "0")}`) || "∅";
+    .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (letter) => `\\u${letter.codePointAt(0).toString(16).padStart(4, "0")}`)
+    .replace(/^ +$/, (blank) => "␣".repeat(blank.length)) || "∅";
 
   class Tokens {
     constructor(audit, number) {
@@ -207,8 +215,8 @@
       this.panel.replaceChildren(
         make("h3", {}, `“${visible(this.text[current]).trimEnd()}”`),
         make("p", { class: "soft" }, `token ${current + 1} of ${this.text.length.toLocaleString("en")}, layer ${audit.routers[row].layer}`),
-        table, ...(left > 0 ? [make("p", { class: "soft" }, `${left} lower logits are left out to keep this page small`)] : []),
-        make("p", { class: "soft" }, "first expert in every layer:"), strip);
+        make("p", { class: "soft" }, "first expert in every layer:"), strip,
+        table, ...(left > 0 ? [make("p", { class: "soft" }, `${left} lower logits are left out to keep this page small`)] : []));
     }
   }
 
@@ -239,6 +247,9 @@
     const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
     root.dataset.theme = dark ? "light" : "dark";
   });
+  // what sticks below the bar must know how high it is: the legend takes one line or several
+  const bar = document.querySelector(".bar");
+  new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar);
   const NAMESPACE = "http://www.w3.org/2000/svg";
   for (const point of document.querySelectorAll(".chart [role='graphics-symbol'][aria-label]")) {
     const title = document.createElementNS(NAMESPACE, "title"); // what a mouse gets to see on a mark
