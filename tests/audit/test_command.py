@@ -176,3 +176,19 @@ def test_chat_marks_experts_alike(recipe: Path, monkeypatch: pytest.MonkeyPatch)
     chat.show_trace(made, ("\x1b[31m\u202ered", *moe.experts[1:]), tokenizer)
     assert "\\x1b[31m\\u202ered" in show.export_text(styles=False, clear=False)
     assert "48;2;0;114;178" in show.export_text(styles=True)
+
+
+def test_a_trace_of_chat_names_experts_at_40_columns(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from frankenmoe.cli import chat
+    from frankenmoe.moe.generate import reply
+
+    show = Console(width=40, record=True, color_system=None, file=io.StringIO())
+    monkeypatch.setattr(chat, "console", lambda: show)
+    moe: Any = fm.load(recipe)
+    tokenizer = moe.tokenizer()
+    chat.show_trace(
+        reply(moe, tokenizer, [{"role": "user", "content": "hello"}], max_new_tokens=3), moe.experts, tokenizer
+    )
+    lines = show.export_text().splitlines()[2:]
+    assert max(map(len, lines)) <= 40
+    assert all(re.search(r"\d+% e\d", line) for line in lines)

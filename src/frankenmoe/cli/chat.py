@@ -20,6 +20,7 @@ from frankenmoe.palette import mark
 
 TOKEN_WIDTH = 12
 LAYERS_TITLE = "first choice by layer"
+ROOMY = 60  # columns from which that title leaves room for names
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,13 @@ def chat(what: Path, *, prompt: str | None, settings: Settings, as_json: bool, t
 def show_trace(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> None:
     """A line per token: its text, the first expert of every layer as a coloured digit, its main experts by weight."""
     out = console()
-    width = max(len(LAYERS_TITLE), len(made.layers))
+    title = LAYERS_TITLE if out.width >= ROOMY else "layers"
+    width = max(len(title), len(made.layers))
     legend = Text("experts: ", style="bold")
     for index, name in enumerate(experts):
         legend.append(f"{mark(index).digit} {printable(name)}  ", style=expert_style(index))
     out.print(legend)
-    out.print(Text(f"{'token':<{TOKEN_WIDTH}} {LAYERS_TITLE:<{width}} share of weight", style="dim"))
+    out.print(Text(f"{'token':<{TOKEN_WIDTH}} {title:<{width}} share of weight", style="dim"))
     for position in range(len(made.layers[0].ids_TK)):
         line = Text(f"{in_cells(_shown(tokenizer, made.tokens[position]), TOKEN_WIDTH)} ")
         for trace in made.layers:
