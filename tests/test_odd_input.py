@@ -285,6 +285,23 @@ def test_a_family_whose_mlp_wants_more_than_hidden_states(tmp_path: Path) -> Non
     refused("chat", recipe, "--prompt", "hi", inside=tmp_path, facts=facts)
 
 
+def test_a_family_whose_activation_has_learnt_scalars(tmp_path: Path) -> None:
+    folders = [tiny.make_parent(tmp_path / str(seed), "apertus", seed=seed) for seed in range(2)]
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders)
+    assert cli("plan", recipe).code == 0
+    builds(recipe, tmp_path / "out", "--virtual")
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "mixtral"])
+def test_parents_that_are_mixtures_of_experts_themselves(family: str, tmp_path: Path) -> None:
+    sizes = {"num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 48, "layer_types": None}
+    parent = tiny.make_parent(tmp_path / "moe", family, **sizes)
+    recipe = tiny.write_recipe(tmp_path / "recipe.yml", parent, [parent, parent])
+    facts = (str(parent), f"({family}) is a mixture of experts itself", "expected a dense model")
+    refused("plan", recipe, inside=tmp_path, facts=facts, hint="name the dense model")
+    refused("build", recipe, tmp_path / "out", "--virtual", inside=tmp_path, facts=facts)
+
+
 def adapter(folder: Path, *, rank: int = 2, hidden: int = 32, ffn: int = 48, **settings: Any) -> Path:
     """A PEFT LoRA on the first layer's up projection."""
     folder.mkdir()

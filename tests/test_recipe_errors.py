@@ -106,6 +106,10 @@ def test_a_wrong_line_is_refused(line: str, message: str, hint: str) -> None:
         ("base_model: 3\nexperts: []\n", "1: base_model must be a hub id or a folder, found 3", "org/name@revision"),
         (GOOD.replace("[q]", "[p]"), "2: experts must have data or prompts that differ, found the same for all, which "
          "makes all gate rows equal", "data or prompts that only it should get"),
+        (GOOD.replace("[p]", "[p, q]").replace("[q]", "[q, p]"), "2: experts must have data or prompts that differ",
+         "that only it should get"),
+        (GOOD.replace("[p]", "[p, q]").replace("[q]", "[q, p]") + "gate_mode: hidden\n",
+         "2: experts must have prompts that differ", "that only it should get"),
         (GOOD.replace("a/y", "a@b@c"), "5: experts[1].source_model must read path", "write `model: {path: ...}`"),
         (GOOD.replace("a/y", "a/y+l") + "  adapter: m\n", "7: experts[1].adapter must be the only adapter, found '+l'",
          "keep one"),

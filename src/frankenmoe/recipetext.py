@@ -48,7 +48,7 @@ def check_prompts(experts: Sequence[Texts], *, gate_mode: str, at: Location) -> 
                 hint="add positive_prompts, or write `gate_mode: random` and fit the routers later",
                 at=(*at, index, "positive_prompts"),
             )
-    _check_differ(prompts, what="prompts", at=at)
+    _check_differ([tuple(map(sorted, each)) for each in prompts], what="prompts", at=at)
 
 
 def check_text(experts: Sequence[Texts], *, gate_mode: str, at: Location) -> None:
@@ -60,7 +60,9 @@ def check_text(experts: Sequence[Texts], *, gate_mode: str, at: Location) -> Non
                 hint="add data or positive_prompts, or write `gate_mode: random` and fit the routers later",
                 at=(*at, index, "positive_prompts"),
             )
-    own = [(expert.data, prompts_of(expert), *(leaf.data for leaf in expert.experts)) for expert in experts]
+    own = [
+        (expert.data, *map(sorted, prompts_of(expert)), *(leaf.data for leaf in expert.experts)) for expert in experts
+    ]
     _check_differ(own, what="data or prompts", at=at)
 
 

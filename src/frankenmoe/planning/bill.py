@@ -57,7 +57,8 @@ def make_bill(
     small_files: int,
 ) -> Bill:
     """Adds everything up. `extra` is what stands beside the experts (shared expert, zeros the format wants),
-    `kv_numbers` the cached numbers per token over all layers, `small_files` the bytes of tokenizer and configs."""
+    `kv_numbers` the cached numbers per token over all layers, `small_files` the bytes of tokenizer, configs and what
+    routers were fitted from."""
     static = [*backbone, *extra]
     router_parameters = sum(math.prod(shape) for shape in routers.values())
     shared = sum(_numel(write.shape) for write in static) + router_parameters
@@ -121,7 +122,7 @@ def gguf_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], kind: str, *, expe
 
     What llama.cpp has no words for is counted as if it had; `forecast` knows which files can be written.
     """
-    named = list(shapes)
+    named = [(name, shape or (1,)) for name, shape in shapes]  # activations may have learnt scalars
     facts = MixFacts(layers=1, experts=experts, tied=all(name != "lm_head.weight" for name, _ in named))
     types = [tensor_type(_file_name(name), shape, FILE_TYPES[kind.lower()], facts) for name, shape in named]
     return sum(
@@ -131,6 +132,11 @@ def gguf_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], kind: str, *, expe
 
 def _file_name(name: str) -> str:
     return ROUTER if name.endswith("gate.weight") else gguf_name(name) or name
+
+
+def statistics_bytes(routers: Mapping[str, tuple[int, int]]) -> int:
+    """What fitted routers leave beside them, in float64: of each a triangle of second moments and a mean per expert."""
+    return sum(8 * (hidden * (hidden + 1) // 2 + experts * hidden) for experts, hidden in routers.values())
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -19,6 +19,8 @@ from frankenmoe.recipe import Expert, Recipe, SourceName
 
 # where a per-layer `mlp` hangs in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
 FFN_NAME = re.compile(r"^(?P<prefix>.*\.(?P<layer>\d+)\.mlp\.)(?P<suffix>.+)$")
+# how mixtures of experts call theirs: mlp.experts.3.w, block_sparse_moe.experts.3.w, mlp.experts.gate_up_proj ...
+OWN_EXPERTS = re.compile(r"\.\d+\.(\w+\.)*experts\.")
 BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
 
 # config fields in which parents must agree, with the words a person uses for them
@@ -253,6 +255,11 @@ def anatomy(source: Source) -> Anatomy:
         )
     shapes = {name: ref.shape for name, ref in source.checkpoint.tensors.items() if not BUFFER.search(name)}
     ffn = {name: shape for name, shape in shapes.items() if FFN_NAME.match(name)}
+    if any(OWN_EXPERTS.search(name) for name in shapes):
+        raise SourceError(
+            f"{source.name} ({source.config.get('model_type')}) is a mixture of experts itself, expected a dense model",
+            hint="name the dense model it was made from; experts of your own can nest with `experts:` inside an expert",
+        )
     return Anatomy({name: shape for name, shape in shapes.items() if name not in ffn}, _layered(ffn, source))
 
 
