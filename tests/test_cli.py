@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,13 @@ def test_plan_is_a_table_of_at_most_eighty_columns(recipe: Path) -> None:
         assert word in out
     assert "\\n" not in out
     assert len([line for line in out.splitlines() if "bits" in line]) == 4
+
+
+def test_every_gguf_size_has_a_line_of_its_own(recipe: Path) -> None:
+    lines = run("plan", recipe).splitlines()
+    sizes = [line for line in lines if re.search(r"iB (q4_0|q5_0|q4_k_m|q8_0) \(", line)]
+    assert len(sizes) == 4
+    assert "\\n" not in "".join(lines)
 
 
 def test_plan_json_has_the_promised_keys(recipe: Path) -> None:

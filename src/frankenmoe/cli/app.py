@@ -57,9 +57,12 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
     """
     from frankenmoe.cli.show import show_plan
     from frankenmoe.planning import plan
+    from frankenmoe.planning.trained import read_routers
     from frankenmoe.recipe import Recipe
 
     made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
+    if made.routers_file is not None:
+        read_routers(made.routers_file, made.routers)
     if as_json:
         from frankenmoe.planning.forecast import forecast
 
@@ -294,3 +297,8 @@ def main() -> None:
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output has left; nothing more to say
         sys.exit(0)
+    except OSError as error:  # of what we print, say: what sources and artifacts raise has been explained
+        where = f" ({printable(str(error.filename))})" if error.filename else ""
+        click.echo(f"error: the system says: {error.strerror or error}{where}", err=True)
+        click.echo("  hint: look at the disk, and at where the output goes", err=True)
+        sys.exit(2)

@@ -7,13 +7,18 @@ import click
 from frankenmoe.cli.text import is_unicode
 
 
+def is_terminal() -> bool:
+    """Whether a person writes; Python has no stdin where the shell has closed it."""
+    return sys.stdin is not None and sys.stdin.isatty()
+
+
 def ask() -> str | None:
     """A line from the person or the pipe; None at its end. Empty lines are asked for again."""
     while True:
-        if sys.stdin.isatty():
+        if is_terminal():
             click.echo("> ", nl=False, err=True)
         try:
-            line = sys.stdin.readline()
+            line = sys.stdin.readline() if sys.stdin else ""
         except UnicodeDecodeError:
             line = "\udcff"
         if not is_unicode(line):

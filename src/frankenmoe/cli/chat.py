@@ -1,7 +1,6 @@
 """A conversation in the terminal: streams tokens as they are made, and shows which experts saw each of them."""
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from rich.text import Text
 from transformers import TextStreamer
 
-from frankenmoe.cli.ask import ask
+from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, printable
 from frankenmoe.loading import load
@@ -39,7 +38,7 @@ def chat(what: Path, *, prompt: str | None, settings: Settings, as_json: bool, t
     tokenizer = moe.tokenizer()
     torch.manual_seed(settings.seed)
     history: list[dict[str, str]] = []
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and is_terminal():
         click.echo("write, then Enter; Ctrl-D ends", err=True)
     while (said := ask() if prompt is None else prompt) is not None:
         history.append({"role": "user", "content": said})

@@ -88,7 +88,7 @@ def _as_data(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> list[d
 def _show(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> None:
     from rich.table import Table
 
-    from frankenmoe.cli.show import console, program, warn
+    from frankenmoe.cli.show import command, console, warn
 
     table = Table(box=None, pad_edge=False)
     columns = ("type", "GB", "bits/w", "KL", "top-1", "ppl x", "replies", "tokens", "tok/s")
@@ -117,4 +117,4 @@ def _show(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> None:
             )
         if not check.reads_template:
             warn([f"llama.cpp cannot read the chat template in {check.path.name}: give it another when you run it"])
-    click.echo(f"in {files[0].path.parent}; next: {program()} chat {files[-1].path}")
+    click.echo(f"in {files[0].path.parent}; next: {command('chat', files[-1].path)}")

@@ -10,7 +10,7 @@ import click
 from rich.table import Table
 
 from frankenmoe.cli.progress import bars
-from frankenmoe.cli.show import console, program, warn
+from frankenmoe.cli.show import command, console, warn
 from frankenmoe.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def show(result: "FitResult", *, as_json: bool) -> None:
     folder = result.artifact.folder
     if result.replaced:
         click.echo(f"routers in {folder}")
-        click.echo(f"next: {program()} chat {folder}")
+        click.echo(f"next: {command('chat', folder)}")
     else:
         click.secho(
             f"the new routers are no better, so {folder} keeps its own (--keep-anyway replaces them)",

@@ -1,12 +1,11 @@
 """A conversation with a GGUF file, by llama.cpp; the file's own chat template decides how it is addressed."""
 
 import json
-import sys
 from pathlib import Path
 
 import click
 
-from frankenmoe.cli.ask import ask
+from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.show import warn
 from frankenmoe.export.llama import Engine, check_loadable
 
@@ -24,7 +23,7 @@ def chat_gguf(
         warn(["llama.cpp cannot read the file's chat template: it goes on from what you write, as without one"])
         templated = False
     history: list[dict[str, str]] = []
-    if prompt is None and sys.stdin.isatty():
+    if prompt is None and is_terminal():
         click.echo("write, then Enter; Ctrl-D ends", err=True)
     while (said := ask() if prompt is None else prompt) is not None:
         history.append({"role": "user", "content": said})

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from frankenmoe.cli.progress import bars
-from frankenmoe.cli.show import console, program, warn
+from frankenmoe.cli.show import command, console, warn
 
 if TYPE_CHECKING:
     from frankenmoe.running import Finished
@@ -59,4 +59,4 @@ def _show(finished: "Finished") -> None:
         table.add_row(step.name, state, f"{step.seconds:.1f} s" if step.now else "", escape(step.said))
     console().print(table)
     click.echo(f"model in {finished.artifact.folder}")
-    click.echo(f"next: {program()} push {finished.artifact.folder} ORG/NAME --dry-run")
+    click.echo(f"next: {command('push', finished.artifact.folder, 'ORG/NAME', '--dry-run')}")

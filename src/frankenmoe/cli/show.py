@@ -1,5 +1,6 @@
 """Plans, checks and finished artifacts as tables of at most 80 columns; computes nothing."""
 
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -62,7 +63,7 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("name", made.recipe.name or made.recipe.origin),
         ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
         ("shape", f"{made.layers} layers x {made.experts} experts, {made.recipe.experts_per_token} per token"),
-        ("routers", f"gate_mode {made.recipe.gate_mode}, {len(made.routers)} gates"),
+        ("routers", f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {len(made.routers)} gates"),
         ("parameters", f"{counts['total']:,} ({billions(counts['total'])})"),
         ("  active per token", f"{counts['active']:,} ({billions(counts['active'])})"),
         ("  shared by all", f"{counts['shared']:,}"),
@@ -107,7 +108,7 @@ def show_built(artifact: Artifact) -> None:
     """Where the artifact is, how large, and what to do next."""
     size = sum(file.stat().st_size for file in artifact.folder.iterdir())
     click.echo(f"{artifact.form} artifact in {artifact.folder} ({gib(size)})")
-    click.echo(f"next: {program()} chat {artifact.folder}")
+    click.echo(f"next: {command('chat', artifact.folder)}")
 
 
 def show_checks(folder: Path, checks: Sequence[Any]) -> None:
@@ -121,9 +122,17 @@ def show_checks(folder: Path, checks: Sequence[Any]) -> None:
     click.echo(f"{folder} is what its recipe says")
 
 
+def command(*words: object) -> str:
+    """A command of this program as a shell takes it, whatever is in its names."""
+    return f"{program()} {shlex.join(map(str, words))}"
+
+
 def program() -> str:
     """How this program was called, so that a printed command can be run as it stands."""
-    return "frankenmoe" if shutil.which("frankenmoe") else sys.argv[0]
+    if shutil.which("frankenmoe"):
+        return "frankenmoe"
+    name = Path(sys.argv[0]).name
+    return f"{shlex.quote(sys.executable)} -m frankenmoe.cli" if name == "__main__.py" else shlex.quote(sys.argv[0])
 
 
 def expert_style(expert: int) -> str:

@@ -123,7 +123,7 @@ def _show(report: Mapping[str, Any], folder: Path) -> None:
     """Held-out loss before and after, per domain, then the load, then what to do next."""
     from rich.table import Table
 
-    from frankenmoe.cli.show import console, program
+    from frankenmoe.cli.show import command, console
 
     losses, means, loads = report["held_out_loss"], report["mean_held_out_loss"], report["largest_load"]
     table = Table(box=None, pad_edge=False)
@@ -142,4 +142,4 @@ def _show(report: Mapping[str, Any], folder: Path) -> None:
     elif report["best_step"] != report["steps"]:
         click.echo(f"kept is step {report['best_step']} of {report['steps']}: later ones were not better")
     click.echo(f"{report['parameters']:,} numbers learnt; artifact in {folder}")
-    click.echo(f"next: {program()} chat {folder}")
+    click.echo(f"next: {command('chat', folder)}")

@@ -15,7 +15,7 @@ from typing import Any
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
-from frankenmoe.planning.bill import Bill, kv_numbers, make_bill
+from frankenmoe.planning.bill import Bill, kv_numbers, make_bill, statistics_bytes
 from frankenmoe.planning.compare import (
     COMPARE_LIMIT,
     compared_whole,
@@ -48,7 +48,7 @@ from frankenmoe.planning.sources import (
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
 from frankenmoe.planning.tree import ExpertNode, backbone_writes, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
-from frankenmoe.recipe import RANDOM_MODES, Recipe
+from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,8 @@ class Plan:
 
     def digest_now(self) -> str:
         """The digest with weight files by size and time, small files by content, as they are at this moment."""
-        files = states(self.source_files, self.deciding_files)
+        given = () if self.routers_file is None else (self.routers_file,)
+        files = states(self.source_files, (*self.deciding_files, *given))
         facts = [LAYOUT_VERSION, self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -138,6 +139,11 @@ class Plan:
         files = [file for source in self.sources for file in source.checkpoint.files]
         refs = [ref for adapter in adapters for ref in adapter.tensors.values()]
         return tuple(dict.fromkeys([*files, *(ref.file for ref in refs), *(ref.file for ref in self.trained)]))
+
+    @property
+    def routers_file(self) -> Path | None:
+        """Where the recipe says that the routers are, if it says so."""
+        return None if self.recipe.routers is None else (self.recipe.folder / self.recipe.routers).absolute()
 
     @property
     def small_files(self) -> tuple[Path, ...]:
@@ -266,7 +272,8 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             top_k=recipe.experts_per_token,
             itemsize=4 if stored == "F32" else 2,
             kv_numbers=kv_numbers(base),
-            small_files=sum(file.stat().st_size for file in small_files(base)),
+            small_files=sum(file.stat().st_size for file in small_files(base))
+            + (statistics_bytes(routers) if recipe.gate_mode in FIT_MODES and recipe.routers is None else 0),
         ),
         identical_experts=tuple(map(tuple, identical)),
         equals_base=equals_base,

@@ -1,4 +1,4 @@
-"""Tensors that training made, put in the place of the sources' in a plan's writes; knows nothing of how they came.
+"""What training made: routers, and tensors in the place of the sources' in a plan's writes; not how they came to be.
 
 In their file a tensor of the backbone stands under its dense name, one of an expert behind the expert's path, such as
 `experts.2.model.layers.0.mlp.up_proj.weight`; `experts.2.0.` is nested, `shared.0.` shared.
@@ -6,6 +6,7 @@ In their file a tensor of the backbone stands under its dense name, one of an ex
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.tensors import FLOATS, Lora, Scale, TensorRef, TensorWrite
@@ -20,6 +21,26 @@ TRAINED = "model-trained.safetensors"
 def open_trained(recipe: Recipe) -> Mapping[str, TensorRef]:
     """The tensors of the file that a recipe calls `trained`, by name; SourceError where it cannot be read."""
     return {} if recipe.trained is None else read_header((recipe.folder / recipe.trained).absolute())
+
+
+def read_routers(file: Path, wanted: Mapping[str, tuple[int, int]]) -> Mapping[str, TensorRef]:
+    """The gates in a file, if they are just those `wanted` (name -> shape) and floats; else SourceError."""
+    refs = read_header(file)
+    for name in {**wanted, **refs}:
+        ref, shape = refs.get(name), wanted.get(name)
+        if ref is None:
+            odd = f"lacks {name}, a router of this MoE"
+        elif shape is None:
+            odd = f"holds {name}, which is no router of this MoE"
+        elif ref.shape != shape or ref.dtype not in FLOATS:
+            odd = f"holds {name} as {ref.dtype} {list(ref.shape)}, expected floats {list(shape)}"
+        else:
+            continue
+        raise SourceError(
+            f"{file} {odd}",
+            hint="these routers belong to another MoE; remove `routers` to make them by gate_mode",
+        )
+    return refs
 
 
 def trained_name(path: tuple[int, ...], dense: str) -> str:
