@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -152,20 +152,60 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
         raise ArtifactError(
             f"{partial} cannot be made: {error.strerror}", hint="choose another output folder"
         ) from error
-    _refuse_foreign(partial)
-    with (partial / LOCK).open("w") as lock:
+    with _locked(partial, out):
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ArtifactError(f"another process is building {out}", hint="wait for it to end") from None
-        _claim(partial, out=out, digest=digest)
-        try:
+            refuse_occupied(out)  # once more: another process may have ended since
+            _claim(partial, out=out, digest=digest)
             yield partial
         except Exception as error:
             if fresh and not _worth_keeping(partial, error):
-                shutil.rmtree(partial, ignore_errors=True)
+                _remove_locked(partial)
                 _remove_empty(fresh[1:])
             raise
+
+
+def _locked(partial: Path, out: Path) -> IO[str]:
+    """The open lock of a partial folder, nobody else's until it is closed; ArtifactError where it cannot be had.
+
+    Whoever had it before may have moved or removed the folder between our opening and our locking the file.
+    """
+    busy = ArtifactError(f"another process is building {out}, or has just done so", hint="wait for it to end")
+    try:
+        _refuse_foreign(partial)
+        lock = (partial / LOCK).open("w")
+    except FileNotFoundError:
+        raise busy from None
+    except OSError as error:
+        raise ArtifactError(
+            f"{partial} cannot be used: {error.strerror}", hint="choose another output folder"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise busy from None
+    except OSError:  # a file system without locks: there nobody can be kept out
+        return lock
+    if not _still_there(partial / LOCK, lock):
+        lock.close()
+        raise busy
+    return lock
+
+
+def _still_there(path: Path, opened: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_locked(partial: Path) -> None:
+    """Removes a partial folder, what shows that it is ours and its lock last: whoever looks meanwhile sees both."""
+    last = {UNFINISHED: 1, LOCK: 2}
+    with suppress(OSError):
+        for file in sorted(partial.iterdir(), key=lambda file: last.get(file.name, 0)):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        partial.rmdir()
 
 
 def _worth_keeping(partial: Path, error: Exception) -> bool:
@@ -198,6 +238,11 @@ def refuse_occupied(out: Path) -> None:
             f"{out} exists and is not empty, expected a new or empty folder",
             hint="choose another folder, or remove that one first",
         )
+    if os.path.isdir(out) and os.path.samefile(out, os.curdir):
+        raise ArtifactError(
+            f"{out} is the folder you are in, expected one that can be replaced when the build is whole",
+            hint=f"name a new folder, such as {out / 'moe'}",
+        )
     if os.path.ismount(out):
         raise ArtifactError(
             f"{out} is where a disk is mounted, expected a folder that can appear whole by a rename",
@@ -210,6 +255,8 @@ def _refuse_foreign(partial: Path) -> None:
     names = {file.name for file in partial.iterdir()}
     foreign = sorted(names - {LOCK, f"{UNFINISHED}.partial"})
     if foreign and UNFINISHED not in names:
+        if not partial.exists():  # whoever had it has finished while we looked
+            raise FileNotFoundError(partial)
         raise ArtifactError(
             f"{partial}, where the build is to grow, holds {foreign[0]} and no {UNFINISHED}, so it is not ours",
             hint="choose another output folder, or move that one away",
@@ -256,10 +303,17 @@ def clear_building(out: Path) -> None:
 
 
 def small_hashes(folder: Path) -> dict[str, str]:
-    """Name -> SHA-256 of every file of an artifact that is neither weights nor the record nor about the building."""
-    skipped = {RECORD, UNFINISHED, LOCK}
+    """Name -> SHA-256 of every file of an artifact that has no source to be compared with: all but the other weights.
+
+    The record is left out, and what is about the building.
+    """
+    skipped, kept = {RECORD, UNFINISHED, LOCK}, {ROUTERS, STATISTICS}
     files = (file for file in folder.iterdir() if file.is_file() and file.name not in skipped)
-    return {file.name: sha256(file) for file in sorted(files) if file.suffix not in (".safetensors", ".partial")}
+    return {
+        file.name: sha256(file)
+        for file in sorted(files)
+        if file.name in kept or file.suffix not in (".safetensors", ".partial")
+    }
 
 
 def write_routers(folder: Path, routers: Routers) -> None:

@@ -30,8 +30,7 @@ from frankenmoe.artifact import (
     write_routers,
 )
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
-from frankenmoe.checkpoint.header import read_header
-from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
+from frankenmoe.checkpoint.tensors import TensorWrite, safetensors_dtype
 from frankenmoe.checkpoint.values import check_finite, materialize
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.compose import compose, copy_small_files
@@ -39,6 +38,7 @@ from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.recall import facts, plan_of
+from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
@@ -220,8 +220,8 @@ def _given_routers(made: Plan, given: Artifact) -> MadeRouters:
 
 def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> MadeRouters:
     """Every gate by the recipe's gate mode; random ones without waiting for torch."""
-    if made.recipe.routers is not None:
-        return MadeRouters(stored_routers(made, (made.recipe.folder / made.recipe.routers).absolute()))
+    if made.routers_file is not None:
+        return MadeRouters(stored_routers(made, made.routers_file))
     mode = made.recipe.gate_mode
     if mode in RANDOM_MODES:
         return MadeRouters(random_routers(made))
@@ -246,21 +246,11 @@ def make_routers(made: Plan, progress: Progress, *, trust_remote_code: bool) -> 
 
 def stored_routers(made: Plan, file: Path) -> Routers:
     """The gates in a file, for every router of the plan; SourceError where one is missing, odd or not a number."""
-    refs = read_header(file)
-    odd = next((name for name in {**refs, **made.routers} if _shape(refs, name) != made.routers.get(name)), None)
-    if odd is not None:
-        raise SourceError(
-            f"{file} holds {odd} of shape {_shape(refs, odd)}, the plan wants {made.routers.get(odd)}",
-            hint="these routers belong to another MoE; remove `routers` to make them by gate_mode",
-        )
+    refs = read_routers(file, made.routers)
     writes = {name: TensorWrite(name, made.dtype, refs[name].shape, (refs[name],)) for name in made.routers}
     for ref in refs.values():
         check_finite(ref)
     return {name: (made.dtype, made.routers[name], materialize(write)) for name, write in writes.items()}
-
-
-def _shape(refs: Mapping[str, TensorRef], name: str) -> tuple[int, ...] | None:
-    return refs[name].shape if name in refs else None
 
 
 def is_recipe(path: str | Path) -> bool:

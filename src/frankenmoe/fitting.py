@@ -3,6 +3,7 @@
 An artifact's body is never touched: routers, statistics and record are replaced together or not at all.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,12 +134,10 @@ def _fit_artifact(
     if replaced:
         stage = {"stage": "fit", "fit": fitted.report, "versions": versions()}
         record = {**artifact.record, "stages": [*artifact.record["stages"], stage]}
-        files = {
-            STATISTICS: fitted.statistics,
-            ROUTERS: routers_bytes(fitted.routers),
-            RECORD: record_bytes(record),
-        }
-        replace_files(artifact.folder, files)
+        files = {STATISTICS: fitted.statistics, ROUTERS: routers_bytes(fitted.routers)}
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        record["files"] = {**artifact.record["files"], **hashes}
+        replace_files(artifact.folder, {**files, RECORD: record_bytes(record)})
     return FitResult(open_artifact(artifact.folder), replaced, fitted.report)
 
 
@@ -200,7 +199,7 @@ def _with_expert(
     """The recipe with one expert more; those without text in it get the data that they were fitted on."""
     if any(expert.name == name for expert in recipe.experts):
         raise RecipeError(f"there is an expert {name!r} already", hint="give the new one another name")
-    plain = recipe.to_dict()
+    plain = {key: value for key, value in recipe.to_dict().items() if key != "routers"}  # of the experts before
     experts = []
     for expert, written in zip(recipe.experts, plain["experts"], strict=True):
         origin = facts["text"].get(expert.name, {}).get("from", [])

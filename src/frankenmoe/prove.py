@@ -28,6 +28,7 @@ from frankenmoe.planning.recall import facts, plan_of
 
 DAMAGED = "the folder was changed or damaged after it was built; build it again"
 UNKNOWN_CLASS = "this transformers has another layout for this format than frankenmoe knows; update frankenmoe"
+SINGLE = "model.safetensors"
 SAMPLE = 2**16  # bytes of a copied tensor that a sampled proof compares
 Listener = Callable[[int], None]
 
@@ -77,6 +78,12 @@ def _small_files(artifact: Artifact) -> Check:
                 f"{artifact.folder / name} {'was edited' if name in found else 'is gone'} since it was written",
                 hint="bring the old one back, or build the artifact again",
             )
+    stray = artifact.folder / SINGLE
+    if stray.exists():
+        raise ArtifactError(
+            f"{stray} was put there afterwards, and transformers would load it in place of the shards and the routers",
+            hint="move it away",
+        )
     return Check("files", f"{len(recorded)} small files are as they were written")
 
 

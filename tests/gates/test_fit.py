@@ -19,6 +19,7 @@ from frankenmoe.gates.forcing import forced, moe_blocks
 from frankenmoe.gates.states import mean_loss, watch_inputs
 from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.gates.texts import cut_again, read_texts, router_texts
+from frankenmoe.planning.bill import statistics_bytes
 
 Parents = dict[str, list[Path]]
 WORDS = {"e0": "ABCDEFGH ", "e1": "123456789+=", "e2": "abcdefgh."}
@@ -112,6 +113,10 @@ def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(parents: Parents, 
     assert report["held_out_loss"]["before"] is None
     assert (tmp_path / "out" / STATISTICS).is_file()
     assert fm.verify(tmp_path / "out")
+    planned = fm.plan(fm.Recipe.load(tmp_path / "r.yml"))
+    expected = statistics_bytes(planned.routers)
+    assert expected <= (tmp_path / "out" / STATISTICS).stat().st_size < expected + 4096
+    assert planned.bill.virtual > expected
     moe = fm.load(tmp_path / "out")
     for own, name in enumerate(("e0", "e1")):
         ids = torch.tensor([moe.tokenizer()(text_of(name, 60))["input_ids"]])
@@ -138,6 +143,9 @@ def test_fitting_an_artifact_changes_routers_statistics_and_record_only(
     losses = result.report["held_out_loss"]
     assert set(losses["before"]) == set(losses["after"]) == {"e0", "e1"}
     fm.verify(out)
+    (out / ROUTERS).write_bytes((out / ROUTERS).read_bytes()[:-2] + b"!!")
+    with pytest.raises(ArtifactError, match=f"{ROUTERS} was edited"):
+        fm.verify(out)
 
 
 def test_worse_routers_do_not_replace_better_ones(parents: Parents, tmp_path: Path) -> None:
@@ -219,6 +227,20 @@ def test_an_expert_is_added_without_the_others_text(virtual: bool, parents: Pare
     assert torch.cat([layer.ids_TK[:, 0] for layer in trace.layers]).eq(2).float().mean() > 0.6
     with pytest.raises(RecipeError, match="already"):
         fm.add_expert(small, tmp_path / "x", source=str(base), name="e1", data=[str(tmp_path / "e2.txt")])
+
+
+def test_an_added_expert_leaves_no_name_of_the_routers_before(parents: Parents, tmp_path: Path) -> None:
+    recipe = data_recipe(tmp_path, parents["llama"])
+    first = fm.build(recipe, tmp_path / "first", virtual=True).folder
+    data_recipe(tmp_path, parents["llama"], routers=str(first / ROUTERS))
+    fm.build(recipe, tmp_path / "small", virtual=True)
+    fm.fit(tmp_path / "small", method="ridge", length=32, keep_anyway=True)
+    source = str(parents["llama"][0])
+    large = fm.add_expert(
+        tmp_path / "small", tmp_path / "large", source=source, name="e2", data=[str(tmp_path / "e2.txt")]
+    )
+    assert "routers" not in large.artifact.record["recipe"]
+    fm.verify(large.artifact.folder)
 
 
 @pytest.mark.parametrize("virtual", [True, False])
