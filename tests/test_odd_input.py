@@ -168,6 +168,21 @@ def test_a_tokenizer_that_is_none(recipe: Path, base: Path, tmp_path: Path, cont
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="tokenizer's files")
 
 
+@pytest.mark.parametrize("whose", ["0", "1"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"model": None}, {"model": 3}, {"added_tokens": 3}, {"added_tokens": "x"}]
+    + [{"model": {key: value}} for key in ("vocab", "merges") for value in (3, "x", [3], [[]], [{}], {"a": "\udcff"})],
+    ids=str,
+)
+def test_the_bill_needs_no_tokenizer(recipe: Path, base: Path, whose: str, changes: dict[str, Any]) -> None:
+    file = base.with_name(whose) / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    for option in ((), ("--json",)):
+        outcome = cli("plan", recipe, *option)
+        assert outcome.code == 0, outcome.stderr
+
+
 def test_no_tokenizer(recipe: Path, base: Path, tmp_path: Path) -> None:
     for file in base.glob("*token*"):
         file.unlink()

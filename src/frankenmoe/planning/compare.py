@@ -139,7 +139,8 @@ def _table_digest(raw: bytes) -> str:
     data = _parsed(raw)
     model = data.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    tokens = (token for token in data.get("added_tokens") or [] if isinstance(token, dict))
+    listed = data.get("added_tokens")
+    tokens = (token for token in (listed if isinstance(listed, list) else []) if isinstance(token, dict))
     added = [(token.get("id"), token.get("content")) for token in tokens]
     return hashlib.blake2b(json.dumps([vocab, added], sort_keys=True).encode(), digest_size=16).hexdigest()
 

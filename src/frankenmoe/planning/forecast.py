@@ -88,17 +88,23 @@ def subject_of_plan(made: Plan) -> Subject:
 
 
 def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:
-    """About how large the head of a GGUF file is: the vocabulary and merges of `folder`, and a line per tensor."""
-    file, model = folder / "tokenizer.json", {}
-    if file.is_file():
-        try:
-            model = json.loads(file.read_bytes())["model"]
-        except (ValueError, KeyError, TypeError):
-            model = {}
-    tokens, merges = model.get("vocab") or {}, model.get("merges") or []
-    words = tokens if isinstance(tokens, dict) else [str(piece[0]) for piece in tokens]
-    size = sum(8 + len(word.encode()) for word in words) + 10 * max(0, vocab - len(words)) + 4 * vocab
+    """About how large the head of a GGUF file is: the vocabulary and merges of `folder`, and a line per tensor.
+
+    A tokenizer that cannot be read counts for nothing: whoever needs it will say so.
+    """
+    try:
+        words, rest = _vocabulary(json.loads((folder / "tokenizer.json").read_bytes())["model"], vocab)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        words, rest = [], 0
+    size = sum(8 + len(word.encode(errors="replace")) for word in words) + 10 * max(0, vocab - len(words)) + 4 * vocab
+    return size + rest + 64 * tensors + 2000
+
+
+def _vocabulary(model: Mapping[str, Any], vocab: int) -> tuple[list[str], int]:
+    """The tokens, and the bytes of what stands beside them: scores, or else merges."""
+    tokens = model.get("vocab") or {}
+    words = [str(word) for word in tokens] if isinstance(tokens, dict) else [str(piece[0]) for piece in tokens]
     if model.get("byte_fallback"):
-        return size + 4 * vocab + 64 * tensors + 2000
-    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in merges)
-    return size + sum(8 + len(pair.encode()) for pair in pairs) + 64 * tensors + 2000
+        return words, 4 * vocab
+    pairs = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.get("merges") or []]
+    return words, sum(8 + len(pair.encode(errors="replace")) for pair in pairs)

@@ -225,7 +225,7 @@ def _cannot(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if rotary.get("truncate") is False:
             reasons.append("its yarn has no range that is left unrounded (truncate: false)")
     window = value("sliding_window")
-    if window is not None and window < subject.config.get("max_position_embeddings", window):
+    if window is not None and window < (subject.config.get("max_position_embeddings") or window):
         notes.append(f"llama.cpp has no sliding window here: beyond {window} tokens it attends to more than the source")
     return tuple(reasons), tuple(notes)
 

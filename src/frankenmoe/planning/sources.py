@@ -176,8 +176,15 @@ def check_config(source: Source) -> None:
             hint="fetch config.json again, or delete the setting",
         )
     for key, value in (("rope_theta", rotary.get("rope_theta")), *((key, source.config.get(key)) for key in POSITIVE)):
-        if isinstance(value, int | float) and not 0 < value < MOST:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            wrong = not 0 < value < MOST
+        else:
+            wrong = family is not None and key == "rms_norm_eps" and key in source.config
+        if wrong:
             raise SourceError(f"{file} has {key} {value!r:.40}, expected a positive number", hint=WRONG_FILE)
+    window = source.config.get("sliding_window")
+    if family and window is not None and type(window) is not int:
+        raise SourceError(f"{file} has sliding_window {window!r:.40}, expected a whole number or null", hint=WRONG_FILE)
     _refuse_quantized(source)
     if family:
         _check_heads(file, family.dims(source.config))
