@@ -266,7 +266,13 @@ def test_a_record_that_says_something_else_than_its_recipe(
 @pytest.mark.parametrize("record", [True, False], ids=["virtual", "built"], indirect=True)
 @pytest.mark.parametrize(
     "changes",
-    [{"experts": []}, {"experts": [1, {}]}, {"recipe_folder": "\0"}, {"configs": [{"file": 1, "sha256": None}]}],
+    [
+        {"experts": []},
+        {"experts_per_token": True},
+        {"experts": [1, {}]},
+        {"recipe_folder": "\0"},
+        {"configs": [{"file": 1, "sha256": None}]},
+    ],
     ids=str,
 )
 def test_a_record_of_another_kind(record: Path, changes: dict[str, Any], tmp_path: Path) -> None:

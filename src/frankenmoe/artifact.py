@@ -106,7 +106,7 @@ def _check_fields(file: Path, record: Mapping[str, Any]) -> None:
     for key, kind in wanted.items():
         value = record.get(key)
         names = value if isinstance(value, list) and key.endswith("experts") else []
-        odd = (key == "experts" and not names) or (isinstance(value, str) and "\0" in value)
+        odd = (key == "experts" and not names) or isinstance(value, bool) or (isinstance(value, str) and "\0" in value)
         if odd or not isinstance(value, kind) or not all(isinstance(name, str) for name in names):
             said = f"{key} {record[key]!r:.40}" if key in record else f"no {key}"
             raise ArtifactError(

@@ -300,5 +300,5 @@ def main() -> None:
     except OSError as error:  # of what we print, say: what sources and artifacts raise has been explained
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         click.echo(f"error: the system says: {error.strerror or error}{where}", err=True)
-        click.echo("  hint: look at the disk, and at where the output goes", err=True)
+        click.echo("  hint: check permissions, free space and where the output goes", err=True)
         sys.exit(2)
