@@ -195,6 +195,18 @@ def test_an_output_that_is_full_is_one_sentence(recipe: Path, option: str) -> No
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["plan", "chat"])
+def test_a_terminal_without_these_letters(command: str, recipe: Path) -> None:
+    recipe.write_text(recipe.read_text().replace("name: e", "name: ë") + "name: dëmo\n", encoding="utf-8")
+    options = ["--prompt", "hi", "--max-new-tokens", "4", "--trace"] if command == "chat" else []
+    environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "frankenmoe.cli", command, str(recipe), *options], capture_output=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\xeb" in done.stdout
+
+
 def test_the_next_command_can_be_typed_as_it_is_printed(recipe: Path, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "frankenmoe.cli", "build", str(recipe), str(tmp_path / "my $HOME 'moe'"), "--virtual"],
