@@ -20,6 +20,8 @@ NOISE = 4.0  # a shared reading may differ from a plain one by so many times wha
 FLOOR = 1e-5  # nats per token that any two ways of computing may differ by, in float32
 PROOF_ROW = 24  # tokens of a row in the proof, so that few sequences need all that many would
 LONG = 300
+LONG_ONES = 2  # sequences of that length, the first of the sample
+IDS = 64  # different ones in the sample: each brings pages of a mapped embedding into memory
 HALF_FLOOR = 2e-2  # the same in bfloat16 and float16
 
 
@@ -93,9 +95,13 @@ def _proof(model: Any, budget: Budget, longest: int, plain_head: bool) -> str | 
 
     Scorer(model, budget, share_up_to=0, plain_head=plain_head, alone=True).score(queries, into(plain))
     _padded(model, queries, other, plain_head)
-    shared_scorer = Scorer(model, budget, share_up_to=longest, plain_head=plain_head, row_tokens=PROOF_ROW)
     try:
-        shared_scorer.score(queries, into(shared))
+        # the long ones as one row: as a trunk they would be the largest stretch that is kept of all
+        for part, row_tokens in ((slice(LONG_ONES), LONG * LONG_ONES), (slice(LONG_ONES, None), PROOF_ROW)):
+            found = shared[part]
+            scorer = Scorer(model, budget, share_up_to=longest, plain_head=plain_head, row_tokens=row_tokens)
+            scorer.score(queries[part], into(found))
+            shared[part] = found
     except Exception as error:  # a model whose code takes no mask, cache or positions of ours may say so in any way
         return f"it refuses to be read in parts ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     floor = FLOOR if model.dtype == torch.float32 else HALF_FLOOR
@@ -128,11 +134,12 @@ def _padded(model: Any, queries: list[Query], found: list[float], plain_head: bo
 
 
 def _sample(config: Any, longest: int) -> list[Query]:
-    """Trunks within trunks and branches of several lengths, over ids from all over the vocabulary."""
+    """Trunks within trunks and branches of several lengths, over a few ids from all over the vocabulary."""
     generator = torch.Generator().manual_seed(0)
+    known = torch.randint(config.vocab_size, (IDS,), generator=generator)
 
     def words(count: int) -> tuple[int, ...]:
-        return tuple(torch.randint(config.vocab_size, (count,), generator=generator).tolist())
+        return tuple(known[torch.randint(IDS, (count,), generator=generator)].tolist())
 
     room = min(longest, getattr(config, "max_position_embeddings", None) or ANY_LENGTH)
     # one long document, for windows that a config does not name, then short ones in which everything branches
