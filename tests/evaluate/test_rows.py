@@ -23,6 +23,7 @@ from rowfiles import ROWS, write_rows, write_split
         ("mmlu", "test", {"choices": ["a"]}, "four"),
         ("mmlu", "test", {"answer": 4}, "answer 4"),
         ("truthfulqa", "validation", {"mc2_targets": {"choices": ["a"], "labels": [0]}}, "mc2_targets"),
+        ("truthfulqa", "validation", {"mc2_targets": {"choices": ["a"], "labels": [[1]]}}, "mc2_targets"),
         ("winogrande", "validation", {"sentence": "no gap"}, "gap"),
         ("gsm8k", "test", {"answer": "forty-two"}, "####"),
     ],
@@ -49,6 +50,13 @@ def test_a_missing_field_a_missing_file_and_broken_json_are_named(tmp_path: Path
         read_rows("gsm8k", "test", data_dir=folder)
     (folder / "gsm8k" / "test.jsonl").unlink()
     with pytest.raises(SourceError, match=r"test\.jsonl cannot be read"):
+        read_rows("gsm8k", "test", data_dir=folder)
+
+
+def test_half_of_a_character_is_no_text(tmp_path: Path) -> None:
+    folder = write_rows(tmp_path)
+    (folder / "gsm8k" / "test.jsonl").write_text(r'{"question": "half of \ud83d", "answer": "#### 1"}')
+    with pytest.raises(SourceError, match=r"test\.jsonl:1 holds half of a character, '.ud83d'"):
         read_rows("gsm8k", "test", data_dir=folder)
 
 

@@ -43,6 +43,15 @@ def _fields(**wanted: type | tuple[type, ...]) -> Check:
     return check
 
 
+def _broken_text(row: Row) -> str | None:
+    """JSON can spell half of a character (a lone surrogate), which no tokenizer takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"holds half of a character, {error.object[error.start]!a}, which is no text"
+    return None
+
+
 def _first_problem(*checks: Check) -> Check:
     return lambda row: next((problem for check in checks if (problem := check(row)) is not None), None)
 
@@ -93,7 +102,7 @@ def _truthfulqa(row: Row) -> str | None:
         choices, labels = row[name].get("choices"), row[name].get("labels")
         if not _texts(choices, 1) or not isinstance(labels, list) or len(choices) != len(labels):
             return f"has `{name}` without `choices` and as many `labels`"
-        if not set(labels) <= {0, 1} or 1 not in labels:
+        if not all(label in (0, 1) for label in labels) or 1 not in labels:
             return f"has `{name}` whose labels are not 0 and 1, with at least one 1"
     return None
 
@@ -165,6 +174,7 @@ def read_rows(name: str, split: str, *, data_dir: Path | None) -> list[dict[str,
     rows = []
     for where, row in numbered:
         problem = found.check(row) if isinstance(row, Mapping) else f"is a JSON {type(row).__name__}, not an object"
+        problem = problem or _broken_text(row)
         if problem is not None:
             raise SourceError(f"{where} {problem}", hint=f"mend that row; {LAYOUT}")
         rows.append(dict(row))
