@@ -153,7 +153,8 @@ def test_a_killed_run_goes_on(place: Path) -> None:
         stderr=subprocess.PIPE,
     )
     deadline = time.monotonic() + 120
-    while not list((place / "cache").rglob("winogrande*.jsonl")) and time.monotonic() < deadline:
+    while not any(file.stat().st_size for file in (place / "cache").rglob("winogrande*.jsonl")):
+        assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
@@ -178,6 +179,9 @@ def test_a_killed_run_goes_on(place: Path) -> None:
         ("recipe.yml --text one.txt --batch-size many", "neither `auto` nor a number"),
         ("recipe.yml --text one.txt --plot picture.txt", "must end in"),
         ("recipe.yml --text one.txt --json no/such/folder.json", "is no folder"),
+        ("recipe.yml --text one.txt --json rows", "is a folder"),
+        ("recipe.yml --text one.txt --log-samples one.txt", "is no folder"),
+        ("recipe.yml --text one.txt --memory 1KB", "too little memory"),
         ("recipe.yml --text one.txt --device moon", "cannot be put on moon"),
         ("recipe.yml --text one.txt --text one=two.txt", "two texts are called"),
     ],
@@ -187,6 +191,15 @@ def test_bad_input_is_refused_in_a_sentence(arguments: str, said: str, place: Pa
     assert said in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not list(place.glob("*.json"))
+
+
+def test_models_of_one_name_are_told_apart_by_their_folders(place: Path) -> None:
+    for run_name in ("one", "two"):
+        tiny.make_parent(place / run_name / "model", "llama", seed=3)
+    run("one/model two/model --text one=one.txt --limit 2 --json out.json", place)
+    assert [model["name"] for model in report(place)["models"]] == ["one/model", "two/model"]
+    low, high = report(place)["models"][0]["domains"]["one"]["interval"]
+    assert low <= report(place)["models"][0]["domains"]["one"]["nats_per_token"] <= high
 
 
 def test_the_library_reports_too(place: Path) -> None:

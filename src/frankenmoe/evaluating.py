@@ -109,7 +109,7 @@ def evaluate(
             "--against-parents compares one MoE with what it was made of, found " + ", ".join(map(str, models)),
             hint="name one artifact or recipe; several models side by side need no such option",
         )
-    contestants = [each[0] for each in found]
+    contestants = _told_apart([each[0] for each in found])
     skipped: dict[str, str] = {}
     if against_parents:
         contestants = [*_ancestors(made[0], contestants[0], dtype, trust_remote_code, skipped), contestants[0]]
@@ -172,6 +172,18 @@ def _run_all(
     return results
 
 
+def _told_apart(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """Models of one name in several folders, such as one/model and two/model, with as much of the path as differs."""
+    paths = [(*Path(os.path.abspath(each.origin)).parts[1:-1], each.name) for each in contestants]
+    found = []
+    for each, path in zip(contestants, paths, strict=True):
+        others = [other for other in paths if other[-1] == each.name and other != path]
+        apart = (at for at in range(1, len(path)) if all(other[-at:] != path[-at:] for other in others))
+        depth = next(apart, len(path))
+        found.append(replace(each, name="/".join(path[-depth:])))
+    return found
+
+
 def _placed(model: Any, device: str) -> Any:
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
@@ -185,7 +197,8 @@ def _described(
 ) -> tuple[Contestant, Plan | None]:
     """A model by its name on the command line, and the plan of an MoE whose parents are known."""
     path = Path(what)
-    name = path.stem if is_recipe(path) else path.name or what
+    # of `.` and `..` the folder's own name
+    name = path.stem if is_recipe(path) else Path(os.path.abspath(path)).name if path.exists() else path.name
     if is_recipe(path):
         made = plan(load_recipe(path), weights=True, trust_remote_code=trust_remote_code)
 

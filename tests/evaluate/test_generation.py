@@ -13,7 +13,8 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 import tiny
-from frankenmoe.errors import NumericsError, SourceError
+from frankenmoe.errors import NumericsError, PlanError, SourceError
+from frankenmoe.evaluate import generation
 from frankenmoe.evaluate.generation import cut
 from frankenmoe.evaluate.lm import PrefixLM
 
@@ -119,8 +120,30 @@ def test_nan_is_not_a_token(model: Any, tmp_path: Path) -> None:
     lm = PrefixLM(broken, tokenizer())
     with torch.no_grad():
         broken.lm_head.weight[5] = float("nan")
-    with pytest.raises(NumericsError, match="NaN or infinity"):
-        lm.generate_until(asked(["Once"], ["~"]))
+    with pytest.raises(NumericsError, match="document 1 of t: the model computes NaN or infinity"):
+        lm.generate_until(asked(["Once", "Twice as long"], ["~"]))
+
+
+def test_when_memory_runs_out_fewer_slots_go_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = PrefixLM(model, tokenizer()).generate_until(asked(CONTEXTS, ["~", "q"]))
+    lm = PrefixLM(model, tokenizer())
+    whole = generation._step
+
+    def scarce(model: Any, cache: Any, slots: Any, live: Any, *rest: Any) -> None:
+        if len(live) > 2:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        whole(model, cache, slots, live, *rest)
+
+    monkeypatch.setattr(generation, "_step", scarce)
+    assert lm.generate_until(asked(CONTEXTS, ["~", "q"])) == expected
+    assert lm.budget.rows == 1
+
+
+def test_too_little_memory_for_one_text_is_said_before_it_is_tried(model: Any) -> None:
+    lm = PrefixLM(model, tokenizer())
+    lm.budget.bytes = 1000
+    with pytest.raises(PlanError, match="too little memory for a single sequence"):
+        lm.generate_until(asked(CONTEXTS, ["~"]))
 
 
 def test_cut_at_the_first_stop() -> None:

@@ -230,6 +230,45 @@ def test_an_answer_longer_than_the_model_sees_is_refused(data_dir: Path) -> None
         lm.loglikelihood(instances("winogrande", data_dir))
 
 
+def test_an_answer_that_is_no_token_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    lm = PrefixLM(make_model("llama", SIZES), tiny.make_tokenizer())
+    monkeypatch.setattr(lm, "_encode", lambda texts: [[5] * len(text.rstrip()) for text in texts])
+    request = Instance("loglikelihood", {}, ("Why?", " "), 0, ("t", 7, 1))
+    with pytest.raises(SourceError, match="document 7 of t: the tokenizer makes no token of its answer ' '"):
+        lm.loglikelihood([request])
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(data_dir: Path) -> None:
+    lm = PrefixLM(make_model("llama", SIZES | {"vocab_size": 40}), tiny.make_tokenizer())
+    with pytest.raises(SourceError, match="but the model has 40 embeddings"):
+        lm.loglikelihood(instances("winogrande", data_dir))
+    settings = {"until": ["~"], "max_gen_toks": 5}
+    with pytest.raises(SourceError, match="but the model has 40 embeddings"):
+        lm.generate_until([Instance("generate_until", {}, ("zZ~", settings), 0, ("t", 0, 1))])
+
+
+def test_a_head_of_its_own_runs_where_something_is_scored_only(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("cohere", SIZES)
+    lm = PrefixLM(model, tiny.make_tokenizer())
+    assert not lm.sharing.plain_head
+    sizes = []
+    head = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: sizes.append(hidden.shape[1]) or head(hidden))
+    lm.loglikelihood(instances("mmlu", data_dir))
+    assert min(sizes) == 1  # of the stretch before all documents, in which nothing is scored
+    assert max(sizes) == 6  # in each of three documents the places before the space and before the letter
+
+
+def test_answers_are_kept_by_what_ends_a_text(tmp_path: Path) -> None:
+    model, tokenizer = make_model("llama", SIZES), tiny.make_tokenizer()
+    digests = {PrefixLM(model, tokenizer, folder=tmp_path).digest}
+    model.generation_config.eos_token_id = [1, 7]
+    digests.add(PrefixLM(model, tokenizer, folder=tmp_path).digest)
+    tokenizer.eos_token = "x"
+    digests.add(PrefixLM(model, tokenizer, folder=tmp_path).digest)
+    assert len(digests) == 3
+
+
 def test_equal_requests_are_read_once() -> None:
     lm = PrefixLM(make_model("llama", SIZES), tiny.make_tokenizer())
     found: dict[int, float] = {}

@@ -94,7 +94,7 @@ def run_eval(
     """The command: checks what can be checked first, scores, prints, and ends in an error if something failed."""
     rows = _rows(batch_size)
     named = _named(texts)
-    _check_out(json_file)
+    _check_out(json_file, log_samples)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         from frankenmoe.evaluate.run import Settings
@@ -158,9 +158,16 @@ def _named(texts: tuple[str, ...]) -> dict[str, Path]:
     return found
 
 
-def _check_out(json_file: Path | None) -> None:
+def _check_out(json_file: Path | None, log_samples: Path | None) -> None:
+    """What can be written at the end, said before hours have gone by."""
     if json_file is not None and json_file.name != "-" and not json_file.absolute().parent.is_dir():
         raise SourceError(f"{json_file.parent}, where the report is to go, is no folder", hint="make it first")
+    if json_file is not None and json_file.is_dir():
+        raise SourceError(f"{json_file}, where the report is to go, is a folder", hint="name a file in it")
+    if log_samples is not None and log_samples.exists() and not log_samples.is_dir():
+        raise SourceError(
+            f"{log_samples}, where samples are to go, is no folder", hint="name a folder for --log-samples"
+        )
 
 
 def _write(report: "Report", json_file: Path | None) -> None:

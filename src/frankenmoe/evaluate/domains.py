@@ -14,8 +14,10 @@ import torch
 
 from frankenmoe.data.blocks import Block, hold_out, text_blocks
 from frankenmoe.data.documents import read_documents
-from frankenmoe.errors import NumericsError, SourceError
-from frankenmoe.evaluate.scorer import scored
+from frankenmoe.errors import NumericsError
+from frankenmoe.evaluate.bootstrap import Interval, weighted
+from frankenmoe.evaluate.memory import Budget, ran_out
+from frankenmoe.evaluate.scorer import check_ids, scored
 from frankenmoe.evaluate.store import Store, request_key
 from frankenmoe.progress import SILENT, Progress
 
@@ -51,6 +53,11 @@ class Losses:
         return sum(self.nats) / sum(self.targets)
 
     @property
+    def interval(self) -> Interval:
+        """Nats per token with the bounds that other blocks of such text would keep to."""
+        return weighted([(self.nats, [float(count) for count in self.targets], 1.0)])
+
+    @property
     def bits_per_byte(self) -> float:
         """Comparable between tokenizers too."""
         return sum(self.nats) / math.log(2) / max(1, self.bytes)
@@ -74,21 +81,19 @@ def domain_losses(
     domains: Mapping[str, Sequence[Block]],
     *,
     plain_head: bool,
+    budget: Budget,
     store: Store | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Losses]:
-    """Domain -> its losses under a model. SourceError for a tokenizer of another model, NumericsError for NaN."""
+    """Domain -> its losses under a model.
+
+    SourceError for a tokenizer of another model, NumericsError for NaN, PlanError for too little memory.
+    """
     progress.start("loss", sum(map(len, domains.values())), "blocks")
-    vocabulary = model.config.get_text_config().vocab_size
     found = {}
     for name, blocks in domains.items():
-        largest = max(max(block.ids) for block in blocks)
-        if largest >= vocabulary:
-            raise SourceError(
-                f"the tokenizer gives the id {largest}, but the model has {vocabulary} embeddings",
-                hint="the tokenizer in the model's folder belongs to another model",
-            )
-        nats = _nats(model, blocks, plain_head=plain_head, store=store, progress=progress)
+        check_ids(model, (block.ids for block in blocks))
+        nats = _nats(model, blocks, plain_head=plain_head, budget=budget, store=store, progress=progress)
         if any(math.isnan(value) for value in nats):
             at = next(index for index, value in enumerate(nats) if math.isnan(value))
             raise NumericsError(f"block {at} of {name}: the model computes NaN", hint="check the model's weights")
@@ -98,7 +103,7 @@ def domain_losses(
 
 
 def _nats(
-    model: Any, blocks: Sequence[Block], *, plain_head: bool, store: Store | None, progress: Progress
+    model: Any, blocks: Sequence[Block], *, plain_head: bool, budget: Budget, store: Store | None, progress: Progress
 ) -> list[float]:
     keys = [request_key("loss", [list(block.ids), list(block.learn)]) for block in blocks]
     known = store.found if store is not None else {}
@@ -107,9 +112,18 @@ def _nats(
     order = sorted(set(range(len(blocks))) - set(nats), key=lambda at: len(blocks[at].ids))
     for length, group in groupby(order, key=lambda at: len(blocks[at].ids)):
         same = list(group)
-        for start in range(0, len(same), BATCH):
-            batch = same[start : start + BATCH]
-            sums = _batch(model, [blocks[at] for at in batch], length, plain_head)
+        budget.check(length)
+        while same:
+            count = next(rows for rows in range(BATCH, 0, -1) if rows == 1 or budget.fits(rows, length, 0))
+            batch = same[:count]
+            try:
+                sums = _batch(model, [blocks[at] for at in batch], length, plain_head)
+            except Exception as error:
+                if not ran_out(error):
+                    raise
+                budget.shrink(len(batch), length)
+                continue
+            same = same[count:]
             nats |= dict(zip(batch, sums, strict=True))
             if store is not None:
                 store.add((keys[at], nats[at]) for at in batch)

@@ -15,7 +15,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from frankenmoe.errors import NumericsError
-from frankenmoe.evaluate.memory import Budget
+from frankenmoe.evaluate.memory import Budget, ran_out
+from frankenmoe.evaluate.scorer import check_ids
 
 SLOTS_CPU = 8
 SLOTS_GPU = 64
@@ -115,21 +116,23 @@ class _Text:
             self.tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """What followed the last tokens when they last stood there."""
+        """What followed the last tokens when they last stood there; at the end of that, the same again."""
         for gram in GRAMS:
             at = self.after.get(tuple(self.tokens[-gram:]))
             if at is not None:
-                return self.tokens[at : at + min(most, self.reach)]
+                period = len(self.tokens) - at  # short where a text goes round in circles
+                return [self.tokens[at + step % period] for step in range(min(most, self.reach))]
         return []
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to go on from, the strings at which to stop, and whether the left end is missing."""
+    """Token ids to go on from, the strings at which to stop, whether the left end is missing, and whose it is."""
 
     tokens: tuple[int, ...]
     stops: tuple[str, ...]
     cut: bool = False
+    name: str = "a prompt"
 
 
 def generate(
@@ -146,20 +149,62 @@ def generate(
     """The greedy continuation of every prompt, at most `new_tokens` long, cut before its first stop string or `end`.
 
     Prompts go through slots, as many as the budget allows; the longest first, so that too little memory shows at once.
-    NumericsError for a model that computes NaN.
+    Where it runs out all the same, half as many go on. NumericsError for a model that computes NaN, PlanError where
+    memory does not suffice for one prompt.
     """
+    check_ids(model, (prompt.tokens for prompt in prompts))
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].tokens))
-    columns = len(prompts[order[0]].tokens) + new_tokens + GUESSES
-    slots = _Slots(_slot_count(budget, columns, len(prompts), model.device.type), columns)
+    done: set[int] = set()
+
+    def on_done(number: int, text: str) -> None:
+        done.add(number)
+        on_text(number, text)
+
+    while order:
+        longest = len(prompts[order[0]].tokens)
+        columns = longest + new_tokens + GUESSES
+        slots = _Slots(_slot_count(budget, longest, columns, len(order), model.device.type), columns)
+        try:
+            _through_slots(
+                model,
+                tokenizer,
+                prompts,
+                list(order),
+                slots,
+                new_tokens=new_tokens,
+                end=end,
+                plain_head=plain_head,
+                on_text=on_done,
+            )
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            budget.shrink(slots.count, columns)
+        order = [number for number in order if number not in done]
+
+
+def _through_slots(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    order: list[int],
+    slots: _Slots,
+    *,
+    new_tokens: int,
+    end: frozenset[int],
+    plain_head: bool,
+    on_text: Callable[[int, str], None],
+) -> None:
     cache = Cache(layer_class_to_replicate=lambda **_: _SlotLayer(slots))
     live: list[_Text] = []
+    names = [prompt.name for prompt in prompts]
     with torch.inference_mode():
         while order or live:
             while order and len(live) < slots.count:
                 number = order.pop(0)
                 text = _Text(number, [], len(prompts[number].tokens))
                 text.add(prompts[number].tokens)
-                text.add([_fill(model, cache, slots, prompts[number].tokens, number)])
+                text.add([_fill(model, cache, slots, prompts[number])])
                 live.append(text)
                 slots.lengths.append(text.prompt)
             for at in reversed(range(len(live))):
@@ -168,18 +213,22 @@ def generate(
                     on_text(live[at].number, said)
                     _free(cache, slots, live, at)
             if live and not (order and len(live) < slots.count):
-                _step(model, cache, slots, live, new_tokens, plain_head)
+                _step(model, cache, slots, live, names, new_tokens, plain_head)
 
 
-def _slot_count(budget: Budget, columns: int, prompts: int, device: str) -> int:
+def _slot_count(budget: Budget, longest: int, columns: int, prompts: int, device: str) -> int:
+    """How many slots there is room for while the longest prompt is read into one of them."""
+    budget.check(columns)
     if budget.rows is not None:
         return min(budget.rows, prompts)
     most = SLOTS_CPU if device == "cpu" else SLOTS_GPU
-    return max(1, min(most, prompts, budget.bytes // (columns * budget.sizes.kept)))
+    slot = columns * budget.sizes.kept
+    return max(1, min(most, prompts, (budget.bytes - budget.cost(1, longest, 0)) // slot))
 
 
-def _fill(model: Any, cache: Cache, slots: _Slots, tokens: Sequence[int], number: int) -> int:
+def _fill(model: Any, cache: Cache, slots: _Slots, prompt: Prompt) -> int:
     """Reads a prompt into the next free slot; its first new token."""
+    tokens = prompt.tokens
     slots.filling = len(slots.lengths)
     ids_BT = torch.tensor([list(tokens)], device=model.device)
     out = model(
@@ -190,10 +239,18 @@ def _fill(model: Any, cache: Cache, slots: _Slots, tokens: Sequence[int], number
         logits_to_keep=1,
     )
     slots.filling = None
-    return _best(out.logits[:, -1], [number])[0]
+    return _best(out.logits[:, -1], [prompt.name])[0]
 
 
-def _step(model: Any, cache: Cache, slots: _Slots, live: Sequence[_Text], new_tokens: int, plain_head: bool) -> None:
+def _step(
+    model: Any,
+    cache: Cache,
+    slots: _Slots,
+    live: Sequence[_Text],
+    names: Sequence[str],
+    new_tokens: int,
+    plain_head: bool,
+) -> None:
     """At least one more token for every live slot: the model's own, and as many guesses before it as were right."""
     device = model.device
     guesses = [text.guess(new_tokens - len(text.made) - 1) for text in live]
@@ -213,7 +270,7 @@ def _step(model: Any, cache: Cache, slots: _Slots, live: Sequence[_Text], new_to
         logits_NV = model.get_output_embeddings()(hidden_STD[line_N, place_N])
     else:
         logits_NV = model(input_ids=ids_ST, use_cache=True, **inputs).logits[line_N, place_N]
-    said = iter(_best(logits_NV, [live[at].number for at, _ in there]))
+    said = iter(_best(logits_NV, [names[live[at].number] for at, _ in there]))
     for at, (text, guess) in enumerate(zip(live, guesses, strict=True)):
         own = list(islice(said, len(guess) + 1))
         right = next((place for place, token in enumerate(guess) if token != own[place]), len(guess))
@@ -223,13 +280,15 @@ def _step(model: Any, cache: Cache, slots: _Slots, live: Sequence[_Text], new_to
             text.reach = min(GUESSES, text.reach + 2) if right == len(guess) else max(1, text.reach - 1)
 
 
-def _best(logits_SV: torch.Tensor, numbers: Sequence[int]) -> list[int]:
+def _best(logits_SV: torch.Tensor, names: Sequence[str]) -> list[int]:
+    """The most likely token of each row; `names` says whose the rows are."""
     best_S = logits_SV.argmax(dim=-1)
     # argmax takes NaN for the largest of all, so one anywhere in a row is found where it points
     bad = (~torch.isfinite(logits_SV.gather(-1, best_S[:, None])[:, 0])).nonzero()
     if len(bad):
         raise NumericsError(
-            f"the model computes NaN or infinity for prompt {numbers[int(bad[0])]}", hint="check the model's weights"
+            f"{names[int(bad[0])]}: the model computes NaN or infinity",
+            hint="check the model's weights; float16 may overflow",
         )
     return [int(token) for token in best_S.tolist()]
 
@@ -279,6 +338,7 @@ def generate_plainly(
     on_text: Callable[[int, str], None],
 ) -> None:
     """The same, prompt by prompt and without a cache of ours: for models that cannot be read in parts."""
+    check_ids(model, (prompt.tokens for prompt in prompts))
     with torch.inference_mode():
         for number, prompt in enumerate(prompts):
             past, made = None, []
@@ -287,7 +347,7 @@ def generate_plainly(
             while said is None:
                 out = model(input_ids=ids_BT, past_key_values=past, use_cache=True)
                 past = getattr(out, "past_key_values", None)
-                made.append(_best(out.logits[:, -1], [number])[0])
+                made.append(_best(out.logits[:, -1], [prompt.name])[0])
                 new = torch.tensor([[made[-1]]], device=model.device)
                 # a model that gives no cache back is read from the beginning each time
                 ids_BT = new if past is not None else torch.cat([ids_BT, new], dim=1)

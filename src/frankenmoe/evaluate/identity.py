@@ -14,13 +14,15 @@ READ_BY = 1  # goes up when the scorer changes what it computes
 
 
 def model_digest(model: Any, *, progress: Progress = SILENT) -> str:
-    """SHA-256, in hex, of all parameters and buffers, the config, the modules' settings, device type and dtype.
+    """SHA-256, in hex, of all parameters and buffers, config, end tokens, the modules' settings, device type and dtype.
 
     A tensor that several modules share is read once. Scores on a CPU and a GPU differ in their last digits, so each has
     its own.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in OUTSIDE}
-    facts = [READ_BY, json.dumps(config, sort_keys=True, default=str), str(model), model.device.type, str(model.dtype)]
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    facts = [READ_BY, json.dumps(config, sort_keys=True, default=str), ends, str(model), model.device.type]
+    facts.append(str(model.dtype))
     hashed = hashlib.sha256("\n".join(map(str, facts)).encode())
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     seen: dict[tuple[Any, ...], str] = {}
@@ -42,11 +44,12 @@ def memory_of(model: Any) -> int:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256, in hex, of what a tokenizer does to text."""
+    """SHA-256, in hex, of what a tokenizer does to text, and of the tokens that open and end one."""
+    marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return hashlib.sha256(backend.to_str().encode("utf-8", "surrogatepass")).hexdigest()
-    facts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
+        return hashlib.sha256(f"{marks}\n{backend.to_str()}".encode("utf-8", "surrogatepass")).hexdigest()
+    facts = [marks, type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
     return hashlib.sha256(json.dumps(facts, default=str).encode("utf-8", "surrogatepass")).hexdigest()
 
 

@@ -20,6 +20,7 @@ from frankenmoe.progress import SILENT, Progress
 
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 DEFAULT_LENGTH = 2048  # lm-eval's, for a model that does not say how far it sees
+ENCODED = 256  # texts at once
 FLUSH = 32  # answers between two writes
 
 
@@ -99,6 +100,11 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         answers, stores, waiting = self._known(requests)
         queries = self._queries([requests[at] for at in waiting])
         for at, query in zip(waiting, queries, strict=True):
+            if not query.targets:
+                raise SourceError(
+                    f"{_named(requests[at])}: the tokenizer makes no token of its answer {requests[at].args[1]!r}",
+                    hint="mend that row, or leave the task out for this model",
+                )
             if not len(query.targets) <= len(query.tokens) <= self.max_length:
                 raise SourceError(
                     f"{_named(requests[at])}: its answer alone has {len(query.targets)} tokens, but the model sees "
@@ -155,7 +161,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                 too_long = len(tokens) > room
                 # a text is made once, up to the stops that all its requests share; each is cut at its own
                 stops = [set(requests[at].args[1]["until"]) for at in together[context, new_tokens]]
-                prompts.append(Prompt(tuple(tokens[-room:]), tuple(sorted(set.intersection(*stops))), cut=too_long))
+                shared_stops = tuple(sorted(set.intersection(*stops)))
+                name = _named(requests[together[context, new_tokens][0]])
+                prompts.append(Prompt(tuple(tokens[-room:]), shared_stops, cut=too_long, name=name))
 
             def on_text(number: int, text: str, asked: Any = (contexts, prompts, new_tokens)) -> None:
                 for at in together[asked[0][number], asked[2]]:
@@ -240,11 +248,17 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return Query(tuple(kept[:-1]), tuple(continuation), cut=len(kept) < len(whole))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        if self.tokenizer.is_fast:
-            return list(self.tokenizer(list(texts), add_special_tokens=False)["input_ids"])
-        return [self.tok_encode(text) for text in texts]
+        """Token ids, of some texts at a time: what a fast tokenizer notes beside the ids is twenty times as large."""
+        found: list[list[int]] = []
+        same: dict[int, int] = {}  # one int object per token of the vocabulary, not one per token of the texts
+        for start in range(0, len(texts), ENCODED):
+            some = list(texts[start : start + ENCODED])
+            if self.tokenizer.is_fast:
+                encoded = self.tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]
+            else:
+                encoded = [self.tok_encode(text) for text in some]
+            found += ([same.setdefault(token, token) for token in ids] for ids in encoded)
+        return found
 
     def _end(self) -> frozenset[int]:
         """Tokens that end a text: the tokenizer's and those of the model's generation config."""

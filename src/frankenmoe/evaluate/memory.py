@@ -77,6 +77,15 @@ class Budget:
         per_row = tokens * self.sizes.layer + tokens * seen * self.sizes.mask + self.sizes.logits
         return rows * (per_row + seen * self.sizes.layer // HIDDEN_COPIES) + seen * self.sizes.kept
 
+    def check(self, tokens: int, shared: int = 0) -> None:
+        """PlanError where not even one row of `tokens` tokens behind `shared` ones may be read."""
+        if self.cost(1, tokens, shared) > self.bytes:
+            raise PlanError(
+                f"too little memory for a single sequence of {shared + tokens} tokens: it takes about "
+                f"{self.cost(1, tokens, shared) / 1e6:.0f} MB, allowed are {self.bytes / 1e6:.0f} MB",
+                hint="allow more with --memory, load the model with --dtype bfloat16, or free memory",
+            )
+
     def shrink(self, rows: int, tokens: int) -> None:
         """Memory ran out for a pass of that size: from now on half of it. PlanError where that was a single row."""
         if rows <= 1:

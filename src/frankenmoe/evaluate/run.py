@@ -21,7 +21,7 @@ from frankenmoe.errors import FrankenMoEError, SourceError
 from frankenmoe.evaluate.domains import Losses, domain_losses
 from frankenmoe.evaluate.identity import memory_of
 from frankenmoe.evaluate.lm import PrefixLM
-from frankenmoe.evaluate.prompts import BENCHMARKS, Benchmark
+from frankenmoe.evaluate.prompts import BENCHMARKS, GSM8K_TOKENS, Benchmark
 from frankenmoe.evaluate.samples import write_samples
 from frankenmoe.evaluate.store import Store
 from frankenmoe.evaluate.tasks import LeaderboardTask, load_tasks
@@ -120,6 +120,7 @@ class Result:
             "domains": {
                 name: {
                     "nats_per_token": losses.mean,
+                    "interval": [losses.interval.low, losses.interval.high],
                     "bits_per_byte": losses.bits_per_byte,
                     "blocks": len(losses.nats),
                     "tokens": sum(losses.targets),
@@ -168,7 +169,13 @@ def run(
         store = Store(settings.store, model=lm.digest, task="loss", version=LOSS_VERSION) if settings.store else None
         try:
             losses = domain_losses(
-                model, tokenizer, domains, plain_head=lm.sharing.plain_head, store=store, progress=progress
+                model,
+                tokenizer,
+                domains,
+                plain_head=lm.sharing.plain_head,
+                budget=lm.budget,
+                store=store,
+                progress=progress,
             )
         except FrankenMoEError as error:
             errors.append(f"loss: {error.message}")
@@ -233,7 +240,7 @@ def _questions_cut(lm: PrefixLM, tasks: Mapping[str, LeaderboardTask], limit: in
     """Documents of which not only examples were cut: their question with its answer is longer than the model sees."""
     cut = 0
     for task in tasks.values():
-        room = lm.max_length + 1
+        room = lm.max_length - GSM8K_TOKENS if task.benchmark.stops else lm.max_length + 1
         for _, row in task.doc_iterator(limit=limit):
             longest = max(len(lm.tok_encode(context + rest)) for context, rest in task.benchmark.requests("", row))
             cut += longest > room

@@ -3,6 +3,7 @@
 Shape suffixes: B rows, T tokens of a row, P shared tokens before it, N scored places, D hidden, V vocabulary.
 """
 
+import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from frankenmoe.errors import PlanError
+from frankenmoe.errors import SourceError
 from frankenmoe.evaluate.memory import Budget, ran_out
 from frankenmoe.evaluate.prefixcache import shared_cache
 from frankenmoe.evaluate.tree import Row, Trunk, plan
@@ -95,6 +96,7 @@ class Scorer:
 
     def score(self, queries: Sequence[Query], on_answer: OnAnswer) -> None:
         """Answers all queries, in an order of its own. PlanError where memory does not suffice for one sequence."""
+        check_ids(self.model, (query.tokens + query.targets for query in queries))
         answers = _Answers(queries, on_answer)
         by_tokens: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, query in enumerate(queries):
@@ -139,21 +141,13 @@ class Scorer:
     def _how_many(self, rows: Sequence[Row], shared: int) -> int:
         """How many of the rows, the longest first, fit into one pass."""
         longest, count = len(rows[0].tokens), 1
-        self._check_room(longest, shared)
+        self.budget.check(longest, shared)
         while count < len(rows) and self.budget.fits(count + 1, longest, shared):
             count += 1
         return count
 
-    def _check_room(self, tokens: int, shared: int) -> None:
-        if self.budget.cost(1, tokens, shared) > self.budget.bytes:
-            raise PlanError(
-                f"too little memory for a single sequence of {shared + tokens} tokens: it takes about "
-                f"{self.budget.cost(1, tokens, shared) / 1e6:.0f} MB, allowed are {self.budget.bytes / 1e6:.0f} MB",
-                hint="allow more with --memory, load the model with --dtype bfloat16, or free memory",
-            )
-
     def _read_trunk(self, trunk: Trunk, past: Cache | None, places: list[Place], answers: _Answers) -> Cache:
-        self._check_room(len(trunk.tokens), trunk.start)
+        self.budget.check(len(trunk.tokens), trunk.start)
         cache = shared_cache(past, keep=True)
         ids_BT = self._tensor([trunk.tokens])
         positions_BT = torch.arange(trunk.start, trunk.start + len(trunk.tokens), device=ids_BT.device)[None]
@@ -215,7 +209,7 @@ class Scorer:
         order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
         for length, same in groupby(order, key=lambda at: len(sequences[at])):
             waiting = list(same)
-            self._check_room(length, 0)
+            self.budget.check(length)
             while waiting:
                 count = 1
                 while not self.alone and count < len(waiting) and self.budget.fits(count + 1, length, 0):
@@ -248,6 +242,17 @@ class Scorer:
         return torch.tensor([list(row) for row in rows], dtype=torch.long, device=self.model.device)
 
 
+def check_ids(model: Any, sequences: Iterable[Sequence[int]]) -> None:
+    """SourceError for a token that the model has no embedding for."""
+    vocabulary = model.config.get_text_config().vocab_size
+    largest = max((max(tokens) for tokens in sequences if tokens), default=0)
+    if largest >= vocabulary:
+        raise SourceError(
+            f"the tokenizer gives the id {largest}, but the model has {vocabulary} embeddings",
+            hint="the tokenizer in the model's folder belongs to another model",
+        )
+
+
 def _places(asked: Sequence[tuple[int, Query]], start: int, columns: Sequence[int]) -> Iterator[Place]:
     """The scored places of a sequence's queries among the positions from `start` on, which stand in `columns`."""
     for number, query in asked:
@@ -258,13 +263,23 @@ def _places(asked: Sequence[tuple[int, Query]], start: int, columns: Sequence[in
 def scored(
     model: Any, ids_BT: torch.Tensor, places: Sequence[Place], *, plain_head: bool, **inputs: Any
 ) -> Iterator[tuple[Sequence[Place], list[float], list[bool]]]:
-    """Log-probabilities of the places' targets, some at a time; the head runs where something is scored only."""
+    """Log-probabilities of the places' targets, some at a time; the head runs where something is scored only.
+
+    A head that is not plain runs in the model itself, on all rows at each position where one of them is scored.
+    """
     if plain_head:
         hidden_ND = model.base_model(input_ids=ids_BT, **inputs).last_hidden_state.flatten(0, 1)
         head = model.get_output_embeddings()
     else:
-        hidden_ND = model(input_ids=ids_BT, **inputs).logits.flatten(0, 1)
-        head = None
+        width = ids_BT.shape[1]
+        kept = sorted({place[0] % width for place in places}) or [width - 1]
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            inputs["logits_to_keep"] = torch.tensor(kept, device=ids_BT.device)
+        logits_BTV = model(input_ids=ids_BT, **inputs).logits
+        if "logits_to_keep" in inputs:
+            column_of = {position: column for column, position in enumerate(kept)}
+            places = [(place[0] // width * len(kept) + column_of[place[0] % width], *place[1:]) for place in places]
+        hidden_ND, head = logits_BTV.flatten(0, 1), None
     if not places:
         return
     ordered = sorted(places)
