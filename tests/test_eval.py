@@ -9,6 +9,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,3 +212,18 @@ def test_the_library_reports_too(place: Path) -> None:
     (result,) = found.results
     assert result.losses["one"].mean == pytest.approx(result.mean_loss)
     assert torch.get_num_threads() == found.conditions["threads"]
+
+
+def test_a_busy_moment_does_not_make_a_model_slow() -> None:
+    from frankenmoe.evaluate.run import speed
+
+    passes = iter([0.01, 0.2, *[0.01] * 100])  # the second one is kept waiting by something else
+    text = SimpleNamespace(vocab_size=9, max_position_embeddings=100)
+
+    def model(**_: Any) -> Any:
+        time.sleep(next(passes))
+        return SimpleNamespace(logits=torch.zeros(1, 1, 1))
+
+    model.config = SimpleNamespace(get_text_config=lambda: text)  # type: ignore[attr-defined]
+    model.device = torch.device("cpu")  # type: ignore[attr-defined]
+    assert 100 / 0.02 < speed(model) <= 100 / 0.01

@@ -102,6 +102,21 @@ def test_a_model_without_shared_reading_says_the_same(model: Any, monkeypatch: p
     assert lm.generate_until(asked(CONTEXTS, ["~", "q"])) == expected
 
 
+def test_a_hybrid_model_is_told_where_it_is() -> None:
+    torch.manual_seed(0)
+    heads = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1, "mamba_d_state": 8, "mamba_chunk_size": 16}
+    config = AutoConfig.for_model("bamba", **SIZES, attn_layer_indices=[1], **heads)
+    hybrid = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in hybrid.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(0, 0.15)
+    lm = PrefixLM(hybrid, tokenizer())
+    assert lm.sharing.up_to == 0
+    peer = HFLM(pretrained=hybrid, tokenizer=tokenizer(), backend="causal", batch_size=1, add_bos_token=False)
+    assert lm.generate_until(asked(CONTEXTS, ["~"])) == peer.generate_until(asked(CONTEXTS, ["~"]), disable_tqdm=True)
+
+
 def test_a_tokenizer_without_eos_is_refused(model: Any) -> None:
     without = tiny.make_tokenizer()
     without.eos_token = None

@@ -206,10 +206,9 @@ def _one(report: "Report") -> Table:
     """A model's tasks, a line each."""
     (result,) = report.results
     table = Table(box=None, pad_edge=False, title=escape(result.name), title_justify="left")
-    for name, justify in (("task", "left"), ("shots", "right"), ("documents", "right"), ("metric", "left")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-    table.add_column("score", justify="right")
-    table.add_column("stderr", justify="right")
+    table.add_column("task", overflow="fold")
+    for name in ("shots", "documents", "metric", "score", "stderr"):
+        table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
     for outcome in result.outcomes.values():
         facts = outcome.to_dict()
         error = outcome.stderr.get(outcome.benchmark.metric)
@@ -229,10 +228,10 @@ def _one(report: "Report") -> Table:
 def _several(report: "Report") -> Table:
     """Models side by side, a line each."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("percent", no_wrap=True)
+    table.add_column("percent", overflow="fold")  # where it gets narrow, a name is folded before a number is cut
     names = [name for name in SHORT if any(name in result.outcomes for result in report.results)]
     for name in (*names, *(["Avg."] if len(names) == len(SHORT) else [])):
-        table.add_column(SHORT.get(name, name), justify="right")
+        table.add_column(SHORT.get(name, name), justify="right", no_wrap=True)
     for result in report.results:
         cells = [_percent(result.outcomes[name].value if name in result.outcomes else None) for name in names]
         cells += [_percent(result.average)] if len(names) == len(SHORT) else []
@@ -246,11 +245,9 @@ def _losses(report: "Report") -> Table:
     domains = list(dict.fromkeys(name for result in report.results for name in result.losses))
     shown = domains if len(domains) <= MOST_DOMAINS else []
     table = Table(box=None, pad_edge=False)
-    table.add_column("nats per token" if one_tokenizer else "bits per byte", no_wrap=True)
-    for name in (*shown, "mean"):
-        table.add_column(escape(name), justify="right")
-    table.add_column("MB", justify="right")
-    table.add_column("token/s", justify="right")
+    table.add_column("nats per token" if one_tokenizer else "bits per byte", overflow="fold")
+    for name in (*shown, "mean", "MB", "token/s"):
+        table.add_column(escape(name), justify="right", no_wrap=True)
     for result in report.results:
         values = {
             name: losses.mean if one_tokenizer else losses.bits_per_byte for name, losses in result.losses.items()

@@ -6,6 +6,7 @@ one pass checks the guesses: each that is kept is what the model itself would ha
 Shape suffixes: S slots, H key heads, C columns of a slot, T new tokens, D head size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -339,13 +340,20 @@ def generate_plainly(
 ) -> None:
     """The same, prompt by prompt and without a cache of ours: for models that cannot be read in parts."""
     check_ids(model, (prompt.tokens for prompt in prompts))
+    # some (Bamba) count positions from 0 again behind a cache if they are not told
+    placed = "position_ids" in inspect.signature(model.forward).parameters
+    inputs: dict[str, Any] = {}
     with torch.inference_mode():
         for number, prompt in enumerate(prompts):
             past, made = None, []
             ids_BT = torch.tensor([list(prompt.tokens)], device=model.device)
             said = None
             while said is None:
-                out = model(input_ids=ids_BT, past_key_values=past, use_cache=True)
+                before = len(prompt.tokens) + len(made) - ids_BT.shape[1]
+                if placed:
+                    positions = torch.arange(before, before + ids_BT.shape[1], device=model.device)
+                    inputs = {"position_ids": positions[None]}
+                out = model(input_ids=ids_BT, past_key_values=past, use_cache=True, **inputs)
                 past = getattr(out, "past_key_values", None)
                 made.append(_best(out.logits[:, -1], [prompt.name])[0])
                 new = torch.tensor([[made[-1]]], device=model.device)

@@ -20,7 +20,7 @@ from frankenmoe.progress import SILENT, Progress
 
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 DEFAULT_LENGTH = 2048  # lm-eval's, for a model that does not say how far it sees
-ENCODED = 256  # texts at once
+ENCODED = 64  # texts at once
 FLUSH = 32  # answers between two writes
 
 

@@ -82,7 +82,7 @@ class Budget:
         if self.cost(1, tokens, shared) > self.bytes:
             raise PlanError(
                 f"too little memory for a single sequence of {shared + tokens} tokens: it takes about "
-                f"{self.cost(1, tokens, shared) / 1e6:.0f} MB, allowed are {self.bytes / 1e6:.0f} MB",
+                f"{self.cost(1, tokens, shared) / 1e6:.3g} MB, allowed are {self.bytes / 1e6:.3g} MB",
                 hint="allow more with --memory, load the model with --dtype bfloat16, or free memory",
             )
 

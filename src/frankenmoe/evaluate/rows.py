@@ -165,8 +165,7 @@ def read_rows(name: str, split: str, *, data_dir: Path | None) -> list[dict[str,
     if data_dir is None:
         origin = f"dataset {found.hub}, configuration {found.config}, split {split}"
         numbered: Iterable[tuple[str, Any]] = (
-            (f"row {number} of {origin}", row)
-            for number, row in enumerate(stream_rows(found.hub, revision=None, config=found.config, split=split), 1)
+            (f"row {number} of {origin}", row) for number, row in enumerate(_from_hub(found, split), 1)
         )
     else:
         file = data_dir / found.folder / f"{split}.jsonl"
@@ -181,6 +180,13 @@ def read_rows(name: str, split: str, *, data_dir: Path | None) -> list[dict[str,
     if not rows:
         raise SourceError(f"{origin} holds no rows", hint=LAYOUT)
     return rows
+
+
+def _from_hub(found: DataSet, split: str) -> Iterator[Any]:
+    try:
+        yield from stream_rows(found.hub, revision=None, config=found.config, split=split)
+    except SourceError as error:
+        raise SourceError(error.message, hint=f"check the network, or give rows with --data-dir: {LAYOUT}") from error
 
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
