@@ -1,5 +1,6 @@
 """`frankenmoe eval` from the command line: what it writes, what it keeps, how it fails."""
 
+import errno
 import io
 import json
 import os
@@ -192,6 +193,25 @@ def test_bad_input_is_refused_in_a_sentence(arguments: str, said: str, place: Pa
     assert said in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not list(place.glob("*.json"))
+
+
+def test_what_cannot_be_written_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import frankenmoe.artifact as artifact
+    from frankenmoe.errors import ArtifactError
+    from frankenmoe.evaluate.store import Store
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifact, "write_atomic", full)
+        done = run("recipe.yml --text one=one.txt --limit 2 --json out.json", place, code=2)
+    assert "cannot be written to out.json: No space left on device" in " ".join(done.stderr.split())
+    assert "nats per token" in done.stdout  # the scores are not lost
+    store = Store(place / "kept", model="m", task="t", version=1)
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(ArtifactError, match="cannot be used: No space left on device"):
+        store.add([("key", 1)])
 
 
 def test_models_of_one_name_are_told_apart_by_their_folders(place: Path) -> None:

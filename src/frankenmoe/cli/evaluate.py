@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cli.options import REMOTE, Size, example
-from frankenmoe.errors import PlanError, SourceError
+from frankenmoe.errors import ArtifactError, PlanError, SourceError
 
 if TYPE_CHECKING:
     from frankenmoe.evaluating import Report
@@ -176,10 +176,15 @@ def _write(report: "Report", json_file: Path | None) -> None:
     if json_file is not None and json_file.name == "-":
         click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
         return
-    if json_file is not None:
-        write_json(json_file, report.to_dict())
     show(report)
     if json_file is not None:
+        try:
+            write_json(json_file, report.to_dict())
+        except OSError as error:
+            raise ArtifactError(
+                f"the report cannot be written to {json_file}: {error.strerror}",
+                hint="name another file: what was scored is kept, so the same command is quick",
+            ) from error
         click.echo(f"report: {json_file}", err=True)
 
 

@@ -33,18 +33,24 @@ class Store:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.found = dict(_read(self.file))
         except OSError as error:
-            raise ArtifactError(
-                f"{self.file}, where finished answers are kept, cannot be used: {error.strerror}",
-                hint="choose another folder with --cache",
-            ) from error
+            raise self._unusable(error) from error
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
         """Keeps (key, answer) pairs."""
         pairs = list(answers)
         self.found |= dict(pairs)
         lines = "".join(json.dumps([key, answer], ensure_ascii=False) + "\n" for key, answer in pairs)
-        with self.file.open("ab") as file:  # one write, so that two runs at once cannot tear each other's lines
-            file.write(lines.encode("utf-8", "surrogatepass"))
+        try:
+            with self.file.open("ab") as file:  # one write, so that two runs at once cannot tear each other's lines
+                file.write(lines.encode("utf-8", "surrogatepass"))
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> ArtifactError:
+        return ArtifactError(
+            f"{self.file}, where finished answers are kept, cannot be used: {error.strerror}",
+            hint="free disk space, or choose another folder with --cache",
+        )
 
 
 def _read(file: Path) -> Iterator[tuple[str, Any]]:
