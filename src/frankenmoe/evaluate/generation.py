@@ -345,7 +345,8 @@ def generate_plainly(
     inputs: dict[str, Any] = {}
     with torch.inference_mode():
         for number, prompt in enumerate(prompts):
-            past, made = None, []
+            past: Any = None
+            made: list[int] = []
             ids_BT = torch.tensor([list(prompt.tokens)], device=model.device)
             said = None
             while said is None:

@@ -289,7 +289,7 @@ def speed(model: Any) -> float:
     length = min(SPEED_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or SPEED_TOKENS)
     vocabulary = model.config.get_text_config().vocab_size
     ids_BT = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    seconds = []
+    seconds: list[float] = []
     with torch.inference_mode():
         while len(seconds) <= SPEED_ROUNDS or sum(seconds) < SPEED_SECONDS:
             began = time.perf_counter()
