@@ -80,6 +80,18 @@ def test_float32_adapter_on_a_bfloat16_base_answers_in_bfloat16() -> None:
     assert torch.equal(out, (base(hidden).float() + scale * (hidden.float() @ a_RI.T @ b_OR.T)).bfloat16())
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_a_sixteen_bit_adapter_answers_one_token_as_it_answers_many(tokens: int) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(32, 48, bias=False).bfloat16()
+    lora = LoraLinear(base, torch.randn(4, 32).bfloat16(), torch.randn(48, 4).bfloat16(), 0.5)
+    hidden = torch.randn(tokens, 32).bfloat16()
+    found = lora(hidden)
+    exact = hidden.double() @ (base.weight.double() + 0.5 * lora.b.double() @ lora.a.double()).T
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2e-2, atol=2e-2 * float(exact.detach().abs().max()))
+
+
 def test_refuses_a_name_that_is_no_linear_layer() -> None:
     with pytest.raises(ArtifactError, match=r"SwiGLU \(gate_proj, up_proj, down_proj\), found one on 'q_proj'"):
         with_adapter(SwiGLU(), {"q_proj": lora(HIDDEN, HIDDEN)})
