@@ -349,8 +349,3 @@ def _worse(outcome: Outcome, out: Path) -> PlanError:
         f"look in between was better; {out} was not written",
         hint="lower --rate and --router-rate or give more text; --keep-anyway writes the last state all the same",
     )
-
-
-def with_changes(settings: Train, **changes: Any) -> Train:
-    """The settings with some of them changed, checked again."""
-    return Train.model_validate(settings.model_dump() | changes)

@@ -6,6 +6,7 @@ It imports once and forks a run for every moment. A moment is a change of a fold
 import json
 import os
 import signal
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -60,6 +61,18 @@ def main(recipe: str, root: Path, first: int, step: int) -> None:
         assert in_a_fork(recipe, out, 0) is not None, moment
         killed += 1
     print(json.dumps({"moments": moments, "killed": killed}))
+
+
+def kill_at(recipe: Path, root: Path, first: int, step: int) -> int:
+    """`main` in a process of its own; how many runs were killed, each of which went on to its end in `root`."""
+    done = subprocess.run(
+        [sys.executable, __file__, str(recipe), str(root), str(first), str(step)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return int(json.loads(done.stdout.splitlines()[-1])["killed"])
 
 
 if __name__ == "__main__":

@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError, FrankenMoEError, PlanError, RecipeError
 from frankenmoe.progress import Progress
 from frankenmoe.running import Finished, run
+from running.killer import kill_at
 
-KILLER = Path(__file__).with_name("killer.py")
 CARD = {"license": "mit", "prompts": ["hello"], "max_new_tokens": 4}
 
 
@@ -235,15 +233,7 @@ def test_killed_at_any_moment_the_same_command_ends_with_the_same_files(
 ) -> None:
     root = tmp_path / "runs"
     root.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(KILLER), str(recipe), str(root), str(first), str(step)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["killed"] >= 3
+    assert kill_at(recipe, root, first, step) >= 3
     whole = content(root / "whole")
     for out in root.glob("killed-*"):
         assert content(out) == whole, out.name

@@ -1,9 +1,6 @@
 """The tiny twin of recipes/raiden-16x3.43b.yml: every stage there is, on parents made here, in one run."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +12,12 @@ import frankenmoe as fm
 from frankenmoe.checkpoint.writer import free_bytes
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.running import Finished, run
+from running.killer import kill_at
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 pytest.importorskip("lm_eval")
 
-KILLER = Path(__file__).with_name("killer.py")
 WEIGHTS = (".safetensors", ".gguf")
 ALL = ["fit", "train", "build", "audit", "eval", "export", "card"]
 
@@ -111,14 +108,7 @@ def test_killed_in_any_stage_the_same_command_ends_with_the_same_model(
     folder: Path, tmp_path: Path, first: int, step: int
 ) -> None:
     recipe = write(folder, eval={"limit": 2}, export={"types": ["q8_0"]})
-    done = subprocess.run(
-        [sys.executable, str(KILLER), str(recipe), str(tmp_path), str(first), str(step)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["killed"] >= 2
+    assert kill_at(recipe, tmp_path, first, step) >= 2
     whole = content(tmp_path / "whole")
     for out in tmp_path.glob("killed-*"):
         found = content(out)

@@ -4,7 +4,7 @@ Shape suffixes: C domains, E experts, D hidden.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -148,11 +148,6 @@ def identical_everywhere(distances: Sequence[Distances]) -> list[list[str]]:
     for path, key in zip(paths, keys, strict=True):
         members.setdefault(key, []).append(path)
     return [group for group in members.values() if len(group) > 1]
-
-
-def names_by_path(paths: Sequence[str], experts: Sequence[str], nested: Mapping[str, str]) -> dict[str, str]:
-    """Path -> what a person calls that expert; `nested` has the names of those below the first level."""
-    return {path: nested.get(path, experts[int(path)] if path.isdecimal() else path) for path in paths}
 
 
 def rounded(value: Any) -> Any:

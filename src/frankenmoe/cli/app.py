@@ -294,9 +294,6 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted; the same command goes on from here", err=True)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has left; nothing more to say
-        sys.exit(0)
     except OSError as error:  # of what we print, say: what sources and artifacts raise has been explained
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         click.echo(f"error: the system says: {error.strerror or error}{where}", err=True)
