@@ -40,7 +40,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/pip install --quiet torch==2.13.0
-	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf]"
+	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf,cpu]"
 	.lock/bin/pip freeze --exclude frankenmoe | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
 	rm -rf .lock
 

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -20,9 +21,11 @@ from transformers import AutoModelForCausalLM
 import frankenmoe as fm
 from frankenmoe.train import losses
 from frankenmoe.train.parts import gate_modules, make_learnable
+from frankenmoe.train.run import precision
 
 BATCH, LENGTH, STEPS, RANK = 4, 128, 4, 8
 CASES = {"adapters": "16 adapters on one source", "different": "16 different sources"}
+DTYPES = ("bfloat16", "float32")
 
 
 def main() -> None:
@@ -32,9 +35,9 @@ def main() -> None:
     shape = SHAPES["smoke" if options.scale == "smoke" else "small"]
     table: list[Row] = []
     with workspace(options.work) as work:
-        for case, title in CASES.items():
-            folder = work / case
-            recipe = _make(folder, case, shape)
+        for (case, words), dtype in product(CASES.items(), DTYPES):
+            folder, title = work / f"{case}-{dtype}", f"{words}, {dtype}"
+            recipe = _make(folder, case, shape, dtype=dtype)
             fm.build(recipe, folder / "built")
             runs = {
                 who: partial(measure, [sys.executable, __file__, "--once", who, str(target)])
@@ -51,14 +54,14 @@ def main() -> None:
         publish("train-speed", table, options=options, work=work)
 
 
-def _make(folder: Path, case: str, shape: object) -> Path:
+def _make(folder: Path, case: str, shape: object, *, dtype: str) -> Path:
     """Sources and a recipe: sixteen, or one with sixteen random adapters."""
     count = EXPERTS if case == "different" else 1
-    sources = [make_source(folder / f"s{number}", shape, dtype="float32", seed=number) for number in range(count)]  # type: ignore[arg-type]
+    sources = [make_source(folder / f"s{number}", shape, dtype=dtype, seed=number) for number in range(count)]  # type: ignore[arg-type]
     file = write_recipe(folder / "recipe.yml", sources)
     import yaml
 
-    recipe = yaml.safe_load(file.read_text()) | {"dtype": "float32"}
+    recipe = yaml.safe_load(file.read_text()) | {"dtype": dtype}
     if case == "adapters":
         for number, expert in enumerate(recipe["experts"]):
             expert["adapter"] = str(_adapter(folder / f"a{number}", shape, seed=number))
@@ -94,12 +97,13 @@ def once(who: str, target: Path) -> None:
         slots = make_learnable(model, ("routers",), plan=made, gate_names=names, rank=1, seed=0)
         gates = [slot.parameter for slot in slots.values()]
     else:
-        model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(target, dtype="auto")
         model.requires_grad_(False)
         gates = [value for name, value in model.named_parameters() if name.endswith("gate.weight")]
         for gate in gates:
             gate.requires_grad_(True)
     model.train()
+    context = precision(model, torch.device("cpu"))
     optimizer = torch.optim.AdamW(gates, lr=1e-3)
     draw = torch.Generator().manual_seed(0)
     for step in range(STEPS + 1):
@@ -107,8 +111,9 @@ def once(who: str, target: Path) -> None:
             begun = time.perf_counter()
         ids_BT = torch.randint(model.config.vocab_size, (BATCH, LENGTH), generator=draw)
         if who == "ours":
-            logits = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
-            loss = losses.next_token(logits.flatten(0, 1), ids_BT[:, 1:].flatten()).mean()
+            with context():
+                logits = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
+                loss = losses.next_token(logits.flatten(0, 1), ids_BT[:, 1:].flatten()).mean()
         else:
             logits = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
             loss = functional.cross_entropy(logits.flatten(0, 1), ids_BT[:, 1:].flatten())

@@ -9,6 +9,7 @@ from frankenmoe.artifact import Artifact, open_artifact
 from frankenmoe.building import check_buildable, is_recipe, load_recipe, make_routers
 from frankenmoe.checkpoint.tensors import DTYPES
 from frankenmoe.moe.dense import as_tensor
+from frankenmoe.moe.linear import to_int8
 from frankenmoe.moe.load import MoE, copy, load_built, load_plan
 from frankenmoe.planning import plan
 from frankenmoe.planning.recall import plan_of
@@ -20,15 +21,31 @@ def load(
     what: Recipe | Artifact | str | Path,
     *,
     dtype: str | None = None,
+    int8: bool = False,
     trust_remote_code: bool = False,
     progress: Progress = SILENT,
     **options: Any,
 ) -> MoE:
     """An MoE to run: from an artifact of either form, or from a recipe, whose routers are then made in memory.
 
-    `dtype` (float32, bfloat16, float16) converts; without it weights stay mapped as they are stored. `options` are
-    those of MoEBlock: capacity_factor, drop_policy.
+    `dtype` (float32, bfloat16, float16) converts; without it weights stay mapped as they are stored. `int8` rounds
+    every linear layer to 8 bits in memory, for inference: half the memory of 16 bits, logits about one percent off.
+    `options` are those of MoEBlock: capacity_factor, drop_policy.
     """
+    moe = _load(what, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress, **options)
+    if int8:
+        to_int8(moe.model, progress)
+    return moe
+
+
+def _load(
+    what: Recipe | Artifact | str | Path,
+    *,
+    dtype: str | None,
+    trust_remote_code: bool,
+    progress: Progress,
+    **options: Any,
+) -> MoE:
     as_dtype = getattr(torch, dtype) if dtype else None
     if isinstance(what, (str, Path)) and not is_recipe(what):
         what = open_artifact(Path(what))

@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import TextStreamer
 
 from frankenmoe.cli.ask import ask, is_terminal
+from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, printable
 from frankenmoe.loading import load
@@ -30,11 +31,13 @@ class Settings:
     temperature: float
     seed: int
     trace: bool
+    int8: bool = False
 
 
 def chat(what: Path, *, prompt: str | None, settings: Settings, as_json: bool, trust_remote_code: bool) -> None:
     """One exchange with `prompt`, otherwise a conversation until end of file or Ctrl-C."""
-    moe = load(what, trust_remote_code=trust_remote_code)
+    with bars() as progress:
+        moe = load(what, int8=settings.int8, trust_remote_code=trust_remote_code, progress=progress)
     tokenizer = moe.tokenizer()
     torch.manual_seed(settings.seed)
     history: list[dict[str, str]] = []

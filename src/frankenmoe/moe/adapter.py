@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.linear import linear, torch_is_fast
 
 # R rank, I inputs, O outputs
 
@@ -40,8 +41,12 @@ class LoraLinear(nn.Module):
 
     def update(self, hidden: torch.Tensor) -> torch.Tensor:
         """scale * B A x, [..., I] to [..., O], in the adapter's dtype, or in float32 where that is faster."""
-        linear, dtype = nn.functional.linear, torch.float32 if _widens(self, hidden) else self.a.dtype
-        return linear(self.scale * linear(hidden.to(dtype), self.a.to(dtype)), self.b.to(dtype))
+        if _widens(self, hidden):
+            # autocast would round what was widened, for a product that takes longer
+            with torch.autocast(hidden.device.type, enabled=False):
+                a_RI, b_OR = self.a.float(), self.b.float()
+                return nn.functional.linear(self.scale * nn.functional.linear(hidden.float(), a_RI), b_OR)
+        return linear(self.scale * linear(hidden.to(self.a.dtype), self.a), self.b)
 
     def extra_repr(self) -> str:
         return f"rank={self.a.shape[0]}, scale={self.scale}"
@@ -73,8 +78,10 @@ def with_update(
 
 
 def _widens(lora: LoraLinear, hidden: torch.Tensor) -> bool:
-    """One token on a CPU: a 16-bit product of so few numbers takes twice the time of widening them first."""
-    return hidden.device.type == "cpu" and hidden.shape[:-1].numel() == 1 and lora.a.dtype.itemsize == 2
+    """On a CPU: where torch is slow at 16-bit products, and for one token, where it is slow at all small ones."""
+    if hidden.device.type != "cpu" or (lora.a.dtype.itemsize > 2 and hidden.dtype.itemsize > 2):
+        return False
+    return hidden.shape[:-1].numel() == 1 or not torch_is_fast(hidden.shape, torch.bfloat16)
 
 
 def with_adapter(mlp: nn.Module, loras: Mapping[str, Lora]) -> nn.Module:

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import SourceError
+from frankenmoe.moe.linear import is_linear, keep_stored
 
 WRONG_CONFIG = "check that config.json is the one that was saved with these weights"
 LONGEST = 200  # characters of another library's message in ours
@@ -70,7 +71,7 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
             f"{len(lost)} parameters of {cls.__name__} have no tensor in the source, the first being {lost[0]}",
             hint="config.json and weights are of two different models",
         )
-    return cast(PreTrainedModel, model.eval())
+    return cast(PreTrainedModel, keep_stored(model.eval()))
 
 
 def causal_class(config: Any) -> Any:
@@ -120,9 +121,7 @@ def linear_names(config: Any) -> set[str]:
     with torch.device("meta"), quiet_transformers(), _explained(cls, config):
         model = cls._from_config(config)
     embeddings = model.get_input_embeddings().weight
-    return {
-        name for name, module in model.named_modules() if type(module) is nn.Linear and module.weight is not embeddings
-    }
+    return {name for name, module in model.named_modules() if is_linear(module) and module.weight is not embeddings}
 
 
 def fill(pattern: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -138,7 +137,7 @@ def fill(pattern: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
         ) from error
     for parameter in module.parameters():
         parameter.requires_grad_(False)
-    return module.eval()
+    return keep_stored(module.eval())
 
 
 @contextmanager

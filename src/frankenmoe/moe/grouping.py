@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from frankenmoe.moe.adapter import LoraLinear
+from frankenmoe.moe.linear import Linear, is_linear
 
 # the MLPs of transformers that are down(act(gate x) * up x) and nothing else; others may do more under the same names
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP"})
@@ -16,9 +17,9 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 class Gated:
     """The one FFN under a group of adapter experts: down(act(gate x) * up x)."""
 
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
+    gate_proj: Linear
+    up_proj: Linear
+    down_proj: Linear
     act: nn.Module
 
 
@@ -65,13 +66,13 @@ def _key(expert: nn.Module) -> object:
 
 
 def _is_linear(module: object) -> bool:
-    return isinstance(module, LoraLinear) or type(module) is nn.Linear
+    return isinstance(module, LoraLinear) or is_linear(module)
 
 
-def _base(expert: nn.Module, name: str) -> nn.Linear:
+def _base(expert: nn.Module, name: str) -> Linear:
     projection = getattr(expert, name)
     base = projection.base if isinstance(projection, LoraLinear) else projection
-    assert isinstance(base, nn.Linear)
+    assert is_linear(base)
     return base
 
 

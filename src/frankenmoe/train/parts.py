@@ -171,7 +171,7 @@ def _embeddings(model: Any) -> Slots:
     slots = {f"embedding/{names[entry]}.weight": _own(entry, "weight")}
     if tied:
         head.weight = entry.weight
-    elif head is not None and type(head) is nn.Linear:
+    elif isinstance(head, nn.Linear):
         slots[f"embedding/{names[head]}.weight"] = _own(head, "weight")
     return slots
 
@@ -196,7 +196,7 @@ def _adapters(places: list[Place], *, rank: int, seed: int) -> Slots:
     """A LoRA on every linear layer of every expert, each with numbers of its own; one that is there learns on."""
     slots: Slots = {}
     for place in places:
-        linears = {name: part for name, part in place.module.named_modules() if type(part) is nn.Linear}
+        linears = {name: part for name, part in place.module.named_modules() if isinstance(part, nn.Linear)}
         new = {
             name: _fresh(linear, rank, seed=tensor_seed(seed, place.node.path, f"{place.layer}/{name}"))
             for name, linear in linears.items()

@@ -100,7 +100,7 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
     history = History.read(kept[1] / HISTORY) if kept else History()
     if kept:
         put_back(slots, load_weights(kept[1]))
-    context = _precision(model, arguments.device)
+    context = precision(model, arguments.device)
     mixture = Mixture(
         job.domains,
         items=settings.steps * settings.batch,
@@ -202,7 +202,7 @@ def _arguments(job: Job) -> TrainingArguments:
     )
 
 
-def _precision(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def precision(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """What learns is float32; where the frozen rest is not, torch casts to bfloat16 as it goes."""
     frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
     low = frozen & {torch.bfloat16, torch.float16}

@@ -1,0 +1,223 @@
+"""Products with weights that stay in 16 bits or int8 and are widened to float32 on the way; does not know any model.
+
+torch multiplies 16-bit matrices on a CPU without such instructions several times slower than float32 ones. What is here
+reads the weights as they are stored and sums in float32, so results are those of torch to rounding.
+"""
+
+from functools import cache
+from types import ModuleType
+from typing import Any, TypeGuard
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from frankenmoe.progress import SILENT, Progress
+
+# T tokens, I inputs, O outputs
+
+KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
+# what a CPU must have to multiply a type by itself, as torch.cpu.get_capabilities() calls it
+INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
+FEW = 4  # tokens below which memory decides, and no instruction helps
+SHORT = 64  # inputs below which widening a matrix first costs less than it saves
+CHUNK = 1 << 18  # numbers of a widened matrix at a time: they stay in the cache
+
+
+class StoredLinear(nn.Linear):
+    """An nn.Linear that computes with `linear`."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return linear(hidden, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weight is int8 with one float32 scale for each output; it has nothing to train."""
+
+    weight: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        weight_OI, scale_O = quantized(layer.weight.detach())
+        self.register_buffer("weight", weight_OI)
+        self.register_buffer("scale", scale_O)
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+        self.out_features, self.in_features = weight_OI.shape
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., I] to [..., O] in the dtype of `hidden`."""
+        return _product(hidden, self.weight, self.scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+Linear = nn.Linear | Int8Linear
+
+
+def is_linear(module: object) -> TypeGuard[Linear]:
+    """Whether a module is a linear layer and nothing more."""
+    return type(module) in (nn.Linear, StoredLinear, Int8Linear)
+
+
+def keep_stored(module: nn.Module) -> nn.Module:
+    """The same module; its linear layers, and itself if it is one, compute with `linear` from now on."""
+    for part in module.modules():
+        if type(part) is nn.Linear:
+            part.__class__ = StoredLinear  # the same object, so that hooks, tied weights and references to it stay
+    return module
+
+
+def to_int8(model: nn.Module, progress: Progress = SILENT) -> None:
+    """Puts an Int8Linear in the place of every linear layer but those of one output; shared ones stay shared."""
+    places = [
+        (module, name, layer)
+        for module in model.modules()
+        for name, layer in module.named_children()
+        if is_linear(layer) and isinstance(layer, nn.Linear) and layer.out_features > 1
+    ]
+    progress.start("rounding to int8", sum(layer.weight.nbytes for layer in {layer for _, _, layer in places}), "B")
+    made: dict[nn.Module, Int8Linear] = {}
+    for module, name, layer in places:
+        if layer not in made:
+            made[layer] = Int8Linear(layer)
+            progress.advance(layer.weight.nbytes)
+        setattr(module, name, made[layer])
+
+
+def quantized(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(int8 weight [O, I], float32 scale [O]): each row's largest number becomes 127, the others the nearest step."""
+    int8_OI, scale_O = torch.empty_like(weight_OI, dtype=torch.int8), torch.empty(len(weight_OI))
+    for rows in _chunks(weight_OI):
+        wide = weight_OI[rows].float()
+        scale_O[rows] = wide.abs().amax(dim=1) / 127
+        step = scale_O[rows, None].clamp_min(torch.finfo(torch.float32).tiny)  # a row of zeros stays zeros
+        int8_OI[rows] = (wide / step).round_().to(torch.int8)
+    return int8_OI, scale_O
+
+
+def linear(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """What `torch.nn.functional.linear` gives, [..., I] to [..., O]; sooner for a frozen 16-bit weight on a CPU."""
+    if not _is_ours(hidden, weight_OI, bias_O):
+        return nn.functional.linear(hidden, weight_OI, bias_O)
+    return _product(hidden, weight_OI, None, bias_O)
+
+
+def _is_ours(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> bool:
+    if weight_OI.dtype not in INSTRUCTIONS or hidden.device.type != "cpu":
+        return False
+    if hidden.dtype != weight_OI.dtype and not (hidden.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
+        return False
+    if torch.is_grad_enabled() and (weight_OI.requires_grad or (bias_O is not None and bias_O.requires_grad)):
+        return False
+    if type(weight_OI) not in (torch.Tensor, nn.Parameter) or torch.compiler.is_compiling():
+        return False  # a sharded weight, or one that only stands for another
+    return not torch_is_fast(hidden.shape, weight_OI.dtype)
+
+
+def torch_is_fast(shape: torch.Size, dtype: torch.dtype) -> bool:
+    """Whether torch itself is fast on this CPU at products of hidden states of a shape [..., I] in a type."""
+    if dtype not in INSTRUCTIONS:
+        return True
+    if shape[:-1].numel() < FEW:
+        return _kernels() is None
+    return _has_instructions(dtype)
+
+
+def _product(
+    hidden: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None, bias_O: torch.Tensor | None
+) -> torch.Tensor:
+    """hidden @ (scale * weight).T + bias, [..., I] to [..., O], in the weight's dtype or, of int8, that of `hidden`."""
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        found: torch.Tensor = _Product.apply(hidden, weight_OI, scale_O, bias_O)  # type: ignore[no-untyped-call]
+        return found
+    wide_TI = hidden.reshape(-1, hidden.shape[-1]).to(torch.float32).contiguous()
+    out_TO = _sums(wide_TI, weight_OI)
+    if scale_O is not None:
+        out_TO *= scale_O
+    if bias_O is not None:
+        out_TO += bias_O
+    dtype = hidden.dtype if scale_O is not None else weight_OI.dtype
+    return out_TO.to(dtype).view(*hidden.shape[:-1], len(weight_OI))
+
+
+class _Product(torch.autograd.Function):
+    """`_product` differentiable in `hidden`; keeps nothing but the weights for that."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight_OI: torch.Tensor,
+        scale_O: torch.Tensor | None,
+        bias_O: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.stored = weight_OI, scale_O, hidden.dtype
+        return _product(hidden.detach(), weight_OI, scale_O, bias_O)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        weight_OI, scale_O, dtype = ctx.stored
+        wide_TO = grad.reshape(-1, grad.shape[-1]).to(torch.float32)
+        if scale_O is not None:
+            wide_TO = wide_TO * scale_O
+        out_TI = wide_TO.new_zeros(len(wide_TO), weight_OI.shape[1])
+        for rows, chunk in _widened(weight_OI):
+            out_TI.addmm_(wide_TO[:, rows], chunk)
+        return out_TI.to(dtype).view(*grad.shape[:-1], weight_OI.shape[1]), None, None, None
+
+
+def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+    """wide_TI @ weight_OI.T in float32."""
+    tokens, (outputs, inputs) = len(wide_TI), weight_OI.shape
+    kernels = _kernels() if weight_OI.device.type == "cpu" and weight_OI.is_contiguous() else None
+    out_TO = wide_TI.new_empty(tokens, outputs)
+    if kernels is not None and inputs >= SHORT:
+        kernels.product(
+            KINDS[weight_OI.dtype],
+            weight_OI.data_ptr(),
+            wide_TI.data_ptr(),
+            out_TO.data_ptr(),
+            sizes=(tokens, outputs, inputs),
+            threads=torch.get_num_threads(),
+        )
+        return out_TO
+    for rows, chunk in _widened(weight_OI):
+        out_TO[:, rows] = wide_TI @ chunk.T
+    return out_TO
+
+
+def _widened(weight_OI: torch.Tensor) -> Any:
+    """(rows, the same rows in float32) from the first to the last, all in one buffer."""
+    buffer: torch.Tensor | None = None
+    for rows in _chunks(weight_OI):
+        part = weight_OI[rows]
+        if buffer is None:  # fresh memory is dear
+            buffer = torch.empty_like(part, dtype=torch.float32)
+        yield rows, buffer[: len(part)].copy_(part)
+
+
+def _chunks(weight_OI: torch.Tensor) -> Any:
+    outputs, inputs = weight_OI.shape
+    step = max(1, CHUNK // max(1, inputs))
+    return (slice(begin, min(begin + step, outputs)) for begin in range(0, outputs, step))
+
+
+@cache
+def _kernels() -> ModuleType | None:
+    """The compiled kernels, or None where numba (the extra `cpu`) or OpenMP is missing: then torch does the same."""
+    try:
+        from frankenmoe.moe import kernels
+    except ImportError:
+        return None
+    return kernels
+
+
+@cache
+def _has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies numbers of a 16-bit type itself."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in INSTRUCTIONS[dtype])
