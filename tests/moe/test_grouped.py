@@ -264,6 +264,14 @@ LOOPED = {
 }
 
 
+def test_a_private_mark_on_an_activation_makes_no_other_of_it() -> None:
+    """transformers leaves one on what it has initialised."""
+    experts = distinct(3)
+    experts[0].act_fn._is_hf_initialized = True
+    experts[1].eval()
+    packed_of(experts)
+
+
 @pytest.mark.parametrize("make", LOOPED.values(), ids=LOOPED)
 def test_what_cannot_be_grouped_stays_where_it_is(make: Callable[[], Experts]) -> None:
     experts = make()
@@ -362,6 +370,18 @@ def test_a_changed_expert_is_noticed(
     monkeypatch.setattr(packing, "DEVICES", set())
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, block(hidden), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("here")
+def test_whoever_listens_to_an_expert_is_heard() -> None:
+    block, hidden = block_of(distinct(3), top_k=3), torch.randn(5, HIDDEN)
+    silent, seen = block(hidden), []
+    handle = block.experts[1].down_proj.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    torch.testing.assert_close(block(hidden), silent, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+    handle.remove()
+    assert torch.equal(block(hidden), silent)
+    assert len(seen) == 1
 
 
 @pytest.mark.usefixtures("here")

@@ -1,6 +1,6 @@
 """Lays a layer's experts side by side in memory, as grouped products on a GPU want them; multiplies nothing itself."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -217,37 +217,32 @@ def _same(act: nn.Module, other: nn.Module) -> bool:
     """Whether two activations are certainly the same function."""
     if act is other:
         return True
-    stateless = not (act._parameters or act._buffers or act._modules)
-    return stateless and type(act) is type(other) and vars(act) == vars(other)
+    if type(act) is not type(other) or act._parameters or act._buffers or act._modules or _listened(other):
+        return False
+    mine, theirs = (
+        # transformers marks some modules, and not their like, with private names
+        {name: value for name, value in vars(each).items() if not name.startswith("_") and name != "training"}
+        for each in (act, other)
+    )
+    return mine == theirs
 
 
 def _listened(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _state(groups: Sequence[Group]) -> list[object]:
-    """What packing depends on; asked for at every call, so it goes by the shortest way."""
-    return [fact for group in groups for fact in (_of_adapters(group) if group.base else _of_expert(group.module))]
-
-
-def _of_expert(expert: nn.Module) -> Iterator[object]:
-    yield _listened(expert)
-    for name in PROJECTIONS:
-        linear = expert._modules.get(name)
-        yield linear
-        if type(linear) is nn.Linear:
-            weight = linear._parameters.get("weight")
-            yield _listened(linear), weight is not None and _place(weight)
-
-
-def _of_adapters(group: Group) -> Iterator[object]:
-    for loras in group.loras:
-        for lora in loras.values():
-            yield lora.scale
-            for name in ("a", "b"):
-                weight = lora._parameters.get(name)
-                yield weight is not None and _place(weight)
-
-
-def _place(weight: torch.Tensor) -> object:
-    return id(weight), weight.data_ptr(), weight.requires_grad
+def _state(groups: Sequence[Group]) -> object:
+    """What packing depends on; asked for at every call, so by the shortest way: registries, and no helpers."""
+    experts = [group.module for group in groups if group.base is None]
+    linears = [expert._modules.get(name) for expert in experts for name in PROJECTIONS]
+    found = [linear._parameters.get("weight") for linear in linears if type(linear) is nn.Linear]
+    loras = [lora for group in groups for row in group.loras for lora in row.values()]
+    found += [lora._parameters.get(name) for lora in loras for name in ("a", "b")]
+    weights = [weight for weight in found if weight is not None]
+    listeners = [each for each in (*experts, *linears) if each is not None]
+    return (
+        [weight.data_ptr() for weight in weights],
+        [weight.requires_grad for weight in weights],
+        any(each._forward_hooks or each._forward_pre_hooks for each in listeners),
+        [lora.scale for lora in loras],
+    )
