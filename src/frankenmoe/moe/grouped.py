@@ -1,6 +1,5 @@
 """Tokens through packed experts without a question from the host to the device; does not know how they were packed."""
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -121,7 +120,6 @@ def _kept(out_AO: torch.Tensor, rows: Rows, ids_TK: torch.Tensor) -> torch.Tenso
     return out_AO.view(*ids_TK.shape, out_AO.shape[1]).masked_fill((ids_TK < 0)[..., None], 0)
 
 
-@cache
 def _has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
     if not hasattr(nn.functional, "grouped_mm"):  # before torch 2.10
         return False
