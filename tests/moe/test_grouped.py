@@ -1,6 +1,8 @@
 """The path for GPUs, proven on CPU tensors: equal to the loop over experts, forward and backward, without waiting."""
 
 import copy
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -401,6 +403,17 @@ def test_a_changed_adapter_is_noticed(packings: list[object], monkeypatch: pytes
     monkeypatch.setattr(packing, "DEVICES", set())
     torch.testing.assert_close(outs[-1], block(hidden), rtol=1e-5, atol=1e-5)
     assert [torch.equal(one, other) for one, other in pairwise(outs)] == [False, False, True, False]
+
+
+@pytest.mark.usefixtures("here")
+def test_a_block_that_moves_lets_go_of_what_was_packed() -> None:
+    block = block_of(distinct(3))
+    block(torch.randn(5, HIDDEN))
+    held = weakref.ref(block._packing._packed)
+    assert held() is not None
+    block.double()
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.usefixtures("here")
