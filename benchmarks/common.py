@@ -209,7 +209,7 @@ def spell(value: float | None, unit: str) -> str:
     """A value as a table shows it: `1.07 x`, `244 MB`; without a unit it is a count."""
     if value is None:
         return "-"
-    digits = {"x": 2, "s": 2, "%": 2, "nats": 3}.get(unit, 0)
+    digits = {"x": 2, "s": 2, "ms": 2, "%": 2, "nats": 3}.get(unit, 0)
     if unit == "nats" and value < 0.001:  # differences of rounding
         return f"{value:.1e}"
     return f"{value:.{digits}f} {unit}".rstrip()
@@ -254,4 +254,13 @@ def machine(work: Path) -> dict[str, Any]:
         "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "filesystem": subprocess.run(["stat", "-f", "-c", "%T", work], capture_output=True, text=True).stdout.strip(),
         "load_average": os.getloadavg(),
+        "gpus": gpus(),
     }
+
+
+def gpus() -> list[str]:
+    """Name, memory, power limit and driver of every GPU, in the driver's own words."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,power.limit,driver_version", "--format=csv,noheader"]
+    return subprocess.run(query, capture_output=True, text=True).stdout.splitlines()

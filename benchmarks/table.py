@@ -33,8 +33,9 @@ def circumstances(result: dict[str, object]) -> str:
     machine, versions = result["machine"], result["versions"]
     assert isinstance(machine, dict)
     assert isinstance(versions, dict)
+    gpus = "".join(f"{gpu}, " for gpu in machine.get("gpus", ()))
     return (
-        f"- {result['benchmark']}: {result['rounds']} rounds, {result['finished']}, {machine['cores']} cores of "
+        f"- {result['benchmark']}: {result['rounds']} rounds, {result['finished']}, {gpus}{machine['cores']} cores of "
         f"{machine['cpu']}, {machine['memory'] / 2**30:.0f} GiB, {machine['filesystem']}, torch {versions['torch']}, "
         f"transformers {versions['transformers']}, commit {str(result['revision'])[:12]}"
     )

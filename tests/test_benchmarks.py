@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 REAL_PARENTS = (BENCHMARKS.parents[1] / "shared" / "models").is_dir()
@@ -60,10 +61,34 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
         ("compose.py", 4),
         ("audit.py", 4 if REAL_PARENTS else 2),
         ("export.py", 16 if REAL_PARENTS else 5),
+        ("gpu.py", 30),
     ],
 )
 def test_scripts_keep_their_rows(script: str, rows: int, tmp_path: Path) -> None:
-    check(run_script(script, tmp_path), rows=rows)
+    result = run_script(script, tmp_path)
+    check(result, rows=rows)
+    if script == "gpu.py":  # whose parts may fail on a card too small for them, but not here
+        assert all(row["value"] is not None for row in result["rows"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_script_says_that_there_is_none(tmp_path: Path) -> None:
+    script, out = str(BENCHMARKS / "gpu.py"), tmp_path / "result.json"
+    done = subprocess.run([sys.executable, script, "--out", str(out)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "benchmarks/gpu.py at scale small needs a CUDA GPU, found none; --scale smoke runs on a CPU"
+    ]
+    assert not out.exists()
+
+
+def test_the_gpu_floors_are_those_worked_out_by_hand(common) -> None:
+    """26 layers of 3200 and 8640 with 16 experts at 4.8 TB/s and 989 TFLOP/s."""
+    import gpu
+
+    assert gpu.floor("decode", "full", gpu.H200) == pytest.approx(2.28e-3, rel=0.01)
+    assert gpu.floor("prefill", "full", gpu.H200) == pytest.approx(14.8e-3, rel=0.01)
+    assert 8 * 2048 / gpu.floor("large", "full", gpu.H200) == pytest.approx(92e3, rel=0.01)
 
 
 def test_measure_sees_the_memory_of_children(common) -> None:

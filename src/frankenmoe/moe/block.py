@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable
-from typing import get_args
+from typing import Any, Self, get_args
 
 import torch
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.experts import DropPolicy, apply_capacity, dispatch
 from frankenmoe.moe.grouping import Group, group_experts
+from frankenmoe.moe.packing import Packing
 from frankenmoe.moe.router import Router, Routing
 
 # T tokens, D hidden, E experts, K top-k
@@ -80,6 +81,7 @@ class MoEBlock(nn.Module):
         self.shared = shared
         self.shared_gate = None if shared_gate is None else _linear(shared_gate)
         self._groups: tuple[tuple[int, ...], tuple[Group, ...]] = ((), ())
+        self._packing = Packing()
         _check(self)
 
     @property
@@ -94,10 +96,17 @@ class MoEBlock(nn.Module):
         """[..., D] to [..., D], the same shape and dtype."""
         hidden_TD = hidden.reshape(-1, hidden.shape[-1])
         weights_TK, ids_TK, _ = self.capacity(self.router(hidden_TD))
-        out_TD = dispatch(hidden_TD, weights_TK, ids_TK, self.experts, groups=self.groups)
+        groups = self.groups
+        packed = self._packing.of(groups, hidden_TD)
+        out_TD = dispatch(hidden_TD, weights_TK, ids_TK, self.experts, groups=groups, packed=packed)
         if self.shared is not None:
             out_TD = out_TD + self._shared_output(self.shared, hidden_TD)
         return out_TD.reshape(hidden.shape)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self._packing = Packing()  # .to() and the like move every weight by itself: what was packed may go
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
 
     def _shared_output(self, shared: nn.Module, hidden_TD: torch.Tensor) -> torch.Tensor:
         shared_TD: torch.Tensor = shared(hidden_TD)

@@ -1,6 +1,5 @@
 """The one place where tokens meet experts; does not know how the tokens were routed, nor what an expert computes."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Literal
@@ -8,8 +7,10 @@ from typing import Literal
 import torch
 from torch import nn
 
+from frankenmoe.moe import grouped
 from frankenmoe.moe.adapter import LoraLinear, with_update
 from frankenmoe.moe.grouping import Gated, Group, group_experts
+from frankenmoe.moe.packing import Packed
 
 # T tokens, D hidden, F ffn, E experts, K top-k, N tokens of one expert or group, M of one member of a group
 # A = K * T assignments by choice, then by token
@@ -26,13 +27,17 @@ def dispatch(
     experts: Sequence[nn.Module] | nn.ModuleList,
     *,
     groups: Sequence[Group] | None = None,
+    packed: Packed | None = None,
 ) -> torch.Tensor:
     """out_TD: for each token, the sum of its experts' outputs times their weights, in the dtype of `hidden_TD`.
 
     An expert is any module from (N, D) to (N, D); it runs once, on its tokens in ascending order, or not at all if it
     has none. Ids are 0 .. E-1, or -1 for a dropped assignment, which adds nothing. `groups` is what `group_experts`
-    says of these experts: what they share is computed once for each token.
+    says of these experts: what they share is computed once for each token. `packed` are the same experts as a GPU wants
+    them, used where that can be done without waiting for it.
     """
+    if packed is not None and grouped.takes(packed, hidden_TD, ids_TK):
+        return grouped.mix(hidden_TD, weights_TK, ids_TK, packed)
     groups = group_experts(experts) if groups is None else groups
     if len(groups) == 1:
         return _output(groups[0], hidden_TD, weights_TK, ids_TK, ids_TK != DROPPED).to(hidden_TD.dtype)
@@ -111,6 +116,12 @@ def _among(ids_TK: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
     return torch.isin(ids_TK, torch.tensor(members, device=ids_TK.device))
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _ratio(factor: float) -> tuple[int, int]:
+    """The decimal that the user wrote: 1.1 * 200 / 4 is 55, but in binary a little more, with the ceiling 56."""
+    return Fraction(str(factor)).as_integer_ratio()
+
+
 def apply_capacity(
     weights_TK: torch.Tensor, ids_TK: torch.Tensor, *, experts: int, capacity_factor: float, policy: DropPolicy
 ) -> torch.Tensor:
@@ -122,15 +133,17 @@ def apply_capacity(
     (arXiv 2106.05974), by the weight of each assignment where V-MoE ranks whole tokens. Equal weights go by "order".
     """
     tokens, top_k = ids_TK.shape
-    # the decimal that the user wrote: 1.1 * 200 / 4 is 55, but in binary a little more, with the ceiling 56
-    capacity = math.ceil(Fraction(str(capacity_factor)) * tokens * top_k / experts)
+    numerator, denominator = _ratio(capacity_factor)
+    capacity = -(-numerator * tokens * top_k // (denominator * experts))
     ids_A = ids_TK.T.reshape(-1)
     if policy == "weight":
         service_A = weights_TK.T.reshape(-1).argsort(descending=True, stable=True)
     else:
         service_A = torch.arange(len(ids_A), device=ids_A.device)
     served_A = ids_A[service_A]
-    seat_A = nn.functional.one_hot(served_A, experts).cumsum(dim=0).gather(1, served_A[:, None])[:, 0]  # counted from 1
+    # not one_hot, which on a CPU asks for the largest id
+    served_AE = served_A[:, None] == torch.arange(experts, device=served_A.device)
+    seat_A = served_AE.cumsum(dim=0).gather(1, served_A[:, None])[:, 0]  # counted from 1
     over_A = torch.empty_like(ids_A, dtype=torch.bool)
     over_A[service_A] = seat_A > capacity
     return ids_TK.masked_fill(over_A.view(top_k, tokens).T, DROPPED)
