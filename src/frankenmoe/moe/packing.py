@@ -8,6 +8,7 @@ import torch.distributed
 from torch import nn
 
 from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Group
+from frankenmoe.moe.linear import is_linear
 
 # E experts, D hidden, F ffn, R rank, I inputs, O outputs
 
@@ -191,7 +192,8 @@ def _is_plain(expert: nn.Module) -> bool:
         return False
     linears = [expert._modules.get(name) for name in PROJECTIONS]
     return all(
-        type(linear) is nn.Linear
+        isinstance(linear, nn.Linear)
+        and is_linear(linear)
         and linear.bias is None
         and type(linear.weight) is nn.Parameter
         and not linear.weight.requires_grad
@@ -235,7 +237,7 @@ def _state(groups: Sequence[Group]) -> object:
     """What packing depends on; asked for at every call, so by the shortest way: registries, and no helpers."""
     experts = [group.module for group in groups if group.base is None]
     linears = [expert._modules.get(name) for expert in experts for name in PROJECTIONS]
-    found = [linear._parameters.get("weight") for linear in linears if type(linear) is nn.Linear]
+    found = [linear._parameters.get("weight") for linear in linears if isinstance(linear, nn.Linear)]
     loras = [lora for group in groups for row in group.loras for lora in row.values()]
     found += [lora._parameters.get(name) for lora in loras for name in ("a", "b")]
     weights = [weight for weight in found if weight is not None]
