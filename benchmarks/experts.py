@@ -15,6 +15,8 @@ from sources import Shape, make_source
 from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
+from frankenmoe.moe.adapter import LoraLinear
+from frankenmoe.moe.block import MoEBlock
 
 SHAPES = {
     "smoke": Shape(hidden=32, ffn=64, layers=2, vocab=64),
@@ -26,11 +28,12 @@ RANK = 16
 LONG, COUNTS = 2048, (4, 16, 64)
 PEERS = ("eager", "grouped_mm", "batched_mm")
 # form, what it stands for, the most that its prefill and decode may take against the dense parent
-DENSE_ROWS = (
-    ("identical", "16 identical against dense", 1 / 0.95),
-    ("adapters", "16 adapters against dense", 1 / 0.85),
-)
-STOCK_ROWS = (("prefill", 1 / 4), ("decode", 1 / 1.7))
+DENSE_ROWS = (("identical", "16 identical", 1 / 0.95), ("adapters", "16 adapters", 1 / 0.85))
+# the dense parent with frankenmoe's own products, and as transformers runs it
+PARENTS = (("dense", "dense"), ("stock dense", "stock dense"))
+# what, form, the most it may take against stock's best
+STOCK_ROWS = (("prefill", "distinct", 1 / 4), ("decode", "distinct", 1 / 1.7), ("decode", "int8", 1 / 2.5))
+FLOOR_ROWS = {"prefill": 1.6, "decode": 1.3}
 Model = Any
 Timer = Callable[[Model], float]
 
@@ -41,6 +44,7 @@ def main() -> None:
     with workspace(options.work) as work, torch.inference_mode():
         models = make_models(work, shape)
         rows = [row for threads in (1, 2) for row in measured(models, threads, rounds=options.rounds)]
+        rows += [logit_error(models), adapter_memory(models)]
         del models
         rows += growth(work, shape, rounds=options.rounds)
         publish("experts", rows, options=options, work=work)
@@ -58,7 +62,11 @@ def make_models(work: Path, shape: Shape) -> dict[str, Model]:
     }
     files = {form: write(work / f"{form}.yml", sources[0], experts) for form, experts in forms.items()}
     models = {form: fm.load(file).model for form, file in files.items()}
-    models["dense"] = AutoModelForCausalLM.from_pretrained(sources[0], dtype="auto")
+    models["int8"] = fm.load(files["distinct"], int8=True).model
+    models["int8 identical"] = fm.load(files["identical"], int8=True).model
+    one = write(work / "dense.yml", sources[0], [parent], experts_per_token=1)
+    models["dense"] = fm.load(one).model
+    models["stock dense"] = AutoModelForCausalLM.from_pretrained(sources[0], dtype="auto")
     fm.build(files["distinct"], work / "built")
     for peer in PEERS:
         models[peer] = AutoModelForCausalLM.from_pretrained(work / "built", dtype="auto", experts_implementation=peer)
@@ -78,8 +86,9 @@ def make_adapter(folder: Path, source: Path, *, seed: int) -> Path:
     return folder
 
 
-def write(file: Path, base: Path, experts: list[Mapping[str, str]]) -> Path:
-    file.write_text(yaml.safe_dump({"base_model": str(base), "gate_mode": "random", "experts": list(experts)}))
+def write(file: Path, base: Path, experts: list[Mapping[str, str]], **keys: int) -> Path:
+    recipe = {"base_model": str(base), "gate_mode": "random", "experts": list(experts)} | keys
+    file.write_text(yaml.safe_dump(recipe))
     return file
 
 
@@ -103,33 +112,105 @@ def decode(model: Model) -> float:
     return statistics.median(times)
 
 
+def experts_alone(model: Model) -> float:
+    """Median seconds of one token through the MoE blocks alone, each with a hidden state of its own."""
+    blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
+    times = []
+    for step in range(STEPS):
+        draw = torch.Generator().manual_seed(step)
+        states = [torch.randn(1, 1, model.config.hidden_size, generator=draw).to(model.dtype) for _ in blocks]
+        begun = time.perf_counter()
+        for block, state in zip(blocks, states, strict=True):
+            block(state)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
+def multiply(model: Model) -> float:
+    """Seconds that this machine's float32 product takes for the numbers a prefill multiplies in its linear layers."""
+    width, config = 2048, model.config
+    ffn = 3 * config.hidden_size * config.intermediate_size * 2  # top-2
+    attention = sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".self_attn." in name
+    )
+    wanted = PREFILL * (ffn * config.num_hidden_layers + attention)
+    left, right = torch.ones(width, width), torch.ones(width, width)
+    begun = time.perf_counter()
+    torch.mm(left, right)
+    return (time.perf_counter() - begun) * wanted / width**3
+
+
+def read(model: Model) -> float:
+    """Seconds for reading the 16-bit weights of two experts of every layer once, in the fastest way torch has."""
+    blocks = [module for module in model.modules() if isinstance(module, MoEBlock)]
+    times = []
+    for step in range(STEPS):
+        chosen = [block.experts[(step + offset) % len(block.experts)] for block in blocks for offset in (0, 8)]
+        weights = [parameter.view(torch.float32) for expert in chosen for parameter in expert.parameters()]
+        begun = time.perf_counter()
+        for weight in weights:
+            torch.max(weight)
+        times.append(time.perf_counter() - begun)
+    return statistics.median(times)
+
+
 def measured(models: Mapping[str, Model], threads: int, *, rounds: int) -> list[Row]:
     """All rows at a number of threads. batched_mm copies every token's experts, which at prefill fits no memory."""
     torch.set_num_threads(threads)
     rows = []
     for what, timer in (("prefill", prefill), ("decode", decode)):
         log(f"{what}, {threads} thread{'s' * (threads > 1)}")
-        turns = {
-            name: partial(timer, model) for name, model in models.items() if (what, name) != ("prefill", "batched_mm")
+        turns: dict[str, Callable[[], float]] = {
+            name: partial(timer, model)
+            for name, model in models.items()
+            if (what, name) not in (("prefill", "batched_mm"), ("prefill", "int8")) and name != "int8 identical"
         }
+        ours = models["distinct"]
+        if what == "prefill":
+            turns["floor"] = partial(multiply, ours)
+        else:
+            turns |= {"experts alone": partial(experts_alone, ours), "floor": partial(read, ours)}
         for turn in turns.values():
             turn()
         samples = interleave(turns, rounds=rounds)
         best = min((name for name in PEERS if name in samples), key=lambda name: statistics.median(samples[name]))
         title = f"{what}, {threads} thr."
+
+        def row(words: str, form: str, *, to: str, limit: float, title: str = title, samples: Any = samples) -> Row:
+            return Row(f"{title}: {words}", ratio(samples, form, to=to), "x", limit, samples)
+
         for form, words, limit in DENSE_ROWS:
-            rows.append(Row(f"{title}: {words}", ratio(samples, form, to="dense"), "x", limit, samples))
-        limit = dict(STOCK_ROWS)[what]
-        rows.append(
-            Row(
-                f"{title}: 16 distinct against stock's best",
-                ratio(samples, "distinct", to=best),
-                "x",
-                limit,
-                samples,
-            )
-        )
+            rows += [row(f"{words} against {name}", form, to=parent, limit=limit) for parent, name in PARENTS]
+        for which, form, limit in STOCK_ROWS:
+            if which == what:
+                rows.append(row(f"16 {form} against stock's best", form, to=best, limit=limit))
+        measure = "distinct" if what == "prefill" else "experts alone"
+        floor = "16 distinct against float32 products" if what == "prefill" else "experts alone against reading them"
+        rows.append(row(floor, measure, to="floor", limit=FLOOR_ROWS[what]))
     return rows
+
+
+def logit_error(models: Mapping[str, Model]) -> Row:
+    """How far int8 moves logits, of their length, where no router can choose otherwise: identical experts."""
+    ids = torch.arange(PREFILL)[None] % models["identical"].config.vocab_size
+    exact, found = (models[name](input_ids=ids).logits.float() for name in ("identical", "int8 identical"))
+    error = ((found - exact).norm() / exact.norm()).item()
+    return Row("int8: error of the logits", 100 * error, "%", 5.0, {"share": [error]})
+
+
+def adapter_memory(models: Mapping[str, Model]) -> Row:
+    """Bytes of the distinct tensors of 16 adapters on one parent, against those of the parent and the adapters."""
+    size = {name: stored(models[name]) for name in ("adapters", "dense")}
+    loras = sum(part.a.nbytes + part.b.nbytes for part in models["adapters"].modules() if isinstance(part, LoraLinear))
+    value = size["adapters"] / (size["dense"] + loras)
+    return Row("16 adapters: memory against dense and adapters", value, "x", 1.05, {"bytes": [size["adapters"]]})
+
+
+def stored(model: Model) -> float:
+    found = {tensor.untyped_storage().data_ptr(): tensor.nbytes for tensor in model.parameters()}
+    return float(sum(found.values()))
 
 
 def growth(work: Path, shape: Shape, *, rounds: int) -> list[Row]:

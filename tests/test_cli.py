@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import tiny
@@ -85,6 +86,27 @@ def test_chat_streams_and_traces_straight_from_a_recipe(recipe: Path) -> None:
     assert max(map(len, out.splitlines())) <= COLUMNS
     plain = run("chat", recipe, "--prompt", "hello", "--max-new-tokens", 6)
     assert out.startswith(plain.rstrip("\n"))
+
+
+def test_chat_in_int8_says_nearly_the_same(recipe: Path) -> None:
+    arguments = ("chat", recipe, "--prompt", "hello", "--max-new-tokens", 6, "--json")
+    plain, rounded = (json.loads(run(*arguments, *more)) for more in ((), ("--int8",)))
+    weights = [
+        [layer["weights"] for token in said["trace"][:5] for layer in token["layers"]] for said in (plain, rounded)
+    ]
+    assert weights[0] != weights[1]
+    assert torch.allclose(*map(torch.tensor, weights), atol=0.1)
+    refused = CliRunner().invoke(app, ["chat", "some.gguf", "--int8"])
+    assert refused.exit_code == 2
+    assert "export" in refused.output
+
+
+def test_chat_says_where_kernels_are_missing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frankenmoe.moe.linear._kernels", lambda: None)
+    arguments = ["chat", str(recipe), "--prompt", "hello", "--max-new-tokens", "2"]
+    plain, rounded = (CliRunner().invoke(app, [*arguments, *more]) for more in ([], ["--int8"]))
+    assert "frankenmoe[cpu]" not in plain.stderr  # float32: torch's own products are as good
+    assert "frankenmoe[cpu]" in rounded.stderr
 
 
 def test_chat_reads_a_conversation_from_a_pipe(recipe: Path) -> None:

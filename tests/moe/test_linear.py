@@ -24,6 +24,7 @@ SIZES = st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 65, 127, 200]))
 def who(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test with the compiled kernels and without, on a CPU that has no 16-bit products of its own."""
     monkeypatch.setattr(module, "_has_instructions", lambda dtype: False)
+    monkeypatch.setattr(module, "SMALL", 0)
     if request.param == "torch":
         monkeypatch.setattr(module, "_kernels", lambda: None)
     elif module._kernels() is None:
@@ -109,8 +110,14 @@ def test_what_learns_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     linear(low, nn.Parameter(draw(4, 70, dtype=torch.bfloat16, seed=1)))
     linear(low, low, nn.Parameter(draw(6, dtype=torch.bfloat16, seed=1)))
     linear(low.float(), low.float())
-    monkeypatch.setattr(module, "_has_instructions", lambda dtype: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_has_instructions", lambda dtype: True)
+        linear(low, low)
+    monkeypatch.setattr(module, "SMALL", 6 * 6 * 70 + 1)
     linear(low, low)
+    monkeypatch.setattr(module, "SMALL", 6 * 6 * 70)
+    with pytest.raises(AssertionError):
+        linear(low, low)
 
 
 def test_autocast_casts_what_is_float32() -> None:

@@ -189,4 +189,12 @@ def product(kind: str, weight: int, hidden: int, out: int, *, sizes: tuple[int, 
     team = max(1, min(threads, tokens * outputs * inputs // GRAIN))
     size = (ctypes.c_int64 * 3)(*sizes)
     task = (ctypes.c_void_p * 4)(weight, hidden, out, ctypes.addressof(size))
-    _parallel(ctypes.c_void_p(_compiled(kind).address), task, ctypes.c_uint(team), ctypes.c_uint(0))
+    if team == 1:  # no team at all: one of another size would send torch's threads away
+        _alone(_compiled(kind).address)(task)
+    else:
+        _parallel(ctypes.c_void_p(_compiled(kind).address), task, ctypes.c_uint(team), ctypes.c_uint(0))
+
+
+@cache
+def _alone(address: int) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)

@@ -20,6 +20,7 @@ KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8
 # what a CPU must have to multiply a type by itself, as torch.cpu.get_capabilities() calls it
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
 FEW = 4  # tokens below which memory decides, and no instruction helps
+SMALL = 1 << 16  # multiplications that take less time than choosing how to do them
 SHORT = 64  # inputs below which widening a matrix first costs less than it saves
 CHUNK = 1 << 18  # numbers of a widened matrix at a time: they stay in the cache
 
@@ -106,7 +107,7 @@ def linear(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor |
 
 
 def _is_ours(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> bool:
-    if weight_OI.dtype not in INSTRUCTIONS or hidden.device.type != "cpu":
+    if hidden.numel() * weight_OI.shape[0] < SMALL or weight_OI.dtype not in INSTRUCTIONS or not hidden.is_cpu:
         return False
     if hidden.dtype != weight_OI.dtype and not (hidden.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
         return False
@@ -204,6 +205,12 @@ def _chunks(weight_OI: torch.Tensor) -> Any:
     outputs, inputs = weight_OI.shape
     step = max(1, CHUNK // max(1, inputs))
     return (slice(begin, min(begin + step, outputs)) for begin in range(0, outputs, step))
+
+
+def lacks_kernels(model: nn.Module) -> bool:
+    """Whether a model on a CPU has linear layers that compiled kernels would make faster, and there are none."""
+    weights = (part.weight for part in model.modules() if is_linear(part))
+    return any(weight.dtype in KINDS and weight.is_cpu for weight in weights) and _kernels() is None
 
 
 @cache
