@@ -162,6 +162,14 @@ def test_int8_rows_and_inputs_of_zeros_give_zeros() -> None:
     assert torch.equal(Int8Linear(layer)(torch.zeros(1, 70)), torch.zeros(1, 3))
 
 
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_int8_does_not_hide_what_is_no_number(odd: float, tokens: int) -> None:
+    hidden_TI = torch.ones(tokens, 70)
+    hidden_TI[:, 7] = odd
+    assert not Int8Linear(nn.Linear(70, 3).requires_grad_(False))(hidden_TI).isfinite().any()
+
+
 def test_int8_has_a_gradient_for_its_input() -> None:
     layer = nn.Linear(70, 30).requires_grad_(False)
     hidden_TI = draw(6, 70, dtype=torch.float32, seed=0).requires_grad_()

@@ -116,9 +116,10 @@ def _one_int8(weight_OI: Any, hidden_I: Any, out_O: Any, begin: int, end: int) -
     """One token in integers: int16 inputs, so coarse that no sum of products leaves int32."""
     inputs = len(hidden_I)
     limit = np.float32(min(32767, (2**31 - 1) // (127 * inputs)))
-    largest = np.float32(0)
+    largest = poison = np.float32(0)
     for i in range(inputs):
         largest = max(largest, abs(hidden_I[i]))
+        poison += hidden_I[i] * np.float32(0)  # NaN if one of them is no number, which integers cannot tell
     step = largest / limit
     whole_I = np.empty(inputs, np.int16)
     for i in range(inputs):
@@ -128,7 +129,7 @@ def _one_int8(weight_OI: Any, hidden_I: Any, out_O: Any, begin: int, end: int) -
         total = np.int32(0)
         for i in range(inputs):
             total = np.int32(total + np.int32(np.int32(row[i]) * np.int32(whole_I[i])))
-        out_O[o] = np.float32(total) * step
+        out_O[o] = np.float32(total) * step + poison
 
 
 @njit(nogil=True, cache=True)
