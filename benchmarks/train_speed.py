@@ -23,7 +23,7 @@ from frankenmoe.train import losses
 from frankenmoe.train.parts import gate_modules, make_learnable
 from frankenmoe.train.run import precision
 
-BATCH, LENGTH, STEPS, RANK = 4, 128, 4, 8
+BATCH, LENGTH, STEPS, RANK = 4, 128, 2, 8
 CASES = {"adapters": "16 adapters on one source", "different": "16 different sources"}
 DTYPES = ("bfloat16", "float32")
 
