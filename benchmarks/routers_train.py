@@ -61,7 +61,10 @@ def main() -> None:
             log(f"  {name}, seed {seed}: {statistics.fmean(found[name][-1]['loss'].values()):.4f}")
     if options.only is None:
         options.rounds = max(map(len, found.values()))  # seeds of the row that has most; `samples` has every one
-        publish("routers-train", rows(found, scale=options.scale), options=options, work=options.runs)
+        table = rows(found, scale=options.scale)
+        if options.kept and options.out.exists():
+            table = taken_over(json.loads(options.out.read_text())["rows"], table)
+        publish("routers-train", table, options=options, work=options.runs)
 
 
 def _options() -> argparse.Namespace:
@@ -69,7 +72,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "frankenmoe-routers-train")
     parser.add_argument("--only", help="these runs, comma between, and no table")
     parser.add_argument("--seed", type=int, help="this seed alone")
-    parser.add_argument("--kept", action="store_true", help="make the table of what is kept, run nothing")
+    parser.add_argument(
+        "--kept", action="store_true", help="run nothing: rows of the runs that are kept, others as they were"
+    )
     own, rest = parser.parse_known_args()
     import sys
 
@@ -240,6 +245,18 @@ def rows(found: Mapping[str, list[dict[str, Any]]], *, scale: str) -> list[Row]:
         worth = [run["bytes"] / adapters for run in found["copies"]]
         table.append(Row("8 copies: virtual form against its adapters", max(worth), "x", 1.05, {"ratio": worth}))
     return table
+
+
+def taken_over(before: list[dict[str, Any]], now: list[Row]) -> list[Row]:
+    """The rows of an earlier result, those that are known anew replaced; rows of runs that there are no more go."""
+    fresh = {row.what: row for row in now if row.value is not None}
+    starts = ("held-out loss", *TITLES.values(), *(f"{name} below " for name in RUNS), "8 copies: virtual")
+    earlier = {
+        row["what"]: Row(**{key: value for key, value in row.items() if key != "reached"})
+        for row in before
+        if row["what"].startswith(starts)
+    }
+    return list((earlier | fresh).values())
 
 
 TITLES = {

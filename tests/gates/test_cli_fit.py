@@ -5,24 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from test_fit import data_recipe
 from transformers import AutoModelForCausalLM
 
 from frankenmoe.artifact import open_artifact
-from frankenmoe.cli.app import app
+from refusals import cli, refused
 
 Parents = dict[str, list[Path]]
 
 
-def run(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def output(*arguments: object) -> str:
-    result = run(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.stdout
+    outcome = cli(*arguments)
+    assert outcome.code == 0, outcome.stderr
+    return outcome.stdout
 
 
 @pytest.fixture
@@ -62,21 +57,22 @@ def test_extract_gives_the_parents_numbers_back(fitted: Path, parents: Parents, 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["add-expert", "small", "large", "--name", "e2", "--data", "e2.txt"], "--source"),
         (["add-expert", "small", "large", "--source", "PARENT", "--name", "e1", "--data", "e2.txt"], "already"),
         (["add-expert", "small", "large", "--source", "PARENT", "--name", "e2", "--data", "e3.txt"], "e3.txt"),
-        (["extract", "small", "large"], "--expert"),
         (["extract", "small", "large", "--expert", "e9"], "no expert"),
         (["fit", "small", "--data", "e0"], "EXPERT=FILE"),
     ],
 )
 def test_mistakes_are_refused_and_nothing_is_written(
-    words: list[str], says: str, fitted: Path, parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str], says: str, fitted: Path, parents: Parents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    before = {file: file.read_bytes() for file in fitted.iterdir()}
-    result = run(*[str(parents["llama"][0]) if word == "PARENT" else word for word in words])
-    assert result.exit_code == 2
-    assert says in result.stderr
-    assert {file: file.read_bytes() for file in fitted.iterdir()} == before
-    assert not list(tmp_path.glob("large*"))
+    monkeypatch.chdir(fitted.parent)
+    said = [str(parents["llama"][0]) if word == "PARENT" else word for word in words]
+    refused(*said, inside=fitted.parent, facts=(says,))
+
+
+@pytest.mark.parametrize("words", [["add-expert", "small", "large", "--name", "e2"], ["extract", "small", "large"]])
+def test_what_must_be_said_is_asked_for(words: list[str], tmp_path: Path) -> None:
+    outcome = cli(*words)
+    assert outcome.code == 2
+    assert "Missing option" in outcome.stderr
