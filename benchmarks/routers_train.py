@@ -35,11 +35,15 @@ Losses = dict[str, float]
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe and how it is trained; `seeds` is how many runs make the row."""
+    """A recipe and how it is trained; `seeds` is how many runs make the row.
+
+    `fitted` begins with gates fitted in closed form to the text that is trained on, in place of the recipe's.
+    """
 
     recipe: Callable[[int], dict[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 5
+    fitted: bool = False
 
 
 def main() -> None:
@@ -88,21 +92,20 @@ def measure(name: str, seed: int, *, scale: str, work: Path | None) -> dict[str,
     run = RUNS[name]
     work = Path(tempfile.mkdtemp(prefix="frankenmoe-train-", dir=work))
     try:
-        file = work / "recipe.yml"
-        file.write_text(yaml.safe_dump(run.recipe(seed), allow_unicode=True))
+        file, table = work / "recipe.yml", run.recipe(seed)
+        data = {domain: [str(training_text(domain, scale=scale, folder=work))] for domain in DOMAINS}
+        if run.fitted:
+            table |= {"gate_mode": "logistic"}
+            table["experts"] = [expert | {"data": data[expert["name"]]} for expert in table["experts"]]
+        file.write_text(yaml.safe_dump(table, allow_unicode=True))
         if not run.settings:
             return {"loss": held_out(fm.load(file).model, scale=scale), "parameters": 0, "bytes": 0}
-        settings = dict(run.settings) | {"seed": seed}
+        settings: dict[str, Any] = {"guard_every": 100, "seed": seed, **run.settings}
         if scale != "full":
             settings |= {"steps": 2, "guard_blocks": 2}
-        data = {domain: [str(training_text(domain, scale=scale, folder=work))] for domain in DOMAINS}
-        for stage in (settings.pop("first", None), settings):
-            if stage is not None:
-                table = {"guard_every": 100, "seed": seed} | stage
-                target = work / f"out-{len(list(work.iterdir()))}"
-                found = train(file, target, data=data, settings=Train.model_validate(table), keep_anyway=True)
-                file = target
-        size = sum(each.stat().st_size for each in file.rglob("*.safetensors"))
+        out, values = work / "out", Train.model_validate(settings)
+        found = train(file, out, data=data, settings=values, keep_anyway=True)
+        size = sum(each.stat().st_size for each in out.rglob("*.safetensors"))
         return {
             "loss": held_out(fm.load(found.artifact).model, scale=scale),
             "parameters": found.report["parameters"],
@@ -178,7 +181,11 @@ EVERYTHING = "routers,norms,attention,experts,embeddings"
 RUNS: Mapping[str, Run] = {
     "random": Run(lambda seed: moe(seed, "random")),
     "hidden_avg": Run(moe),
-    "routers": Run(moe, {"what": "routers", "steps": 200}),
+    "routers": Run(
+        moe,
+        {"what": "routers", "steps": 200, "batch": 64, "accumulate": 4, "router_rate": 0.03},
+        fitted=True,
+    ),
     "backbone": Run(moe, {"what": "routers,attention,norms", "steps": 200, "rank": 16}),
     # one rank more than the MoE's, so that the dense base has at least as many numbers to learn
     "dense-backbone": Run(dense, {"what": "attention,norms", "steps": 200, "rank": 17}),
