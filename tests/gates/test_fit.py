@@ -16,7 +16,7 @@ from frankenmoe.artifact import ROUTERS, STATISTICS, finish_replacing, replace_f
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import ArtifactError, FrankenMoEError, PlanError, RecipeError, SourceError
 from frankenmoe.gates.forcing import forced, moe_blocks
-from frankenmoe.gates.states import mean_loss, watch_inputs
+from frankenmoe.gates.states import mean_loss, next_losses, watch_inputs
 from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.gates.texts import cut_again, read_texts, router_texts
 from frankenmoe.planning.bill import statistics_bytes
@@ -126,6 +126,24 @@ def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(parents: Parents, 
 
 
 @pytest.mark.parametrize("virtual", [True, False])
+def test_losses_of_next_tokens_stand_beside_the_states_they_follow(parents: Parents, tmp_path: Path) -> None:
+    base, one, two = parents["llama"]
+    model = fm.load(tiny.write_recipe(tmp_path / "r.yml", base, [one, two])).model
+    blocks = [block(length, seed=length) for length in (3, 17, 9)]
+    found = next_losses(model, blocks)
+    rows = [row.tolist() for row in found.split([4, 10, 18])]  # batches hold blocks of like length together
+    for each, row in zip(sorted(blocks, key=lambda each: len(each.ids)), rows, strict=True):
+        ids = torch.tensor([each.ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist()
+        assert row == pytest.approx([*wanted, 0.0], abs=1e-4)
+    mean = float(found.sum()) / sum(each.targets for each in blocks)
+    assert mean_loss(model, blocks) == pytest.approx(mean, abs=1e-5)
+        float(found.sum()) / sum(each.targets for each in blocks), abs=1e-5
+    )
+
+
 def test_fitting_an_artifact_changes_routers_statistics_and_record_only(
     virtual: bool, parents: Parents, tmp_path: Path
 ) -> None:
