@@ -125,6 +125,19 @@ def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(parents: Parents, 
         assert share > 0.8, name
 
 
+def test_regret_begins_where_logistic_ends(parents: Parents, tmp_path: Path) -> None:
+    """Its gates are others, and its report and statistics are whole."""
+    recipe = data_recipe(tmp_path, parents["llama"])
+    found = {
+        method: fm.fit(recipe, tmp_path / method, method=method, length=32, tokens=512)
+        for method in ("logistic", "regret")
+    }
+    assert found["regret"].report["method"] == "regret"
+    assert (tmp_path / "regret" / STATISTICS).is_file()
+    plain, other = ((tmp_path / method / ROUTERS).read_bytes() for method in found)
+    assert plain != other
+
+
 def test_losses_of_next_tokens_stand_beside_the_states_they_follow(parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     model = fm.load(tiny.write_recipe(tmp_path / "r.yml", base, [one, two])).model
@@ -176,7 +189,8 @@ def test_worse_routers_do_not_replace_better_ones(parents: Parents, tmp_path: Pa
     assert fm.fit(out, method="logistic", length=32, keep_anyway=True).replaced
 
 
-def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["logistic", "regret"])
+def test_routers_of_nested_experts_and_shared_gates_are_fitted(method: str, parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["qwen2"]
     leaf = {
         name: {"source_model": str(folder), "name": name, "positive_prompts": [text_of(name, 30), text_of(name, 20)]}
@@ -185,7 +199,7 @@ def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents,
     leaf["e0"]["negative_prompts"] = [text_of("e2", 25)]
     nested = [{"name": "group", "experts": [leaf["e0"], leaf["e1"]], "experts_per_token": 1}, leaf["e2"]]
     file = tiny.write_recipe(
-        tmp_path / "n.yml", base, [], experts=nested, gate_mode="logistic", experts_per_token=1,
+        tmp_path / "n.yml", base, [], experts=nested, gate_mode=method, experts_per_token=1,
         shared_experts=[{"source_model": str(base), "name": "always", "positive_prompts": ["good day"]}],
     )  # fmt: skip
     recipe = fm.Recipe.load(file)
