@@ -4,6 +4,7 @@ On the four parents of real text beside the checkout, held-out loss of the whole
 seed: of the random gates, of the prompts (8 of 48 tokens per expert), of where the 32k tokens of data begin.
 """
 
+import json
 import random
 import shutil
 import statistics
@@ -28,24 +29,44 @@ DOMAINS = ("shakespeare", "math", "french", "python")
 BLOCK = 256
 PROMPTS, PROMPT_TOKENS, DATA_TOKENS = 8, 48, 32_768
 FROM_PROMPTS = ("centroid", "lda", "ridge", "logistic")
-FROM_DATA = ("ridge", "logistic")
+FROM_DATA = ("ridge", "logistic", "regret")
 PEER = ("hidden", "hidden_avg")
 CHARACTERS = {"smoke": 1500, "small": 15_000, "full": None}  # of each held-out file
 Losses = dict[str, float]
 
 
 def main() -> None:
-    options = arguments("Fit routers in closed form, a seed a round.", name="routers-fit")
+    options = arguments(
+        "Fit routers in closed form, a seed a round.",
+        name="routers-fit",
+        more=lambda parser: parser.add_argument(
+            "--only", help="this contestant alone; the others' losses stay as they are kept in the JSON file"
+        ),
+    )
+    before = kept_rounds(options.out) if options.only else [{} for _ in range(options.rounds)]
     lab = Lab(characters=CHARACTERS[options.scale])
     fixed = {"dense base": lab.dense("base"), "parents, own text": lab.parents(), "own expert forced": lab.own_expert()}
     wanted, rounds = options.rounds, list[Losses]()
     with workspace(options.work) as work:
         for seed in range(wanted):
             tokens = DATA_TOKENS if options.scale == "full" else 2048
-            rounds.append(dict(lab.seed(seed, work, tokens=tokens)))
+            rounds.append(before[seed] | dict(lab.seed(seed, work, tokens=tokens, only=options.only)))
             log(f"seed {seed}: {rounds[-1]}")
             options.rounds = len(rounds)  # what is kept says how many seeds it is of, also if the run is cut short
+            if options.only and seed + 1 < wanted:
+                continue  # the others' later seeds would be lost
             publish("routers-fit", rows(fixed, rounds), options=options, work=work)
+
+
+def kept_rounds(file: Path) -> list[Losses]:
+    """Every contestant's losses, seed by seed, from the JSON of an earlier run."""
+    prefix = "held-out loss: "
+    found = {row["what"].removeprefix(prefix): row for row in json.loads(file.read_text())["rows"]}
+    losses = {
+        name: next(iter(row["samples"].values())) for name, row in found.items() if row["what"].startswith(prefix)
+    }
+    seeds = max(map(len, losses.values()))
+    return [{name: each[seed] for name, each in losses.items() if len(each) == seeds} for seed in range(seeds)]
 
 
 def rows(fixed: Losses, rounds: Sequence[Losses]) -> list[Row]:
@@ -115,18 +136,27 @@ class Lab:
                 found.append(self.loss(moe.model, (domain,)))
         return statistics.mean(found)
 
-    def seed(self, seed: int, work: Path, *, tokens: int) -> Iterator[tuple[str, float]]:
+    def seed(self, seed: int, work: Path, *, tokens: int, only: str | None) -> Iterator[tuple[str, float]]:
         """Every contestant's name and held-out loss for one seed."""
-        chance = fm.load(self.recipe({}, gate_mode="random", seed=seed), dtype="float32")
-        yield "random gates", self.loss(chance.model)
-        prompts = {domain: {"positive_prompts": self.prompts(domain, seed)} for domain in DOMAINS}
-        for mode in PEER if installed("mergekit") else ():
-            set_gates(chance.model, {(): peer_gates(self.models / "base", prompts, mode)})
-            yield f"mergekit {mode}", self.loss(chance.model)
+        if only is None:
+            yield from self.unfitted(seed)
+        prompts = self.all_prompts(seed)
         data = {domain: {"data": [str(self.data(domain, seed, work, tokens))]} for domain in DOMAINS}
         for title, texts, modes in (("prompts", prompts, FROM_PROMPTS), ("data", data, FROM_DATA)):
             for mode in modes:
-                yield f"{title}, {mode}", self.fitted(self.recipe(texts, gate_mode=mode), work / "moe")
+                if only in (None, f"{title}, {mode}"):
+                    yield f"{title}, {mode}", self.fitted(self.recipe(texts, gate_mode=mode), work / "moe")
+
+    def unfitted(self, seed: int) -> Iterator[tuple[str, float]]:
+        """Random gates, and mergekit's own."""
+        chance = fm.load(self.recipe({}, gate_mode="random", seed=seed), dtype="float32")
+        yield "random gates", self.loss(chance.model)
+        for mode in PEER if installed("mergekit") else ():
+            set_gates(chance.model, {(): peer_gates(self.models / "base", self.all_prompts(seed), mode)})
+            yield f"mergekit {mode}", self.loss(chance.model)
+
+    def all_prompts(self, seed: int) -> dict[str, dict[str, list[str]]]:
+        return {domain: {"positive_prompts": self.prompts(domain, seed)} for domain in DOMAINS}
 
     def fitted(self, recipe: fm.Recipe, folder: Path) -> float:
         """The held-out loss of what `frankenmoe fit` makes of a recipe, gates rounded as they are on disk."""

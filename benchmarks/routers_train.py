@@ -29,16 +29,21 @@ SHARED = REPOSITORY.parent / "shared"
 DOMAINS = ("french", "math", "python", "shakespeare")
 COPIES = (*DOMAINS, "a", "b", "c", "d")
 PROMPTS, PROMPT_TOKENS = 8, 48
+CHARACTERS = {"smoke": 6000, "small": 20_000, "full": None}  # of each file of text
 Losses = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Run:
-    """A recipe and how it is trained; `seeds` is how many runs make the row."""
+    """A recipe and how it is trained; `seeds` is how many runs make the row.
+
+    `fitted` begins with gates fitted in closed form to the text that is trained on, in place of the recipe's.
+    """
 
     recipe: Callable[[int], dict[str, Any]]
     settings: Mapping[str, Any] = field(default_factory=dict)
     seeds: int = 5
+    fitted: bool = False
 
 
 def main() -> None:
@@ -55,12 +60,15 @@ def main() -> None:
                 if options.kept:
                     continue
                 log(f"  {name}, seed {seed}")
-                kept.write_text(json.dumps(measure(name, seed, scale=options.scale)))
+                kept.write_text(json.dumps(measure(name, seed, scale=options.scale, work=options.work)))
             found.setdefault(name, []).append(json.loads(kept.read_text()))
             log(f"  {name}, seed {seed}: {statistics.fmean(found[name][-1]['loss'].values()):.4f}")
     if options.only is None:
         options.rounds = max(map(len, found.values()))  # seeds of the row that has most; `samples` has every one
-        publish("routers-train", rows(found), options=options, work=options.runs)
+        table = rows(found, scale=options.scale)
+        if options.kept and options.out.exists():
+            table = taken_over(json.loads(options.out.read_text())["rows"], table)
+        publish("routers-train", table, options=options, work=options.runs)
 
 
 def _options() -> argparse.Namespace:
@@ -68,7 +76,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "frankenmoe-routers-train")
     parser.add_argument("--only", help="these runs, comma between, and no table")
     parser.add_argument("--seed", type=int, help="this seed alone")
-    parser.add_argument("--kept", action="store_true", help="make the table of what is kept, run nothing")
+    parser.add_argument(
+        "--kept", action="store_true", help="run nothing: rows of the runs that are kept, others as they were"
+    )
     own, rest = parser.parse_known_args()
     import sys
 
@@ -77,28 +87,27 @@ def _options() -> argparse.Namespace:
     return argparse.Namespace(**vars(options), **vars(own))
 
 
-def measure(name: str, seed: int, *, scale: str) -> dict[str, Any]:
+def measure(name: str, seed: int, *, scale: str, work: Path | None) -> dict[str, Any]:
     """Trains (if the run says so) and measures on held-out text; everything but the numbers is thrown away."""
     run = RUNS[name]
-    work = Path(tempfile.mkdtemp(prefix="frankenmoe-train-"))
+    work = Path(tempfile.mkdtemp(prefix="frankenmoe-train-", dir=work))
     try:
-        file = work / "recipe.yml"
-        file.write_text(yaml.safe_dump(run.recipe(seed), allow_unicode=True))
+        file, table = work / "recipe.yml", run.recipe(seed)
+        data = {domain: [str(training_text(domain, scale=scale, folder=work))] for domain in DOMAINS}
+        if run.fitted:
+            table |= {"gate_mode": "logistic"}
+            table["experts"] = [expert | {"data": data[expert["name"]]} for expert in table["experts"]]
+        file.write_text(yaml.safe_dump(table, allow_unicode=True))
         if not run.settings:
-            return {"loss": held_out(fm.load(file).model), "parameters": 0, "bytes": 0}
-        settings = dict(run.settings) | {"seed": seed}
+            return {"loss": held_out(fm.load(file).model, scale=scale), "parameters": 0, "bytes": 0}
+        settings: dict[str, Any] = {"guard_every": 100, "seed": seed, **run.settings}
         if scale != "full":
             settings |= {"steps": 2, "guard_blocks": 2}
-        data = {domain: [str(SHARED / "text" / f"{domain}.train.txt")] for domain in DOMAINS}
-        for stage in (settings.pop("first", None), settings):
-            if stage is not None:
-                table = {"guard_every": 100, "seed": seed} | stage
-                target = work / f"out-{len(list(work.iterdir()))}"
-                found = train(file, target, data=data, settings=Train.model_validate(table), keep_anyway=True)
-                file = target
-        size = sum(each.stat().st_size for each in file.rglob("*.safetensors"))
+        out, values = work / "out", Train.model_validate(settings)
+        found = train(file, out, data=data, settings=values, keep_anyway=True)
+        size = sum(each.stat().st_size for each in out.rglob("*.safetensors"))
         return {
-            "loss": held_out(fm.load(found.artifact).model),
+            "loss": held_out(fm.load(found.artifact).model, scale=scale),
             "parameters": found.report["parameters"],
             "bytes": size,
             "validation": [[look["step"], look["mean"]] for look in found.report["looks"]],
@@ -108,13 +117,21 @@ def measure(name: str, seed: int, *, scale: str) -> dict[str, Any]:
         shutil.rmtree(work)
 
 
-def held_out(model: Any, domains: tuple[str, ...] = DOMAINS) -> Losses:
+def training_text(domain: str, *, scale: str, folder: Path) -> Path:
+    """The file to learn from; at other scales than full the beginning of it, in a file of its own."""
+    whole = SHARED / "text" / f"{domain}.train.txt"
+    if CHARACTERS[scale] is None:
+        return whole
+    part = folder / whole.name
+    part.write_text(whole.read_text()[: CHARACTERS[scale]])
+    return part
+
+
+def held_out(model: Any, domains: tuple[str, ...] = DOMAINS, *, scale: str) -> Losses:
     """Nats per token of each domain's held-out text, in blocks of 128 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / "base")
-    return {
-        domain: mean_loss(model, tokenizer, (SHARED / "text" / f"{domain}.heldout.txt").read_text())
-        for domain in domains
-    }
+    texts = {domain: (SHARED / "text" / f"{domain}.heldout.txt").read_text() for domain in domains}
+    return {domain: mean_loss(model, tokenizer, text[: CHARACTERS[scale]]) for domain, text in texts.items()}
 
 
 def prompts(domain: str, seed: int) -> list[str]:
@@ -164,7 +181,11 @@ EVERYTHING = "routers,norms,attention,experts,embeddings"
 RUNS: Mapping[str, Run] = {
     "random": Run(lambda seed: moe(seed, "random")),
     "hidden_avg": Run(moe),
-    "routers": Run(moe, {"what": "routers", "steps": 200}),
+    "routers": Run(
+        moe,
+        {"what": "routers", "steps": 200, "batch": 64, "accumulate": 4, "router_rate": 0.03},
+        fitted=True,
+    ),
     "backbone": Run(moe, {"what": "routers,attention,norms", "steps": 200, "rank": 16}),
     # one rank more than the MoE's, so that the dense base has at least as many numbers to learn
     "dense-backbone": Run(dense, {"what": "attention,norms", "steps": 200, "rank": 17}),
@@ -173,29 +194,37 @@ RUNS: Mapping[str, Run] = {
     "dense-64": Run(dense, {"what": "adapters", "steps": 1000, "rank": 64}),
     "everything": Run(
         moe,
-        {"what": EVERYTHING, "steps": 1000, "rank": 64, "distill": 1.0, "next_token": 0.0, "domain": 0.1},
+        {
+            "what": EVERYTHING,
+            "steps": 2500,
+            "batch": 16,
+            "rank": 128,
+            "distill": 1.0,
+            "next_token": 0.0,
+            "domain": 0.1,
+        },
     ),
 }
 
 
-def references() -> tuple[Losses, Losses, Losses]:
+def references(*, scale: str) -> tuple[Losses, Losses, Losses]:
     """(base, every parent on its own text, own expert forced), domain by domain."""
     with quiet_transformers():
         parents = {
             name: AutoModelForCausalLM.from_pretrained(SHARED / "models" / name, dtype=torch.float32).eval()
             for name in ("base", *(f"expert-{domain}" for domain in DOMAINS))
         }
-    own = {domain: held_out(parents[f"expert-{domain}"], (domain,))[domain] for domain in DOMAINS}
+    own = {domain: held_out(parents[f"expert-{domain}"], (domain,), scale=scale)[domain] for domain in DOMAINS}
     oracle = {}
     for domain in DOMAINS:
         recipe = fm.Recipe.parse(json.dumps(forced(domain)), folder=Path.cwd(), origin="forced")
-        oracle[domain] = held_out(fm.load(recipe).model, (domain,))[domain]
-    return held_out(parents["base"]), own, oracle
+        oracle[domain] = held_out(fm.load(recipe).model, (domain,), scale=scale)[domain]
+    return held_out(parents["base"], scale=scale), own, oracle
 
 
-def rows(found: Mapping[str, list[dict[str, Any]]]) -> list[Row]:
+def rows(found: Mapping[str, list[dict[str, Any]]], *, scale: str) -> list[Row]:
     """The table. Losses are means over domains and seeds; a share of a gap or of an advantage is in percent."""
-    base, own, oracle = (statistics.fmean(each.values()) for each in references())
+    base, own, oracle = (statistics.fmean(each.values()) for each in references(scale=scale))
     mean = {name: [statistics.fmean(run["loss"].values()) for run in runs] for name, runs in found.items()}
     random = statistics.fmean(mean["random"]) if "random" in mean else None
     table = [
@@ -225,6 +254,18 @@ def rows(found: Mapping[str, list[dict[str, Any]]]) -> list[Row]:
     return table
 
 
+def taken_over(before: list[dict[str, Any]], now: list[Row]) -> list[Row]:
+    """The rows of an earlier result, those that are known anew replaced; rows of runs that there are no more go."""
+    fresh = {row.what: row for row in now if row.value is not None}
+    starts = ("held-out loss", *TITLES.values(), *(f"{name} below " for name in RUNS), "8 copies: virtual")
+    earlier = {
+        row["what"]: Row(**{key: value for key, value in row.items() if key != "reached"})
+        for row in before
+        if row["what"].startswith(starts)
+    }
+    return list((earlier | fresh).values())
+
+
 TITLES = {
     "random": "random gates",
     "hidden_avg": "mergekit's hidden_avg",
@@ -234,7 +275,7 @@ TITLES = {
     "copies": "8 copies, adapters of rank 8",
     "dense-16": "dense, adapter of rank 16",
     "dense-64": "dense, adapter of rank 64",
-    "everything": "everything, distilled, 1000",
+    "everything": "everything, distilled, 2500",
 }
 
 

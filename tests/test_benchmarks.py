@@ -3,12 +3,14 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MERGEKIT = find_spec("mergekit") is not None
 REAL_PARENTS = (BENCHMARKS.parents[1] / "shared" / "models").is_dir()
 
 
@@ -21,11 +23,11 @@ def common(monkeypatch: pytest.MonkeyPatch):
     return common
 
 
-def run_script(name: str, folder: Path) -> dict:
+def run_script(name: str, folder: Path, *more: str) -> dict:
     """The JSON that a script writes at the smallest scale; its work folder must be empty again afterwards."""
     out, work = folder / "result.json", folder / "work"
     work.mkdir()
-    options = ["--scale", "smoke", "--rounds", "1", "--work", str(work), "--out", str(out)]
+    options = ["--scale", "smoke", "--rounds", "1", "--work", str(work), "--out", str(out), *more]
     done = subprocess.run([sys.executable, str(BENCHMARKS / name), *options], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines()[:-1])) <= 80  # the last line names a file
@@ -40,8 +42,10 @@ def check(result: dict, *, rows: int) -> None:
     assert result["versions"]["torch"]
     assert len(result["rows"]) == rows
     for row in result["rows"]:
-        known = row["value"] is not None and row["limit"] is not None
-        assert row["reached"] == (row["value"] <= row["limit"] if known else None)
+        value, limit, least = row["value"], row["limit"], row.get("at_least")
+        within = [value <= limit] if None not in (value, limit) else []
+        within += [value >= least] if None not in (value, least) else []
+        assert row["reached"] == (all(within) if within else None)
         assert all(samples for samples in row["samples"].values())
 
 
@@ -89,6 +93,14 @@ def test_the_gpu_floors_are_those_worked_out_by_hand(common) -> None:
     assert gpu.floor("decode", "full", gpu.H200) == pytest.approx(2.28e-3, rel=0.01)
     assert gpu.floor("prefill", "full", gpu.H200) == pytest.approx(14.8e-3, rel=0.01)
     assert 8 * 2048 / gpu.floor("large", "full", gpu.H200) == pytest.approx(92e3, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_PARENTS, reason="../shared/models is not there: these need parents trained on real text")
+@pytest.mark.parametrize(("script", "rows"), [("routers.py", 33 if MERGEKIT else 27), ("routers_train.py", 27)])
+def test_scripts_over_real_parents_keep_their_rows(script: str, rows: int, tmp_path: Path) -> None:
+    own = ["--runs", str(tmp_path / "runs")] if script == "routers_train.py" else []
+    check(run_script(script, tmp_path, *own), rows=rows)
 
 
 def test_measure_sees_the_memory_of_children(common) -> None:

@@ -142,13 +142,8 @@ def test_nothing_but_data_on_stdout_and_no_bars_in_a_pipe(recipe: Path, tmp_path
     assert "Loading weights" not in done.stderr
 
 
-def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
-    code = (
-        "import time\nfrom frankenmoe.cli.progress import bars\n"
-        "with bars() as progress:\n"
-        "    progress.start('writing', 10**9, 'B')\n"
-        "    for _ in range(8): progress.advance(10**8); time.sleep(0.15)\n"
-    )
+def in_a_terminal(code: str) -> str:
+    """Everything that a terminal of 80 columns is sent while Python runs the code."""
     seen, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen([sys.executable, "-c", code], stderr=terminal, stdout=terminal, env=environment):
@@ -159,9 +154,22 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left() -> None:
                 text += chunk.decode(errors="replace")
         except OSError:  # how Linux ends a terminal
             pass
-    assert "writing" in text
-    assert "MB/s" in text
+    return text
+
+
+@pytest.mark.parametrize(("unit", "rate"), [("B", " MB/s"), ("tokens", " tokens/s")])
+def test_a_terminal_gets_a_bar_with_rate_and_time_left(unit: str, rate: str) -> None:
+    text = in_a_terminal(
+        "import time\nfrom frankenmoe.cli.progress import bars\n"
+        "with bars() as progress:\n"
+        f"    progress.start('training', 10**9, '{unit}')\n"
+        "    progress.note('loss 4.123, held out 4.321')\n"
+        "    for _ in range(8): progress.advance(10**8); time.sleep(0.15)\n"
+    )
+    assert "training" in text
+    assert re.search(rf"\d{rate}", text)
     assert "0:00:0" in text
+    assert unit == "B" or "held out 4.321" in text
 
 
 def test_interrupted_says_so_and_exits_130(recipe: Path, tmp_path: Path) -> None:

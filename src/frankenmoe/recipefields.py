@@ -13,7 +13,7 @@ from frankenmoe.yamlfile import Location
 
 RANDOM_MODES = frozenset({"random", "uniform_random"})
 PROMPT_MODES = frozenset({"hidden", "hidden_avg", "hidden_last", "cheap_embed"})
-FIT_MODES = frozenset({"centroid", "lda", "ridge", "logistic"})
+FIT_MODES = frozenset({"centroid", "lda", "ridge", "logistic", "regret"})
 
 NO_TEXT, WRITE_IT = "must not be empty, found no text", "write the text or delete the entry"
 # the spellings that mergekit, torch and the trainers use
@@ -93,11 +93,11 @@ _Mode = Literal[
     "lda",
     "ridge",
     "logistic",
+    "regret",
 ]
 GateMode = Annotated[_Mode, BeforeValidator(_one_of(*get_args(_Mode)))]
-FitMode = Annotated[
-    Literal["centroid", "lda", "ridge", "logistic"], BeforeValidator(_one_of("centroid", "lda", "ridge", "logistic"))
-]
+_Fit = Literal["centroid", "lda", "ridge", "logistic", "regret"]
+FitMode = Annotated[_Fit, BeforeValidator(_one_of(*get_args(_Fit)))]
 Dtype = Annotated[
     Literal["float32", "float16", "bfloat16"],
     BeforeValidator(_one_of("float32", "float16", "bfloat16")),

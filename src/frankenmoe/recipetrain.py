@@ -82,6 +82,11 @@ class Train(BaseModel):
         return self
 
     @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.batch * self.block
+
+    @property
     def guard_steps(self) -> int:
         """Steps between two looks of the guard."""
         return self.guard_every or max(1, self.steps // 10)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from frankenmoe.errors import ArtifactError
 from frankenmoe.gates.closed import CLOSED, centroid, lda, ridge, spread, sums_of
 from frankenmoe.gates.logistic import States, logistic
+from frankenmoe.gates.regret import regret
 from frankenmoe.gates.scale import search
 from frankenmoe.gates.statistics import (
     Fitted,
@@ -133,6 +134,46 @@ def test_logistic_takes_soft_targets() -> None:
     even = torch.full((len(states), 2), 0.5)
     rows_CD = logistic(States(states, even, torch.ones(len(states))))
     assert float(rows_CD.abs().max()) < 1e-4
+
+
+def losing(states_ND: torch.Tensor, rows_CD: torch.Tensor, loss_NC: torch.Tensor) -> float:
+    return float(((states_ND @ rows_CD.float().T).softmax(dim=1) * loss_NC).sum(dim=1).mean())
+
+
+def test_regret_prefers_the_cheap_mistake_where_nobody_can_know() -> None:
+    """Two kinds of states: one where the class shows, one that both classes share and where expert 1 is safe."""
+    known = torch.tensor([[6.0, 0.0, 0.0], [0.0, 6.0, 0.0]]).repeat(50, 1)
+    unknown = torch.tensor([[0.0, 0.0, 6.0]]).repeat(100, 1)
+    x = torch.cat([known, unknown])
+    own = torch.arange(2).repeat(100)
+    target = torch.eye(2)[own]
+    # a wrong expert costs 1; among states that say nothing expert 0 costs 3 where it is wrong
+    loss = 1 - target
+    loss[100:, 0] *= 3
+    data = States(x, target, torch.ones(len(x)))
+    plain = logistic(data)
+    rows_CD = regret(data, loss, plain)
+    assert abs(float((plain[0] - plain[1])[2])) < 1e-3
+    assert [row.argmax().item() for row in (torch.eye(3).double() @ rows_CD.T)] == [0, 1, 1]
+    assert losing(x, rows_CD, loss) < losing(x, plain, loss) - 0.1
+    assert torch.allclose(rows_CD.sum(dim=0), torch.zeros(3, dtype=torch.float64), atol=1e-6)
+
+
+def test_regret_is_as_good_as_any_gate_nearby() -> None:
+    states = clouds(5)
+    x = torch.cat(states)
+    target = torch.cat([torch.eye(3)[[c] * len(each)] for c, each in enumerate(states)])
+    data = States(x, target, torch.ones(len(x)))
+    loss = torch.rand(len(x), 3, generator=torch.Generator().manual_seed(0))
+    start = logistic(data)
+    rows_CD = regret(data, loss, start, label=0.0, penalty=0.0)
+    best = losing(x, rows_CD, loss)
+    assert best < losing(x, start, loss) - 0.02
+    for seed in range(20):
+        step = 0.05 * torch.randn(3, DIM, generator=torch.Generator().manual_seed(seed))
+        assert losing(x, rows_CD + step, loss) > best - 1e-3
+    kept = regret(data, loss, start, penalty=1e6)
+    assert torch.allclose(kept, start, atol=1e-3)
 
 
 @given(best=st.floats(-2.5, 2.5))

@@ -16,7 +16,7 @@ from frankenmoe.artifact import ROUTERS, STATISTICS, finish_replacing, replace_f
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import ArtifactError, FrankenMoEError, PlanError, RecipeError, SourceError
 from frankenmoe.gates.forcing import forced, moe_blocks
-from frankenmoe.gates.states import mean_loss, watch_inputs
+from frankenmoe.gates.states import mean_loss, next_losses, watch_inputs
 from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.gates.texts import cut_again, read_texts, router_texts
 from frankenmoe.planning.bill import statistics_bytes
@@ -125,6 +125,35 @@ def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(parents: Parents, 
         assert share > 0.8, name
 
 
+def test_regret_begins_where_logistic_ends(parents: Parents, tmp_path: Path) -> None:
+    """Its gates are others, and its report and statistics are whole."""
+    recipe = data_recipe(tmp_path, parents["llama"])
+    found = {
+        method: fm.fit(recipe, tmp_path / method, method=method, length=32, tokens=512)
+        for method in ("logistic", "regret")
+    }
+    assert found["regret"].report["method"] == "regret"
+    assert (tmp_path / "regret" / STATISTICS).is_file()
+    plain, other = ((tmp_path / method / ROUTERS).read_bytes() for method in found)
+    assert plain != other
+
+
+def test_losses_of_next_tokens_stand_beside_the_states_they_follow(parents: Parents, tmp_path: Path) -> None:
+    base, one, two = parents["llama"]
+    model = fm.load(tiny.write_recipe(tmp_path / "r.yml", base, [one, two])).model
+    blocks = [block(length, seed=length) for length in (3, 17, 9)]
+    found = next_losses(model, blocks)
+    rows = [row.tolist() for row in found.split([4, 10, 18])]  # batches hold blocks of like length together
+    for each, row in zip(sorted(blocks, key=lambda each: len(each.ids)), rows, strict=True):
+        ids = torch.tensor([each.ids])
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        wanted = torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").tolist()
+        assert row == pytest.approx([*wanted, 0.0], abs=1e-4)
+    mean = float(found.sum()) / sum(each.targets for each in blocks)
+    assert mean_loss(model, blocks) == pytest.approx(mean, abs=1e-5)
+
+
 @pytest.mark.parametrize("virtual", [True, False])
 def test_fitting_an_artifact_changes_routers_statistics_and_record_only(
     virtual: bool, parents: Parents, tmp_path: Path
@@ -160,7 +189,8 @@ def test_worse_routers_do_not_replace_better_ones(parents: Parents, tmp_path: Pa
     assert fm.fit(out, method="logistic", length=32, keep_anyway=True).replaced
 
 
-def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents, tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["logistic", "regret"])
+def test_routers_of_nested_experts_and_shared_gates_are_fitted(method: str, parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["qwen2"]
     leaf = {
         name: {"source_model": str(folder), "name": name, "positive_prompts": [text_of(name, 30), text_of(name, 20)]}
@@ -169,7 +199,7 @@ def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents,
     leaf["e0"]["negative_prompts"] = [text_of("e2", 25)]
     nested = [{"name": "group", "experts": [leaf["e0"], leaf["e1"]], "experts_per_token": 1}, leaf["e2"]]
     file = tiny.write_recipe(
-        tmp_path / "n.yml", base, [], experts=nested, gate_mode="logistic", experts_per_token=1,
+        tmp_path / "n.yml", base, [], experts=nested, gate_mode=method, experts_per_token=1,
         shared_experts=[{"source_model": str(base), "name": "always", "positive_prompts": ["good day"]}],
     )  # fmt: skip
     recipe = fm.Recipe.load(file)

@@ -12,6 +12,7 @@ from typing import Any
 import corpus
 import pytest
 import torch
+from dying import run_apart
 from pydantic import ValidationError
 
 import frankenmoe as fm
@@ -39,35 +40,18 @@ def data(folder: Path) -> dict[str, list[str]]:
     return {name: [str(folder / f"{name}.txt")] for name in corpus.WORDS}
 
 
-CHILD = """
-import json, os, signal, sys
-from frankenmoe.recipetrain import Train
-from frankenmoe.train.trainer import MoETrainer
-from frankenmoe.training import train
-what, out, data, settings, die = json.loads(sys.argv[1])
-step = MoETrainer.training_step
-def dies(self, *rest, **more):
-    if self.state.global_step == die:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *rest, **more)
-MoETrainer.training_step = dies
-train(what, out, data=data, settings=Train.model_validate(settings))
-"""
-
-
 @pytest.mark.parametrize("die", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_killed_at_a_step_the_same_command_ends_with_the_same_losses(die: int, virtual: Path, tmp_path: Path) -> None:
-    settings = corpus.settings(what="routers,adapters", noise=0.1, balance=0.01, save_every=2, steps=7).to_dict()
+    settings = corpus.settings(what="routers,adapters", noise=0.1, balance=0.01, save_every=2, steps=7)
 
-    def child(out: str, at: int | None) -> int:
-        words = json.dumps([str(virtual), str(tmp_path / out), data(tmp_path), settings, at])
-        return subprocess.run([sys.executable, "-c", CHILD, words], capture_output=True).returncode
+    def child(at: int | None) -> int:
+        return run_apart(virtual, tmp_path / "killed", data=data(tmp_path), settings=settings, die=at)
 
-    assert child("killed", die) == -signal.SIGKILL
+    assert child(die) == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
     assert (checkpoint.last_checkpoint(tmp_path / "killed.partial") is not None) == (die > 1)
-    assert child("killed", None) == 0
-    whole = train(virtual, tmp_path / "whole", data=data(tmp_path), settings=Train.model_validate(settings))
+    assert child(None) == 0
+    whole = train(virtual, tmp_path / "whole", data=data(tmp_path), settings=settings)
     assert losses(tmp_path / "killed") == whole.report["losses"]
     for name in ("model-routers.safetensors", "adapters/e1/adapter_model.safetensors"):
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -16,7 +16,7 @@ from frankenmoe.errors import RecipeError
 if TYPE_CHECKING:
     from frankenmoe.fitting import FitResult
 
-METHODS = ("logistic", "ridge", "lda", "centroid")
+METHODS = ("logistic", "regret", "ridge", "lda", "centroid")
 TEXT = (
     click.option(
         "--tokens",
@@ -108,7 +108,7 @@ def fit_command(
 @click.option("--name", required=True, help="What the expert is called.")
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Text it is good at; again for more.")
 @click.option(
-    "--method", type=click.Choice(METHODS[1:]), help="Default: the artifact's if it is one of these, or ridge."
+    "--method", type=click.Choice(METHODS[2:]), help="Default: the artifact's if it is one of these, or ridge."
 )
 @text_options
 def add_expert_command(

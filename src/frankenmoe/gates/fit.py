@@ -7,7 +7,7 @@ Shape suffixes: C classes (a router's experts), L layers, N states, D hidden.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +18,9 @@ from frankenmoe.errors import NumericsError
 from frankenmoe.gates.closed import CLOSED, spread, sums_of
 from frankenmoe.gates.forcing import forced, moe_blocks, set_gates
 from frankenmoe.gates.logistic import States, logistic
+from frankenmoe.gates.regret import regret
 from frankenmoe.gates.scale import search
-from frankenmoe.gates.states import Advance, OnStates, mean_loss, silent, watch_inputs
+from frankenmoe.gates.states import Advance, OnStates, mean_loss, next_losses, silent, watch_inputs
 from frankenmoe.gates.statistics import Moments, RouterStatistics, Text, start, with_text
 from frankenmoe.gates.texts import OwnText, Path, cut_again, router_texts
 from frankenmoe.planning.layout import SHARED
@@ -30,10 +31,13 @@ Gates = dict[Path, list[torch.Tensor]]
 Statistics = dict[Path, RouterStatistics]
 Places = Mapping[Path, Sequence[tuple[int, Text]]]
 """A router's path -> the texts it is fitted on, by index, and what it should make of each."""
+Lost = Mapping[tuple[Path, int], torch.Tensor]
+"""A router's path and a chunk's number -> what each of its experts would lose on each token, [N, C]."""
+BY_STATES = ("logistic", "regret")
 TINY = 1e-12
-CLOSED_START, LOGISTIC_START = 4.0, 1.5  # where the search for the scale starts
+CLOSED_START, LOGISTIC_START, REGRET_START = 4.0, 1.5, 1.0  # where the search for the scale starts
 TRIES = 6  # how many scales it usually looks at, for the progress bar
-STATES_BYTES = 2 * 2**30  # states that `logistic` holds in memory; more text than fits is thinned out evenly
+STATES_BYTES = 2 * 2**30  # states that are held in memory; more text than fits is thinned out evenly
 
 
 @dataclass(frozen=True)
@@ -101,15 +105,22 @@ def fit_gates(
     progress.start("choosing the scale", TRIES, "tries")
     closed_scale, gates = _scaled(model, own_texts, closed_gates(kept, first), progress, at=CLOSED_START)
     scale, made = closed_scale, closed_gates(everything, first)
-    if method == "logistic":
+    if method in BY_STATES:
         set_gates(model, gates)
         chunks = _states(model, texts, bos, progress)
-        layers = range(len(moe_blocks(model)))
-        progress.start("fitting", 2 * len(layers) * len(places), "gates")
-        unscaled = _logistic([chunk for chunk in chunks if not chunk.held], places, layers, progress.advance)
-        made = _logistic(chunks, places, layers, progress.advance)
+        kept_chunks = [chunk for chunk in chunks if not chunk.held]
+        steps = 2 * len(moe_blocks(model)) * len(places)
+        progress.start("fitting", steps, "gates")
+        unscaled, made = (_logistic(some, places, progress.advance) for some in (kept_chunks, chunks))
         progress.start("choosing the scale", TRIES, "tries")
         scale, gates = _scaled(model, own_texts, unscaled, progress, at=LOGISTIC_START)
+    if method == "regret":
+        lost = _lost(model, texts, chunks, places, classes, progress)
+        progress.start("fitting to what experts lose", steps, "gates")
+        unscaled = _regret(kept_chunks, places, lost, gates, progress.advance)
+        made = _regret(chunks, places, lost, times(made, scale), progress.advance)
+        progress.start("choosing the scale", TRIES, "tries")
+        scale, gates = _scaled(model, own_texts, unscaled, progress, at=REGRET_START)
     set_gates(model, gates)
     progress.start("measuring", held, "tokens")
     after = _losses(model, own_texts, progress.advance)
@@ -184,9 +195,11 @@ def _gate(path: Path, rows_CD: torch.Tensor) -> torch.Tensor:
 class Chunk:
     """States of one text, per layer [N, D]; the tokens of one `share` of a text together weigh as much as another."""
 
+    number: int
     text: int
     share: int
     held: bool
+    blocks: Sequence[Block]
     states: tuple[torch.Tensor, ...]
 
 
@@ -203,10 +216,10 @@ def _states(model: PreTrainedModel, texts: Sequence[OwnText], bos: int | None, p
     every = max(1, math.ceil(total * layers * hidden * 4 / STATES_BYTES))
     progress.start("reading under those routers", total // every, "tokens")
     chunks = []
-    for index, share, held, blocks in parts:
+    for number, (index, share, held, blocks) in enumerate(parts):
         seen: list[list[torch.Tensor]] = [[] for _ in range(layers)]
         watch_inputs(model, blocks[::every], _collector(seen), on_tokens=progress.advance)
-        chunks.append(Chunk(index, share, held, tuple(map(torch.cat, seen))))
+        chunks.append(Chunk(number, index, share, held, blocks[::every], tuple(map(torch.cat, seen))))
     return chunks
 
 
@@ -214,29 +227,84 @@ def _collector(seen: list[list[torch.Tensor]]) -> OnStates:
     return lambda layer, states_ND: seen[layer].append(states_ND)
 
 
-def _logistic(chunks: Sequence[Chunk], places: Places, layers: Sequence[int], on_gate: Advance) -> Gates:
+def _lost(
+    model: PreTrainedModel,
+    texts: Sequence[OwnText],
+    chunks: Sequence[Chunk],
+    places: Places,
+    classes: Mapping[Path, int],
+    progress: Progress,
+) -> Lost:
+    """Every text read once with each expert of each router forced; nothing where text only says whose it is not."""
+    wanted = [
+        (path, chunk)
+        for path, placed in places.items()
+        for chunk in chunks
+        if path != SHARED and any(place == chunk.text for place, _ in placed)
+    ]
+    total = sum(classes[path] * len(chunk.states[0]) for path, chunk in wanted)
+    progress.start("reading with every expert", total, "tokens")
+    found: dict[tuple[Path, int], torch.Tensor] = {}
+    for path, chunk in wanted:
+        columns = []
+        for index in range(classes[path]):
+            if texts[chunk.text].negative:
+                columns.append(torch.zeros(len(chunk.states[0])))
+                continue
+            with forced(model, (*path, index)):
+                columns.append(next_losses(model, chunk.blocks, on_tokens=progress.advance))
+        found[path, chunk.number] = torch.stack(columns, dim=1)
+    return found
+
+
+def _logistic(chunks: Sequence[Chunk], places: Places, on_gate: Advance) -> Gates:
+    made: Gates = {}
+    for path, placed in places.items():
+        made[path] = []
+        for data in _by_layer(chunks, placed):
+            made[path].append(_gate(path, logistic(data)))
+            on_gate(1)
+    return made
+
+
+def _regret(chunks: Sequence[Chunk], places: Places, lost: Lost, begun: Gates, on_gate: Advance) -> Gates:
+    """From the gates in `begun`; those of a shared expert, to which nothing is an alternative, stay."""
+    made: Gates = {}
+    for path, placed in places.items():
+        made[path] = []
+        for layer, data in enumerate(_by_layer(chunks, placed)):
+            gate_CD = begun[path][layer]
+            if path != SHARED:
+                loss_NC = torch.cat([lost[path, chunk.number] for chunk, _ in _mine(chunks, placed)])
+                gate_CD = regret(data, loss_NC, gate_CD).float()
+            made[path].append(gate_CD)
+            on_gate(1)
+    return made
+
+
+def _mine(chunks: Sequence[Chunk], placed: Sequence[tuple[int, Text]]) -> list[tuple[Chunk, Text]]:
+    return [(chunk, what) for place, what in placed for chunk in chunks if chunk.text == place]
+
+
+def _by_layer(chunks: Sequence[Chunk], placed: Sequence[tuple[int, Text]]) -> Iterator[States]:
+    """What one router is fitted to, layer by layer."""
     tokens = Counter[tuple[int, int]]()
     for chunk in chunks:
         tokens[chunk.text, chunk.share] += len(chunk.states[0])
     shares = Counter(text for text, _ in tokens)
-    made: Gates = {path: [] for path in places}
-    for path, placed in places.items():
-        mine = [(chunk, what) for place, what in placed for chunk in chunks if chunk.text == place]
-        sizes = [len(chunk.states[0]) for chunk, _ in mine]
-        target_NC = torch.cat(
-            [torch.tensor(what.target_C).expand(size, -1) for (_, what), size in zip(mine, sizes, strict=True)]
-        )
-        weight_N = torch.cat(
-            [
-                torch.full((size,), what.weight / tokens[chunk.text, chunk.share] / shares[chunk.text])
-                for (chunk, what), size in zip(mine, sizes, strict=True)
-            ]
-        )
-        for layer in layers:
-            states_ND = torch.cat([chunk.states[layer] for chunk, _ in mine])
-            made[path].append(_gate(path, logistic(States(states_ND, target_NC, weight_N))))
-            on_gate(1)
-    return made
+    mine = _mine(chunks, placed)
+    sizes = [len(chunk.states[0]) for chunk, _ in mine]
+    target_NC = torch.cat(
+        [torch.tensor(what.target_C).expand(size, -1) for (_, what), size in zip(mine, sizes, strict=True)]
+    )
+    weight_N = torch.cat(
+        [
+            torch.full((size,), what.weight / tokens[chunk.text, chunk.share] / shares[chunk.text])
+            for (chunk, what), size in zip(mine, sizes, strict=True)
+        ]
+    )
+    for layer in range(len(chunks[0].states)):
+        yield States(torch.cat([chunk.states[layer] for chunk, _ in mine]), target_NC, weight_N)
 
 
 def _scaled(

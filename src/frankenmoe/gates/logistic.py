@@ -32,9 +32,7 @@ def logistic(data: States, *, penalty: float = PENALTY, shrink: float = SHRINK, 
     coordinates, in which the states are white, needs a few dozen steps over the states in memory.
     """
     weight_N = data.weight_N / data.weight_N.sum()
-    moment_DD = (data.states_ND.T * weight_N @ data.states_ND).double()
-    values_D, vectors_DD = torch.linalg.eigh(shrunk(moment_DD, shrink))
-    whiten_DD = (vectors_DD / values_D.sqrt()).float()
+    whiten_DD, _ = whitening(data.states_ND, weight_N, shrink=shrink)
     white_ND = data.states_ND @ whiten_DD
     rows_CD = torch.zeros(data.target_NC.shape[1], white_ND.shape[1], requires_grad=True)
     optimizer = torch.optim.LBFGS([rows_CD], max_iter=steps, history_size=MEMORY, line_search_fn="strong_wolfe")
@@ -49,3 +47,10 @@ def logistic(data: States, *, penalty: float = PENALTY, shrink: float = SHRINK, 
     with torch.enable_grad():
         optimizer.step(loss)  # type: ignore[no-untyped-call]
     return centred(rows_CD.detach() @ whiten_DD.T).double()
+
+
+def whitening(states_ND: torch.Tensor, weight_N: torch.Tensor, *, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(P, Q) [D, D] of the weighted second moment plus `shrink` of its mean eigenvalue: x P is white, and P Q' = 1."""
+    moment_DD = (states_ND.T * weight_N @ states_ND).double()
+    values_D, vectors_DD = torch.linalg.eigh(shrunk(moment_DD, shrink))
+    return (vectors_DD / values_D.sqrt()).float(), (vectors_DD * values_D.sqrt()).float()

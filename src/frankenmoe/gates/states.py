@@ -72,6 +72,27 @@ def mean_loss(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Adv
     return total / count if count else float("nan")
 
 
+@torch.no_grad()
+def next_losses(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> torch.Tensor:
+    """[N], for every token that `watch_inputs` shows and in its order: the loss of the token that follows.
+
+    0 where none follows, or one that is not learnt.
+    """
+    found = []
+    for batch in batches(blocks):
+        ids_BT, mask_BT = padded(batch)
+        logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+        for row, block in enumerate(batch):
+            length = len(block.ids)
+            losses = functional.cross_entropy(
+                logits[row, : length - 1].float(), ids_BT[row, 1:length], reduction="none"
+            )
+            learn = torch.tensor(block.learn[1:])
+            found.append(functional.pad(losses * learn, (0, 1)))
+        on_tokens(sum(len(block.ids) for block in batch))
+    return torch.cat(found)
+
+
 def batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
     """Blocks of like length together, at most BATCH_TOKENS with their padding."""
     batch: list[Block] = []

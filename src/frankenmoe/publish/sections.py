@@ -29,6 +29,7 @@ GATE_WORDS = {
     "lda": "in closed form at the routers' own inputs, by linear discriminant analysis of the experts' texts",
     "ridge": "in closed form at the routers' own inputs, by ridge regression on the experts' texts",
     "logistic": "at the routers' own inputs, by logistic regression on the experts' texts",
+    "regret": "at the routers' own inputs, to what every expert would lose on each token of the experts' texts",
     "random": "by chance",
     "uniform_random": "by chance",
 }

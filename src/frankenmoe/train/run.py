@@ -147,8 +147,8 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
         on_look(trainer, 0)
         if not {"adapters", "experts"} & set(settings.what):  # fresh adapters are zero, so the first gradient may be
             _check_gradient(trainer, slots)
-    progress.start("training", settings.steps, "steps")
-    progress.advance(history.step)
+    progress.start("training", settings.steps * settings.tokens, "tokens")
+    progress.advance(history.step * settings.tokens)
     stopped = None
     try:
         trainer.train(resume_from_checkpoint=str(kept[1]) if kept else None)

@@ -229,7 +229,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         trainer.step_loss = 0.0
         trainer.history.losses.append(float(loss))
         trainer.history.step = state.global_step
-        trainer.progress.advance(1)
+        trainer.progress.advance(settings.tokens)
         last = state.global_step == settings.steps
         if last or state.global_step % settings.guard_steps == 0:
             trainer.on_look(trainer, state.global_step)
