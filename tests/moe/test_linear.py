@@ -296,3 +296,34 @@ def test_half_does_not_round_int8_scales() -> None:
     for cast in (found.half, found.bfloat16, found.float, lambda: found.to(torch.float16)):
         assert torch.equal(cast().scale, before)
     assert found.to("meta").to_empty(device="cpu").scale.dtype == torch.float32
+
+
+def test_one_large_input_does_not_drown_the_others_of_int8() -> None:
+    """Such as the massive activations of arXiv 2402.17762, before a wide down projection."""
+    layer = nn.Linear(12_288, 50, bias=False).requires_grad_(False)
+    layer.weight.copy_(draw(50, 12_288, dtype=torch.float32, seed=0))
+    found = Int8Linear(layer)
+    hidden_TI = draw(1, 12_288, dtype=torch.float32, seed=1)
+    hidden_TI[0, 5] = 3000
+    exact = hidden_TI.double() @ (found.weight.double() * found.scale[:, None].double()).T
+    assert far(found(hidden_TI), exact) < 2e-3
+
+
+def test_kernels_need_no_folder_for_what_is_compiled(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where neither site-packages nor the home folder can be written."""
+    if who == "torch":
+        pytest.skip("about the kernels")
+    from numba.core.caching import CacheImpl
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    for cls in CacheImpl.__subclasses__():
+        monkeypatch.setattr(cls, "_locator_classes", [])
+    monkeypatch.delitem(sys.modules, "frankenmoe.moe.kernels")
+    monkeypatch.delattr(frankenmoe.moe, "kernels")
+    module._kernels.cache_clear()
+    try:
+        fresh = module._kernels()
+        assert fresh is not None
+        assert not fresh.STORE
+    finally:
+        module._kernels.cache_clear()
