@@ -1,5 +1,6 @@
 """Products with stored weights: torch's results to rounding, with the kernels and without, and who computes what."""
 
+import copy
 import sys
 
 import pytest
@@ -227,5 +228,102 @@ def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     module._kernels.cache_clear()
     try:
         assert module._kernels() is None
+    finally:
+        module._kernels.cache_clear()
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("inputs", [100, 400])
+def test_what_does_not_fit_is_an_error(tokens: int, inputs: int) -> None:
+    """And not a look at memory beyond the end."""
+    with pytest.raises(RuntimeError, match="shape"):
+        linear(torch.ones(tokens, inputs).bfloat16(), torch.ones(77, 200).bfloat16())
+    with pytest.raises(RuntimeError, match="shape"):
+        Int8Linear(nn.Linear(200, 77).requires_grad_(False))(torch.ones(tokens, inputs))
+
+
+def test_shapes_of_fewer_dimensions_are_torchs() -> None:
+    hidden_TI = draw(5, 70, dtype=torch.bfloat16, seed=0)
+    assert torch.equal(linear(hidden_TI, hidden_TI[0]), nn.functional.linear(hidden_TI, hidden_TI[0]))
+    with pytest.raises(RuntimeError):
+        linear(hidden_TI[0, 0], hidden_TI)
+
+
+@pytest.mark.parametrize("layer", [StoredLinear(70, 3).bfloat16(), Int8Linear(nn.Linear(70, 3))])
+def test_tensors_without_numbers_are_not_read(layer: nn.Module) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    layer.requires_grad_(False)
+    dtype = torch.float32 if isinstance(layer, Int8Linear) else torch.bfloat16
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(torch.ones(5, 70, dtype=dtype)).shape == (5, 3)
+    if isinstance(layer, Int8Linear):
+        assert copy.deepcopy(layer).to("meta")(torch.ones(5, 70, device="meta")).shape == (5, 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("layer", [StoredLinear(70, 3).bfloat16(), Int8Linear(nn.Linear(70, 3))])
+def test_traces_and_batches_compute(layer: nn.Module) -> None:
+    layer.requires_grad_(False)
+    dtype = torch.float32 if isinstance(layer, Int8Linear) else torch.bfloat16
+    hidden_BTI = draw(2, 5, 70, dtype=dtype, seed=0)
+    traced = torch.jit.trace(layer, (torch.zeros(5, 70, dtype=dtype),), check_trace=False)
+    assert far(traced(hidden_BTI[0]), layer(hidden_BTI[0])) < 0.005
+    assert far(torch.vmap(layer)(hidden_BTI), layer(hidden_BTI)) < 0.005
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("auto", LOW)
+def test_autocast_decides_the_type(dtype: torch.dtype, auto: torch.dtype) -> None:
+    hidden_TI, weight_OI = draw(9, 70, dtype=dtype, seed=1), draw(8, 70, dtype=dtype, seed=0)
+    with torch.autocast("cpu", dtype=auto):
+        assert linear(hidden_TI, weight_OI).dtype == nn.functional.linear(hidden_TI, weight_OI).dtype
+
+
+def test_autocast_does_not_round_int8_sums() -> None:
+    layer = Int8Linear(nn.Linear(70, 30).requires_grad_(False))
+    hidden_TI = draw(6, 70, dtype=torch.float32, seed=0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = layer(hidden_TI)
+    assert far(found, layer(hidden_TI)) < 1e-6
+
+
+def test_half_does_not_round_int8_scales() -> None:
+    layer = nn.Linear(70, 30).requires_grad_(False)
+    layer.weight.mul_(1e-4)  # scales below the normal numbers of fp16
+    found = Int8Linear(layer)
+    before = found.scale.clone()
+    for cast in (found.half, found.bfloat16, found.float, lambda: found.to(torch.float16)):
+        assert torch.equal(cast().scale, before)
+    assert found.to("meta").to_empty(device="cpu").scale.dtype == torch.float32
+
+
+def test_one_large_input_does_not_drown_the_others_of_int8() -> None:
+    """Such as the massive activations of arXiv 2402.17762, before a wide down projection."""
+    layer = nn.Linear(12_288, 50, bias=False).requires_grad_(False)
+    layer.weight.copy_(draw(50, 12_288, dtype=torch.float32, seed=0))
+    found = Int8Linear(layer)
+    hidden_TI = draw(1, 12_288, dtype=torch.float32, seed=1)
+    hidden_TI[0, 5] = 3000
+    exact = hidden_TI.double() @ (found.weight.double() * found.scale[:, None].double()).T
+    assert far(found(hidden_TI), exact) < 2e-3
+
+
+def test_kernels_need_no_folder_for_what_is_compiled(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where neither site-packages nor the home folder can be written."""
+    if who == "torch":
+        pytest.skip("about the kernels")
+    from numba.core.caching import CacheImpl
+
+    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
+    for cls in CacheImpl.__subclasses__():
+        monkeypatch.setattr(cls, "_locator_classes", [])
+    monkeypatch.delitem(sys.modules, "frankenmoe.moe.kernels")
+    monkeypatch.delattr(frankenmoe.moe, "kernels")
+    module._kernels.cache_clear()
+    try:
+        fresh = module._kernels()
+        assert fresh is not None
+        assert not fresh.STORE
     finally:
         module._kernels.cache_clear()

@@ -16,6 +16,7 @@ from numba.extending import overload
 
 TILE_T, TILE_O = 4, 3  # twelve sums, three weights and one input: the sixteen vector registers of AVX2
 PANEL = 1 << 18  # numbers of the tokens that stay in the cache while all weights pass
+BLOCK = 512  # products of an int8 and an int16 whose sum is sure to fit an int32
 GRAIN = 1 << 17  # multiplications that are worth another thread
 FLAGS = {"reassoc", "contract", "nsz"}  # sums in any order, as a vector needs; infinities and NaN stay what they are
 
@@ -27,6 +28,15 @@ except AttributeError as error:
     raise ImportError("this torch has no OpenMP threads to run kernels on") from error
 _thread = types.ExternalFunction("omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+def _can_store() -> bool:
+    """Whether numba finds a folder for what it compiles; else every process compiles again."""
+    try:
+        njit(cache=True)(_from_int8)
+    except RuntimeError:
+        return False
+    return True
 
 
 def widened(number: Any) -> Any:
@@ -56,7 +66,10 @@ def _from_int8(number: Any) -> Any:
     return np.float32(number)
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=True)
+STORE = _can_store()
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
 def _rows(weight_OI: Any, hidden_TI: Any, out_TO: Any, begin: int, end: int) -> None:
     """out_TO[:, begin:end] = hidden_TI @ weight_OI[begin:end].T"""
     tokens, inputs = hidden_TI.shape
@@ -77,7 +90,7 @@ def _rows(weight_OI: Any, hidden_TI: Any, out_TO: Any, begin: int, end: int) -> 
                 out_TO[t, o] = _dot(weight_OI[o], hidden_TI[t])
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=True)
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
 def _tile(weight_OI: Any, hidden_TI: Any, out_TO: Any, o: int, t: int) -> None:
     """Three outputs of four tokens: every weight is widened once for four products."""
     u, v, w = weight_OI[o], weight_OI[o + 1], weight_OI[o + 2]
@@ -103,7 +116,7 @@ def _tile(weight_OI: Any, hidden_TI: Any, out_TO: Any, o: int, t: int) -> None:
     out_TO[t + 3, o], out_TO[t + 3, o + 1], out_TO[t + 3, o + 2] = ud, vd, wd
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=True)
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
 def _dot(weight_I: Any, hidden_I: Any) -> Any:
     total = np.float32(0)
     for i in range(len(hidden_I)):
@@ -111,28 +124,30 @@ def _dot(weight_I: Any, hidden_I: Any) -> Any:
     return total
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=True)
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
 def _one_int8(weight_OI: Any, hidden_I: Any, out_O: Any, begin: int, end: int) -> None:
-    """One token in integers: int16 inputs, so coarse that no sum of products leaves int32."""
+    """One token in integers: int16 inputs, summed in int32 a block at a time, so that none need be coarser."""
     inputs = len(hidden_I)
-    limit = np.float32(min(32767, (2**31 - 1) // (127 * inputs)))
     largest = poison = np.float32(0)
     for i in range(inputs):
         largest = max(largest, abs(hidden_I[i]))
         poison += hidden_I[i] * np.float32(0)  # NaN if one of them is no number, which integers cannot tell
-    step = largest / limit
+    step = largest / np.float32(32767)
     whole_I = np.empty(inputs, np.int16)
     for i in range(inputs):
         whole_I[i] = np.int16(np.rint(hidden_I[i] / step)) if step > 0 else np.int16(0)
     for o in range(begin, end):
         row = weight_OI[o]
-        total = np.int32(0)
-        for i in range(inputs):
-            total = np.int32(total + np.int32(np.int32(row[i]) * np.int32(whole_I[i])))
-        out_O[o] = np.float32(total) * step + poison
+        total = np.float32(0)
+        for first in range(0, inputs, BLOCK):
+            part = np.int32(0)
+            for i in range(first, min(inputs, first + BLOCK)):
+                part = np.int32(part + np.int32(np.int32(row[i]) * np.int32(whole_I[i])))
+            total += np.float32(part)
+        out_O[o] = total * step + poison
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=STORE)
 def _share(outputs: int) -> Any:
     """(begin, end) of this thread's outputs."""
     threads, thread = _threads(), _thread()
@@ -167,7 +182,7 @@ def _int8(task: Any) -> None:
         _rows(weight_OI, hidden_TI, out_TO, begin, end)
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=STORE)
 def _operands(task: Any, tokens: int, outputs: int, inputs: int) -> Any:
     return carray(task[1], (tokens, inputs), np.float32), carray(task[2], (tokens, outputs), np.float32)
 
@@ -177,7 +192,7 @@ KERNELS = {"bfloat16": _bf16, "float16": _fp16, "int8": _int8}
 
 @cache
 def _compiled(kind: str) -> Any:
-    return cfunc(types.void(types.CPointer(types.voidptr)), cache=True)(KERNELS[kind])
+    return cfunc(types.void(types.CPointer(types.voidptr)), cache=STORE)(KERNELS[kind])
 
 
 def product(kind: str, weight: int, hidden: int, out: int, *, sizes: tuple[int, int, int], threads: int) -> None:

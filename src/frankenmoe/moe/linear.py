@@ -10,6 +10,7 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd.function import once_differentiable
 
 from frankenmoe.progress import SILENT, Progress
@@ -50,6 +51,13 @@ class Int8Linear(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O] in the dtype of `hidden`."""
         return _product(hidden, self.weight, self.scale, self.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "Int8Linear":
+        """Moves, but does not round the scale: half() and to(dtype) pass by what they take for integers."""
+        self.scale = self.scale.view(torch.int32)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scale = self.scale.view(torch.float32)
+        return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
@@ -107,15 +115,25 @@ def linear(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor |
 
 
 def _is_ours(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> bool:
-    if hidden.numel() * weight_OI.shape[0] < SMALL or weight_OI.dtype not in INSTRUCTIONS or not hidden.is_cpu:
+    if hidden.numel() * weight_OI.shape[0] < SMALL or weight_OI.dtype not in INSTRUCTIONS:
         return False
-    if hidden.dtype != weight_OI.dtype and not (hidden.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
+    if hidden.shape[-1:] != weight_OI.shape[1:] or not (_has_address(hidden) and _has_address(weight_OI)):
+        return False
+    if torch.is_autocast_enabled("cpu"):
+        if torch.get_autocast_dtype("cpu") != weight_OI.dtype or hidden.dtype not in (weight_OI.dtype, torch.float32):
+            return False
+    elif hidden.dtype != weight_OI.dtype:
         return False
     if torch.is_grad_enabled() and (weight_OI.requires_grad or (bias_O is not None and bias_O.requires_grad)):
         return False
-    if type(weight_OI) not in (torch.Tensor, nn.Parameter) or torch.compiler.is_compiling():
-        return False  # a sharded weight, or one that only stands for another
     return not torch_is_fast(hidden.shape, weight_OI.dtype)
+
+
+def _has_address(tensor: torch.Tensor) -> bool:
+    """Whether compiled code may read a tensor's numbers now: none that is sharded, traced or stands for another."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or not tensor.is_cpu:
+        return False
+    return type(tensor) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
 
 
 def torch_is_fast(shape: torch.Size, dtype: torch.dtype) -> bool:
@@ -174,7 +192,8 @@ class _Product(torch.autograd.Function):
 def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
     """wide_TI @ weight_OI.T in float32."""
     tokens, (outputs, inputs) = len(wide_TI), weight_OI.shape
-    kernels = _kernels() if weight_OI.device.type == "cpu" and weight_OI.is_contiguous() else None
+    readable = wide_TI.shape[1] == inputs and _has_address(wide_TI) and _has_address(weight_OI)
+    kernels = _kernels() if readable and weight_OI.is_contiguous() else None
     out_TO = wide_TI.new_empty(tokens, outputs)
     if kernels is not None and inputs >= SHORT:
         kernels.product(
@@ -187,7 +206,7 @@ def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
         )
         return out_TO
     for rows, chunk in _widened(weight_OI):
-        out_TO[:, rows] = wide_TI @ chunk.T
+        out_TO[:, rows].addmm_(wide_TI, chunk.T, beta=0)  # in place: autocast would round to 16 bits what was widened
     return out_TO
 
 
