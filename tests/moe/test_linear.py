@@ -327,3 +327,18 @@ def test_kernels_need_no_folder_for_what_is_compiled(who: str, monkeypatch: pyte
         assert not fresh.STORE
     finally:
         module._kernels.cache_clear()
+
+
+def test_int8_weights_are_never_taken_for_others() -> None:
+    """Not when they are saved and loaded into a common layer, nor by tying another weight to them."""
+    layer = nn.Linear(70, 30).requires_grad_(False)
+    found = Int8Linear(layer)
+    with pytest.raises(RuntimeError, match="Missing"):
+        layer.load_state_dict(found.state_dict(), strict=True)
+    assert "weight" not in found.state_dict()
+    with pytest.raises((KeyError, AttributeError)):
+        found.weight = layer.weight
+    again = Int8Linear(nn.Linear(70, 30))
+    again.load_state_dict(found.state_dict())
+    hidden_TI = draw(5, 70, dtype=torch.float32, seed=0)
+    assert torch.equal(again(hidden_TI), found(hidden_TI))

@@ -36,17 +36,22 @@ class StoredLinear(nn.Linear):
 class Int8Linear(nn.Module):
     """A linear layer whose weight is int8 with one float32 scale for each output; it has nothing to train."""
 
-    weight: torch.Tensor
+    int8: torch.Tensor
     scale: torch.Tensor
     bias: torch.Tensor | None
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         weight_OI, scale_O = quantized(layer.weight.detach())
-        self.register_buffer("weight", weight_OI)
+        self.register_buffer("int8", weight_OI)  # saved as "weight" it would be loaded without its scale
         self.register_buffer("scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         self.out_features, self.in_features = weight_OI.shape
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """To read alone: tie_weights() must not put another in its place."""
+        return self.int8
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O] in the dtype of `hidden`."""
