@@ -5,6 +5,7 @@ numba, and OpenMP in the process; a kernel is compiled when it is first used on 
 """
 
 import ctypes
+import threading
 from functools import cache
 from typing import Any
 
@@ -20,6 +21,7 @@ BLOCK = 512  # products of an int8 and an int16 whose sum is sure to fit an int3
 GRAIN = 1 << 17  # multiplications that are worth another thread
 FLAGS = {"reassoc", "contract", "nsz"}  # sums in any order, as a vector needs; infinities and NaN stay what they are
 
+_lock = threading.Lock()
 # torch's own threads do the work: a second pool would fight with them for the cores
 _process = ctypes.CDLL(None)
 try:
@@ -190,8 +192,13 @@ def _operands(task: Any, tokens: int, outputs: int, inputs: int) -> Any:
 KERNELS = {"bfloat16": _bf16, "float16": _fp16, "int8": _int8}
 
 
-@cache
 def _compiled(kind: str) -> Any:
+    with _lock:  # of two threads that compile at once, one result would be freed while it is used
+        return _cfunc(kind)
+
+
+@cache
+def _cfunc(kind: str) -> Any:
     return cfunc(types.void(types.CPointer(types.voidptr)), cache=STORE)(KERNELS[kind])
 
 
