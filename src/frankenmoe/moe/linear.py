@@ -242,7 +242,7 @@ def _kernels() -> ModuleType | None:
     """The compiled kernels, or None where numba (the extra `cpu`) or OpenMP is missing: then torch does the same."""
     try:
         from frankenmoe.moe import kernels
-    except (ImportError, RuntimeError):  # the latter where numba finds no folder for what it compiles
+    except ImportError:
         return None
     return kernels
 
