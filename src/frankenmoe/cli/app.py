@@ -156,7 +156,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 @click.option("--temperature", type=Temperature(), default=0.0, show_default=True, help="0 is greedy.")
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
 @click.option("--trace", is_flag=True, help="Show which experts each token went to.")
-@click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, logits about 1 % off.")
+@click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, logits a little off.")
 @click.option("--json", "as_json", is_flag=True, help="Print reply and trace as JSON (needs --prompt).")
 @REMOTE
 def chat_command(
