@@ -29,7 +29,7 @@ def load(
     """An MoE to run: from an artifact of either form, or from a recipe, whose routers are then made in memory.
 
     `dtype` (float32, bfloat16, float16) converts; without it weights stay mapped as they are stored. `int8` rounds
-    every linear layer to 8 bits in memory, for inference: half the memory of 16 bits, logits a little off (see the guide).
+    every linear layer to 8 bits in memory, for inference: half the memory of 16 bits, logits a little off.
     `options` are those of MoEBlock: capacity_factor, drop_policy.
     """
     moe = _load(what, dtype=dtype, trust_remote_code=trust_remote_code, progress=progress, **options)
