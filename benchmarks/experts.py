@@ -151,7 +151,7 @@ def read(model: Model) -> float:
         weights = [parameter.view(torch.float32) for expert in chosen for parameter in expert.parameters()]
         begun = time.perf_counter()
         for weight in weights:
-            torch.max(weight)
+            torch.sum(weight)
         times.append(time.perf_counter() - begun)
     return statistics.median(times)
 

@@ -102,7 +102,8 @@ def test_chat_in_int8_says_nearly_the_same(recipe: Path) -> None:
 
 
 def test_chat_says_where_kernels_are_missing(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("frankenmoe.moe.linear._kernels", lambda: None)
+    monkeypatch.setattr("frankenmoe.moe.linear.kernels", lambda: None)
+    monkeypatch.setattr("frankenmoe.moe.linear.SMALL", 0)
     arguments = ["chat", str(recipe), "--prompt", "hello", "--max-new-tokens", "2"]
     plain, rounded = (CliRunner().invoke(app, [*arguments, *more]) for more in ([], ["--int8"]))
     assert "frankenmoe[cpu]" not in plain.stderr  # float32: torch's own products are as good

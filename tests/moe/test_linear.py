@@ -27,14 +27,22 @@ def who(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(module, "_has_instructions", lambda dtype: False)
     monkeypatch.setattr(module, "SMALL", 0)
     if request.param == "torch":
-        monkeypatch.setattr(module, "_kernels", lambda: None)
-    elif module._kernels() is None:
+        monkeypatch.setattr(module, "kernels", lambda: None)
+    elif module.kernels() is None:
         pytest.skip("numba is not installed")
     return str(request.param)
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def forget_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next import of what numba compiles is the first."""
+    for name in ("compiled", "kernels", "numbers"):
+        monkeypatch.delitem(sys.modules, f"frankenmoe.moe.{name}", raising=False)
+        monkeypatch.delattr(frankenmoe.moe, name, raising=False)
+    module.kernels.cache_clear()
 
 
 def far(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -69,29 +77,55 @@ def test_gradients_and_shapes_are_torchs(shape: tuple[int, ...], dtype: torch.dt
     assert far(ours.grad, torchs.grad) < 2 * torch.finfo(dtype).eps
 
 
-def test_extreme_numbers_stay_what_they_are() -> None:
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_extreme_numbers_stay_what_they_are(tokens: int) -> None:
     """The smallest and the largest numbers of each type, zeros, infinity and NaN."""
     for dtype in LOW:
         info = torch.finfo(dtype)
         numbers = torch.tensor([0.0, -0.0, info.tiny, info.smallest_normal / 8, info.max, -info.max], dtype=dtype)
         weight_OI = torch.zeros(len(numbers), 80, dtype=dtype)
         weight_OI[:, 3] = numbers
-        hidden_TI = torch.zeros(5, 80, dtype=dtype)
+        hidden_TI = torch.zeros(tokens, 80, dtype=dtype)
         hidden_TI[:, 3] = 1
-        assert torch.equal(linear(hidden_TI, weight_OI), numbers.expand(5, -1))
+        assert torch.equal(linear(hidden_TI, weight_OI), numbers.expand(tokens, -1))
         weight_OI[0, 3], weight_OI[1, 3] = torch.inf, torch.nan
         found = linear(hidden_TI, weight_OI)
         assert found[:, 0].isinf().all()
         assert found[:, 1].isnan().all()
 
 
-def test_strided_inputs_and_weights() -> None:
-    hidden_TI, weight_OI = draw(200, 9, dtype=torch.bfloat16, seed=0).T, draw(200, 33, dtype=torch.bfloat16, seed=1).T
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_sums_are_rounded_as_torch_rounds(tokens: int, dtype: torch.dtype) -> None:
+    """Two numbers of every exponent, whose sum lies between two numbers of the type, halfway between, or past them."""
+    info = torch.finfo(dtype)
+    exponents = torch.arange(-149, 128, dtype=torch.float64)
+    large_N = (1.5 * 2**exponents).to(dtype)
+    large_N = large_N[large_N.isfinite() & (large_N != 0)].repeat(3)
+    steps_N = torch.tensor([0.5, 0.75, 0.25]).repeat_interleave(len(large_N) // 3)
+    small_N = (steps_N * (large_N.double() * info.eps)).to(dtype)
+    weight_OI = torch.zeros(len(large_N), 80, dtype=dtype)
+    weight_OI[:, 0], weight_OI[:, 70] = large_N, small_N
+    hidden_TI = torch.zeros(tokens, 80, dtype=dtype)
+    hidden_TI[:, [0, 70]] = 1
+    assert torch.equal(linear(hidden_TI, weight_OI)[0], (large_N.float() + small_N.float()).to(dtype))
+
+
+@pytest.mark.parametrize("tokens", [2, 9])
+def test_strided_inputs_and_weights(tokens: int) -> None:
+    hidden_TI, weight_OI = (
+        draw(200, tokens, dtype=torch.bfloat16, seed=0).T,
+        draw(200, 33, dtype=torch.bfloat16, seed=1).T,
+    )
     assert far(linear(hidden_TI, weight_OI), hidden_TI.double() @ weight_OI.double().T) < 0.004
 
 
-def test_several_threads_give_what_one_gives() -> None:
-    hidden_TI, weight_OI = draw(70, 300, dtype=torch.bfloat16, seed=0), draw(1001, 300, dtype=torch.bfloat16, seed=1)
+@pytest.mark.parametrize("tokens", [1, 2, 70])
+def test_several_threads_give_what_one_gives(tokens: int) -> None:
+    hidden_TI, weight_OI = (
+        draw(tokens, 300, dtype=torch.bfloat16, seed=0),
+        draw(1001, 300, dtype=torch.bfloat16, seed=1),
+    )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -223,13 +257,11 @@ def test_keep_stored_changes_linear_layers_and_nothing_else() -> None:
 def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "frankenmoe.moe.kernels", raising=False)
-    monkeypatch.delattr(frankenmoe.moe, "kernels", raising=False)
-    module._kernels.cache_clear()
+    forget_compiled(monkeypatch)
     try:
-        assert module._kernels() is None
+        assert module.kernels() is None
     finally:
-        module._kernels.cache_clear()
+        module.kernels.cache_clear()
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -318,15 +350,13 @@ def test_kernels_need_no_folder_for_what_is_compiled(who: str, monkeypatch: pyte
     monkeypatch.setattr(CacheImpl, "_locator_classes", [])
     for cls in CacheImpl.__subclasses__():
         monkeypatch.setattr(cls, "_locator_classes", [])
-    monkeypatch.delitem(sys.modules, "frankenmoe.moe.kernels")
-    monkeypatch.delattr(frankenmoe.moe, "kernels")
-    module._kernels.cache_clear()
+    forget_compiled(monkeypatch)
     try:
-        fresh = module._kernels()
+        fresh = module.kernels()
         assert fresh is not None
         assert not fresh.STORE
     finally:
-        module._kernels.cache_clear()
+        module.kernels.cache_clear()
 
 
 def test_int8_weights_are_never_taken_for_others() -> None:

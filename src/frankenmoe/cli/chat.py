@@ -16,7 +16,7 @@ from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, printable
 from frankenmoe.loading import load
 from frankenmoe.moe.generate import Reply, reply, weight_shares
-from frankenmoe.moe.linear import lacks_kernels
+from frankenmoe.moe.linear import prepare_kernels
 from frankenmoe.palette import mark
 
 TOKEN_WIDTH = 12
@@ -39,7 +39,8 @@ def chat(what: Path, *, prompt: str | None, settings: Settings, as_json: bool, t
     """One exchange with `prompt`, otherwise a conversation until end of file or Ctrl-C."""
     with bars() as progress:
         moe = load(what, int8=settings.int8, trust_remote_code=trust_remote_code, progress=progress)
-    if lacks_kernels(moe.model):
+        fast = prepare_kernels(moe.model, progress)
+    if not fast:
         click.secho("warning: slower than it could be; pip install 'frankenmoe[cpu]'", fg="yellow", err=True)
     tokenizer = moe.tokenizer()
     torch.manual_seed(settings.seed)

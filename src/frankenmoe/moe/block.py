@@ -10,6 +10,7 @@ from torch import nn
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.experts import DropPolicy, apply_capacity, dispatch
 from frankenmoe.moe.grouping import Group, group_experts
+from frankenmoe.moe.onetoken import OneToken
 from frankenmoe.moe.packing import Packing
 from frankenmoe.moe.router import Router, Routing
 
@@ -81,7 +82,7 @@ class MoEBlock(nn.Module):
         self.shared = shared
         self.shared_gate = None if shared_gate is None else _linear(shared_gate)
         self._groups: tuple[tuple[int, ...], tuple[Group, ...]] = ((), ())
-        self._packing = Packing()
+        self._packing, self._one_token = Packing(), OneToken()
         _check(self)
 
     @property
@@ -98,13 +99,18 @@ class MoEBlock(nn.Module):
         weights_TK, ids_TK, _ = self.capacity(self.router(hidden_TD))
         groups = self.groups
         packed = self._packing.of(groups, hidden_TD)
-        out_TD = dispatch(hidden_TD, weights_TK, ids_TK, self.experts, groups=groups, packed=packed)
+        out_TD = dispatch(
+            hidden_TD, weights_TK, ids_TK, self.experts, groups=groups, packed=packed, one_token=self._one_token
+        )
         if self.shared is not None:
             out_TD = out_TD + self._shared_output(self.shared, hidden_TD)
         return out_TD.reshape(hidden.shape)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._packing = Packing()  # .to() and the like move every weight by itself: what was packed may go
+        self._packing, self._one_token = (
+            Packing(),
+            OneToken(),
+        )  # .to() and the like move every weight by itself: what was packed may go
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 

@@ -10,6 +10,7 @@ from torch import nn
 from frankenmoe.moe import grouped
 from frankenmoe.moe.adapter import LoraLinear, with_update
 from frankenmoe.moe.grouping import Gated, Group, group_experts
+from frankenmoe.moe.onetoken import OneToken
 from frankenmoe.moe.packing import Packed
 
 # T tokens, D hidden, F ffn, E experts, K top-k, N tokens of one expert or group, M of one member of a group
@@ -28,17 +29,22 @@ def dispatch(
     *,
     groups: Sequence[Group] | None = None,
     packed: Packed | None = None,
+    one_token: OneToken | None = None,
 ) -> torch.Tensor:
     """out_TD: for each token, the sum of its experts' outputs times their weights, in the dtype of `hidden_TD`.
 
     An expert is any module from (N, D) to (N, D); it runs once, on its tokens in ascending order, or not at all if it
     has none. Ids are 0 .. E-1, or -1 for a dropped assignment, which adds nothing. `groups` is what `group_experts`
     says of these experts: what they share is computed once for each token. `packed` are the same experts as a GPU wants
-    them, used where that can be done without waiting for it.
+    them, used where that can be done without waiting for it. `one_token` remembers how a CPU takes them one by one.
     """
     if packed is not None and grouped.takes(packed, hidden_TD, ids_TK):
         return grouped.mix(hidden_TD, weights_TK, ids_TK, packed)
     groups = group_experts(experts) if groups is None else groups
+    if len(ids_TK) == 1 and one_token is not None:
+        mixed_1D = one_token.mix(hidden_TD, weights_TK, ids_TK, groups)
+        if mixed_1D is not None:
+            return mixed_1D
     if len(groups) == 1:
         return _output(groups[0], hidden_TD, weights_TK, ids_TK, ids_TK != DROPPED).to(hidden_TD.dtype)
     out_TD = torch.zeros_like(hidden_TD)

@@ -1,74 +1,91 @@
-"""Products of float32 rows with bf16, fp16 or int8 matrices on a CPU, compiled by numba; knows nothing of torch.
+"""What numba compiles for CPUs: float32 rows through matrices as they are stored; does not know torch, nor who calls.
 
-Weights are widened in registers: a matrix is read once, as it is stored, and nothing of its size is allocated. Needs
-numba, and OpenMP in the process; a kernel is compiled when it is first used on a machine.
+Weights are widened in registers: a matrix is read once, and nothing of its size is allocated.
 """
 
-import ctypes
-import threading
-from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
-from numba.extending import overload
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
 
-# T tokens, I inputs, O outputs
+from frankenmoe.moe.numbers import FLAGS, STORE, rounded, widened
 
+# T tokens, I inputs, O outputs, J pairs of inputs
+# G FFNs, M members (each an FFN under adapters or without), D hidden, F ffn, R rank, X: gate, up and down
+
+CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
 TILE_T, TILE_O = 4, 3  # twelve sums, three weights and one input: the sixteen vector registers of AVX2
 PANEL = 1 << 18  # numbers of the tokens that stay in the cache while all weights pass
-BLOCK = 512  # products of an int8 and an int16 whose sum is sure to fit an int32
-GRAIN = 1 << 17  # multiplications that are worth another thread
-FLAGS = {"reassoc", "contract", "nsz"}  # sums in any order, as a vector needs; infinities and NaN stay what they are
-
-_lock = threading.Lock()
-# torch's own threads do the work: a second pool would fight with them for the cores
-_process = ctypes.CDLL(None)
-try:
-    _parallel, _ = _process.GOMP_parallel, (_process.omp_get_thread_num, _process.omp_get_num_threads)
-except AttributeError as error:
-    raise ImportError("this torch has no OpenMP threads to run kernels on") from error
+ROWS = 64  # of a matrix that stay in the cache while a few tokens pass
+# processors look ahead too, but not as far as memory takes to answer: it is a tenth faster when it is asked early
+LINE, AHEAD = 64, 2048  # bytes
+# bytes that are asked for together, since asking within a loop keeps it from being vectorized; also how many products
+# of an int8 and an int16 have a sum that is sure to fit an int32
+AT_ONCE = 512
+FIXED = 11  # addresses of a task of `ffns` before those of its members
 _thread = types.ExternalFunction("omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+_barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
-def _can_store() -> bool:
-    """Whether numba finds a folder for what it compiles; else every process compiles again."""
-    try:
-        njit(cache=True)(_from_int8)
-    except RuntimeError:
-        return False
-    return True
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    """The pointer that an int64 is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), generate
 
 
-def widened(number: Any) -> Any:
-    """The float32 that bits stand for: uint16 those of a bf16, int16 those of an fp16, int8 a number."""
-    raise NotImplementedError("for compiled code")
+@intrinsic
+def _prefetch(typing: Any, numbers_N: Any, place: Any) -> Any:
+    """Asks for the memory of a number that will be read soon, and may lie behind the end: asking never fails."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        array = context.make_array(signature.args[0])(context, builder, arguments[0])
+        byte, whole = ir.IntType(8).as_pointer(), ir.IntType(32)
+        address = builder.bitcast(builder.gep(array.data, [arguments[1]]), byte)
+        asked = ir.FunctionType(ir.VoidType(), [byte, whole, whole, whole])
+        read, near, data = (ir.Constant(whole, value) for value in (0, 3, 1))
+        builder.call(builder.module.declare_intrinsic("llvm.prefetch", [byte], asked), [address, read, near, data])
+        return context.get_dummy_value()
+
+    return types.void(numbers_N, place), generate
 
 
-@overload(widened)
-def _widened(number: Any) -> Any:
-    return {types.uint16: _from_bf16, types.int16: _from_fp16, types.int8: _from_int8}[number]
+@njit(nogil=True, cache=STORE)
+def _share(outputs: int) -> Any:
+    """(begin, end) of this thread's outputs."""
+    threads, thread = _threads(), _thread()
+    each = (outputs + threads - 1) // threads
+    each = (each + 11) // 12 * 12
+    return min(outputs, thread * each), min(outputs, (thread + 1) * each)
 
 
-def _from_bf16(number: Any) -> Any:
-    return np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+def _dot(weight_I: Any, hidden_I: Any) -> Any:
+    total = np.float32(0)
+    for i in range(len(hidden_I)):
+        total += widened(weight_I[i]) * hidden_I[i]
+    return total
 
 
-def _from_fp16(number: Any) -> Any:
-    # exponent and fraction moved to their places in a float32; the factor is the difference of the two biases
-    bits = np.uint32(np.uint16(number))
-    sign, rest = np.uint32(bits & np.uint32(0x8000)), np.uint32(bits & np.uint32(0x7FFF))
-    endless = np.uint32(0x7F800000) if rest >= np.uint32(0x7C00) else np.uint32(0)  # infinity and NaN
-    moved = np.uint32(np.uint32(np.uint32(sign << np.uint32(16)) | np.uint32(rest << np.uint32(13))) | endless)
-    return moved.view(np.float32) * np.float32(2.0**112)
-
-
-def _from_int8(number: Any) -> Any:
-    return np.float32(number)
-
-
-STORE = _can_store()
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+def _whole(hidden_I: Any) -> Any:
+    """(int16 numbers, step, NaN or 0) that stand for float32 ones; integers cannot tell that one was no number."""
+    inputs = len(hidden_I)
+    largest = poison = np.float32(0)
+    for i in range(inputs):
+        largest = max(largest, abs(hidden_I[i]))
+        poison += hidden_I[i] * np.float32(0)
+    step = largest / np.float32(32767)
+    whole_I = np.empty(inputs, np.int16)
+    for i in range(inputs):
+        whole_I[i] = np.int16(np.rint(hidden_I[i] / step)) if step > 0 else np.int16(0)
+    return whole_I, step, poison
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=STORE)
@@ -118,106 +135,249 @@ def _tile(weight_OI: Any, hidden_TI: Any, out_TO: Any, o: int, t: int) -> None:
     out_TO[t + 3, o], out_TO[t + 3, o + 1], out_TO[t + 3, o + 2] = ud, vd, wd
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
-def _dot(weight_I: Any, hidden_I: Any) -> Any:
-    total = np.float32(0)
-    for i in range(len(hidden_I)):
-        total += widened(weight_I[i]) * hidden_I[i]
-    return total
-
-
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
-def _one_int8(weight_OI: Any, hidden_I: Any, out_O: Any, begin: int, end: int) -> None:
-    """One token in integers: int16 inputs, summed in int32 a block at a time, so that none need be coarser."""
-    inputs = len(hidden_I)
-    largest = poison = np.float32(0)
-    for i in range(inputs):
-        largest = max(largest, abs(hidden_I[i]))
-        poison += hidden_I[i] * np.float32(0)  # NaN if one of them is no number, which integers cannot tell
-    step = largest / np.float32(32767)
-    whole_I = np.empty(inputs, np.int16)
-    for i in range(inputs):
-        whole_I[i] = np.int16(np.rint(hidden_I[i] / step)) if step > 0 else np.int16(0)
-    for o in range(begin, end):
-        row = weight_OI[o]
-        total = np.float32(0)
-        for first in range(0, inputs, BLOCK):
-            part = np.int32(0)
-            for i in range(first, min(inputs, first + BLOCK)):
-                part = np.int32(part + np.int32(np.int32(row[i]) * np.int32(whole_I[i])))
-            total += np.float32(part)
-        out_O[o] = total * step + poison
-
-
-@njit(nogil=True, cache=STORE)
-def _share(outputs: int) -> Any:
-    """(begin, end) of this thread's outputs."""
-    threads, thread = _threads(), _thread()
-    each = (outputs + threads - 1) // threads
-    each = (each + 11) // 12 * 12
-    return min(outputs, thread * each), min(outputs, (thread + 1) * each)
-
-
 def _bf16(task: Any) -> None:
-    tokens, outputs, inputs = carray(task[3], 3, np.int64)
-    begin, end = _share(outputs)
-    weight_OI = carray(task[0], (outputs, inputs), np.uint16)
-    _rows(weight_OI, *_operands(task, tokens, outputs, inputs), begin, end)
+    tokens, outputs, inputs = carray(task[0], 3, np.int64)
+    _many(carray(task[1], (outputs, inputs), np.uint16), task, tokens)
 
 
 def _fp16(task: Any) -> None:
-    tokens, outputs, inputs = carray(task[3], 3, np.int64)
-    begin, end = _share(outputs)
-    weight_OI = carray(task[0], (outputs, inputs), np.int16)
-    _rows(weight_OI, *_operands(task, tokens, outputs, inputs), begin, end)
+    tokens, outputs, inputs = carray(task[0], 3, np.int64)
+    _many(carray(task[1], (outputs, inputs), np.int16), task, tokens)
 
 
 def _int8(task: Any) -> None:
-    tokens, outputs, inputs = carray(task[3], 3, np.int64)
-    begin, end = _share(outputs)
-    weight_OI = carray(task[0], (outputs, inputs), np.int8)
-    hidden_TI, out_TO = _operands(task, tokens, outputs, inputs)
-    if tokens < TILE_T:
-        for t in range(tokens):
-            _one_int8(weight_OI, hidden_TI[t], out_TO[t], begin, end)
-    else:
-        _rows(weight_OI, hidden_TI, out_TO, begin, end)
+    tokens, outputs, inputs = carray(task[0], 3, np.int64)
+    _many(carray(task[1], (outputs, inputs), np.int8), task, tokens)
 
 
 @njit(nogil=True, cache=STORE)
-def _operands(task: Any, tokens: int, outputs: int, inputs: int) -> Any:
-    return carray(task[1], (tokens, inputs), np.float32), carray(task[2], (tokens, outputs), np.float32)
+def _many(weight_OI: Any, task: Any, tokens: int) -> None:
+    outputs, inputs = weight_OI.shape
+    hidden_TI, out_TO = carray(task[2], (tokens, inputs), np.float32), carray(task[3], (tokens, outputs), np.float32)
+    begin, end = _share(outputs)
+    _rows(weight_OI, hidden_TI, out_TO, begin, end)
 
 
-KERNELS = {"bfloat16": _bf16, "float16": _fp16, "int8": _int8}
+# one for each type, since it is the largest: only what is used is compiled
+MANY = {"bfloat16": _bf16, "float16": _fp16, "int8": _int8}
 
 
-def _compiled(kind: str) -> Any:
-    with _lock:  # of two threads that compile at once, one result would be freed while it is used
-        return _cfunc(kind)
-
-
-@cache
-def _cfunc(kind: str) -> Any:
-    return cfunc(types.void(types.CPointer(types.voidptr)), cache=STORE)(KERNELS[kind])
-
-
-def product(kind: str, weight: int, hidden: int, out: int, *, sizes: tuple[int, int, int], threads: int) -> None:
-    """Writes hidden @ weight.T to `out`.
-
-    The three are addresses of rows without gaps: weights [O, I] of a `kind` in KERNELS, hidden [T, I] and out [T, O] in
-    float32. `sizes` are (T, O, I); at most `threads` threads work, fewer where there is little to do.
-    """
-    tokens, outputs, inputs = sizes
-    team = max(1, min(threads, tokens * outputs * inputs // GRAIN))
-    size = (ctypes.c_int64 * 3)(*sizes)
-    task = (ctypes.c_void_p * 4)(weight, hidden, out, ctypes.addressof(size))
-    if team == 1:  # no team at all: one of another size would send torch's threads away
-        _alone(_compiled(kind).address)(task)
+@njit(nogil=True, cache=STORE)
+def _matvec(kind: int, weight: int, scale: int, hidden_I: Any, out_O: Any, begin: int, end: int) -> None:
+    """out_O += W[begin:end] @ hidden_I, given the addresses of W, of a kind in CODES, and of its scales."""
+    inputs = len(hidden_I)
+    if kind == 3:
+        weight_OI, scale_O = carray(_pointer(weight), (end, inputs), np.int8), carray(_pointer(scale), end, np.float32)
+        whole_I, step, poison = _whole(hidden_I)
+        _int8_rows(weight_OI, scale_O, whole_I, step, poison, out_O, begin)
+    elif kind == 2:
+        _dot_rows(carray(_pointer(weight), (end, inputs), np.int16), hidden_I, out_O, begin)
+    elif kind == 1 and inputs % 2 == 0:
+        pair_OJ = carray(_pointer(weight), (end, inputs // 2), np.uint32)
+        _pair_rows(pair_OJ, _every_other(hidden_I, 0), _every_other(hidden_I, 1), out_O, begin)
+    elif kind == 1:
+        _dot_rows(carray(_pointer(weight), (end, inputs), np.uint16), hidden_I, out_O, begin)
     else:
-        _parallel(ctypes.c_void_p(_compiled(kind).address), task, ctypes.c_uint(team), ctypes.c_uint(0))
+        _dot_rows(carray(_pointer(weight), (end, inputs), np.float32), hidden_I, out_O, begin)
 
 
-@cache
-def _alone(address: int) -> Any:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+@njit(nogil=True, cache=STORE)
+def _every_other(hidden_I: Any, first: int) -> Any:
+    found_J = np.empty(len(hidden_I) // 2, np.float32)
+    for j in range(len(found_J)):
+        found_J[j] = hidden_I[2 * j + first]
+    return found_J
+
+
+# loops where numpy has words, since numba takes seconds to compile what those do with other shapes
+@njit(nogil=True, cache=STORE)
+def _clear(out_N: Any) -> None:
+    for n in range(len(out_N)):
+        out_N[n] = 0
+
+
+@njit(nogil=True, cache=STORE)
+def _scaled(scale: Any, numbers_N: Any, out_N: Any) -> Any:
+    for n in range(len(out_N)):
+        out_N[n] = scale * numbers_N[n]
+    return out_N
+
+
+@njit(nogil=True, cache=STORE)
+def _dot_rows(weight_OI: Any, hidden_I: Any, out_O: Any, begin: int) -> None:
+    for o in range(begin, len(weight_OI)):
+        out_O[o - begin] += _dot(weight_OI[o], hidden_I)
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+def _pair_rows(pair_OJ: Any, even_J: Any, odd_J: Any, out_O: Any, begin: int) -> None:
+    """bf16 two at a time: a mask widens the second of a pair, so that half as many pass through the shifter."""
+    pairs = len(even_J)
+    for o in range(begin, len(pair_OJ)):
+        pair_J, evens, odds = pair_OJ[o], np.float32(0), np.float32(0)
+        for first in range(0, pairs, AT_ONCE // 4):
+            for line in range(first, first + AT_ONCE // 4, LINE // 4):
+                _prefetch(pair_J, line + AHEAD // 4)
+            for j in range(first, min(pairs, first + AT_ONCE // 4)):
+                evens += np.uint32(pair_J[j] << np.uint32(16)).view(np.float32) * even_J[j]
+                odds += np.uint32(pair_J[j] & np.uint32(0xFFFF0000)).view(np.float32) * odd_J[j]
+        out_O[o - begin] += evens + odds
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+def _int8_rows(weight_OI: Any, scale_O: Any, whole_I: Any, step: Any, poison: Any, out_O: Any, begin: int) -> None:
+    """int8 times int16, summed in int32 a part of a row at a time, so that none need be coarser."""
+    inputs = len(whole_I)
+    for o in range(begin, len(weight_OI)):
+        weight_I, total = weight_OI[o], np.float32(0)
+        for first in range(0, inputs, AT_ONCE):
+            for line in range(first, first + AT_ONCE, LINE):
+                _prefetch(weight_I, line + AHEAD)
+            part = np.int32(0)
+            for i in range(first, min(inputs, first + AT_ONCE)):
+                part = np.int32(part + np.int32(np.int32(weight_I[i]) * np.int32(whole_I[i])))
+            total += np.float32(part)
+        out_O[o - begin] += (total * step + poison) * scale_O[o]
+
+
+def few(task: Any) -> None:
+    """A few tokens through one matrix: out_TO = hidden_TI @ W.T + bias_O.
+
+    task[0] has T, O, I and the kinds of W, of hidden_TI and out_TO, and of bias_O (-1: there is none); then come the
+    addresses of W, its scales, hidden_TI, out_TO and bias_O.
+    """
+    tokens, outputs, inputs, kind, hidden_kind, bias_kind = carray(task[0], 6, np.int64)
+    weight, scale = carray(task[1], 2, np.int64)
+    hidden_TI = np.empty((tokens, inputs), np.float32)
+    for t in range(tokens):
+        _read(hidden_kind, task[2], t * inputs, hidden_TI[t])
+    begin, end = _share(outputs)
+    step = ROWS if tokens > 1 else max(1, end - begin)
+    sum_O = np.empty(step, np.float32)
+    for first in range(begin, end, step):
+        last = min(first + step, end)
+        for t in range(tokens):
+            _clear(sum_O)
+            if bias_kind >= 0:
+                _read(bias_kind, task[4], first, sum_O[: last - first])
+            _matvec(kind, weight, scale, hidden_TI[t], sum_O, first, last)
+            _write(hidden_kind, task[3], t * outputs + first, sum_O[: last - first])
+
+
+@njit(nogil=True, cache=STORE)
+def _read(kind: int, numbers: Any, first: int, out_N: Any) -> None:
+    """The float32 that the numbers at an address stand for, from the `first` of them on."""
+    size = first + len(out_N)
+    if kind == 0:
+        _widen(carray(numbers, size, np.float32)[first:], out_N)
+    elif kind == 1:
+        _widen(carray(numbers, size, np.uint16)[first:], out_N)
+    else:
+        _widen(carray(numbers, size, np.int16)[first:], out_N)
+
+
+@njit(nogil=True, cache=STORE)
+def _widen(stored_N: Any, out_N: Any) -> None:
+    for n in range(len(out_N)):
+        out_N[n] = widened(stored_N[n])
+
+
+@njit(nogil=True, cache=STORE)
+def _write(kind: int, numbers: Any, first: int, found_N: Any) -> None:
+    """What `_read` reads, rounded."""
+    size = first + len(found_N)
+    if kind == 0:
+        _round(found_N, carray(numbers, size, np.float32)[first:])
+    elif kind == 1:
+        _round(found_N, carray(numbers, size, np.uint16)[first:])
+    else:
+        _round(found_N, carray(numbers, size, np.int16)[first:])
+
+
+@njit(nogil=True, cache=STORE)
+def _round(found_N: Any, out_N: Any) -> None:
+    for n in range(len(out_N)):
+        out_N[n] = rounded(found_N[n], out_N[n])
+
+
+@njit(nogil=True, cache=STORE)
+def _low(kind: int, member: Any, x: int, hidden_I: Any, low_R: Any) -> None:
+    """This thread's share of low_R = A @ hidden_I for one of a member's adapters, if it has that."""
+    table = carray(member, 18, np.int64)
+    begin, end = _share(table[8 + 3 * x])
+    _clear(low_R[begin:end])
+    _matvec(kind, table[6 + 3 * x], 0, hidden_I, low_R[begin:end], begin, end)
+
+
+@njit(nogil=True, cache=STORE)
+def _update(kind: int, member: Any, x: int, low_R: Any, out_O: Any, begin: int, end: int) -> None:
+    """out_O += scale * B[begin:end] @ low_R for one of a member's adapters, if it has that."""
+    table, scale = carray(member, 18, np.int64), np.float32(carray(member, 18, np.float64)[15 + x])
+    rank = table[8 + 3 * x]
+    if rank > 0:
+        scaled_R = _scaled(scale, low_R, np.empty(rank, np.float32))
+        _matvec(kind, table[7 + 3 * x], 0, scaled_R, out_O, begin, end)
+
+
+@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+def _activate(gate_F: Any, up_F: Any, weight: Any, inner_F: Any, mixed_F: Any) -> None:
+    """inner_F = weight * silu(gate_F) * up_F, which mixed_F gets more."""
+    for f in range(len(inner_F)):
+        gate = gate_F[f]
+        inner_F[f] = gate / (np.float32(1) + np.exp(-gate)) * up_F[f] * weight
+        mixed_F[f] += inner_F[f]
+
+
+def ffns(task: Any) -> None:
+    """One token through gated FFNs under adapters: out_D = sum over M of weight_M * down(silu(gate x) * up x).
+
+    task[0] has G, M, D, F, the largest rank, the kinds of the FFNs, of the adapters and of hidden_D and out_D, and each
+    member's FFN; then come the addresses of weight_M, hidden_D and out_D, of room for seven intermediate results, of
+    the members' tables, and for each FFN that of the table of one of its members.
+    """
+    ffns, members, width, ffn, rank, kind, low_kind, hidden_kind = carray(task[0], 8, np.int64)
+    ffn_M, weight_M = carray(task[0], 8 + members, np.int64)[8:], carray(task[1], members, np.float32)
+    gate_GF, up_GF = carray(task[4], (ffns, ffn), np.float32), carray(task[5], (ffns, ffn), np.float32)
+    mixed_GF, inner_MF = carray(task[6], (ffns, ffn), np.float32), carray(task[7], (members, ffn), np.float32)
+    gate_MF, up_MF = carray(task[8], (members, ffn), np.float32), carray(task[9], (members, ffn), np.float32)
+    low_MXR = carray(task[10], (members, 3, rank), np.float32)
+    hidden_D = np.empty(width, np.float32)
+    _read(hidden_kind, task[2], 0, hidden_D)
+    begin, end = _share(ffn)
+    if rank > 0:
+        for m in range(members):
+            for x in range(2):
+                _low(low_kind, task[FIXED + m], x, hidden_D, low_MXR[m, x])
+    for g in range(ffns):
+        table = carray(task[FIXED + members + g], 6, np.int64)
+        gate_F, up_F = gate_GF[g, begin:end], up_GF[g, begin:end]
+        _clear(gate_F)
+        _clear(up_F)
+        _clear(mixed_GF[g, begin:end])
+        _matvec(kind, table[0], table[1], hidden_D, gate_F, begin, end)
+        _matvec(kind, table[2], table[3], hidden_D, up_F, begin, end)
+    if rank > 0:  # else a thread goes on with what it made itself
+        _barrier()
+    for m in range(members):
+        gate_F, up_F = gate_GF[ffn_M[m], begin:end], up_GF[ffn_M[m], begin:end]
+        if rank > 0:
+            gate_F = _scaled(np.float32(1), gate_F, gate_MF[m, begin:end])
+            up_F = _scaled(np.float32(1), up_F, up_MF[m, begin:end])
+            _update(low_kind, task[FIXED + m], 0, low_MXR[m, 0], gate_F, begin, end)
+            _update(low_kind, task[FIXED + m], 1, low_MXR[m, 1], up_F, begin, end)
+        _activate(gate_F, up_F, weight_M[m], inner_MF[m, begin:end], mixed_GF[ffn_M[m], begin:end])
+    _barrier()
+    if rank > 0:
+        for m in range(members):
+            _low(low_kind, task[FIXED + m], 2, inner_MF[m], low_MXR[m, 2])
+        _barrier()
+    begin, end = _share(width)
+    out_D = np.empty(max(0, end - begin), np.float32)
+    _clear(out_D)
+    for g in range(ffns):
+        table = carray(task[FIXED + members + g], 6, np.int64)
+        _matvec(kind, table[4], table[5], mixed_GF[g], out_D, begin, end)
+    if rank > 0:
+        for m in range(members):
+            _update(low_kind, task[FIXED + m], 2, low_MXR[m, 2], out_D, begin, end)
+    _write(hidden_kind, task[3], begin, out_D)

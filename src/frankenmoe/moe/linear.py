@@ -17,7 +17,8 @@ from frankenmoe.progress import SILENT, Progress
 
 # T tokens, I inputs, O outputs
 
-KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}
+KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}  # of weights
+FLOAT_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of all else
 # what a CPU must have to multiply a type by itself, as torch.cpu.get_capabilities() calls it
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
 FEW = 4  # tokens below which memory decides, and no instruction helps
@@ -122,7 +123,7 @@ def linear(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor |
 def _is_ours(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None) -> bool:
     if hidden.numel() * weight_OI.shape[0] < SMALL or weight_OI.dtype not in INSTRUCTIONS:
         return False
-    if hidden.shape[-1:] != weight_OI.shape[1:] or not (_has_address(hidden) and _has_address(weight_OI)):
+    if hidden.shape[-1:] != weight_OI.shape[1:] or not have_addresses(hidden, weight_OI):
         return False
     if torch.is_autocast_enabled("cpu"):
         if torch.get_autocast_dtype("cpu") != weight_OI.dtype or hidden.dtype not in (weight_OI.dtype, torch.float32):
@@ -134,11 +135,15 @@ def _is_ours(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor
     return not torch_is_fast(hidden.shape, weight_OI.dtype)
 
 
-def _has_address(tensor: torch.Tensor) -> bool:
-    """Whether compiled code may read a tensor's numbers now: none that is sharded, traced or stands for another."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() or not tensor.is_cpu:
+def have_addresses(*tensors: torch.Tensor | None) -> bool:
+    """Whether compiled code may read their numbers now: none is sharded, traced or stands for another tensor."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
-    return type(tensor) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
+    return all(
+        tensor.is_cpu and type(tensor) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
+        for tensor in tensors
+        if tensor is not None
+    )
 
 
 def torch_is_fast(shape: torch.Size, dtype: torch.dtype) -> bool:
@@ -146,7 +151,7 @@ def torch_is_fast(shape: torch.Size, dtype: torch.dtype) -> bool:
     if dtype not in INSTRUCTIONS:
         return True
     if shape[:-1].numel() < FEW:
-        return _kernels() is None
+        return kernels() is None
     return _has_instructions(dtype)
 
 
@@ -157,13 +162,16 @@ def _product(
     if torch.is_grad_enabled() and hidden.requires_grad:
         found: torch.Tensor = _Product.apply(hidden, weight_OI, scale_O, bias_O)  # type: ignore[no-untyped-call]
         return found
+    compiled = kernels() if _readable(hidden, weight_OI, scale_O, bias_O) else None
+    dtype = hidden.dtype if scale_O is not None else weight_OI.dtype
+    if compiled is not None and 0 < hidden.shape[:-1].numel() < FEW and dtype == hidden.dtype in FLOAT_KINDS:
+        return _few(compiled, hidden, weight_OI, scale_O, bias_O)
     wide_TI = hidden.reshape(-1, hidden.shape[-1]).to(torch.float32).contiguous()
-    out_TO = _sums(wide_TI, weight_OI)
+    out_TO = _sums(wide_TI, weight_OI, compiled)
     if scale_O is not None:
         out_TO *= scale_O
     if bias_O is not None:
         out_TO += bias_O
-    dtype = hidden.dtype if scale_O is not None else weight_OI.dtype
     return out_TO.to(dtype).view(*hidden.shape[:-1], len(weight_OI))
 
 
@@ -194,19 +202,50 @@ class _Product(torch.autograd.Function):
         return out_TI.to(dtype).view(*grad.shape[:-1], weight_OI.shape[1]), None, None, None
 
 
-def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor) -> torch.Tensor:
+def _readable(
+    hidden: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None, bias_O: torch.Tensor | None
+) -> bool:
+    """Whether compiled code can have all of it, and is any use."""
+    return (
+        SHORT <= hidden.shape[-1] == weight_OI.shape[1]
+        and weight_OI.is_contiguous()
+        and (bias_O is None or (bias_O.dtype in FLOAT_KINDS and bias_O.is_contiguous()))
+        and have_addresses(hidden, weight_OI, scale_O, bias_O)
+    )
+
+
+def _few(
+    compiled: ModuleType,
+    hidden: torch.Tensor,
+    weight_OI: torch.Tensor,
+    scale_O: torch.Tensor | None,
+    bias_O: torch.Tensor | None,
+) -> torch.Tensor:
+    """`_product` in one call: weights stream through the cache, so that each of torch's finds its own code gone."""
+    outputs, inputs = weight_OI.shape
+    hidden = hidden.contiguous()
+    out = hidden.new_empty(*hidden.shape[:-1], outputs)
+    compiled.few(
+        (KINDS[weight_OI.dtype], weight_OI.data_ptr(), 0 if scale_O is None else scale_O.data_ptr()),
+        (FLOAT_KINDS[hidden.dtype], hidden.data_ptr()),
+        out.data_ptr(),
+        None if bias_O is None else (FLOAT_KINDS[bias_O.dtype], bias_O.data_ptr()),
+        sizes=(hidden.numel() // inputs, outputs, inputs),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor, compiled: ModuleType | None) -> torch.Tensor:
     """wide_TI @ weight_OI.T in float32."""
-    tokens, (outputs, inputs) = len(wide_TI), weight_OI.shape
-    readable = wide_TI.shape[1] == inputs and _has_address(wide_TI) and _has_address(weight_OI)
-    kernels = _kernels() if readable and weight_OI.is_contiguous() else None
-    out_TO = wide_TI.new_empty(tokens, outputs)
-    if kernels is not None and inputs >= SHORT:
-        kernels.product(
+    out_TO = wide_TI.new_empty(len(wide_TI), len(weight_OI))
+    if compiled is not None:
+        compiled.product(
             KINDS[weight_OI.dtype],
             weight_OI.data_ptr(),
             wide_TI.data_ptr(),
             out_TO.data_ptr(),
-            sizes=(tokens, outputs, inputs),
+            sizes=(len(wide_TI), *weight_OI.shape),
             threads=torch.get_num_threads(),
         )
         return out_TO
@@ -231,20 +270,28 @@ def _chunks(weight_OI: torch.Tensor) -> Any:
     return (slice(begin, min(begin + step, outputs)) for begin in range(0, outputs, step))
 
 
-def lacks_kernels(model: nn.Module) -> bool:
-    """Whether a model on a CPU has linear layers that compiled kernels would make faster, and there are none."""
+def prepare_kernels(model: nn.Module, progress: Progress = SILENT) -> bool:
+    """Compiles what a model will want on this CPU, once on a machine; False if it would want it and numba lacks."""
     weights = (part.weight for part in model.modules() if is_linear(part))
-    return any(weight.dtype in KINDS and weight.is_cpu for weight in weights) and _kernels() is None
+    kinds = {KINDS[each.dtype] for each in weights if each.dtype in KINDS and each.is_cpu and each.numel() >= SMALL}
+    compiled = kernels()
+    if not kinds or compiled is None:
+        return not kinds
+    progress.start("compiling for this CPU", len(kinds) + 2, "kernels")
+    for compile_one in compiled.compilers(sorted(kinds)):
+        compile_one()
+        progress.advance(1)
+    return True
 
 
 @cache
-def _kernels() -> ModuleType | None:
+def kernels() -> ModuleType | None:
     """The compiled kernels, or None where numba (the extra `cpu`) or OpenMP is missing: then torch does the same."""
     try:
-        from frankenmoe.moe import kernels
+        from frankenmoe.moe import compiled
     except ImportError:
         return None
-    return kernels
+    return compiled
 
 
 @cache
