@@ -106,8 +106,17 @@ def _product(x_AI: torch.Tensor, weight_EOI: torch.Tensor, rows: Rows) -> torch.
 
 
 def _update(x_AI: torch.Tensor, lora: LowRank, rows: Rows) -> torch.Tensor:
-    low_AR = _product(x_AI, lora.a_ERI, rows) * lora.scale_E.index_select(0, rows.place_A)[:, None]
-    return _product(low_AR, lora.b_EOR, rows)
+    low_AR = _product(x_AI, _reached(lora.a_ERI, rows), rows) * lora.scale_E.index_select(0, rows.place_A)[:, None]
+    return _product(low_AR.to(x_AI.dtype), _reached(lora.b_EOR, rows), rows)
+
+
+def _reached(weight_EOI: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Weights that learn, with a gradient of zero for experts without rows, to which a grouped product on Blackwell
+    gives what lies in memory (pytorch issue 172439)."""
+    if rows.end_E is None or not weight_EOI.requires_grad:
+        return weight_EOI
+    rows_E = rows.end_E.diff(prepend=rows.end_E.new_zeros(1))
+    return torch.where((rows_E > 0)[:, None, None], weight_EOI, 0)
 
 
 def _kept(out_AO: torch.Tensor, rows: Rows, ids_TK: torch.Tensor) -> torch.Tensor:
