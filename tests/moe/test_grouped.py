@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -219,12 +220,38 @@ def test_odd_sizes_are_grouped_for_few_tokens_and_looped_over_for_many(hidden: i
 
 
 @BOTH
-def test_another_dtype_or_autocast_is_left_to_the_loop(make: Callable[[int], Experts]) -> None:
+def test_another_dtype_or_autocast_to_one_is_left_to_the_loop(make: Callable[[int], Experts]) -> None:
     packed, (_, ids_TK), hidden_TD = packed_of(make(3)), routing(4, 3, 2), torch.randn(4, HIDDEN)
     assert grouped.takes(packed, hidden_TD, ids_TK)
     assert not grouped.takes(packed, hidden_TD.double(), ids_TK)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not grouped.takes(packed, hidden_TD, ids_TK)
+
+
+@BOTH
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_routers_learn_under_autocast_without_waiting(
+    make: Callable[[int], Experts], tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `frankenmoe train` does it: gates in float32, the frozen rest in bfloat16, tokens in either."""
+    torch.manual_seed(0)
+    block = shared_block(make(5)).bfloat16()
+    block.router = block.router.float().requires_grad_()
+    hidden, found = torch.randn(1, tokens, HIDDEN, dtype=dtype), []
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(packing, "DEVICES", devices)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            block(hidden)
+            with NoWaits() if devices else nullcontext():
+                out = block(hidden)
+                out.float().pow(2).sum().backward()
+        assert out.dtype == dtype
+        found.append((out.detach(), block.router.weight.grad))
+        block.router.weight.grad = None
+    for expected, ours in zip(*found, strict=True):
+        assert (ours - expected).abs().max() <= 5e-2 * expected.abs().max()  # both are off by so much in bfloat16
 
 
 def biased() -> Experts:

@@ -261,7 +261,7 @@ def _state(groups: Sequence[Group]) -> object:
     return [weight.data_ptr() for weight in weights], seen
 
 
-def _seen(groups: Sequence[Group]) -> tuple[list[torch.Tensor], object]:
+def _seen(groups: Sequence[Group]) -> tuple[Sequence[torch.Tensor], object]:
     """The weights, and what packing depends on but for where they lie, which torch.compile can trace and guard."""
     experts = [group.module for group in groups if group.base is None]
     linears = [expert._modules.get(name) for expert in experts for name in PROJECTIONS]
