@@ -66,7 +66,8 @@ def table(found: Mapping[str, list[dict[str, float]]], scale: str) -> list[Row]:
         samples = {form: [each[kind] for each in found[form] if kind in each] for form in ("dense", *OURS, *STOCK)}
         samples = {form: values for form, values in samples.items() if values}
         tokens = LARGE[scale][0] * LARGE[scale][1] if kind == "large" else None
-        best = min((form for form in STOCK if form in samples), key=lambda form: statistics.median(samples[form]))
+        stock = [form for form in STOCK if form in samples]
+        best = min(stock, key=lambda form: statistics.median(samples[form]), default="none")
         line = partial(_row, samples=samples, tokens=tokens)
         if scale == "full":
             rows.append(line(f"{words}: floor of an H200", floor(kind, scale, H200)))
@@ -80,6 +81,13 @@ def table(found: Mapping[str, list[dict[str, float]]], scale: str) -> list[Row]:
             Row(f"{words}: adapters against dense", _ratio(samples, "adapters", "dense"), "x", 1 / 0.85, samples),
         ]
     return rows
+
+
+def weights(form: str, scale: str) -> int:
+    """Bytes of a form's large weights in bf16: without norms, gates and adapters."""
+    shape, experts = SHAPES[scale], 1 if form in ("dense", "adapters") else EXPERTS
+    layer = 4 * shape.hidden**2 + experts * 3 * shape.hidden * shape.ffn
+    return 2 * (shape.layers * layer + 2 * shape.hidden * shape.vocab)
 
 
 def floor(kind: str, scale: str, card: Mapping[str, float]) -> float:

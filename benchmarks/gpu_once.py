@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from gpu import CONTEXT, EXPERTS, LARGE, PREFILL, RANK, SHAPES, TOP_K
+from gpu import CONTEXT, EXPERTS, LARGE, PREFILL, RANK, SHAPES, TOP_K, weights
 from sources import Shape
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
@@ -32,9 +32,19 @@ Work = Callable[[], object]
 def main(form: str, scale: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     packing.DEVICES = frozenset({device.type})  # where there is no GPU, what would run on one
+    check_room(form, scale, device)
     with torch.inference_mode():
         found = (floors(device), {}) if form == "floors" else timings(make(form, SHAPES[scale], device), scale, device)
     print(json.dumps(found))
+
+
+def check_room(form: str, scale: str, device: torch.device) -> None:
+    """Ends the process where the card cannot hold the weights: at full scale, 16 distinct experts are 72 GB."""
+    if device.type != "cuda" or form == "floors":
+        return
+    free, needed = torch.cuda.mem_get_info()[0] / 1e9, weights(form, scale) / 1e9
+    if needed > free:
+        raise SystemExit(f"{form} at scale {scale} has {needed:.0f} GB of weights, the GPU {free:.0f} GB free")
 
 
 def floors(device: torch.device) -> dict[str, float]:

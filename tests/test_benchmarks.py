@@ -95,6 +95,41 @@ def test_the_gpu_floors_are_those_worked_out_by_hand(common) -> None:
     assert 8 * 2048 / gpu.floor("large", "full", gpu.H200) == pytest.approx(92e3, rel=0.01)
 
 
+@pytest.mark.parametrize("form", ["dense", "distinct", "adapters", "eager"])
+def test_the_gpu_script_knows_how_large_its_models_are(form: str, common) -> None:
+    import gpu
+    import gpu_once
+
+    model = gpu_once.make(form, gpu.SHAPES["smoke"], torch.device("cpu"))
+    small = ("norm.weight", "router.weight", "mlp.gate.weight", ".a", ".b")
+    sizes = [tensor.nbytes for name, tensor in model.named_parameters() if not name.endswith(small)]
+    assert gpu.weights(form, "smoke") == sum(sizes)
+    assert gpu.weights("distinct", "full") == pytest.approx(71.6e9, rel=0.01)
+
+
+def test_the_gpu_script_says_what_does_not_fit(common, monkeypatch: pytest.MonkeyPatch) -> None:
+    import gpu_once
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (24 * 10**9, 24 * 10**9))
+    gpu_once.check_room("adapters", "full", torch.device("cuda"))
+    with pytest.raises(SystemExit, match="distinct at scale full has 72 GB of weights, the GPU 24 GB free"):
+        gpu_once.check_room("distinct", "full", torch.device("cuda"))
+
+
+def test_a_kind_of_work_that_no_stock_form_can_do_leaves_the_others(common) -> None:
+    import gpu
+
+    able = dict.fromkeys(gpu.WORDS, 1.0)
+    found = {form: [able] for form in ("dense", *gpu.OURS)}
+    found |= {form: [{kind: 1.0 for kind in able if kind != "layers"}] for form in gpu.STOCK}
+    rows = gpu.table(found | {"floors": [{"bytes": 1e12, "operations": 1e15}]}, "small")
+    missing = [row.what for row in rows if row.value is None]
+    assert missing == [
+        "a token, blocks as graph: stock's best (none)",
+        "a token, blocks as graph: distinct against stock",
+    ]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not REAL_PARENTS, reason="../shared/models is not there: these need parents trained on real text")
 @pytest.mark.parametrize(("script", "rows"), [("routers.py", 33 if MERGEKIT else 27), ("routers_train.py", 27)])

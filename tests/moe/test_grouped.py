@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -219,12 +220,38 @@ def test_odd_sizes_are_grouped_for_few_tokens_and_looped_over_for_many(hidden: i
 
 
 @BOTH
-def test_another_dtype_or_autocast_is_left_to_the_loop(make: Callable[[int], Experts]) -> None:
+def test_another_dtype_or_autocast_to_one_is_left_to_the_loop(make: Callable[[int], Experts]) -> None:
     packed, (_, ids_TK), hidden_TD = packed_of(make(3)), routing(4, 3, 2), torch.randn(4, HIDDEN)
     assert grouped.takes(packed, hidden_TD, ids_TK)
     assert not grouped.takes(packed, hidden_TD.double(), ids_TK)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert not grouped.takes(packed, hidden_TD, ids_TK)
+
+
+@BOTH
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("tokens", [3, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_routers_learn_under_autocast_without_waiting(
+    make: Callable[[int], Experts], tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `frankenmoe train` does it: gates in float32, the frozen rest in bfloat16, tokens in either."""
+    torch.manual_seed(0)
+    block = shared_block(make(5)).bfloat16()
+    block.router = block.router.float().requires_grad_()
+    hidden, found = torch.randn(1, tokens, HIDDEN, dtype=dtype), []
+    for devices in (set(), {"cpu"}):
+        monkeypatch.setattr(packing, "DEVICES", devices)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            block(hidden)
+            with NoWaits() if devices else nullcontext():
+                out = block(hidden)
+                out.float().pow(2).sum().backward()
+        assert out.dtype == dtype
+        found.append((out.detach(), block.router.weight.grad))
+        block.router.weight.grad = None
+    for expected, ours in zip(*found, strict=True):
+        assert (ours - expected).abs().max() <= 5e-2 * expected.abs().max()  # both are off by so much in bfloat16
 
 
 def biased() -> Experts:
@@ -348,6 +375,20 @@ def swapped(block: MoEBlock) -> None:
     block.experts[1].up_proj.weight = nn.Parameter(torch.randn(FFN, HIDDEN), requires_grad=False)
 
 
+def sharper(block: MoEBlock) -> None:
+    for expert in block.experts:
+        expert.act_fn = nn.Softplus(beta=8)
+
+
+def biased_later(block: MoEBlock) -> None:
+    block.experts[1].down_proj.bias = nn.Parameter(torch.ones(HIDDEN), requires_grad=False)
+
+
+def rerouted(block: MoEBlock) -> None:
+    """As accelerate and others patch a module."""
+    block.experts[1].forward = lambda hidden: -hidden
+
+
 def edited(block: MoEBlock) -> None:
     block.experts[1].up_proj.weight.data.mul_(2)
 
@@ -358,7 +399,11 @@ def loaded(block: MoEBlock) -> None:
 
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
-    ("change", "times"), [(replaced, 2), (moved, 2), (rounded, 2), (swapped, 2), (edited, 1), (loaded, 1)]
+    ("change", "times"),
+    [
+        *[(replaced, 2), (moved, 2), (rounded, 2), (swapped, 2), (edited, 1), (loaded, 1)],
+        *[(sharper, 2), (biased_later, 2), (rerouted, 2)],
+    ],
 )
 def test_a_changed_expert_is_noticed(
     change: Callable[[MoEBlock], None], times: int, packings: list[object], monkeypatch: pytest.MonkeyPatch
@@ -384,6 +429,20 @@ def test_whoever_listens_to_an_expert_is_heard() -> None:
     handle.remove()
     assert torch.equal(block(hidden), silent)
     assert len(seen) == 1
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("where", ["", "down_proj", "act_fn"])
+@pytest.mark.parametrize("listen", ["register_forward_hook", "register_full_backward_hook"])
+@pytest.mark.parametrize("packed_before", [True, False])
+def test_whoever_listens_anywhere_in_an_expert_is_heard(where: str, listen: str, packed_before: bool) -> None:
+    block, hidden = block_of(distinct(3), top_k=3), torch.randn(5, HIDDEN, requires_grad=True)
+    seen: list[int] = []
+    if packed_before:
+        block(hidden)
+    getattr(block.experts[1].get_submodule(where), listen)(lambda *_: seen.append(1))
+    block(hidden).sum().backward()
+    assert seen == [1]
 
 
 @pytest.mark.usefixtures("here")
@@ -505,6 +564,103 @@ def test_a_block_is_traced_as_one_graph(make: Callable[[int], Experts], tokens: 
         expected = block(hidden)  # packs
         found = torch.compile(block, backend="eager", fullgraph=True, dynamic=False)(hidden)
     torch.testing.assert_close(found, expected)
+
+
+def unfrozen(block: MoEBlock) -> None:
+    block.experts[1].requires_grad_()
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("change", [replaced, swapped, sharper, unfrozen])
+@pytest.mark.parametrize("first", ["compiled", "changed"])
+def test_a_compiled_block_notices_a_changed_expert(
+    change: Callable[[MoEBlock], None], first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.compiler.reset()
+    block, hidden = block_of(distinct(3), top_k=3).bfloat16(), torch.randn(20, HIDDEN).bfloat16().requires_grad_()
+    compiled = torch.compile(block, backend="eager")
+    block(hidden)  # packs
+    if first == "compiled":
+        compiled(hidden)
+    change(block)
+    for weight in block.experts.parameters():
+        weight.data = weight.data.bfloat16()
+    found = compiled(hidden)
+    learning = [weight for weight in block.parameters() if weight.requires_grad]
+    grads = torch.autograd.grad(found.sum(), learning) if learning else []
+    assert all(grad.abs().max() > 0 for grad in grads)
+    monkeypatch.setattr(packing, "DEVICES", set())
+    torch.testing.assert_close(found, block(hidden), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.usefixtures("here")
+def test_nothing_is_moved_while_a_graph_is_captured(packings: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy would only be noted down, and the weights' old memory be gone."""
+    block, hidden = block_of(distinct(3)), torch.randn(5, HIDDEN)
+    before = storages(block)
+    monkeypatch.setattr(packing, "_is_captured", lambda hidden: True)
+    captured = block(hidden)
+    assert storages(block) == before
+    assert packings == []
+    monkeypatch.setattr(packing, "_is_captured", lambda hidden: False)
+    torch.testing.assert_close(block(hidden), captured, rtol=1e-5, atol=1e-5)
+    assert len(packings) == 1
+
+
+@WAYS
+def test_an_adapter_keeps_its_scale_in_sixteen_bits(few: int) -> None:
+    """1.003 is 1 in bfloat16. Weights and inputs of ones and twos make every other number exact."""
+    mlp = make_mlp().bfloat16()
+    for weight in mlp.parameters():
+        weight.data.fill_(0)
+    mlp.act_fn = nn.Identity()
+    for name in ("gate_proj", "up_proj"):
+        mlp.get_submodule(name).weight.data.fill_diagonal_(1)
+    experts = [mlp, adapted(mlp, ("down_proj",), rank=1, scale=1.0), adapted(mlp, ("down_proj",), rank=1, scale=1.003)]
+    for expert in experts[1:]:
+        expert.down_proj.a.data = torch.eye(1, FFN).bfloat16()
+        expert.down_proj.b.data = torch.eye(HIDDEN, 1).bfloat16()
+    hidden_TD = torch.arange(1, 65)[:, None].sqrt().bfloat16().expand(64, HIDDEN)
+    ones_TK, ids_TK = torch.ones(64, 1), torch.full((64, 1), 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grouped, "FEW", few)
+        found_TD = grouped.mix(hidden_TD, ones_TK, ids_TK, packed_of(experts))
+        plain_TD = grouped.mix(hidden_TD, ones_TK, ids_TK - 1, packed_of(experts))
+    assert (found_TD[:, 0] > plain_TD[:, 0]).any()
+
+
+def test_experts_without_tokens_learn_nothing_where_a_grouped_product_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On Blackwell it leaves the gradient of an empty group as it finds the memory (pytorch issue 172439)."""
+    product = nn.functional.grouped_mm
+
+    def blackwell(x_AI: torch.Tensor, weight_EIO: torch.Tensor, *, offs: torch.Tensor) -> torch.Tensor:
+        if weight_EIO.requires_grad:
+            empty_E = offs.diff(prepend=offs.new_zeros(1)) == 0
+            weight_EIO = weight_EIO.clone()
+            weight_EIO.register_hook(lambda grad: grad.masked_fill(empty_E[:, None, None], torch.nan))
+        return product(x_AI, weight_EIO, offs=offs)
+
+    monkeypatch.setattr(nn.functional, "grouped_mm", blackwell)
+    experts = adapters(6)
+    learning = [lora for name, lora in nn.ModuleList(experts).named_parameters() if name.endswith((".a", ".b"))]
+    for weight in learning:
+        weight.requires_grad_()
+    ids_TK = torch.tensor([[1, 3]]).expand(12, 2)
+    out_TD = grouped.mix(torch.randn(12, HIDDEN), torch.rand(12, 2), ids_TK, packed_of(experts))
+    grads = torch.autograd.grad(out_TD.sum(), learning)
+    assert all(grad.isfinite().all() for grad in grads)
+    assert any(grad.abs().max() > 0 for grad in grads)
+
+
+def test_learning_adapters_are_held_once() -> None:
+    experts = adapters(4)
+    for weight in experts[1].parameters():
+        weight.requires_grad_()
+    packed = packed_of(experts)
+    assert isinstance(packed, packing.Adapted)
+    assert packed.low_rank is None
 
 
 @pytest.mark.parametrize("form", ["virtual", "built"])

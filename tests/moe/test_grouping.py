@@ -1,7 +1,9 @@
 """Shared work: what is computed once gives what every expert by itself would give, forward and backward."""
 
+import copy
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -119,3 +121,15 @@ def test_a_replaced_expert_is_noticed() -> None:
     before = block(hidden)
     block.experts[1] = make_mlp()
     assert not torch.allclose(before, block(hidden))
+
+
+def test_offloaded_adapters_are_computed_by_their_own_modules() -> None:
+    """accelerate leaves weights without numbers and brings them where a module's patched forward is called."""
+    accelerate = pytest.importorskip("accelerate")
+    mlp = make_mlp()
+    experts = [adapted(mlp, tuple(SIZES)) for _ in range(3)]
+    block = MoEBlock(Router(torch.randn(3, HIDDEN), top_k=2, renormalize=True), experts).requires_grad_(False)
+    hidden = torch.randn(5, HIDDEN)
+    expected = block(hidden)
+    offloaded = accelerate.cpu_offload(copy.deepcopy(block), execution_device="cpu")
+    torch.testing.assert_close(offloaded(hidden), expected, rtol=1e-4, atol=1e-5)

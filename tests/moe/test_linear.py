@@ -372,3 +372,8 @@ def test_int8_weights_are_never_taken_for_others() -> None:
     again.load_state_dict(found.state_dict())
     hidden_TI = draw(5, 70, dtype=torch.float32, seed=0)
     assert torch.equal(again(hidden_TI), found(hidden_TI))
+
+
+def test_a_weight_is_rounded_on_its_own_device() -> None:
+    layer = nn.Linear(8, 4, bias=False, device="meta")
+    assert Int8Linear(layer).scale.device == layer.weight.device

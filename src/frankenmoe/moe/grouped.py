@@ -34,9 +34,14 @@ def takes(packed: Packed, hidden_TD: torch.Tensor, ids_TK: torch.Tensor) -> bool
 
     torch's grouped product does not wait on a GPU of compute capability 9 or 10 in bfloat16; in other dtypes or on
     other GPUs it asks for the offsets, and it needs rows of a multiple of 16 bytes. A few assignments need none of it.
+    Under autocast to the type of the weights, as in training, tokens may be float32: its products would round them too.
     """
     like = packed.like
-    if (hidden_TD.dtype, hidden_TD.device) != (like.dtype, like.device) or torch.is_autocast_enabled(like.device.type):
+    casts = torch.is_autocast_enabled(like.device.type)
+    if casts and torch.get_autocast_dtype(like.device.type) != like.dtype:
+        return False
+    dtypes = (like.dtype, torch.float32) if casts else (like.dtype,)
+    if hidden_TD.device != like.device or hidden_TD.dtype not in dtypes:
         return False
     return ids_TK.numel() <= FEW or (packed.aligned and _has_grouped_product(like.device, like.dtype))
 
@@ -47,9 +52,12 @@ def mix(hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor,
     Every shape follows from those of the arguments alone. Ids are 0 .. E-1, or -1 for a dropped assignment: it is
     computed as if it went to expert 0 and then left out. A token's sum is taken at once, in float32 within torch.
     """
-    if isinstance(packed, Distinct):
-        return _distinct(hidden_TD, weights_TK, ids_TK, packed).to(hidden_TD.dtype)
-    return _adapted(hidden_TD, weights_TK, ids_TK, packed).to(hidden_TD.dtype)
+    like = packed.like
+    with torch.autocast(like.device.type, enabled=False):  # what it would do is done here at once
+        hidden = hidden_TD.to(like.dtype)
+        if isinstance(packed, Distinct):
+            return _distinct(hidden, weights_TK, ids_TK, packed).to(hidden_TD.dtype)
+        return _adapted(hidden, weights_TK, ids_TK, packed).to(hidden_TD.dtype)
 
 
 def _distinct(
@@ -106,8 +114,17 @@ def _product(x_AI: torch.Tensor, weight_EOI: torch.Tensor, rows: Rows) -> torch.
 
 
 def _update(x_AI: torch.Tensor, lora: LowRank, rows: Rows) -> torch.Tensor:
-    low_AR = _product(x_AI, lora.a_ERI, rows) * lora.scale_E.index_select(0, rows.place_A)[:, None]
-    return _product(low_AR, lora.b_EOR, rows)
+    low_AR = _product(x_AI, _reached(lora.a_ERI, rows), rows) * lora.scale_E.index_select(0, rows.place_A)[:, None]
+    return _product(low_AR.to(x_AI.dtype), _reached(lora.b_EOR, rows), rows)
+
+
+def _reached(weight_EOI: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Weights that learn, with a gradient of zero for experts without rows, to which a grouped product on Blackwell
+    gives what lies in memory (pytorch issue 172439)."""
+    if rows.end_E is None or not weight_EOI.requires_grad:
+        return weight_EOI
+    rows_E = rows.end_E.diff(prepend=rows.end_E.new_zeros(1))
+    return torch.where((rows_E > 0)[:, None, None], weight_EOI, 0)
 
 
 def _kept(out_AO: torch.Tensor, rows: Rows, ids_TK: torch.Tensor) -> torch.Tensor:

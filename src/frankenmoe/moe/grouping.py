@@ -59,6 +59,8 @@ def _key(expert: nn.Module) -> object:
     """Equal for experts that can share work: the same module, or adapters over the same FFN."""
     if type(expert).__name__ not in GATED_MLPS or not all(_is_linear(getattr(expert, name)) for name in PROJECTIONS):
         return id(expert)
+    if any("forward" in vars(module) for module in expert.modules()):  # accelerate brings weights there
+        return id(expert)
     bases = [_base(expert, name) for name in PROJECTIONS]
     if bases[-1].bias is not None:  # it would have to be weighted too
         return id(expert)

@@ -104,7 +104,8 @@ def to_int8(model: nn.Module, progress: Progress = SILENT) -> None:
 
 def quantized(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(int8 weight [O, I], float32 scale [O]): each row's largest number becomes 127, the others the nearest step."""
-    int8_OI, scale_O = torch.empty_like(weight_OI, dtype=torch.int8), torch.empty(len(weight_OI))
+    int8_OI = torch.empty_like(weight_OI, dtype=torch.int8)
+    scale_O = weight_OI.new_empty(len(weight_OI), dtype=torch.float32)
     for rows in _chunks(weight_OI):
         wide = weight_OI[rows].float()
         scale_O[rows] = wide.abs().amax(dim=1) / 127

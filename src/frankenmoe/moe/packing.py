@@ -48,11 +48,11 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapted:
-    """Adapters over one FFN, by projection; `learns`: `low_rank` holds the scales of now, A and B must be stacked."""
+    """Adapters over one FFN, by projection; `low_rank` is None where they learn: then A and B are stacked anew."""
 
     group: Group
-    low_rank: Mapping[str, LowRank]
-    learns: bool
+    scales: Mapping[str, torch.Tensor]
+    low_rank: Mapping[str, LowRank] | None
 
     @property
     def like(self) -> torch.Tensor:
@@ -75,6 +75,8 @@ class Packing:
     def __init__(self) -> None:
         self._groups: Sequence[Group] | None = None
         self._state: object = None
+        self._seen: object = None
+        self._weights: Sequence[torch.Tensor] = ()
         self._times = 0
         self._packed: Packed | None = None
 
@@ -86,16 +88,18 @@ class Packing:
         """
         if hidden_TD.device.type not in DEVICES:
             return None
-        if torch.compiler.is_compiling():  # its guards know when a weight is another; addresses cannot be traced
-            return self._packed
+        if torch.compiler.is_compiling():  # addresses cannot be traced; its guards know when anything else is another
+            return self._packed if _seen(groups)[1] == self._seen else None
         if self._groups is not groups:
             self._groups, self._state, self._times = groups, None, 0
-        state = _state(groups)
-        if state != self._state:
+        if _state(groups) != self._state:
+            if _is_captured(hidden_TD):  # a graph would copy at every replay, and what it copies from be gone
+                return None
             self._packed = None  # first, so that what it held can be used again
             self._packed = pack(groups) if self._times < OFTEN else None
             self._times += self._packed is not None
             self._state = _state(groups)
+            self._weights, self._seen = _seen(groups)  # held, so that no other weight gets the id of one of them
         return self._packed
 
 
@@ -118,9 +122,9 @@ def pack(groups: Sequence[Group]) -> Packed | None:
 
 def stacked(packed: Adapted) -> Mapping[str, LowRank]:
     """The adapters by projection, with a gradient for those that learn."""
-    if not packed.learns:
+    if packed.low_rank is not None:
         return packed.low_rank
-    return {name: _stack(packed.group, name, found.scale_E) for name, found in packed.low_rank.items()}
+    return {name: _stack(packed.group, name, scale_E) for name, scale_E in packed.scales.items()}
 
 
 def _pack_distinct(groups: Sequence[Group]) -> Distinct | None:
@@ -152,21 +156,24 @@ def _pack_adapted(group: Group) -> Adapted | None:
     if len({(weight.dtype, weight.device) for weight in (*frozen, *learned)}) > 1 or not learned:
         return None
     names = [name for name in PROJECTIONS if any(name in loras for loras in group.loras)]
-    low_rank = {name: _stack(group, name, _scales(group, name)) for name in names}
-    learns = any(weight.requires_grad for weight in learned)
-    if not learns:
-        for place, loras in enumerate(group.loras):
-            for name, lora in loras.items():
-                rank = lora.a.shape[0]
-                _move(lora.a, low_rank[name].a_ERI[place, :rank])
-                _move(lora.b, low_rank[name].b_EOR[place, :, :rank])
-    return Adapted(group, low_rank, learns)
+    scales = {name: _scales(group, name) for name in names}
+    if any(weight.requires_grad for weight in learned):
+        return Adapted(group, scales, None)
+    low_rank = {name: _stack(group, name, scale_E) for name, scale_E in scales.items()}
+    for place, loras in enumerate(group.loras):
+        for name, lora in loras.items():
+            rank = lora.a.shape[0]
+            _move(lora.a, low_rank[name].a_ERI[place, :rank])
+            _move(lora.b, low_rank[name].b_EOR[place, :, :rank])
+    return Adapted(group, scales, low_rank)
 
 
 def _scales(group: Group, name: str) -> torch.Tensor:
     found = [loras.get(name) for loras in group.loras]
     like = next(lora for lora in found if lora is not None).a
-    return torch.tensor([0.0 if lora is None else lora.scale for lora in found], dtype=like.dtype, device=like.device)
+    scales = [0.0 if lora is None else lora.scale for lora in found]
+    # in 16 bits a scale would be off by up to 0.4 %, the same way for every token
+    return torch.tensor(scales, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def _stack(group: Group, name: str, scale_E: torch.Tensor) -> LowRank:
@@ -183,12 +190,20 @@ def _stack(group: Group, name: str, scale_E: torch.Tensor) -> LowRank:
 def _move(weight: torch.Tensor, to: torch.Tensor) -> None:
     """The same parameter with its numbers elsewhere, so that whoever holds it sees them."""
     to.copy_(weight)
+    if weight.is_cuda:  # on another stream than this one its memory must not be used before it is copied
+        weight.record_stream(torch.cuda.current_stream(weight.device))
     weight.data = to
+
+
+def _is_captured(hidden: torch.Tensor) -> bool:
+    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _is_plain(expert: nn.Module) -> bool:
     """down(act(gate x) * up x) of frozen, unbiased linear layers to which nobody listens."""
-    if type(expert).__name__ not in GATED_MLPS or _listened(expert) or not isinstance(expert.act_fn, nn.Module):
+    if type(expert).__name__ not in GATED_MLPS or not isinstance(expert.act_fn, nn.Module):
+        return False
+    if _listened(expert, expert.act_fn):
         return False
     linears = [expert._modules.get(name) for name in PROJECTIONS]
     return all(
@@ -219,7 +234,7 @@ def _same(act: nn.Module, other: nn.Module) -> bool:
     """Whether two activations are certainly the same function."""
     if act is other:
         return True
-    if type(act) is not type(other) or act._parameters or act._buffers or act._modules or _listened(other):
+    if type(act) is not type(other) or act._parameters or act._buffers or act._modules:
         return False
     mine, theirs = (
         # transformers marks some modules, and not their like, with private names
@@ -229,22 +244,40 @@ def _same(act: nn.Module, other: nn.Module) -> bool:
     return mine == theirs
 
 
-def _listened(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+def _listened(*modules: nn.Module) -> bool:
+    """Whether calling one of these does more than its class says."""
+    for module in modules:
+        own = module.__dict__  # sooner than through attributes
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        if "forward" in own:
+            return True
+    return False
 
 
 def _state(groups: Sequence[Group]) -> object:
-    """What packing depends on; asked for at every call, so by the shortest way: registries, and no helpers."""
+    """What packing depends on; asked for at every call, so by the shortest way: registries, and few helpers."""
+    weights, seen = _seen(groups)
+    return [weight.data_ptr() for weight in weights], seen
+
+
+def _seen(groups: Sequence[Group]) -> tuple[Sequence[torch.Tensor], object]:
+    """The weights, and what packing depends on but for where they lie, which torch.compile can trace and guard."""
     experts = [group.module for group in groups if group.base is None]
     linears = [expert._modules.get(name) for expert in experts for name in PROJECTIONS]
-    found = [linear._parameters.get("weight") for linear in linears if isinstance(linear, nn.Linear)]
+    acts = [expert._modules.get("act_fn") for expert in experts]
+    plain = [linear for linear in linears if isinstance(linear, nn.Linear)]
+    found = [linear._parameters.get("weight") for linear in plain]
     loras = [lora for group in groups for row in group.loras for lora in row.values()]
     found += [lora._parameters.get(name) for lora in loras for name in ("a", "b")]
     weights = [weight for weight in found if weight is not None]
-    listeners = [each for each in (*experts, *linears) if each is not None]
-    return (
-        [weight.data_ptr() for weight in weights],
+    listeners = [each for each in (*experts, *linears, *acts) if each is not None]
+    return weights, (
+        [(group.members, id(group.module)) for group in groups],
+        [id(weight) for weight in weights],
         [weight.requires_grad for weight in weights],
-        any(each._forward_hooks or each._forward_pre_hooks for each in listeners),
+        [linear._parameters.get("bias") is None for linear in plain],
+        [id(act) for act in acts],
+        _listened(*listeners),
         [lora.scale for lora in loras],
     )
