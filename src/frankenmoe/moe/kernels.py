@@ -225,18 +225,26 @@ def _pair_rows(pair_OJ: Any, even_J: Any, odd_J: Any, out_O: Any, begin: int) ->
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=STORE)
+def _whole_dot(weight_I: Any, whole_I: Any) -> Any:
+    """int8 times int16, summed in int32 a part of a row at a time, so that none need be coarser.
+
+    Not within the loop over rows: there LLVM does not vectorize it.
+    """
+    inputs, total = len(whole_I), np.float32(0)
+    for first in range(0, inputs, AT_ONCE):
+        for line in range(first, first + AT_ONCE, LINE):
+            _prefetch(weight_I, line + AHEAD)
+        part = np.int32(0)
+        for i in range(first, min(inputs, first + AT_ONCE)):
+            part = np.int32(part + np.int32(np.int32(weight_I[i]) * np.int32(whole_I[i])))
+        total += np.float32(part)
+    return total
+
+
+@njit(nogil=True, cache=STORE)
 def _int8_rows(weight_OI: Any, scale_O: Any, whole_I: Any, step: Any, poison: Any, out_O: Any, begin: int) -> None:
-    """int8 times int16, summed in int32 a part of a row at a time, so that none need be coarser."""
-    inputs = len(whole_I)
     for o in range(begin, len(weight_OI)):
-        weight_I, total = weight_OI[o], np.float32(0)
-        for first in range(0, inputs, AT_ONCE):
-            for line in range(first, first + AT_ONCE, LINE):
-                _prefetch(weight_I, line + AHEAD)
-            part = np.int32(0)
-            for i in range(first, min(inputs, first + AT_ONCE)):
-                part = np.int32(part + np.int32(np.int32(weight_I[i]) * np.int32(whole_I[i])))
-            total += np.float32(part)
+        total = _whole_dot(weight_OI[o], whole_I)
         out_O[o - begin] += (total * step + poison) * scale_O[o]
 
 
