@@ -36,6 +36,7 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import FIT_MODES, Recipe
+from frankenmoe.recipefields import FROM_DATA, FROM_PROMPTS
 
 Data = Mapping[str, Sequence[str]]
 
@@ -68,7 +69,8 @@ def fit(
     """Fits every router to the experts' text: of an artifact in place, of a recipe into a virtual artifact `out`.
 
     `data` maps experts' names to files or datasets, which go before the recipe's; relative paths start at the working
-    directory. `method` is a gate mode among FIT_MODES, by default the recipe's own or else logistic. An artifact keeps
+    directory. `method` is a gate mode among FIT_MODES, by default the recipe's own, or else regret for data and
+    logistic for prompts. An artifact keeps
     its old routers where the new ones do not lower the mean held-out loss, unless `keep_anyway`, or unless the old ones
     were fitted to these held-out prompts before.
     """
@@ -94,8 +96,10 @@ def absolute(data: Data) -> dict[str, tuple[str, ...]]:
     }
 
 
-def _method(recipe: Recipe, method: str | None) -> str:
-    return method or (recipe.gate_mode if recipe.gate_mode in FIT_MODES else "logistic")
+def _method(recipe: Recipe, method: str | None, data: Data) -> str:
+    if method or recipe.gate_mode in FIT_MODES:
+        return method or recipe.gate_mode
+    return FROM_DATA if data or any(expert.data for expert in recipe.experts) else FROM_PROMPTS
 
 
 def _fit_recipe(recipe: Recipe, out: str | Path | None, *, method: str | None, options: Mapping[str, Any]) -> FitResult:
@@ -104,7 +108,7 @@ def _fit_recipe(recipe: Recipe, out: str | Path | None, *, method: str | None, o
             f"{recipe.origin} is a recipe, so its fitted MoE needs a folder, found none",
             hint=f"say where: `frankenmoe fit {recipe.origin} OUT`",
         )
-    chosen = _method(recipe, method)
+    chosen = _method(recipe, method, options["data"])
 
     def maker(made: Plan, progress: Progress) -> MadeRouters:
         fitted = fit_plan(made, method=chosen, **options)
@@ -129,7 +133,7 @@ def _fit_artifact(
     finish_replacing(artifact.folder)
     made = plan_of(artifact, trust_remote_code=options["trust_remote_code"])
     moe = load(artifact, dtype=computing_dtype(made), trust_remote_code=options["trust_remote_code"])
-    fitted = fit_plan(made, method=_method(made.recipe, method), moe=moe, **options)
+    fitted = fit_plan(made, method=_method(made.recipe, method, options["data"]), moe=moe, **options)
     replaced = fitted.better or keep_anyway or _biased(artifact, fitted.report)
     if replaced:
         stage = {"stage": "fit", "fit": fitted.report, "versions": versions()}

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
@@ -14,6 +14,9 @@ from frankenmoe.yamlfile import Location
 RANDOM_MODES = frozenset({"random", "uniform_random"})
 PROMPT_MODES = frozenset({"hidden", "hidden_avg", "hidden_last", "cheap_embed"})
 FIT_MODES = frozenset({"centroid", "lda", "ridge", "logistic", "regret"})
+# the modes that measure best from such text, see benchmarks/routers.py
+FROM_PROMPTS: Final = "logistic"
+FROM_DATA: Final = "regret"
 
 NO_TEXT, WRITE_IT = "must not be empty, found no text", "write the text or delete the entry"
 # the spellings that mergekit, torch and the trainers use

@@ -35,7 +35,7 @@ class Build(Closed):
 class Fit(Closed):
     """How `frankenmoe fit` fits the routers in closed form before the model is built."""
 
-    method: FitMode = Field("logistic", description="A gate mode that fits; it goes before the recipe's gate_mode.")
+    method: FitMode | None = Field(None, description="A gate mode that fits; by default the recipe's gate_mode.")
     tokens: Annotated[Count, Field(ge=512)] | None = Field(None, description="Most tokens of data per expert.")
     block: Annotated[Count, Field(ge=8)] | None = Field(None, description="Tokens read at once.")
 

@@ -52,7 +52,11 @@ def text_options(command: Callable[..., None]) -> Callable[..., None]:
     help="Text an expert is good at: a file, JSONL or hub dataset; again for more. Default: the recipe's data, else "
     "its prompts.",
 )  # fmt: skip
-@click.option("--method", type=click.Choice(METHODS), help="Default: the recipe's gate_mode, or logistic.")
+@click.option(
+    "--method",
+    type=click.Choice(METHODS),
+    help="Default: the recipe's gate_mode, or regret, or logistic from prompts.",
+)
 @click.option("--keep-anyway", is_flag=True, help="Replace the routers even if the new ones are worse.")
 @text_options
 def fit_command(
