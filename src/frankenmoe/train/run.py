@@ -172,6 +172,7 @@ def _prepare(job: Job) -> Slots:
         top_k=settings.experts_per_token,
         noise=settings.noise,
         jitter=settings.jitter,
+        straight_through=settings.straight_through,
         capacity_factor=settings.capacity_factor,
     )
     gates: Mapping[nn.Module, str] = gate_modules(model, job.gate_names)
