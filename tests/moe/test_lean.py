@@ -42,9 +42,8 @@ def remembered(hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.
     return sum(kept.values())
 
 
-@pytest.mark.parametrize(("kind", "rows"), [("adapters", TOKENS), ("different", TOKENS * TOP_K)])
-def test_gate_and_up_are_all_that_is_remembered(kind: str, rows: int) -> None:
-    assert remembered(*routing(), frozen(kind)) == 2 * rows * FFN
+def test_gate_and_up_of_every_token_are_all_that_is_remembered() -> None:
+    assert remembered(*routing(), frozen("adapters")) == 2 * TOKENS * FFN
 
 
 def gradients(mix: object, inputs: Sequence[torch.Tensor], experts: nn.ModuleList) -> list[torch.Tensor]:
@@ -64,11 +63,3 @@ def test_autocast_computes_again_what_it_computed(kind: str, learns: bool) -> No
         parameter.requires_grad_(learns and name.endswith((".a", ".b", "down_proj.weight")))
     for ours, reference in zip(*(gradients(mix, inputs, experts) for mix in (dispatch, naive)), strict=True):
         torch.testing.assert_close(ours.float(), reference.float(), rtol=0.05, atol=0.03 * float(reference.abs().max()))
-
-
-def test_who_listens_to_an_expert_hears_it_while_it_learns() -> None:
-    experts, heard = frozen("different"), []
-    experts[1].register_forward_hook(lambda module, inputs, out: heard.append(len(out)))
-    hidden_TD, weights_TK, ids_TK = routing()
-    dispatch(hidden_TD, weights_TK, ids_TK, experts)
-    assert heard == [int((ids_TK == 1).sum())]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from frankenmoe.moe import grouped
-from frankenmoe.moe.grouping import Gated, Group, group_experts, loras_of, parts_of
+from frankenmoe.moe.grouping import Gated, Group, group_experts
 from frankenmoe.moe.lean import Share, mix
 from frankenmoe.moe.packing import Packed
 
@@ -64,17 +64,14 @@ def _output(
 ) -> torch.Tensor:
     """What a group adds to each of its tokens, [N, D]; `mine_NK` says which of the ids are its members."""
     if group.base is not None:
-        return _ffn(group.base, hidden_ND, list(_shares(group, weights_NK, ids_NK)))
+        return _adapted(group.base, hidden_ND, list(_shares(group, weights_NK, ids_NK)))
     # one and the same module: it runs once for a token, with the sum of its weights
-    weight_N1 = weights_NK.masked_fill(~mine_NK, 0).sum(dim=1, keepdim=True)
-    if torch.is_grad_enabled() and (parts := parts_of(group.module)) is not None:
-        return _ffn(parts, hidden_ND, [Share(loras_of(group.module))]) * weight_N1
     out_ND: torch.Tensor = group.module(hidden_ND)
-    return out_ND * weight_N1
+    return out_ND * weights_NK.masked_fill(~mine_NK, 0).sum(dim=1, keepdim=True)
 
 
-def _ffn(base: Gated, hidden_ND: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
-    """One FFN under its experts' adapters: its products once for a token, low-rank terms for each (token, expert).
+def _adapted(base: Gated, hidden_ND: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+    """Adapters over one FFN: its gate and up products once for a token, low-rank terms for each (token, expert).
 
     down is linear, so the weighted sum over experts is taken before it: sum_k w_k (W + B_k A_k) h_k =
     W sum_k w_k h_k + sum_k B_k A_k (w_k h_k).

@@ -50,42 +50,31 @@ def _group(entries: list[tuple[int, nn.Module]]) -> Group:
     first = modules[0]
     if all(module is first for module in modules):
         return Group(members, first)
-    return Group(members, first, parts_of(first), tuple(map(loras_of, modules)))
+    gate, up, down = (_base(first, name) for name in PROJECTIONS)
+    assert isinstance(first.act_fn, nn.Module)
+    return Group(members, first, Gated(gate, up, down, first.act_fn), tuple(map(_loras, modules)))
 
 
 def _key(expert: nn.Module) -> object:
     """Equal for experts that can share work: the same module, or adapters over the same FFN."""
-    parts = parts_of(expert)
-    if parts is None:
+    if type(expert).__name__ not in GATED_MLPS or not all(_is_linear(getattr(expert, name)) for name in PROJECTIONS):
         return id(expert)
-    bases = (parts.gate_proj, parts.up_proj, parts.down_proj)
-    return type(expert), id(parts.act), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
-
-
-def parts_of(expert: nn.Module) -> Gated | None:
-    """The FFN under an expert's adapters, if it has any; None where it may compute something else, or is listened to.
-
-    A bias on `down` would have to be weighted too, so that is something else.
-    """
-    if type(expert).__name__ not in GATED_MLPS or expert._forward_hooks or expert._forward_pre_hooks:
-        return None
-    projections = [getattr(expert, name) for name in PROJECTIONS]
-    if not all(map(_is_linear, projections)) or not isinstance(expert.act_fn, nn.Module):
-        return None
-    gate, up, down = map(_base, projections)
-    return None if down.bias is not None else Gated(gate, up, down, expert.act_fn)
-
-
-def loras_of(expert: nn.Module) -> Mapping[str, LoraLinear]:
-    """An expert's adapters, by projection."""
-    return {name: found for name in PROJECTIONS if isinstance(found := getattr(expert, name, None), LoraLinear)}
+    bases = [_base(expert, name) for name in PROJECTIONS]
+    if bases[-1].bias is not None:  # it would have to be weighted too
+        return id(expert)
+    return type(expert), id(expert.act_fn), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
 
 
 def _is_linear(module: object) -> bool:
     return isinstance(module, LoraLinear) or is_linear(module)
 
 
-def _base(projection: nn.Module) -> Linear:
+def _base(expert: nn.Module, name: str) -> Linear:
+    projection = getattr(expert, name)
     base = projection.base if isinstance(projection, LoraLinear) else projection
     assert is_linear(base)
     return base
+
+
+def _loras(expert: nn.Module) -> Mapping[str, LoraLinear]:
+    return {name: found for name in PROJECTIONS if isinstance(found := getattr(expert, name, None), LoraLinear)}

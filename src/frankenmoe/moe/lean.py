@@ -1,4 +1,4 @@
-"""What lies between an FFN's matrices, remembering little of it for backward; does not know the matrices or any router.
+"""What adapter experts do between the matrices of their FFN, remembering little for backward; knows no router.
 
 Left to itself autograd keeps every intermediate of every (token, expert). Kept here are the gate and up products, once
 for a token; activation, product and adapters are computed from them again, one expert at a time.
@@ -17,23 +17,18 @@ from frankenmoe.moe.adapter import LoraLinear, with_update
 
 
 class Share(NamedTuple):
-    """One expert's part in a group's work: its LoRAs, its rows among the group's tokens, ascending, and its weights.
-
-    An expert that is alone in its group has all rows, None, and is weighted afterwards.
-    """
+    """One expert's part in a group's work: its LoRAs, its rows among the group's tokens, ascending, and its weights."""
 
     loras: Mapping[str, LoraLinear]
-    row_M: torch.Tensor | None = None
-    weight_M1: torch.Tensor | None = None
+    row_M: torch.Tensor
+    weight_M1: torch.Tensor
 
     def of(self, tensor_N: torch.Tensor) -> torch.Tensor:
         """Its rows of what the group has for every token."""
-        return tensor_N if self.row_M is None else tensor_N.index_select(0, self.row_M)
+        return tensor_N.index_select(0, self.row_M)
 
     def add(self, part_M: torch.Tensor, to: torch.Tensor | None, *, like: torch.Tensor) -> torch.Tensor:
         """`part_M` added to its rows of `to`, which is None before the first."""
-        if self.row_M is None:
-            return part_M
         return (torch.zeros_like(like) if to is None else to).index_add_(0, self.row_M, part_M.to(like.dtype))
 
 
@@ -70,19 +65,15 @@ def _one(
     hidden_MD: torch.Tensor,
     gate_MF: torch.Tensor,
     up_MF: torch.Tensor,
-    weight_M1: torch.Tensor | None,
+    weight_M1: torch.Tensor,
     act: nn.Module,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One expert's weighted inner_MF, and what its adapter on `down` makes of it."""
-    # rows that were taken out are overwritten where backward does not need them: fresh memory is dear
-    reuse = weight_M1 is not None and not torch.is_grad_enabled()
+    reuse = not torch.is_grad_enabled()  # what backward does not need is overwritten: fresh memory is dear
     gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD, in_place=reuse)
     up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD, in_place=reuse)
-    inner_MF: torch.Tensor = act(gate_MF)
-    inner_MF = inner_MF.mul_(up_MF) if reuse else inner_MF * up_MF
-    if weight_M1 is not None:
-        weight_M1 = weight_M1.to(inner_MF.dtype)
-        inner_MF = inner_MF.mul_(weight_M1) if reuse else inner_MF * weight_M1
+    inner_MF, weight_M1 = act(gate_MF), weight_M1.to(gate_MF.dtype)
+    inner_MF = inner_MF.mul_(up_MF).mul_(weight_M1) if reuse else inner_MF * up_MF * weight_M1
     return inner_MF, loras["down_proj"].update(inner_MF) if "down_proj" in loras else None
 
 
@@ -93,8 +84,7 @@ class _Mix(torch.autograd.Function):
     def forward(ctx: Any, act: nn.Module, shares: Sequence[Share], *tensors: torch.Tensor) -> Any:
         hidden_ND, gate_NF, up_NF, *_ = tensors
         ctx.act, ctx.shares = act, shares
-        adapted = any(share.loras for share in shares)  # otherwise nobody asks for the hidden states again
-        ctx.save_for_backward(hidden_ND if adapted else hidden_ND.new_empty(len(hidden_ND), 0), gate_NF, up_NF)
+        ctx.save_for_backward(hidden_ND, gate_NF, up_NF)
         device = hidden_ND.device.type
         ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
@@ -112,9 +102,7 @@ class _Mix(torch.autograd.Function):
             hidden_MD, gate_MF, up_MF = (
                 share.of(tensor).detach().requires_grad_(wanted) for tensor, wanted in zip(stored, needed, strict=False)
             )
-            weight_M1 = share.weight_M1
-            if weight_M1 is not None:
-                weight_M1 = weight_M1.detach().requires_grad_(weight_needed)
+            weight_M1 = share.weight_M1.detach().requires_grad_(weight_needed)
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
                 made = _one(share.loras, hidden_MD, gate_MF, up_MF, weight_M1, ctx.act)
             own = _learning([share])
@@ -134,7 +122,7 @@ class _Mix(torch.autograd.Function):
 
 
 def _gradients(
-    made: Sequence[torch.Tensor | None], d_made: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor | None]
+    made: Sequence[torch.Tensor | None], d_made: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor | None]:
     """The gradient of every input; None where it needs none or nothing that was made depends on it."""
     pairs = [
@@ -142,12 +130,12 @@ def _gradients(
         for tensor, given in zip(made, d_made, strict=True)
         if tensor is not None and given is not None and tensor.requires_grad
     ]
-    wanted = [each for each in inputs if each is not None and each.requires_grad]
+    wanted = [each for each in inputs if each.requires_grad]
     if not pairs:
         return [None] * len(inputs)
     outputs, given = zip(*pairs, strict=True)
     found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
-    return [next(found) if each is not None and each.requires_grad else None for each in inputs]
+    return [next(found) if each.requires_grad else None for each in inputs]
 
 
 def _learning(shares: Sequence[Share]) -> list[nn.Parameter]:
