@@ -2,10 +2,10 @@
 
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from frankenmoe.recipefields import BlockLength, Count, HeldShare, Parts, Rate, Seed, Share, Steps
-from frankenmoe.refusal import refusal, refuse_unknown_keys
+from frankenmoe.refusal import found, refusal, refuse_unknown_keys
 
 
 class Train(BaseModel):
@@ -26,6 +26,9 @@ class Train(BaseModel):
     weight_decay: Share = Field(0.0, description="AdamW's weight decay, on matrices other than gates.")
     rank: Count = Field(16, description="Rank of new adapters, on experts and on attention.")
     experts_per_token: Count | None = Field(None, description="Top-k while training, where it differs from the MoE's.")
+    straight_through: bool = Field(
+        False, description="Whether the weight of a single expert, always 1, passes on the gradient of its probability."
+    )
     next_token: Share = Field(1.0, description="Coefficient of the next-token cross-entropy.")
     balance: Share = Field(0.0, description="Coefficient of the Switch load balance, of each layer.")
     z: Share = Field(0.0, description="Coefficient of the router z-loss of ST-MoE.")
@@ -57,6 +60,13 @@ class Train(BaseModel):
             return value
         refuse_unknown_keys(value, known=cls.model_fields)
         return {key: item for key, item in value.items() if item is not None}
+
+    @field_validator("straight_through", mode="before")
+    @classmethod
+    def _yes_or_no(cls, value: object) -> object:
+        if not isinstance(value, bool):
+            raise refusal(f"must be true or false, found {found(value)}", hint="write `straight_through: true`")
+        return value
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:

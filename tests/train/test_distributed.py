@@ -25,7 +25,7 @@ Parents = dict[str, list[Path]]
 def test_two_processes_are_one(shard: bool, parents: Parents, tmp_path: Path) -> None:
     text = corpus.write_texts(tmp_path)
     moe = fm.build(corpus.recipe(tmp_path, parents["llama"]), tmp_path / "moe", virtual=True).folder
-    settings = corpus.settings(what="routers,adapters,norms", balance=0.01, z=0.001, save_every=2)
+    settings = corpus.settings(what="routers,adapters,norms,embeddings", balance=0.01, z=0.001, save_every=2)
 
     def run(out: str, processes: int, die: int | None = None) -> int:
         return run_apart(moe, tmp_path / out, data=text, settings=settings, die=die, processes=processes, shard=shard)

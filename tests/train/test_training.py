@@ -18,8 +18,10 @@ from pydantic import ValidationError
 import frankenmoe as fm
 import tiny
 from frankenmoe.errors import ArtifactError, NumericsError, PlanError
+from frankenmoe.moe.router import Router
 from frankenmoe.recipetrain import Train
 from frankenmoe.train import checkpoint
+from frankenmoe.train.routing import LearningRouter
 from frankenmoe.training import train
 
 Parents = dict[str, list[Path]]
@@ -176,10 +178,45 @@ def test_identical_experts_in_a_built_body_are_found_by_their_gradient(parents: 
 def test_one_expert_per_token_is_a_trap_that_two_while_training_open(parents: Parents, tmp_path: Path) -> None:
     corpus.write_texts(tmp_path)
     recipe = corpus.recipe(tmp_path, parents["llama"], experts_per_token=1)
-    assert "--train-top-k 2" in refused(recipe, tmp_path, "weight is always 1")
+    says = refused(recipe, tmp_path, "weight is always 1")
+    assert "--train-top-k 2" in says
+    assert "--straight-through" in says
     found = train(recipe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(experts_per_token=2))
     assert found.artifact.record["experts_per_token"] == 1
     assert fm.load(found.artifact).model.model.layers[0].mlp.router.top_k == 1
+
+
+def test_a_straight_through_weight_is_one_and_has_the_gradient_of_the_probability() -> None:
+    torch.manual_seed(0)
+    plain = Router(torch.randn(3, 8), top_k=1, renormalize=True)
+    options = {"top_k": 1, "noise": 0.0, "jitter": 0.0}
+    learning = LearningRouter(plain, straight_through=True, **options).train()
+    hidden_TD, probe_T1 = torch.randn(5, 8), torch.randn(5, 1)
+    found, without = learning(hidden_TD), LearningRouter(plain, straight_through=False, **options).train()(hidden_TD)
+    assert torch.equal(found.weights_TK, torch.ones(5, 1))
+    assert all(map(torch.equal, found, plain(hidden_TD))), "forward is unchanged"
+    ours, none = (torch.autograd.grad((each.weights_TK * probe_T1).sum(), plain.weight)[0] for each in (found, without))
+    chosen_T1 = (hidden_TD @ plain.weight.T).softmax(dim=1).amax(dim=1, keepdim=True)
+    torch.testing.assert_close(ours, torch.autograd.grad((chosen_T1 * probe_T1).sum(), plain.weight)[0])
+    assert float(none.abs().max()) < 1e-6 < float(ours.abs().max())
+    weights = learning.eval()(hidden_TD).weights_TK
+    assert float(torch.autograd.grad(weights.sum(), plain.weight)[0].abs().max()) < 1e-6, "while training only"
+
+
+def test_the_gates_of_one_expert_per_token_learn_straight_through(parents: Parents, tmp_path: Path) -> None:
+    corpus.write_texts(tmp_path)
+    recipe = corpus.recipe(tmp_path, parents["llama"], experts_per_token=1)
+    settings = corpus.settings(straight_through=True, steps=12, router_rate=0.003)
+    found = train(recipe, tmp_path / "out", data=data(tmp_path), settings=settings)
+    assert found.report["improved"]
+    assert found.artifact.record["experts_per_token"] == 1
+    assert type(fm.load(found.artifact).model.model.layers[0].mlp.router) is Router
+
+
+def test_a_straight_through_weight_for_two_experts_is_refused(virtual: Path, tmp_path: Path) -> None:
+    assert "leave --straight-through out" in refused(
+        virtual, tmp_path, "found 2 experts per token", straight_through=True
+    )
 
 
 def test_what_cannot_learn_is_refused(virtual: Path, parents: Parents, tmp_path: Path) -> None:
@@ -202,6 +239,7 @@ def test_what_cannot_learn_is_refused(virtual: Path, parents: Parents, tmp_path:
         ({"what": []}, "at least one part"),
         ({"stepz": 3}, "is not a known key"),
         ({"rate": 0}, "greater than 0"),
+        ({"straight_through": "very"}, "must be true or false"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(table: dict[str, Any], says: str) -> None:

@@ -22,6 +22,7 @@ SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
     ("--warmup", "warmup", int, "Steps until the rates peak (10)."),
     ("--rank", "rank", int, "Rank of new adapters (16)."),
     ("--train-top-k", "experts_per_token", int, "Experts per token while training."),
+    ("--straight-through", "straight_through", bool, "Top-1's weight passes on a gradient."),
     ("--next-token", "next_token", float, "Coefficient of the next-token loss (1)."),
     ("--balance", "balance", float, "Coefficient of load balance, per layer (0)."),
     ("--z", "z", float, "Coefficient of the router z-loss (0)."),
@@ -39,7 +40,7 @@ SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
 def setting_options(command: Callable[..., None]) -> Callable[..., None]:
     """Adds an option for every setting."""
     for flag, name, kind, text in reversed(SETTINGS):
-        command = click.option(flag, f"set_{name}", type=kind, help=text)(command)
+        command = click.option(flag, f"set_{name}", type=kind, is_flag=kind is bool, default=None, help=text)(command)
     return command
 
 

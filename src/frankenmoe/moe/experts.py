@@ -1,6 +1,6 @@
 """The one place where tokens meet experts; does not know how the tokens were routed, nor what an expert computes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Literal
 
@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from frankenmoe.moe import grouped
-from frankenmoe.moe.adapter import LoraLinear, with_update
 from frankenmoe.moe.grouping import Gated, Group, group_experts
+from frankenmoe.moe.lean import Share, mix
 from frankenmoe.moe.onetoken import OneToken
 from frankenmoe.moe.packing import Packed
 
@@ -59,7 +59,9 @@ def dispatch(
         token_N = mine_TK.any(dim=1).nonzero()[:, 0]
         # index_select and not [token_N]: three to ten times as fast on a CPU
         inputs = (tensor.index_select(0, token_N) for tensor in (hidden_TD, weights_TK, ids_TK, mine_TK))
-        out_TD.index_add_(0, token_N, _output(group, *inputs).to(out_TD.dtype))
+        out_ND = _output(group, *inputs).to(out_TD.dtype)
+        # what index_add_ does, but that would keep out_ND for backward
+        out_TD.scatter_add_(0, token_N[:, None].expand_as(out_ND), out_ND)
     return out_TD
 
 
@@ -68,51 +70,36 @@ def _output(
 ) -> torch.Tensor:
     """What a group adds to each of its tokens, [N, D]; `mine_NK` says which of the ids are its members."""
     if group.base is not None:
-        return _adapted(group, group.base, hidden_ND, weights_NK, ids_NK)
+        return _adapted(group.base, hidden_ND, list(_shares(group, weights_NK, ids_NK)))
     # one and the same module: it runs once for a token, with the sum of its weights
     out_ND: torch.Tensor = group.module(hidden_ND)
     return out_ND * weights_NK.masked_fill(~mine_NK, 0).sum(dim=1, keepdim=True)
 
 
-def _adapted(
-    group: Group, base: Gated, hidden_ND: torch.Tensor, weights_NK: torch.Tensor, ids_NK: torch.Tensor
-) -> torch.Tensor:
+def _adapted(base: Gated, hidden_ND: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
     """Adapters over one FFN: its gate and up products once for a token, low-rank terms for each (token, expert).
 
     down is linear, so the weighted sum over experts is taken before it: sum_k w_k (W + B_k A_k) h_k =
     W sum_k w_k h_k + sum_k B_k A_k (w_k h_k).
     """
-    reuse = not torch.is_grad_enabled()  # what backward does not need is overwritten: fresh memory is dear
-    gate_NF, up_NF = base.gate_proj(hidden_ND), base.up_proj(hidden_ND)
-    mixed_NF, update_ND = torch.zeros_like(gate_NF), torch.zeros_like(hidden_ND)
-    for loras, row_M, weight_M1 in _assignments(group, weights_NK, ids_NK):
-        hidden_MD, gate_MF, up_MF = (tensor.index_select(0, row_M) for tensor in (hidden_ND, gate_NF, up_NF))
-        gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD, in_place=reuse)
-        up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD, in_place=reuse)
-        inner_MF, weight_M1 = base.act(gate_MF), weight_M1.to(gate_MF.dtype)
-        inner_MF = inner_MF.mul_(up_MF).mul_(weight_M1) if reuse else inner_MF * up_MF * weight_M1
-        mixed_NF.index_add_(0, row_M, inner_MF)
-        if "down_proj" in loras:
-            update_ND.index_add_(0, row_M, loras["down_proj"].update(inner_MF).to(update_ND.dtype))
-    out_ND: torch.Tensor = base.down_proj(mixed_NF) + update_ND
-    return out_ND
+    mixed_NF, update_ND = mix(hidden_ND, base.gate_proj(hidden_ND), base.up_proj(hidden_ND), shares, act=base.act)
+    out_ND: torch.Tensor = base.down_proj(mixed_NF)
+    return out_ND if update_ND is None else out_ND + update_ND
 
 
-def _assignments(
-    group: Group, weights_NK: torch.Tensor, ids_NK: torch.Tensor
-) -> Iterator[tuple[Mapping[str, LoraLinear], torch.Tensor, torch.Tensor]]:
-    """For each member that has tokens: its LoRAs, its rows among the group's tokens, ascending, and its weights."""
+def _shares(group: Group, weights_NK: torch.Tensor, ids_NK: torch.Tensor) -> Iterator[Share]:
+    """One for each member that has tokens."""
     lora_of = dict(zip(group.members, group.loras, strict=True))
     if len(ids_NK) == 1:  # decoding: nothing to search for
         row_1 = torch.zeros(1, dtype=torch.long, device=ids_NK.device)
         for choice, member in enumerate(ids_NK[0].tolist()):
             if member in lora_of:
-                yield lora_of[member], row_1, weights_NK[:, choice, None]
+                yield Share(lora_of[member], row_1, weights_NK[:, choice, None])
         return
     for member, loras in lora_of.items():
         row_M, choice_M = torch.where(ids_NK == member)
         if len(row_M):
-            yield loras, row_M, weights_NK[row_M, choice_M, None]
+            yield Share(loras, row_M, weights_NK[row_M, choice_M, None])
 
 
 def _among(ids_TK: torch.Tensor, members: Sequence[int]) -> torch.Tensor:

@@ -1,19 +1,22 @@
 """Looks at an MoE on text that was held out: loss per domain, load and entropy per layer; trains nothing.
 
-Shape suffixes: B blocks in a batch, T tokens, E experts.
+Shape suffixes: B blocks in a batch, T tokens, E experts, V vocabulary.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import torch
-from torch.nn import functional
+from torch import nn
 
 from frankenmoe.moe.trace import LayerTrace, concat, load, record
+from frankenmoe.train import losses
 from frankenmoe.train.data import Domain, as_tensors
+from frankenmoe.train.head import summed
 
 BATCH = 8
 
@@ -52,9 +55,13 @@ def look(
     step: int,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]],
+    head: nn.Module | None,
     on_block: Callable[[int], None] = lambda count: None,
 ) -> Look:
-    """Measures the model as it will be used: in evaluation mode, without noise, with its own top-k."""
+    """Measures the model as it will be used: in evaluation mode, without noise, with its own top-k.
+
+    `head` is that of `train.head.summed`.
+    """
     was_training = model.training
     model.eval()
     loss: dict[str, float] = {}
@@ -64,17 +71,20 @@ def look(
         for start in range(0, len(domain.held), BATCH):
             rows = [as_tensors(block) for block in domain.held[start : start + BATCH]]
             ids_BT = torch.stack([row["input_ids"] for row in rows]).to(device)
-            labels_BT = torch.stack([row["labels"] for row in rows])[:, 1:].to(device)
+            labels_T = torch.stack([row["labels"] for row in rows])[:, 1:].flatten().to(device)
             with record(model) as layers, context():
-                logits = model(input_ids=ids_BT, use_cache=False).logits[:, :-1].float()
+                total += float(summed(model, ids_BT, partial(_next_token, labels_T=labels_T), head=head))
             traces += [trace for trace in layers if not trace.path]
-            total += float(functional.cross_entropy(logits.flatten(0, 1), labels_BT.flatten(), reduction="sum"))
-            count += int((labels_BT >= 0).sum())
+            count += int((labels_T >= 0).sum())
             on_block(len(rows))
         loss[domain.name] = total / count
     model.train(was_training)
     routers = concat(traces).layers
     return Look(step, loss, [load(each).tolist() for each in routers], [_entropy(each) for each in routers])
+
+
+def _next_token(logits_TV: torch.Tensor, rows: slice, *, labels_T: torch.Tensor) -> torch.Tensor:
+    return losses.next_token(logits_TV, labels_T[rows]).sum()
 
 
 def _entropy(trace: LayerTrace) -> float:

@@ -37,6 +37,7 @@ from frankenmoe.train.checkpoint import (
 )
 from frankenmoe.train.data import Domain, Mixture
 from frankenmoe.train.guard import Look, look
+from frankenmoe.train.head import is_direct
 from frankenmoe.train.parts import Slots, blocks, gate_modules, make_learnable
 from frankenmoe.train.routing import prepare_routers
 from frankenmoe.train.sharding import shard
@@ -108,10 +109,11 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
         teachers=_teachers(job, arguments, context, progress) if settings.distill else None,
     )
     sharded = job.shard and arguments.world_size > 1
+    head = model.get_output_embeddings() if is_direct(model, context=precision(model, model.device)) else None
     held = sum(len(domain.held) for domain in job.domains)
 
     def on_look(trainer: Any, step: int) -> None:
-        found = look(trainer.model, job.domains, step=step, device=arguments.device, context=context)
+        found = look(trainer.model, job.domains, step=step, device=arguments.device, context=context, head=head)
         if sharded:  # a forward leaves the outermost group whole, and its weights would be taken for what learns
             model.reshard()
         history.looks.append(found)
@@ -134,6 +136,7 @@ def _run(job: Job, *, progress: Progress) -> Outcome:
         on_look=on_look,
         progress=progress,
         context=context,
+        head=head,
         sharded=sharded,
         model=model,
         args=arguments,
@@ -169,6 +172,7 @@ def _prepare(job: Job) -> Slots:
         top_k=settings.experts_per_token,
         noise=settings.noise,
         jitter=settings.jitter,
+        straight_through=settings.straight_through,
         capacity_factor=settings.capacity_factor,
     )
     gates: Mapping[nn.Module, str] = gate_modules(model, job.gate_names)

@@ -1,7 +1,7 @@
 """transformers' Trainer with our losses, our checkpoints and our guard; does not know what will be kept of it.
 
 Everything random follows from the step, so a checkpoint holds what learnt, its optimizer's state, and history.
-Shape suffixes: B blocks, T tokens, V vocabulary.
+Shape suffixes: T tokens, V vocabulary.
 """
 
 import math
@@ -20,6 +20,7 @@ from frankenmoe.recipetrain import Train
 from frankenmoe.train import losses
 from frankenmoe.train.checkpoint import History, Moments, load_moments, save_checkpoint, whole
 from frankenmoe.train.data import Mixture
+from frankenmoe.train.head import summed
 from frankenmoe.train.parts import Slots, blocks
 from frankenmoe.train.routing import Seen, seen_routings
 
@@ -36,7 +37,10 @@ def rate_factor(step: int, *, settings: Train) -> float:
 
 
 class MoETrainer(Trainer):  # type: ignore[misc]
-    """One run of training. `slots` are what learns, `on_look` is called where the guard is due."""
+    """One run of training. `slots` are what learns, `on_look` is called where the guard is due.
+
+    `head` is that of `train.head.summed`.
+    """
 
     def __init__(
         self,
@@ -48,11 +52,12 @@ class MoETrainer(Trainer):  # type: ignore[misc]
         on_look: Callable[["MoETrainer", int], None],
         progress: Progress,
         context: Callable[[], AbstractContextManager[Any]],
+        head: nn.Module | None,
         sharded: bool = False,
         **options: Any,
     ) -> None:
         self.slots, self.settings, self.mixture, self.history = slots, settings, mixture, history
-        self.on_look, self.progress, self.context = on_look, progress, context
+        self.on_look, self.progress, self.context, self.head = on_look, progress, context, head
         self.step_loss: torch.Tensor | float = 0.0
         super().__init__(train_dataset=mixture, **options)
         self.blocks = blocks(self.model)
@@ -114,8 +119,7 @@ class MoETrainer(Trainer):  # type: ignore[misc]
         """This process's share of the step's loss, scaled so that the mean over processes is the loss of the batch."""
         world, parts = self.args.world_size, self.settings.accumulate
         with seen_routings(self.blocks) as seen, self.context():
-            logits_BTV = model(input_ids=inputs["input_ids"], use_cache=False).logits[:, :-1]
-        tokens = self._token_loss(logits_BTV, inputs) * world / num_items_in_batch
+            tokens = self._token_loss(model, inputs) * world / num_items_in_batch
         loss = tokens + self._router_loss(seen, inputs) / parts
         if not self._finite(loss):
             raise NumericsError(
@@ -131,18 +135,21 @@ class MoETrainer(Trainer):  # type: ignore[misc]
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return bool(finite)
 
-    def _token_loss(self, logits_BTV: torch.Tensor, inputs: Any) -> torch.Tensor:
+    def _token_loss(self, model: nn.Module, inputs: Any) -> torch.Tensor:
         """The sum over targets of the language-model terms."""
-        labels_T = inputs["labels"][:, 1:].flatten()
-        logits_TV = logits_BTV.flatten(0, 1)
-        total = logits_TV.new_zeros((), dtype=torch.float32)
-        if self.settings.next_token:
-            total = total + self.settings.next_token * losses.next_token(logits_TV, labels_T).sum()
-        if self.settings.distill and "teacher" in inputs:
-            teacher = (inputs[key][:, :-1].flatten(0, 1) for key in ("teacher", "teacher_ids"))
-            kl_T = losses.distill(logits_TV, *teacher)
-            total = total + self.settings.distill * (kl_T * (labels_T >= 0)).sum()
-        return total
+        settings, labels_T = self.settings, inputs["labels"][:, 1:].flatten()
+        teacher = [inputs[key][:, :-1].flatten(0, 1) for key in ("teacher", "teacher_ids") if key in inputs]
+
+        def terms(logits_TV: torch.Tensor, rows: slice) -> torch.Tensor:
+            total = logits_TV.new_zeros((), dtype=torch.float32)
+            if settings.next_token:
+                total = total + settings.next_token * losses.next_token(logits_TV, labels_T[rows]).sum()
+            if settings.distill and teacher:
+                kl_T = losses.distill(logits_TV, *(each[rows] for each in teacher))
+                total = total + settings.distill * (kl_T * (labels_T[rows] >= 0)).sum()
+            return total
+
+        return summed(model, inputs["input_ids"], terms, head=self.head)
 
     def _router_loss(self, seen: list[Seen], inputs: Any) -> torch.Tensor | float:
         """The mean over routers of the terms that look at gate logits."""

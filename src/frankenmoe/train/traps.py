@@ -3,10 +3,10 @@
 Every trap raises PlanError with its reason and a way out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from frankenmoe.errors import PlanError
-from frankenmoe.planning import Plan
+from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.recipetrain import Train
 from frankenmoe.suggest import did_you_mean
 from frankenmoe.train.data import Domain
@@ -17,7 +17,9 @@ ZERO = 1e-12  # a gradient this small relative to the gate is rounding and nothi
 def check(settings: Train, *, plan: Plan | None, top_k: int, renormalize: bool, experts: Sequence[str]) -> None:
     """What the settings and the plan alone show. `plan` is None for a built artifact, of which only routers learn."""
     _check_built(settings, plan)
-    _check_top_k(settings, top_k=top_k, renormalize=renormalize, experts=len(experts))
+    k = settings.experts_per_token or top_k
+    _check_top_k(settings, k=k, renormalize=renormalize, experts=len(experts))
+    _check_straight_through(settings, plan, k=k, renormalize=renormalize)
     if plan is not None:
         _check_identical(settings, plan)
         _check_backbone(settings, plan)
@@ -60,20 +62,38 @@ def _check_built(settings: Train, plan: Plan | None) -> None:
         )
 
 
-def _check_top_k(settings: Train, *, top_k: int, renormalize: bool, experts: int) -> None:
-    k = settings.experts_per_token or top_k
+def _check_top_k(settings: Train, *, k: int, renormalize: bool, experts: int) -> None:
     if k > experts:
         raise PlanError(
             f"training with {k} experts per token needs as many, found {experts}",
             hint="lower experts_per_token in the settings of training",
         )
-    whole = renormalize or settings.experts_per_token is not None
-    if k == 1 and whole and "routers" in settings.what and not settings.domain:
+    learns = settings.domain or settings.straight_through
+    if k == 1 and renormalize and "routers" in settings.what and not learns:
         raise PlanError(
             "with one expert per token and renormalised weights the weight is always 1, so the language-model loss has "
             "no gradient in the gates",
-            hint="train with two (--train-top-k 2), which is used while training only, or give --domain a coefficient",
+            hint="train with two (--train-top-k 2), which is used while training only, let the weight pass on the "
+            "gradient of the expert's probability (--straight-through), or give --domain a coefficient",
         )
+
+
+def _check_straight_through(settings: Train, plan: Plan | None, *, k: int, renormalize: bool) -> None:
+    nested = [node for top in (plan.nodes if plan else ()) for node in _mixtures(top)]
+    if settings.straight_through and not (k == 1 and renormalize) and all(node.top_k > 1 for node in nested):
+        found = f"{k} experts per token" if k > 1 else "a weight that is not renormalised"
+        raise PlanError(
+            f"a straight-through weight is for one expert per token with a weight that is always 1, found {found}",
+            hint="leave --straight-through out: the gates have a gradient without it",
+        )
+
+
+def _mixtures(node: ExpertNode) -> Iterator[ExpertNode]:
+    """Every expert from here down that is an MoE of its own."""
+    if node.children:
+        yield node
+    for child in node.children:
+        yield from _mixtures(child)
 
 
 def _check_identical(settings: Train, plan: Plan) -> None:

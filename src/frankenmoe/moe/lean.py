@@ -1,0 +1,144 @@
+"""What adapter experts do between the matrices of their FFN, remembering little for backward; knows no router.
+
+Left to itself autograd keeps every intermediate of every (token, expert). Kept here are the gate and up products, once
+for a token; activation, product and adapters are computed from them again, one expert at a time.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from frankenmoe.moe.adapter import LoraLinear, with_update
+
+# D hidden, F ffn, N tokens of a group, M of one member of it
+
+
+class Share(NamedTuple):
+    """One expert's part in a group's work: its LoRAs, its rows among the group's tokens, ascending, and its weights."""
+
+    loras: Mapping[str, LoraLinear]
+    row_M: torch.Tensor
+    weight_M1: torch.Tensor
+
+    def of(self, tensor_N: torch.Tensor) -> torch.Tensor:
+        """Its rows of what the group has for every token."""
+        return tensor_N.index_select(0, self.row_M)
+
+    def add(self, part_M: torch.Tensor, to: torch.Tensor | None, *, like: torch.Tensor) -> torch.Tensor:
+        """`part_M` added to its rows of `to`, which is None before the first."""
+        return (torch.zeros_like(like) if to is None else to).index_add_(0, self.row_M, part_M.to(like.dtype))
+
+
+def mix(
+    hidden_ND: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, shares: Sequence[Share], *, act: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(mixed_NF, update_ND): the weighted sum over experts of act(gate x) * (up x), with their adapters on both, and of
+    what their adapters on `down` make of it; None where there is none of them.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _mix(hidden_ND, gate_NF, up_NF, shares, act=act)
+    weights = (share.weight_M1 for share in shares)
+    tensors = [hidden_ND, gate_NF, up_NF, *weights, *_learning(shares)]
+    mixed_NF, update_ND = _Mix.apply(act, shares, *tensors)  # type: ignore[no-untyped-call]
+    return mixed_NF, update_ND
+
+
+def _mix(
+    hidden_ND: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, shares: Sequence[Share], *, act: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    mixed_NF, update_ND = None, None
+    for share in shares:
+        inner_MF, update_MD = _one(
+            share.loras, share.of(hidden_ND), share.of(gate_NF), share.of(up_NF), share.weight_M1, act
+        )
+        mixed_NF = share.add(inner_MF, mixed_NF, like=gate_NF)
+        if update_MD is not None:
+            update_ND = share.add(update_MD, update_ND, like=hidden_ND)
+    return torch.zeros_like(gate_NF) if mixed_NF is None else mixed_NF, update_ND
+
+
+def _one(
+    loras: Mapping[str, LoraLinear],
+    hidden_MD: torch.Tensor,
+    gate_MF: torch.Tensor,
+    up_MF: torch.Tensor,
+    weight_M1: torch.Tensor,
+    act: nn.Module,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One expert's weighted inner_MF, and what its adapter on `down` makes of it."""
+    reuse = not torch.is_grad_enabled()  # what backward does not need is overwritten: fresh memory is dear
+    gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD, in_place=reuse)
+    up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD, in_place=reuse)
+    inner_MF, weight_M1 = act(gate_MF), weight_M1.to(gate_MF.dtype)
+    inner_MF = inner_MF.mul_(up_MF).mul_(weight_M1) if reuse else inner_MF * up_MF * weight_M1
+    return inner_MF, loras["down_proj"].update(inner_MF) if "down_proj" in loras else None
+
+
+class _Mix(torch.autograd.Function):
+    """`mix` with a backward of its own: each expert again, by autograd, on its rows alone."""
+
+    @staticmethod
+    def forward(ctx: Any, act: nn.Module, shares: Sequence[Share], *tensors: torch.Tensor) -> Any:
+        hidden_ND, gate_NF, up_NF, *_ = tensors
+        ctx.act, ctx.shares = act, shares
+        ctx.save_for_backward(hidden_ND, gate_NF, up_NF)
+        device = hidden_ND.device.type
+        ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
+        ctx.set_materialize_grads(False)
+        return _mix(hidden_ND, gate_NF, up_NF, shares, act=act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *d_made: torch.Tensor | None) -> Any:
+        stored, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        device, dtype, enabled = ctx.cast
+        totals: list[torch.Tensor | None] = [None, None, None]  # of hidden, gate and up
+        weights: list[torch.Tensor | None] = []
+        learnt: dict[nn.Parameter, torch.Tensor | None] = dict.fromkeys(_learning(ctx.shares))
+        for share, weight_needed in zip(ctx.shares, needed[3:], strict=False):
+            hidden_MD, gate_MF, up_MF = (
+                share.of(tensor).detach().requires_grad_(wanted) for tensor, wanted in zip(stored, needed, strict=False)
+            )
+            weight_M1 = share.weight_M1.detach().requires_grad_(weight_needed)
+            with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
+                made = _one(share.loras, hidden_MD, gate_MF, up_MF, weight_M1, ctx.act)
+            own = _learning([share])
+            found = _gradients(
+                made,
+                [each if each is None else share.of(each) for each in d_made],
+                [hidden_MD, gate_MF, up_MF, weight_M1, *own],
+            )
+            for index, part in enumerate(found[:3]):
+                if part is not None:
+                    totals[index] = share.add(part, totals[index], like=stored[index])
+            weights.append(found[3])
+            for parameter, part in zip(own, found[4:], strict=True):
+                before = learnt[parameter]
+                learnt[parameter] = part if before is None or part is None else before + part
+        return None, None, *totals, *weights, *learnt.values()
+
+
+def _gradients(
+    made: Sequence[torch.Tensor | None], d_made: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """The gradient of every input; None where it needs none or nothing that was made depends on it."""
+    pairs = [
+        (tensor, given.to(tensor.dtype))
+        for tensor, given in zip(made, d_made, strict=True)
+        if tensor is not None and given is not None and tensor.requires_grad
+    ]
+    wanted = [each for each in inputs if each.requires_grad]
+    if not pairs:
+        return [None] * len(inputs)
+    outputs, given = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, given, allow_unused=True))
+    return [next(found) if each.requires_grad else None for each in inputs]
+
+
+def _learning(shares: Sequence[Share]) -> list[nn.Parameter]:
+    """Every parameter of their adapters that learns, once."""
+    loras = [lora for share in shares for lora in share.loras.values()]
+    return list(dict.fromkeys(part for lora in loras for part in (lora.a, lora.b) if part.requires_grad))
