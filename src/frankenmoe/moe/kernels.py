@@ -21,6 +21,7 @@ PANEL = 1 << 18  # numbers of the tokens that stay in the cache while all weight
 ROWS = 64  # of a matrix that stay in the cache while a few tokens pass
 # processors look ahead too, but not as far as memory takes to answer: it is a tenth faster when it is asked early
 LINE, AHEAD = 64, 2048  # bytes
+# a part is a slice of its own: of a range that begins elsewhere LLVM may not see that no index counts from the end
 # bytes that are asked for together, since asking within a loop keeps it from being vectorized; also how many products
 # of an int8 and an int16 have a sum that is sure to fit an int32
 AT_ONCE = 512
@@ -218,25 +219,25 @@ def _pair_rows(pair_OJ: Any, even_J: Any, odd_J: Any, out_O: Any, begin: int) ->
         for first in range(0, pairs, AT_ONCE // 4):
             for line in range(first, first + AT_ONCE // 4, LINE // 4):
                 _prefetch(pair_J, line + AHEAD // 4)
-            for j in range(first, min(pairs, first + AT_ONCE // 4)):
-                evens += np.uint32(pair_J[j] << np.uint32(16)).view(np.float32) * even_J[j]
-                odds += np.uint32(pair_J[j] & np.uint32(0xFFFF0000)).view(np.float32) * odd_J[j]
+            part = slice(first, first + AT_ONCE // 4)
+            pair_P, even_P, odd_P = pair_J[part], even_J[part], odd_J[part]
+            for p in range(len(pair_P)):
+                evens += np.uint32(pair_P[p] << np.uint32(16)).view(np.float32) * even_P[p]
+                odds += np.uint32(pair_P[p] & np.uint32(0xFFFF0000)).view(np.float32) * odd_P[p]
         out_O[o - begin] += evens + odds
 
 
 @njit(fastmath=FLAGS, nogil=True, cache=STORE)
 def _whole_dot(weight_I: Any, whole_I: Any) -> Any:
-    """int8 times int16, summed in int32 a part of a row at a time, so that none need be coarser.
-
-    Not within the loop over rows: there LLVM does not vectorize it.
-    """
+    """int8 times int16, summed in int32 a part of a row at a time, so that none need be coarser."""
     inputs, total = len(whole_I), np.float32(0)
     for first in range(0, inputs, AT_ONCE):
         for line in range(first, first + AT_ONCE, LINE):
             _prefetch(weight_I, line + AHEAD)
+        weight_P, whole_P = weight_I[first : first + AT_ONCE], whole_I[first : first + AT_ONCE]
         part = np.int32(0)
-        for i in range(first, min(inputs, first + AT_ONCE)):
-            part = np.int32(part + np.int32(np.int32(weight_I[i]) * np.int32(whole_I[i])))
+        for p in range(len(whole_P)):
+            part = np.int32(part + np.int32(np.int32(weight_P[p]) * np.int32(whole_P[p])))
         total += np.float32(part)
     return total
 
