@@ -48,7 +48,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         smaller = replace(parents.DEFAULTS, rows=parents.DEFAULTS.rows // 4)
         patch.setattr(run, "make_parents", partial(parents.make_parents, settings=smaller))
-        patch.setattr(run, "TRAIN_STEPS", run.TRAIN_STEPS // 4)
+        for name in ("FIT_TOKENS", "TRAIN_STEPS"):
+            patch.setattr(run, name, getattr(run, name) // 4)
         patch.setattr(run, "held_out", lambda domain: shortened(held_out(domain)))
         check_story(json.loads(frankenmoe("demo --json", folder)))
     # half of the commands fit routers again; the demo has shown what more text gives, here less will do
