@@ -48,8 +48,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         smaller = replace(parents.DEFAULTS, rows=parents.DEFAULTS.rows // 4)
         patch.setattr(run, "make_parents", partial(parents.make_parents, settings=smaller))
-        for name in ("FIT_TOKENS", "TRAIN_STEPS"):
-            patch.setattr(run, name, getattr(run, name) // 4)
+        for name, value in (("TEXT_CHARACTERS", 10_000), ("FIT_TOKENS", 1024), ("TRAIN_STEPS", 20)):
+            patch.setattr(run, name, value)
         patch.setattr(run, "held_out", lambda domain: shortened(held_out(domain)))
         check_story(json.loads(frankenmoe("demo --json", folder)))
     # half of the commands fit routers again; the demo has shown what more text gives, here less will do

@@ -22,7 +22,7 @@ def output(*arguments: object) -> str:
 
 @pytest.fixture(scope="module")
 def fitted(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A virtual artifact of two experts, fitted by the command, with the experts' texts beside it; not to be changed."""
+    """A virtual artifact of two experts, fitted by the command, beside their texts; not to be changed."""
     folder = tmp_path_factory.mktemp("fitted")
     out = folder / "small"
     said = output("fit", data_recipe(folder, parents["llama"]), out, "--block", 32, "--tokens", 512)
