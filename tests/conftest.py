@@ -15,8 +15,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: begun last, it would leave the other worker with nothing to do for minutes."""
-    items.sort(key=lambda item: item.path.name != "test_docs.py")
+    """The longest files first: begun last, one would leave the other worker with nothing to do."""
+    longest = ("test_docs.py", "test_whole.py")
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture(scope="session")

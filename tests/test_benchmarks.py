@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import forks
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MERGEKIT = find_spec("mergekit") is not None
 REAL_PARENTS = (BENCHMARKS.parents[1] / "shared" / "models").is_dir()
@@ -78,8 +80,9 @@ def test_scripts_keep_their_rows(script: str, rows: int, tmp_path: Path) -> None
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_gpu_script_says_that_there_is_none(tmp_path: Path) -> None:
-    script, out = str(BENCHMARKS / "gpu.py"), tmp_path / "result.json"
-    done = subprocess.run([sys.executable, script, "--out", str(out)], capture_output=True, text=True)
+    out = tmp_path / "result.json"
+    script = f"import sys; sys.path.insert(0, {str(BENCHMARKS)!r}); import gpu; gpu.main()"
+    done = forks.run(script, "--out", out)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "benchmarks/gpu.py at scale small needs a CUDA GPU, found none; --scale smoke runs on a CPU"

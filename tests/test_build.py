@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import forks
 import frankenmoe as fm
 import tiny
 from frankenmoe import building
@@ -59,9 +58,7 @@ def test_a_killed_build_goes_on_and_ends_byte_identical(end: signal.Signals, rec
         "compose.write_shard = shard\n"
         "fm.build(sys.argv[1], sys.argv[2], shard_size=20_000)\n"
     )
-    command = [sys.executable, "-c", code, str(recipe), str(out), str(int(end))]
-    run = subprocess.run(command, capture_output=True, preexec_fn=tiny.hears_ctrl_c)
-    assert run.returncode != 0
+    assert forks.run(code, recipe, out, int(end)).returncode != 0
     partial = partial_folder(out)
     assert not out.exists()
     finished = {file.name: file.stat().st_mtime_ns for file in partial.glob("model-0*.safetensors")}

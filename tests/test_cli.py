@@ -13,6 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+import forks
 import tiny
 from frankenmoe import __version__
 from frankenmoe.cli import progress
@@ -175,12 +176,11 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(unit: str, rate: str) -> 
 
 def test_interrupted_says_so_and_exits_130(recipe: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal, sys\nfrom frankenmoe import compose\n"
+        "import os, signal\nfrom frankenmoe import compose\n"
         "compose.check_disk = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "from frankenmoe.cli import main\nmain()"
     )
-    command = [sys.executable, "-c", code, "build", str(recipe), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, preexec_fn=tiny.hears_ctrl_c)
+    done = forks.run(code, "build", recipe, tmp_path / "out")
     assert done.returncode == 128 + signal.SIGINT
     assert "the same command goes on" in done.stderr
     assert "Traceback" not in done.stderr

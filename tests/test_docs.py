@@ -6,17 +6,23 @@ import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import frankenmoe as fm
+from frankenmoe.demo import parents, run
+from frankenmoe.demo.text import held_out
 from frankenmoe.recipe import IGNORED_KEYS, schema
+from refusals import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-SHORT = 8_000  # characters of a text
+SHORT = 3_000  # characters of a text
 SETS_UP = ("make ", "python3 -m venv", ".venv/bin/")  # these make the environment that this test runs in
 
 
@@ -27,29 +33,49 @@ def blocks(kind: str) -> list[str]:
 COMMANDS = [line for block in blocks("sh") for line in block.splitlines() if not line.startswith(SETS_UP)]
 
 
-@pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `frankenmoe demo` has run, with the ready recipes beside it."""
-    folder = tmp_path_factory.mktemp("readme")
-    (folder / "recipes").symlink_to(ROOT / "recipes")
-    story = json.loads(frankenmoe("demo --json", folder))
+def check_story(story: dict[str, Any]) -> None:
     loss = {name: row["mean"] for name, row in story["held_out_loss"].items()}
     assert loss["MoE, own expert forced"] < loss["MoE, prompt gates"] < loss["MoE, random gates"]
     assert loss["MoE, prompt gates"] < loss["dense base"]
     assert story["largest_logit_difference_to_stock_transformers"] < 1e-4
-    # half of the commands fit routers again; the demo has shown what all of its text gives, here less will do
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `frankenmoe demo` has run with a quarter of its text, and the ready recipes beside it."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "recipes").symlink_to(ROOT / "recipes")
+    with pytest.MonkeyPatch.context() as patch:
+        smaller = replace(parents.DEFAULTS, rows=parents.DEFAULTS.rows // 4)
+        patch.setattr(run, "make_parents", partial(parents.make_parents, settings=smaller))
+        for name, value in (("TEXT_CHARACTERS", 10_000), ("FIT_TOKENS", 1024), ("TRAIN_STEPS", 20)):
+            patch.setattr(run, name, value)
+        patch.setattr(run, "held_out", lambda domain: shortened(held_out(domain)))
+        check_story(json.loads(frankenmoe("demo --json", folder)))
+    # half of the commands fit routers again; the demo has shown what more text gives, here less will do
     for file in (folder / "demo-out" / "text").glob("*.txt"):
-        kept = file.read_text()[:SHORT]
-        file.write_text(kept[: kept.rindex("\n") + 1])
+        file.write_text(shortened(file.read_text()))
     return folder
 
 
+def shortened(text: str) -> str:
+    kept = text[:SHORT]
+    return kept[: kept.rindex("\n") + 1]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_demo_at_its_own_size(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "frankenmoe.cli", "demo", "--json"]
+    check_story(json.loads(subprocess.check_output(command, cwd=tmp_path)))
+
+
 def frankenmoe(arguments: str, folder: Path) -> str:
-    run = subprocess.run(
-        [sys.executable, "-m", "frankenmoe.cli", *shlex.split(arguments)], cwd=folder, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    return run.stdout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        outcome = cli(*shlex.split(arguments))
+    assert outcome.code == 0, outcome.stderr
+    return outcome.stdout
 
 
 @pytest.mark.timeout(600)

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+import forks
 import frankenmoe as fm
 import tiny
 from frankenmoe import artifact, building
@@ -179,8 +181,7 @@ def test_verify_notices_weights_that_transformers_would_take_for_ours(
 
 
 def test_chat_without_any_stdin_ends_like_an_empty_one(recipe: Path) -> None:
-    command = f"{sys.executable} -m frankenmoe.cli chat {recipe} <&-"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    done = forks.run(forks.COMMAND, "chat", recipe, no_stdin=True)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
 
@@ -195,26 +196,34 @@ def test_an_output_that_is_full_is_one_sentence(recipe: Path, option: str) -> No
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command", ["plan", "chat"])
-def test_a_terminal_without_these_letters(command: str, recipe: Path) -> None:
+@pytest.fixture
+def umlauts(recipe: Path) -> Path:
+    """The recipe with letters that are not in ASCII."""
     recipe.write_text(recipe.read_text().replace("name: e", "name: ë") + "name: dëmo\n", encoding="utf-8")
-    options = ["--prompt", "hi", "--max-new-tokens", "4", "--trace"] if command == "chat" else []
+    return recipe
+
+
+def test_a_terminal_without_these_letters(umlauts: Path) -> None:
     environment = os.environ | {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-    done = subprocess.run(
-        [sys.executable, "-m", "frankenmoe.cli", command, str(recipe), *options], capture_output=True, env=environment
-    )
+    command = [sys.executable, "-m", "frankenmoe.cli", "plan", str(umlauts)]
+    done = subprocess.run(command, capture_output=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert b"\\xeb" in done.stdout
 
 
+def test_chat_in_a_terminal_without_these_letters(umlauts: Path) -> None:
+    code = f"import sys\nsys.stdout.reconfigure(encoding='ascii', errors='surrogateescape')\n{forks.COMMAND}"
+    done = forks.run(code, "chat", umlauts, "--prompt", "hi", "--max-new-tokens", 4, "--trace")
+    assert done.returncode == 0, done.stderr
+    assert "\\xeb" in done.stdout
+
+
 def test_the_next_command_can_be_typed_as_it_is_printed(recipe: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "frankenmoe.cli", "build", str(recipe), str(tmp_path / "my $HOME 'moe'"), "--virtual"],
-        capture_output=True,
-        text=True,
-    )
+    as_module = f"import sys\nsys.argv[0] = '__main__.py'\n{forks.COMMAND}"
+    done = forks.run(as_module, "build", recipe, tmp_path / "my $HOME 'moe'", "--virtual")
     command = done.stdout.partition("next: ")[2].strip()
-    again = subprocess.run(
-        ["bash", "-c", f"{command} --prompt hi --max-new-tokens 2"], capture_output=True, text=True, check=False
-    )
-    assert again.returncode == 0, (command, again.stderr)
+    words = subprocess.check_output(["bash", "-c", f"printf '%s\\0' {command}"], text=True).rstrip("\0").split("\0")
+    program = ["frankenmoe"] if shutil.which("frankenmoe") else [sys.executable, "-m", "frankenmoe.cli"]
+    assert words[: len(program)] == program
+    again = cli(*words[len(program) :], "--prompt", "hi", "--max-new-tokens", 2)
+    assert again.code == 0, (command, again.stderr)

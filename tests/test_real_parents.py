@@ -23,8 +23,13 @@ def test_real_parents_merge_and_their_own_experts_help(shared_models: Path, tmp_
         expected = stock(ids).logits
         for what in (recipe, built):
             assert torch.allclose(fm.load(what, dtype="float32").model(ids).logits, expected, atol=1e-4)
-    tokenizer, dense = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    tokenizer, dense = (
+        AutoTokenizer.from_pretrained(base),
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+    )
     for domain, parent in zip(DOMAINS, parents, strict=True):
         text = (shared_models.parent / "text" / f"{domain}.heldout.txt").read_text()[:CHARACTERS]
-        forced = fm.load(tiny.write_recipe(tmp_path / "f.yml", base, [parent], experts_per_token=1)).model
+        forced = fm.load(
+            tiny.write_recipe(tmp_path / "f.yml", base, [parent], experts_per_token=1), dtype="float32"
+        ).model
         assert mean_loss(forced, tokenizer, text) < mean_loss(dense, tokenizer, text), domain

@@ -173,7 +173,7 @@ JSON = st.recursive(
 ENTRY = st.fixed_dictionaries({"dtype": st.sampled_from(["U8", "F32"]) | JSON, "shape": JSON, "data_offsets": JSON})
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 @given(header=st.dictionaries(st.text(max_size=3) | st.just("__metadata__"), ENTRY | JSON, max_size=3))
 def test_fuzz_json(file: Path, header: dict[str, Any]) -> None:
     put(file, header, data=4)

@@ -20,18 +20,19 @@ def output(*arguments: object) -> str:
     return outcome.stdout
 
 
-@pytest.fixture
-def fitted(parents: Parents, tmp_path: Path) -> Path:
-    """A virtual artifact of two experts, fitted by the command."""
-    out = tmp_path / "small"
-    said = output("fit", data_recipe(tmp_path, parents["llama"]), out, "--block", 32, "--tokens", 512)
+@pytest.fixture(scope="module")
+def fitted(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual artifact of two experts, fitted by the command, beside their texts; not to be changed."""
+    folder = tmp_path_factory.mktemp("fitted")
+    out = folder / "small"
+    said = output("fit", data_recipe(folder, parents["llama"]), out, "--block", 32, "--tokens", 512)
     assert "logistic gates, scale" in said
     assert f"routers in {out}" in said.replace("\n", "")
     return out
 
 
 def test_add_expert_makes_a_larger_artifact(fitted: Path, parents: Parents, tmp_path: Path) -> None:
-    words = ["--source", parents["llama"][0], "--name", "e2", "--data", tmp_path / "e2.txt", "--block", 32]
+    words = ["--source", parents["llama"][0], "--name", "e2", "--data", fitted.parent / "e2.txt", "--block", 32]
     lines = output("add-expert", fitted, tmp_path / "large", *words).splitlines()
     assert [line.split()[0] for line in lines if line.startswith(("e0", "e1", "e2"))] == ["e2"]
     assert "ridge gates" in lines[0]
@@ -40,7 +41,7 @@ def test_add_expert_makes_a_larger_artifact(fitted: Path, parents: Parents, tmp_
 
 
 def test_add_expert_answers_in_json(fitted: Path, parents: Parents, tmp_path: Path) -> None:
-    words = ["--source", parents["llama"][0], "--name", "e2", "--data", tmp_path / "e2.txt", "--method", "lda"]
+    words = ["--source", parents["llama"][0], "--name", "e2", "--data", fitted.parent / "e2.txt", "--method", "lda"]
     said = json.loads(output("add-expert", fitted, tmp_path / "large", *words, "--block", 32, "--json"))
     assert said["method"] == "lda"
 

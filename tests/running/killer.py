@@ -6,11 +6,11 @@ It imports once and forks a run for every moment. A moment is a change of a fold
 import json
 import os
 import signal
-import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import forks
 from frankenmoe.running import run
 
 EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
@@ -45,7 +45,8 @@ def in_a_fork(recipe: str, out: Path, moment: int) -> int | None:
     return int(said) if said else None
 
 
-def main(recipe: str, root: Path, first: int, step: int) -> None:
+def main(recipe: str, folder: str, first: str, step: str) -> None:
+    root = Path(folder)
     if find_spec("lm_eval"):  # what stages import late, once for all forks
         import frankenmoe.auditing
         import frankenmoe.evaluating
@@ -55,7 +56,7 @@ def main(recipe: str, root: Path, first: int, step: int) -> None:
     moments = in_a_fork(recipe, root / "whole", 0)
     assert moments
     killed = 0
-    for moment in range(first, moments + 1, step):
+    for moment in range(int(first), moments + 1, int(step)):
         out = root / f"killed-{moment}"
         assert in_a_fork(recipe, out, moment) is None, moment
         assert in_a_fork(recipe, out, 0) is not None, moment
@@ -65,15 +66,6 @@ def main(recipe: str, root: Path, first: int, step: int) -> None:
 
 def kill_at(recipe: Path, root: Path, first: int, step: int) -> int:
     """`main` in a process of its own; how many runs were killed, each of which went on to its end in `root`."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(recipe), str(root), str(first), str(step)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    done = forks.run("import sys\nfrom running.killer import main\nmain(*sys.argv[1:])", recipe, root, first, step)
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout.splitlines()[-1])["killed"])
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

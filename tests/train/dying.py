@@ -27,11 +27,14 @@ def run_apart(
     shard: bool = False,
 ) -> int:
     """The exit code of a run in one process, or in several by torchrun; all of them die before step `die` + 1."""
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words = [str(what), str(out), data, settings.to_dict(), shard and processes > 1, die]
-    done = subprocess.run([*launcher, __file__, json.dumps(words)], capture_output=True, text=True)
+    import forks  # not at the top, where torchrun's processes would not find it
+
+    words = json.dumps([str(what), str(out), data, settings.to_dict(), shard and processes > 1, die])
+    if processes == 1:
+        done = forks.run("import json, sys\nfrom dying import main\nmain(*json.loads(sys.argv[1]))", words)
+    else:
+        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        done = subprocess.run([sys.executable, "-m", *launcher, __file__, words], capture_output=True, text=True)
     sys.stderr.write(done.stderr[-2500:])
     return done.returncode
 
