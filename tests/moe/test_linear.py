@@ -325,6 +325,26 @@ def test_tensors_without_numbers_are_not_read(layer: nn.Module) -> None:
         assert copy.deepcopy(layer).to("meta")(torch.ones(5, 70, device="meta")).shape == (5, 3)
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("layer", [StoredLinear(70, 3).bfloat16(), Int8Linear(nn.Linear(70, 3))])
+def test_nothing_is_written_where_results_have_no_numbers(layer: nn.Module, tokens: int) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    layer.requires_grad_(False)
+    hidden_TI = torch.ones(tokens, 70, dtype=torch.float32 if isinstance(layer, Int8Linear) else torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(hidden_TI).shape == (tokens, 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_who_counts_operations_sees_them(tokens: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counted:
+        linear(torch.ones(tokens, 70).bfloat16(), torch.ones(30, 70).bfloat16())
+    assert counted.get_total_flops() == 2 * tokens * 70 * 30
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("layer", [StoredLinear(70, 3).bfloat16(), Int8Linear(nn.Linear(70, 3))])
 def test_traces_and_batches_compute(layer: nn.Module) -> None:

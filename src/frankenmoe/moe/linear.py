@@ -142,6 +142,8 @@ def have_addresses(*tensors: torch.Tensor | None) -> bool:
     """Whether compiled code may read their numbers now: none is sharded, traced or stands for another tensor."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
+    if torch._C._len_torch_dispatch_stack():  # a mode counts what torch does, or makes tensors without numbers
+        return False
     return all(
         tensor.is_cpu and type(tensor) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
         for tensor in tensors
