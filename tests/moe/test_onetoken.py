@@ -234,6 +234,14 @@ def cut_adapter(case: Case) -> None:
     case.experts[2].down_proj.b = nn.Parameter(torch.randn(64, 3).bfloat16(), requires_grad=False)
 
 
+def narrow_base(case: Case) -> None:
+    """And not what its adapters were made for."""
+    for name in ("gate_proj", "up_proj"):
+        case.experts[0].get_submodule(name).weight.data = case.experts[0].get_submodule(name).weight.data[:48]
+    down = case.experts[0].down_proj.weight
+    down.data = down.data[:, :48].contiguous()
+
+
 def make_int8(case: Case) -> None:
     """Numbers without scales, which are at no address."""
     for name in NAMES:
@@ -241,7 +249,7 @@ def make_int8(case: Case) -> None:
         layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [add_bias, retype_weight, narrow, cut_adapter, make_int8])
+@pytest.mark.parametrize("change", [add_bias, retype_weight, narrow, narrow_base, cut_adapter, make_int8])
 def test_what_no_longer_fits_is_left_to_torch(change: object) -> None:
     case = Case()
     change(case)  # type: ignore[operator]

@@ -36,9 +36,9 @@ class LoraLinear(nn.Module):
         self.scale = scale
 
     def fits(self) -> bool:
-        """Whether A and B have the shapes they were made with, for code that would read beyond their ends."""
-        rank = self.a.shape[0]
-        return self.a.shape == (rank, self.base.in_features) and self.b.shape == (self.base.out_features, rank)
+        """Whether A and B still have the shapes of the base and of each other, for code that reads memory."""
+        (outputs, inputs), rank = self.base.weight.shape, self.a.shape[0]
+        return self.a.shape == (rank, inputs) and self.b.shape == (outputs, rank)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O]."""
