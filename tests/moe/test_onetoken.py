@@ -235,18 +235,19 @@ def cut_adapter(case: Case) -> None:
 
 
 def narrow_base(case: Case) -> None:
-    """And not what its adapters were made for."""
-    for name in ("gate_proj", "up_proj"):
-        case.experts[0].get_submodule(name).weight.data = case.experts[0].get_submodule(name).weight.data[:48]
-    down = case.experts[0].down_proj.weight
-    down.data = down.data[:, :48].contiguous()
+    """Of all experts, but not what adapters were made for."""
+    for expert in case.experts[:2]:
+        for name in ("gate_proj", "up_proj"):
+            expert.get_submodule(name).weight.data = expert.get_submodule(name).weight.data[:48]
+        expert.down_proj.weight.data = expert.down_proj.weight.data[:, :48].contiguous()
 
 
 def make_int8(case: Case) -> None:
     """Numbers without scales, which are at no address."""
-    for name in NAMES:
-        layer = case.experts[1].get_submodule(name)
-        layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    for expert in case.experts[:2]:
+        for name in NAMES:
+            layer = expert.get_submodule(name)
+            layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
 
 
 @pytest.mark.parametrize("change", [add_bias, retype_weight, narrow, narrow_base, cut_adapter, make_int8])
