@@ -9,6 +9,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from frankenmoe.errors import RecipeError
 from frankenmoe.recipe import FIT_MODES, IGNORED_KEYS, PROMPT_MODES, RANDOM_MODES, Recipe, SourceName, schema
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +98,52 @@ def test_defaults_are_mergekits_but_for_the_routers() -> None:
     assert (recipe.gate_mode, recipe.experts_per_token, recipe.dtype, recipe.seed) == ("logistic", 2, None, 0)
     assert "no gate_mode" in recipe.notes[0]
     assert (recipe.backbone, recipe.architecture, recipe.name, recipe.shared_experts) == ("base", None, None, ())
+
+
+PROMPTED = (
+    "base_model: b\nexperts:\n  - {source_model: x, positive_prompts: [p]}\n  - {source_model: y, positive_prompts: [q]"
+)
+WITH_DATA = f"{PROMPTED}, data: y.txt}}\n"
+SHARED_DATA = f"{PROMPTED}}}\nshared_experts: [{{source_model: z, data: z.txt}}]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "mode"),
+    [
+        (WITH_DATA, "regret"),
+        (NESTED, "regret"),
+        (NESTED.replace("    data: words.txt\n", ""), "regret"),
+        (SHARED_DATA, "logistic"),
+        (WITH_DATA + "gate_mode:\n", "regret"),
+        (WITH_DATA + "gate_mode: logistic\n", "logistic"),
+        (WITH_DATA + "gate_mode: random\n", "random"),
+    ],
+)
+def test_routers_are_fitted_by_what_is_best_for_the_text_there_is(text: str, mode: str) -> None:
+    recipe = parse(text)
+    assert recipe.gate_mode == mode
+    assert any(f"fitted by {mode}" in note for note in recipe.notes) is ("gate_mode" not in text)
+    again = parse(yaml.safe_dump(recipe.to_dict()))
+    assert (again, again.gate_mode, again.digest) == (recipe, mode, recipe.digest)
+
+
+@pytest.mark.parametrize("experts", ["5", "x", "{data: y}", "[3]", "[{experts: x}]", "[{experts: [{experts: 1}]}]"])
+def test_experts_that_are_none_are_refused_whatever_routers_there_would_be(experts: str) -> None:
+    with pytest.raises(RecipeError, match="experts"):
+        parse(f"base_model: b\nexperts: {experts}\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "method"),
+    [(NESTED, "regret"), (NESTED.replace("    data: words.txt\n", ""), "regret"), (f"{PROMPTED}}}\n", "logistic")],
+)
+def test_fitting_random_routers_takes_the_same(text: str, method: str) -> None:
+    from frankenmoe.fitting import _method
+
+    recipe = parse(text + "gate_mode: random\n")
+    assert _method(recipe, None, {}) == method
+    assert _method(recipe, None, {"a": ["a.txt"]}) == "regret"
+    assert _method(recipe, "ridge", {}) == "ridge"
 
 
 def test_nested_experts_answer_for_the_prompts_within() -> None:

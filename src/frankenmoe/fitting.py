@@ -35,7 +35,7 @@ from frankenmoe.moe.load import copy
 from frankenmoe.planning import Plan
 from frankenmoe.planning.recall import plan_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import FIT_MODES, Recipe
+from frankenmoe.recipe import FIT_MODES, Expert, Recipe
 from frankenmoe.recipefields import FROM_DATA, FROM_PROMPTS
 
 Data = Mapping[str, Sequence[str]]
@@ -99,7 +99,11 @@ def absolute(data: Data) -> dict[str, tuple[str, ...]]:
 def _method(recipe: Recipe, method: str | None, data: Data) -> str:
     if method or recipe.gate_mode in FIT_MODES:
         return method or recipe.gate_mode
-    return FROM_DATA if data or any(expert.data for expert in recipe.experts) else FROM_PROMPTS
+    return FROM_DATA if data or _have_data(recipe.experts) else FROM_PROMPTS
+
+
+def _have_data(experts: Sequence[Expert]) -> bool:
+    return any(expert.data or _have_data(expert.experts) for expert in experts)
 
 
 def _fit_recipe(recipe: Recipe, out: str | Path | None, *, method: str | None, options: Mapping[str, Any]) -> FitResult:

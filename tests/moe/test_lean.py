@@ -8,6 +8,7 @@ from test_grouping import SIZES, adapted, make_mlp
 from torch import nn
 
 from frankenmoe.moe.experts import dispatch
+from frankenmoe.moe.linear import to_int8
 from oracles.moe_reference import FFN, HIDDEN, naive
 
 TOKENS, EXPERTS, TOP_K = 24, 4, 2
@@ -63,3 +64,15 @@ def test_autocast_computes_again_what_it_computed(kind: str, learns: bool) -> No
         parameter.requires_grad_(learns and name.endswith((".a", ".b", "down_proj.weight")))
     for ours, reference in zip(*(gradients(mix, inputs, experts) for mix in (dispatch, naive)), strict=True):
         torch.testing.assert_close(ours.float(), reference.float(), rtol=0.05, atol=0.03 * float(reference.abs().max()))
+
+
+def test_int8_experts_under_autocast_and_adapters() -> None:
+    """Their products stay float32 there, what the adapters make of it does not."""
+    torch.manual_seed(0)
+    experts, (hidden_TD, weights_TK, ids_TK) = frozen("adapters"), routing()
+    to_int8(experts)
+    with torch.no_grad():
+        wanted = dispatch(hidden_TD, weights_TK, ids_TK, experts)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = dispatch(hidden_TD, weights_TK, ids_TK, experts)
+    torch.testing.assert_close(found, wanted, rtol=0.03, atol=0.03 * float(wanted.abs().max()))

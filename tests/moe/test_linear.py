@@ -1,6 +1,7 @@
 """Products with stored weights: torch's results to rounding, with the kernels and without, and who computes what."""
 
 import copy
+import ctypes
 import sys
 
 import pytest
@@ -264,6 +265,21 @@ def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
         module.kernels.cache_clear()
 
 
+def test_without_a_library_of_the_process_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has none, and says so with a TypeError."""
+
+    def refuse(name: object) -> None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    forget_compiled(monkeypatch)
+    try:
+        assert module.kernels() is None
+    finally:
+        module.kernels.cache_clear()
+
+
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("inputs", [100, 400])
 def test_what_does_not_fit_is_an_error(tokens: int, inputs: int) -> None:
@@ -272,6 +288,22 @@ def test_what_does_not_fit_is_an_error(tokens: int, inputs: int) -> None:
         linear(torch.ones(tokens, inputs).bfloat16(), torch.ones(77, 200).bfloat16())
     with pytest.raises(RuntimeError, match="shape"):
         Int8Linear(nn.Linear(200, 77).requires_grad_(False))(torch.ones(tokens, inputs))
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_one_bias_for_all_outputs_is_repeated(tokens: int) -> None:
+    """As torch does, and not read as if there were one for each."""
+    hidden_TI, weight_OI = draw(tokens, 70, dtype=torch.bfloat16, seed=0), draw(77, 70, dtype=torch.bfloat16, seed=1)
+    bias_1 = torch.tensor([40.0]).bfloat16()
+    assert far(linear(hidden_TI, weight_OI, bias_1), hidden_TI.double() @ weight_OI.double().T + 40) < 0.004
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_int8_scales_of_another_type_are_read_as_such(tokens: int) -> None:
+    layer, hidden_TI = Int8Linear(nn.Linear(70, 30)), draw(tokens, 70, dtype=torch.float32, seed=0)
+    before = layer(hidden_TI)
+    layer.scale = layer.scale.double()
+    assert far(layer(hidden_TI), before) < 1e-3
 
 
 def test_shapes_of_fewer_dimensions_are_torchs() -> None:
@@ -291,6 +323,26 @@ def test_tensors_without_numbers_are_not_read(layer: nn.Module) -> None:
         assert layer(torch.ones(5, 70, dtype=dtype)).shape == (5, 3)
     if isinstance(layer, Int8Linear):
         assert copy.deepcopy(layer).to("meta")(torch.ones(5, 70, device="meta")).shape == (5, 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+@pytest.mark.parametrize("layer", [StoredLinear(70, 3).bfloat16(), Int8Linear(nn.Linear(70, 3))])
+def test_nothing_is_written_where_results_have_no_numbers(layer: nn.Module, tokens: int) -> None:
+    from torch._subclasses import FakeTensorMode
+
+    layer.requires_grad_(False)
+    hidden_TI = torch.ones(tokens, 70, dtype=torch.float32 if isinstance(layer, Int8Linear) else torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert layer(hidden_TI).shape == (tokens, 3)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_who_counts_operations_sees_them(tokens: int) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counted:
+        linear(torch.ones(tokens, 70).bfloat16(), torch.ones(30, 70).bfloat16())
+    assert counted.get_total_flops() == 2 * tokens * 70 * 30
 
 
 @pytest.mark.filterwarnings("ignore")

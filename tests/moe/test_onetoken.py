@@ -1,6 +1,7 @@
 """One token through its experts in one call: what the experts give one by one, and when it must not be done."""
 
 import copy
+import io
 from collections.abc import Iterator
 
 import pytest
@@ -211,6 +212,73 @@ def test_a_change_is_seen(change: object) -> None:
     case = Case()
     change(case)  # type: ignore[operator]
     case.check()
+
+
+def add_bias(case: Case) -> None:
+    case.experts[1].up_proj.bias = nn.Parameter(torch.ones(96).bfloat16(), requires_grad=False)
+
+
+def retype_weight(case: Case) -> None:
+    """At the same address, as memory that was freed in between may be."""
+    weight = case.experts[1].up_proj.weight
+    weight.data = weight.data.view(torch.float16)
+
+
+def narrow(case: Case) -> None:
+    for name in ("gate_proj", "up_proj"):
+        case.experts[1].get_submodule(name).weight.data = case.experts[1].get_submodule(name).weight.data[:48]
+    case.experts[1].down_proj.weight.data = case.experts[1].down_proj.weight.data[:, :48]
+
+
+def cut_adapter(case: Case) -> None:
+    case.experts[2].down_proj.b = nn.Parameter(torch.randn(64, 3).bfloat16(), requires_grad=False)
+
+
+def narrow_base(case: Case) -> None:
+    """Of all experts, but not what adapters were made for."""
+    for expert in case.experts[:2]:
+        for name in ("gate_proj", "up_proj"):
+            expert.get_submodule(name).weight.data = expert.get_submodule(name).weight.data[:48]
+        expert.down_proj.weight.data = expert.down_proj.weight.data[:, :48].contiguous()
+
+
+def make_int8(case: Case) -> None:
+    """Numbers without scales, which are at no address."""
+    for expert in case.experts[:2]:
+        for name in NAMES:
+            layer = expert.get_submodule(name)
+            layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [add_bias, retype_weight, narrow, narrow_base, cut_adapter, make_int8])
+def test_what_no_longer_fits_is_left_to_torch(change: object) -> None:
+    case = Case()
+    change(case)  # type: ignore[operator]
+    assert case.short() is None
+
+
+def test_other_int8_scales_are_seen() -> None:
+    expert, hidden_1D, memory = make(200, 330), torch.randn(1, 200), OneToken()
+    to_int8(expert)
+    groups, weights, ids = group_experts([expert]), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long)
+    before = memory.mix(hidden_1D, weights, ids, groups)
+    expert.down_proj.scale = 2 * expert.down_proj.scale
+    found = memory.mix(hidden_1D, weights, ids, groups)
+    assert found is not None
+    assert before is not None
+    torch.testing.assert_close(found, 2 * before)
+
+
+def test_copies_and_files_of_a_block_keep_no_addresses() -> None:
+    block = MoEBlock(Router(torch.randn(2, 64).bfloat16(), top_k=2, renormalize=True), [make(seed=1), make(seed=2)])
+    hidden_1D, file = torch.randn(1, 64).bfloat16(), io.BytesIO()
+    wanted = block(hidden_1D)
+    copied = copy.deepcopy(block)
+    assert not copied._one_token._prepared
+    torch.save(block, file)
+    file.seek(0)
+    for found in (copied, torch.load(file, weights_only=False)):
+        assert torch.equal(found(hidden_1D), wanted)
 
 
 def listen_to_expert(case: Case, seen: list[object]) -> None:

@@ -35,6 +35,11 @@ class LoraLinear(nn.Module):
         self.b = nn.Parameter(b_OR)
         self.scale = scale
 
+    def fits(self) -> bool:
+        """Whether A and B still have the shapes of the base and of each other, for code that reads memory."""
+        (outputs, inputs), rank = self.base.weight.shape, self.a.shape[0]
+        return self.a.shape == (rank, inputs) and self.b.shape == (outputs, rank)
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., I] to [..., O]."""
         return with_update(self.base(hidden), self, hidden)
@@ -71,6 +76,7 @@ def with_update(
         return base
     if base.dim() == 2 and base.dtype == hidden.dtype == lora.a.dtype and not _widens(lora, hidden):
         # one pass over [T, O] in place of three
+        in_place = in_place and not torch.is_autocast_enabled(hidden.device.type)  # which does not cast what has an out
         return torch.addmm(
             base, nn.functional.linear(hidden, lora.a), lora.b.T, alpha=lora.scale, out=base if in_place else None
         )

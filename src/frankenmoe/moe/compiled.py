@@ -25,12 +25,12 @@ _made: dict[Callable[[Any], None], Any] = {}
 _addresses: dict[Callable[[Any], None], int] = {}
 _lent = threading.local()
 # torch's own threads do the work: a second pool would fight with them for the cores
-_process = ctypes.CDLL(None)
 try:
+    _process = ctypes.CDLL(None)
     _parallel = _process.GOMP_parallel
     _parallel.argtypes = ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint
     _needed = _process.GOMP_barrier, _process.omp_get_thread_num, _process.omp_get_num_threads
-except AttributeError as error:
+except (AttributeError, TypeError) as error:  # Windows has no library of the process itself
     raise ImportError("this torch has no OpenMP threads to run kernels on") from error
 
 

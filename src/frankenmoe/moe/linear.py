@@ -4,6 +4,7 @@ torch multiplies 16-bit matrices on a CPU without such instructions several time
 reads the weights as they are stored and sums in float32, so results are those of torch to rounding.
 """
 
+from collections.abc import Container
 from functools import cache
 from types import ModuleType
 from typing import Any, TypeGuard
@@ -18,6 +19,7 @@ from frankenmoe.progress import SILENT, Progress
 # T tokens, I inputs, O outputs
 
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}  # of weights
+FLOAT32 = (torch.float32,)
 FLOAT_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of all else
 # what a CPU must have to multiply a type by itself, as torch.cpu.get_capabilities() calls it
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
@@ -140,6 +142,8 @@ def have_addresses(*tensors: torch.Tensor | None) -> bool:
     """Whether compiled code may read their numbers now: none is sharded, traced or stands for another tensor."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
+    if torch._C._len_torch_dispatch_stack():  # a mode counts what torch does, or makes tensors without numbers
+        return False
     return all(
         tensor.is_cpu and type(tensor) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
         for tensor in tensors
@@ -210,9 +214,15 @@ def _readable(
     return (
         SHORT <= hidden.shape[-1] == weight_OI.shape[1]
         and weight_OI.is_contiguous()
-        and (bias_O is None or (bias_O.dtype in FLOAT_KINDS and bias_O.is_contiguous()))
+        and (bias_O is None or is_row(bias_O, weight_OI, dtypes=FLOAT_KINDS))
+        and (scale_O is None or is_row(scale_O, weight_OI))
         and have_addresses(hidden, weight_OI, scale_O, bias_O)
     )
+
+
+def is_row(numbers: torch.Tensor, weight_OI: torch.Tensor, *, dtypes: Container[torch.dtype] = FLOAT32) -> bool:
+    """Whether there is one number for each output, of one of these types, without gaps; torch repeats a single one."""
+    return numbers.shape == weight_OI.shape[:1] and numbers.dtype in dtypes and numbers.is_contiguous()
 
 
 def _few(

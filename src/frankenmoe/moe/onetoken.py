@@ -9,7 +9,7 @@ from torch import nn
 
 from frankenmoe.moe.adapter import LoraLinear
 from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Gated, Group
-from frankenmoe.moe.linear import FLOAT_KINDS, KINDS, SMALL, Int8Linear, have_addresses, is_linear, kernels
+from frankenmoe.moe.linear import FLOAT_KINDS, KINDS, SMALL, Int8Linear, have_addresses, is_linear, is_row, kernels
 
 # D hidden, F ffn, K top-k
 
@@ -25,7 +25,7 @@ class Prepared(NamedTuple):
     sizes: tuple[int, int]  # D, F
     member: Any
     parts: tuple[tuple[Mapping[str, object], str, object], ...]
-    addresses: tuple[tuple[torch.Tensor, int], ...]
+    places: tuple[tuple[torch.Tensor, int, torch.Size, torch.dtype], ...]
     hooks: tuple[Mapping[int, object], ...]
 
     def holds(self) -> bool:
@@ -33,7 +33,11 @@ class Prepared(NamedTuple):
         return (
             not any(self.hooks)
             and all(owner.get(name) is part for owner, name, part in self.parts)
-            and all(tensor.data_ptr() == address for tensor, address in self.addresses)
+            # memory that was freed may be lent again at the same address, for other numbers
+            and all(
+                tensor.data_ptr() == address and tensor.shape == shape and tensor.dtype == dtype
+                for tensor, address, shape, dtype in self.places
+            )
         )
 
 
@@ -44,6 +48,10 @@ class OneToken:
         self._groups: Sequence[Group] | None = None
         self._group_of: dict[int, Group] = {}
         self._prepared: dict[int, Prepared] = {}
+
+    def __reduce__(self) -> tuple[type["OneToken"], tuple[()]]:
+        """A copy, or what is read from a file, begins anew: addresses are not its own."""
+        return OneToken, ()
 
     def mix(
         self, hidden_1D: torch.Tensor, weights_1K: torch.Tensor, ids_1K: torch.Tensor, groups: Sequence[Group]
@@ -124,6 +132,9 @@ def _prepare(group: Group, member: int, compiled: ModuleType) -> Prepared | None
         and [weight.shape for weight in weights] == [(ffn, hidden), (ffn, hidden), (hidden, ffn)]
         and weights[0].dtype in KINDS
         and len({weight.dtype for weight in weights}) == 1
+        and all(isinstance(part, Int8Linear) == (part.weight.dtype == torch.int8) for part in linears)
+        and all(is_row(part.scale, part.weight) for part in linears if isinstance(part, Int8Linear))
+        and all(lora.fits() for lora in loras.values())
         and all(weight.dtype in FLOAT_KINDS for weight in low)
         and len({weight.dtype for weight in low}) <= 1
         and have_addresses(*weights, *low, *scales)
@@ -135,7 +146,9 @@ def _prepare(group: Group, member: int, compiled: ModuleType) -> Prepared | None
     parts = [
         *((vars(part), "forward", None) for part in modules),  # accelerate gives a module a forward of its own
         *((part._buffers, "int8", part.int8) for part in linears if isinstance(part, Int8Linear)),
+        *((part._buffers, "scale", part.scale) for part in linears if isinstance(part, Int8Linear)),
         *((part._parameters, "weight", part.weight) for part in linears if isinstance(part, nn.Linear)),
+        *((part._parameters if isinstance(part, nn.Linear) else part._buffers, "bias", None) for part in linears),
         *((vars(lora), "scale", lora.scale) for lora in loras.values()),
         *((lora._parameters, name, getattr(lora, name)) for lora in loras.values() for name in ("a", "b")),
         *(() if mlp is None else ((mlp._modules, name, mlp._modules[name]) for name in (*PROJECTIONS, "act_fn"))),
@@ -153,7 +166,7 @@ def _prepare(group: Group, member: int, compiled: ModuleType) -> Prepared | None
             [_low_rank(loras.get(name)) for name in PROJECTIONS],
         ),
         parts=tuple(parts),
-        addresses=tuple((tensor, tensor.data_ptr()) for tensor in (*weights, *low, *scales)),
+        places=tuple((each, each.data_ptr(), each.shape, each.dtype) for each in (*weights, *low, *scales)),
         hooks=hooks,
     )
     return found if found.holds() else None
