@@ -61,9 +61,9 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "rows"),
     [
-        ("load.py", 6),
+        ("load.py", 15),
         ("build.py", 14),
-        ("experts.py", 14),
+        ("experts.py", 30),
         ("compose.py", 4),
         ("audit.py", 4 if REAL_PARENTS else 2),
         ("export.py", 16 if REAL_PARENTS else 5),
