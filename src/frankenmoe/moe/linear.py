@@ -285,8 +285,8 @@ def prepare_kernels(model: nn.Module, progress: Progress = SILENT) -> bool:
     """Compiles what a model will want on this CPU, once on a machine; False if it would want it and numba lacks."""
     weights = (part.weight for part in model.modules() if is_linear(part))
     kinds = {KINDS[each.dtype] for each in weights if each.dtype in KINDS and each.is_cpu and each.numel() >= SMALL}
-    compiled = kernels()
-    if not kinds or compiled is None:
+    compiled = kernels() if kinds else None  # numba takes a while to import
+    if compiled is None:
         return not kinds
     progress.start("compiling for this CPU", len(kinds) + 2, "kernels")
     for compile_one in compiled.compilers(sorted(kinds)):
