@@ -1,8 +1,6 @@
 """Products with stored weights: torch's results to rounding, with the kernels and without, and who computes what."""
 
 import copy
-import ctypes
-import sys
 
 import pytest
 import torch
@@ -10,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import frankenmoe.moe
 from frankenmoe.moe import linear as module
 from frankenmoe.moe.adapter import with_adapter
 from frankenmoe.moe.grouping import group_experts
@@ -36,14 +33,6 @@ def who(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
-def forget_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next import of what numba compiles is the first."""
-    for name in ("compiled", "kernels", "numbers"):
-        monkeypatch.delitem(sys.modules, f"frankenmoe.moe.{name}", raising=False)
-        monkeypatch.delattr(frankenmoe.moe, name, raising=False)
-    module.kernels.cache_clear()
 
 
 def far(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -255,31 +244,6 @@ def test_keep_stored_changes_linear_layers_and_nothing_else() -> None:
     assert not is_linear(model[1])
 
 
-def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    monkeypatch.setitem(sys.modules, "numba", None)
-    forget_compiled(monkeypatch)
-    try:
-        assert module.kernels() is None
-    finally:
-        module.kernels.cache_clear()
-
-
-def test_without_a_library_of_the_process_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Windows has none, and says so with a TypeError."""
-
-    def refuse(name: object) -> None:
-        raise TypeError("argument of type 'NoneType' is not iterable")
-
-    monkeypatch.undo()
-    monkeypatch.setattr(ctypes, "CDLL", refuse)
-    forget_compiled(monkeypatch)
-    try:
-        assert module.kernels() is None
-    finally:
-        module.kernels.cache_clear()
-
-
 @pytest.mark.parametrize("tokens", [1, 5])
 @pytest.mark.parametrize("inputs", [100, 400])
 def test_what_does_not_fit_is_an_error(tokens: int, inputs: int) -> None:
@@ -391,24 +355,6 @@ def test_one_large_input_does_not_drown_the_others_of_int8() -> None:
     hidden_TI[0, 5] = 3000
     exact = hidden_TI.double() @ (found.weight.double() * found.scale[:, None].double()).T
     assert far(found(hidden_TI), exact) < 2e-3
-
-
-def test_kernels_need_no_folder_for_what_is_compiled(who: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where neither site-packages nor the home folder can be written."""
-    if who == "torch":
-        pytest.skip("about the kernels")
-    from numba.core.caching import CacheImpl
-
-    monkeypatch.setattr(CacheImpl, "_locator_classes", [])
-    for cls in CacheImpl.__subclasses__():
-        monkeypatch.setattr(cls, "_locator_classes", [])
-    forget_compiled(monkeypatch)
-    try:
-        fresh = module.kernels()
-        assert fresh is not None
-        assert not fresh.STORE
-    finally:
-        module.kernels.cache_clear()
 
 
 def test_int8_weights_are_never_taken_for_others() -> None:

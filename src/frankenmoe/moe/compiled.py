@@ -1,6 +1,6 @@
 """Has torch's own threads do what is compiled for CPUs; knows addresses and sizes, no tensors.
 
-Needs numba, and OpenMP in the process; a kernel is compiled when it is first used on a machine.
+Needs OpenMP in the process; a kernel is compiled when it is first used on a machine.
 """
 
 import ctypes
@@ -11,18 +11,16 @@ from itertools import accumulate
 from typing import Any
 
 import numpy as np
-from numba import cfunc, types
 
-from frankenmoe.moe import kernels
-from frankenmoe.moe.numbers import STORE
+from frankenmoe.moe import machinecode
 
 # T tokens, I inputs, O outputs, R rank
 
 GRAIN = 1 << 17  # multiplications that are worth another thread
+CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}  # what kernels call the types of stored numbers
+# one kernel for each type, since it is the largest: only what is used is compiled
+MANY = {"bfloat16": "many_bfloat16", "float16": "many_float16", "int8": "many_int8"}
 
-_lock = threading.Lock()
-_made: dict[Callable[[Any], None], Any] = {}
-_addresses: dict[Callable[[Any], None], int] = {}
 _lent = threading.local()
 # torch's own threads do the work: a second pool would fight with them for the cores
 try:
@@ -32,6 +30,7 @@ try:
     _needed = _process.GOMP_barrier, _process.omp_get_thread_num, _process.omp_get_num_threads
 except (AttributeError, TypeError) as error:  # Windows has no library of the process itself
     raise ImportError("this torch has no OpenMP threads to run kernels on") from error
+machinecode.check()
 
 
 def product(kind: str, weight: int, hidden: int, out: int, *, sizes: tuple[int, int, int], threads: int) -> None:
@@ -43,7 +42,7 @@ def product(kind: str, weight: int, hidden: int, out: int, *, sizes: tuple[int, 
     tokens, outputs, inputs = sizes
     ints = (ctypes.c_int64 * 3)(*sizes)
     task = (ctypes.c_void_p * 4)(ctypes.addressof(ints), weight, hidden, out)
-    _run(kernels.MANY[kind], task, multiplications=tokens * outputs * inputs, threads=threads)
+    _run(MANY[kind], task, multiplications=tokens * outputs * inputs, threads=threads)
 
 
 def few(
@@ -62,11 +61,11 @@ def few(
     """
     tokens, outputs, inputs = sizes
     kind, *matrix = weight
-    bias_kind, bias_address = (-1, 0) if bias is None else (kernels.CODES[bias[0]], bias[1])
-    ints = (ctypes.c_int64 * 8)(*sizes, kernels.CODES[kind], kernels.CODES[hidden[0]], bias_kind, *matrix)
+    bias_kind, bias_address = (-1, 0) if bias is None else (CODES[bias[0]], bias[1])
+    ints = (ctypes.c_int64 * 8)(*sizes, CODES[kind], CODES[hidden[0]], bias_kind, *matrix)
     first = ctypes.addressof(ints)
     task = (ctypes.c_void_p * 5)(first, first + 6 * 8, hidden[1], out, bias_address)
-    _run(kernels.few, task, multiplications=tokens * outputs * inputs, threads=threads)
+    _run("few", task, multiplications=tokens * outputs * inputs, threads=threads)
 
 
 class Member:
@@ -104,23 +103,22 @@ def ffns(
     place_of = {first: place for place, first in enumerate(table_of)}
     rank = max(member.rank for _, member, _ in experts)
     few, many = len(place_of), len(experts)
-    codes = [kernels.CODES[kind] for kind in kinds]
+    codes = [CODES[kind] for kind in kinds]
     ints = (ctypes.c_int64 * (8 + many))(few, many, *sizes, rank, *codes, *(place_of[first] for first, _, _ in experts))
     weights = (ctypes.c_float * many)(*(weight for _, _, weight in experts))
-    task = (ctypes.c_void_p * (kernels.FIXED + many + few))(
+    addresses = (
         *(ctypes.addressof(ints), ctypes.addressof(weights), hidden, out),
         *_room((few * ffn, few * ffn, few * ffn, many * ffn, many * ffn, many * ffn, many * 3 * rank)),
         *(member.address for _, member, _ in experts),
         *table_of.values(),
     )
-    _run(kernels.ffns, task, multiplications=3 * few * width * ffn, threads=threads)
+    task = (ctypes.c_void_p * len(addresses))(*addresses)
+    _run("ffns", task, multiplications=3 * few * width * ffn, threads=threads)
 
 
 def compilers(kinds: Sequence[str]) -> list[Callable[[], object]]:
     """What to call so that nothing is left to compile for weights of these kinds: the larger pieces, one by one."""
-    return [
-        partial(_address, kernel) for kernel in (kernels.few, kernels.ffns, *(kernels.MANY[kind] for kind in kinds))
-    ]
+    return [partial(machinecode.address, kernel) for kernel in ("few", "ffns", *(MANY[kind] for kind in kinds))]
 
 
 def _room(sizes: Sequence[int]) -> list[int]:
@@ -132,24 +130,18 @@ def _room(sizes: Sequence[int]) -> list[int]:
     return [_lent.address + 4 * begin for begin in begins[:-1]]
 
 
-def _run(kernel: Callable[[Any], None], task: Any, *, multiplications: int, threads: int) -> None:
+def _run(kernel: str, task: Any, *, multiplications: int, threads: int) -> None:
     """Has a kernel do a task, an array of addresses; each of at most `threads` threads does its share."""
-    address = _addresses.get(kernel) or _address(kernel)
     team = max(1, min(threads, multiplications // GRAIN))
     if team == 1:  # no team at all: one of another size would send torch's threads away
-        _alone(address)(task)
+        _alone(kernel)(task)
     else:
-        _parallel(address, task, team, 0)
+        _parallel(_address(kernel), task, team, 0)
 
 
-def _address(kernel: Callable[[Any], None]) -> int:
-    with _lock:  # of two threads that compile at once, one result would be freed while it is used
-        if kernel not in _made:
-            _made[kernel] = cfunc(types.void(types.CPointer(types.voidptr)), cache=STORE)(kernel)
-            _addresses[kernel] = _made[kernel].address
-        return _addresses[kernel]
+_address = cache(machinecode.address)
 
 
 @cache
-def _alone(address: int) -> Any:
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+def _alone(kernel: str) -> Any:
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_address(kernel))

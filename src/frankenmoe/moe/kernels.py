@@ -1,6 +1,7 @@
 """What numba compiles for CPUs: float32 rows through matrices as they are stored; does not know torch, nor who calls.
 
-Weights are widened in registers: a matrix is read once, and nothing of its size is allocated.
+Weights are widened in registers: a matrix is read once, and nothing of its size is allocated. Nothing here needs numba
+when it runs: memory is C's, and no exception is raised.
 """
 
 from typing import Any
@@ -10,12 +11,12 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from frankenmoe.moe.numbers import FLAGS, STORE, rounded, widened
+from frankenmoe.moe.numbers import FLAGS, rounded, widened
 
 # T tokens, I inputs, O outputs, J pairs of inputs
 # G FFNs, M members (each an FFN under adapters or without), D hidden, F ffn, R rank, X: gate, up and down
 
-CODES = {"float32": 0, "bfloat16": 1, "float16": 2, "int8": 3}
+PLAIN = {"nogil": True, "error_model": "numpy"}  # without Python, and without its errors
 TILE_T, TILE_O = 4, 3  # twelve sums, three weights and one input: the sixteen vector registers of AVX2
 PANEL = 1 << 18  # numbers of the tokens that stay in the cache while all weights pass
 ROWS = 64  # of a matrix that stay in the cache while a few tokens pass
@@ -28,6 +29,8 @@ AT_ONCE = 512
 FIXED = 11  # addresses of a task of `ffns` before those of its members
 _thread = types.ExternalFunction("omp_get_thread_num", types.int32())
 _threads = types.ExternalFunction("omp_get_num_threads", types.int32())
+_malloc = types.ExternalFunction("malloc", types.voidptr(types.int64))
+_free = types.ExternalFunction("free", types.void(types.voidptr))
 _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
@@ -57,7 +60,7 @@ def _prefetch(typing: Any, numbers_N: Any, place: Any) -> Any:
     return types.void(numbers_N, place), generate
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _share(outputs: int) -> Any:
     """(begin, end) of this thread's outputs."""
     threads, thread = _threads(), _thread()
@@ -66,7 +69,7 @@ def _share(outputs: int) -> Any:
     return min(outputs, thread * each), min(outputs, (thread + 1) * each)
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+@njit(fastmath=FLAGS, **PLAIN)
 def _dot(weight_I: Any, hidden_I: Any) -> Any:
     total = np.float32(0)
     for i in range(len(hidden_I)):
@@ -74,22 +77,21 @@ def _dot(weight_I: Any, hidden_I: Any) -> Any:
     return total
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
-def _whole(hidden_I: Any) -> Any:
-    """(int16 numbers, step, NaN or 0) that stand for float32 ones; integers cannot tell that one was no number."""
+@njit(fastmath=FLAGS, **PLAIN)
+def _whole(hidden_I: Any, whole_I: Any) -> Any:
+    """Writes int16 numbers for float32 ones; gives (step, NaN or 0), as integers cannot tell that one was no number."""
     inputs = len(hidden_I)
     largest = poison = np.float32(0)
     for i in range(inputs):
         largest = max(largest, abs(hidden_I[i]))
         poison += hidden_I[i] * np.float32(0)
     step = largest / np.float32(32767)
-    whole_I = np.empty(inputs, np.int16)
     for i in range(inputs):
         whole_I[i] = np.int16(np.rint(hidden_I[i] / step)) if step > 0 else np.int16(0)
-    return whole_I, step, poison
+    return step, poison
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+@njit(fastmath=FLAGS, **PLAIN)
 def _rows(weight_OI: Any, hidden_TI: Any, out_TO: Any, begin: int, end: int) -> None:
     """out_TO[:, begin:end] = hidden_TI @ weight_OI[begin:end].T"""
     tokens, inputs = hidden_TI.shape
@@ -110,7 +112,7 @@ def _rows(weight_OI: Any, hidden_TI: Any, out_TO: Any, begin: int, end: int) -> 
                 out_TO[t, o] = _dot(weight_OI[o], hidden_TI[t])
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+@njit(fastmath=FLAGS, **PLAIN)
 def _tile(weight_OI: Any, hidden_TI: Any, out_TO: Any, o: int, t: int) -> None:
     """Three outputs of four tokens: every weight is widened once for four products."""
     u, v, w = weight_OI[o], weight_OI[o + 1], weight_OI[o + 2]
@@ -136,22 +138,22 @@ def _tile(weight_OI: Any, hidden_TI: Any, out_TO: Any, o: int, t: int) -> None:
     out_TO[t + 3, o], out_TO[t + 3, o + 1], out_TO[t + 3, o + 2] = ud, vd, wd
 
 
-def _bf16(task: Any) -> None:
+def many_bfloat16(task: Any) -> None:
     tokens, outputs, inputs = carray(task[0], 3, np.int64)
     _many(carray(task[1], (outputs, inputs), np.uint16), task, tokens)
 
 
-def _fp16(task: Any) -> None:
+def many_float16(task: Any) -> None:
     tokens, outputs, inputs = carray(task[0], 3, np.int64)
     _many(carray(task[1], (outputs, inputs), np.int16), task, tokens)
 
 
-def _int8(task: Any) -> None:
+def many_int8(task: Any) -> None:
     tokens, outputs, inputs = carray(task[0], 3, np.int64)
     _many(carray(task[1], (outputs, inputs), np.int8), task, tokens)
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _many(weight_OI: Any, task: Any, tokens: int) -> None:
     outputs, inputs = weight_OI.shape
     hidden_TI, out_TO = carray(task[2], (tokens, inputs), np.float32), carray(task[3], (tokens, outputs), np.float32)
@@ -159,58 +161,58 @@ def _many(weight_OI: Any, task: Any, tokens: int) -> None:
     _rows(weight_OI, hidden_TI, out_TO, begin, end)
 
 
-# one for each type, since it is the largest: only what is used is compiled
-MANY = {"bfloat16": _bf16, "float16": _fp16, "int8": _int8}
-
-
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _matvec(kind: int, weight: int, scale: int, hidden_I: Any, out_O: Any, begin: int, end: int) -> None:
-    """out_O += W[begin:end] @ hidden_I, given the addresses of W, of a kind in CODES, and of its scales."""
+    """out_O += W[begin:end] @ hidden_I, given the addresses of W, of a kind in compiled.CODES, and of its scales."""
     inputs = len(hidden_I)
+    room = _malloc(inputs * 4)
     if kind == 3:
         weight_OI, scale_O = carray(_pointer(weight), (end, inputs), np.int8), carray(_pointer(scale), end, np.float32)
-        whole_I, step, poison = _whole(hidden_I)
+        whole_I = carray(room, inputs, np.int16)
+        step, poison = _whole(hidden_I, whole_I)
         _int8_rows(weight_OI, scale_O, whole_I, step, poison, out_O, begin)
     elif kind == 2:
         _dot_rows(carray(_pointer(weight), (end, inputs), np.int16), hidden_I, out_O, begin)
     elif kind == 1 and inputs % 2 == 0:
         pair_OJ = carray(_pointer(weight), (end, inputs // 2), np.uint32)
-        _pair_rows(pair_OJ, _every_other(hidden_I, 0), _every_other(hidden_I, 1), out_O, begin)
+        apart_XJ = carray(room, (2, inputs // 2), np.float32)
+        _apart(hidden_I, apart_XJ)
+        _pair_rows(pair_OJ, apart_XJ[0], apart_XJ[1], out_O, begin)
     elif kind == 1:
         _dot_rows(carray(_pointer(weight), (end, inputs), np.uint16), hidden_I, out_O, begin)
     else:
         _dot_rows(carray(_pointer(weight), (end, inputs), np.float32), hidden_I, out_O, begin)
+    _free(room)
 
 
-@njit(nogil=True, cache=STORE)
-def _every_other(hidden_I: Any, first: int) -> Any:
-    found_J = np.empty(len(hidden_I) // 2, np.float32)
-    for j in range(len(found_J)):
-        found_J[j] = hidden_I[2 * j + first]
-    return found_J
+@njit(**PLAIN)
+def _apart(hidden_I: Any, apart_XJ: Any) -> None:
+    """The numbers at even and at odd places."""
+    for j in range(len(hidden_I) // 2):
+        apart_XJ[0, j], apart_XJ[1, j] = hidden_I[2 * j], hidden_I[2 * j + 1]
 
 
 # loops where numpy has words, since numba takes seconds to compile what those do with other shapes
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _clear(out_N: Any) -> None:
     for n in range(len(out_N)):
         out_N[n] = 0
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _scaled(scale: Any, numbers_N: Any, out_N: Any) -> Any:
     for n in range(len(out_N)):
         out_N[n] = scale * numbers_N[n]
     return out_N
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _dot_rows(weight_OI: Any, hidden_I: Any, out_O: Any, begin: int) -> None:
     for o in range(begin, len(weight_OI)):
         out_O[o - begin] += _dot(weight_OI[o], hidden_I)
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+@njit(fastmath=FLAGS, **PLAIN)
 def _pair_rows(pair_OJ: Any, even_J: Any, odd_J: Any, out_O: Any, begin: int) -> None:
     """bf16 two at a time: a mask widens the second of a pair, so that half as many pass through the shifter."""
     pairs = len(even_J)
@@ -227,7 +229,7 @@ def _pair_rows(pair_OJ: Any, even_J: Any, odd_J: Any, out_O: Any, begin: int) ->
         out_O[o - begin] += evens + odds
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+@njit(fastmath=FLAGS, **PLAIN)
 def _whole_dot(weight_I: Any, whole_I: Any) -> Any:
     """int8 times int16, summed in int32 a part of a row at a time, so that none need be coarser."""
     inputs, total = len(whole_I), np.float32(0)
@@ -242,7 +244,7 @@ def _whole_dot(weight_I: Any, whole_I: Any) -> Any:
     return total
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _int8_rows(weight_OI: Any, scale_O: Any, whole_I: Any, step: Any, poison: Any, out_O: Any, begin: int) -> None:
     for o in range(begin, len(weight_OI)):
         total = _whole_dot(weight_OI[o], whole_I)
@@ -257,12 +259,14 @@ def few(task: Any) -> None:
     """
     tokens, outputs, inputs, kind, hidden_kind, bias_kind = carray(task[0], 6, np.int64)
     weight, scale = carray(task[1], 2, np.int64)
-    hidden_TI = np.empty((tokens, inputs), np.float32)
+    room = _malloc(4 * tokens * inputs)
+    hidden_TI = carray(room, (tokens, inputs), np.float32)
     for t in range(tokens):
         _read(hidden_kind, task[2], t * inputs, hidden_TI[t])
     begin, end = _share(outputs)
     step = ROWS if tokens > 1 else max(1, end - begin)
-    sum_O = np.empty(step, np.float32)
+    sum_room = _malloc(4 * step)
+    sum_O = carray(sum_room, step, np.float32)
     for first in range(begin, end, step):
         last = min(first + step, end)
         for t in range(tokens):
@@ -271,9 +275,11 @@ def few(task: Any) -> None:
                 _read(bias_kind, task[4], first, sum_O[: last - first])
             _matvec(kind, weight, scale, hidden_TI[t], sum_O, first, last)
             _write(hidden_kind, task[3], t * outputs + first, sum_O[: last - first])
+    _free(sum_room)
+    _free(room)
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _read(kind: int, numbers: Any, first: int, out_N: Any) -> None:
     """The float32 that the numbers at an address stand for, from the `first` of them on."""
     size = first + len(out_N)
@@ -285,13 +291,13 @@ def _read(kind: int, numbers: Any, first: int, out_N: Any) -> None:
         _widen(carray(numbers, size, np.int16)[first:], out_N)
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _widen(stored_N: Any, out_N: Any) -> None:
     for n in range(len(out_N)):
         out_N[n] = widened(stored_N[n])
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _write(kind: int, numbers: Any, first: int, found_N: Any) -> None:
     """What `_read` reads, rounded."""
     size = first + len(found_N)
@@ -303,13 +309,13 @@ def _write(kind: int, numbers: Any, first: int, found_N: Any) -> None:
         _round(found_N, carray(numbers, size, np.int16)[first:])
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _round(found_N: Any, out_N: Any) -> None:
     for n in range(len(out_N)):
         out_N[n] = rounded(found_N[n], out_N[n])
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _low(kind: int, member: Any, x: int, hidden_I: Any, low_R: Any) -> None:
     """This thread's share of low_R = A @ hidden_I for one of a member's adapters, if it has that."""
     table = carray(member, 18, np.int64)
@@ -318,17 +324,19 @@ def _low(kind: int, member: Any, x: int, hidden_I: Any, low_R: Any) -> None:
     _matvec(kind, table[6 + 3 * x], 0, hidden_I, low_R[begin:end], begin, end)
 
 
-@njit(nogil=True, cache=STORE)
+@njit(**PLAIN)
 def _update(kind: int, member: Any, x: int, low_R: Any, out_O: Any, begin: int, end: int) -> None:
     """out_O += scale * B[begin:end] @ low_R for one of a member's adapters, if it has that."""
     table, scale = carray(member, 18, np.int64), np.float32(carray(member, 18, np.float64)[15 + x])
     rank = table[8 + 3 * x]
     if rank > 0:
-        scaled_R = _scaled(scale, low_R, np.empty(rank, np.float32))
+        room = _malloc(4 * rank)
+        scaled_R = _scaled(scale, low_R, carray(room, rank, np.float32))
         _matvec(kind, table[7 + 3 * x], 0, scaled_R, out_O, begin, end)
+        _free(room)
 
 
-@njit(fastmath=FLAGS, nogil=True, cache=STORE)
+@njit(fastmath=FLAGS, **PLAIN)
 def _activate(gate_F: Any, up_F: Any, weight: Any, inner_F: Any, mixed_F: Any) -> None:
     """inner_F = weight * silu(gate_F) * up_F, which mixed_F gets more."""
     for f in range(len(inner_F)):
@@ -350,7 +358,8 @@ def ffns(task: Any) -> None:
     mixed_GF, inner_MF = carray(task[6], (ffns, ffn), np.float32), carray(task[7], (members, ffn), np.float32)
     gate_MF, up_MF = carray(task[8], (members, ffn), np.float32), carray(task[9], (members, ffn), np.float32)
     low_MXR = carray(task[10], (members, 3, rank), np.float32)
-    hidden_D = np.empty(width, np.float32)
+    room = _malloc(4 * width)
+    hidden_D = carray(room, width, np.float32)
     _read(hidden_kind, task[2], 0, hidden_D)
     begin, end = _share(ffn)
     if rank > 0:
@@ -381,7 +390,7 @@ def ffns(task: Any) -> None:
             _low(low_kind, task[FIXED + m], 2, inner_MF[m], low_MXR[m, 2])
         _barrier()
     begin, end = _share(width)
-    out_D = np.empty(max(0, end - begin), np.float32)
+    out_D = hidden_D[: max(0, end - begin)]  # which no one reads from here on
     _clear(out_D)
     for g in range(ffns):
         table = carray(task[FIXED + members + g], 6, np.int64)
@@ -390,3 +399,4 @@ def ffns(task: Any) -> None:
         for m in range(members):
             _update(low_kind, task[FIXED + m], 2, low_MXR[m, 2], out_D, begin, end)
     _write(hidden_kind, task[3], begin, out_D)
+    _free(room)

@@ -1,26 +1,14 @@
-"""The types of stored numbers, for code that numba compiles; knows no vectors.
-
-numba compiles a function again when that function's own file is another: after a change here, touch kernels.py.
-"""
+"""The types of stored numbers, for code that numba compiles; knows no vectors."""
 
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
 from numba.extending import overload
 
 FLAGS = {"reassoc", "contract", "nsz"}  # sums in any order, as a vector needs; infinities and NaN stay what they are
 
 HALF = np.uint32(0x3F000000)  # the bits of 0.5
-
-
-def _can_store() -> bool:
-    """Whether numba finds a folder for what it compiles; else every process compiles again."""
-    try:
-        njit(cache=True)(_from_int8)
-    except RuntimeError:
-        return False
-    return True
 
 
 def widened(number: Any) -> Any:
@@ -90,6 +78,3 @@ def _to_fp16(number: Any, like: Any) -> Any:
 
 def _to_itself(number: Any, like: Any) -> Any:
     return number
-
-
-STORE = _can_store()

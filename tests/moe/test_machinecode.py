@@ -1,0 +1,175 @@
+"""Compiled kernels are kept, loaded without numba, made again when they do not fit, and missed without harm."""
+
+import ctypes
+import faulthandler
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from frankenmoe.moe import linear
+
+if linear.kernels() is None:
+    pytest.skip("numba is not installed", allow_module_level=True)
+
+from numba import carray
+
+from frankenmoe.moe import kernels, machinecode
+
+
+def tiny(task: Any) -> None:
+    """Doubles a number."""
+    numbers = carray(task[0], 1, np.int64)
+    numbers[0] *= 2
+
+
+@pytest.fixture(autouse=True)
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing is compiled yet, and there is one more kernel, which is quick to compile."""
+    monkeypatch.setattr(kernels, "tiny", tiny, raising=False)
+    monkeypatch.setattr(machinecode, "_addresses", {})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    machinecode._key.cache_clear()
+    yield
+    machinecode._key.cache_clear()
+
+
+def doubled(number: int) -> int:
+    """What the kernel makes of it, loaded as in a new process."""
+    machinecode._addresses.clear()
+    numbers = (ctypes.c_int64 * 1)(number)
+    task = (ctypes.c_void_p * 1)(ctypes.addressof(numbers))
+    ctypes.CFUNCTYPE(None, ctypes.c_void_p)(machinecode.address("tiny"))(task)
+    return numbers[0]
+
+
+def compiles(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels that are compiled from now on."""
+    seen: list[str] = []
+    made = machinecode._made
+    monkeypatch.setattr(machinecode, "_made", lambda name: (seen.append(name), made(name))[1])
+    return seen
+
+
+def test_a_kernel_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = compiles(monkeypatch)
+    assert [doubled(number) for number in (3, 4)] == [6, 8]
+    assert seen == ["tiny"]
+    assert len(list((tmp_path / "cache" / "frankenmoe" / "kernels").iterdir())) == 1
+
+
+@pytest.mark.parametrize("harm", ["cut", "changed", "empty"])
+def test_a_damaged_file_is_made_again(harm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    doubled(1)
+    [file] = (tmp_path / "cache" / "frankenmoe" / "kernels").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes({"cut": whole[:-1], "changed": whole[:-9] + b"x" + whole[-8:], "empty": b""}[harm])
+    seen = compiles(monkeypatch)
+    assert doubled(5) == 10
+    assert seen == ["tiny"]
+    assert machinecode._kept("tiny") is not None
+
+
+@pytest.mark.parametrize("what", ["get_host_cpu_name", "get_default_triple"])
+def test_another_cpu_has_kernels_of_its_own(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machinecode._key()
+    machinecode._key.cache_clear()
+    monkeypatch.setattr(machinecode.llvm, what, lambda: "another")
+    assert machinecode._key() != here
+
+
+def test_another_numba_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machinecode._key()
+    machinecode._key.cache_clear()
+    monkeypatch.setattr(machinecode, "version", lambda name: "0.0")
+    assert machinecode._key() != here
+
+
+def test_no_folder_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the home folder cannot be written, or there is none."""
+    (tmp_path / "cache").touch()
+    assert doubled(3) == 6
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert doubled(4) == 8
+
+
+def test_what_only_numba_has_is_refused() -> None:
+    def greedy(task: Any) -> None:
+        carray(task[0], 1, np.int64)[0] = np.empty(carray(task[0], 1, np.int64)[0]).size
+
+    with pytest.raises(ValueError, match="greedy calls NRT_"):
+        machinecode.object_file(greedy, kernels.PLAIN)
+
+
+def test_an_error_within_a_kernel_ends_the_process() -> None:
+    """And does not go on with half a result, nor into code that is not there."""
+
+    def failing(task: Any) -> None:
+        if carray(task[0], 1, np.int64)[0] == 7:
+            raise ValueError("seven")
+
+    address = machinecode._load(machinecode.object_file(failing, kernels.PLAIN), "failing")
+    call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
+    for number, dies in ((6, False), (7, True)):
+        numbers = (ctypes.c_int64 * 1)(number)
+        child = os.fork()
+        if not child:
+            faulthandler.disable()
+            call((ctypes.c_void_p * 1)(ctypes.addressof(numbers)))
+            os._exit(0)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) == dies
+
+
+SCRIPT = """
+import sys
+sys.modules["numba"] = None
+import torch
+from frankenmoe.moe import linear
+weight, hidden = torch.randn(512, 256).bfloat16(), torch.randn(1, 256).bfloat16()
+linear.torch_is_fast = lambda shape, dtype: False
+compiled = linear.kernels()
+print(compiled is not None)
+if compiled is not None:
+    found = linear.linear(hidden, weight)
+    print(torch.allclose(found.float(), hidden.float() @ weight.float().T, rtol=2e-2, atol=2e-1))
+"""
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_numba_is_not_imported_where_it_has_compiled(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kept:  # where all tests keep theirs
+        monkeypatch.undo()
+        machinecode.address("few")
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100, check=True)
+    assert done.stdout.split() == (["True", "True"] if kept else ["False"])
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The next question for the kernels is the first."""
+    monkeypatch.delitem(sys.modules, "frankenmoe.moe.compiled")
+    monkeypatch.delattr("frankenmoe.moe.compiled", raising=False)
+    linear.kernels.cache_clear()
+    yield
+    linear.kernels.cache_clear()
+
+
+def test_without_numba_there_are_none(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert linear.kernels() is None
+
+
+def test_without_a_library_of_the_process_there_are_none(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has none, and says so with a TypeError."""
+
+    def refuse(name: object) -> None:
+        raise TypeError("argument of type 'NoneType' is not iterable")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    assert linear.kernels() is None
