@@ -73,7 +73,6 @@ class Plan:
     backbone: tuple[TensorWrite, ...]
     groups: tuple[tuple[TensorWrite, ...], ...]
     routers: Mapping[str, tuple[int, int]]
-    bill: Bill
     identical_experts: tuple[tuple[int, ...], ...]
     equals_base: bool
     identical_sampled: bool
@@ -114,6 +113,22 @@ class Plan:
             experts_per_token=self.recipe.experts_per_token,
             shared_experts=len(self.shared),
             dtype=self.dtype_name,
+        )
+
+    @cached_property
+    def bill(self) -> Bill:
+        """Parameters and bytes; loading asks for none of it."""
+        fitted = self.recipe.gate_mode in FIT_MODES and self.recipe.routers is None
+        return make_bill(
+            backbone=self.backbone,
+            nodes=self.nodes,
+            extra=_beside_experts(self.fmt, self.groups, self.backbone, self.shared),
+            routers=self.routers,
+            top_k=self.recipe.experts_per_token,
+            itemsize=4 if self.dtype == "F32" else 2,
+            kv_numbers=kv_numbers(self.base),
+            small_files=sum(file.stat().st_size for file in small_files(self.base))
+            + (statistics_bytes(self.routers) if fitted else 0),
         )
 
     @cached_property
@@ -264,17 +279,6 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
         backbone=backbone,
         groups=groups,
         routers=routers,
-        bill=make_bill(
-            backbone=backbone,
-            nodes=nodes,
-            extra=_beside_experts(fmt, groups, backbone, shared),
-            routers=routers,
-            top_k=recipe.experts_per_token,
-            itemsize=4 if stored == "F32" else 2,
-            kv_numbers=kv_numbers(base),
-            small_files=sum(file.stat().st_size for file in small_files(base))
-            + (statistics_bytes(routers) if recipe.gate_mode in FIT_MODES and recipe.routers is None else 0),
-        ),
         identical_experts=tuple(map(tuple, identical)),
         equals_base=equals_base,
         identical_sampled=not all(
