@@ -187,6 +187,17 @@ def test_interrupted_says_so_and_exits_130(recipe: Path, tmp_path: Path) -> None
     assert run("build", recipe, tmp_path / "out")
 
 
+def test_interrupted_does_not_promise_what_starts_again(recipe: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal\nfrom frankenmoe import planning\n"
+        "planning.plan = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
+        "from frankenmoe.cli import main\nmain()"
+    )
+    done = forks.run(code, "plan", recipe)
+    assert done.returncode == 128 + signal.SIGINT
+    assert "the same command starts again" in done.stderr
+
+
 def test_a_reader_that_leaves_early_is_no_error(recipe: Path) -> None:
     command = f"{sys.executable} -m frankenmoe.cli plan {recipe} --json | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import frankenmoe as fm
@@ -137,6 +138,20 @@ def test_licences(base: str | None, other: str | None, differ: bool, silent: boo
     assert [text for text in warnings if "no licence" in text] == (
         [f"no licence is declared in {', '.join(named)}"] if silent else []
     )
+
+
+@pytest.mark.parametrize(("said", "differ", "silent"), [("mit", 0, 0), ("apache-2.0", 1, 0), (None, 0, 1)])
+def test_adapters_have_licences_too(said: str | None, differ: int, silent: int, tmp_path: Path) -> None:
+    parent, lora = tiny.make_parent(tmp_path / "parent", seed=0), tmp_path / "lora"
+    model = AutoModelForCausalLM.from_pretrained(parent)
+    get_peft_model(model, LoraConfig(target_modules=["up_proj"])).save_pretrained(lora)
+    (parent / "README.md").write_text("---\nlicense: mit\n---\n")
+    (lora / "README.md").write_text(f"---\nlicense: {said}\n---\n" if said else "")
+    experts = [{"source_model": str(parent), "adapter": str(lora)}, {"source_model": str(parent)}]
+    recipe = tiny.write_recipe(tmp_path / "r.yml", parent, [], experts=experts)
+    warnings = fm.plan(fm.Recipe.load(recipe)).warnings
+    assert sum(text == "the sources are under different licences: apache-2.0, mit" for text in warnings) == differ
+    assert sum(text == f"no licence is declared in the adapter {lora}" for text in warnings) == silent
 
 
 # the bill

@@ -219,6 +219,23 @@ def test_a_straight_through_weight_for_two_experts_is_refused(virtual: Path, tmp
     )
 
 
+@pytest.mark.parametrize(("children", "top_k", "trap"), [(2, 1, True), (2, 2, False), (1, 1, False)])
+def test_one_expert_per_token_within_an_expert_is_a_trap(
+    children: int, top_k: int, trap: bool, parents: Parents, tmp_path: Path
+) -> None:
+    corpus.write_texts(tmp_path)
+    leaves = [{"source_model": str(parent)} for parent in parents["llama"]]
+    nested = {"name": "e0", "experts": leaves[:children], "experts_per_token": top_k}
+    recipe = tiny.write_recipe(
+        tmp_path / "r.yml", parents["llama"][0], [], experts=[nested, leaves[2] | {"name": "e1"}]
+    )
+    if trap:
+        hint = refused(recipe, tmp_path, "expert e0 is an MoE that takes one expert per token")
+        assert "--straight-through" in hint
+    found = train(recipe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(straight_through=trap))
+    assert found.report["looks"]
+
+
 def test_what_cannot_learn_is_refused(virtual: Path, parents: Parents, tmp_path: Path) -> None:
     fm.build(virtual, tmp_path / "built")
     refused(tmp_path / "built", tmp_path, "built artifact can have its routers trained", what="routers,norms")

@@ -22,6 +22,7 @@ from frankenmoe.cli.train import run_train, setting_options
 from frankenmoe.errors import FrankenMoEError
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+RESUMING = {"build", "train", "eval", "run", "push"}
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 DTYPE = click.option(
@@ -296,7 +297,8 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted; the same command goes on from here", err=True)
+        goes_on = bool(RESUMING & set(sys.argv[1:2]))
+        click.echo(f"interrupted; the same command {'goes on from here' if goes_on else 'starts again'}", err=True)
         sys.exit(INTERRUPTED)
     except OSError as error:  # of what we print, say: what sources and artifacts raise has been explained
         where = f" ({printable(str(error.filename))})" if error.filename else ""

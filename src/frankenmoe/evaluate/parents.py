@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from frankenmoe.checkpoint.tensors import DTYPES, FLOATS
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.dense import as_tensor, load_dense, one_line, quiet_transformers, read_config
+from frankenmoe.moe.linear import keep_stored
 from frankenmoe.moe.router import Router
 from frankenmoe.planning import Plan
 from frankenmoe.planning.sources import Source, anatomy
@@ -96,7 +97,7 @@ def stock_model(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: b
             f"transformers cannot load a causal language model from {folder}: {one_line(error)}",
             hint="check that config.json and the weights belong together; own code needs --trust-remote-code",
         ) from error
-    return model.eval()
+    return keep_stored(model.eval())
 
 
 def randomize_gates(model: Any, *, seed: int) -> Any:

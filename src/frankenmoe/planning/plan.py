@@ -357,11 +357,13 @@ def _own_warnings(made: Plan) -> list[str]:
         found.append(
             "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
         )
-    declared = {source.name: licence(source.folder) for source in made.sources}
+    declared = {str(source.name): licence(source.folder) for source in made.sources}
+    adapters = [source.adapter.folder for source in made.sources if source.adapter is not None]
+    declared |= {f"the adapter {folder}": licence(folder) for folder in adapters}
     named = {str(value) for value in declared.values() if value}
     if len(named) > 1:
         found.append(f"the sources are under different licences: {', '.join(sorted(named))}")
-    silent = [str(name) for name, value in declared.items() if value is None]
+    silent = [name for name, value in declared.items() if value is None]
     if silent:
         found.append(f"no licence is declared in {', '.join(silent)}")
     return found

@@ -21,6 +21,7 @@ def check(settings: Train, *, plan: Plan | None, top_k: int, renormalize: bool, 
     _check_top_k(settings, k=k, renormalize=renormalize, experts=len(experts))
     _check_straight_through(settings, plan, k=k, renormalize=renormalize)
     if plan is not None:
+        _check_nested(settings, plan)
         _check_identical(settings, plan)
         _check_backbone(settings, plan)
 
@@ -79,8 +80,8 @@ def _check_top_k(settings: Train, *, k: int, renormalize: bool, experts: int) ->
 
 
 def _check_straight_through(settings: Train, plan: Plan | None, *, k: int, renormalize: bool) -> None:
-    nested = [node for top in (plan.nodes if plan else ()) for node in _mixtures(top)]
-    if settings.straight_through and not (k == 1 and renormalize) and all(node.top_k > 1 for node in nested):
+    nested = plan is not None and any(node.top_k == 1 for node in _mixtures(plan.nodes))
+    if settings.straight_through and not (k == 1 and renormalize) and not nested:
         found = f"{k} experts per token" if k > 1 else "a weight that is not renormalised"
         raise PlanError(
             f"a straight-through weight is for one expert per token with a weight that is always 1, found {found}",
@@ -88,12 +89,24 @@ def _check_straight_through(settings: Train, plan: Plan | None, *, k: int, renor
         )
 
 
-def _mixtures(node: ExpertNode) -> Iterator[ExpertNode]:
-    """Every expert from here down that is an MoE of its own."""
-    if node.children:
-        yield node
-    for child in node.children:
-        yield from _mixtures(child)
+def _check_nested(settings: Train, plan: Plan) -> None:
+    """Nested weights are always renormalised, and neither --train-top-k nor the domain term reaches their gates."""
+    alone = next((node for node in _mixtures(plan.nodes) if node.top_k == 1 < len(node.children)), None)
+    if alone is not None and "routers" in settings.what and not settings.straight_through:
+        raise PlanError(
+            f"expert {alone.name} is an MoE that takes one expert per token, whose weight is always 1, so the "
+            "language-model loss has no gradient in its gates",
+            hint="let the weight pass on the gradient of the expert's probability (--straight-through), or give it "
+            "experts_per_token: 2",
+        )
+
+
+def _mixtures(nodes: Sequence[ExpertNode]) -> Iterator[ExpertNode]:
+    """Every expert from these down that is an MoE of its own."""
+    for node in nodes:
+        if node.children:
+            yield node
+        yield from _mixtures(node.children)
 
 
 def _check_identical(settings: Train, plan: Plan) -> None:
