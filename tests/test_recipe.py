@@ -127,6 +127,13 @@ def test_routers_are_fitted_by_what_is_best_for_the_text_there_is(text: str, mod
     assert (again, again.gate_mode, again.digest) == (recipe, mode, recipe.digest)
 
 
+def test_objects_choose_the_mode_that_their_file_would() -> None:
+    for text in (WITH_DATA, NESTED, f"{PROMPTED}}}\n"):
+        read = parse(text)
+        made = Recipe(base_model=read.base_model, experts=read.experts)
+        assert made.gate_mode == read.gate_mode
+
+
 @pytest.mark.parametrize("experts", ["5", "x", "{data: y}", "[3]", "[{experts: x}]", "[{experts: [{experts: 1}]}]"])
 def test_experts_that_are_none_are_refused_whatever_routers_there_would_be(experts: str) -> None:
     with pytest.raises(RecipeError, match="experts"):

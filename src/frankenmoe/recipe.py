@@ -339,10 +339,10 @@ def _mode_for(experts: object) -> str:
 
 
 def _has_data(experts: object) -> bool:
-    """Whether any of the experts of a recipe as it is written, or within them, has data."""
-    if not isinstance(experts, list | tuple):
-        return False
-    return any(isinstance(each, dict) and bool(each.get("data") or _has_data(each.get("experts"))) for each in experts)
+    """Whether any of a recipe's experts, as they are written or as objects, or any within them has data."""
+    listed = experts if isinstance(experts, list | tuple) else ()
+    known = [dict(each) for each in listed if isinstance(each, dict | Expert)]
+    return any(bool(each.get("data") or _has_data(each.get("experts"))) for each in known)
 
 
 def _plain_keys(model: BaseModel) -> dict[str, Any]:
