@@ -85,6 +85,9 @@ def _best(
     ids_NT = torch.tensor([block.ids for block in blocks], device=device)
     with context():
         logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
-    values, ids = logits_NTV.float().log_softmax(dim=-1).topk(min(KEPT, logits_NTV.shape[-1] - 1))
+    kept = min(KEPT, logits_NTV.shape[-1] - 1)
+    # a block at a time: what is made on the way is as large as the logits, and in float32
+    found = [logits_TV.float().log_softmax(dim=-1).topk(kept) for logits_TV in logits_NTV]
     on_block(len(blocks))
-    return values.half().cpu(), ids.int().cpu()
+    values_NTM, ids_NTM = (torch.stack(column) for column in zip(*found, strict=True))
+    return values_NTM.half().cpu(), ids_NTM.int().cpu()
