@@ -50,16 +50,16 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(run, "make_parents", partial(parents.make_parents, settings=smaller))
         for name, value in (("TEXT_CHARACTERS", 10_000), ("FIT_TOKENS", 1024), ("TRAIN_STEPS", 20)):
             patch.setattr(run, name, value)
-        patch.setattr(run, "held_out", lambda domain: shortened(held_out(domain)))
+        patch.setattr(run, "held_out", lambda domain: shortened(held_out(domain), SHORT // 2))
         check_story(json.loads(frankenmoe("demo --json", folder)))
     # half of the commands fit routers again; the demo has shown what more text gives, here less will do
     for file in (folder / "demo-out" / "text").glob("*.txt"):
-        file.write_text(shortened(file.read_text()))
+        file.write_text(shortened(file.read_text(), SHORT))
     return folder
 
 
-def shortened(text: str) -> str:
-    kept = text[:SHORT]
+def shortened(text: str, characters: int) -> str:
+    kept = text[:characters]
     return kept[: kept.rindex("\n") + 1]
 
 
