@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from frankenmoe.moe import linear
 if linear.kernels() is None:
     pytest.skip("numba is not installed", allow_module_level=True)
 
+import numba
 from numba import carray
 
 from frankenmoe.moe import kernels, machinecode
@@ -75,12 +78,49 @@ def test_a_damaged_file_is_made_again(harm: str, tmp_path: Path, monkeypatch: py
     assert machinecode._kept("tiny") is not None
 
 
-@pytest.mark.parametrize("what", ["get_host_cpu_name", "get_default_triple"])
-def test_another_cpu_has_kernels_of_its_own(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_do_not_compile_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = compiles(monkeypatch)
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(machinecode.address, ["tiny"] * 4))) == 1
+    assert seen == ["tiny"]
+
+
+@pytest.mark.parametrize(
+    ("what", "another"),
+    [
+        ("get_host_cpu_name", "another"),
+        ("get_default_triple", "another"),
+        ("get_host_cpu_features", SimpleNamespace(flatten=lambda: "+another")),
+    ],
+)
+def test_another_cpu_has_kernels_of_its_own(what: str, another: object, monkeypatch: pytest.MonkeyPatch) -> None:
     here = machinecode._key()
     machinecode._key.cache_clear()
-    monkeypatch.setattr(machinecode.llvm, what, lambda: "another")
+    monkeypatch.setattr(machinecode.llvm, what, lambda: another)
     assert machinecode._key() != here
+
+
+@pytest.mark.parametrize("changed", ["kernels.py", "numbers.py", "machinecode.py"])
+def test_another_source_has_kernels_of_its_own(changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = machinecode._key()
+    machinecode._key.cache_clear()
+    for file in Path(machinecode.__file__).parent.glob("*.py"):
+        (tmp_path / file.name).write_text(file.read_text() + "# more\n" * (file.name == changed))
+    monkeypatch.setattr(machinecode, "__file__", str(tmp_path / "machinecode.py"))
+    assert machinecode._key() != here
+
+
+@pytest.mark.parametrize(
+    ("setting", "same"), [("NUMBA_OPT", False), ("NUMBA_CPU_NAME", False), ("NUMBA_NUM_THREADS", True)]
+)
+def test_other_settings_of_numba_have_kernels_of_their_own(
+    setting: str, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else slow code that was compiled to look for an error would be kept for good; threads shape no code."""
+    here = machinecode._key()
+    machinecode._key.cache_clear()
+    monkeypatch.setenv(setting, "1")
+    assert (machinecode._key() == here) == same
 
 
 def test_another_numba_has_kernels_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +137,16 @@ def test_no_folder_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
     assert doubled(4) == 8
+
+
+def test_a_relative_folder_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code that lies where one happens to work is not run."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "here")
+    assert doubled(3) == 6
+    assert not (tmp_path / "here").exists()
+    assert len(list((tmp_path / "home" / ".cache" / "frankenmoe" / "kernels").iterdir())) == 1
 
 
 def test_what_only_numba_has_is_refused() -> None:
@@ -162,6 +212,15 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_without_numba_there_are_none(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
+    assert linear.kernels() is None
+
+
+@pytest.mark.parametrize("setting", ["DISABLE_JIT", "USING_SVML"])
+def test_with_a_numba_that_cannot_there_are_none(
+    setting: str, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And torch computes, instead of an error in the middle of a model."""
+    monkeypatch.setattr(numba.config, setting, 1)
     assert linear.kernels() is None
 
 

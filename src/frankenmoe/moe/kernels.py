@@ -1,7 +1,6 @@
 """What numba compiles for CPUs: float32 rows through matrices as they are stored; does not know torch, nor who calls.
 
-Weights are widened in registers: a matrix is read once, and nothing of its size is allocated. Nothing here needs numba
-when it runs: memory is C's, and no exception is raised.
+A matrix is read once and widened in registers; memory is C's and nothing is raised, so it runs without numba.
 """
 
 from typing import Any
@@ -395,8 +394,7 @@ def ffns(task: Any) -> None:
     for g in range(ffns):
         table = carray(task[FIXED + members + g], 6, np.int64)
         _matvec(kind, table[4], table[5], mixed_GF[g], out_D, begin, end)
-    if rank > 0:
-        for m in range(members):
-            _update(low_kind, task[FIXED + m], 2, low_MXR[m, 2], out_D, begin, end)
+    for m in range(members):
+        _update(low_kind, task[FIXED + m], 2, low_MXR[m, 2], out_D, begin, end)
     _write(hidden_kind, task[3], begin, out_D)
     _free(room)

@@ -285,7 +285,7 @@ def prepare_kernels(model: nn.Module, progress: Progress = SILENT) -> bool:
     """Compiles what a model will want on this CPU, once on a machine; False if it would want it and numba lacks."""
     weights = (part.weight for part in model.modules() if is_linear(part))
     kinds = {KINDS[each.dtype] for each in weights if each.dtype in KINDS and each.is_cpu and each.numel() >= SMALL}
-    compiled = kernels() if kinds else None  # numba takes a while to import
+    compiled = kernels() if kinds else None  # a model without such weights need not wait for them
     if compiled is None:
         return not kinds
     progress.start("compiling for this CPU", len(kinds) + 2, "kernels")
@@ -297,7 +297,7 @@ def prepare_kernels(model: nn.Module, progress: Progress = SILENT) -> bool:
 
 @cache
 def kernels() -> ModuleType | None:
-    """The compiled kernels, or None where numba (the extra `cpu`) or OpenMP is missing: then torch does the same."""
+    """The compiled kernels, or None where numba (the extra `cpu`) or OpenMP is missing or unfit: torch does it then."""
     try:
         from frankenmoe.moe import compiled
     except ImportError:

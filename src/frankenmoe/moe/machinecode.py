@@ -18,6 +18,7 @@ import llvmlite.binding as llvm
 
 SOURCES = ("kernels.py", "numbers.py", "machinecode.py")
 CHECK = 32  # bytes of a SHA-256
+BESIDE = ("NUMBA_CACHE", "NUMBA_CUDA", "NUMBA_NUM_THREADS", "NUMBA_THREADING")  # settings that shape no code
 # what numba's code calls after something was raised, which kernels never do: here it ends the process
 NEVER = frozenset(
     {
@@ -43,16 +44,22 @@ def address(name: str) -> int:
 
 
 def check() -> None:
-    """Raises ImportError where kernels cannot be had: nothing was compiled before, and numba cannot be imported."""
+    """Raises ImportError where kernels cannot be had: nothing was compiled before, and numba cannot do it."""
     with suppress(*NOWHERE):
         if any(_folder().glob(f"*-{_key()}.o")):
             return
-    import numba  # noqa: F401
+    import numba
+
+    if numba.config.DISABLE_JIT:
+        raise ImportError("numba is told to compile nothing")
+    if numba.config.USING_SVML:
+        raise ImportError("numba's code would call Intel's SVML, which later processes have not loaded")
 
 
 def _folder() -> Path:
-    """`frankenmoe/kernels` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmoe" / "kernels"
+    """`frankenmoe/kernels` in the user's cache; a relative one is none, as XDG has it: code from here would run."""
+    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (cache_home if cache_home.is_absolute() else Path.home() / ".cache") / "frankenmoe" / "kernels"
 
 
 def _kept(name: str) -> bytes | None:
@@ -80,14 +87,17 @@ def _made(name: str) -> bytes:
 
 @cache
 def _key() -> str:
-    """Of everything that machine code depends on: its source, what compiles it, and the CPU."""
+    """Of everything that machine code depends on: its source, what compiles it and how, and the CPU."""
     sources = (Path(__file__).with_name(name).read_bytes() for name in SOURCES)
     try:
         compilers = [f"{name} {version(name)}" for name in ("numba", "numpy", "llvmlite")]
     except PackageNotFoundError as error:
         raise ImportError("numba is not installed") from error
+    settings = (f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith("NUMBA_"))
+    shaping = [each for each in settings if not each.startswith(BESIDE)]
     machine = llvm.get_default_triple(), llvm.get_host_cpu_name(), llvm.get_host_cpu_features().flatten()
-    return hashlib.sha256(b"\0".join((*sources, *(each.encode() for each in (*compilers, *machine))))).hexdigest()[:20]
+    facts = (each.encode(errors="surrogateescape") for each in (*compilers, *shaping, *machine))
+    return hashlib.sha256(b"\0".join((*sources, *facts))).hexdigest()[:20]
 
 
 def object_file(kernel: Callable[[Any], None], options: dict[str, Any]) -> bytes:
