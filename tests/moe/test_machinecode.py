@@ -22,7 +22,7 @@ if linear.kernels() is None:
 import numba
 from numba import carray
 
-from frankenmoe.moe import kernels, machinecode
+from frankenmoe.moe import kernels, machinecode, numbers
 
 
 def tiny(task: Any) -> None:
@@ -154,7 +154,7 @@ def test_what_only_numba_has_is_refused() -> None:
         carray(task[0], 1, np.int64)[0] = np.empty(carray(task[0], 1, np.int64)[0]).size
 
     with pytest.raises(ValueError, match="greedy calls NRT_"):
-        machinecode.object_file(greedy, kernels.PLAIN)
+        machinecode.object_file(greedy, numbers.PLAIN)
 
 
 def test_an_error_within_a_kernel_ends_the_process() -> None:
@@ -164,16 +164,34 @@ def test_an_error_within_a_kernel_ends_the_process() -> None:
         if carray(task[0], 1, np.int64)[0] == 7:
             raise ValueError("seven")
 
-    address = machinecode._load(machinecode.object_file(failing, kernels.PLAIN), "failing")
+    address = machinecode._load(machinecode.object_file(failing, numbers.PLAIN), "failing")
     call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(address)
     for number, dies in ((6, False), (7, True)):
-        numbers = (ctypes.c_int64 * 1)(number)
+        given = (ctypes.c_int64 * 1)(number)
         child = os.fork()
         if not child:
             faulthandler.disable()
-            call((ctypes.c_void_p * 1)(ctypes.addressof(numbers)))
+            call((ctypes.c_void_p * 1)(ctypes.addressof(given)))
             os._exit(0)
         assert os.WIFSIGNALED(os.waitpid(child, 0)[1]) == dies
+
+
+def test_the_exponential_is_the_real_one() -> None:
+    def each(numbers_N: Any, found_N: Any) -> None:
+        for n in range(len(numbers_N)):
+            found_N[n] = numbers.exponential(numbers_N[n])
+
+    numbers_N = np.linspace(-87, 88, 200_001, dtype=np.float32)
+    found_N, exact_N = np.empty_like(numbers_N), np.exp(numbers_N.astype(np.float64))
+    numba.njit(each)(numbers_N, found_N)
+    assert np.abs(found_N / exact_N - 1).max() < 5e-6
+    assert np.abs(found_N / exact_N - 1)[np.abs(numbers_N) < 1].max() < 2e-7
+    odd_N = np.array([np.nan, np.inf, -np.inf, 0], dtype=np.float32)
+    numba.njit(each)(odd_N, found_N)
+    assert np.isnan(found_N[0])
+    assert found_N[1] > 1e38
+    assert 0 <= found_N[2] < 1e-37
+    assert found_N[3] == 1
 
 
 SCRIPT = """
@@ -215,12 +233,9 @@ def test_without_numba_there_are_none(forgotten: None, monkeypatch: pytest.Monke
     assert linear.kernels() is None
 
 
-@pytest.mark.parametrize("setting", ["DISABLE_JIT", "USING_SVML"])
-def test_with_a_numba_that_cannot_there_are_none(
-    setting: str, forgotten: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_a_numba_that_may_not_there_are_none(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """And torch computes, instead of an error in the middle of a model."""
-    monkeypatch.setattr(numba.config, setting, 1)
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
     assert linear.kernels() is None
 
 

@@ -10,12 +10,11 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from frankenmoe.moe.numbers import FLAGS, rounded, widened
+from frankenmoe.moe.numbers import FLAGS, PLAIN, exponential, rounded, widened
 
 # T tokens, I inputs, O outputs, J pairs of inputs
 # G FFNs, M members (each an FFN under adapters or without), D hidden, F ffn, R rank, X: gate, up and down
 
-PLAIN = {"nogil": True, "error_model": "numpy"}  # without Python, and without its errors
 TILE_T, TILE_O = 4, 3  # twelve sums, three weights and one input: the sixteen vector registers of AVX2
 PANEL = 1 << 18  # numbers of the tokens that stay in the cache while all weights pass
 ROWS = 64  # of a matrix that stay in the cache while a few tokens pass
@@ -340,7 +339,7 @@ def _activate(gate_F: Any, up_F: Any, weight: Any, inner_F: Any, mixed_F: Any) -
     """inner_F = weight * silu(gate_F) * up_F, which mixed_F gets more."""
     for f in range(len(inner_F)):
         gate = gate_F[f]
-        inner_F[f] = gate / (np.float32(1) + np.exp(-gate)) * up_F[f] * weight
+        inner_F[f] = gate / (np.float32(1) + exponential(-gate)) * up_F[f] * weight
         mixed_F[f] += inner_F[f]
 
 

@@ -52,8 +52,6 @@ def check() -> None:
 
     if numba.config.DISABLE_JIT:
         raise ImportError("numba is told to compile nothing")
-    if numba.config.USING_SVML:
-        raise ImportError("numba's code would call Intel's SVML, which later processes have not loaded")
 
 
 def _folder() -> Path:
@@ -73,9 +71,9 @@ def _kept(name: str) -> bytes | None:
 
 def _made(name: str) -> bytes:
     """The same compiled, and kept; where there is no folder for that, every process compiles."""
-    from frankenmoe.moe import kernels
+    from frankenmoe.moe import kernels, numbers
 
-    code = object_file(getattr(kernels, name), kernels.PLAIN)
+    code = object_file(getattr(kernels, name), numbers.PLAIN)
     with suppress(*NOWHERE):
         _folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=_folder()) as work:
