@@ -1,5 +1,6 @@
 """Lays a layer's experts side by side in memory, as grouped products on a GPU want them; multiplies nothing itself."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,10 @@ from frankenmoe.moe.linear import is_linear
 
 DEVICES = frozenset({"cuda"})  # elsewhere experts are computed one after another, each from where it lies
 OFTEN = 8
+MOVED = (
+    f"the weights of an MoE block were moved or replaced {OFTEN} times, so its experts are no longer packed for the "
+    "GPU and are computed one after another, which is slower"
+)
 ALIGNMENT = 16  # bytes that rows of a grouped product must be a multiple of
 
 
@@ -97,6 +102,8 @@ class Packing:
                 return None
             self._packed = None  # first, so that what it held can be used again
             self._packed = pack(groups) if self._times < OFTEN else None
+            if self._times == OFTEN:
+                warnings.warn(MOVED, stacklevel=2)
             self._times += self._packed is not None
             self._state = _state(groups)
             self._weights, self._seen = _seen(groups)  # held, so that no other weight gets the id of one of them
