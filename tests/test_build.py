@@ -72,6 +72,21 @@ def test_a_killed_build_goes_on_and_ends_byte_identical(end: signal.Signals, rec
     fm.verify(out)
 
 
+@pytest.mark.parametrize("share", [3, 2, 1, 0.7, 0.5])
+def test_borders_of_shards_cut_no_layers_experts_that_fit(share: float, recipe: Path, tmp_path: Path) -> None:
+    """Where a layer's do not, gate and up, which are packed together, and down stay whole as long as they fit."""
+    experts = [write for write in fm.plan(fm.Recipe.load(recipe)).writes if ".experts." in write.name]
+    layers = {write.name.partition(".experts.")[0] for write in experts}
+    layer = sum(write.nbytes for write in experts) // len(layers)
+    moe = fm.build(recipe, tmp_path / "out", shard_size=int(share * layer))
+    files = json.loads((moe.folder / "model.safetensors.index.json").read_text())["weight_map"]
+    halves = ("w1.weight", "w3.weight"), ("w2.weight",)
+    pieces = [halves[0] + halves[1]] if share >= 1 else [halves[0]] if share == 0.7 else []
+    for start in layers:
+        for ends in [*pieces, halves[1]]:
+            assert len({file for name, file in files.items() if name.startswith(start) and name.endswith(ends)}) == 1
+
+
 def interrupted(recipe: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leaves a partial folder behind, as Ctrl-C in the first shard does."""
 

@@ -5,6 +5,7 @@ Knows nothing of torch, of how routers were made, or of what a tensor means.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from itertools import groupby
 from pathlib import Path
 from threading import Event
 
@@ -62,7 +63,10 @@ def _write_shards(
 
 
 def split_shards(groups: Sequence[Sequence[TensorWrite]], *, limit: int) -> list[list[TensorWrite]]:
-    """Fills shards up to `limit` bytes in order; a group that fits into one shard is not cut by a border."""
+    """Fills shards up to `limit` bytes in order; a group that fits into one shard is not cut by a border.
+
+    Of one that does not, tensors of one shape that follow each other stay together if they fit.
+    """
     shards: list[list[TensorWrite]] = [[]]
     filled = 0
     for chunk in _chunks(groups, limit):
@@ -79,8 +83,10 @@ def _chunks(groups: Sequence[Sequence[TensorWrite]], limit: int) -> Iterator[Seq
     for group in groups:
         if _size(group) <= limit:
             yield group
-        else:
-            yield from ((write,) for write in group)
+            continue
+        for _, same in groupby(group, key=lambda write: write.shape):  # gate and up of all experts, then their downs
+            packed = tuple(same)
+            yield from (packed,) if _size(packed) <= limit else ((write,) for write in packed)
 
 
 def name_shards(shards: Sequence[list[TensorWrite]]) -> dict[str, list[TensorWrite]]:

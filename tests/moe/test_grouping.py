@@ -7,14 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from frankenmoe.moe.adapter import with_adapter
+from frankenmoe.moe.adapter import LoraLinear, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.experts import dispatch
 from frankenmoe.moe.grouping import group_experts
+from frankenmoe.moe.linear import to_int8
 from frankenmoe.moe.router import Router
 from oracles.moe_reference import FFN, HIDDEN, naive
 
@@ -133,3 +135,70 @@ def test_offloaded_adapters_are_computed_by_their_own_modules() -> None:
     expected = block(hidden)
     offloaded = accelerate.cpu_offload(copy.deepcopy(block), execution_device="cpu")
     torch.testing.assert_close(offloaded(hidden), expected, rtol=1e-4, atol=1e-5)
+
+
+def swap_up(block: MoEBlock) -> None:
+    wrap_linear(block, "experts.0.up_proj", torch.randn(2, HIDDEN), torch.randn(FFN, 2), 1.0)
+
+
+def swap_lora(block: MoEBlock) -> None:
+    other = LoraLinear(block.experts[0].up_proj, torch.randn(3, HIDDEN), torch.randn(FFN, 3), 2.0)
+    block.experts[1].up_proj = other
+
+
+def swap_base(block: MoEBlock) -> None:
+    block.experts[1].up_proj.base = nn.Linear(HIDDEN, FFN, bias=False)
+
+
+def swap_act(block: MoEBlock) -> None:
+    block.experts[1].act_fn = nn.ReLU()
+
+
+def swap_linear(block: MoEBlock) -> None:
+    block.experts[1].gate_proj = nn.Linear(HIDDEN, FFN, bias=False)
+
+
+def swap_weight(block: MoEBlock) -> None:
+    block.experts[1].gate_proj = copy.copy(block.experts[1].gate_proj)
+    block.experts[1].gate_proj.weight = nn.Parameter(torch.randn(FFN, HIDDEN))
+
+
+def round_all(block: MoEBlock) -> None:
+    to_int8(block)
+
+
+def listen(block: MoEBlock) -> None:
+    block.experts[1].register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def listen_within(block: MoEBlock) -> None:
+    block.experts[1].up_proj.register_forward_hook(lambda module, inputs, out: 2 * out)
+
+
+def swap_what_peft_swaps(block: MoEBlock) -> None:
+    get_peft_model(block, LoraConfig(r=2, target_modules=["up_proj.base", "0.up_proj"], init_lora_weights=False))
+
+
+CHANGES = [
+    *(swap_up, swap_lora, swap_base, swap_act, swap_linear, swap_weight, round_all, listen, listen_within),
+    swap_what_peft_swaps,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_change_within_an_adapter_expert_is_noticed(change: Callable[[MoEBlock], None], tokens: int) -> None:
+    """After a forward, which has found out what is shared."""
+    torch.manual_seed(0)
+    base = make_mlp().requires_grad_(False)
+    experts = [base, *(adapted(base, ("up_proj",)) for _ in range(2))]
+    block = MoEBlock(Router(torch.randn(3, HIDDEN), top_k=3, renormalize=True), experts).eval()
+    hidden = torch.randn(tokens, HIDDEN)
+    with torch.no_grad():
+        before = block(hidden)
+        assert len(block.groups) == 1
+        change(block)
+        after = block(hidden)
+        weights_TK, ids_TK, _ = block.router(hidden)
+        assert not torch.allclose(before, after, atol=1e-5)
+        torch.testing.assert_close(after, naive(hidden, weights_TK, ids_TK, block.experts), rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from torch import nn
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.experts import DropPolicy, apply_capacity, dispatch
-from frankenmoe.moe.grouping import Group, group_experts
+from frankenmoe.moe.grouping import Group, group_experts, inner
 from frankenmoe.moe.onetoken import OneToken
 from frankenmoe.moe.packing import Packing
 from frankenmoe.moe.router import Router, Routing
@@ -81,17 +81,20 @@ class MoEBlock(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.shared = shared
         self.shared_gate = None if shared_gate is None else _linear(shared_gate)
-        self._groups: tuple[tuple[int, ...], tuple[Group, ...]] = ((), ())
+        self._groups: tuple[Group, ...] = ()
+        self._experts: tuple[int, ...] = ()  # that these are of, and what was within them
+        self._inner: list[tuple[object, ...]] = []
         self._packing, self._one_token = Packing(), OneToken()
         _check(self)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The experts by what they share; found again when an expert is replaced."""
+        """The experts by what they share; found again when one of them, or a part of it that is shared, is replaced."""
         now = tuple(map(id, self.experts))
-        if self._groups[0] != now:
-            self._groups = (now, group_experts(self.experts))
-        return self._groups[1]
+        if self._experts != now or self._inner != inner(self._groups, self.experts):
+            self._experts, self._groups = now, group_experts(self.experts)
+            self._inner = inner(self._groups, self.experts)
+        return self._groups
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D], the same shape and dtype."""

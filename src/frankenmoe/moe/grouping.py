@@ -1,6 +1,6 @@
 """Which experts hold the same weights, wholly or but for their adapters; computes nothing with them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -59,6 +59,8 @@ def _key(expert: nn.Module) -> object:
     """Equal for experts that can share work: the same module, or adapters over the same FFN."""
     if type(expert).__name__ not in GATED_MLPS or not all(_is_linear(getattr(expert, name)) for name in PROJECTIONS):
         return id(expert)
+    if listened(expert, *(module for module in expert.modules() if isinstance(module, LoraLinear))):
+        return id(expert)
     if any("forward" in vars(module) for module in expert.modules()):  # accelerate brings weights there
         return id(expert)
     bases = [_base(expert, name) for name in PROJECTIONS]
@@ -67,8 +69,36 @@ def _key(expert: nn.Module) -> object:
     return type(expert), id(expert.act_fn), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
 
 
+def inner(groups: Iterable[Group], experts: Sequence[nn.Module] | nn.ModuleList) -> list[tuple[object, ...]]:
+    """What holds as long as nothing within the experts that share an FFN is replaced or listened to.
+
+    Of the others nothing is known but themselves, since they are called as they are.
+    """
+    return [_inner(experts[member]) for group in groups if group.base is not None for member in group.members]
+
+
+def _inner(expert: nn.Module) -> tuple[object, ...]:
+    layers = [expert._modules.get(name) for name in PROJECTIONS]
+    loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
+    bases = [layer._modules.get("base") if isinstance(layer, LoraLinear) else layer for layer in layers]
+    weights = [base._parameters.get("weight") for base in bases if base is not None]
+    parts = (expert._modules.get("act_fn"), *layers, *bases, *weights)
+    return listened(expert, *loras), *map(id, parts)
+
+
+def listened(*modules: nn.Module) -> bool:
+    """Whether calling one of these does more than its class says."""
+    for module in modules:
+        own = module.__dict__  # sooner than through attributes
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        if "forward" in own:
+            return True
+    return False
+
+
 def _is_linear(module: object) -> bool:
-    return isinstance(module, LoraLinear) or is_linear(module)
+    return is_linear(module.base if isinstance(module, LoraLinear) else module)
 
 
 def _base(expert: nn.Module, name: str) -> Linear:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed
 from torch import nn
 
-from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Group
+from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Group, listened
 from frankenmoe.moe.linear import is_linear
 
 # E experts, D hidden, F ffn, R rank, I inputs, O outputs
@@ -210,7 +210,7 @@ def _is_plain(expert: nn.Module) -> bool:
     """down(act(gate x) * up x) of frozen, unbiased linear layers to which nobody listens."""
     if type(expert).__name__ not in GATED_MLPS or not isinstance(expert.act_fn, nn.Module):
         return False
-    if _listened(expert, expert.act_fn):
+    if listened(expert, expert.act_fn):
         return False
     linears = [expert._modules.get(name) for name in PROJECTIONS]
     return all(
@@ -219,7 +219,7 @@ def _is_plain(expert: nn.Module) -> bool:
         and linear.bias is None
         and type(linear.weight) is nn.Parameter
         and not linear.weight.requires_grad
-        and not _listened(linear)
+        and not listened(linear)
         for linear in linears
     )
 
@@ -251,17 +251,6 @@ def _same(act: nn.Module, other: nn.Module) -> bool:
     return mine == theirs
 
 
-def _listened(*modules: nn.Module) -> bool:
-    """Whether calling one of these does more than its class says."""
-    for module in modules:
-        own = module.__dict__  # sooner than through attributes
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return True
-        if "forward" in own:
-            return True
-    return False
-
-
 def _state(groups: Sequence[Group]) -> object:
     """What packing depends on; asked for at every call, so by the shortest way: registries, and few helpers."""
     weights, seen = _seen(groups)
@@ -285,6 +274,6 @@ def _seen(groups: Sequence[Group]) -> tuple[Sequence[torch.Tensor], object]:
         [weight.requires_grad for weight in weights],
         [linear._parameters.get("bias") is None for linear in plain],
         [id(act) for act in acts],
-        _listened(*listeners),
+        listened(*listeners),
         [lora.scale for lora in loras],
     )

@@ -12,7 +12,7 @@ from frankenmoe.recipe import Recipe
 from frankenmoe.suggest import did_you_mean
 
 # raised whenever the same recipe and sources would give other bytes than before, so that no build goes on halfway
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 # the path of the shared expert, beside those of the routed ones
 SHARED = (-1,)
 # rotary types that DeepSeek-MoE v1's own code knows
@@ -183,14 +183,14 @@ def built_writes(
     groups: list[tuple[TensorWrite, ...]] = [(write,) for write in (*backbone, *added)]
     gate_up, down = FFN_SUFFIXES[:2], FFN_SUFFIXES[2:]
     for layer in range(dims.layers):
-        for suffixes in (gate_up, down):
-            groups.append(
-                tuple(
-                    replace(node.folded(layer, suffix), name=fmt.expert[suffix].format(layer=layer, expert=index))
-                    for index, node in enumerate(nodes)
-                    for suffix in suffixes
-                )
+        groups.append(
+            tuple(
+                replace(node.folded(layer, suffix), name=fmt.expert[suffix].format(layer=layer, expert=index))
+                for suffixes in (gate_up, down)
+                for index, node in enumerate(nodes)
+                for suffix in suffixes
             )
+        )
         if fmt.max_shared and (shared or fmt.inert_shared_ffn):
             groups.append(_shared_writes(fmt, layer, shared, hidden=dims.hidden, gated=gated_shared, dtype=dtype))
     return tuple(groups)
