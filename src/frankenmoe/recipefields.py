@@ -125,6 +125,7 @@ def _in_order(value: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_not_bool)]
+LearningRate = Annotated[Rate, Field(le=1e6)]  # far more than helps, far less than AdamW overflows at
 Steps = Annotated[int, Field(ge=0), BeforeValidator(_not_bool)]
 BlockLength = Annotated[int, Field(ge=4), BeforeValidator(_not_bool)]
 HeldShare = Annotated[float, Field(gt=0, le=0.5), BeforeValidator(_not_bool)]

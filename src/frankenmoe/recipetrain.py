@@ -4,7 +4,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from frankenmoe.recipefields import BlockLength, Count, HeldShare, Parts, Rate, Seed, Share, Steps
+from frankenmoe.recipefields import BlockLength, Count, HeldShare, LearningRate, Parts, Rate, Seed, Share, Steps
 from frankenmoe.refusal import found, refusal, refuse_unknown_keys
 
 
@@ -18,8 +18,8 @@ class Train(BaseModel):
     batch: Count = Field(8, description="Blocks per step, over all processes together.")
     accumulate: Count = Field(1, description="Parts that a batch is computed in, to save memory.")
     block: BlockLength = Field(128, description="Tokens per block.")
-    router_rate: Rate = Field(0.01, description="Peak learning rate of the routers.")
-    rate: Rate = Field(0.001, description="Peak learning rate of everything else.")
+    router_rate: LearningRate = Field(0.01, description="Peak learning rate of the routers.")
+    rate: LearningRate = Field(0.001, description="Peak learning rate of everything else.")
     warmup: Steps = Field(
         10, description="Steps in which the rates rise to their peak; then they fall to a tenth as a cosine."
     )

@@ -132,7 +132,8 @@ def train(
             outcome: Outcome | FrankenMoEError = run(job, progress=progress)
         except ArtifactError as error:  # a checkpoint could not be written: what there is stays for the next try
             outcome = error
-        if isinstance(outcome, Outcome) and main and (outcome.improved or keep_anyway):
+        # what a run stopped at is no state to keep, whoever asks
+        if isinstance(outcome, Outcome) and main and (outcome.improved or (keep_anyway and not outcome.stopped)):
             weights = outcome.weights if outcome.improved else outcome.last
             report = _report(start, settings, data, outcome)
             _write(start, weights, report, partial, out=out, progress=progress)
@@ -337,7 +338,8 @@ def _stopped(outcome: Outcome, out: Path) -> NumericsError:
         if outcome.improved
         else "nothing before it was better than the beginning, so nothing was written"
     )
-    return NumericsError(f"{outcome.stopped.message}, so training stopped there; {kept}", hint=outcome.stopped.hint)
+    hint = outcome.stopped.hint if outcome.improved else f"{outcome.stopped.hint}; {_other_settings(out)}"
+    return NumericsError(f"{outcome.stopped.message}, so training stopped there; {kept}", hint=hint)
 
 
 def _worse(outcome: Outcome, out: Path) -> PlanError:
@@ -347,5 +349,10 @@ def _worse(outcome: Outcome, out: Path) -> PlanError:
         f"the run ended worse than it began: mean held-out loss {first.mean:.4f} before, {last.mean:.4f} after "
         f"{outcome.history.step} steps (most on {worst}, {first.loss[worst]:.4f} to {last.loss[worst]:.4f}), and no "
         f"look in between was better; {out} was not written",
-        hint="lower --rate and --router-rate or give more text; --keep-anyway writes the last state all the same",
+        hint="lower --rate and --router-rate or give more text; --keep-anyway writes the last state all the same; "
+        + _other_settings(out),
     )
+
+
+def _other_settings(out: Path) -> str:
+    return f"{partial_folder(out)} holds the run, so remove it before you try other settings"

@@ -67,7 +67,16 @@ def test_a_real_datasets_library_streams_rows(tmp_path: Path) -> None:
     [
         ("a.txt", b"", "a.txt holds no text"),
         ("a.txt", b" \n\n", "a.txt holds no text"),
-        ("a.txt", b"caf\xe9", r"is not UTF-8: byte 0xe9"),
+        ("a.txt", b"caf\xe9", r"a.txt:1 is not UTF-8: byte 0xe9"),
+        ("a.txt", "\ufeffé\n".encode() * 9000 + b"\n\xff", r"a.txt:9002 is not UTF-8: byte 0xff"),
+        ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"a.jsonl:2 is not JSON"),
+        ("a.json", b"[" * 100_000, r"a.json is not JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a\\ud800 b"}\n', r"a.jsonl:2 holds half a character, \\ud800"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "assistant", "content": "\\udc00"}]}',
+            r"a.jsonl:1 holds half a character, \\udc00",
+        ),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', r"a.jsonl:2 is a JSON list, expected an object"),
         ("a.jsonl", b'{"content": "a"}\n', r"a.jsonl:1 has neither `text`.*found content"),

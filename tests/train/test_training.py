@@ -17,12 +17,13 @@ from pydantic import ValidationError
 
 import frankenmoe as fm
 import tiny
-from frankenmoe.errors import ArtifactError, NumericsError, PlanError
+from frankenmoe.errors import ArtifactError, NumericsError, PlanError, SourceError
 from frankenmoe.moe.router import Router
 from frankenmoe.recipetrain import Train
 from frankenmoe.train import checkpoint
 from frankenmoe.train.routing import LearningRouter
 from frankenmoe.training import train
+from refusals import cli
 
 Parents = dict[str, list[Path]]
 
@@ -78,6 +79,7 @@ def test_a_run_that_helps_nothing_writes_nothing_unless_told_to(virtual: Path, t
     with pytest.raises(PlanError, match=r"ended worse than it began: mean held-out loss .* on e[01]") as told:
         train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings)
     assert "--keep-anyway" in str(told.value)
+    assert "out.partial holds the run" in str(told.value)
     assert not (tmp_path / "out").exists()
     kept = train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings, keep_anyway=True)
     assert kept.report["improved"] is False
@@ -115,6 +117,23 @@ def test_nan_stops_and_keeps_the_best_state_before_it(
     report = json.loads((tmp_path / "out/training.json").read_text())
     assert (report["steps"], report["best_step"], len(report["losses"])) == (4, 3, 4)
     fm.verify(tmp_path / "out")
+
+
+def test_nan_before_anything_was_better_writes_nothing_even_if_told_to(
+    virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poisoned(monkeypatch, 1)
+    with pytest.raises(NumericsError, match=r"nan at step 2.*nothing was written") as told:
+        train(virtual, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(), keep_anyway=True)
+    assert not (tmp_path / "out").exists()
+    assert "out.partial holds the run, so remove it" in told.value.hint
+
+
+def test_one_block_cannot_be_learnt_from_and_measured_with(virtual: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("abc " * 7)
+    text = {**data(tmp_path), "e1": [str(tmp_path / "short.txt")]}
+    with pytest.raises(SourceError, match="data of e1 is one block of 16 tokens, expected two at least"):
+        train(virtual, tmp_path / "out", data=text, settings=corpus.settings())
 
 
 def test_a_full_disk_leaves_the_old_checkpoint(virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +275,7 @@ def test_what_cannot_learn_is_refused(virtual: Path, parents: Parents, tmp_path:
         ({"what": []}, "at least one part"),
         ({"stepz": 3}, "is not a known key"),
         ({"rate": 0}, "greater than 0"),
+        ({"router_rate": 1e38}, "less than or equal to 1000000"),
         ({"straight_through": "very"}, "must be true or false"),
     ],
 )
@@ -325,3 +345,23 @@ def test_training_is_killed_by_ctrl_c_and_goes_on(virtual: Path, tmp_path: Path)
     assert child.returncode == 130, said
     assert "goes on from here" in said
     assert checkpoint.last_checkpoint(tmp_path / "out.partial") is not None
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--what", ""], "at least one part"),
+        (["--data", "e0=nowhere.txt"], "looked for at {here}/nowhere.txt"),
+        (["--rate", "1e38"], "less than or equal to 1000000"),
+    ],
+)
+def test_the_command_refuses(
+    options: list[str], says: str, virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = [part for name, (file,) in data(tmp_path).items() for part in ("--data", f"{name}={file}")]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    outcome = cli("train", virtual, tmp_path / "out", *text, *options)
+    assert outcome.code == 2
+    assert says.format(here=tmp_path / "here") in outcome.stderr
+    assert not list(tmp_path.glob("out*"))

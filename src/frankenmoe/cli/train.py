@@ -49,7 +49,7 @@ def run_train(what: Path, out: Path, *, options: dict[str, Any]) -> None:
     data = _pairs(options["data"], flag="--data", recipe=what)
     weights = {name: float(value[0]) for name, value in _pairs(options["weights"], flag="--weights").items()}
     changes = {name.removeprefix("set_"): value for name, value in options.items() if name.startswith("set_")}
-    changes |= {"what": options["parts"] or None, "weights": weights or None}
+    changes |= {"what": options["parts"], "weights": weights or None}
     given = {name: value for name, value in changes.items() if value is not None}
 
     from frankenmoe.cli.progress import bars
@@ -87,12 +87,14 @@ def run_train(what: Path, out: Path, *, options: dict[str, Any]) -> None:
 
 def _pairs(texts: tuple[str, ...], *, flag: str, recipe: Path | None = None) -> dict[str, list[str]]:
     """NAME=VALUE, several of one name joined; files are taken from here and not from the recipe's folder."""
+    from frankenmoe.data.documents import FILE_ENDINGS
+
     found: dict[str, list[str]] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not (name and equals and value):
             raise click.UsageError(f"{flag} {text!r} is not NAME=VALUE")
-        is_path = recipe is not None and Path(value).exists()
+        is_path = recipe is not None and (Path(value).exists() or value.endswith(FILE_ENDINGS))
         found.setdefault(name, []).append(str(Path(value).absolute()) if is_path else value)
     return found
 

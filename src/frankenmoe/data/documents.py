@@ -113,11 +113,23 @@ def _text(path: Path) -> Iterator[str]:
                 yield piece + file.readline()
     except UnicodeDecodeError as error:
         raise SourceError(
-            f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x} cannot be read ({error.reason})",
+            f"{path}:{_odd_line(path)} is not UTF-8: byte 0x{error.object[error.start]:02x} cannot be read "
+            f"({error.reason})",
             hint="convert it, for example with `iconv -f latin1 -t utf-8`",
         ) from error
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
+
+
+def _odd_line(path: Path) -> int:
+    """The number of the first line that is not UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    return 0  # mended meanwhile
 
 
 def _pieces(path: Path) -> Iterator[Document]:
@@ -135,7 +147,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
                 continue
             try:
                 yield number, json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise SourceError(
                     f"{path}:{number} is not JSON: {error}", hint="every line must be a JSON object of its own"
                 ) from error
@@ -144,7 +156,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
 def _list(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         rows = json.loads("".join(_text(path)))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SourceError(f"{path} is not JSON: {error}", hint="one object a line belongs in a .jsonl file") from error
     if not isinstance(rows, list):
         raise SourceError(
@@ -164,7 +176,7 @@ def _document(row: Any, *, where: str) -> Document:
             f"{where} is a JSON {type(row).__name__}, expected an object", hint='write {"text": "..."} on the line'
         )
     if isinstance(row.get("text"), str):
-        return Document(text=row["text"])
+        return Document(text=_whole(row["text"], where=where))
     for key, speaker, said in (("conversations", "from", "value"), ("messages", "role", "content")):
         if isinstance(row.get(key), list):
             return Document(turns=_turns(row[key], speaker=speaker, said=said, where=where))
@@ -172,6 +184,18 @@ def _document(row: Any, *, where: str) -> Document:
         f"{where} has neither `text` nor `conversations` nor `messages`, found {', '.join(map(str, row)) or 'no keys'}",
         hint="rename the column that holds the text to `text`",
     )
+
+
+def _whole(text: str, *, where: str) -> str:
+    """The same text, which JSON may have cut in the middle of a character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{where} holds half a character, \\u{ord(text[error.start]):04x} without its other half",
+            hint="the text was cut there: mend or remove it",
+        ) from error
+    return text
 
 
 def _turns(entries: Sequence[Any], *, speaker: str, said: str, where: str) -> tuple[Turn, ...]:
@@ -184,7 +208,7 @@ def _turns(entries: Sequence[Any], *, speaker: str, said: str, where: str) -> tu
                 f"{where} has a turn {str(entry)[:60]!r}, expected `{speaker}` and `{said}`",
                 hint=f"mend or remove that conversation; speakers are {', '.join(ROLES)}",
             )
-        turns.append(Turn(role=ROLES[who], content=text))
+        turns.append(Turn(role=ROLES[who], content=_whole(text, where=where)))
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         raise SourceError(
             f"{where} is a conversation without a reply, so nothing can be learnt from it",

@@ -68,6 +68,12 @@ def read_domains(
             )  # fmt: skip
         except SourceError as error:
             raise SourceError(f"the data of {name}: {error.message}", hint=error.hint) from error
+        if len(blocks) < 2:
+            raise SourceError(
+                f"the data of {name} is one block of {settings.block} tokens, expected two at least: one to learn "
+                "from, and one held out to measure with",
+                hint="give more text, or shorter blocks (--block)",
+            )
         highest = max(max(block.ids) for block in blocks)
         if highest >= vocab:
             raise SourceError(
