@@ -58,6 +58,7 @@ from frankenmoe.recipetrain import Train
 from frankenmoe.train import traps
 from frankenmoe.train.checkpoint import remove_scaffold
 from frankenmoe.train.data import read_domains
+from frankenmoe.train.parts import blocks
 from frankenmoe.train.run import Job, Outcome, run
 from frankenmoe.train.save import new_routers, write_parts
 
@@ -116,6 +117,8 @@ def train(
     data = data or _recipes_data(start.recipe.experts)
     traps.check(settings, plan=start.plan, top_k=start.top_k, renormalize=start.renormalize, experts=start.experts)
     moe = _load(start, dtype=dtype, trust_remote_code=trust_remote_code)
+    if start.plan is None:
+        traps.check_experts(block.experts for block in blocks(moe.model).values())
     domains = read_domains(
         data,
         moe.tokenizer(),

@@ -185,12 +185,18 @@ def test_identical_experts_are_a_trap(parents: Parents, tmp_path: Path) -> None:
     assert train(recipe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(what="routers,adapters"))
 
 
-def test_identical_experts_in_a_built_body_are_found_by_their_gradient(parents: Parents, tmp_path: Path) -> None:
+def test_identical_experts_in_a_built_body_are_found_by_their_numbers_and_by_their_gradient(
+    parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     corpus.write_texts(tmp_path)
     base = parents["llama"][0]
     recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, base])
     fm.build(recipe, tmp_path / "built", allow_identical=True)
-    with pytest.raises(PlanError, match="no gradient in the gates"):
+    with pytest.raises(PlanError, match="hold the same numbers, so the loss has no gradient in the gates") as told:
+        train(tmp_path / "built", tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
+    assert "--virtual" in str(told.value)
+    monkeypatch.setattr("frankenmoe.train.traps.check_experts", lambda layers: None)
+    with pytest.raises(PlanError, match=r"no gradient in the gates .* of"):
         train(tmp_path / "built", tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
 
 

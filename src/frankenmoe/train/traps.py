@@ -3,7 +3,10 @@
 Every trap raises PlanError with its reason and a way out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import nn
 
 from frankenmoe.errors import PlanError
 from frankenmoe.planning import ExpertNode, Plan
@@ -37,6 +40,20 @@ def check_domains(settings: Train, domains: Sequence[Domain], *, experts: Sequen
                 f"the loss term {term} needs the expert that owns each text, found none called {lost[0]}",
                 hint=did_you_mean(lost[0], list(experts)) or f"name the data after experts: {', '.join(experts)}",
             )
+
+
+def check_experts(layers: Iterable[nn.ModuleList]) -> None:
+    """PlanError where the experts of every layer hold the same numbers; most layers are done with the first two."""
+    if all(_same(expert, layer[0]) for layer in layers for expert in layer):
+        raise PlanError(
+            "the experts of every layer hold the same numbers, so the loss has no gradient in the gates",
+            hint="train adapters with the gates, on the virtual form: build it with --virtual and say "
+            "--what routers,adapters",
+        )
+
+
+def _same(one: nn.Module, two: nn.Module) -> bool:
+    return one is two or all(map(torch.equal, one.parameters(), two.parameters()))
 
 
 def check_gradient(largest: float, *, of: str) -> None:
