@@ -196,7 +196,7 @@ def test_identical_experts_in_a_built_body_are_found_by_their_numbers_and_by_the
         train(tmp_path / "built", tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
     assert "--virtual" in str(told.value)
     monkeypatch.setattr("frankenmoe.train.traps.check_experts", lambda layers: None)
-    with pytest.raises(PlanError, match=r"no gradient in the gates .* of"):
+    with pytest.raises(PlanError, match=r"no gradient in the gates \(.*"):
         train(tmp_path / "built", tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
 
 
