@@ -1,6 +1,8 @@
 """Oracles 1, 2, 3, 4, 5 and 7 of the design on whole models: what an MoE must equal, known beforehand."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoModelForCausalLM
 import frankenmoe as fm
 import tiny
 from frankenmoe.artifact import ROUTERS
+from frankenmoe.checkpoint.reader import open_checkpoint
 
 CLOSE = 1e-5
 Parents = dict[str, list[Path]]
@@ -118,6 +121,29 @@ def test_identical_experts_are_the_dense_parent(family: str, parents: Parents, t
     assert made.equals_base
     ids = tiny.ids()
     assert difference(logits(fm.load(recipe).model, ids), logits(stock(base), ids)) < CLOSE
+
+
+@pytest.mark.parametrize("changed", ["nothing", "one byte", "activation"])
+def test_a_copy_of_a_source_is_one_expert_with_it(changed: str, tmp_path: Path) -> None:
+    """If every byte is equal, also beyond those that a plan compares, and the FFN does the same with them."""
+    size = {"hidden_size": 256, "intermediate_size": 1500, "num_hidden_layers": 1}  # 1.5 MB a matrix
+    base, one = (tiny.make_parent(tmp_path / name, seed=seed, **size) for seed, name in enumerate(("base", "one")))
+    shutil.copytree(one, tmp_path / "two")
+    if changed == "activation":
+        tiny.edit_config(tmp_path / "two", hidden_act="relu")
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [one, base, tmp_path / "two"])
+    if changed == "one byte":
+        ref = open_checkpoint(tmp_path / "two").tensors["model.layers.0.mlp.down_proj.weight"]
+        with ref.file.open("r+b") as file:
+            file.seek(ref.end - 4097 - 2)
+            byte = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte[0] ^ 1]))
+    made = fm.plan(fm.Recipe.load(recipe), weights=True)
+    assert made.identical_experts == ((0, 2),)
+    model = fm.load(recipe).model
+    groups = [group.members for group in model.model.layers[0].mlp.groups]
+    assert groups == ([(0, 2), (1,)] if changed == "nothing" else [(0,), (1,), (2,)])
 
 
 def test_one_expert_is_dense(parents: Parents, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from frankenmoe.moe.dense import (
 from frankenmoe.moe.router import Router
 from frankenmoe.moe.trace import RoutingTrace, concat, record
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.compare import one_for_all
 from frankenmoe.planning.layout import SHARED, router_names
 
 Gates = Mapping[str, torch.Tensor]
@@ -106,7 +107,7 @@ def load_plan(
         config=config,
         configs=configs,
         backbone=plan.backbone,
-        nodes=plan.nodes,
+        nodes=one_for_all(plan.nodes, plan.identical_experts),
         shared=plan.shared,
         gates=gates,
         gate_names=plan.router_names,
@@ -290,11 +291,11 @@ def _block_maker(
         return found.to(dtype) if dtype is not None else found
 
     def leaf(node: ExpertNode, layer: int) -> nn.Module:
-        row = node.ffn[layer]
-        key = (layer, tuple(row.values()))
+        row, modules = node.ffn[layer], pattern(node.source.folder if node.source else None)
+        key = (id(modules), layer, tuple(row.values()))  # equal weights under another activation are another FFN
         if key not in dense:
             tensors = {suffix: tensor(write) for suffix, write in row.items()}
-            dense[key] = fill(pattern(node.source.folder if node.source else None)[layer], tensors)
+            dense[key] = fill(modules[layer], tensors)
         loras = {
             suffix.removesuffix(".weight"): _lora(lora, tensor(row[suffix]).dtype, factor=residual_scale(row[suffix]))
             for suffix, lora in node.loras[layer].items()

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,26 @@ def same_expert(one: ExpertNode, two: ExpertNode) -> bool:
         )
         for row, other in zip(one.loras, two.loras, strict=True)
     )
+
+
+def one_for_all(nodes: Sequence[ExpertNode], identical: Iterable[Sequence[int]]) -> tuple[ExpertNode, ...]:
+    """The experts, where those of a group that are equal in every byte are all made from the tensors of its first.
+
+    `identical` are groups that blocks of them have shown to be equal: the rest is read here, which only copies cost.
+    """
+    found = list(nodes)
+    for first, *others in identical:
+        one = nodes[first]
+        for index in others:
+            if not one.children and _same_bytes(one, nodes[index]):
+                found[index] = replace(nodes[index], ffn=one.ffn, loras=one.loras)
+    return tuple(found)
+
+
+def _same_bytes(one: ExpertNode, two: ExpertNode) -> bool:
+    pairs = zip(_refs(one), _refs(two), strict=True)
+    others = [(ref, other) for ref, other in pairs if (ref.file, ref.name) != (other.file, other.name)]
+    return all(same_values(ref, other, limit=None) for ref, other in others)
 
 
 def compared_whole(one: ExpertNode, two: ExpertNode) -> bool:
