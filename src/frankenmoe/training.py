@@ -86,6 +86,7 @@ class Start:
     top_k: int
     renormalize: bool
     experts: tuple[str, ...]
+    body: tuple[str, ...] = ()  # fingerprints of a built artifact's files
 
 
 def train(
@@ -177,6 +178,7 @@ def _start(what: Recipe | Artifact | str | Path, progress: Progress, *, trust_re
         top_k=top_k,
         renormalize=top_k > 1 or fmt.renormalizes_top1,
         experts=tuple(what.record["experts"]),
+        body=_prints(what.folder),
     )
 
 
@@ -213,7 +215,7 @@ def _recipes_data(experts: tuple[Expert, ...]) -> Data:
 def _digest(start: Start, settings: Train, data: Data, *, dtype: str | None) -> str:
     """Names the run: what it starts from, the settings, and the files of text as they are now."""
     routers = hashlib.sha256(b"".join(raw.tobytes() for _, _, raw in start.routers.values())).hexdigest()
-    origin = start.plan.digest if start.plan else _body_prints(start.artifact)
+    origin = start.plan.digest if start.plan else list(start.body)
     texts = []
     for name in sorted(data):
         for text in data[name]:
@@ -224,9 +226,9 @@ def _digest(start: Start, settings: Train, data: Data, *, dtype: str | None) -> 
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest() + "/train"
 
 
-def _body_prints(artifact: Artifact | None) -> list[str]:
-    assert artifact is not None
-    return [fingerprint(file) for file in sorted(artifact.folder.glob("model-0*.safetensors"))]
+def _prints(folder: Path) -> tuple[str, ...]:
+    """Fingerprints of a built body's files."""
+    return tuple(fingerprint(file) for file in sorted(folder.glob("model-0*.safetensors")))
 
 
 @contextmanager
@@ -277,10 +279,9 @@ def _write(
     }
     if start.plan is None:
         assert start.artifact is not None
-        before = _body_prints(start.artifact)
         _link_body(start.artifact.folder, partial)
         record = dict(start.artifact.record)
-        if _body_prints(start.artifact) != before:
+        if _prints(partial) != start.body:  # those of before the first step
             raise ArtifactError(
                 f"the body of {start.artifact.folder} changed while it was trained", hint="build it again"
             )

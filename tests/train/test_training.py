@@ -22,6 +22,7 @@ from frankenmoe.moe.router import Router
 from frankenmoe.recipetrain import Train
 from frankenmoe.train import checkpoint
 from frankenmoe.train.routing import LearningRouter
+from frankenmoe.train.run import run
 from frankenmoe.training import train
 from refusals import cli
 
@@ -127,6 +128,25 @@ def test_nan_before_anything_was_better_writes_nothing_even_if_told_to(
         train(virtual, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(), keep_anyway=True)
     assert not (tmp_path / "out").exists()
     assert "out.partial holds the run, so remove it" in told.value.hint
+
+
+def test_a_body_that_changes_while_its_routers_are_trained_is_noticed(
+    virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = fm.build(virtual, tmp_path / "built").folder
+
+    def meanwhile(job: Any, **keys: Any) -> Any:
+        found = run(job, **keys)
+        shard = next(body.glob("model-0*.safetensors"))
+        raw = bytearray(shard.read_bytes())
+        raw[-1] ^= 1
+        shard.write_bytes(raw)
+        return found
+
+    monkeypatch.setattr("frankenmoe.training.run", meanwhile)
+    with pytest.raises(ArtifactError, match="changed while it was trained"):
+        train(body, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(), keep_anyway=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_block_cannot_be_learnt_from_and_measured_with(virtual: Path, tmp_path: Path) -> None:
