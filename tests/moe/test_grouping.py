@@ -16,7 +16,7 @@ from frankenmoe.moe.adapter import LoraLinear, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.experts import dispatch
 from frankenmoe.moe.grouping import group_experts
-from frankenmoe.moe.linear import to_int8
+from frankenmoe.moe.linear import keep_stored, to_int8
 from frankenmoe.moe.router import Router
 from oracles.moe_reference import FFN, HIDDEN, naive
 
@@ -202,3 +202,21 @@ def test_a_change_within_an_adapter_expert_is_noticed(change: Callable[[MoEBlock
         weights_TK, ids_TK, _ = block.router(hidden)
         assert not torch.allclose(before, after, atol=1e-5)
         torch.testing.assert_close(after, naive(hidden, weights_TK, ids_TK, block.experts), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("dtype", "most"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+def test_at_the_sizes_of_open_llama_3b(dtype: torch.dtype, most: float) -> None:
+    """3200 and 8640, of which the latter is no multiple of 128: experts of their own and under adapters."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=3200, intermediate_size=8640, num_attention_heads=32)
+    base = keep_stored(LlamaMLP(config).to(dtype).requires_grad_(False))
+    low = {"up_proj": (torch.randn(4, 3200) * 0.02, torch.randn(8640, 4) * 0.02, 0.5)}
+    experts = [base, with_adapter(base, {name: (a.to(dtype), b.to(dtype), s) for name, (a, b, s) in low.items()})]
+    block = MoEBlock(Router(torch.randn(2, 3200).to(dtype), top_k=2, renormalize=True), experts).eval()
+    with torch.no_grad():
+        wide = [copy.deepcopy(expert).double() for expert in experts]
+        for tokens in (1, 5):
+            hidden = torch.randn(tokens, 3200).to(dtype)
+            weights_TK, ids_TK, _ = block.router(hidden)
+            exact = naive(hidden.double(), weights_TK.double(), ids_TK, wide)
+            assert (block(hidden).double() - exact).norm() <= most * exact.norm()
