@@ -9,7 +9,7 @@ from torch import nn
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.experts import DropPolicy, apply_capacity, dispatch
-from frankenmoe.moe.grouping import Group, group_experts, inner
+from frankenmoe.moe.grouping import Group, Watch, group_experts, within
 from frankenmoe.moe.onetoken import OneToken
 from frankenmoe.moe.packing import Packing
 from frankenmoe.moe.router import Router, Routing
@@ -82,8 +82,8 @@ class MoEBlock(nn.Module):
         self.shared = shared
         self.shared_gate = None if shared_gate is None else _linear(shared_gate)
         self._groups: tuple[Group, ...] = ()
-        self._experts: tuple[int, ...] = ()  # that these are of, and what was within them
-        self._inner: list[tuple[object, ...]] = []
+        self._experts: tuple[int, ...] = ()  # that these are of, and what must hold within them
+        self._within = Watch()
         self._packing, self._one_token = Packing(), OneToken()
         _check(self)
 
@@ -91,9 +91,9 @@ class MoEBlock(nn.Module):
     def groups(self) -> tuple[Group, ...]:
         """The experts by what they share; found again when one of them, or a part of it that is shared, is replaced."""
         now = tuple(map(id, self.experts))
-        if self._experts != now or self._inner != inner(self._groups, self.experts):
+        if self._experts != now or not self._within.holds():
             self._experts, self._groups = now, group_experts(self.experts)
-            self._inner = inner(self._groups, self.experts)
+            self._within = within(self._groups, self.experts)
         return self._groups
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
@@ -11,6 +12,8 @@ from frankenmoe.moe.linear import Linear, is_linear
 # the MLPs of transformers that are down(act(gate x) * up x) and nothing else; others may do more under the same names
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP"})
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+Entry = tuple[Mapping[str, object], str, object]
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,21 @@ class Group:
     module: nn.Module
     base: Gated | None = None
     loras: tuple[Mapping[str, LoraLinear], ...] = ()
+
+
+class Watch(NamedTuple):
+    """What must be as it was: entries (owner, name, what stands there) of modules' tables, and hooks, of which none."""
+
+    parts: tuple[Entry, ...] = ()
+    hooks: tuple[Mapping[int, object], ...] = ()
+
+    def __reduce__(self) -> tuple[type["Watch"], tuple[()]]:
+        """A copy, or what is read from a file, has nothing to watch: its modules are others, and grouped anew."""
+        return Watch, ()
+
+    def holds(self) -> bool:
+        """Asked for at every forward: nothing replaced, and nobody listens."""
+        return not any(self.hooks) and all(owner.get(name) is part for owner, name, part in self.parts)
 
 
 def group_experts(experts: Iterable[nn.Module]) -> tuple[Group, ...]:
@@ -69,21 +87,23 @@ def _key(expert: nn.Module) -> object:
     return type(expert), id(expert.act_fn), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
 
 
-def inner(groups: Iterable[Group], experts: Sequence[nn.Module] | nn.ModuleList) -> list[tuple[object, ...]]:
-    """What holds as long as nothing within the experts that share an FFN is replaced or listened to.
-
-    Of the others nothing is known but themselves, since they are called as they are.
-    """
-    return [_inner(experts[member]) for group in groups if group.base is not None for member in group.members]
-
-
-def _inner(expert: nn.Module) -> tuple[object, ...]:
-    layers = [expert._modules.get(name) for name in PROJECTIONS]
-    loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
-    bases = [layer._modules.get("base") if isinstance(layer, LoraLinear) else layer for layer in layers]
-    weights = [base._parameters.get("weight") for base in bases if base is not None]
-    parts = (expert._modules.get("act_fn"), *layers, *bases, *weights)
-    return listened(expert, *loras), *map(id, parts)
+def within(groups: Iterable[Group], experts: Sequence[nn.Module] | nn.ModuleList) -> Watch:
+    """What these groups depend on within experts that share an FFN; the others are called as they are."""
+    parts: dict[tuple[int, str], Entry] = {}
+    hooks: list[Mapping[int, object]] = []
+    for expert in (experts[member] for group in groups if group.base is not None for member in group.members):
+        layers = [getattr(expert, name) for name in PROJECTIONS]
+        loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
+        bases = [_base(expert, name) for name in PROJECTIONS]
+        entries: list[Entry] = [
+            *((expert._modules, name, expert._modules[name]) for name in (*PROJECTIONS, "act_fn")),
+            *((lora._modules, "base", lora.base) for lora in loras),
+            *((base._parameters, "weight", base._parameters.get("weight")) for base in bases),
+            *((vars(module), "forward", None) for module in (expert, *loras)),
+        ]
+        parts |= {(id(owner), name): (owner, name, part) for owner, name, part in entries}
+        hooks += [vars(module)[registry] for module in (expert, *loras) for registry in REGISTRIES]
+    return Watch(tuple(parts.values()), tuple(hooks))
 
 
 def listened(*modules: nn.Module) -> bool:

@@ -1,6 +1,6 @@
 """One token through its experts on a CPU, all of them in one call; does not know how it was routed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from frankenmoe.moe.adapter import LoraLinear
-from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Gated, Group
+from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Gated, Group, Watch
 from frankenmoe.moe.linear import FLOAT_KINDS, KINDS, SMALL, Int8Linear, have_addresses, is_linear, is_row, kernels
 
 # D hidden, F ffn, K top-k
@@ -24,15 +24,13 @@ class Prepared(NamedTuple):
     low: torch.dtype | None  # of its adapters
     sizes: tuple[int, int]  # D, F
     member: Any
-    parts: tuple[tuple[Mapping[str, object], str, object], ...]
+    watch: Watch
     places: tuple[tuple[torch.Tensor, int, torch.Size, torch.dtype], ...]
-    hooks: tuple[Mapping[int, object], ...]
 
     def holds(self) -> bool:
         """Asked for at every token: nothing replaced, moved, or listened to."""
         return (
-            not any(self.hooks)
-            and all(owner.get(name) is part for owner, name, part in self.parts)
+            self.watch.holds()
             # memory that was freed may be lent again at the same address, for other numbers
             and all(
                 tensor.data_ptr() == address and tensor.shape == shape and tensor.dtype == dtype
@@ -165,9 +163,8 @@ def _prepare(group: Group, member: int, compiled: ModuleType) -> Prepared | None
             ],
             [_low_rank(loras.get(name)) for name in PROJECTIONS],
         ),
-        parts=tuple(parts),
+        watch=Watch(tuple(parts), hooks),
         places=tuple((each, each.data_ptr(), each.shape, each.dtype) for each in (*weights, *low, *scales)),
-        hooks=hooks,
     )
     return found if found.holds() else None
 
