@@ -31,7 +31,7 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What is too small to be worth a call is done all the same, on one thread and on several."""
     if linear_module.kernels() is None:
-        pytest.skip("numba is not installed")
+        pytest.skip("no kernels here: numba or OpenMP is missing")
     monkeypatch.setattr(onetoken, "SMALL", 0)
     from frankenmoe.moe import compiled
 
