@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint schema reference lock bench clean
+.PHONY: demo test test-slow lint schema reference docs dist lock bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/frankenmoe demo
@@ -25,6 +25,15 @@ schema: $(VENV)/.installed
 reference: $(VENV)/.installed
 	$(BIN)/python docs/make_reference.py > docs/reference.md
 
+# the pages in docs/ as a site; strict: a broken link is an error
+docs: $(VENV)/.installed
+	$(BIN)/mkdocs build --strict
+
+# build/lib goes first: setuptools would pack modules that a former build left there
+dist: $(VENV)/.installed
+	rm -rf dist build/lib
+	$(BIN)/pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 bench: $(VENV)/.installed
 	for script in plan load build audit; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
@@ -40,7 +49,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/pip install --quiet torch==2.13.0
-	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf,cpu]"
+	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf,cpu,docs]"
 	.lock/bin/pip freeze --exclude frankenmoe | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
 	rm -rf .lock
 

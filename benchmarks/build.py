@@ -66,7 +66,7 @@ def four_times(shape: Shape, *, work: Path) -> Row:
 
 def imports_alone() -> Row:
     """The anonymous memory of a process that could build and does nothing: the floor under the rows above."""
-    anon = measure([sys.executable, "-c", "import frankenmoe.prove"]).anon / MB
+    anon = measure([sys.executable, "-c", "import frankenmoe.build.proof"]).anon / MB
     return Row("the imports alone: anonymous memory", anon, "MB", None, {OURS: [anon]})
 
 

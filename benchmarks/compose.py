@@ -13,7 +13,7 @@ LONGER = 3  # times as many layers: 20 GB at full scale
 COMPOSE = """
 import sys
 from pathlib import Path
-from frankenmoe.compose import compose
+from frankenmoe.build.body import compose
 from frankenmoe.planning import plan
 from frankenmoe.recipe import Recipe
 out = Path(sys.argv[2])

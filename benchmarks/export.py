@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 import frankenmoe as fm
 from frankenmoe.export.check import Checked, Reference, check, reference
-from frankenmoe.exporting import export_gguf
+from frankenmoe.export.run import export_gguf
 from frankenmoe.planning import plan
 from frankenmoe.planning.forecast import forecast
 from frankenmoe.recipe import Recipe

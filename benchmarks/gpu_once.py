@@ -17,9 +17,9 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from frankenmoe.moe import packing
 from frankenmoe.moe.adapter import with_adapter
 from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.gpu import packing
 from frankenmoe.moe.router import Router
 
 DTYPE = torch.bfloat16

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama  # noqa: F401  (transformers imports it on first use)
 from transformers.models.mixtral import modeling_mixtral  # noqa: F401
 
-from frankenmoe.loading import load
+from frankenmoe.subject import load
 
 TOKENS = 32
 LOADERS = {

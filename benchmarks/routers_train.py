@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import frankenmoe as fm
 from frankenmoe.evaluate.perplexity import mean_loss
 from frankenmoe.moe.dense import quiet_transformers
-from frankenmoe.recipetrain import Train
-from frankenmoe.training import train
+from frankenmoe.recipe.train import TrainSettings
+from frankenmoe.train.run import train
 
 SHARED = REPOSITORY.parent / "shared"
 DOMAINS = ("french", "math", "python", "shakespeare")
@@ -103,7 +103,7 @@ def measure(name: str, seed: int, *, scale: str, work: Path | None) -> dict[str,
         settings: dict[str, Any] = {"guard_every": 100, "seed": seed, **run.settings}
         if scale != "full":
             settings |= {"steps": 2, "guard_blocks": 2}
-        out, values = work / "out", Train.model_validate(settings)
+        out, values = work / "out", TrainSettings.model_validate(settings)
         found = train(file, out, data=data, settings=values, keep_anyway=True)
         size = sum(each.stat().st_size for each in out.rglob("*.safetensors"))
         return {

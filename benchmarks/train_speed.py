@@ -23,8 +23,8 @@ from transformers import AutoModelForCausalLM
 import frankenmoe as fm
 from frankenmoe.train import losses
 from frankenmoe.train.head import is_direct, summed
+from frankenmoe.train.loop import precision
 from frankenmoe.train.parts import gate_modules, make_learnable
-from frankenmoe.train.run import precision
 
 BATCH, LENGTH, RANK = 4, 128, 8
 VOCABULARY = 32_000  # tokens of Llama 2 and Mistral

@@ -5,13 +5,30 @@ import os
 # one thread each: two workers with two threads each wait for one another far longer than they compute
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
+import tempfile
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # one cache for this run and all its workers; compiled products stay in the user's own
+    kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmoe" / "kernels"
+    kernels.mkdir(parents=True, exist_ok=True)
+    CACHE = Path(tempfile.mkdtemp(prefix="frankenmoe-tests-"))
+    os.environ["XDG_CACHE_HOME"] = str(CACHE)
+    (CACHE / "frankenmoe").mkdir()
+    (CACHE / "frankenmoe" / "kernels").symlink_to(kernels)
 
 import pytest
 
 import tiny
 
 SHARED = Path(__file__).parents[2] / "shared"
+
+
+def pytest_unconfigure() -> None:
+    """Removes the cache of this run."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(CACHE, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,13 +18,13 @@ _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
         "frankenmoe.cli.chat",
-        "frankenmoe.building",
+        "frankenmoe.build.run",
         "transformers.models.auto.modeling_auto",
         "transformers.models.llama.modeling_llama",
         "transformers.models.mixtral.modeling_mixtral",
         "transformers.trainer",
-        "frankenmoe.training",
-        "frankenmoe.evaluating",
+        "frankenmoe.train.run",
+        "frankenmoe.evaluate.run",
     ]
 )
 

@@ -4,8 +4,8 @@ import torch
 
 from frankenmoe.audit.answers import Whole, answers, layer_sentences
 from frankenmoe.audit.collect import RouterSums
+from frankenmoe.audit.examine import Audit
 from frankenmoe.audit.facts import router_facts
-from frankenmoe.audit.run import Audit
 from frankenmoe.audit.stats import pair_distances, reference_distances
 from frankenmoe.audit.tokens import Passage, TokenTrace, as_data
 from frankenmoe.audit.weights import BASE, Distances

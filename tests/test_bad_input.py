@@ -13,7 +13,6 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 import tiny
-from frankenmoe import compose
 from refusals import Outcome, check_refusal, cli, copy_of, refused, spoil, tree
 
 Parents = dict[str, list[Path]]
@@ -208,9 +207,9 @@ def test_an_empty_output_folder_is_fine(recipe: Path, tmp_path: Path) -> None:
 
 
 def test_a_disk_that_is_too_small(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compose, "free_bytes", lambda folder: 3 * 2**19)
+    monkeypatch.setattr("frankenmoe.artifact.folder.free_bytes", lambda folder: 3 * 2**19)
     need = yaml.safe_load(cli("plan", recipe, "--json").stdout)["bytes"]["built"]
-    monkeypatch.setattr(compose, "free_bytes", lambda folder: need // 2)
+    monkeypatch.setattr("frankenmoe.artifact.folder.free_bytes", lambda folder: need // 2)
     facts = (str(tmp_path), "GiB free", "still to be written")
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="another disk")
 

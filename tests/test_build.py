@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM
 import forks
 import frankenmoe as fm
 import tiny
-from frankenmoe import building
-from frankenmoe.artifact import partial_folder
+from frankenmoe.artifact.folder import partial_folder
+from frankenmoe.build import run as building
 from frankenmoe.checkpoint import writer
 from frankenmoe.errors import ArtifactError, SourceError
 
@@ -48,7 +48,7 @@ def test_a_killed_build_goes_on_and_ends_byte_identical(end: signal.Signals, rec
     # the child stops itself, from inside the copying of its third shard, as a kill from outside would
     code = (
         "import os, sys, frankenmoe as fm\n"
-        "from frankenmoe import compose\n"
+        "from frankenmoe.build import body as compose\n"
         "real, count = compose.write_shard, []\n"
         "def shard(path, *args, **kw):\n"
         "    count.append(1)\n"

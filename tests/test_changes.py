@@ -11,8 +11,8 @@ import pytest
 
 import frankenmoe as fm
 import tiny
-from frankenmoe import building
-from frankenmoe.artifact import partial_folder
+from frankenmoe.artifact.folder import partial_folder
+from frankenmoe.build import run as building
 from frankenmoe.errors import ArtifactError, SourceError
 
 FORMS = pytest.mark.parametrize("virtual", [True, False], ids=["virtual", "built"])

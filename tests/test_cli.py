@@ -17,7 +17,8 @@ import forks
 import tiny
 from frankenmoe import __version__
 from frankenmoe.cli import progress
-from frankenmoe.cli.app import Size, app
+from frankenmoe.cli.app import app
+from frankenmoe.cli.options import Size
 from frankenmoe.errors import FrankenMoEError
 
 Parents = dict[str, list[Path]]
@@ -176,13 +177,13 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(unit: str, rate: str) -> 
 
 def test_interrupted_says_so_and_exits_130(recipe: Path, tmp_path: Path) -> None:
     code = (
-        "import os, signal\nfrom frankenmoe import compose\n"
+        "import os, signal\nfrom frankenmoe.build import body as compose\n"
         "compose.check_disk = lambda *a, **k: os.kill(os.getpid(), signal.SIGINT)\n"
         "from frankenmoe.cli import main\nmain()"
     )
     done = forks.run(code, "build", recipe, tmp_path / "out")
     assert done.returncode == 128 + signal.SIGINT
-    assert "the same command goes on" in done.stderr
+    assert "the same command continues" in done.stderr
     assert "Traceback" not in done.stderr
     assert run("build", recipe, tmp_path / "out")
 

@@ -98,7 +98,7 @@ def test_the_leaderboard_is_scored_logged_and_remembered(place: Path) -> None:
     weights = load_file(model / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.01
     save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
-    run(f"{model} {TASKS} --limit 3 --json third.json", place)
+    run(f"{model} --tasks winogrande --data-dir rows --limit 3 --json third.json", place)
     third = report(place, "third.json")["models"][0]
     assert third["digest"] != found["digest"]
     assert all(task["from_earlier_runs"] == 0 for task in third["tasks"].values())
@@ -106,10 +106,10 @@ def test_the_leaderboard_is_scored_logged_and_remembered(place: Path) -> None:
 
 @pytest.mark.timeout(300)
 def test_an_moe_beside_its_parents(place: Path) -> None:
-    done = run("recipe.yml --against-parents --limit 8 --json out.json --plot worth.svg --dtype float32", place)
+    done = run("recipe.yml --against-parents --limit 4 --json out.json --plot worth.svg --dtype float32", place)
     found = report(place)
     assert [model["name"] for model in found["models"]] == ["base", "e0", "e1", "average", "random gates", "recipe"]
-    assert (place / "worth.svg").read_text().startswith("<?xml")
+    assert (place / "worth.svg").read_text().startswith("<svg")
     assert found["verdict"][0].split(";")[0] in " ".join(done.stdout.split())
     assert [gain["than"] for gain in found["gains"]] == ["base", "e0", "e1", "average", "random gates"]
     assert found["texts"]["e0"]["held_out_part"] is True
@@ -123,7 +123,7 @@ def test_an_moe_beside_its_parents(place: Path) -> None:
 def test_equal_experts_are_told_that_they_are_their_base(place: Path, parents: dict[str, list[Path]]) -> None:
     base = parents["llama"][0]
     tiny.write_recipe(place / "same.yml", base, [base, base])
-    done = run("same.yml --against-parents --text one=one.txt --limit 4 --dtype float32 --json out.json", place)
+    done = run("same.yml --against-parents --text one=one.txt --limit 2 --dtype float32 --json out.json", place)
     assert report(place)["verdict"][0].startswith("It computes its base exactly: no gain is possible")
     assert "average" in report(place)["skipped"]
     assert "not compared" in done.stdout
@@ -146,7 +146,7 @@ def test_a_task_that_fails_is_named_and_the_others_go_on(place: Path) -> None:
 
 def test_a_killed_run_goes_on(place: Path) -> None:
     model = tiny.make_parent(place / "long", "llama", seed=3, max_position_embeddings=4096)
-    write_split(place / "rows", "winogrande", "validation", ROWS["winogrande"]["validation"] * 30)
+    write_split(place / "rows", "winogrande", "validation", ROWS["winogrande"]["validation"] * 12)
     command = f"{model} --tasks winogrande --data-dir rows --json out.json".split()
     process = forks.start(forks.COMMAND, "eval", *command, "--cache", "cache", cwd=place, out=place)
     deadline = time.monotonic() + 120
@@ -161,7 +161,7 @@ def test_a_killed_run_goes_on(place: Path) -> None:
     run(" ".join(command), place)
     task = report(place)["models"][0]["tasks"]["winogrande"]
     assert 0 < task["from_earlier_runs"] <= len({json.loads(line)[0] for line in lines})
-    assert task["documents"] == 180
+    assert task["documents"] == 72
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_bad_input_is_refused_in_a_sentence(arguments: str, said: str, place: Pa
 
 
 def test_what_cannot_be_written_is_said(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import frankenmoe.artifact as artifact
+    import frankenmoe.artifact.folder as artifact
     from frankenmoe.errors import ArtifactError
     from frankenmoe.evaluate.store import Store
 
@@ -219,18 +219,18 @@ def test_models_of_one_name_are_told_apart_by_their_folders(place: Path) -> None
 
 
 def test_the_library_reports_too(place: Path) -> None:
-    from frankenmoe.evaluate.run import Settings
-    from frankenmoe.evaluating import evaluate
+    from frankenmoe.evaluate.run import evaluate
+    from frankenmoe.evaluate.score import Scoring
 
     made = fm.build(place / "recipe.yml", place / "built")
-    found = evaluate([made.folder], texts={"one": place / "one.txt"}, limit=4, settings=Settings())
+    found = evaluate([made.folder], texts={"one": place / "one.txt"}, limit=4, scoring=Scoring())
     (result,) = found.results
     assert result.losses["one"].mean == pytest.approx(result.mean_loss)
     assert torch.get_num_threads() == found.conditions["threads"]
 
 
 def test_a_busy_moment_does_not_make_a_model_slow() -> None:
-    from frankenmoe.evaluate.run import speed
+    from frankenmoe.evaluate.score import speed
 
     passes = iter([0.01, 0.2, *[0.01] * 100])  # the second one is kept waiting by something else
     text = SimpleNamespace(vocab_size=9, max_position_embeddings=100)

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 import forks
 import frankenmoe as fm
 import tiny
-from frankenmoe import artifact, building
-from frankenmoe.artifact import LOCK, ROUTERS, UNFINISHED, growing, partial_folder
+from frankenmoe.artifact import folder as artifact
+from frankenmoe.artifact.folder import LOCK, ROUTERS, UNFINISHED, growing, partial_folder
+from frankenmoe.build import run as building
 from frankenmoe.errors import ArtifactError, SourceError
 from refusals import cli, refused
 
@@ -192,7 +193,7 @@ def test_an_output_that_is_full_is_one_sentence(recipe: Path, option: str) -> No
     command = f"{sys.executable} -m frankenmoe.cli plan {recipe} {option} > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: the system says: No space left on device" in done.stderr
+    assert "error: system error: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr
 
 

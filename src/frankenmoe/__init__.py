@@ -6,33 +6,39 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from frankenmoe.artifact import Artifact
-    from frankenmoe.building import build
+    from frankenmoe.artifact.folder import Artifact
+    from frankenmoe.build.extraction import extract
+    from frankenmoe.build.proof import verify
+    from frankenmoe.build.run import build
     from frankenmoe.errors import FrankenMoEError
-    from frankenmoe.exporting import export_gguf
-    from frankenmoe.extracting import extract
-    from frankenmoe.fitting import add_expert, fit
-    from frankenmoe.loading import load
+    from frankenmoe.export.run import export_gguf
+    from frankenmoe.gates.run import add_expert, fit
     from frankenmoe.moe.load import MoE
     from frankenmoe.planning import Plan, plan
-    from frankenmoe.prove import verify
     from frankenmoe.recipe import Recipe
+    from frankenmoe.subject import Subject, load
+    from frankenmoe.subject import open_subject as open
 
 _HOMES = {
-    "Artifact": "frankenmoe.artifact",
+    "Artifact": "frankenmoe.artifact.folder",
     "FrankenMoEError": "frankenmoe.errors",
     "MoE": "frankenmoe.moe.load",
     "Plan": "frankenmoe.planning",
     "Recipe": "frankenmoe.recipe",
-    "add_expert": "frankenmoe.fitting",
-    "build": "frankenmoe.building",
-    "export_gguf": "frankenmoe.exporting",
-    "extract": "frankenmoe.extracting",
-    "fit": "frankenmoe.fitting",
-    "load": "frankenmoe.loading",
+    "Subject": "frankenmoe.subject",
+    "add_expert": "frankenmoe.gates.run",
+    "build": "frankenmoe.build.run",
+    "export_gguf": "frankenmoe.export.run",
+    "extract": "frankenmoe.build.extraction",
+    "fit": "frankenmoe.gates.run",
+    "load": "frankenmoe.subject",
+    "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
-    "verify": "frankenmoe.prove",
+    "verify": "frankenmoe.build.proof",
 }
+
+# where the name in its module is another, since `open` there is Python's own
+_NAMES = {"open": "open_subject"}
 
 __all__ = [
     "Artifact",
@@ -40,12 +46,14 @@ __all__ = [
     "MoE",
     "Plan",
     "Recipe",
+    "Subject",
     "add_expert",
     "build",
     "export_gguf",
     "extract",
     "fit",
     "load",
+    "open",
     "plan",
     "verify",
 ]
@@ -54,4 +62,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'frankenmoe' has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_HOMES[name]), _NAMES.get(name, name))

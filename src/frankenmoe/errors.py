@@ -1,8 +1,8 @@
-"""The errors a user can meet, each one sentence with a way out; knows nothing of what raises them."""
+"""The errors that users see: one sentence each, and a hint."""
 
 
 class FrankenMoEError(Exception):
-    """Something the user can act on: `message` says what, where, expected and found; `hint` says what to do."""
+    """An error that the user can fix. `message`: what, where, expected, found. `hint`: what to do."""
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(message)
@@ -14,20 +14,20 @@ class FrankenMoEError(Exception):
 
 
 class RecipeError(FrankenMoEError):
-    """The recipe file cannot be read or does not say something that can be built."""
+    """The recipe cannot be read or is not valid."""
 
 
 class SourceError(FrankenMoEError):
-    """A source checkpoint is missing, malformed, unsafe or unlike its siblings."""
+    """A source is missing, malformed, unsafe or does not fit the others."""
 
 
 class PlanError(FrankenMoEError):
-    """The recipe and its sources are sound, but what they ask for cannot be done."""
+    """The recipe and its sources are valid, but the request cannot be fulfilled."""
 
 
 class ArtifactError(FrankenMoEError):
-    """An artifact folder is unfinished, changed, in the way, or not one of ours."""
+    """An artifact folder is unfinished, changed, in the way, or not an artifact."""
 
 
 class NumericsError(FrankenMoEError):
-    """A value is NaN, infinite, or overflows the type it is to be stored in."""
+    """A value is NaN, infinite, or out of range of the type it is stored in."""

@@ -7,6 +7,7 @@ import pytest
 
 import synthetic
 from frankenmoe.audit.answers import Answer, Whole, answers, layer_sentences
+from frankenmoe.audit.measures import MEASURES, compared
 
 Facts = dict[str, Any]
 
@@ -34,17 +35,17 @@ def test_equal_layers_read_as_a_sentence(layers: int, words: str) -> None:
     found = changed(found, "capacity", over={"1.0": 0.2, "1.25": 0.125, "2.0": 0.0})
     found = changed(found, "tokens_seen", used=3, switches=0.5)
     for key, start in {
-        "moe": f"In units of the base's FFN norm, experts lie apart by 0.50{words}; with the next best experts chosen, "
-        f"outputs move by 40%{words}, predictions by 0.30 nats per token.",
-        "load": f"The load's coefficient of variation (0 is even) is 0.25{words}. The busiest expert is ",
-        "domain": f"The share of tokens that go first to their domain's own expert is 75%{words}, by chance 25%; of "
-        f"1.00 bits of the domain the choice tells 0.50{words}.",
-        "gate": f"The cosine of the two rows most alike is 0.50{words}, and the spread of a token's logits over "
-        f"experts 2.00{words}. The condition number is 2.00{words}, of the rows less their mean 1.50{words}.",
+        "moe": f"The distance between experts is 0.50{words}, relative to the norm of the base's FFN. With the next "
+        f"best experts chosen, outputs change by 40%{words}, and predictions by 0.30 nats per token.",
+        "load": f"The coefficient of variation of the load (0 is even) is 0.25{words}. The busiest expert is ",
+        "domain": f"The share of tokens whose first expert is their domain's own is 75%{words}; chance is 25%. Its "
+        f"information about the domain is 0.50{words}, of 1.00 bits possible.",
+        "gate": f"The largest cosine of two rows is 0.50{words}. The spread of a token's logits over the experts is "
+        f"2.00{words}. The condition number is 2.00{words}; without the mean row it is 1.50{words}.",
         "survive": "In batches of one domain's text, the share of assignments that a capacity of 1.25 would drop is "
-        f"12%{words}; ",
-        "token": f"The number of experts, of 4, that come first for any of the 120 tokens shown is 3{words}; the share "
-        f"of tokens with another first expert than the token before is 50%{words}.",
+        f"12%{words}. ",
+        "token": f"Of 4 experts, the number that are first for any of the 120 tokens shown is 3{words}. The share of "
+        f"tokens whose first expert differs from the previous token's is 50%{words}.",
     }.items():
         assert said(found, key).sentence.startswith(start)
 
@@ -54,8 +55,8 @@ def test_a_gate_bad_only_by_its_mean_is_no_bad_gate() -> None:
     found = changed(whole(), "gate", condition=820.0, condition_centred=1.3, degenerate=True, largest_cosine=-0.2)
     answer = said(found, "gate")
     assert (answer.verdict, answer.level, answer.number) == ("yes", "good", 1.3)
-    assert "3 of 3 are, but only by the mean of their rows, on which no choice depends." in answer.sentence
-    assert "Fit the rows" not in answer.sentence
+    assert "3 of 3 are, but only because of their mean row, which changes no choice." in answer.sentence
+    assert "Fit the gates" not in answer.sentence
 
 
 @pytest.mark.parametrize(("condition", "centred"), [(None, 1.0), (9.0, None), (9.0, 7.0)])
@@ -67,7 +68,7 @@ def test_infinite_conditions(condition: float | None, centred: float | None) -> 
     assert answer.level == ("good" if centred == 1.0 else "bad" if centred is None else "mind")
     assert answer.number == centred
     assert ("infinite in every layer" in answer.sentence) == (condition is None or centred is None)
-    assert ("Fit the rows at the true router input" in answer.sentence) == (centred != 1.0)
+    assert ("Fit the gates at the true router input" in answer.sentence) == (centred != 1.0)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,13 @@ def test_infinite_conditions(condition: float | None, centred: float | None) -> 
 def test_whether_routing_follows_the_domain(experts: int, share: float, level: str) -> None:
     found = changed(whole(experts=experts), "domains", own_first={"expert 0": share})
     assert said(found, "domain").level == level
+
+
+def test_every_measure_is_read_from_a_routers_facts() -> None:
+    facts = whole().routers[0]
+    assert all(measure.read(facts) is not None for measure in MEASURES)
+    assert len({measure.key for measure in compared()}) == len(compared())
+    assert not [measure for measure in MEASURES if not measure.title and not measure.short]
 
 
 def test_one_domain_has_no_bits_to_tell() -> None:
@@ -92,5 +100,5 @@ def test_dead_experts_are_counted_nested_ones_too() -> None:
     found = replace(found, nested=[nested, unreached], names={**found.names, "3.1": "inner/law", "2.1": "other/law"})
     load, survive = said(found, "load"), said(found, "survive")
     assert (load.level, survive.level) == ("bad", "bad")
-    assert "; 1 expert got none of 120 tokens, in layer 1." in load.sentence
+    assert " 1 expert got none of 120 tokens (layer 1)." in load.sentence
     assert "find no data for inner/law in layer 1:" in survive.sentence

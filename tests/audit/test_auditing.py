@@ -14,20 +14,28 @@ from rich.console import Console
 import frankenmoe as fm
 import tiny
 from frankenmoe.audit.compare import same_text
+from frankenmoe.audit.examine import Audit
 from frankenmoe.audit.page import page
+from frankenmoe.audit.run import _texts, audit, look
 from frankenmoe.audit.write import write_report
-from frankenmoe.auditing import _texts, audit, look
 from frankenmoe.cli.audit import show_audit
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, RecipeError, SourceError
 
 Parents = dict[str, list[Path]]
+Audits = dict[str, Audit]
 QUESTIONS = ["moe", "load", "domain", "gate", "survive", "token"]
 
 
 @pytest.fixture
-def recipe(parents: Parents, tmp_path: Path) -> Path:
-    base, one, two = parents["llama"]
-    return tiny.write_recipe(tmp_path / "r.yml", base, [base, one, two], prompts=True, name="tiny")
+def own_recipe(recipe: Path, tmp_path: Path) -> Path:
+    """A copy to change."""
+    return Path(shutil.copy(recipe, tmp_path))
+
+
+@pytest.fixture
+def own_artifact(place: Path, tmp_path: Path) -> Path:
+    """A copy of the virtual artifact to change."""
+    return shutil.copytree(place / "virtual", tmp_path / "out")
 
 
 def report(what: Any, **keys: Any) -> dict[str, Any]:
@@ -38,8 +46,8 @@ def answer(found: dict[str, Any], key: str) -> dict[str, Any]:
     return next(each for each in found["answers"] if each["key"] == key)
 
 
-def test_six_answers_and_every_layer(recipe: Path) -> None:
-    found = report(recipe)
+def test_six_answers_and_every_layer(audits: Audits) -> None:
+    found = audits["r.yml"].report
     assert [each["key"] for each in found["answers"]] == QUESTIONS
     assert all(each["sentence"].endswith(".") for each in found["answers"])
     assert [each["number"] is not None for each in found["answers"]] == [True] * 6
@@ -51,27 +59,20 @@ def test_six_answers_and_every_layer(recipe: Path) -> None:
     assert set(found["text"]) == {"e0", "e1", "e2"}
 
 
-def test_the_report_says_what_it_is_of(recipe: Path, tmp_path: Path) -> None:
-    of_recipe = report(recipe)
-    built = fm.build(recipe, tmp_path / "built")
-    of_built = report(built.folder)
+def test_the_report_says_what_it_is_of(place: Path, audits: Audits) -> None:
+    of_recipe, of_built = audits["r.yml"].report, audits["built"].report
     for found in (of_recipe, of_built):
         assert (found["kind"], found["version"]) == ("frankenmoe audit", 1)
-        assert found["recipe_digest"] == fm.Recipe.load(recipe).digest
+        assert found["recipe_digest"] == fm.Recipe.load(place / "r.yml").digest
         assert {"frankenmoe", "torch", "transformers", "python"} <= set(found["versions"])
         assert found["recipe"]["name"] == "tiny"
     assert of_recipe["record"] is None
-    assert of_built["record"] == json.loads((built.folder / "frankenmoe.json").read_text())
+    assert of_built["record"] == json.loads((place / "built" / "frankenmoe.json").read_text())
     assert of_built["subject"]["what"] == "built artifact"
 
 
-def test_recipe_virtual_and_built_have_the_same_numbers(recipe: Path, tmp_path: Path) -> None:
-    forms = [
-        recipe,
-        fm.build(recipe, tmp_path / "virtual", virtual=True).folder,
-        fm.build(recipe, tmp_path / "built").folder,
-    ]
-    one, *others = (report(form)["routers"] for form in forms)
+def test_recipe_virtual_and_built_have_the_same_numbers(audits: Audits) -> None:
+    one, *others = (each.report["routers"] for each in audits.values())
     for other in others:
         assert [facts["load"]["assignments"] for facts in one] == [facts["load"]["assignments"] for facts in other]
         for left, right in zip(one, other, strict=True):
@@ -93,10 +94,9 @@ def test_identical_experts_are_told(parents: Parents, tmp_path: Path) -> None:
     assert "e0 = e2" in answer(part, "moe")["sentence"]
 
 
-def test_a_dead_expert_is_listed(recipe: Path, tmp_path: Path) -> None:
-    artifact = fm.build(recipe, tmp_path / "out", virtual=True)
-    _set_gates(artifact.folder, lambda gate: gate * 0 + _towards_first_two(gate))
-    found = report(artifact.folder)
+def test_a_dead_expert_is_listed(own_artifact: Path) -> None:
+    _set_gates(own_artifact, lambda gate: gate * 0 + _towards_first_two(gate))
+    found = report(own_artifact)
     for facts in found["routers"]:
         assert len(facts["load"]["dead"]) >= 1
         assert facts["gate"]["condition"] is None
@@ -125,11 +125,10 @@ def _set_gates(folder: Path, change: Any) -> None:
     save_file({name: change(gate).contiguous() for name, gate in load_file(file).items()}, file, {"format": "pt"})
 
 
-def test_a_router_that_gives_no_numbers_is_an_error(recipe: Path, tmp_path: Path) -> None:
-    artifact = fm.build(recipe, tmp_path / "out", virtual=True)
-    _set_gates(artifact.folder, lambda gate: gate * 0 + 3e38)  # finite, but not what it makes of a hidden state
+def test_a_router_that_gives_no_numbers_is_an_error(own_artifact: Path) -> None:
+    _set_gates(own_artifact, lambda gate: gate * 0 + 3e38)  # finite, but not what it makes of a hidden state
     with pytest.raises(NumericsError, match="router of layer 0"):
-        look(artifact.folder)
+        look(own_artifact)
 
 
 def test_labels_follow_the_text(recipe: Path, tmp_path: Path) -> None:
@@ -147,16 +146,16 @@ def test_labels_follow_the_text(recipe: Path, tmp_path: Path) -> None:
 def test_text_without_a_label_asks_nothing_of_domains(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("abc " * 100)
     found = report(recipe, data=[(None, str(tmp_path / "a.txt"))])
-    assert answer(found, "domain")["verdict"] == "not asked"
+    assert answer(found, "domain")["verdict"] == "no labels"
     assert found["routers"][0]["domains"] is None
 
 
-def test_the_recipes_own_data_come_before_its_prompts(recipe: Path, tmp_path: Path) -> None:
+def test_the_recipes_own_data_come_before_its_prompts(own_recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "own.txt").write_text("own text " * 50)
-    text = yaml.safe_load(recipe.read_text())
+    text = yaml.safe_load(own_recipe.read_text())
     text["experts"][1]["data"] = ["own.txt"]
-    recipe.write_text(yaml.safe_dump(text))
-    found = report(recipe)
+    own_recipe.write_text(yaml.safe_dump(text))
+    found = report(own_recipe)
     assert {name: part["origin"] for name, part in found["text"].items()} == {"e1": ["own.txt"]}
 
 
@@ -198,10 +197,10 @@ def test_nested_and_shared_experts(parents: Parents, tmp_path: Path) -> None:
 
 def test_one_expert_alone(parents: Parents, tmp_path: Path) -> None:
     base, one, _ = parents["llama"]
-    found = report(tiny.write_recipe(tmp_path / "r.yml", base, [one], prompts=True, experts_per_token=1))
-    assert answer(found, "moe")["verdict"] == "no choice"
-    assert answer(found, "gate")["number"] is None
-    write_report([look(tmp_path / "r.yml")], tmp_path / "out")
+    found = look(tiny.write_recipe(tmp_path / "r.yml", base, [one], prompts=True, experts_per_token=1))
+    assert answer(found.report, "moe")["verdict"] == "no choice"
+    assert answer(found.report, "gate")["number"] is None
+    write_report([found], tmp_path / "out")
 
 
 def test_a_built_artifact_without_its_sources(parents: Parents, tmp_path: Path) -> None:
@@ -217,19 +216,19 @@ def test_a_built_artifact_without_its_sources(parents: Parents, tmp_path: Path) 
     assert "norm of the experts' mean" in answer(found, "moe")["sentence"]
 
 
-def test_a_report_that_is_there_is_kept(recipe: Path, tmp_path: Path) -> None:
-    first, second = (audit(recipe, out=tmp_path / "reports") for _ in range(2))
+@pytest.mark.usefixtures("no_page")
+def test_a_report_that_is_there_is_kept(recipe: Path, audits: Audits, tmp_path: Path) -> None:
+    first = audit(recipe, out=tmp_path / "reports")
+    second = write_report([audits["r.yml"]], tmp_path / "reports")
     assert (first.name, second.name) == ("audit-tiny", "audit-tiny-2")
     assert sorted(file.name for file in first.iterdir()) == ["audit.html", "audit.json"]
     assert json.loads((second / "audit.json").read_text())["kind"] == "frankenmoe audit"
     assert sorted(path.name for path in (tmp_path / "reports").iterdir()) == ["audit-tiny", "audit-tiny-2"]
 
 
-def test_two_reports_side_by_side(recipe: Path, tmp_path: Path) -> None:
-    artifact = fm.build(recipe, tmp_path / "out", virtual=True)
-    before = look(artifact.folder)
-    _set_gates(artifact.folder, lambda gate: gate * 3)
-    folder = write_report([before, look(artifact.folder)], tmp_path / "reports")
+def test_two_reports_side_by_side(own_artifact: Path, audits: Audits, tmp_path: Path) -> None:
+    _set_gates(own_artifact, lambda gate: gate * 3)
+    folder = write_report([audits["virtual"], look(own_artifact)], tmp_path / "reports")
     found = json.loads((folder / "audit.json").read_text())
     assert found["kind"] == "frankenmoe audit of two"
     assert found["difference"]["same_recipe"]
@@ -244,14 +243,14 @@ def test_two_reports_side_by_side(recipe: Path, tmp_path: Path) -> None:
     assert "From the first to the second" in (folder / "audit.html").read_text()
 
 
-def test_the_same_text_is_known_by_its_tokens(recipe: Path, tmp_path: Path) -> None:
+def test_the_same_text_is_known_by_its_tokens(recipe: Path, audits: Audits, tmp_path: Path) -> None:
     for folder, words in (("a", "hello "), ("b", "hello "), ("c", "other ")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "text.txt").write_text(words * 50)
     one, two, other = (report(recipe, data=[("e1", str(tmp_path / each / "text.txt"))]) for each in "abc")
     assert same_text(one, two)
     assert not same_text(one, other)
-    assert "read different text" in page([look(recipe), look(recipe, prompt="x", tokens=3)])
+    assert "read different text" in page([audits["r.yml"], look(recipe, prompt="x", tokens=3)])
 
 
 def test_an_expert_called_text_keeps_its_own(parents: Parents, tmp_path: Path) -> None:
@@ -296,11 +295,11 @@ def _empty(file: Path) -> str:
     [
         (lambda folder: {"data": [("e1", _empty(folder / "empty.txt"))]}, "holds no text"),
         (lambda folder: {"data": [("e1", str(folder / "missing.txt"))]}, "does not exist"),
-        (lambda folder: {"prompt": ""}, "prompt has no tokens"),
+        (lambda folder: {"prompt": ""}, "prompt must not be empty"),
     ],
 )
 def test_text_without_tokens(keys: Any, words: str, recipe: Path, tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=words):
+    with pytest.raises(FrankenMoEError, match=words):
         look(recipe, **keys(tmp_path))
 
 
@@ -311,25 +310,25 @@ def test_a_recipe_without_any_text(parents: Parents, tmp_path: Path) -> None:
     assert "--data EXPERT=FILE" in str(caught.value.hint)
 
 
-def test_a_dense_model_and_an_artifact_without_routers(recipe: Path, parents: Parents, tmp_path: Path) -> None:
+def test_a_dense_model_and_an_artifact_without_routers(own_artifact: Path, parents: Parents) -> None:
     with pytest.raises(ArtifactError, match=r"holds no frankenmoe\.json"):
         look(parents["llama"][0])
-    artifact = fm.build(recipe, tmp_path / "out", virtual=True)
-    (artifact.folder / "model-routers.safetensors").unlink()
+    (own_artifact / "model-routers.safetensors").unlink()
     with pytest.raises(ArtifactError, match=r"has lost its model-routers\.safetensors"):
-        look(artifact.folder)
+        look(own_artifact)
 
 
-def test_a_place_where_nothing_can_be_written(recipe: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("no_page")
+def test_a_place_where_nothing_can_be_written(audits: Audits, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(FrankenMoEError, match="report cannot be written"):
-        write_report([look(recipe)], tmp_path / "file" / "reports")
+        write_report([audits["r.yml"]], tmp_path / "file" / "reports")
 
 
 def test_a_bad_place_is_told_before_anything_is_computed(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("frankenmoe.auditing.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("frankenmoe.subject.Subject.load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").write_text("in the way")
     for out in ("file", "file/reports"):
         with pytest.raises(ArtifactError, match=r"file is no folder"):
@@ -338,29 +337,30 @@ def test_a_bad_place_is_told_before_anything_is_computed(
         look(recipe, data=[(None, "a" * 5000)])  # longer than a disk lets a name be
 
 
-def test_ctrl_c_while_writing_leaves_nothing(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("no_page")
+def test_ctrl_c_while_writing_leaves_nothing(audits: Audits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("frankenmoe.audit.write.write_atomic", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_report([look(recipe)], tmp_path / "out")
+        write_report([audits["r.yml"]], tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_recipe_whose_name_is_no_text(recipe: Path, tmp_path: Path) -> None:
-    odd = recipe.rename(recipe.with_name(os.fsdecode(b"caf\xe9.yml")))
+def test_a_recipe_whose_name_is_no_text(own_recipe: Path, tmp_path: Path) -> None:
+    odd = own_recipe.rename(own_recipe.with_name(os.fsdecode(b"caf\xe9.yml")))
     folder = audit(odd, out=tmp_path / "out")
     assert json.loads((folder / "audit.json").read_text())["subject"]["path"] == str(odd)
     assert "caf\\udce9.yml" in (folder / "audit.html").read_text()
 
 
-def test_names_cannot_leave_the_folder_or_the_page(recipe: Path, tmp_path: Path) -> None:
-    data = yaml.safe_load(recipe.read_text())
+def test_names_cannot_leave_the_folder_or_the_page(own_recipe: Path, tmp_path: Path) -> None:
+    data = yaml.safe_load(own_recipe.read_text())
     data["name"] = "../<script>alert(1)</script>"
     data["experts"][0]["name"] = "</script><img src=x>"
-    recipe.write_text(yaml.safe_dump(data))
-    folder = write_report([look(recipe, prompt="a</script>b")], tmp_path / "reports")
+    own_recipe.write_text(yaml.safe_dump(data))
+    folder = write_report([look(own_recipe, prompt="a</script>b")], tmp_path / "reports")
     assert folder.parent == tmp_path / "reports"
     html = (folder / "audit.html").read_text()
     assert html.count("</script>") == 2

@@ -14,6 +14,7 @@ from rich.console import Console
 import frankenmoe as fm
 import synthetic
 import tiny
+from frankenmoe.audit.page import page
 from frankenmoe.cli.app import app
 from frankenmoe.cli.audit import load_bar, show_audit, show_difference
 from frankenmoe.errors import FrankenMoEError
@@ -29,19 +30,13 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture
-def recipe(parents: Parents, tmp_path: Path) -> Path:
-    base, one, two = parents["llama"]
-    return tiny.write_recipe(tmp_path / "r.yml", base, [base, one, two], prompts=True, name="tiny")
-
-
 def run(*arguments: object, **environment: str) -> str:
     result = CliRunner().invoke(app, ["audit", *map(str, arguments)], catch_exceptions=False, env=environment)
     assert result.exit_code == 0, result.output
     return result.stdout
 
 
-@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize("columns", [40, 200])
 def test_the_report_fits_any_terminal(columns: int, recipe: Path, tmp_path: Path) -> None:
     out = run(recipe, "--out", tmp_path / "reports", COLUMNS=str(columns))
     assert max(map(len, out.splitlines()[:-2])) <= min(columns, 80)  # the last two lines name files
@@ -53,17 +48,17 @@ def test_the_report_fits_any_terminal(columns: int, recipe: Path, tmp_path: Path
     assert "…" not in out
 
 
-@pytest.mark.parametrize("columns", [40, 80])
-def test_many_experts_and_layers_fit_too(columns: int) -> None:
+def test_many_experts_and_layers_fit_too() -> None:
     report = synthetic.make_audit(experts=64, layers=32, tokens=40).report
-    show = Console(width=columns, record=True, color_system=None, file=io.StringIO())
-    show_audit(report, show)
-    show_difference(report, report, show)
-    text = show.export_text()
-    assert max(map(len, text.splitlines())) <= columns
-    assert "…" not in re.sub(r"layer \d+:.*", "", text)
-    assert "the first 26" in " ".join(text.split())
-    assert "50% switches" in " ".join(text.split())
+    for columns in (40, 80):
+        show = Console(width=columns, record=True, color_system=None, file=io.StringIO())
+        show_audit(report, show)
+        show_difference(report, report, show)
+        text = show.export_text()
+        assert max(map(len, text.splitlines())) <= columns
+        assert "…" not in re.sub(r"layer \d+:.*", "", text)
+        assert "the first 26" in " ".join(text.split())
+        assert "50% of tokens switch expert" in " ".join(text.split())
 
 
 def test_wide_letters_keep_their_place() -> None:
@@ -87,29 +82,24 @@ def test_dead_experts_inside_others_are_listed() -> None:
     assert "dead in layer 0: inner/law" in show.export_text()
 
 
-def test_colours_are_the_pages_and_chats(recipe: Path, tmp_path: Path) -> None:
+def test_colours_are_the_pages_and_chats() -> None:
+    audit = synthetic.make_audit(experts=3, layers=2, tokens=20)
     show = Console(width=80, record=True, force_terminal=True, color_system="truecolor", file=io.StringIO())
-    show_audit(synthetic.make_audit(experts=3, layers=2, tokens=20).report, show)
+    show_audit(audit.report, show)
     text = show.export_text(styles=True)
     assert "48;2;0;114;178" in text  # expert 0: #0072B2 behind its digit
-    html = (Path(run_report(recipe, tmp_path)) / "audit.html").read_text()
-    assert "background-color:#0072B2" in html
+    assert "background-color:#0072B2" in page([audit])
 
 
-def run_report(recipe: Path, folder: Path) -> str:
-    run(recipe, "--out", folder / "reports")
-    return str(folder / "reports" / "audit-tiny")
-
-
+@pytest.mark.usefixtures("no_page")
 def test_json_is_the_file(recipe: Path, tmp_path: Path) -> None:
     printed = json.loads(run(recipe, "--json", "--out", tmp_path / "reports", "--prompt", "More"))
     assert printed == json.loads((tmp_path / "reports" / "audit-tiny" / "audit.json").read_text())
     assert printed["passages"][0]["tokens"][1:] == list("More")
 
 
-def test_two_artifacts(recipe: Path, tmp_path: Path) -> None:
-    one, two = (fm.build(recipe, tmp_path / name, virtual=True).folder for name in ("before", "after"))
-    out = run(one, two, "--out", tmp_path / "reports", "--tokens", "50")
+def test_two_artifacts(place: Path, tmp_path: Path) -> None:
+    out = run(place / "virtual", place / "built", "--out", tmp_path / "reports", "--tokens", "50")
     assert "From the first to the second" in out
     assert (tmp_path / "reports" / "audit-tiny" / "audit.json").is_file()
 
@@ -117,7 +107,7 @@ def test_two_artifacts(recipe: Path, tmp_path: Path) -> None:
 def test_the_second_is_checked_before_the_first_is_computed(
     recipe: Path, parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("frankenmoe.auditing.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("frankenmoe.subject.Subject.load", lambda *_, **__: pytest.fail("loaded"))
     base, one, _ = parents["llama"]
     second = tiny.write_recipe(tmp_path / "second.yml", base, [base, one], prompts=True)
     (tmp_path / "a.txt").write_text("abc " * 30)
@@ -125,6 +115,7 @@ def test_the_second_is_checked_before_the_first_is_computed(
         run(recipe, second, "--out", tmp_path / "reports", "--data", f"e2={tmp_path / 'a.txt'}")
 
 
+@pytest.mark.usefixtures("no_page")
 def test_data_with_and_without_a_label(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "a=b.txt").write_text("hello " * 30)
     found = json.loads(
@@ -142,7 +133,7 @@ def test_data_with_and_without_a_label(recipe: Path, tmp_path: Path) -> None:
         (["--data", "e9=x.txt"], "names no expert"),
         (["--data", "missing.txt"], "does not exist"),
         (["--data", f"{'a' * 5000}=x"], "names no expert"),
-        (["--prompt", ""], "no tokens"),
+        (["--prompt", ""], "prompt must not be empty"),
     ],
 )
 def test_mistakes_write_nothing(arguments: list[str], words: str, recipe: Path, tmp_path: Path) -> None:

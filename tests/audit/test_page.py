@@ -305,6 +305,12 @@ def test_without_the_drawing_library_the_page_says_so(monkeypatch: pytest.Monkey
     assert "All layers in numbers" in html
 
 
+def test_control_characters_in_an_experts_name_are_replaced_in_charts() -> None:
+    audit = synthetic.make_audit(experts=3, layers=2, tokens=20)
+    audit.report["model"]["experts"][0] = "law\x00\x1b"
+    assert "law\ufffd\ufffd" in page([audit])
+
+
 def test_marks_are_told_apart_without_colour() -> None:
     marks = [palette.mark(expert) for expert in range(64)]
     assert len({mark.digit for mark in marks}) == 64

@@ -76,7 +76,7 @@ def test_identical_experts_do_not_move_and_compute_their_base(parents: Parents, 
     assert max(moved.values()) < 1e-5
     assert model is not None
     assert model.within_rounding(torch.float32)
-    found = against_base(moe, plan(recipe), PROBES, trust_remote_code=False)
+    found = against_base(moe, plan(recipe), PROBES)
     assert found.within_rounding(torch.float32)
     assert found.divergence < 1e-6
 
@@ -84,7 +84,7 @@ def test_identical_experts_do_not_move_and_compute_their_base(parents: Parents, 
 def test_other_experts_do_not_compute_the_base(parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     recipe, moe = load(tmp_path, base, [one, two])
-    assert not against_base(moe, plan(recipe), PROBES, trust_remote_code=False).within_rounding(torch.float32)
+    assert not against_base(moe, plan(recipe), PROBES).within_rounding(torch.float32)
 
 
 def test_without_a_choice_there_are_no_others(parents: Parents, tmp_path: Path) -> None:

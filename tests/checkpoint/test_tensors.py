@@ -9,7 +9,7 @@ from frankenmoe.checkpoint.tensors import (
     DTYPES,
     FLOATS,
     Constant,
-    Lora,
+    LowRank,
     Mean,
     Noise,
     Scale,
@@ -59,7 +59,7 @@ def test_only_one_unchanged_input_of_the_same_type_is_a_copy() -> None:
 
 def test_sources_name_the_factors_of_low_rank_terms() -> None:
     a, b = ref(2, 5), ref(3, 2)
-    write = TensorWrite("w", "F32", (3, 5), (ref(3, 5),), (Lora(a, b, 1.0), Noise(0.1, False, 0)))
+    write = TensorWrite("w", "F32", (3, 5), (ref(3, 5),), (LowRank(a, b, 1.0), Noise(0.1, False, 0)))
     assert write.sources == (ref(3, 5), a, b)
 
 
@@ -72,9 +72,9 @@ def test_sources_name_the_factors_of_low_rank_terms() -> None:
         ((ref(3, 5),), (Scale(2.0), Mean()), "only be the first"),
         ((ref(3, 5),), (Scale(2.0), Constant(1.0)), "only be the first"),
         ((ref(3, 4),), (), "15 elements"),
-        ((ref(3, 5),), (Lora(ref(2, 5), ref(3, 4), 1.0),), "low-rank"),
-        ((ref(3, 5),), (Lora(ref(2, 5), ref(5, 2), 1.0),), "low-rank"),
-        ((ref(3, 5),), (Lora(ref(), ref(), 1.0),), "low-rank"),
+        ((ref(3, 5),), (LowRank(ref(2, 5), ref(3, 4), 1.0),), "low-rank"),
+        ((ref(3, 5),), (LowRank(ref(2, 5), ref(5, 2), 1.0),), "low-rank"),
+        ((ref(3, 5),), (LowRank(ref(), ref(), 1.0),), "low-rank"),
     ],
 )
 def test_a_write_without_meaning_is_refused(inputs: tuple[TensorRef, ...], steps: tuple, reason: str) -> None:

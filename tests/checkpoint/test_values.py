@@ -20,7 +20,7 @@ from frankenmoe.checkpoint.header import header_bytes, read_header
 from frankenmoe.checkpoint.tensors import (
     DTYPES,
     Constant,
-    Lora,
+    LowRank,
     Mean,
     Noise,
     Scale,
@@ -169,7 +169,7 @@ def test_steps_against_float64(
     file = tmp_path_factory.mktemp("steps") / "w.safetensors"
     save_file(tensors, file)
     refs = read_header(file)
-    steps = (Mean(), Lora(refs["a"], refs["b"], 0.25), Scale(-3.0))
+    steps = (Mean(), LowRank(refs["a"], refs["b"], 0.25), Scale(-3.0))
     write = TensorWrite("out", "F32", (rows, columns), tuple(refs[f"w{i}"] for i in range(count)), steps)
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     mean = sum(wide[f"w{i}"] for i in range(count)) / count
@@ -281,7 +281,7 @@ def test_a_broken_source_is_blamed_and_not_the_step(save, make: Callable[[Tensor
 def test_a_broken_low_rank_factor_is_blamed(save) -> None:
     refs = save({"w": torch.zeros(2, 2), "a": torch.tensor([[1.0, -torch.inf]]), "b": torch.zeros(2, 1)})
     with pytest.raises(NumericsError, match=r"tensor 'a' in .* holds -Inf at \[0, 1\]"):
-        materialize(step_write(refs["w"], Lora(refs["a"], refs["b"], 1.0)))
+        materialize(step_write(refs["w"], LowRank(refs["a"], refs["b"], 1.0)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from frankenmoe.checkpoint import direct, writer
 from frankenmoe.checkpoint.header import read_header
-from frankenmoe.checkpoint.tensors import DTYPES, Lora, Scale, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, LowRank, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.writer import free_bytes, write_atomic, write_shard
 from frankenmoe.errors import ArtifactError, NumericsError, SourceError
 
@@ -207,7 +207,7 @@ def test_a_number_that_is_none_is_found_wherever_buffers_end(
 
 def test_a_number_that_a_product_loses_is_found(save, tmp_path: Path) -> None:
     refs = save({"w": torch.zeros(2, 2), "a": torch.full((1, 2), torch.inf), "b": torch.zeros(2, 1)})
-    lora = TensorWrite("w", "F32", (2, 2), (refs["w"],), (Lora(refs["a"], refs["b"], 1.0),))
+    lora = TensorWrite("w", "F32", (2, 2), (refs["w"],), (LowRank(refs["a"], refs["b"], 1.0),))
     with pytest.raises(NumericsError, match=r"tensor 'a' in .* holds Inf at \[0, 0\]"):
         write(tmp_path / "m.safetensors", [lora])
 

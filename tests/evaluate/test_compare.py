@@ -12,7 +12,7 @@ from frankenmoe.evaluate.bootstrap import minus, weighted
 from frankenmoe.evaluate.compare import AVERAGE, BASE, MOE, PARENT, gains, verdict
 from frankenmoe.evaluate.domains import Losses
 from frankenmoe.evaluate.prompts import BENCHMARKS
-from frankenmoe.evaluate.run import Outcome, Result
+from frankenmoe.evaluate.score import Outcome, Result
 
 
 def result(name: str, kind: str, losses: dict[str, list[float]], *, memory: int = 100, **scores: list[float]) -> Result:

@@ -56,7 +56,7 @@ def test_a_missing_field_a_missing_file_and_broken_json_are_named(tmp_path: Path
 def test_half_of_a_character_is_no_text(tmp_path: Path) -> None:
     folder = write_rows(tmp_path)
     (folder / "gsm8k" / "test.jsonl").write_text(r'{"question": "half of \ud83d", "answer": "#### 1"}')
-    with pytest.raises(SourceError, match=r"test\.jsonl:1 holds half of a character, '.ud83d'"):
+    with pytest.raises(SourceError, match=r"test\.jsonl:1 contains half of a character \(a lone surrogate\), '.ud83d'"):
         read_rows("gsm8k", "test", data_dir=folder)
 
 

@@ -16,7 +16,7 @@ def walk(trunk: Trunk, before: list[int], sequences: list[tuple[int, ...]], seen
         assert list(sequences[number][: len(path)]) == path
         if len(sequences[number]) == len(path):
             seen.add(number)
-    for row in trunk.rows:
+    for row in trunk.forests:
         visible = row.visible()
         read += len(row.tokens)
         for number, columns in row.where.items():

@@ -8,7 +8,7 @@ import pytest
 import gguftools
 import tiny
 from frankenmoe.export.quantize import quantize
-from frankenmoe.exporting import export_gguf
+from frankenmoe.export.run import export_gguf
 from frankenmoe.families.llamacpp import FILE_TYPES, MixFacts, tensor_type
 from frankenmoe.planning import plan
 from frankenmoe.planning.forecast import forecast
@@ -46,8 +46,7 @@ def test_files_are_llama_cpps_own(sizes: dict[str, int], experts: int, layers: i
         reference.unlink()
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-@pytest.mark.parametrize("pad256", [False, True])
+@pytest.mark.parametrize(("family", "pad256"), [("llama", False), ("qwen3", True)])
 def test_sizes_are_known_before_anything_is_written(family: str, pad256: bool, tmp_path: Path) -> None:
     base, *others = gguftools.parents(tmp_path, family, **ODD)
     path = tiny.write_recipe(tmp_path / "r.yml", base, others)

@@ -16,18 +16,17 @@ from click.testing import CliRunner
 import frankenmoe as fm
 import gguftools
 import tiny
-from frankenmoe import exporting
-from frankenmoe.artifact import open_artifact
+from frankenmoe.artifact.folder import open_artifact
 from frankenmoe.checkpoint import writer
 from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
-from frankenmoe.export import run
+from frankenmoe.export import run as exporting
 from frankenmoe.export.importance import ENOUGH, measure
 from frankenmoe.export.llama import Engine, check_loadable
-from frankenmoe.export.subject import of_artifact
-from frankenmoe.exporting import check_files, export_gguf
+from frankenmoe.export.run import check_files, export_gguf
 from frankenmoe.planning.gguf import layout
 from frankenmoe.publish.card import make_card
+from frankenmoe.subject import open_subject
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -42,6 +41,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fm.build(recipe, folder / "built")
     fm.build(recipe, folder / "virtual", virtual=True)
     return folder
+
+
+@pytest.fixture(scope="module")
+def f16(place: Path) -> Path:
+    """The virtual artifact as an f16 file; only read."""
+    (file,) = export_gguf(place / "virtual", place / "gguf", types=["f16"])
+    return file.path
 
 
 def refused(folder: Path, error: type[FrankenMoEError], word: str, **options: object) -> None:
@@ -73,8 +79,8 @@ def test_files_are_named_after_the_moe_and_never_overwritten(place: Path, tmp_pa
 
 
 def test_a_small_disk_is_told_before_the_first_byte(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "free_bytes", lambda folder: 1000)
-    refused(place, ArtifactError, "GiB free, but the files will have")
+    monkeypatch.setattr("frankenmoe.artifact.folder.free_bytes", lambda folder: 1000)
+    refused(place, ArtifactError, "GiB are still to be written")
 
 
 def test_what_a_killed_export_left_is_room_for_the_next(
@@ -82,7 +88,7 @@ def test_what_a_killed_export_left_is_room_for_the_next(
 ) -> None:
     (file,) = export_gguf(place / "virtual", tmp_path / "whole", types=["q8_0"])
     (tmp_path / "tiny-moe-Q8_0.gguf.partial").write_bytes(b"x" * file.bytes)
-    monkeypatch.setattr(run, "free_bytes", lambda folder: 5000)
+    monkeypatch.setattr("frankenmoe.artifact.folder.free_bytes", lambda folder: 5000)
     (again,) = export_gguf(place / "virtual", tmp_path, types=["q8_0"])
     assert again.path.read_bytes() == file.path.read_bytes()
 
@@ -120,7 +126,7 @@ def test_a_value_that_f16_cannot_hold_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_export_leaves_only_a_partial(how: signal.Signals, place: Path, tmp_path: Path) -> None:
     slow = (
-        "import sys, time\nfrom frankenmoe.export import write\nfrom frankenmoe.exporting import export_gguf\n"
+        "import sys, time\nfrom frankenmoe.export import write\nfrom frankenmoe.export.run import export_gguf\n"
         "real = write._write_tensor\ndef late(*a):\n    print('x', flush=True)\n    time.sleep(0.2)\n    real(*a)\n"
         "write._write_tensor = late\nexport_gguf(sys.argv[1], sys.argv[2], types=['f16', 'q8_0'])"
     )
@@ -199,7 +205,7 @@ def test_starved_experts_are_named_and_weighed_all_the_same(place: Path) -> None
             block.router.top_k = 1
             block.router.weight[0] = 0
             block.router.weight[1] = 0
-    found = measure(moe, layout(of_artifact(open_artifact(place / "virtual"))), [tiny.ids(64, batch=1)[0].tolist()])
+    found = measure(moe, layout(open_subject(place / "virtual").parts), [tiny.ids(64, batch=1)[0].tolist()])
     assert {(layer, expert) for layer, expert, _ in found.starved} >= {(0, 1), (1, 1)}
     assert all(tokens < ENOUGH for _, _, tokens in found.starved)
     for name, rows in found.importance.items():
@@ -210,7 +216,7 @@ def test_starved_experts_are_named_and_weighed_all_the_same(place: Path) -> None
 def test_importance_is_what_flows_into_each_matrix(place: Path) -> None:
     moe = fm.load(place / "virtual")
     ids = tiny.ids(48, batch=1)
-    found = measure(moe, layout(of_artifact(open_artifact(place / "virtual"))), [ids[0].tolist()])
+    found = measure(moe, layout(open_subject(place / "virtual").parts), [ids[0].tolist()])
     seen: dict[str, torch.Tensor] = {}
     layer = moe.model.model.layers[1]
     layer.mlp.register_forward_pre_hook(lambda _, args: seen.__setitem__("mlp", args[0][0]))
@@ -248,12 +254,11 @@ def test_the_command_exports_checks_reports_and_chats(place: Path, tmp_path: Pat
     assert json.loads(said.stdout)["reply"]
 
 
-def test_files_that_would_abort_llama_cpp_are_refused(place: Path, tmp_path: Path) -> None:
-    (file,) = export_gguf(place / "virtual", tmp_path, types=["f16"])
-    whole = file.path.read_bytes()
+def test_files_that_would_abort_llama_cpp_are_refused(f16: Path, tmp_path: Path) -> None:
+    whole = f16.read_bytes()
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(whole[:-100])
-    with pytest.raises(ArtifactError, match=r"is (cut off|not a whole)"):
+    with pytest.raises(ArtifactError, match=r"is (truncated|not a whole)"):
         check_loadable(cut)
     other = tmp_path / "other.gguf"
     other.write_bytes(b"not a model at all, but long enough to look at" * 10)
@@ -282,19 +287,16 @@ def test_a_template_that_llama_cpp_cannot_read_costs_the_template_only(tmp_path:
     assert "cannot read the file's chat template" in said.stderr
 
 
-def test_bytes_that_are_no_text_are_told_to_whoever_chats_with_a_file(place: Path, tmp_path: Path) -> None:
-    (file,) = export_gguf(place / "virtual", tmp_path, types=["f16"])
-    said = CliRunner().invoke(app, ["chat", str(file.path)], input=b"\xff\n")
+def test_bytes_that_are_no_text_are_told_to_whoever_chats_with_a_file(f16: Path) -> None:
+    said = CliRunner().invoke(app, ["chat", str(f16)], input=b"\xff\n")
     assert said.exit_code == 2
     assert "must be UTF-8" in said.stderr
 
 
-def test_a_file_with_one_token_twice_is_refused_before_llama_cpp_aborts(place: Path, tmp_path: Path) -> None:
-    (file,) = export_gguf(place / "virtual", tmp_path, types=["f16"])
-    raw = file.path.read_bytes()
+def test_a_file_with_one_token_twice_is_refused_before_llama_cpp_aborts(f16: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
-    broken.write_bytes(raw.replace(b"</s>", "Ġqu".encode(), 1))  # as long, and there already
-    with pytest.raises(ArtifactError, match="under two numbers"):
+    broken.write_bytes(f16.read_bytes().replace(b"</s>", "Ġqu".encode(), 1))  # as long, and there already
+    with pytest.raises(ArtifactError, match="one token with two ids"):
         Engine(broken, context=64)
 
 
@@ -312,7 +314,7 @@ def test_without_the_extra_plain_types_still_work(place: Path, tmp_path: Path, m
 
 def test_exporting_an_artifact_does_not_import_torch(place: Path, tmp_path: Path) -> None:
     code = (
-        "import sys\nfrom frankenmoe.exporting import export_gguf\n"
+        "import sys\nfrom frankenmoe.export.run import export_gguf\n"
         "export_gguf(sys.argv[1], sys.argv[2], types=['q8_0'])\n"
         "sys.exit(3 if {'torch', 'transformers'} & set(sys.modules) else 0)"
     )
@@ -331,20 +333,22 @@ def test_the_report_says_what_was_measured(place: Path, tmp_path: Path) -> None:
 
 def test_a_card_quotes_what_was_exported_beside_it_and_nothing_stale(place: Path, tmp_path: Path) -> None:
     artifact = shutil.copytree(place / "built", tmp_path / "moe")
+    text = tmp_path / "text.txt"
+    text.write_text(gguftools.WORDS)
+    export = ["export", str(artifact), str(artifact / "gguf"), "--text", str(text), "--types"]
     for types in ("q8_0", "q4_0"):
-        answer = CliRunner().invoke(app, ["export", str(artifact), str(artifact / "gguf"), "--types", types])
+        answer = CliRunner().invoke(app, [*export, types])
         assert answer.exit_code == 0, answer.output
-    text = make_card(open_artifact(artifact)).text
-    assert "| `tiny-moe-Q8_0.gguf` | q8_0 |" in text
-    assert "| `tiny-moe-Q4_0.gguf` | q4_0 |" in text
-    assert "Not compared with their source" not in text
+    card = make_card(open_artifact(artifact)).text
+    assert "| `tiny-moe-Q8_0.gguf` | q8_0 |" in card
+    assert "| `tiny-moe-Q4_0.gguf` | q4_0 |" in card
+    assert "Not compared with their source" not in card
 
     routers = artifact / "model-routers.safetensors"
     routers.write_bytes(routers.read_bytes()[:-1] + b"\1")
-    card = make_card(open_artifact(artifact))
-    assert "Files for llama.cpp" in card.missing
-    assert "gguf/export.json was made before the routers were changed" in card.text
-    export = ["export", str(artifact), str(artifact / "gguf"), "--types", "f16", "--no-check"]
-    assert CliRunner().invoke(app, export).exit_code == 0
+    stale = make_card(open_artifact(artifact))
+    assert "Files for llama.cpp" in stale.missing
+    assert "gguf/export.json was made before the routers were changed" in stale.text
+    assert CliRunner().invoke(app, [*export, "f16", "--no-check"]).exit_code == 0
     files = json.loads((artifact / "gguf" / "export.json").read_text())["files"]
     assert [file["path"] for file in files] == ["tiny-moe-F16.gguf"]

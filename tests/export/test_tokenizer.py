@@ -14,8 +14,8 @@ import gguftools
 import tiny
 from frankenmoe.errors import SourceError
 from frankenmoe.export.llama import Engine
+from frankenmoe.export.run import export_gguf
 from frankenmoe.export.tokenizer import BYTE, CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, read_vocabulary
-from frankenmoe.exporting import export_gguf
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -191,7 +191,7 @@ def test_padding_takes_no_name_that_a_token_has(tmp_path: Path) -> None:
     data = json.loads(file.read_text())
     data["added_tokens"].append(data["added_tokens"][0] | {"id": len(tokenizer)})
     file.write_text(json.dumps(data))
-    with pytest.raises(SourceError, match="'<unk>' under two numbers"):
+    with pytest.raises(SourceError, match="'<unk>' with two ids"):
         read_vocabulary(tmp_path, {}, rows=len(tokenizer) + 3)
 
 

@@ -1,11 +1,15 @@
 """The family tables against transformers' own classes: names, shapes and defaults."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import tiny
-from frankenmoe.families import FAMILIES, FORMATS, rope
+from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope
 
 VARIANTS = [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}]
 
@@ -41,3 +45,55 @@ def test_rope_is_read_from_both_spellings() -> None:
 
 def test_every_format_takes_families_that_have_a_table() -> None:
     assert {family for fmt in FORMATS.values() for family in fmt.families} == set(FAMILIES)
+
+
+# without these a config does not say how large the model is
+REQUIRED = {
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+}
+# null is a value of its own in these fields of a written config
+NULLS = {"sliding_window", "bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "n_shared_experts"}
+BUILDABLE = [(name, family) for name, fmt in FORMATS.items() for family in fmt.families]
+
+
+def written(name: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
+    return moe_config(
+        FORMATS[name], FAMILIES[family], config, experts=4, experts_per_token=2, shared_experts=0, dtype="float32"
+    )
+
+
+def with_fields_missing(family: str) -> dict[str, dict[str, Any]]:
+    """What was done -> a config of the family: every optional field left out or null, each alone and all together."""
+    full = AutoConfig.for_model(family, **tiny.SIZES).to_dict()
+    optional = [key for key in full if key not in REQUIRED]
+    found = {"all": full, "only the sizes": {key: full[key] for key in full if key in REQUIRED}}
+    found["all others null"] = full | dict.fromkeys(optional)
+    for key in optional:
+        found[f"no {key}"] = {other: value for other, value in full.items() if other != key}
+        found[f"null {key}"] = full | {key: None}
+    return found
+
+
+@pytest.mark.parametrize(("name", "family"), BUILDABLE)
+def test_written_configs_have_no_null_that_no_class_takes(name: str, family: str) -> None:
+    for done, config in with_fields_missing(family).items():
+        nulls = {key for key, value in written(name, family, config).items() if value is None}
+        assert nulls <= NULLS, done
+
+
+@pytest.mark.parametrize(("name", "family"), [pair for pair in BUILDABLE if FORMATS[pair[0]].loads_in_transformers])
+def test_transformers_loads_written_configs_whatever_field_is_missing(name: str, family: str, tmp_path: Path) -> None:
+    default = AutoConfig.for_model(family).to_dict()
+    for done, config in with_fields_missing(family).items():
+        (tmp_path / "config.json").write_text(json.dumps(written(name, family, config)))
+        loaded = AutoConfig.from_pretrained(tmp_path)
+        assert loaded.model_type == FORMATS[name].model_type, done
+        if done == "only the sizes":
+            for key in ("rms_norm_eps", "max_position_embeddings", "attention_bias", "eos_token_id", "pad_token_id"):
+                if key in default:
+                    assert getattr(loaded, key, default[key]) == default[key], key

@@ -8,7 +8,7 @@ import torch
 from test_fit import data_recipe
 from transformers import AutoModelForCausalLM
 
-from frankenmoe.artifact import open_artifact
+from frankenmoe.artifact.folder import open_artifact
 from refusals import cli, refused
 
 Parents = dict[str, list[Path]]

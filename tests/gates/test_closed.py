@@ -17,10 +17,10 @@ from frankenmoe.gates.statistics import (
     Fitted,
     Moments,
     RouterStatistics,
-    Text,
+    RouterText,
     load_statistics,
-    save_statistics,
     start,
+    statistics_bytes,
     with_text,
 )
 
@@ -45,7 +45,7 @@ def statistics_of(states: list[torch.Tensor], *, batch: int = 1000) -> RouterSta
         for part in states_ND.split(batch):
             moments.add(0, part)
         target = tuple(float(index == other) for other in range(len(states)))
-        found = with_text(found, Text(f"e{index}", target), moments)
+        found = with_text(found, RouterText(f"e{index}", target), moments)
     return found
 
 
@@ -195,7 +195,7 @@ def test_a_later_expert_gets_nothing_from_earlier_texts() -> None:
     two = statistics_of(states[:2])
     moments = Moments(layers=1, hidden=DIM)
     moments.add(0, states[2])
-    three = with_text(two, Text("e2", (0.0, 0.0, 1.0)), moments)
+    three = with_text(two, RouterText("e2", (0.0, 0.0, 1.0)), moments)
     whole = statistics_of(states)
     assert [text.target_C for text in three.texts] == [text.target_C for text in whole.texts]
     for method in CLOSED:
@@ -204,10 +204,10 @@ def test_a_later_expert_gets_nothing_from_earlier_texts() -> None:
 
 def test_statistics_survive_the_disk_and_damage_is_told(tmp_path: Path) -> None:
     file = tmp_path / "router-statistics.safetensors"
-    with pytest.raises(ArtifactError, match="were not fitted here"):
+    with pytest.raises(ArtifactError, match="were not fitted"):
         load_statistics(file)
     found = statistics_of(clouds(7))
-    save_statistics(file, Fitted({(): found, (1,): found, (-1,): found}, {"scale": 2.5}))
+    file.write_bytes(statistics_bytes(Fitted({(): found, (1,): found, (-1,): found}, {"scale": 2.5})))
     read = load_statistics(file)
     assert read.facts == {"scale": 2.5}
     assert list(read.routers) == [(), (1,), (-1,)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
-from frankenmoe.artifact import ROUTERS, STATISTICS, finish_replacing, replace_files
+from frankenmoe.artifact.folder import ROUTERS, STATISTICS, open_artifact
+from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import ArtifactError, FrankenMoEError, PlanError, RecipeError, SourceError
 from frankenmoe.gates.forcing import forced, moe_blocks
@@ -46,6 +48,14 @@ def data_recipe(folder: Path, parents: list[Path], **keys: object) -> Path:
     return tiny.write_recipe(
         folder / "r.yml", parents[0], [], experts=experts, gate_mode="logistic", experts_per_token=1, **keys
     )
+
+
+@pytest.fixture(scope="module")
+def fitted(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe, its text and the fitted virtual artifact `out`; only read."""
+    folder = tmp_path_factory.mktemp("fitted")
+    fm.fit(data_recipe(folder, parents["llama"]), folder / "out", block=32)
+    return folder
 
 
 def block(length: int, *, seed: int = 0) -> Block:
@@ -105,19 +115,18 @@ def test_forcing_ends_with_its_context(parents: Parents, tmp_path: Path) -> None
     assert all(each.router is router for each, router in zip(moe_blocks(moe.model), before, strict=True))
 
 
-def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(parents: Parents, tmp_path: Path) -> None:
-    result = fm.fit(data_recipe(tmp_path, parents["llama"]), tmp_path / "out", length=32)
-    assert result.artifact.record["stages"][0]["stage"] == "fit"
-    report = result.report
+def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(fitted: Path) -> None:
+    (stage,) = open_artifact(fitted / "out").record["stages"]
+    assert stage["stage"] == "fit"
+    report = load_statistics(fitted / "out" / STATISTICS).facts
     assert report["text"]["e0"]["from"] == ["e0.txt"]
     assert report["held_out_loss"]["before"] is None
-    assert (tmp_path / "out" / STATISTICS).is_file()
-    assert fm.verify(tmp_path / "out")
-    planned = fm.plan(fm.Recipe.load(tmp_path / "r.yml"))
+    assert fm.verify(fitted / "out")
+    planned = fm.plan(fm.Recipe.load(fitted / "r.yml"))
     expected = statistics_bytes(planned.routers)
-    assert expected <= (tmp_path / "out" / STATISTICS).stat().st_size < expected + 4096
+    assert expected <= (fitted / "out" / STATISTICS).stat().st_size < expected + 4096
     assert planned.bill.virtual > expected
-    moe = fm.load(tmp_path / "out")
+    moe = fm.load(fitted / "out")
     for own, name in enumerate(("e0", "e1")):
         ids = torch.tensor([moe.tokenizer()(text_of(name, 60))["input_ids"]])
         _, trace = moe.forward_with_trace(ids)
@@ -125,16 +134,12 @@ def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(parents: Parents, 
         assert share > 0.8, name
 
 
-def test_regret_begins_where_logistic_ends(parents: Parents, tmp_path: Path) -> None:
+def test_regret_begins_where_logistic_ends(fitted: Path, tmp_path: Path) -> None:
     """Its gates are others, and its report and statistics are whole."""
-    recipe = data_recipe(tmp_path, parents["llama"])
-    found = {
-        method: fm.fit(recipe, tmp_path / method, method=method, length=32, tokens=512)
-        for method in ("logistic", "regret")
-    }
-    assert found["regret"].report["method"] == "regret"
+    found = fm.fit(fitted / "r.yml", tmp_path / "regret", method="regret", block=32)
+    assert found.report["method"] == "regret"
     assert (tmp_path / "regret" / STATISTICS).is_file()
-    plain, other = ((tmp_path / method / ROUTERS).read_bytes() for method in found)
+    plain, other = ((folder / ROUTERS).read_bytes() for folder in (fitted / "out", tmp_path / "regret"))
     assert plain != other
 
 
@@ -164,7 +169,7 @@ def test_fitting_an_artifact_changes_routers_statistics_and_record_only(
     out = tmp_path / "out"
     fm.build(recipe, out, virtual=virtual)
     before = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir()}
-    result = fm.fit(out, method="ridge", length=32, keep_anyway=True)
+    result = fm.fit(out, method="ridge", block=32, keep_anyway=True)
     after = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in out.iterdir()}
     changed = {name for name in before | after if before.get(name) != after.get(name)}
     assert changed == {ROUTERS, STATISTICS, "frankenmoe.json"}
@@ -177,20 +182,16 @@ def test_fitting_an_artifact_changes_routers_statistics_and_record_only(
         fm.verify(out)
 
 
-def test_worse_routers_do_not_replace_better_ones(parents: Parents, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    fm.fit(data_recipe(tmp_path, parents["llama"]), out, length=32)
+def test_worse_routers_do_not_replace_better_ones(fitted: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(fitted, tmp_path / "copy") / "out"
     before = (out / ROUTERS).read_bytes()
-    for name in ("e0", "e1"):  # each expert gets the other's text: as data this can only be worse on its own held-out
-        (tmp_path / f"swapped-{name}.txt").write_text(text_of("e1" if name == "e0" else "e0"))
-    same = fm.fit(out, method="logistic", length=32)
+    same = fm.fit(out, method="logistic", block=32)
     assert not same.replaced
     assert (out / ROUTERS).read_bytes() == before
-    assert fm.fit(out, method="logistic", length=32, keep_anyway=True).replaced
+    assert fm.fit(out, method="logistic", block=32, keep_anyway=True).replaced
 
 
-@pytest.mark.parametrize("method", ["logistic", "regret"])
-def test_routers_of_nested_experts_and_shared_gates_are_fitted(method: str, parents: Parents, tmp_path: Path) -> None:
+def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["qwen2"]
     leaf = {
         name: {"source_model": str(folder), "name": name, "positive_prompts": [text_of(name, 30), text_of(name, 20)]}
@@ -199,7 +200,7 @@ def test_routers_of_nested_experts_and_shared_gates_are_fitted(method: str, pare
     leaf["e0"]["negative_prompts"] = [text_of("e2", 25)]
     nested = [{"name": "group", "experts": [leaf["e0"], leaf["e1"]], "experts_per_token": 1}, leaf["e2"]]
     file = tiny.write_recipe(
-        tmp_path / "n.yml", base, [], experts=nested, gate_mode=method, experts_per_token=1,
+        tmp_path / "n.yml", base, [], experts=nested, gate_mode="regret", experts_per_token=1,
         shared_experts=[{"source_model": str(base), "name": "always", "positive_prompts": ["good day"]}],
     )  # fmt: skip
     recipe = fm.Recipe.load(file)
@@ -259,12 +260,10 @@ def test_an_expert_is_added_without_the_others_text(virtual: bool, parents: Pare
         fm.add_expert(small, tmp_path / "x", source=str(base), name="e1", data=[str(tmp_path / "e2.txt")])
 
 
-def test_an_added_expert_leaves_no_name_of_the_routers_before(parents: Parents, tmp_path: Path) -> None:
-    recipe = data_recipe(tmp_path, parents["llama"])
-    first = fm.build(recipe, tmp_path / "first", virtual=True).folder
-    data_recipe(tmp_path, parents["llama"], routers=str(first / ROUTERS))
+def test_an_added_expert_leaves_no_name_of_the_routers_before(fitted: Path, parents: Parents, tmp_path: Path) -> None:
+    recipe = data_recipe(tmp_path, parents["llama"], routers=str(fitted / "out" / ROUTERS))
     fm.build(recipe, tmp_path / "small", virtual=True)
-    fm.fit(tmp_path / "small", method="ridge", length=32, keep_anyway=True)
+    fm.fit(tmp_path / "small", method="ridge", block=32, keep_anyway=True)
     source = str(parents["llama"][0])
     large = fm.add_expert(
         tmp_path / "small", tmp_path / "large", source=source, name="e2", data=[str(tmp_path / "e2.txt")]
@@ -313,7 +312,7 @@ def test_bad_text_changes_nothing(
     Path("short.txt").write_text("abc")
     recipe = data_recipe(tmp_path, parents["llama"])
     with pytest.raises(error, match=words) as caught:
-        fm.fit(recipe, "out", data=data, length=32)
+        fm.fit(recipe, "out", data=data, block=32)
     assert caught.value.hint
     assert not list(tmp_path.glob("out*"))
 
@@ -328,7 +327,7 @@ def test_fit_says_what_it_needs(parents: Parents, tmp_path: Path) -> None:
     fm.build(bare, tmp_path / "out", virtual=True)
     with pytest.raises(PlanError, match="replaced in place"):
         fm.fit(tmp_path / "out", tmp_path / "more")
-    with pytest.raises(ArtifactError, match="were not fitted here"):
+    with pytest.raises(ArtifactError, match="were not fitted"):
         fm.add_expert(tmp_path / "out", tmp_path / "more", source=str(base), name="new", data=["x.txt"])
 
 

@@ -16,7 +16,8 @@ import tiny
 from frankenmoe.errors import RecipeError
 from frankenmoe.gates.capture import encode, layer_inputs
 from frankenmoe.gates.chance import uniform_rows
-from frankenmoe.gates.run import make_routers
+from frankenmoe.gates.made import make_routers
+from frankenmoe.progress import SILENT
 
 Parents = dict[str, list[Path]]
 SAME_LENGTH = [["one", "two"], ["xyz", "abc"]]
@@ -25,7 +26,7 @@ NEGATIVES = [["no!"], []]
 
 def gates(recipe: Path) -> torch.Tensor:
     """All gates of a recipe as [layers, experts, hidden], in float32."""
-    made = make_routers(fm.plan(fm.Recipe.load(recipe)))
+    made = make_routers(fm.plan(fm.Recipe.load(recipe)), SILENT, cache=False).routers
     assert {kind for kind, _, _ in made.values()} == {"F32"}
     return torch.stack([torch.from_numpy(raw.view(np.float32).reshape(shape)) for _, shape, raw in made.values()])
 
@@ -118,9 +119,9 @@ def test_nested_routers_are_fitted_from_their_own_experts_prompts(parents: Paren
     ]
     nested = [{"name": "group", "experts": leaves[:2], "experts_per_token": 1}, leaves[2]]
     file = tiny.write_recipe(tmp_path / "n.yml", base, [], experts=nested, gate_mode="hidden", experts_per_token=1)
-    made = make_routers(fm.plan(fm.Recipe.load(file)))
+    made = make_routers(fm.plan(fm.Recipe.load(file)), SILENT, cache=False).routers
     flat = tiny.write_recipe(tmp_path / "f.yml", base, [], experts=leaves, gate_mode="hidden")
-    expected = make_routers(fm.plan(fm.Recipe.load(flat)))
+    expected = make_routers(fm.plan(fm.Recipe.load(flat)), SILENT, cache=False).routers
     inner = made["model.layers.0.mlp.experts.0.gate.weight"]
     outer = expected["model.layers.0.block_sparse_moe.gate.weight"]
     assert inner[1] == (2, 32)

@@ -19,10 +19,10 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import frankenmoe as fm
 import tiny
-from frankenmoe.moe import grouped, packing
 from frankenmoe.moe.adapter import with_adapter
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.experts import dispatch
+from frankenmoe.moe.gpu import grouped, packing
 from frankenmoe.moe.grouping import group_experts
 from frankenmoe.moe.router import Router
 from oracles.waits import NoWaits, WaitsError

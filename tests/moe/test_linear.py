@@ -86,7 +86,7 @@ def test_extreme_numbers_stay_what_they_are(tokens: int) -> None:
 
 @pytest.mark.parametrize("dtype", LOW)
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_sums_are_rounded_as_torch_rounds(tokens: int, dtype: torch.dtype) -> None:
+def test_sums_are_rounded_as_torch_rounds(who: str, tokens: int, dtype: torch.dtype) -> None:
     """Two numbers of every exponent, whose sum lies between two numbers of the type, halfway between, or past them."""
     info = torch.finfo(dtype)
     exponents = torch.arange(-149, 128, dtype=torch.float64)
@@ -98,6 +98,9 @@ def test_sums_are_rounded_as_torch_rounds(tokens: int, dtype: torch.dtype) -> No
     weight_OI[:, 0], weight_OI[:, 70] = large_N, small_N
     hidden_TI = torch.zeros(tokens, 80, dtype=dtype)
     hidden_TI[:, [0, 70]] = 1
+    if who == "torch":  # CPUs with bf16 instructions flush subnormal numbers to zero
+        normal_N = (large_N.abs() >= info.tiny) & (small_N.abs() >= info.tiny)
+        weight_OI, large_N, small_N = weight_OI[normal_N], large_N[normal_N], small_N[normal_N]
     assert torch.equal(linear(hidden_TI, weight_OI)[0], (large_N.float() + small_N.float()).to(dtype))
 
 

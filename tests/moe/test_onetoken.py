@@ -13,13 +13,13 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from frankenmoe.moe import linear as linear_module
-from frankenmoe.moe import onetoken
 from frankenmoe.moe.adapter import LoraLinear, with_adapter
 from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.cpu import onetoken
+from frankenmoe.moe.cpu.onetoken import OneToken
 from frankenmoe.moe.experts import dispatch
 from frankenmoe.moe.grouping import group_experts
 from frankenmoe.moe.linear import keep_stored, to_int8
-from frankenmoe.moe.onetoken import OneToken
 from frankenmoe.moe.router import Router
 
 LOW = (torch.bfloat16, torch.float16)
@@ -33,7 +33,7 @@ def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if linear_module.kernels() is None:
         pytest.skip("no kernels here: numba or OpenMP is missing")
     monkeypatch.setattr(onetoken, "SMALL", 0)
-    from frankenmoe.moe import compiled
+    from frankenmoe.moe.cpu import compiled
 
     monkeypatch.setattr(compiled, "GRAIN", 1)
     with torch.inference_mode():
@@ -89,7 +89,7 @@ def far(found: torch.Tensor, wanted: torch.Tensor) -> float:
 RANKS = st.tuples(*[st.sampled_from([0, 1, 5, 16])] * 3)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     sizes=st.tuples(st.sampled_from([1, 17, 64]), st.sampled_from([1, 33, 160])),
     dtype=st.sampled_from(LOW),
@@ -168,15 +168,16 @@ class Case(nn.Module):
 
     def __init__(self, **keys: object) -> None:
         super().__init__()
-        self.experts = [make(seed=1), make(seed=2)]
-        self.experts.append(adapted(self.experts[0], (4, 4, 4), dtype=torch.bfloat16, seed=1))  # type: ignore[arg-type]
-        self.memory, self.groups = OneToken(), group_experts(self.experts)
+        first, second = make(seed=1), make(seed=2)
+        experts = [first, second, adapted(first, (4, 4, 4), dtype=torch.bfloat16, seed=1)]
+        self.block = MoEBlock(Router(torch.randn(3, 64).bfloat16(), top_k=3, renormalize=True), experts)
+        self.experts, self.memory = self.block.experts, OneToken()
         self.hidden_1D = torch.randn(1, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
         assert self.short() is not None
 
     def short(self) -> torch.Tensor | None:
         weights, ids = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0, 1, 2]])
-        return self.memory.mix(self.hidden_1D, weights, ids, self.groups)
+        return self.memory.mix(self.hidden_1D, weights, ids, self.block.groups)
 
     def check(self) -> None:
         found = self.short()
@@ -263,10 +264,11 @@ def test_what_no_longer_fits_is_left_to_torch(change: object) -> None:
 def test_other_int8_scales_are_seen() -> None:
     expert, hidden_1D, memory = make(200, 330), torch.randn(1, 200), OneToken()
     to_int8(expert)
-    groups, weights, ids = group_experts([expert]), torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long)
-    before = memory.mix(hidden_1D, weights, ids, groups)
+    block = MoEBlock(Router(torch.randn(1, 200), top_k=1, renormalize=True), [expert])
+    weights, ids = torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.long)
+    before = memory.mix(hidden_1D, weights, ids, block.groups)
     expert.down_proj.scale = 2 * expert.down_proj.scale
-    found = memory.mix(hidden_1D, weights, ids, groups)
+    found = memory.mix(hidden_1D, weights, ids, block.groups)
     assert found is not None
     assert before is not None
     torch.testing.assert_close(found, 2 * before)
@@ -309,7 +311,7 @@ def test_who_listens_is_heard(listen: object) -> None:
     listen(case, seen)  # type: ignore[operator]
     weights, ids = torch.tensor([[0.5, 0.25, 0.25]]), torch.tensor([[0, 1, 2]])
     assert case.short() is None
-    dispatch(case.hidden_1D, weights, ids, case.experts, groups=case.groups, one_token=case.memory)
+    dispatch(case.hidden_1D, weights, ids, case.experts, groups=case.block.groups, one_token=case.memory)
     assert seen
 
 

@@ -10,7 +10,7 @@ import torch
 
 import frankenmoe as fm
 import tiny
-from frankenmoe.training import train
+from frankenmoe.train.run import train
 
 sys.path.append(str(Path(__file__).parents[1] / "train"))
 import corpus

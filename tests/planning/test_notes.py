@@ -14,7 +14,7 @@ import tiny
 from frankenmoe.planning.sources import odd_heads
 
 WEAKER = "llama.cpp does not renormalise the top-k weights"
-NO_LLAMA3 = "loses the llama3 rotary factors"
+NO_LLAMA3 = "drops the llama3 rotary factors"
 LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32, "rope_theta": 5000.0,

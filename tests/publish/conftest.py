@@ -1,13 +1,16 @@
 """A small artifact with its sources, made once, and copies of it to write into."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fakehub import TOKEN, Hub, running
+from huggingface_hub import constants
 
 import tiny
-from frankenmoe.artifact import Artifact, open_artifact
-from frankenmoe.building import build
+from frankenmoe.artifact.folder import Artifact, open_artifact
+from frankenmoe.build.run import build
 
 PERMISSIVE = (
     "---\nlicense: apache-2.0\nlanguage: en\ndatasets:\n- togethercomputer/RedPajama-Data-1T\n---\n\n# Parent\n"
@@ -36,3 +39,13 @@ def artifact(made: Path, tmp_path: Path) -> Artifact:
     """The built artifact, to write into; its sources stay where they are."""
     shutil.copytree(made / "moe", tmp_path / "moe")
     return open_artifact(tmp_path / "moe")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with running(Hub()) as state:
+        monkeypatch.setattr(constants, "ENDPOINT", state.url)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield state

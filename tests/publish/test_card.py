@@ -12,14 +12,14 @@ from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from test_leaderboard import GOLDEN, PAGE, RAIDEN
 
-from frankenmoe.artifact import ROUTERS, Artifact
-from frankenmoe.building import build
+from frankenmoe.artifact.folder import ROUTERS, Artifact
+from frankenmoe.build.run import build
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 from frankenmoe.publish.card import is_ours, make_card, write_card
 from frankenmoe.publish.leaderboard import TASKS
-from frankenmoe.recipestages import Card as Settings
+from frankenmoe.recipe.sections import CardSettings as Settings
 
 
 def settings(**keys: Any) -> Settings:
@@ -151,6 +151,16 @@ def test_an_audit_gives_picture_legend_and_faults(artifact: Artifact) -> None:
     assert card.picture.startswith(b"\x89PNG")
 
 
+def test_a_card_without_the_drawing_library_says_so(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("card", "found"):
+        monkeypatch.setattr(f"frankenmoe.publish.{module}.can_draw", lambda: False)
+    put(artifact, "audit.json", audit(artifact))
+    card = make_card(artifact)
+    assert card.picture is None
+    assert "routing.png" not in card.text
+    assert "- picture: drawing needs `pip install 'frankenmoe[audit]'`" in card.text.partition("## Not in this card")[2]
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -267,7 +277,7 @@ def test_what_a_person_wrote_is_not_replaced(artifact: Artifact) -> None:
     card = make_card(artifact)
     file = write_card(artifact, card)
     assert is_ours(file.read_text())
-    write_card(artifact, make_card(artifact, repo="me/two"))  # ours again: replaced without a word
+    write_card(artifact, make_card(artifact, settings=Settings(repo="me/two")))  # ours again: replaced without a word
     assert "me/two" in file.read_text()
     file.write_text(file.read_text().replace("# Two-of-them", "# My own words"))
     with pytest.raises(ArtifactError, match="by hand") as caught:
@@ -305,6 +315,14 @@ def test_a_mixture_of_mixtures_is_described(parents: dict[str, list[Path]], tmp_
     assert "a mixture of its own" in text
     assert "what chance made them" in text
     assert str(tmp_path.parent) not in text
+
+
+def test_html_in_a_name_is_shown_and_does_not_act(artifact: Artifact) -> None:
+    names = ["<script>alert(1)</script>", "b|`<i>"]
+    put(artifact, "audit.json", audit(artifact, model={"experts": names}, text={"<b>": {"tokens": 9}}))
+    text = make_card(artifact).text
+    assert not [tag for tag in ("<script>", "<b>", "<i>") if tag in text]
+    assert "0 &lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
 def test_the_command_says_what_is_missing(made: Path, tmp_path: Path) -> None:

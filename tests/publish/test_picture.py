@@ -1,48 +1,42 @@
-"""The heat map is a PNG that a reader of PNGs reads, dark where the load is."""
+"""The heat map of loads: every cell has its share, more load is darker, and the file is a PNG."""
 
+import re
 import struct
-import zlib
 
-import numpy as np
+from frankenmoe.charts import svg
+from frankenmoe.publish.picture import CELL, chart, heat_map
 
-from frankenmoe.publish.picture import CELL, MARGIN, PAPER, colour, heat_map
-
-
-def decoded(data: bytes) -> np.ndarray:
-    """The pixels of a PNG without filters, read by the standard's own rules, checksums too."""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    at, found = 8, {}
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        name, content = data[at + 4 : at + 8], data[at + 8 : at + 8 + length]
-        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length]) == (zlib.crc32(name + content),)
-        found[name] = content
-        at += 12 + length
-    assert list(found) == [b"IHDR", b"IDAT", b"IEND"]
-    width, height, depth, kind = struct.unpack(">IIBB", found[b"IHDR"][:10])
-    assert (depth, kind) == (8, 2)
-    lines = np.frombuffer(zlib.decompress(found[b"IDAT"]), dtype=np.uint8).reshape(height, 1 + width * 3)
-    assert not lines[:, 0].any()
-    return lines[:, 1:].reshape(height, width, 3)
+SHARES = [[0.5, 0.25, 0.25], [0.0, 0.1, 0.9]]
+LABELS = {"layers": [0, 1], "experts": ["maths", "law", "verse"]}
 
 
-def test_each_cell_has_the_colour_of_its_share() -> None:
-    shares = [[0.5, 0.25, 0.25], [0.0, 0.1, 0.9]]
-    image = decoded(heat_map(shares, layers=[0, 1]))
-    for y, row in enumerate(shares):
-        for x, share in enumerate(row):
-            pixel = image[MARGIN + y * CELL + 3, MARGIN + x * CELL + 3]
-            assert tuple(pixel) == colour(share / 0.9), (y, x)
-    assert tuple(image[0, 0]) == PAPER
+def cells(drawn: str) -> list[tuple[int, int]]:
+    """(share in percent, brightness 0 to 765) of every cell of the drawing."""
+    found = []
+    for tag in re.findall(r"<path [^>]*aria-label=\"[^\"]*\"[^>]*>", drawn):
+        share = re.search(r"share: (\d+)%", tag)
+        fill = re.search(r'fill="rgb\((\d+), (\d+), (\d+)\)"', tag)
+        if share and fill:
+            found.append((int(share[1]), sum(map(int, fill.groups()))))
+    return found
 
 
-def test_more_is_darker() -> None:
-    brightness = [sum(colour(step / 20)) for step in range(21)]
+def test_more_load_is_darker() -> None:
+    found = sorted(cells(svg(chart(SHARES, **LABELS))))
+    assert [share for share, _ in found] == sorted(100 * share for row in SHARES for share in row)
+    brightness = [bright for _, bright in found]
     assert brightness == sorted(brightness, reverse=True)
-    assert len(set(brightness)) == len(brightness)
+    assert len(set(brightness)) == len({share for share, _ in found})
 
 
-def test_sixty_four_experts_and_no_load_at_all() -> None:
-    image = decoded(heat_map([[0.0] * 64] * 100, layers=range(100)))
-    assert image.shape[0] > 100 * CELL
-    assert image.shape[1] > 64 * CELL
+def test_layers_and_experts_are_named() -> None:
+    drawn = svg(chart(SHARES, **LABELS))
+    assert all(f">{label}</text>" in drawn for label in ("layer", "expert", "0 maths", "1 law", "2 verse", "90"))
+
+
+def test_sixty_four_experts_without_any_load() -> None:
+    png = heat_map([[0.0] * 64] * 40, layers=range(40), experts=["same"] * 64)
+    assert png[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = struct.unpack(">II", png[16:24])
+    assert width > 64 * CELL
+    assert height > 40 * CELL

@@ -4,28 +4,17 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from fakehub import TOKEN, Hub, running
+from fakehub import TOKEN, Hub
 from huggingface_hub import constants
 
-from frankenmoe.artifact import Artifact, open_artifact
+from frankenmoe.artifact.folder import Artifact, open_artifact
 from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError
 from frankenmoe.publish.upload import Shipment, explained, prepare, send
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with running(Hub()) as state:
-        monkeypatch.setattr(constants, "ENDPOINT", state.url)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield state
 
 
 def push(*arguments: object) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from test_card import EXPORT, PUBLISHED, put
 
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact.folder import Artifact
 from frankenmoe.errors import ArtifactError
 from frankenmoe.publish.card import make_card
 
@@ -14,21 +14,21 @@ from frankenmoe.publish.card import make_card
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("not json", "is not JSON"),
-        ("[1]", "should be an object"),
-        ('{"kind": "frankenmoe audit"}', "model. should be an object"),
+        ("not json", "is not a report: "),
+        ("[1]", "model is missing"),
+        ('{"kind": "frankenmoe audit"}', "model is missing"),
         (
             '{"kind": "frankenmoe audit", "model": {"experts": 3}, "text": {}, "routers": []}',
-            "model.experts should be a list",
+            "model.experts must be a list",
         ),
         (
             '{"kind": "frankenmoe audit", "model": {"experts": []}, "text": {}, "routers": []}',
-            "routers should be a list with one per layer",
+            "routers must be a list with one router per layer",
         ),
         (
             '{"kind": "frankenmoe audit", "model": {"experts": []}, "text": {}, "answers": [], "routers": [{"layer": 0,'
             ' "path": "", "load": {"share": [1], "dead": []}, "domains": {"own_first": {"a": Infinity}}}]}',
-            "own_first.a should be a number",
+            "own_first.a must be a finite number",
         ),
     ],
 )

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import tiny
-from frankenmoe.recipetrain import Train
+from frankenmoe.recipe.train import TrainSettings
 
 WORDS = {"e0": ("abc ", "bca ", "cab "), "e1": ("xyz ", "zyx ", "yxz ")}
 
@@ -24,10 +24,10 @@ def write_texts(folder: Path, *, words: int = 900) -> dict[str, list[str]]:
     return found
 
 
-def settings(**changes: Any) -> Train:
+def settings(**changes: Any) -> TrainSettings:
     """A short run on short blocks."""
     plain = {"steps": 6, "batch": 4, "block": 16, "guard_blocks": 4, "guard_every": 3, "rate": 0.01, "rank": 4}
-    return Train.model_validate(plain | changes)
+    return TrainSettings.model_validate(plain | changes)
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import tiny
 from frankenmoe.train import head as heads
 from frankenmoe.train import losses
 from frankenmoe.train.head import FEWEST, is_direct, summed
-from frankenmoe.training import train
+from frankenmoe.train.run import train
 
 Parents = dict[str, list[Path]]
 BLOCKS, LENGTH = 3, 60
@@ -90,7 +90,7 @@ def test_training_is_the_same_in_parts(parents: Parents, tmp_path: Path, monkeyp
     monkeypatch.setattr(heads, "FEWEST", 7)
     monkeypatch.setattr(summed, "__kwdefaults__", {"numbers": 1})
     parts = train(moe, tmp_path / "parts", data=text, settings=settings, keep_anyway=True).report
-    monkeypatch.setattr("frankenmoe.train.run.is_direct", lambda model, context: False)
+    monkeypatch.setattr("frankenmoe.train.loop.is_direct", lambda model, context: False)
     whole = train(moe, tmp_path / "whole", data=text, settings=settings, keep_anyway=True).report
     assert parts["losses"] == pytest.approx(whole["losses"], abs=1e-5)
     for mine, other in zip(parts["looks"], whole["looks"], strict=True):

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,17 @@ import torch
 from dying import run_apart
 from pydantic import ValidationError
 
+import forks
 import frankenmoe as fm
 import tiny
 from frankenmoe.errors import ArtifactError, NumericsError, PlanError, SourceError
 from frankenmoe.moe.router import Router
-from frankenmoe.recipetrain import Train
+from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.train import checkpoint
+from frankenmoe.train import losses as losses_module
+from frankenmoe.train.loop import Run, RunResult, train_loop
 from frankenmoe.train.routing import LearningRouter
-from frankenmoe.train.run import run
-from frankenmoe.training import train
+from frankenmoe.train.run import train
 from refusals import cli
 
 Parents = dict[str, list[Path]]
@@ -33,11 +33,18 @@ def losses(out: Path) -> list[float]:
     return json.loads((out / "training.json").read_text())["losses"]
 
 
+@pytest.fixture(scope="module")
+def artifact(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual artifact over two llamas."""
+    folder = tmp_path_factory.mktemp("virtual")
+    return fm.build(corpus.recipe(folder, parents["llama"]), folder / "moe", virtual=True).folder
+
+
 @pytest.fixture
-def virtual(parents: Parents, tmp_path: Path) -> Path:
-    """A virtual artifact over two llamas, with text beside it."""
+def virtual(artifact: Path, tmp_path: Path) -> Path:
+    """The virtual artifact, with text in `tmp_path`."""
     corpus.write_texts(tmp_path)
-    return fm.build(corpus.recipe(tmp_path, parents["llama"]), tmp_path / "moe", virtual=True).folder
+    return artifact
 
 
 def data(folder: Path) -> dict[str, list[str]]:
@@ -68,7 +75,8 @@ def test_the_best_look_is_kept(virtual: Path, tmp_path: Path) -> None:
     looks = {look["step"]: look["mean"] for look in found.report["looks"]}
     assert set(looks) == {0, 2, 4, 6, 8, 10, 12}
     assert looks[found.report["best_step"]] == min(looks.values()) == found.report["mean_held_out_loss"]["best"]
-    again = train(tmp_path / "out", tmp_path / "again", data=data(tmp_path), settings=settings, keep_anyway=True)
+    short = corpus.settings(steps=1)
+    again = train(tmp_path / "out", tmp_path / "again", data=data(tmp_path), settings=short, keep_anyway=True)
     assert again.report["looks"][0]["mean"] == pytest.approx(min(looks.values()), abs=1e-6)
     look = found.report["looks"][0]
     assert all(sum(layer) == pytest.approx(1) for layer in look["load"])
@@ -99,14 +107,15 @@ def test_a_run_that_helps_nothing_writes_nothing_unless_told_to(virtual: Path, t
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    from frankenmoe.train.trainer import MoETrainer
+    """The loss of that step, counted from 0, is no number."""
+    plain, calls = losses_module.next_token, []
 
-    plain = MoETrainer._token_loss
+    def nan_at_step(logits_TV: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
+        calls.append(logits_TV.requires_grad)  # the guard's looks need no gradient, a check before the first step does
+        bad = logits_TV.requires_grad and sum(calls) == step + 2
+        return plain(logits_TV, targets_T) * (float("nan") if bad else 1)
 
-    def nan_at_step(self: Any, *rest: Any) -> torch.Tensor:
-        return plain(self, *rest) * (float("nan") if self.state.global_step == step else 1)
-
-    monkeypatch.setattr(MoETrainer, "_token_loss", nan_at_step)
+    monkeypatch.setattr(losses_module, "next_token", nan_at_step)
 
 
 def test_nan_stops_and_keeps_the_best_state_before_it(
@@ -135,18 +144,41 @@ def test_a_body_that_changes_while_its_routers_are_trained_is_noticed(
 ) -> None:
     body = fm.build(virtual, tmp_path / "built").folder
 
-    def meanwhile(job: Any, **keys: Any) -> Any:
-        found = run(job, **keys)
+    def meanwhile(run: Run, **keys: Any) -> RunResult:
+        found = train_loop(run, **keys)
         shard = next(body.glob("model-0*.safetensors"))
         raw = bytearray(shard.read_bytes())
         raw[-1] ^= 1
         shard.write_bytes(raw)
         return found
 
-    monkeypatch.setattr("frankenmoe.training.run", meanwhile)
+    monkeypatch.setattr("frankenmoe.train.run.train_loop", meanwhile)
     with pytest.raises(ArtifactError, match="changed while it was trained"):
         train(body, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(), keep_anyway=True)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("virtual_form", [True, False], ids=["virtual", "built"])
+def test_a_moved_artifact_finds_its_data_beside_it(virtual_form: bool, parents: Parents, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    corpus.write_texts(old)
+    experts = [
+        {"source_model": str(parent), "name": name, "data": f"{name}.txt"}
+        for name, parent in zip(corpus.WORDS, parents["llama"][1:], strict=True)
+    ]
+    recipe = tiny.write_recipe(old / "r.yml", parents["llama"][0], [], experts=experts, gate_mode="random")
+    fm.build(recipe, old / "moe", virtual=virtual_form)
+    old.rename(new)
+    found = train(new / "moe", tmp_path / "out", settings=corpus.settings(), keep_anyway=True)
+    assert found.report["data"] == {name: [f"{name}.txt"] for name in corpus.WORDS}
+
+
+def test_data_in_the_home_folder_is_found(virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = {name: [f"~/{name}.txt"] for name in corpus.WORDS}
+    assert train(virtual, tmp_path / "out", data=text, settings=corpus.settings(), keep_anyway=True).report["steps"]
+    assert cli("fit", virtual, "--data", "e0=~/e0.txt", "--data", "e1=~/e1.txt", "--keep-anyway").code == 0
 
 
 def test_one_block_cannot_be_learnt_from_and_measured_with(virtual: Path, tmp_path: Path) -> None:
@@ -180,9 +212,7 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(
     virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as broken:
-        broken.setattr(
-            "frankenmoe.train.trainer.save_checkpoint", lambda *_, **__: (_ for _ in ()).throw(ArtifactError("x"))
-        )
+        broken.setattr(checkpoint, "write_json", lambda *_: (_ for _ in ()).throw(ArtifactError("x")))
         with pytest.raises(ArtifactError):
             train(virtual, tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
     with pytest.raises(ArtifactError, match="was begun from another"):
@@ -307,7 +337,7 @@ def test_what_cannot_learn_is_refused(virtual: Path, parents: Parents, tmp_path:
 )
 def test_settings_that_make_no_sense_are_refused(table: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError, match=says):
-        Train.model_validate(table)
+        TrainSettings.model_validate(table)
 
 
 def test_distillation_pulls_towards_the_parent(virtual: Path, tmp_path: Path) -> None:
@@ -353,23 +383,20 @@ def test_a_recipe_may_say_everything(parents: Parents, tmp_path: Path) -> None:
     assert train(tmp_path / "sub" / "out", tmp_path / "again", keep_anyway=True).report["steps"] == 6
 
 
-@pytest.mark.slow
 def test_training_is_killed_by_ctrl_c_and_goes_on(virtual: Path, tmp_path: Path) -> None:
     words = ["train", str(virtual), str(tmp_path / "out"), "--steps", "400", "--block", "16", "--save-every", "2"]
     words += [f"--data={name}={files[0]}" for name, files in data(tmp_path).items()]
-    child = subprocess.Popen(
-        [sys.executable, "-m", "frankenmoe.cli", *words],
-        preexec_fn=tiny.hears_ctrl_c,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    (tmp_path / "said").mkdir()
+    child = forks.start(forks.COMMAND, *words, out=tmp_path / "said")
     deadline = time.monotonic() + 120
     while checkpoint.last_checkpoint(tmp_path / "out.partial") is None and time.monotonic() < deadline:
         time.sleep(0.05)
+    assert child.pid
     os.kill(child.pid, signal.SIGINT)
-    _, said = child.communicate(timeout=60)
-    assert child.returncode == 130, said
-    assert "goes on from here" in said
+    child.join(timeout=60)
+    said = (tmp_path / "said/stderr").read_text()
+    assert child.exitcode == 130, said
+    assert "continues from here" in said
     assert checkpoint.last_checkpoint(tmp_path / "out.partial") is not None
 
 
@@ -378,7 +405,7 @@ def test_training_is_killed_by_ctrl_c_and_goes_on(virtual: Path, tmp_path: Path)
     [
         (["--what", ""], "at least one part"),
         (["--data", "e0=nowhere.txt"], "looked for at {here}/nowhere.txt"),
-        (["--rate", "1e38"], "less than or equal to 1000000"),
+        (["--rate", "1e38"], "must be at most 1000000"),
     ],
 )
 def test_the_command_refuses(

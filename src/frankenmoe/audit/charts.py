@@ -1,26 +1,24 @@
-"""Charts by layer as Vega-Lite specifications, drawn to SVG without a network; knows no page.
+"""The charts of an audit by layer, as Vega-Lite specifications.
 
-Colours are CSS variables, so that one drawing serves light and dark; no two lines differ by colour alone.
+Colours are CSS variables, so one drawing serves light and dark pages. No two lines differ by colour alone.
 """
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from frankenmoe.charts import Spec, svg
 from frankenmoe.palette import COLOURS
 
 Facts = Mapping[str, Any]
-Spec = dict[str, Any]
 
-WIDE, HALF, NARROW = 500, 200, 240  # pixels of plot: a screen's column, half of one, a phone
+WIDE, HALF, NARROW = 500, 200, 240  # pixels of plot: a column on a screen, half of one, a phone
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
-TOLD_CELLS = 1000  # more are not read out one by one; the bars and tables have the same numbers
-LABELLED_CELLS = 260  # a heat map with more cells has no room for numbers
-SCHEMA = "https://vega.github.io/schema/vega-lite/v5.json"
-CONFIG: Spec = {
+TOLD_CELLS = 1000  # more cells get no text for screen readers; the tables have the same numbers
+LABELLED_CELLS = 260  # more cells leave no room for numbers
+LOOK: Spec = {
     "background": "transparent",
     "font": "sans-serif",
     "view": {"stroke": None},
@@ -36,7 +34,7 @@ CONFIG: Spec = {
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart to be drawn: what it shows in words, and its specification for a plot `width` pixels wide."""
+    """A chart: the question it belongs to, a caption, and its specification for a plot of a width in pixels."""
 
     key: str
     caption: str
@@ -45,32 +43,20 @@ class Chart:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: a name, a colour (a CSS value) and a value per layer, None where there is none."""
+    """One line of a chart: name, colour (a CSS value) and a value per layer, None where it is unknown."""
 
     name: str
     colour: str
     values: Sequence[float | None]
 
 
-def can_draw() -> bool:
-    """Whether the drawing library (the extra `audit`) is installed."""
-    try:
-        import vl_convert  # noqa: F401
-    except ImportError:
-        return False
-    return True
-
-
 def drawn(chart: Chart, width: int) -> str:
     """The chart as an SVG element."""
-    import vl_convert
-
-    svg: str = vl_convert.vegalite_to_svg(json.dumps({"$schema": SCHEMA, "config": CONFIG, **chart.spec(width)}))
-    return svg
+    return svg(chart.spec(width), look=LOOK)
 
 
 def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...]:
-    """Every chart of one MoE's outer routers, in the order of the questions."""
+    """All charts of one MoE's outer routers, in the order of the questions."""
     layers = [facts["layer"] for facts in routers]
 
     def of(key: str, part: str) -> list[Any]:
@@ -105,12 +91,12 @@ def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...
 
 
 def line(index: int) -> str:
-    """The CSS variable of a line's colour; a page defines one per palette colour, darker where it is light."""
+    """The CSS variable of a line's colour. The page defines one per palette colour, darker on light paper."""
     return f"var(--l{index % len(COLOURS)})"
 
 
 def _apart(layers: Sequence[int], routers: Sequence[Facts]) -> Chart | None:
-    """Distances of pairs of experts: the nearest, the middle and the farthest pair of each layer."""
+    """Distances of expert pairs: the nearest, the median and the farthest pair of each layer."""
     if routers[0]["apart"]["median"] is None:
         return None
     keys = (("farthest", 5), ("median", 0), ("nearest", 2))
@@ -213,7 +199,7 @@ def _lines(
 
 
 def _heat(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str]) -> Chart:
-    """Load of every expert in every layer; opacity carries the share, so that it works on any background."""
+    """Load of every expert in every layer. Opacity shows the share, so it works on any background."""
     rows = [
         {
             "layer": facts["layer"], "expert": f"{index} {name}", "share": share,

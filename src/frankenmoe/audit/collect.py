@@ -1,6 +1,5 @@
-"""One pass over text that adds up what every router does; memory is that of the sums, however long the text.
+"""One pass over text that adds up what every router does. Memory does not grow with the length of the text.
 
-Does not know where text comes from, nor what the sums will be used for.
 Shape suffixes: C domains, T tokens, D hidden, E experts, K top-k.
 """
 
@@ -9,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from frankenmoe.audit.measures import CAPACITIES
 from frankenmoe.audit.stats import overflow
 from frankenmoe.moe.experts import DROPPED
 from frankenmoe.moe.load import MoE
@@ -16,18 +16,17 @@ from frankenmoe.moe.trace import LayerTrace, blocks, stream
 from frankenmoe.progress import SILENT, Progress
 
 BATCH_TOKENS = 1024
-CAPACITIES = (1.0, 1.25, 2.0)
-CLOSE = 0.1  # a margin in nats: the last chosen expert is at most 10 % likelier than the next
+CLOSE = 0.1  # a margin in nats: the last chosen expert is at most 10 % more likely than the next
 
 Blocks = Iterable[Sequence[int]]
 
 
 @dataclass
 class RouterSums:
-    """What one router did, added up. Counts are of assignments (K per token) unless they say tokens.
+    """What one router did, added up. Counts are of assignments (K per token) unless their name says tokens.
 
-    `counts_CE` are the choices before any is dropped; `over` the assignments above each of CAPACITIES, counted batch by
-    batch; `margin` and `close` are of the k-th against the next logit, missing where every expert is chosen.
+    `counts_CE` are the choices before any is dropped. `over` are the assignments above each of CAPACITIES, counted per
+    batch. `margin` and `close` compare the k-th logit with the next one; they stay zero if every expert is chosen.
     """
 
     layer: int
@@ -69,7 +68,7 @@ class RouterSums:
         ids_TK, weights_TK = trace.ids_TK, trace.weights_TK
         kept_TK = ids_TK != DROPPED
         lost = ids_TK.numel() - int(kept_TK.sum())
-        # a dropped choice has lost its name; the logits still know it
+        # the ids do not say which expert was dropped, the logits do
         chosen_TK = logits_TE.topk(self.top_k, dim=-1).indices if lost else ids_TK
         counts_E = torch.bincount(chosen_TK.flatten(), minlength=experts).cpu()
         self.tokens += tokens
@@ -95,10 +94,10 @@ class RouterSums:
 def collect(
     moe: MoE, texts: Mapping[str, Blocks], *, limit: int, progress: Progress = SILENT
 ) -> tuple[tuple[RouterSums, ...], dict[str, int]]:
-    """The sums of every router, and the tokens read per domain: at most `limit` of each.
+    """The sums of every router, and the number of tokens read per domain: at most `limit` of each.
 
-    `texts` is domain -> blocks of token ids, taken one after the other as they come. A batch holds blocks of one
-    domain and one length, so that nothing is padding.
+    `texts` is domain -> blocks of token ids, read in order. A batch holds blocks of one domain and one length, so there
+    is no padding.
     """
     domains = list(texts)
     sums = {
@@ -126,7 +125,7 @@ def collect(
 
 
 def batches(texts: Blocks, *, limit: int) -> Iterator[list[list[int]]]:
-    """Blocks of equal length, about BATCH_TOKENS tokens at a time, until `limit` tokens; empty blocks are left out."""
+    """Batches of blocks of equal length, about BATCH_TOKENS tokens each, up to `limit` tokens; skips empty blocks."""
     held: list[list[int]] = []
     left = limit
     for block in texts:

@@ -1,4 +1,4 @@
-"""Sums, gates and distances of every router as plain data, a table per router; does not judge any of it.
+"""Sums, gate and distances of every router as plain data, one table per router.
 
 Shape suffixes: C domains, E experts, D hidden.
 """
@@ -10,12 +10,13 @@ from typing import Any
 import torch
 
 from frankenmoe.audit import stats
-from frankenmoe.audit.collect import CAPACITIES, CLOSE, RouterSums
-from frankenmoe.audit.weights import Distances
+from frankenmoe.audit.collect import CLOSE, RouterSums
+from frankenmoe.audit.measures import CAPACITIES
+from frankenmoe.audit.weights import Distances, groups
 from frankenmoe.errors import NumericsError
 
 DEGENERATE = 5.0  # the condition number above which mergekit-moe warns of a degenerate gate
-DIGITS = 5  # significant digits kept; a page of 64 experts would be megabytes otherwise
+DIGITS = 5  # significant digits, so that the page of 64 experts stays small
 
 Facts = dict[str, Any]
 
@@ -29,10 +30,10 @@ def router_facts(
     distances: Distances | None,
     moved: float | None,
 ) -> Facts:
-    """One router's table. `own[c]` is the expert of domain c, None where it has none; `distances` and `moved` (the
-    relative change of the layer's output with other experts chosen) are those of outer routers.
+    """One router's table. `own[c]` is the expert of domain c, or None.
 
-    Raises NumericsError where the router put out something that is not a number.
+    Only outer routers have `distances` and `moved`, the relative change of the layer's output with other experts
+    chosen. Raises NumericsError if the router's logits are not finite.
     """
     if not math.isfinite(float(sums.prob_E.sum()) + sums.spread):
         raise NumericsError(
@@ -76,7 +77,7 @@ def _load(sums: RouterSums) -> Facts:
 
 
 def _domains(sums: RouterSums, domains: Sequence[str], own: Sequence[int | None]) -> Facts | None:
-    """Confusion of domain against expert, or None for a text without labels."""
+    """Counts of domain against expert; None for a text without labels."""
     if all(expert is None for expert in own):
         return None
     tokens_C = sums.first_CE.sum(dim=1)
@@ -103,7 +104,7 @@ def _gate(sums: RouterSums, gate_ED: torch.Tensor) -> Facts:
         "cosines": rounded(stats.cosines(wide_ED)),
         "largest_cosine": rounded(alike[0]) if alike else None,
         "most_alike": list(alike[1]) if alike else None,
-        # JSON has no infinity: null is a gate whose rows are linearly dependent
+        # JSON has no infinity: null means that the rows are linearly dependent
         "condition": rounded(condition) if math.isfinite(condition) else None,
         "condition_centred": rounded(centred) if math.isfinite(centred) else None,
         "degenerate": condition > DEGENERATE,
@@ -138,20 +139,15 @@ def _apart(distances: Distances, moved: float | None) -> Facts:
 
 
 def identical_everywhere(distances: Sequence[Distances]) -> list[list[str]]:
-    """Groups of experts, by path, that hold the same numbers in every layer."""
+    """Groups of experts, by path, with the same weights in every layer."""
     paths = distances[0].paths
-    keys: list[tuple[int, ...]] = []
-    for expert in range(len(paths)):
-        homes = ({member: group[0] for group in layer.identical for member in group} for layer in distances)
-        keys.append(tuple(home.get(expert, expert) for home in homes))
-    members: dict[tuple[int, ...], list[str]] = {}
-    for path, key in zip(paths, keys, strict=True):
-        members.setdefault(key, []).append(path)
-    return [group for group in members.values() if len(group) > 1]
+    firsts = [{member: group[0] for group in layer.identical for member in group} for layer in distances]
+    keys = [tuple(first.get(expert, expert) for first in firsts) for expert in range(len(paths))]
+    return [[paths[expert] for expert in group] for group in groups(keys)]
 
 
 def rounded(value: Any) -> Any:
-    """Numbers to DIGITS significant digits, tensors as lists of them; None stays None."""
+    """Numbers to DIGITS significant digits, tensors as lists; None stays None."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):

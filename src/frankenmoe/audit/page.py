@@ -1,6 +1,6 @@
-"""One HTML page that needs nothing but itself: answers, charts, tables, tokens; computes nothing new.
+"""A self-contained HTML page with an audit's answers, charts, tables and tokens.
 
-Everything from outside (names, tokens) is escaped, and a content policy forbids any request.
+Names and tokens are escaped, and a content policy forbids all requests.
 """
 
 import json
@@ -12,53 +12,24 @@ from itertools import zip_longest
 from typing import Any
 
 from frankenmoe.audit.answers import spelt
-from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, can_draw, charts, drawn
-from frankenmoe.audit.compare import MEASURES, OTHER_TEXT, paired, same_text
-from frankenmoe.audit.run import Audit
+from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, charts, drawn
+from frankenmoe.audit.compare import OTHER_TEXT, paired, same_text
+from frankenmoe.audit.examine import Audit
+from frankenmoe.audit.measures import Facts, Measure, compared, on_page, own_shares
 from frankenmoe.audit.tokens import encoded
+from frankenmoe.charts import can_draw
 from frankenmoe.palette import mark
 
-Facts = Mapping[str, Any]
-
-LARGEST = 4_900_000  # bytes that a page should not exceed; token data is thinned out to keep to it
+LARGEST = 4_900_000  # bytes of a page; token data is thinned out to stay below
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-HALF_WIDE = 6  # experts whose table fits into half of the page
+HALF_WIDE = 6  # so many experts' table fits in half of the page
 NO_CHARTS = (
     "Charts need the extra <code>audit</code>: <code>pip install 'frankenmoe[audit]'</code>. All numbers are below."
 )
-# question -> columns of its table over all layers: title, where in a router's facts, decimals
-TABLES: Mapping[str, Sequence[tuple[str, tuple[str, str], int]]] = {
-    "moe": (
-        ("nearest pair", ("apart", "nearest"), 3),
-        ("median pair", ("apart", "median"), 3),
-        ("farthest pair", ("apart", "farthest"), 3),
-        ("output moves by", ("apart", "moved"), 3),
-    ),
-    "load": (
-        ("CV", ("load", "cv"), 3),
-        ("MaxVio", ("load", "max_vio"), 3),
-        ("dead", ("load", "dead"), 0),
-        ("gate entropy, nats", ("load", "entropy"), 3),
-        ("share of ln E", ("load", "entropy_share"), 3),
-        ("margin, nats", ("load", "margin"), 3),
-        ("close calls", ("load", "close_share"), 3),
-        ("Switch balance", ("load", "switch_balance"), 3),
-    ),
-    "domain": (("mutual information, bits", ("domains", "information"), 3),),
-    "gate": (
-        ("largest cosine", ("gate", "largest_cosine"), 3),
-        ("condition number", ("gate", "condition"), 2),
-        ("centred", ("gate", "condition_centred"), 2),
-        ("logit spread", ("gate", "logit_spread"), 3),
-        ("hidden norm", ("gate", "hidden_norm"), 2),
-    ),
-    "survive": (("fewest tokens", ("capacity", "fewest_tokens"), 0), ("dropped here", ("capacity", "dropped"), 3)),
-    "token": (),
-}
 
 
 def page(audits: Sequence[Audit]) -> str:
-    """The page of one audit, or of two side by side."""
+    """The page of one audit or of two side by side."""
     reports = [audit.report for audit in audits]
     names = [report["subject"]["name"] for report in reports]
     title = f"Audit of {' and '.join(dict.fromkeys(names))}"
@@ -99,13 +70,13 @@ def page(audits: Sequence[Audit]) -> str:
 
 
 def _layout(reports: Sequence[Facts]) -> str:
-    """Which columns the page has room for: tables of many experts need its whole width."""
+    """CSS classes of the layout: tables of many experts need the whole width."""
     many = max(len(report["routers"][0]["apart"]["paths"]) for report in reports) > HALF_WIDE
     return " ".join([*(["two"] if len(reports) > 1 else []), *(["many"] if many else [])])
 
 
 def storable(text: str) -> bytes:
-    """UTF-8; what no encoding has, bytes in a path that are no text, spelt out as JSON would."""
+    """UTF-8. Lone surrogates, from bytes in a path that are not text, are written as escapes."""
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -144,7 +115,7 @@ def _who(report: Facts, reports: Sequence[Facts]) -> str:
 
 
 def _called(report: Facts, reports: Sequence[Facts]) -> str:
-    """What one of two is called; by its place as well where both have one name, as before and after training."""
+    """The title of one of two audits. If both have the same name, as before and after training, it adds the path."""
     names = [(each["subject"]["name"], each["subject"]["what"]) for each in reports]
     place = f" in {report['subject']['path']}" if len(set(names)) < len(names) else ""
     return f"{report['subject']['name']}, {report['subject']['what']}{place}"
@@ -161,7 +132,7 @@ def _verdict(answer: Facts) -> str:
 
 
 def _legend(reports: Sequence[Facts]) -> str:
-    """Who a mark stands for; where two audits have different experts under one number, both."""
+    """The experts' marks and names. If two audits have different experts with one number, both names."""
     numbered = zip_longest(*(report["model"]["experts"] for report in reports))
     names = [" / ".join(name for name in dict.fromkeys(both) if name is not None) for both in numbered]
     items = "".join(f"<li>{_chip(index)} {escape(name)}</li>" for index, name in enumerate(names))
@@ -224,18 +195,19 @@ def _tokens(index: int) -> str:
 
 
 def _table(key: str, report: Facts) -> str:
-    """Every layer's numbers, nested routers too."""
-    columns = list(TABLES[key])
+    """Every layer's numbers, nested routers included."""
+    measures = on_page(key)
     rows = report["routers"] if key in ("load", "gate", "survive") else _outer(report)
-    extra = _extra(key, rows)
-    if not columns and not extra:
+    if not measures:
         return ""
-    heads = "".join(f"<th scope=col>{escape(title)}</th>" for title in ["layer", *(c[0] for c in columns), *extra])
+    domains = _by_domain(rows) if key == "domain" else {}
+    titles = ["layer", *(measure.heading for measure in measures), *domains]
+    heads = "".join(f"<th scope=col>{escape(title)}</th>" for title in titles)
     body = "".join(
         "<tr>"
         f"<th scope=row>{_place(facts)}</th>"
-        + "".join(f"<td>{_cell(facts, at, digits)}</td>" for _, at, digits in columns)
-        + "".join(f"<td>{value}</td>" for value in (_share(each[row]) for each in extra.values()))
+        + "".join(f"<td>{_cell(measure, facts)}</td>" for measure in measures)
+        + "".join(f"<td>{_share(each[row])}</td>" for each in domains.values())
         + "</tr>"
         for row, facts in enumerate(rows)
     )
@@ -246,34 +218,29 @@ def _table(key: str, report: Facts) -> str:
 
 
 def _place(facts: Facts) -> str:
-    """The layer of a router, and for a nested one the expert it is in."""
+    """The layer of a router, and the expert that contains it if it is nested."""
     return f"{facts['layer']}, in expert {facts['path']}" if facts["path"] else str(facts["layer"])
 
 
-def _extra(key: str, rows: Sequence[Facts]) -> dict[str, list[float | None]]:
-    """Columns whose number depends on the audit: one per domain, one per capacity."""
-    if key == "domain" and rows[0]["domains"] is not None:
-        return {
-            f"{name} to its own": [facts["domains"]["own_first"][name] for facts in rows]
-            for name, share in rows[0]["domains"]["own_first"].items()
-            if share is not None
-        }
-    if key == "survive":
-        return {
-            f"over {factor}": [facts["capacity"]["over"][factor] for facts in rows]
-            for factor in rows[0]["capacity"]["over"]
-        }
-    return {}
+def _by_domain(rows: Sequence[Facts]) -> dict[str, list[float | None]]:
+    """A column per labelled domain: how much of its text went to its own expert."""
+    return {
+        f"{name} to its own": [facts["domains"]["own_first"][name] for facts in rows]
+        for name in (own_shares(rows[0]) if rows else ())
+    }
 
 
-def _cell(facts: Facts, at: tuple[str, str], digits: int) -> str:
-    part = facts[at[0]]
-    value = None if part is None else part[at[1]]
-    if isinstance(value, list):
-        return escape(", ".join(map(str, value)) or "none")
-    if value is None:
-        return "infinite" if at[1].startswith("condition") else "–"
-    return f"{value:,.{digits}f}"
+def _cell(measure: Measure, facts: Facts, *, decimals: int | None = None) -> str:
+    match measure.read(facts):
+        case None:
+            return "infinite" if measure.infinite else "–"
+        case str(text):
+            return escape(text)
+        case float() | int() as number:
+            digits = measure.decimals if decimals is None else decimals
+            return _share(number) if measure.share else f"{number:,.{digits}f}"
+        case experts:
+            return ", ".join(map(str, experts)) or "none"
 
 
 def _share(value: float | None) -> str:
@@ -281,16 +248,16 @@ def _share(value: float | None) -> str:
 
 
 def _comparison(reports: Sequence[Facts]) -> str:
-    """What changed from the first to the second, by layer."""
+    """The changes from the first to the second audit, by layer."""
     if len(reports) < 2:
         return ""
-    titles = {"cv": "CV", "max_vio": "MaxVio", "entropy_share": "entropy, share of ln E", "margin": "margin",
-              "information": "information, bits", "condition": "condition", "largest_cosine": "largest cosine",
-              "moved": "output moves by"}  # fmt: skip
-    heads = "".join(f"<th scope=col>{titles[name]}</th>" for name, _, _ in MEASURES)
+    heads = "".join(f"<th scope=col>{escape(measure.heading)}</th>" for measure in compared())
     rows = "".join(
         f"<tr><th scope=row>{left['layer']}</th>"
-        + "".join(f"<td>{_cell(left, at, digits)} → {_cell(right, at, digits)}</td>" for _, at, digits in MEASURES)
+        + "".join(
+            f"<td>{_cell(measure, left, decimals=2)} → {_cell(measure, right, decimals=2)}</td>"
+            for measure in compared()
+        )
         + "</tr>"
         for left, right in paired(*reports)
     )
@@ -313,7 +280,7 @@ def _footer(report: Facts) -> str:
 
 
 def _data(audits: Sequence[Audit], *, room: int) -> str:
-    """What page.js reads, in about `room` bytes: token data gives way, the rest is what it is."""
+    """The data of page.js in about `room` bytes: token data is thinned out, the rest is complete."""
     shown = [_shown(audit) for audit in audits]
     left = room - len(storable(_text({"audits": shown})))
     traces = [encoded(audit.trace, budget=left // len(audits)) for audit in audits]
@@ -332,7 +299,7 @@ def _shown(audit: Audit) -> dict[str, Any]:
 
 
 def _slim(facts: Facts) -> Facts:
-    """The facts of a router that page.js shows; matrices to the three digits that are seen."""
+    """The facts of a router that page.js shows, with matrices rounded to three digits."""
     keys = ("layer", "experts", "load", "domains", "capacity", "sentences")
     apart = facts["apart"]
     return {key: facts[key] for key in keys} | {

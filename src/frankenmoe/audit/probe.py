@@ -1,4 +1,4 @@
-"""What an MoE puts out against its base and against itself with other experts chosen; knows no statistics of routers.
+"""Compares the outputs of an MoE with those of its base, and with its own if other experts are chosen.
 
 Shape suffixes: T tokens, V vocabulary, K top-k.
 """
@@ -21,13 +21,13 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.sources import anatomy
 from frankenmoe.planning.tree import dense_writes
 
-ROUNDINGS = 64  # how many units in the last place of the largest logit two equal models may differ by
+ROUNDINGS = 64  # two equal models may differ by this many units in the last place of the largest logit
 
 
 @dataclass(frozen=True)
 class Change:
-    """How far outputs moved: mean KL divergence in nats per token, share of tokens whose best next token changed,
-    largest difference of a logit, and the largest logit itself."""
+    """How much outputs changed: mean KL divergence (nats per token), share of tokens whose most likely next token
+    changed, largest difference of a logit, and the largest logit itself."""
 
     divergence: float
     changed: float
@@ -35,19 +35,18 @@ class Change:
     logit: float
 
     def within_rounding(self, dtype: torch.dtype) -> bool:
-        """Whether a difference this large is what rounding in `dtype` leaves."""
+        """Whether rounding in `dtype` explains the difference."""
         return self.largest <= ROUNDINGS * torch.finfo(dtype).eps * max(self.logit, 1.0)
 
 
 @torch.inference_mode()
 def swapped(moe: MoE, probes: Sequence[Sequence[int]]) -> tuple[dict[int, float], Change | None]:
-    """(layer -> relative change of the block's output, change of the model's) with the k next best experts chosen.
+    """(layer -> relative change of the block's output, change of the model's output) with the next best experts chosen.
 
-    `probes` are sequences of token ids, each read on its own.
-
-    A layer's change is |other - own| / |own|, averaged over tokens, on the input it really gets. For the model all
-    layers are swapped at once. Weights stay with the rank, so only the experts differ. Layers in which every expert
-    is chosen have no others and are left out; without any layer left the change is None.
+    `probes` are sequences of token ids, each read alone. A layer's change is |other - own| / |own|, averaged over
+    tokens, on the input that the layer really gets. For the model's change all layers are swapped at once. Weights stay
+    with the rank, so only the experts differ. Layers that choose every expert are left out; if no layer is left, the
+    change is None.
     """
     outer = [(layer, block) for layer, path, block in blocks(moe.model) if not path]
     outer = [(layer, block) for layer, block in outer if block.router.top_k < block.router.weight.shape[0]]
@@ -68,17 +67,17 @@ def swapped(moe: MoE, probes: Sequence[Sequence[int]]) -> tuple[dict[int, float]
 
 
 @torch.inference_mode()
-def against_base(moe: MoE, plan: Plan, probes: Sequence[Sequence[int]], *, trust_remote_code: bool) -> Change:
-    """The MoE's output against that of its dense base, computed in the MoE's own type."""
+def against_base(moe: MoE, plan: Plan, probes: Sequence[Sequence[int]]) -> Change:
+    """Compares the MoE's output with that of its dense base, computed in the MoE's type."""
     dtype = next(moe.model.parameters()).dtype
-    config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
+    config = read_config(plan.base.folder, trust_remote_code=plan.trust_remote_code)
     writes = dense_writes(plan.base, anatomy(plan.base), dtype=plan.dtype)
     dense = load_dense(config, {write.name: as_tensor(write) for write in writes}, dtype=dtype)
     return joined([(change(_logits(dense, probe), _logits(moe.model, probe)), len(probe)) for probe in probes])
 
 
 def joined(changes: Sequence[tuple[Change, int]]) -> Change:
-    """Several changes as one, means weighted by the tokens beside each."""
+    """Several changes as one; means are weighted by each one's number of tokens."""
     tokens = sum(count for _, count in changes)
     return Change(
         divergence=sum(each.divergence * count for each, count in changes) / tokens,
@@ -95,7 +94,7 @@ def _logits(model: Any, probe: Sequence[int]) -> torch.Tensor:
 
 
 def change(own_TV: torch.Tensor, other_TV: torch.Tensor) -> Change:
-    """From one model's logits to another's on the same tokens: KL(own || other) and the rest."""
+    """Compares two models' logits on the same tokens: KL(own || other) and the other measures."""
     own_log_TV, other_log_TV = own_TV.log_softmax(dim=-1), other_TV.log_softmax(dim=-1)
     divergence_T = (own_log_TV.exp() * (own_log_TV - other_log_TV)).sum(dim=-1)
     return Change(
@@ -111,7 +110,7 @@ def _measure(moved: list[torch.Tensor]) -> Any:
 
     def hook(block: nn.Module, inputs: tuple[torch.Tensor], own: torch.Tensor) -> None:
         nonlocal busy
-        if busy:  # this is the block running again with others chosen
+        if busy:  # the second run of the block, with other experts
             return
         assert isinstance(block, MoEBlock)
         busy = True

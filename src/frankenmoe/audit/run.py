@@ -1,231 +1,225 @@
-"""A running MoE and text -> an Audit: one pass over the text, then weights, outputs and a few passages token by token.
+"""Artifact or recipe -> its audit, and the report on disk; the library's and the CLI's way to audit."""
 
-Does not load models, read files or write any.
-"""
-
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from hashlib import blake2b
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from frankenmoe.audit.answers import Whole, answers, layer_sentences
-from frankenmoe.audit.collect import Blocks, RouterSums, collect
-from frankenmoe.audit.facts import Facts, identical_everywhere, rounded, router_facts
-from frankenmoe.audit.probe import Change, against_base, swapped
-from frankenmoe.audit.tokens import Passage, TokenTrace, as_data, trace_tokens
-from frankenmoe.audit.weights import Distances, base_ffn, distances
-from frankenmoe.errors import SourceError
+from frankenmoe.artifact.folder import Artifact
+from frankenmoe.artifact.reports import versions
+from frankenmoe.audit.examine import Audit, DomainText, examine
+from frankenmoe.audit.tokens import Passage
+from frankenmoe.audit.write import check_place, write_report
+from frankenmoe.data.blocks import encode, packed
+from frankenmoe.data.documents import Document, check_data, read_documents
+from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.moe.load import MoE
-from frankenmoe.moe.trace import blocks
-from frankenmoe.planning import Plan
-from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.sections import AuditSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import Subject, open_subject
+from frankenmoe.suggest import did_you_mean
 
-KIND, VERSION = "frankenmoe audit", 1
-PROBE = 128  # tokens of a passage on which outputs are compared
+WINDOW = 256  # tokens read at once, less where the model sees less
+SHOWN = 96  # tokens of each domain on the page where no prompt is given
+SHOWN_DOMAINS = 8
+UNLABELLED = "text"
+NO_CHARACTER = "\ufffd"  # what decoders put for bytes that are no character, or not a whole one
+LONGEST = 4  # bytes of a character in UTF-8
+PART = "…"
 
-
-@dataclass(frozen=True)
-class Text:
-    """What is read for one domain: blocks of token ids as they stream by, and where they come from.
-
-    `own` is the number of the expert that the domain belongs to, None for text without a label.
-    """
-
-    blocks: Blocks
-    origin: tuple[str, ...]
-    own: int | None
-
-
-@dataclass(frozen=True)
-class Audit:
-    """What was found: `report` is plain data that JSON can say, `trace` the tokens of the passages shown."""
-
-    report: dict[str, Any]
-    trace: TokenTrace = field(repr=False)
+Data = Sequence[tuple[str | None, str]]
+"""(expert or None, file or hub dataset) in the order given."""
 
 
-def examine(
-    moe: MoE,
+def audit(
+    what: Subject | Recipe | Artifact | str | Path,
     *,
-    plan: Plan | None,
-    texts: Mapping[str, Text],
-    passages: Sequence[Passage],
-    subject: Mapping[str, Any],
-    limit: int,
-    window: int,
-    trust_remote_code: bool = False,
+    out: str | Path = "reports",
+    data: Data = (),
+    settings: AuditSettings | None = None,
     progress: Progress = SILENT,
-) -> Audit:
-    """Looks at an MoE. `plan` is what it was made from, None where its sources are gone; `subject` is copied into the
-    report: what was audited, its record, its recipe.
+    **changes: Any,
+) -> Path:
+    """Audits one MoE and writes the report; returns its folder, with `audit.json` and `audit.html`.
 
-    Reads at most `limit` tokens per domain. Raises SourceError for a text without tokens, NumericsError for a router
-    whose logits are not finite.
+    The folder is new: `out`/audit-NAME, numbered where there is one already. Arguments are those of `look`.
     """
-    digests = {name: blake2b(digest_size=16) for name in texts}
-    blocks_read = {name: _digested(text.blocks, digests[name]) for name, text in texts.items()}
-    sums, read = collect(moe, blocks_read, limit=limit, progress=progress)
-    for name, tokens in read.items():
-        if not tokens:
-            raise SourceError(
-                f"the text of {name} has no tokens in this tokenizer, so there is nothing to route",
-                hint="give text that the base's tokenizer can read",
-            )
-    probes = [passage.ids[:PROBE] for passage in passages]
-    moved, change = swapped(moe, probes)
-    apart = {found.layer: found for found in distances(moe.model, base_ffn(plan) if plan else None, progress=progress)}
-    trace = trace_tokens(moe, passages, window=window)
-    names = _names(moe, plan)
-    base = _against_base(moe, plan, probes, trust_remote_code)
-    routers = list(_routers(moe, sums, texts, apart, moved, trace))
-    whole = _whole(routers, names, apart, change=change, base=base, labelled=_labelled(texts))
-    report = {
-        "kind": KIND,
-        "version": VERSION,
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        **subject,
-        "model": _model(moe, plan, names),
-        "text": {
-            name: {
-                "tokens": read[name],
-                "origin": list(text.origin),
-                "own_expert": text.own,
-                "digest": digests[name].hexdigest(),
-            }
-            for name, text in texts.items()
-        },
-        "answers": [asdict(answer) for answer in answers(whole)],
-        "outputs": {
-            "tokens": sum(map(len, probes)),
-            "other_experts": None if change is None else _change(change),
-            "base": base,
-        },
-        "identical_experts": [list(group) for group in whole.identical],
-        "routers": [facts | {"sentences": layer_sentences(facts, names)} for facts in routers],
-        "passages": as_data(trace),
-    }
-    return Audit(report, trace)
+    check_place(Path(out))
+    return write_report([look(what, data=data, settings=settings, progress=progress, **changes)], Path(out))
 
 
-def _digested(blocks: Blocks, digest: blake2b) -> Iterator[Sequence[int]]:
-    """The same blocks; what passed by tells two audits whether they read the same."""
-    for block in blocks:
-        digest.update(array("q", block).tobytes())
-        yield block
-
-
-def _routers(
-    moe: MoE,
-    sums: Sequence[RouterSums],
-    texts: Mapping[str, Text],
-    apart: Mapping[int, Distances],
-    moved: Mapping[int, float],
-    trace: TokenTrace,
-) -> Iterator[Facts]:
-    gates = {(layer, path): block.router.weight for layer, path, block in blocks(moe.model)}
-    for each in sums:
-        outer = not each.path
-        facts = router_facts(
-            each,
-            gates[each.layer, each.path],
-            domains=list(texts),
-            own=[text.own if outer else None for text in texts.values()],
-            distances=apart[each.layer] if outer else None,
-            moved=moved.get(each.layer) if outer else None,
-        )
-        yield facts | {"tokens_seen": _seen(trace, each.layer) if outer else None}
-
-
-def _seen(trace: TokenTrace, layer: int) -> Facts:
-    """Of the tokens shown: how many there are, how many experts came first, how often the first changes."""
-    first_T = trace.ids_LTK[trace.layers.index(layer), :, 0]
-    starts, at = set(), 0
-    for passage in trace.passages:
-        starts.add(at)
-        at += len(passage.ids)
-    follows = [index for index in range(len(first_T)) if index not in starts]
-    changed = (first_T[1:] != first_T[:-1])[torch.tensor(follows, dtype=torch.int64) - 1] if follows else first_T[:0]
-    return {
-        "tokens": len(first_T),
-        "used": len(set(first_T[first_T >= 0].tolist())),
-        "switches": rounded(float(changed.float().mean())) if follows else 0.0,
-    }
-
-
-def _whole(
-    routers: Sequence[Facts],
-    names: Mapping[str, str],
-    apart: Mapping[int, Distances],
+def look(
+    what: Subject | Recipe | Artifact | str | Path,
     *,
-    change: Change | None,
-    base: Facts | None,
-    labelled: bool,
-) -> Whole:
-    same = identical_everywhere(list(apart.values()))
-    leaves = next(iter(apart.values())).paths
-    return Whole(
-        routers=[facts for facts in routers if not facts["path"]],
-        names=names,
-        identical=[[names[path] for path in group] for group in same],
-        all_identical=len(leaves) > 1 and any(len(group) == len(leaves) for group in same),
-        divergence=None if change is None else change.divergence,
-        base=base,
-        labelled=labelled,
-        nested=[facts for facts in routers if facts["path"]],
+    data: Data = (),
+    settings: AuditSettings | None = None,
+    dtype: str | None = None,
+    progress: Progress = SILENT,
+    **changes: Any,
+) -> Audit:
+    """Audits one MoE and writes nothing.
+
+    Text is `data`, paths from here; without it the `data` of the recipe's experts; without that their positive prompts.
+    `changes` are settings by name. Raises RecipeError for a label that names no expert, SourceError for text that
+    cannot be read or has no tokens, ArtifactError for a folder that is no artifact or has lost its routers.
+    """
+    subject = open_subject(what)
+    settings = settings_with(settings or AuditSettings(), changes)
+    labelled = _domains(subject.recipe, data)  # before anything is loaded
+    moe = subject.load(dtype=dtype, progress=progress)
+    tokenizer = moe.tokenizer()
+    window = min(WINDOW, getattr(moe.model.config, "max_position_embeddings", None) or WINDOW)
+    texts, openings = {}, []
+    for name, domain in labelled.items():
+        blocks = _checked(domain.blocks(tokenizer, window), moe, name)
+        first = next(blocks, ())
+        openings.append((name, first[:SHOWN]))
+        texts[name] = DomainText(chain([first], blocks), domain.origin, domain.own)
+    return examine(
+        moe,
+        plan=subject.plan_if_there,
+        texts=texts,
+        passages=list(_passages(moe, tokenizer, settings.prompt, openings)),
+        subject=_head(subject),
+        limit=settings.tokens,
+        window=window,
+        progress=progress,
     )
 
 
-def _labelled(texts: Mapping[str, Text]) -> bool:
-    return any(text.own is not None for text in texts.values())
+def check(what: Subject | Recipe | Artifact | str | Path, *, data: Data = ()) -> None:
+    """Raises what `look` would for the folder, the labels and the text's names; loads nothing."""
+    _domains(open_subject(what).recipe, data)
 
 
-def _against_base(
-    moe: MoE, plan: Plan | None, probes: Sequence[Sequence[int]], trust_remote_code: bool
-) -> Facts | None:
-    """How far outputs are from the base's; equality is claimed only where the plan knows it and the logits agree."""
-    if plan is None:
-        return None
-    found = against_base(moe, plan, probes, trust_remote_code=trust_remote_code)
-    agrees = found.within_rounding(next(moe.model.parameters()).dtype)
-    return _change(found) | {"plan_says_equal": plan.equals_base, "computes_base": plan.equals_base and agrees}
-
-
-def _change(change: Change) -> Facts:
-    return {key: rounded(value) for key, value in asdict(change).items()}
-
-
-def _names(moe: MoE, plan: Plan | None) -> dict[str, str]:
-    """Path -> what a person calls an expert: "maths", and "inner/maths" where experts nest."""
-    names = {str(index): name for index, name in enumerate(moe.experts)}
-
-    def walk(node: ExpertNode, above: str) -> None:
-        name = f"{above}/{node.name}" if above else node.name
-        names[".".join(map(str, node.path))] = name
-        for child in node.children:
-            walk(child, name)
-
-    for node in plan.nodes if plan else ():
-        walk(node, "")
-    return names
-
-
-def _model(moe: MoE, plan: Plan | None, names: Mapping[str, str]) -> Facts:
-    outer = [block for _, path, block in blocks(moe.model) if not path]
-    shared = [block for block in outer if block.shared is not None]
+def _head(subject: Subject) -> dict[str, Any]:
+    """What a report says of itself before anything was measured; a reader needs nothing beside it."""
+    record = subject.artifact.record if subject.artifact else None
     return {
-        "class": type(moe.model).__name__,
-        "layers": len(outer),
-        "experts": list(moe.experts),
-        "paths": dict(names),
-        "experts_per_token": outer[0].router.top_k,
-        "shared_expert": bool(shared),
-        "shared_gated": any(block.shared_gate is not None for block in shared),
-        "nested_routers": sum(1 for _, path, _ in blocks(moe.model) if path),
-        "dtype": str(next(moe.model.parameters()).dtype).removeprefix("torch."),
-        "sources_at_hand": plan is not None,
+        "versions": versions(),
+        "subject": {"what": subject.kind, "path": subject.origin, "name": subject.name},
+        "recipe_digest": record["recipe_digest"] if record else subject.recipe.digest,
+        "recipe": record["recipe"] if record else subject.recipe.to_dict(),
+        "record": dict(record) if record else None,
     }
+
+
+@dataclass(frozen=True)
+class _Domain:
+    """One domain's text before there is a tokenizer."""
+
+    names: tuple[str, ...]
+    folder: Path
+    prompts: tuple[str, ...]
+    own: int | None
+
+    @property
+    def origin(self) -> tuple[str, ...]:
+        return self.names or ("positive prompts of the recipe",)
+
+    def blocks(self, tokenizer: Any, window: int) -> Iterator[tuple[int, ...]]:
+        """Blocks of at most `window` token ids, as they stream by; every prompt is one of its own."""
+        if self.names:
+            for block in packed(read_documents(self.names, folder=self.folder), tokenizer, length=window):
+                yield block.ids
+        for prompt in self.prompts:
+            for block in packed([Document(text=prompt, closed=False)], tokenizer, length=window):
+                yield block.ids
+
+
+def _domains(recipe: Recipe, data: Data) -> dict[str, _Domain]:
+    """Label -> its text: what was given, else the recipe's data, else the recipe's prompts."""
+    experts = [expert.name for expert in recipe.experts]
+    if data:
+        found = _given(experts, data)
+    else:
+        found = {
+            expert.name: _Domain(expert.data, recipe.folder, (), index)
+            for index, expert in enumerate(recipe.experts)
+            if expert.data
+        }
+    if not found:
+        prompted = ((index, expert, Recipe.prompts_of(expert)[0]) for index, expert in enumerate(recipe.experts))
+        found = {
+            expert.name: _Domain((), recipe.folder, positive, index) for index, expert, positive in prompted if positive
+        }
+    if not found:
+        raise SourceError(
+            f"{recipe.origin} names neither data nor prompts for its experts, so there is no text to audit on",
+            hint="add --data EXPERT=FILE, or --data FILE for text without a label",
+        )
+    for domain in found.values():
+        check_data(domain.names, folder=domain.folder)
+    return found
+
+
+def _given(experts: Sequence[str], data: Data) -> dict[str, _Domain]:
+    files: dict[str, list[str]] = {}
+    unlabelled = next(name for name in (UNLABELLED, f"{UNLABELLED} without a label") if name not in experts)
+    for label, file in data:
+        if label is not None and label not in experts:
+            raise RecipeError(
+                f"--data {label}={file} names no expert, expected one of {', '.join(experts)}",
+                hint=did_you_mean(label, experts),
+            )
+        files.setdefault(label or unlabelled, []).append(file)
+    labels = {label for label, _ in data}
+    return {
+        name: _Domain(tuple(names), Path.cwd(), (), experts.index(name) if name in labels else None)
+        for name, names in files.items()
+    }
+
+
+def _checked(blocks: Iterable[tuple[int, ...]], moe: MoE, name: str) -> Iterator[tuple[int, ...]]:
+    """The same blocks; SourceError for a token that the model has no embedding for."""
+    vocabulary = moe.model.config.vocab_size
+    for ids in blocks:
+        if max(ids) >= vocabulary:
+            raise SourceError(
+                f"the tokenizer makes token {max(ids)} of {name}, but the model has {vocabulary} tokens only",
+                hint="put the model's own tokenizer beside its weights",
+            )
+        yield ids
+
+
+def _passages(
+    moe: MoE, tokenizer: Any, prompt: str | None, openings: Sequence[tuple[str, Sequence[int]]]
+) -> Iterator[Passage]:
+    """What is shown token by token: the prompt, or the beginnings of the first domains."""
+    if prompt is None:
+        for name, ids in openings[:SHOWN_DOMAINS]:
+            if not ids:
+                raise _no_tokens(f"the text of {name}")
+            yield _passage(tokenizer, name, ids)
+        return
+    said, _ = encode(Document(text=prompt, closed=False), tokenizer)
+    if not said:
+        raise _no_tokens("the prompt")
+    head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    for ids in _checked([(*head, *said)], moe, "the prompt"):
+        yield _passage(tokenizer, "prompt", ids)
+
+
+def _no_tokens(what: str) -> SourceError:
+    return SourceError(f"{what} has no tokens in this tokenizer, so there is nothing to route", hint="write more text")
+
+
+def _passage(tokenizer: Any, label: str, ids: Sequence[int]) -> Passage:
+    return Passage(label, tuple(ids), tuple(_texts(tokenizer, ids)))
+
+
+def _texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
+    """Each token's text; of a character that several tokens spell byte by byte, PART for all but the last."""
+    pending: list[int] = []
+    for token in ids:
+        pending.append(token)
+        own, joined = (str(tokenizer.decode(tokens)) for tokens in ([token], pending))
+        found = next((text for text in (own, joined) if NO_CHARACTER not in text), None)
+        if found is None and len(pending) < LONGEST:
+            yield PART
+            continue
+        yield own if found is None else found
+        pending = []

@@ -1,4 +1,4 @@
-"""Statistics of routing: pure functions of counts, gates and Gram matrices; knows nothing of models or text.
+"""Statistics of routing: pure functions of counts, gates and Gram matrices.
 
 Shape suffixes: C domains, E experts, D hidden, K top-k.
 """
@@ -13,34 +13,34 @@ EPSILON = torch.finfo(torch.float64).eps
 
 
 def load(counts_E: torch.Tensor) -> torch.Tensor:
-    """load_E: each expert's share of the assignments; sums to 1, or is all zero without any."""
+    """load_E: each expert's share of the assignments. Sums to 1; all zero if there are none."""
     return counts_E.double() / counts_E.sum().clamp(min=1)
 
 
 def coefficient_of_variation(counts_E: torch.Tensor) -> float:
-    """Population standard deviation of the counts over their mean: 0 when even, sqrt(E - 1) when one takes all."""
+    """Population standard deviation of the counts over their mean: 0 if even, sqrt(E - 1) if one expert gets all."""
     wide_E = counts_E.double()
     return float(wide_E.std(unbiased=False) / wide_E.mean().clamp(min=TINY))
 
 
 def max_violation(counts_E: torch.Tensor) -> float:
-    """MaxVio (arXiv 2408.15664, eq. 4): (largest count - mean) / mean; 0 when even, E - 1 when one takes all."""
+    """MaxVio (arXiv 2408.15664, eq. 4): (largest count - mean) / mean; 0 if even, E - 1 if one expert gets all."""
     mean = float(counts_E.double().mean())
     return (float(counts_E.max()) - mean) / mean if mean else 0.0
 
 
 def dead(counts_E: torch.Tensor) -> list[int]:
-    """The experts that got nothing, by number; all of them where there was nothing to get."""
+    """Indices of the experts without any assignment."""
     return [expert for expert, count in enumerate(counts_E.tolist()) if count == 0]
 
 
 def capacity(factor: float, *, assignments: int, experts: int) -> int:
-    """Most assignments an expert serves: ceil(factor * assignments / experts), as in arXiv 2101.03961, section 2.2."""
+    """Most assignments an expert takes: ceil(factor * assignments / experts), as in arXiv 2101.03961, section 2.2."""
     return math.ceil(round(factor * assignments / experts, 9))
 
 
 def overflow(counts_E: torch.Tensor, *, factor: float) -> int:
-    """Assignments over capacity, whoever is dropped: sum_e max(0, count_e - capacity)."""
+    """Assignments over capacity: sum_e max(0, count_e - capacity)."""
     limit = capacity(factor, assignments=int(counts_E.sum()), experts=len(counts_E))
     return int((counts_E - limit).clamp(min=0).sum())
 
@@ -51,10 +51,9 @@ def switch_balance(counts_E: torch.Tensor, prob_E: torch.Tensor) -> float:
 
 
 def mutual_information(counts_CE: torch.Tensor) -> float:
-    """Bits that an expert tells of the domain, every domain weighing the same: 0 to log2(min(C, E)).
+    """Mutual information of expert and domain in bits: 0 to log2(min(C, E)).
 
-    Rows are made to sum to one first, so that a domain with more text does not count for more. Domains without any
-    assignment are left out.
+    Every domain has the same weight, however much text it has. Domains without an assignment are left out.
     """
     wide_CE = counts_CE.double()
     wide_CE = wide_CE[wide_CE.sum(dim=1) > 0]
@@ -67,7 +66,7 @@ def mutual_information(counts_CE: torch.Tensor) -> float:
 
 
 def own_share(counts_CE: torch.Tensor, own: Sequence[int | None], *, tokens_C: torch.Tensor) -> list[float | None]:
-    """Per domain, the share of its tokens that its own expert got; None without such an expert or without tokens."""
+    """Per domain, the share of its tokens that its own expert got; None without an own expert or without tokens."""
     return [
         None if expert is None or not tokens else float(counts_CE[row, expert]) / tokens
         for row, (expert, tokens) in enumerate(zip(own, tokens_C.tolist(), strict=True))
@@ -75,7 +74,7 @@ def own_share(counts_CE: torch.Tensor, own: Sequence[int | None], *, tokens_C: t
 
 
 def cosines(gate_ED: torch.Tensor) -> torch.Tensor:
-    """cosines_EE between the rows of a gate; a row of zeros has the cosine 0 with every other."""
+    """cosines_EE between the rows of a gate; a row of zeros has cosine 0 with every other row."""
     wide_ED = gate_ED.double()
     unit_ED = wide_ED / torch.linalg.vector_norm(wide_ED, dim=1, keepdim=True).clamp(min=TINY)
     cosines_EE: torch.Tensor = unit_ED @ unit_ED.T
@@ -83,7 +82,7 @@ def cosines(gate_ED: torch.Tensor) -> torch.Tensor:
 
 
 def largest_cosine(gate_ED: torch.Tensor) -> tuple[float, tuple[int, int]] | None:
-    """The most alike two different rows are, and which; None for a single row."""
+    """The largest cosine of two different rows, and their indices; None for a single row."""
     experts = len(gate_ED)
     if experts < 2:
         return None
@@ -93,15 +92,15 @@ def largest_cosine(gate_ED: torch.Tensor) -> tuple[float, tuple[int, int]] | Non
 
 
 def condition_number(gate_ED: torch.Tensor) -> float:
-    """Largest over smallest singular value: 1 for orthogonal rows of one length, infinite where rows are dependent."""
+    """Largest over smallest singular value: 1 for orthogonal rows of equal length, infinite for dependent rows."""
     singular = torch.linalg.svdvals(gate_ED.double())
     return _ratio(float(singular[0]), float(singular[-1]), noise=_noise(gate_ED))
 
 
 def centred_condition_number(gate_ED: torch.Tensor) -> float:
-    """The same of the rows less their mean, the direction that this takes away left out; 1 for a single row.
+    """The same for the rows minus their mean, without the direction that this removes; 1 for a single row.
 
-    A shift that all rows share moves all logits alike, so neither the choice nor the weights of softmax depend on it.
+    A shift of all rows moves all logits alike, so it changes neither the choice nor the softmax weights.
     """
     experts = len(gate_ED)
     if experts < 2:
@@ -112,7 +111,7 @@ def centred_condition_number(gate_ED: torch.Tensor) -> float:
 
 
 def _noise(gate_ED: torch.Tensor) -> float:
-    """What rounding of sums in float64 leaves of a singular value that is zero."""
+    """The size that a zero singular value can have by rounding in float64."""
     return float(torch.linalg.matrix_norm(gate_ED.double(), ord=2)) * max(gate_ED.shape) * EPSILON
 
 
@@ -121,9 +120,9 @@ def _ratio(largest: float, smallest: float, *, noise: float) -> float:
 
 
 def pair_distances(gram_EE: torch.Tensor, *, scale: float) -> torch.Tensor:
-    """distance_EE: Frobenius distances of experts from the inner products of what each differs from one reference by.
+    """distance_EE: Frobenius distances of experts, from the Gram matrix of their differences from one reference.
 
-    |a - b|^2 = <a, a> + <b, b> - 2 <a, b>, over `scale`, the norm that distances are relative to.
+    |a - b|^2 = <a, a> + <b, b> - 2 <a, b>, divided by `scale`, the norm that distances are relative to.
     """
     own_E = gram_EE.diagonal()
     squared_EE = (own_E[:, None] + own_E[None, :] - 2 * gram_EE).clamp(min=0)
@@ -132,7 +131,7 @@ def pair_distances(gram_EE: torch.Tensor, *, scale: float) -> torch.Tensor:
 
 
 def reference_distances(gram_EE: torch.Tensor, *, scale: float) -> torch.Tensor:
-    """distance_E: how far each expert is from the reference, over `scale`."""
+    """distance_E: the distance of each expert from the reference, divided by `scale`."""
     return gram_EE.diagonal().clamp(min=0).sqrt() / max(scale, TINY)
 
 
@@ -144,9 +143,9 @@ def off_diagonal(square_EE: torch.Tensor) -> torch.Tensor:
 
 
 def others(ranked_TE: torch.Tensor, *, top_k: int) -> torch.Tensor:
-    """others_TK: the K best experts that were not chosen, taking turns where there are fewer than K of them.
+    """others_TK: the K best experts that were not chosen; they repeat if there are fewer than K of them.
 
-    `ranked_TE` names the experts by descending logit. There must be more than K.
+    `ranked_TE` are the experts by descending logit, more than K.
     """
     rest = ranked_TE.shape[1] - top_k
     columns = torch.arange(top_k, device=ranked_TE.device) % rest + top_k

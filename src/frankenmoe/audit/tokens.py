@@ -1,4 +1,4 @@
-"""What each token of a few passages saw, layer by layer, and that as compact bytes for a page; judges nothing.
+"""The routing of each token of a few passages, layer by layer, also as compact bytes for the page.
 
 Shape suffixes: L layers, T tokens, E experts, K top-k, M best experts kept.
 """
@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import concat, record
 
-SAMPLE = 500  # tokens by which the size of all is guessed
+SAMPLE = 500  # tokens from which the size of all is estimated
 
 
 @dataclass(frozen=True)
 class Passage:
-    """A text as tokens: where it came from (a domain, or "prompt"), ids, and each token's text."""
+    """A text as tokens: its label (a domain, or "prompt"), ids, and each token's text."""
 
     label: str
     ids: tuple[int, ...]
@@ -30,7 +30,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class TokenTrace:
-    """The outer routers' decisions for all tokens of all passages, one after the other."""
+    """The outer routers' decisions for the tokens of all passages in order."""
 
     passages: tuple[Passage, ...]
     layers: tuple[int, ...]
@@ -45,7 +45,7 @@ class TokenTrace:
 
 @torch.inference_mode()
 def trace_tokens(moe: MoE, passages: Sequence[Passage], *, window: int) -> TokenTrace:
-    """Runs every passage through the model by itself, in windows of at most `window` tokens where it is longer."""
+    """Runs each passage through the model alone, in windows of at most `window` tokens."""
     decoder = moe.model.get_decoder()
     with record(moe.model) as traces:
         for passage in passages:
@@ -63,7 +63,7 @@ def trace_tokens(moe: MoE, passages: Sequence[Passage], *, window: int) -> Token
 
 
 def as_data(trace: TokenTrace) -> list[dict[str, Any]]:
-    """The passages as plain data: tokens, and per layer the chosen experts and their weights, by descending weight."""
+    """The passages as plain data: tokens, and per layer the chosen experts with their weights, largest first."""
     found, start = [], 0
     for passage in trace.passages:
         stop = start + len(passage.ids)
@@ -85,11 +85,11 @@ def as_data(trace: TokenTrace) -> list[dict[str, Any]]:
 
 
 def encoded(trace: TokenTrace, *, budget: int) -> dict[str, Any]:
-    """The trace as a few base64 texts of deflated arrays, within `budget` bytes where that can be.
+    """The trace as base64 texts of deflated arrays, within `budget` bytes if possible. `page.js` reads them.
 
-    Of each token and layer the best M experts are kept in order, the chosen ones first, with their logits in steps of a
-    65535th or a 255th of the layer's range: all experts where there is room, always the chosen and the next. Weights
-    are in steps of 1/255; the last is left out where they sum to one. `page.js` is the reader.
+    For each token and layer the best M experts are kept in order, the chosen ones first. M is all experts if there is
+    room, and at least one more than are chosen. Logits are stored in 65535 or 255 steps of the layer's range, weights
+    in steps of 1/255. If weights sum to one, the last one is left out.
     """
     experts, top_k = trace.logits_LTE.shape[2], trace.ids_LTK.shape[2]
     least = min(experts, top_k + 1)
@@ -105,7 +105,7 @@ def encoded(trace: TokenTrace, *, budget: int) -> dict[str, Any]:
         few = slice(0, SAMPLE)
         guess = _size(_logits(trace.logits_LTE[:, few], order_LTE[:, few, :kept], steps=steps))
         if guess * max(1.0, trace.tokens / SAMPLE) > left and kept > least:
-            continue  # what does not fit by a sample is not worth packing
+            continue  # the sample says that it will not fit
         logits = _logits(trace.logits_LTE, order_LTE[..., :kept], steps=steps)
         if _size(logits) <= left:
             break
@@ -121,10 +121,10 @@ def encoded(trace: TokenTrace, *, budget: int) -> dict[str, Any]:
 
 
 def _ranked(trace: TokenTrace) -> tuple[torch.Tensor, torch.Tensor]:
-    """(order_LTE, dropped_LTK): experts by descending logit, the chosen first, and which of these were dropped."""
+    """(order_LTE, dropped_LTK): experts by descending logit, the chosen first, and which choices were dropped."""
     dropped_LTK = trace.ids_LTK < 0
     order_LTE = trace.logits_LTE.argsort(dim=-1, descending=True, stable=True)
-    if not bool(dropped_LTK.any()):  # of equal logits the router may have taken another; what it took is the truth
+    if not bool(dropped_LTK.any()):  # between equal logits the router may have chosen either
         rest_LTE = trace.logits_LTE.scatter(-1, trace.ids_LTK, -torch.inf)
         order_LTE = rest_LTE.argsort(dim=-1, descending=True, stable=True)
         order_LTE = torch.cat([trace.ids_LTK, order_LTE[..., : order_LTE.shape[-1] - trace.ids_LTK.shape[-1]]], dim=-1)
@@ -152,6 +152,6 @@ def _logits(logits_LTE: torch.Tensor, best_LTM: torch.Tensor, *, steps: int) -> 
 
 
 def _packed(array: NDArray[Any]) -> str:
-    """Deflated little-endian bytes as base64, an expert's or choice's column at a time: equal ranks are alike."""
+    """Deflated little-endian bytes as base64. Column by column, because values of one rank are similar."""
     columns = np.ascontiguousarray(np.moveaxis(array, -1, 0)).astype(array.dtype.newbyteorder("<"), copy=False)
     return base64.b64encode(zlib.compress(columns.tobytes(), 6)).decode()

@@ -1,9 +1,9 @@
-"""How far the experts of an MoE are from each other and from its base, in weights, by slices; knows no text.
+"""Distances of the experts of an MoE from each other and from the base, computed on their weights in slices.
 
 Shape suffixes: E experts (leaves, where they nest), O rows (out), I columns (in), N elements of a slice.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,8 +27,8 @@ BASE, MEAN = "base", "mean"
 class Distances:
     """Frobenius distances over all FFN matrices of one layer, relative to the norm of the reference's.
 
-    `paths` name the experts, "2" or "2.0" for nested ones; `reference` is BASE, or MEAN of all experts where the base
-    is not at hand. `identical` are groups of experts with the same numbers in this layer.
+    `paths` name the experts: "2", or "2.0" for a nested one. `reference` is BASE, or the MEAN of all experts if the
+    base is missing. `identical` are groups of experts with the same weights in this layer.
     """
 
     layer: int
@@ -41,7 +41,7 @@ class Distances:
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight of one expert, its adapter still low-rank: `weight` + scale * b @ a. Vectors are one row."""
+    """A weight of one expert with its adapter in low-rank form: `weight` + scale * b @ a. A vector is one row."""
 
     weight: torch.Tensor
     a_RI: torch.Tensor | None = None
@@ -49,7 +49,7 @@ class Matrix:
     scale: float = 0.0
 
     def minus(self, reference: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` less those of the reference, float64; only the adapter where it is the same tensor."""
+        """Rows `start` to `stop` minus the reference's, in float64. If both are one tensor, only the adapter stays."""
         if reference is not None and _same_memory(self.weight, reference):
             rows_OI = torch.zeros(stop - start, self.weight.shape[1], dtype=torch.float64)
         else:
@@ -61,7 +61,7 @@ class Matrix:
         return rows_OI
 
     def equals(self, other: "Matrix") -> bool:
-        """Whether both hold the same numbers, part by part."""
+        """Whether both have the same weights, part by part."""
         mine, theirs = (self.weight, self.a_RI, self.b_OR), (other.weight, other.a_RI, other.b_OR)
         return self.scale == other.scale and all(map(_equal, mine, theirs))
 
@@ -69,9 +69,9 @@ class Matrix:
 def distances(
     model: nn.Module, base: Mapping[int, Mapping[str, torch.Tensor]] | None, *, progress: Progress = SILENT
 ) -> Iterator[Distances]:
-    """Layer by layer; `base` has the base's FFN tensors by layer and name, None where it is not at hand.
+    """Distances layer by layer. `base` has the base's FFN tensors by layer and name; None if the base is missing.
 
-    Sums go in float64 over slices of rows, so that memory does not grow with the size of an expert.
+    Sums are float64 over slices of rows, so memory does not grow with the size of an expert.
     """
     outer = [(layer, block) for layer, path, block in blocks(model) if not path]
     progress.start("comparing experts", len(outer), "layers")
@@ -81,7 +81,7 @@ def distances(
 
 
 def base_ffn(plan: Plan) -> Mapping[int, Mapping[str, torch.Tensor]]:
-    """Layer -> suffix -> tensor of the base's own FFNs, its adapter folded in; mapped where nothing changes them."""
+    """Layer -> suffix -> tensor of the base's own FFNs with its adapter folded in; memory-mapped if unchanged."""
     node = ExpertNode("base", (), plan.base, *ffn_writes(plan.base, anatomy(plan.base), dtype=plan.dtype))
     return {
         layer: {suffix: as_tensor(node.folded(layer, suffix)) for suffix in row} for layer, row in enumerate(node.ffn)
@@ -99,7 +99,7 @@ def leaves(block: MoEBlock, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def matrices(expert: nn.Module) -> dict[str, Matrix]:
-    """Every weight and bias of an FFN by the name it has without an adapter, as a matrix."""
+    """Every weight and bias of an FFN as a matrix, by the name it has without an adapter."""
     found: dict[str, Matrix] = {}
     adapted = {name: part for name, part in expert.named_modules() if isinstance(part, LoraLinear)}
     for name, part in adapted.items():
@@ -124,25 +124,22 @@ def _of_layer(layer: int, block: MoEBlock, base: Mapping[str, torch.Tensor] | No
             gram_EE += part_EN @ part_EN.T
             norm += squared
     place = {id(expert): index for index, expert in enumerate(distinct)}
-    rows = torch.tensor([place[id(expert)] for _, expert in named])
-    groups = _identical(parts, gram_EE, scale=norm**0.5)
+    rows = [place[id(expert)] for _, expert in named]
     pairs_EE, to_reference_E = pair_distances(gram_EE, scale=norm**0.5), reference_distances(gram_EE, scale=norm**0.5)
-    for group in groups:  # equal numbers, whatever rounding left
-        pairs_EE[group[0], list(group)] = pairs_EE[list(group), group[0]] = 0.0
-        for index in group:
-            pairs_EE[index, list(group)] = 0.0
+    first_E = torch.tensor(_first_equal(parts, pairs_EE))
+    pairs_EE[first_E[:, None] == first_E[None]] = 0.0  # equal weights: remove rounding
     return Distances(
         layer=layer,
         paths=tuple(path for path, _ in named),
         reference=MEAN if base is None else BASE,
         pairs_EE=pairs_EE[rows][:, rows],
         to_reference_E=to_reference_E[rows],
-        identical=_with_copies(groups, rows.tolist()),
+        identical=groups(first_E[rows].tolist()),
     )
 
 
 def _slices(parts: Sequence[Matrix], reference: torch.Tensor | None) -> Iterator[tuple[torch.Tensor, float]]:
-    """(difference_EN, squared norm of the reference) by slices of rows; the mean of all stands in for a reference."""
+    """(difference_EN, squared norm of the reference) by slices of rows. Without a reference it is the mean."""
     rows, columns = parts[0].weight.shape
     step = max(1, SLICE // columns)
     for start in range(0, rows, step):
@@ -156,32 +153,21 @@ def _slices(parts: Sequence[Matrix], reference: torch.Tensor | None) -> Iterator
             yield part_EN, float(flat_N @ flat_N)
 
 
-def _identical(parts: Sequence[Mapping[str, Matrix]], gram_EE: torch.Tensor, *, scale: float) -> list[tuple[int, ...]]:
-    """Groups of two or more with equal numbers; only pairs that are near by their distance are compared in full."""
-    near_EE = pair_distances(gram_EE, scale=scale) < 1e-5
-    groups: list[list[int]] = []
+def _first_equal(parts: Sequence[Mapping[str, Matrix]], pairs_EE: torch.Tensor) -> list[int]:
+    """The index of the first part with the same weights, for each. Only pairs with a tiny distance are compared."""
+    first: list[int] = []
     for index, part in enumerate(parts):
-        home = next(
-            (
-                group
-                for group in groups
-                if near_EE[group[0], index] and all(part[name].equals(parts[group[0]][name]) for name in part)
-            ),
-            None,
-        )
-        if home is None:
-            groups.append([index])
-        else:
-            home.append(index)
-    return [tuple(group) for group in groups if len(group) > 1]
+        near = (other for other in dict.fromkeys(first) if pairs_EE[other, index] < 1e-5)
+        equal = (other for other in near if all(part[name].equals(parts[other][name]) for name in part))
+        first.append(next(equal, index))
+    return first
 
 
-def _with_copies(groups: Sequence[Sequence[int]], rows: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-    """Groups of experts in the block's own numbering, where one module may stand in several places."""
-    home = {index: group[0] for group in groups for index in group}
-    members: dict[int, list[int]] = {}
-    for expert, row in enumerate(rows):
-        members.setdefault(home.get(row, row), []).append(expert)
+def groups(keys: Sequence[Hashable]) -> tuple[tuple[int, ...], ...]:
+    """Indices with equal keys, in groups of two or more."""
+    members: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(keys):
+        members.setdefault(key, []).append(index)
     return tuple(tuple(group) for group in members.values() if len(group) > 1)
 
 

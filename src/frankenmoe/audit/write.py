@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from frankenmoe.artifact.folder import partial_folder
+from frankenmoe.artifact.reports import AuditReport
 from frankenmoe.audit.compare import difference
+from frankenmoe.audit.examine import KIND, VERSION, Audit
 from frankenmoe.audit.page import page, storable
-from frankenmoe.audit.run import KIND, VERSION, Audit
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
 
@@ -21,7 +23,7 @@ LONGEST = 60  # characters of a folder's name
 def as_json(audits: Sequence[Audit]) -> dict[str, Any]:
     """One audit's report as it is; two side by side with what differs between them."""
     if len(audits) == 1:
-        return audits[0].report
+        return AuditReport.model_validate(audits[0].report).to_dict()
     one, two = (audit.report for audit in audits)
     return {
         "kind": f"{KIND} of two",
@@ -84,7 +86,7 @@ def _claim(out: Path, stem: str) -> tuple[Path, Path]:
     number = 1
     while True:
         folder = out / (stem if number == 1 else f"{stem}-{number}")
-        partial = folder.with_name(f"{folder.name}.partial")
+        partial = partial_folder(folder)
         if not folder.exists():
             try:
                 partial.mkdir()

@@ -1,1 +1,1 @@
-"""Bytes on disk: safetensors headers, reading, computing and writing tensors, the hub; knows nothing of torch."""
+"""Bytes on disk: reads, computes and writes safetensors, and finds sources on the hub. Does not import torch."""

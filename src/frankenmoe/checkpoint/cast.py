@@ -1,7 +1,7 @@
-"""The bytes of a float type as float32 numbers and back, bit for bit as torch does it; knows no tensor, no file.
+"""Converts bytes of float types to float32 numbers and back, bit for bit as torch does.
 
-numpy has no bfloat16 and is slow with float16, so both are made of integer operations on chunks that stay in the
-cache, through scratch memory that is made once per call: fresh memory costs more than the arithmetic.
+numpy has no bfloat16 and slow float16, so both use integer operations on chunks that fit the CPU cache. Scratch memory
+is allocated once per call, because new memory costs more than the arithmetic.
 Shape suffix: N elements.
 """
 
@@ -17,18 +17,17 @@ from frankenmoe.checkpoint.tensors import DTYPES
 Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
-# elements; in the cache, and yet so many that Python's other threads are seldom waited for (see building.torch_ahead)
+# elements; fits the cache, and is large enough to leave Python's other threads time
 _CHUNK = 2**18
 _QUIET = np.uint32(0x0040_0000)
-# float16 has 5 bits of exponent with a bias of 15, float32 has 8 with 127: shifted into place, a factor evens it out,
-# and makes normal numbers of subnormal ones
+# corrects the exponent's bias (float16: 15, float32: 127) after shifting bits into place; also normalises subnormals
 _REBIAS = np.float32(2.0**112)
-_HALF_NUMBERS = 0x7C00  # magnitudes from here on are infinite or NaN
+_HALF_NUMBERS = 0x7C00  # larger magnitudes are infinite or NaN
 
 
 @dataclass(frozen=True, slots=True)
 class FloatBits:
-    """A float type seen as integers: NaN and infinities are those with all bits of `exponent` set."""
+    """A float type as integers. NaN and infinities have all bits of `exponent` set."""
 
     unsigned: type[np.unsignedinteger]
     signed: type[np.signedinteger]
@@ -47,7 +46,7 @@ BITS: Mapping[str, FloatBits] = MappingProxyType(
 
 
 def decode(raw: Bytes, *, dtype: str) -> Floats:
-    """float32 numbers from the bytes of any float type; exact but for F64, which is rounded. May be a view of `raw`."""
+    """float32 numbers from the bytes of a float type. F64 is rounded, all else is exact. May be a view of `raw`."""
     if dtype == "BF16":
         return _from_bfloat16(raw.view(np.uint16))
     if dtype == "F16":
@@ -57,7 +56,7 @@ def decode(raw: Bytes, *, dtype: str) -> Floats:
 
 
 def encode(numbers_N: Floats, *, dtype: str) -> Bytes:
-    """The bytes of float32 numbers as `dtype`: to the nearest, ties to even; NaN stays NaN, overflow is infinite."""
+    """The bytes of float32 numbers as `dtype`: rounds to nearest even, keeps NaN, overflows to infinity."""
     if dtype == "BF16":
         return _to_bfloat16(numbers_N).view(np.uint8)
     with np.errstate(over="ignore"):
@@ -67,8 +66,8 @@ def encode(numbers_N: Floats, *, dtype: str) -> Bytes:
 def first_nonfinite(raw: Bytes, *, dtype: str) -> int | None:
     """The flat index of the first NaN or infinity among floats of `dtype`, or None.
 
-    Numbers are sign and magnitude, so apart from the sign bit whatever reaches `exponent` is not finite. Two maxima
-    find it and write nothing: among signed integers the largest is a positive number, among unsigned a negative one.
+    Without its sign bit, a non-finite number is an integer of at least `exponent`. Two maxima find it without writing
+    memory: the signed maximum finds positive ones, the unsigned maximum negative ones.
     """
     bits = BITS[dtype]
     negative = bits.exponent | 1 << (8 * DTYPES[dtype].itemsize - 1)
@@ -100,7 +99,7 @@ def _widen(codes_N: NDArray[np.uint16], *, out_N: Floats, scratch_N: NDArray[np.
     bits_N = out_N.view(np.uint32)
     np.copyto(bits_N, codes_N)
     np.bitwise_and(bits_N, 0x7FFF, out=scratch_N)
-    if scratch_N.max() >= _HALF_NUMBERS:  # no factor makes these: numpy's own way is slow and knows them
+    if scratch_N.max() >= _HALF_NUMBERS:  # the factor is wrong for these; numpy is slow but right
         np.copyto(out_N, codes_N.view(np.float16))
         return
     np.left_shift(scratch_N, 13, out=scratch_N)
@@ -122,12 +121,12 @@ def _to_bfloat16(numbers_N: Floats) -> NDArray[np.uint16]:
 
 def _round(numbers_N: Floats, *, out_N: NDArray[np.uint16], scratch_N: NDArray[np.uint32]) -> None:
     bits_N = numbers_N.view(np.uint32)
-    # Just under half of the last place kept, plus that place's own bit: it carries exactly when rounding goes up.
+    # adding just under half of the last kept bit, plus that bit, carries exactly when rounding goes up
     np.right_shift(bits_N, 16, out=scratch_N)
     np.bitwise_and(scratch_N, 1, out=scratch_N)
     np.add(scratch_N, bits_N, out=scratch_N)
     np.add(scratch_N, 0x7FFF, out=scratch_N)
-    if np.isnan(numbers_N.max()):  # the carry could turn a NaN into an infinity or a zero
+    if np.isnan(numbers_N.max()):  # the carry could change a NaN to infinity or zero
         quiet_N = np.isnan(numbers_N)
         scratch_N[quiet_N] = bits_N[quiet_N] | _QUIET
     np.right_shift(scratch_N, 16, out=scratch_N)

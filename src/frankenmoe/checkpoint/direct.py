@@ -1,8 +1,7 @@
-"""Appends to a file past the page cache: one thread fills a buffer while another writes the last; knows no tensor.
+"""Appends to a file past the page cache; one buffer is filled while a thread writes the other.
 
-The kernel spends more time on finding pages for written bytes than the disk spends on writing them. With O_DIRECT it
-needs no page; what that asks for in turn (offset, length and memory in whole blocks) is met here. Where a file system
-has no O_DIRECT the same buffers go through the page cache.
+Finding pages for written bytes takes the kernel longer than writing them takes the disk. O_DIRECT needs no pages, but
+offset, length and memory in whole blocks. File systems without O_DIRECT get the same buffers through the page cache.
 """
 
 import errno
@@ -15,15 +14,15 @@ from contextlib import contextmanager
 from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
 
-BUFFER = 2**20  # bytes; larger ones are no faster, and there are two of them for each shard being written
-BUFFERS = 2  # one is filled while the other is written
-BLOCK = 4096  # bytes; every common disk has blocks of this size or a part of it
-DIRECT: int = getattr(os, "O_DIRECT", 0)  # which macOS does not have
+BUFFER = 2**20  # bytes; larger buffers are no faster
+BUFFERS = 2  # per shard: one is filled while the other is written
+BLOCK = 4096  # bytes; a multiple of the block size of common disks
+DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS has none
 REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
 def create(path: Path) -> int:
-    """A descriptor of the new or emptied file `path`, to write and read; direct where its file system takes that."""
+    """Creates or empties `path` for writing and reading; with O_DIRECT where the file system supports it."""
     flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
     try:
         return os.open(path, flags | DIRECT, 0o666)
@@ -39,7 +38,7 @@ def is_direct(descriptor: int) -> bool:
 
 
 class Appender:
-    """Appends to an empty open file. Errors of the writing thread are raised by the next call here."""
+    """Appends to an empty open file. Errors of the writing thread are raised by the next call."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -48,7 +47,7 @@ class Appender:
         self._made = 1
         self._buffer = aligned(BUFFER)
         self._filled = 0
-        self._start = 0  # where in the file the buffer goes
+        self._start = 0  # the buffer's offset in the file
 
     @property
     def position(self) -> int:
@@ -56,17 +55,17 @@ class Appender:
         return self._start + self._filled
 
     def room(self) -> memoryview:
-        """Memory, never empty, for the next bytes: fill it from its start, then tell `filled` how far."""
+        """Memory, never empty, for the next bytes: fill it from its start, then call `filled`."""
         if self._filled == len(self._buffer):
             self._hand_over()
         return self._buffer[self._filled :]
 
     def filled(self, count: int) -> None:
-        """Append the first `count` bytes of `room`."""
+        """Appends the first `count` bytes of `room`."""
         self._filled += count
 
     def append(self, data: bytes | memoryview) -> None:
-        """Append `data`, which may be used for something else afterwards."""
+        """Appends `data`; the caller may reuse its memory afterwards."""
         rest = memoryview(data)
         while rest:
             room = self.room()
@@ -76,12 +75,12 @@ class Appender:
             rest = rest[count:]
 
     def readable(self) -> int:
-        """How many bytes from the start can be read back; waits for those being written."""
+        """How many bytes from the start can be read back. Waits for pending writes."""
         self._wait()
         return self._start
 
     def finish(self) -> None:
-        """Write what is left, the last part of a block through the page cache; not yet synced."""
+        """Writes the rest, the last partial block through the page cache. Does not sync."""
         self._wait()
         whole = self._filled - self._filled % BLOCK
         self._write(self._buffer[:whole], self._start)
@@ -90,11 +89,11 @@ class Appender:
             self._write(self._buffer[whole : self._filled], self._start + whole)
 
     def stop(self) -> None:
-        """End the thread, with what it is writing; nobody writes to the file afterwards."""
+        """Ends the thread after its current write."""
         self._thread.shutdown(cancel_futures=True)
 
     def _hand_over(self) -> None:
-        """Let the thread write the full buffer, and take a free one: a new one, or the one written longest ago."""
+        """Hands the full buffer to the thread and takes a free one: a new one, or the one written longest ago."""
         self._writing.append((self._thread.submit(self._write, self._buffer, self._start), self._buffer))
         self._start += self._filled
         self._filled = 0
@@ -116,7 +115,7 @@ class Appender:
             except OSError as error:
                 if error.errno not in REFUSED or not is_direct(self._descriptor):
                     raise
-                # taken when opened and refused now: larger blocks than ours, or a write that the disk cut short
+                # accepted when opened, rejected now: larger blocks than ours, or a short write
                 _leave_direct(self._descriptor)
                 continue
             data, offset = data[count:], offset + count
@@ -124,7 +123,7 @@ class Appender:
 
 @contextmanager
 def appending(descriptor: int) -> Iterator[Appender]:
-    """An Appender to an empty file; it has written everything when the block ends well, and has stopped in any case."""
+    """An Appender to an empty file. Everything is written when the block succeeds; it stops in any case."""
     out = Appender(descriptor)
     try:
         yield out
@@ -138,5 +137,5 @@ def _leave_direct(descriptor: int) -> None:
 
 
 def aligned(size: int) -> memoryview:
-    """Memory that starts at a page, as O_DIRECT wants it, and is this process's own."""
+    """Private memory that starts at a page, as O_DIRECT requires."""
     return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))

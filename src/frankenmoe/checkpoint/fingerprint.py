@@ -1,4 +1,4 @@
-"""Tells whether files or tensors hold the same bytes, cheaply or for certain; knows nothing of what the bytes mean."""
+"""Compares the bytes of files and tensors, by samples or completely."""
 
 import hashlib
 import os
@@ -20,11 +20,10 @@ _CHUNK = 2**20  # bytes
 
 
 def fingerprint(file: Path) -> str:
-    """32 hexadecimal digits that name the content of a safetensors file, the same on every machine.
+    """32 hexadecimal digits that identify the content of a safetensors file, the same on every machine.
 
-    BLAKE2b over the size, the header and 64 blocks of 4 KiB, spread evenly from the first byte of the data to the last
-    (all of the data if it is shorter). It notices another model, precision or training run, not a few
-    changed bytes: for proof use `sha256`.
+    BLAKE2b over the size, the header and 64 evenly spread blocks of 4 KiB (or all data if it is shorter). It detects
+    another model, precision or training run, not a few changed bytes: for proof use `sha256`.
     Raises SourceError if the file cannot be read or has no header.
     """
     real = Path(os.path.realpath(file))
@@ -48,7 +47,7 @@ def _fingerprint(real: Path, size: int, mtime_ns: int) -> str:
 
 
 def sha256(file: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
-    """The SHA-256 of the whole file in hexadecimal; `on_bytes` hears how many bytes each step read."""
+    """The SHA-256 of the whole file in hexadecimal; reports bytes read to `on_bytes`."""
     digest = hashlib.sha256()
     buffer = memoryview(bytearray(_CHUNK))
     with file.open("rb", buffering=0) as source:
@@ -62,8 +61,7 @@ def sha256(file: Path, *, on_bytes: Callable[[int], None] | None = None) -> str:
 def same_values(a: TensorRef, b: TensorRef, *, limit: int | None) -> bool:
     """Whether two tensors have the same type, shape and bytes, whatever their names.
 
-    Compares 16 blocks of 4 KiB spread over the tensors, then their first `limit` bytes (None: all); beyond both nothing
-    is seen.
+    Compares only 16 evenly spread blocks of 4 KiB and the first `limit` bytes (None: all).
     """
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
@@ -78,12 +76,12 @@ def same_values(a: TensorRef, b: TensorRef, *, limit: int | None) -> bool:
 
 
 def same_place(a: TensorRef, b: TensorRef) -> bool:
-    """Whether two tensors are the same bytes of the same file, through whatever links."""
+    """Whether two tensors are the same bytes of the same file, links resolved."""
     return (a.start, a.end) == (b.start, b.end) and os.path.realpath(a.file) == os.path.realpath(b.file)
 
 
 def _sample_offsets(size: int, *, samples: int) -> Iterator[int]:
-    """Where to read `samples` blocks so that they spread from the first byte to the last, or cover a smaller `size`."""
+    """Offsets of `samples` evenly spread blocks, or of as many as cover a smaller `size`."""
     if size <= samples * _SAMPLE:
         yield from range(0, size, _SAMPLE)
     else:

@@ -1,6 +1,6 @@
-"""Reads the safetensors header of files that may be hostile and writes ours; knows nothing of the values behind it.
+"""Reads safetensors headers, also of hostile files, and writes ours.
 
-A file is an 8-byte little-endian length N, N bytes of JSON, then the data: a tensor's `data_offsets` count from there.
+A file is an 8-byte little-endian length N, N bytes of JSON, then the data, from where `data_offsets` count.
 """
 
 import json
@@ -14,14 +14,14 @@ from frankenmoe.checkpoint.tensors import DTYPES, TensorRef
 from frankenmoe.errors import SourceError
 
 PREFIX = 8  # bytes of the length before the JSON
-_MAX_HEADER = 100_000_000  # the limit of the reference reader; the largest real headers are a few megabytes
+_MAX_HEADER = 100_000_000  # limit of the reference implementation; real headers have a few megabytes at most
 _MAX_DIMENSIONS = 32  # numpy 1.x holds no more
-_ALIGNMENT = 4096  # data on a page boundary can be mapped, and copied by extents where the file system shares them
+_ALIGNMENT = 4096  # data on a page boundary can be mapped, and shared by file systems with extents
 _DAMAGED = "the file is damaged or was not written by a safetensors library; download or save it again"
 
 
 def read_header(path: Path) -> dict[str, TensorRef]:
-    """Every tensor of a safetensors file by name, in byte order; only the header is read.
+    """Every tensor of a safetensors file by name, in byte order. Reads only the header.
 
     Raises SourceError unless the header is well-formed and its tensors cover the rest of the file exactly.
     """
@@ -38,7 +38,7 @@ def read_header(path: Path) -> dict[str, TensorRef]:
 def raw_header(path: Path) -> tuple[bytes, int]:
     """The header's JSON bytes, unparsed, and the size of the file in bytes.
 
-    Raises SourceError if the file cannot be read or is too short to hold the header that it announces.
+    Raises SourceError if the file cannot be read or is shorter than its header.
     """
     if not path.is_file():
         raise SourceError(f"{path} is not a file, expected safetensors weights", hint="check the path")
@@ -54,7 +54,7 @@ def raw_header(path: Path) -> tuple[bytes, int]:
 
 
 def parse_object(raw: bytes, *, pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None) -> dict[str, Any]:
-    """A JSON object from UTF-8 bytes; raises ValueError, and nothing else, for anything that is not one."""
+    """A JSON object from UTF-8 bytes. Raises ValueError, and nothing else, for anything else."""
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=pairs_hook)
     except RecursionError:
@@ -65,7 +65,7 @@ def parse_object(raw: bytes, *, pairs_hook: Callable[[list[tuple[str, Any]]], An
 
 
 def header_bytes(entries: Sequence[tuple[str, str, tuple[int, ...]]], *, metadata: Mapping[str, str]) -> bytes:
-    """The start of a file that holds `entries` (name, dtype, shape) in the given order, up to the first tensor's byte.
+    """The bytes of a file before its first tensor, for `entries` (name, dtype, shape) in the given order.
 
     Padded with spaces so that the data starts at a multiple of 4096. Raises ValueError if a name occurs twice.
     """
@@ -106,7 +106,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
-        key.encode()  # a lone surrogate, legal in JSON and in nothing else, raises a ValueError here
+        key.encode()  # raises ValueError for a lone surrogate, which only JSON allows
         if key in found:
             raise ValueError(f"the key {key!r} occurs twice")
         found[key] = value
@@ -119,42 +119,34 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 
 def _tensor(path: Path, name: str, entry: object, *, data_start: int) -> TensorRef:
+    def wrong(text: str, *, hint: str = _DAMAGED) -> SourceError:
+        return SourceError(f"tensor {name!r} in {path} {text}", hint=hint)
+
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or entry.keys() != set(fields):
-        raise SourceError(
-            f"tensor {name!r} in {path} is not described by exactly dtype, shape and data_offsets", hint=_DAMAGED
-        )
+        raise wrong("is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = (entry[field] for field in fields)
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise SourceError(
-            f"tensor {name!r} in {path} has dtype {dtype!r}, expected one of {', '.join(DTYPES)}",
-            hint="convert the source to bfloat16 with transformers first",
-        )
+        hint = "convert the source to bfloat16 with transformers first"
+        raise wrong(f"has dtype {dtype!r}, expected one of {', '.join(DTYPES)}", hint=hint)
     if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
-        raise SourceError(
-            f"tensor {name!r} in {path} has shape {shape!r:.100}, expected up to {_MAX_DIMENSIONS} sizes from 0 up",
-            hint=_DAMAGED,
-        )
+        raise wrong(f"has shape {shape!r:.100}, expected up to {_MAX_DIMENSIONS} sizes from 0 up")
     if not _are_counts(offsets) or len(offsets) != 2:
-        raise SourceError(
-            f"tensor {name!r} in {path} has data_offsets {offsets!r:.100}, expected a start and an end", hint=_DAMAGED
-        )
+        raise wrong(f"has data_offsets {offsets!r:.100}, expected a start and an end")
     start, end = offsets
     nbytes = math.prod(shape) * DTYPES[dtype].itemsize
     if end - start != nbytes:
-        raise SourceError(
-            f"tensor {name!r} in {path} spans {end - start} bytes, but {dtype} {shape} takes {nbytes}", hint=_DAMAGED
-        )
+        raise wrong(f"spans {end - start} bytes, but {dtype} {shape} takes {nbytes}")
     return TensorRef(name, dtype, tuple(shape), path, data_start + start, data_start + end)
 
 
 def _are_counts(value: object) -> TypeGuard[list[int]]:
-    """Whether `value` is a list of integers that fit a file offset; JSON's `true` is an int to Python and not to us."""
+    """Whether `value` is a list of integers that fit a file offset; `true`, an int in Python, does not count."""
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def _check_cover(path: Path, refs: Sequence[TensorRef], *, data_start: int, size: int) -> None:
-    """Check that `refs`, in byte order, lie side by side from the end of the header to the end of the file."""
+    """Checks that `refs`, in byte order, cover the file from the header to its end without gaps."""
     cursor = data_start
     for ref in refs:
         if ref.start != cursor:

@@ -1,4 +1,4 @@
-"""Turns the name of a source into a folder on this machine, downloading it if need be; knows nothing of its content."""
+"""Finds the local folder of a source, and downloads it from the hub if necessary."""
 
 import os
 import re
@@ -12,17 +12,17 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-# Files in sub-folders are other formats of the same model; Mistral's `consolidated` is the same weights a second time.
+# sub-folders hold other formats of the model; Mistral's `consolidated` files hold the same weights again
 _DUPLICATES = ["*/*", "consolidated*"]
 
 
 def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = True) -> Path:
     """The folder of the source called `name`: a folder (relative to `folder`, `~` allowed), else a model on the hub.
 
-    A hub model is downloaded into the Hugging Face cache, or only looked up there with HF_HUB_OFFLINE=1; without
-    `weights`, its config, tokenizer and licence only. Raises SourceError if there is none or it cannot be had.
+    A hub model is downloaded into the Hugging Face cache; with HF_HUB_OFFLINE=1 it must be there already. Without
+    `weights`, only its config, tokenizer and licence are downloaded. Raises SourceError if it cannot be found.
     """
-    path = _local(name, folder)
+    path = local_path(name, folder=folder)
     if os.path.isdir(path):
         if revision is not None:
             raise SourceError(
@@ -46,29 +46,30 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
 
 
 def is_folder(name: str, *, folder: Path) -> bool:
-    """Whether `resolve` takes a source for a folder on this machine, and not for a model on the hub."""
-    return os.path.isdir(_local(name, folder))
+    """Whether `resolve` takes a name for a local folder, and not for a model on the hub."""
+    return os.path.isdir(local_path(name, folder=folder))
 
 
-def _local(name: str, folder: Path) -> Path:
+def local_path(name: str, *, folder: Path) -> Path:
+    """The absolute path that a user's text means: `~` expanded, a relative path joined to `folder`."""
     return Path(os.path.abspath(folder / os.path.expanduser(name)))
 
 
 def _download(name: str, *, revision: str | None, weights: bool) -> Path:
-    # Imported here: it takes longer to start than a whole `plan` of local folders may take.
+    # imported here because it takes longer than planning local folders
     from huggingface_hub import snapshot_download
 
-    # Without the weights their index would name files that are not there.
+    # without the weights, their index would name missing files
     ignored = _DUPLICATES if weights else [*_DUPLICATES, "*.safetensors.index.json"]
     allowed = _TEXTS + _WEIGHTS if weights else _TEXTS
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
-    except Exception as error:  # whichever HTTP library the client uses this year, each with errors of its own
+    except Exception as error:  # the HTTP libraries below the client have errors of their own
         raise _explained(error, name=name, revision=revision) from error
 
 
 def _require_weights(name: str, snapshot: Path) -> None:
-    """Pickles that are in the cache anyway pass, as `open_checkpoint` refuses them by name."""
+    """Raises SourceError if there are no weights. Cached pickles pass: `open_checkpoint` rejects them by name."""
     if not any(any(snapshot.glob(pattern)) for pattern in (*_WEIGHTS, *_PICKLES)):
         raise SourceError(
             f"source {name!r} has no safetensors weights in {snapshot}",
@@ -104,9 +105,9 @@ def _first_line(error: Exception) -> str:
 
 
 def stream_rows(name: str, *, revision: str | None, config: str | None, split: str) -> Iterator[dict[str, Any]]:
-    """The rows of a hub dataset, one after the other, without downloading the rest; SourceError if they cannot be had.
+    """The rows of a hub dataset, streamed. Raises SourceError if they cannot be read.
 
-    Needs the library `datasets`. With HF_HUB_OFFLINE=1 only what is in its cache is found.
+    Needs the library `datasets`. With HF_HUB_OFFLINE=1 only cached datasets are found.
     """
     try:
         import datasets
@@ -128,5 +129,5 @@ def stream_rows(name: str, *, revision: str | None, config: str | None, split: s
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` has the form org/name; whether there is such a model is not asked."""
+    """Whether `name` has the form org/name; does not check that the model exists."""
     return _HUB_ID.fullmatch(name) is not None

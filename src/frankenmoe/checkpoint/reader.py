@@ -1,4 +1,4 @@
-"""Opens checkpoint and adapter folders and maps their tensors into memory; knows no model family, decodes no value."""
+"""Opens checkpoint and adapter folders and maps their tensors into memory."""
 
 import mmap
 import os
@@ -26,7 +26,7 @@ _MAPPED_FILES = 256  # each holds a file descriptor, and 1024 is a common limit
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A dense model on disk; `tensors` and `files` are empty where the folder has a config and no weights."""
+    """A dense model on disk; `tensors` and `files` are empty if the folder has no weights."""
 
     folder: Path
     config: dict[str, Any]
@@ -48,12 +48,11 @@ class Adapter:
 
 
 def open_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
-    """Read the config and the safetensors headers of `folder`, no values.
+    """Reads the config and the safetensors headers of `folder`.
 
-    The index decides where there is one, and tensors that it does not name are left out; else model.safetensors; else a
-    single file of any other name. Without `whole`, a folder that a download has left unfinished counts as one without
-    weights.
-    Raises SourceError if anything is missing, malformed or outside the folder, or if the weights are pickled only.
+    Weights are the tensors of the index if there is one, else model.safetensors, else a single file of any name.
+    Without `whole`, an incomplete download counts as a folder without weights.
+    Raises SourceError if anything is missing, malformed or outside the folder, or if there are only pickled weights.
     """
     config = _config(folder, "config.json")
     tensors, files = _weights(folder) if whole or not _unfinished(folder) else ({}, ())
@@ -61,9 +60,9 @@ def open_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
 
 
 def open_adapter(folder: Path) -> Adapter:
-    """Read adapter_config.json and the header of adapter_model.safetensors in `folder`.
+    """Reads adapter_config.json and the header of adapter_model.safetensors in `folder`.
 
-    Raises SourceError if either is missing or malformed, or if the weights are pickled only.
+    Raises SourceError if either is missing or malformed, or if there are only pickled weights.
     """
     config = _config(folder, "adapter_config.json")
     file = folder / _ADAPTER
@@ -76,8 +75,8 @@ def open_adapter(folder: Path) -> Adapter:
 def map_bytes(ref: TensorRef) -> NDArray[np.uint8]:
     """The bytes of a tensor [nbytes], mapped from its file and not copied.
 
-    The pages are private: writing to the array changes every view that this process has of the file, never the file.
-    Raises SourceError if the file is gone or has become too short; a file replaced meanwhile is mapped anew.
+    The pages are private: writing to the array changes all views of the file in this process, but never the file.
+    Raises SourceError if the file is missing or has become too short. A file that was replaced is mapped again.
     """
     try:
         real = Path(os.path.realpath(ref.file))
@@ -97,8 +96,7 @@ def map_bytes(ref: TensorRef) -> NDArray[np.uint8]:
 @lru_cache(maxsize=_MAPPED_FILES)
 def _map(real: Path, size: int, mtime_ns: int) -> NDArray[np.uint8]:
     """One mapping per state of a file, so that a source used sixteen times is in memory once."""
-    # ACCESS_COPY spelt out, to add NORESERVE: without it Linux refuses a file larger than the memory, since every page
-    # of it could be written to.
+    # like ACCESS_COPY, plus NORESERVE: without it Linux refuses to map files larger than the memory
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
     with real.open("rb") as file:
         mapped = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -114,7 +112,7 @@ def _config(folder: Path, name: str) -> dict[str, Any]:
 
 
 def _read_object(file: Path, *, hint: str) -> dict[str, Any]:
-    if file.exists() and not file.is_file():  # a pipe would be waited for without end
+    if file.exists() and not file.is_file():  # reading a pipe would never return
         raise SourceError(f"{file} is not a file", hint=hint)
     try:
         return parse_object(file.read_bytes())
@@ -137,7 +135,7 @@ def _weights(folder: Path) -> tuple[dict[str, TensorRef], tuple[Path, ...]]:
 
 
 def _unfinished(folder: Path) -> bool:
-    """Whether shards are missing, or the index that belongs to more than one."""
+    """Whether shards are missing, or the index of several shards."""
     if os.path.lexists(folder / _INDEX):
         return not all((folder / name).is_file() for name in set(_weight_map(folder / _INDEX).values()))
     return not os.path.lexists(folder / _SINGLE) and len(_shards_beside(folder)) > 1
@@ -185,7 +183,7 @@ def _indexed(folder: Path) -> tuple[dict[str, TensorRef], tuple[Path, ...]]:
 
 
 def _shards(folder: Path, names: Iterable[str]) -> dict[str, dict[str, TensorRef]]:
-    """The tensors of each shard, by the shard's file name, in order of file name."""
+    """File name -> tensors of every shard, sorted by file name."""
     shards = {}
     for name in sorted(names):
         if not (folder / name).is_file():
@@ -212,9 +210,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _is_bare(file: object) -> bool:
-    """Whether `file` names a file in its own folder.
+    """Whether `file` is a bare file name.
 
-    Judged by the name alone: in the Hugging Face cache the file itself is rightly a link to ../../blobs.
+    Checks only the name: in the Hugging Face cache the file itself is a link to ../../blobs.
     """
     return (
         isinstance(file, str) and file.endswith(".safetensors") and not any(mark in file for mark in ("/", "\\", "\0"))

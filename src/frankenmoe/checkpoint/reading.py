@@ -1,7 +1,6 @@
-"""Reads stretches of files into given memory, past the page cache what is not in it; knows no tensor.
+"""Reads parts of files into given memory: from the page cache if they are there, else past it.
 
-A byte that will be read once gains nothing from the page cache and pays for a page in it. One that is there already
-comes from there.
+Bytes that are read only once gain nothing from the page cache.
 """
 
 import errno
@@ -13,31 +12,30 @@ from pathlib import Path
 
 from frankenmoe.checkpoint.direct import BLOCK, DIRECT, REFUSED, aligned
 
-_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux's own
+_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux only
 _BOUNCE = 2**19  # bytes
 _UNWILLING = REFUSED | {errno.EAGAIN}
 
 
 @dataclass(slots=True)
 class _Opened:
-    """Two descriptors of one file; `direct` is None where the file system has no O_DIRECT."""
+    """Two descriptors of one file; `direct` is None without O_DIRECT."""
 
     cached: int
     direct: int | None
 
 
 class Reader:
-    """Opens each file once, and keeps it open."""
+    """Opens each file once and keeps it open."""
 
     def __init__(self) -> None:
         self._files: dict[Path, _Opened] = {}
         self._bounce = memoryview(b"")
 
     def read(self, file: Path, room: memoryview, offset: int, *, once: bool) -> int:
-        """Fill `room` from its start with bytes of `file` from `offset` on; how many, 0 at the end of the file only.
+        """Fills `room` with bytes of `file` from `offset` on. Returns their number, 0 only at the end of the file.
 
-        With `once` they will not be needed again, so what is not cached is not cached now either.
-        Raises OSError.
+        With `once`, bytes that are not cached stay uncached. Raises OSError.
         """
         opened = self._files.get(file) or self._open(file)
         if once and opened.direct is not None and _NOWAIT:
@@ -54,7 +52,7 @@ class Reader:
         return os.preadv(opened.cached, [room], offset)
 
     def close(self) -> None:
-        """Close every file."""
+        """Closes every file."""
         for opened in self._files.values():
             os.close(opened.cached)
             if opened.direct is not None:
@@ -72,7 +70,7 @@ class Reader:
         return opened
 
     def _read_direct(self, descriptor: int, room: memoryview, offset: int) -> int:
-        """Read the whole blocks around what is wanted, and take that out of them."""
+        """Reads whole blocks and copies the wanted part."""
         if not self._bounce:
             self._bounce = aligned(_BOUNCE + BLOCK)
         before = offset % BLOCK
@@ -86,7 +84,7 @@ class Reader:
 
 @contextmanager
 def reading() -> Iterator[Reader]:
-    """A Reader whose files are closed afterwards."""
+    """A Reader whose files are closed at the end."""
     reader = Reader()
     try:
         yield reader

@@ -1,4 +1,4 @@
-"""What a tensor on disk is and what a tensor to be written is made of; knows not how either is read or computed."""
+"""The types of tensors: on disk (TensorRef) and to be written (TensorWrite)."""
 
 import math
 from collections.abc import Mapping
@@ -36,7 +36,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
 )
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
-"""The types whose values can be computed with and cast into one another."""
+"""The types that can be computed with and cast into one another."""
 
 _ALIASES: Mapping[str, str] = MappingProxyType(
     {dtype.name: key for key, dtype in DTYPES.items()}
@@ -48,7 +48,7 @@ _ALIASES: Mapping[str, str] = MappingProxyType(
 def safetensors_dtype(name: str) -> str:
     """The safetensors name of a type: `bfloat16`, `bf16` and `BF16` all give `BF16`.
 
-    Raises ValueError, listing the choices, for a name nobody uses.
+    Raises ValueError with the choices for an unknown name.
     """
     try:
         return _ALIASES[name.lower()]
@@ -59,7 +59,7 @@ def safetensors_dtype(name: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor on disk: the bytes of `file` from `start` up to, not including, `end`, counted from its first."""
+    """A tensor on disk: the bytes `start` to `end` (exclusive) of `file`."""
 
     name: str
     dtype: str
@@ -79,11 +79,11 @@ class TensorRef:
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """The elementwise mean of all inputs; the only first step that several inputs may have."""
+    """The elementwise mean of all inputs; required as the first step if there are several."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
+class LowRank:
     """Add the low-rank term `scale * b @ a`, where `a` is [rank, in] and `b` is [out, rank]."""
 
     a: TensorRef
@@ -95,8 +95,8 @@ class Lora:
 class Noise:
     """Add normal noise of standard deviation `std`.
 
-    With `relative`, `std` is a share of the tensor's own population standard deviation as it stands before this step.
-    The same `seed` (0 to 2**64 - 1) draws the same numbers for every tensor, so a plan gives each tensor its own.
+    With `relative`, `std` is multiplied by the tensor's population standard deviation before this step.
+    The same `seed` (0 to 2**64 - 1) gives the same numbers for every tensor, so every tensor needs its own.
     """
 
     std: float
@@ -113,20 +113,20 @@ class Scale:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Every element is `value`; the first step of a tensor that has no inputs."""
+    """Every element is `value`; the first step of a tensor without inputs."""
 
     value: float
 
 
-Step = Mean | Lora | Noise | Scale | Constant
+Step = Mean | LowRank | Noise | Scale | Constant
 
 
 @dataclass(frozen=True, slots=True)
 class TensorWrite:
-    """A tensor to be written: `inputs`, taken through `steps` in order, stored as `dtype`.
+    """A tensor to be written: `inputs` after `steps` in order, stored as `dtype`.
 
-    Inputs may be shaped differently from the output (a row as a matrix) as long as they have as many elements.
-    Raises ValueError for a write that has no meaning, such as two inputs and nothing that joins them.
+    Inputs may have another shape than the output, with as many elements. Raises ValueError for invalid combinations,
+    such as two inputs without a Mean.
     """
 
     name: str
@@ -146,10 +146,10 @@ class TensorWrite:
         if any(ref.numel != self.numel for ref in self.inputs):
             raise ValueError(f"{self.name}: every input must have the {self.numel} elements of {list(self.shape)}")
         for step in self.steps:
-            if isinstance(step, Lora):
+            if isinstance(step, LowRank):
                 self._check_lora(step)
 
-    def _check_lora(self, step: Lora) -> None:
+    def _check_lora(self, step: LowRank) -> None:
         ranks = (step.a.shape[:1], step.b.shape[1:])
         if len(ranks[0]) != 1 or ranks[0] != ranks[1] or self.shape != step.b.shape[:1] + step.a.shape[1:]:
             found = f"{list(step.b.shape)} @ {list(step.a.shape)}"
@@ -165,11 +165,11 @@ class TensorWrite:
 
     @property
     def is_copy(self) -> bool:
-        """Whether the output is byte for byte one input."""
+        """Whether the output has the bytes of its only input."""
         return len(self.inputs) == 1 and not self.steps and self.inputs[0].dtype == self.dtype
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:
         """Every tensor this write reads: its inputs and the factors of its low-rank terms."""
-        factors = (ref for step in self.steps if isinstance(step, Lora) for ref in (step.a, step.b))
+        factors = (ref for step in self.steps if isinstance(step, LowRank) for ref in (step.a, step.b))
         return (*self.inputs, *factors)

@@ -1,6 +1,6 @@
-"""The numbers of tensors: decode, compute, encode, check; knows nothing of files beyond their mapped bytes.
+"""The numbers of tensors: decode, compute, encode, check.
 
-Everything goes by blocks of 2**20 elements in flat (row-major) order, so memory does not grow with the tensor.
+Works in blocks of 2**20 elements in flat (row-major) order, so memory does not grow with the tensor.
 Shape suffixes: N elements of one block, O rows (out) and I columns (in) of a matrix, R rank of a low-rank term.
 """
 
@@ -16,7 +16,7 @@ from frankenmoe.checkpoint.tensors import (
     DTYPES,
     FLOATS,
     Constant,
-    Lora,
+    LowRank,
     Mean,
     Noise,
     Scale,
@@ -27,22 +27,22 @@ from frankenmoe.checkpoint.tensors import (
 from frankenmoe.errors import NumericsError, SourceError
 
 Stage = Callable[[Floats, int], Floats]
-"""A step made ready: takes a block and its number, gives the block after the step and leaves the first unchanged."""
+"""A prepared step: takes a block and its number, returns the block after the step, does not change its input."""
 
-BLOCK = 2**20  # elements; also what the noise is keyed by, so another value gives other noise
+BLOCK = 2**20  # elements; also keys the noise, so another value gives other noise
 
 
 def values(ref: TensorRef) -> Floats:
-    """The numbers of a small tensor in its own shape; raises SourceError for a type that is not a float."""
+    """The numbers of a small tensor in its own shape. Raises SourceError for types that are not floats."""
     _require_float(ref)
     return decode(map_bytes(ref), dtype=ref.dtype).reshape(ref.shape).copy()
 
 
 def blocks(write: TensorWrite) -> Iterator[Bytes]:
-    """The output bytes of `write` in order, one array per 2**20 elements; read-only, since copies are mapped views.
+    """The output bytes of `write` in order, one array per 2**20 elements. Read-only: copies are mapped views.
 
-    Raises while iterating: SourceError for a type that cannot be computed with, NumericsError for a NaN or infinity in
-    a source and for a result that `write.dtype` cannot hold.
+    Raises while iterating: SourceError for types that are not floats, NumericsError for NaN or infinity in a source and
+    for results out of the range of `write.dtype`.
     """
     if write.is_copy:
         yield from _copied_blocks(write)
@@ -59,7 +59,7 @@ def blocks(write: TensorWrite) -> Iterator[Bytes]:
 def materialize(write: TensorWrite) -> Bytes:
     """The whole output of `write` [nbytes], the same bytes that `blocks` gives.
 
-    A copy is the mapped source itself: nothing is read, so nothing is checked (see `check_finite`).
+    A copy is the mapped source itself, unread and unchecked (see `check_finite`).
     """
     if write.is_copy:
         return map_bytes(write.inputs[0])
@@ -72,7 +72,7 @@ def materialize(write: TensorWrite) -> Bytes:
 
 
 def check_finite(ref: TensorRef) -> None:
-    """Raise NumericsError if a float tensor holds a NaN or an infinity; other types have none. Converts nothing."""
+    """Raises NumericsError if a float tensor holds NaN or infinity. Other types pass."""
     if ref.dtype not in FLOATS:
         return
     raw = map_bytes(ref)
@@ -115,7 +115,7 @@ def _require_float(ref: TensorRef) -> None:
 
 
 def _floats(write: TensorWrite, steps: Sequence[Step]) -> Iterator[Floats]:
-    """The blocks of `write` after `steps`, the first of its steps."""
+    """The blocks of `write` after `steps`, a prefix of its steps."""
     stages = [_stage(write, number) for number in range(len(steps))]
     inputs = [(map_bytes(ref), ref.dtype) for ref in write.inputs]
     for number, start in enumerate(range(0, write.numel, BLOCK)):
@@ -125,7 +125,7 @@ def _floats(write: TensorWrite, steps: Sequence[Step]) -> Iterator[Floats]:
         yield _apply(stages, block_N=block_N, number=number)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # judged on the result, where the element can be named
+@np.errstate(over="ignore", invalid="ignore")  # the result is checked, where the element is known
 def _apply(stages: Sequence[Stage], *, block_N: Floats, number: int) -> Floats:
     for stage in stages:
         block_N = stage(block_N, number)
@@ -143,7 +143,7 @@ def _mean(decoded: Sequence[Floats]) -> Floats:
 
 def _stage(write: TensorWrite, number: int) -> Stage:
     match write.steps[number]:
-        case Mean():  # the inputs are joined as they are decoded
+        case Mean():  # done while decoding
             return lambda block_N, _: block_N
         case Constant(value):
             return lambda block_N, _: np.full_like(block_N, value)
@@ -152,12 +152,12 @@ def _stage(write: TensorWrite, number: int) -> Stage:
         case Noise(std, relative, seed):
             unit = _std(write, write.steps[:number]) if relative else 1.0
             return partial(_add_noise, std=std * unit, seed=seed)
-        case Lora(a, b, scale):
+        case LowRank(a, b, scale):
             return partial(_add_low_rank, b_OR=values(b), a_RI=values(a) * np.float32(scale))
 
 
 def _add_noise(block_N: Floats, number: int, *, std: float, seed: int) -> Floats:
-    # Keyed by the block and not drawn in sequence: any block can be made again alone, in any process.
+    # keyed by block, so that any block can be computed alone, in any process
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, number], np.uint64)))
     return block_N + np.float32(std) * generator.standard_normal(block_N.size, np.float32)
 
@@ -191,7 +191,7 @@ def _elements(raw: Bytes, start: int, stop: int, *, dtype: str) -> Bytes:
 
 
 def _no_number(write: TensorWrite, *, value: float, flat: int) -> NumericsError:
-    """Why element `flat` of `write` is not finite: raises the error of a source to blame or returns the overflow."""
+    """The error for a non-finite element `flat`: raised if a source is not finite, else returned as an overflow."""
     for ref in write.sources:
         check_finite(ref)
     files = ", ".join(sorted({str(ref.file) for ref in write.sources})) or "a constant"

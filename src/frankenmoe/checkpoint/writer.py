@@ -1,4 +1,4 @@
-"""Writes safetensors shards, whole or not at all, reading and checking every byte once; knows no model."""
+"""Writes safetensors shards completely or not at all; reads and checks every byte once."""
 
 import errno
 import os
@@ -13,13 +13,13 @@ from frankenmoe.checkpoint.cast import first_nonfinite
 from frankenmoe.checkpoint.direct import Appender, appending, create
 from frankenmoe.checkpoint.header import header_bytes
 from frankenmoe.checkpoint.reading import Reader, reading
-from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, Lora, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, LowRank, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError, SourceError
 
 _AGAIN = "the source changed meanwhile; start again"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-# What file systems and sandboxes answer where space cannot be claimed ahead.
+# errors of file systems and sandboxes that cannot reserve space
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM})
 
 
@@ -31,10 +31,10 @@ def write_shard(
     on_bytes: Callable[[int], None],
     scanned: set[TensorRef],
 ) -> None:
-    """Write `writes`, in this order, as the safetensors file `path`; `on_bytes` hears of every byte, header included.
+    """Writes `writes` in this order as the safetensors file `path`; reports bytes, header included, to `on_bytes`.
 
-    Sources that are not yet in `scanned` are checked for NaN and infinities on the way, and added to it. Memory does
-    not grow with the tensors. `path` appears complete and synced or not at all; kill -9 leaves at most its `.partial`.
+    Sources that are not in `scanned` are checked for NaN and infinities, and added to it. Memory does not grow with the
+    tensors. `path` appears complete and synced or not at all; a killed process leaves at most `path`.partial.
     Raises SourceError, NumericsError, and ArtifactError when the disk is full.
     """
     header = header_bytes([(write.name, write.dtype, write.shape) for write in writes], metadata=metadata)
@@ -56,19 +56,19 @@ def write_shard(
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Put `data` into the file `path`, which at any moment holds the old or the new; ArtifactError on a full disk."""
+    """Replaces the content of `path` atomically. Raises ArtifactError on a full disk."""
     with replacing(path, size=len(data)) as target:
         write_all(target, data)
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that this user can still write to the disk that holds `folder`."""
+    """Free bytes for this user on the disk of `folder`."""
     status = os.statvfs(folder)
     return status.f_bavail * status.f_frsize
 
 
 class _Shard:
-    """A shard as it grows: what has been appended to it, and what is known of the sources."""
+    """A shard being written, with what is known of its sources."""
 
     def __init__(
         self,
@@ -89,9 +89,9 @@ class _Shard:
         self._computed: dict[object, TensorRef] = {}
 
     def copy(self, source: TensorRef) -> None:
-        """Append a source's bytes, looked at while they are in the buffer if nobody has looked at them yet."""
+        """Appends a source's bytes, and checks them in the buffer unless that was done before."""
         check = source not in self._scanned and source.dtype in FLOATS
-        if check and self._out.position % DTYPES[source.dtype].itemsize:  # a buffer's border may cut a number in two
+        if check and self._out.position % DTYPES[source.dtype].itemsize:  # a number may be split between two buffers
             check_finite(source)
             check = False
         offset = source.start
@@ -107,14 +107,14 @@ class _Shard:
         self._scanned.add(source)
 
     def compute(self, write: TensorWrite) -> None:
-        """Append a computed write; where the file already holds an equal one (one source, many experts), copy that."""
+        """Appends a computed write; copies an equal one that is already in the file (one source, many experts)."""
         what = (write.inputs, write.steps, write.dtype, write.shape)
         known = self._computed.get(what)
         if known is not None and known.end <= self._out.readable():
             self.copy(known)
             return
-        for factor in (ref for step in write.steps if isinstance(step, Lora) for ref in (step.a, step.b)):
-            if factor not in self._scanned:  # a product may lose what an input would show in the result
+        for factor in (ref for step in write.steps if isinstance(step, LowRank) for ref in (step.a, step.b)):
+            if factor not in self._scanned:  # the product may hide a NaN of its factors
                 check_finite(factor)
         start = self._out.position
         for block in blocks(write):
@@ -125,7 +125,7 @@ class _Shard:
         self._scanned.update((*write.sources, made))
 
     def _fill(self, room: memoryview, source: TensorRef, *, offset: int) -> None:
-        """Fill `room` with the bytes of the source's file from `offset` on."""
+        """Fills `room` with bytes of the source's file from `offset` on."""
         while room:
             try:
                 count = self._sources.read(source.file, room, offset, once=self._uses.get(source) == 1)
@@ -140,7 +140,7 @@ class _Shard:
 
 
 def write_all(target: int, data: bytes | memoryview) -> None:
-    """Append all of `data` to an open file, however often the system takes only a part of it."""
+    """Appends all of `data` to an open file, in as many calls as necessary."""
     rest = memoryview(data)
     while rest:
         rest = rest[os.write(target, rest) :]
@@ -156,7 +156,7 @@ def _create(path: Path) -> int:
 
 @contextmanager
 def replacing(path: Path, *, size: int, opened: Callable[[Path], int] = _create) -> Iterator[int]:
-    """A file descriptor whose `size` bytes become `path` once the block ends well; else nothing is left of them."""
+    """A file descriptor to write `size` bytes to. They become `path` when the block succeeds, else they are removed."""
     partial = _partial(path)
     try:
         target = opened(partial)
@@ -176,9 +176,9 @@ def replacing(path: Path, *, size: int, opened: Callable[[Path], int] = _create)
 
 
 def _reserve(target: int, size: int) -> None:
-    """Claim the disk space now, so that a full disk is met before the first byte and not after the last hour."""
+    """Reserves the disk space, so that a full disk is noticed before the first byte."""
     try:
-        if size:
+        if size and hasattr(os, "posix_fallocate"):  # macOS has none
             os.posix_fallocate(target, 0, size)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
@@ -195,7 +195,7 @@ def _disk_full(path: Path, size: int) -> ArtifactError:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last: until its folder is synced, a power cut can undo it."""
+    """Makes a rename durable: before its folder is synced, a power failure can undo it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -10,27 +10,28 @@ import click
 
 from frankenmoe import __version__
 from frankenmoe.cli.audit import audit_command
+from frankenmoe.cli.cache import cache_command
 from frankenmoe.cli.card import card_command
 from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
 from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
-from frankenmoe.cli.options import REMOTE, Size, Temperature, example
+from frankenmoe.cli.options import COUNT, DTYPE, JSON, NO_CACHE, REMOTE, SEED, SIZE, TEMPERATURE, example, json_option
+from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
+from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
 from frankenmoe.cli.text import is_unicode, printable
-from frankenmoe.cli.train import run_train, setting_options
+from frankenmoe.cli.train import train_command
 from frankenmoe.errors import FrankenMoEError
+from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.sections import BuildSettings
+from frankenmoe.subject import kind_of, open_subject
 
 INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
 RESUMING = {"build", "train", "eval", "run", "push"}
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
-DTYPE = click.option(
-    "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16"]),
-    help="Type to store weights in; default: the recipe's.",
-)
-JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 
 
 @click.group(
@@ -52,14 +53,12 @@ def app() -> None:
 @JSON
 @REMOTE
 def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_code: bool) -> None:
-    """What RECIPE becomes: format, parameters, memory, warnings.
+    """Show what RECIPE becomes: format, parameters, memory, warnings.
 
     Reads configs and headers only, and writes nothing.
     """
-    from frankenmoe.cli.show import show_plan
     from frankenmoe.planning import plan
     from frankenmoe.planning.trained import read_routers
-    from frankenmoe.recipe import Recipe
 
     made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
     if made.routers_file is not None:
@@ -77,50 +76,35 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 @app.command(
     "build", epilog=example("frankenmoe build recipe.yml out/\nfrankenmoe build recipe.yml out-virtual/ --virtual")
 )
-@click.argument("recipe", metavar="RECIPE|ARTIFACT", type=click.Path(path_type=Path))
+@click.argument("what", metavar="RECIPE|ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--virtual", is_flag=True, help="Write the recipe, hashes and routers only (megabytes).")
+@settings_options(BuildSettings)
 @DTYPE
-@click.option("--shard-size", type=Size(), default="4GB", show_default=True, help="Largest size of one weight file.")
-@click.option("--allow-identical", is_flag=True, help="Build even where all experts are the same, to train them later.")
+@click.option("--shard-size", type=SIZE, default="4GB", show_default=True, help="Largest size of one weight file.")
+@NO_CACHE
 @REMOTE
 def build_command(
-    recipe: Path,
+    what: Path,
     out: Path,
-    virtual: bool,
     dtype: str | None,
     shard_size: int,
-    allow_identical: bool,
+    no_cache: bool,
     trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Make the MoE of RECIPE, or of a virtual ARTIFACT, in the folder OUT.
 
-    Interrupted or killed, the same command goes on where it stopped.
+    If interrupted or killed, the same command continues where it stopped.
     """
-    from frankenmoe.artifact import Artifact, open_artifact
-    from frankenmoe.cli.progress import bars
-    from frankenmoe.cli.show import show_built, warn
-    from frankenmoe.planning import plan
-    from frankenmoe.recipe import Recipe
+    # planned first: a mistake in the recipe is reported before torch has been imported
+    subject = open_subject(what, dtype=dtype, cache=not no_cache, trust_remote_code=trust_remote_code)
+    if subject.artifact is None:
+        warn(subject.plan.warnings)
 
-    # planned first: a mistake in the recipe is told before torch has been imported
-    read: Recipe | Artifact = open_artifact(recipe) if recipe.is_dir() else Recipe.load(recipe)
-    if isinstance(read, Recipe):
-        warn(plan(read, dtype=dtype, trust_remote_code=trust_remote_code).warnings)
-
-    from frankenmoe.building import build
+    from frankenmoe.build.run import build
 
     with bars() as progress:
-        artifact = build(
-            read,
-            out,
-            virtual=virtual,
-            dtype=dtype,
-            shard_size=shard_size,
-            allow_identical=allow_identical,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        artifact = build(subject, out, shard_size=shard_size, progress=progress, **given(options))
     show_built(artifact)
 
 
@@ -130,20 +114,15 @@ def build_command(
 def verify_command(folder: Path, as_json: bool) -> None:
     """Compare every byte of OUT with its sources.
 
-    Also names, shapes and types against the model class, and finite values. Exit code 2 at the first that differs.
+    Also compares names, shapes and types with the model class, and checks that values are finite. Exit code 2 at the
+    first difference.
     """
-    from frankenmoe.artifact import open_artifact
-    from frankenmoe.cli.progress import bars
-    from frankenmoe.cli.show import show_checks
+    subject = open_subject(folder)
 
-    open_artifact(folder)
-
-    from frankenmoe.prove import verify
+    from frankenmoe.build.proof import verify
 
     with bars() as progress:
-        checks = verify(
-            folder, on_start=lambda total: progress.start("comparing", total, "B"), on_bytes=progress.advance
-        )
+        checks = verify(subject, progress=progress)
     if as_json:
         click.echo(json.dumps({check.what: check.found for check in checks}, indent=2))
     else:
@@ -153,12 +132,13 @@ def verify_command(folder: Path, as_json: bool) -> None:
 @app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
 @click.argument("what", metavar="OUT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--temperature", type=Temperature(), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the sampling.")
+@click.option("--max-new-tokens", type=COUNT, default=200, show_default=True)
+@click.option("--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the sampling.")
 @click.option("--trace", is_flag=True, help="Show which experts each token went to.")
 @click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, logits a little off.")
-@click.option("--json", "as_json", is_flag=True, help="Print reply and trace as JSON (needs --prompt).")
+@json_option("Print reply and trace as JSON (needs --prompt).")
+@NO_CACHE
 @REMOTE
 def chat_command(
     what: Path,
@@ -169,24 +149,25 @@ def chat_command(
     trace: bool,
     int8: bool,
     as_json: bool,
+    no_cache: bool,
     trust_remote_code: bool,
 ) -> None:
     """Talk to an artifact, to a recipe before anything is built, or to a GGUF file.
 
-    Tokens appear as they are made. With a chat template the model is addressed as an assistant, otherwise it goes on
-    from your text.
+    Tokens appear as they are made. With a chat template the model is addressed as an assistant; without one it
+    continues your text.
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
     if prompt is not None and not is_unicode(prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
-    if what.suffix == ".gguf":
+    if kind_of(what) == "gguf":
         from frankenmoe.cli.ggufchat import chat_gguf
 
         if int8:
             raise click.UsageError("--int8 needs an artifact or a recipe: a GGUF file is quantized by `export`")
         if trace:
-            raise click.UsageError("--trace needs an artifact or a recipe: llama.cpp does not tell who was chosen")
+            raise click.UsageError("--trace needs an artifact or a recipe: llama.cpp does not report expert choices")
         return chat_gguf(
             what,
             prompt=prompt,
@@ -195,55 +176,18 @@ def chat_command(
             seed=seed,
             as_json=as_json,
         )
-
-    from frankenmoe.building import is_recipe
-
-    if is_recipe(what):
-        from frankenmoe.cli.show import warn
-        from frankenmoe.planning import plan
-        from frankenmoe.recipe import Recipe
-
-        warn(plan(Recipe.load(what), trust_remote_code=trust_remote_code).warnings)
+    subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
+    if subject.artifact is None:
+        warn(subject.plan.warnings)
 
     from frankenmoe.cli.chat import Settings, chat
 
     chat(
-        what,
+        subject,
         prompt=prompt,
         settings=Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, trace=trace, int8=int8),
         as_json=as_json,
-        trust_remote_code=trust_remote_code,
     )
-
-
-@app.command(
-    "train",
-    epilog=example(
-        "frankenmoe train recipe.yml trained/ --data verse=verse.txt\n"
-        "frankenmoe train trained/ more/ --what routers,attention,norms --steps 500"
-    ),
-)
-@click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--what", "parts", help="routers, adapters, norms, attention, experts, embeddings; comma between (routers)."
-)
-@click.option("--data", multiple=True, metavar="NAME=FILE", help="Text of an expert; again for more.")
-@click.option("--weights", multiple=True, metavar="NAME=X", help="How often a domain is drawn (1).")
-@setting_options
-@click.option("--keep-anyway", is_flag=True, help="Write the result even where it is worse.")
-@click.option("--shard", is_flag=True, help="Spread weights over a launcher's processes (FSDP2).")
-@click.option("--report-to", multiple=True, help="wandb, tensorboard; again for more.")
-@DTYPE
-@JSON
-@REMOTE
-def train_command(what: Path, out: Path, **options: Any) -> None:
-    """Train the routers of an MoE, and more of it if asked, into OUT.
-
-    Frozen weights stay mapped from their sources. Text held out tells what is best, and that is kept; a run that helps
-    nothing writes nothing. Interrupted or killed, the same command goes on to the same losses.
-    """
-    run_train(what, out, options=options)
 
 
 @app.command("demo", epilog=example("frankenmoe demo --out demo-out"))
@@ -262,13 +206,6 @@ def demo_command(out: Path, as_json: bool) -> None:
     demo(out, as_json=as_json)
 
 
-app.add_command(audit_command)
-app.add_command(export_command)
-app.add_command(card_command)
-app.add_command(push_command)
-app.add_command(run_command)
-
-
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
 def schema_command() -> None:
     """Print the JSON schema of recipes, for editors."""
@@ -277,8 +214,19 @@ def schema_command() -> None:
     click.echo(json.dumps(schema(), indent=2))
 
 
-app.add_command(eval_command)
-for command in (fit_command, add_expert_command, extract_command):
+for command in (
+    fit_command,
+    add_expert_command,
+    extract_command,
+    train_command,
+    audit_command,
+    eval_command,
+    export_command,
+    card_command,
+    push_command,
+    run_command,
+    cache_command,
+):
     app.add_command(command)
 
 
@@ -297,11 +245,11 @@ def main() -> None:
         error.show()
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
-        goes_on = bool(RESUMING & set(sys.argv[1:2]))
-        click.echo(f"interrupted; the same command {'goes on from here' if goes_on else 'starts again'}", err=True)
+        resumes = bool(RESUMING & set(sys.argv[1:2]))
+        click.echo(f"interrupted; the same command {'continues from here' if resumes else 'starts again'}", err=True)
         sys.exit(INTERRUPTED)
     except OSError as error:  # of what we print, say: what sources and artifacts raise has been explained
         where = f" ({printable(str(error.filename))})" if error.filename else ""
-        click.echo(f"error: the system says: {error.strerror or error}{where}", err=True)
+        click.echo(f"error: system error: {error.strerror or error}{where}", err=True)
         click.echo("  hint: check permissions, free space and where the output goes", err=True)
         sys.exit(2)

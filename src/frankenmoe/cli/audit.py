@@ -1,7 +1,6 @@
 """`frankenmoe audit`: six answers in the terminal, on a page and as JSON; computes none of them."""
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +9,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from frankenmoe.cli.options import REMOTE, example
+from frankenmoe.audit.measures import Facts, Measure, compared_in_terminal, in_terminal
+from frankenmoe.cli.options import NO_CACHE, REMOTE, example, json_option
+from frankenmoe.cli.progress import bars
+from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, is_unicode, printable
+from frankenmoe.data.given import pairs
 from frankenmoe.palette import mark
-
-Facts = Mapping[str, Any]
-Column = tuple[str, Callable[[Facts], str]]
+from frankenmoe.recipe.sections import AuditSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import open_subject
 
 STYLES = {"good": "bold green", "mind": "bold yellow", "bad": "bold red", "open": "bold"}
-ROOMY = 70  # columns from which tables get their optional columns
+ROOMY = 70  # characters of a terminal that has room for more columns
 BAR = 16  # characters of a load bar, more where there is room
 TOKENS_SHOWN = 12
 TOKEN_WIDTH = 12
@@ -40,23 +43,23 @@ WIDEST_STRIP = 26  # layers shown beside a token
     help="Text to route, labelled with the expert it belongs to (a file or hub dataset; again for more). Without "
     "EXPERT= it has no label. Default: the recipe's data, else its prompts.",
 )  # fmt: skip
-@click.option("--prompt", help="Show these tokens one by one. Default: the beginning of each text.")
-@click.option("--tokens", type=click.IntRange(min=1), default=8192, show_default=True, help="Most tokens of each text.")
+@settings_options(AuditSettings)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True,
     help="Where the report's own folder goes.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@NO_CACHE
+@json_option("Print the report as JSON.")
 @REMOTE
 def audit_command(
     first: Path,
     second: Path | None,
     data: tuple[str, ...],
-    prompt: str | None,
-    tokens: int,
     out: Path,
+    no_cache: bool,
     as_json: bool,
     trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """See what the routers of an MoE do, or of two side by side.
 
@@ -64,25 +67,27 @@ def audit_command(
     the router conditioned, would it survive, what did this token see. Prints them and writes a page (audit.html, one
     file that loads nothing) and audit.json.
     """
-    from frankenmoe.audit.charts import can_draw
+    from frankenmoe.audit.run import check, look
     from frankenmoe.audit.write import as_text, check_place, write_report
-    from frankenmoe.auditing import check, look
-    from frankenmoe.cli.progress import bars
+    from frankenmoe.charts import can_draw
 
     if not can_draw():
         click.secho("warning: no charts on the page without `pip install 'frankenmoe[audit]'`", fg="yellow", err=True)
-    if prompt is not None and not is_unicode(prompt):
+    settings = settings_with(AuditSettings(), given(options))
+    if settings.prompt is not None and not is_unicode(settings.prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
-    pairs = [_labelled(each) for each in data]
-    subjects = (first, *([second] if second else []))
     check_place(out)  # before anything is computed, of the second as well
-    for what in subjects:
-        check(what, data=pairs)
+    subjects = [
+        open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
+        for what in (first, second)
+        if what is not None
+    ]
+    names = [expert.name for subject in subjects for expert in subject.recipe.experts]
+    labelled = pairs(data, flag="--data", names=names, unlabelled=True, folder=Path.cwd())
+    for subject in subjects:
+        check(subject, data=labelled)
     with bars() as progress:
-        audits = [
-            look(what, data=pairs, prompt=prompt, tokens=tokens, trust_remote_code=trust_remote_code, progress=progress)
-            for what in subjects
-        ]
+        audits = [look(subject, data=labelled, settings=settings, progress=progress) for subject in subjects]
     folder = write_report(audits, out)
     if as_json:
         click.echo(as_text(audits))
@@ -95,12 +100,6 @@ def audit_command(
         show_difference(audits[0].report, audits[1].report, show)
     for kind, name in (("page", "audit.html"), ("json", "audit.json")):
         click.echo(f"{kind}: {printable(str(folder / name))}")
-
-
-def _labelled(text: str) -> tuple[str | None, str]:
-    """EXPERT=FILE in two; a file whose own name has the sign in it is taken as it is."""
-    label, sign, file = text.partition("=")
-    return (None, text) if not sign or os.path.exists(text) else (label, file)
 
 
 def show_audit(report: Facts, show: Console) -> None:
@@ -147,13 +146,13 @@ def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> 
     if key == "moe" and outer[0]["apart"]["median"] is None:
         return
     routers = report["routers"] if key in ("load", "gate", "survive") else outer
-    columns = [*COLUMNS[key], *(ROOMY_COLUMNS.get(key, ()) if show.width >= ROOMY else ())]
+    measures = in_terminal(key, roomy=show.width >= ROOMY)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("layer", no_wrap=True)
     if key == "load":
         table.add_column("load", no_wrap=True)
-    for title, _ in columns:
-        table.add_column(title, justify="right", no_wrap=True)
+    for measure in measures:
+        table.add_column(measure.short, justify="right", no_wrap=True)
     width = (
         max(8, min(show.width - 60, 24))
         if show.width >= ROOMY
@@ -162,7 +161,7 @@ def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> 
     for facts in routers:
         place = f"{facts['layer']}" + (f" in {facts['path']}" if facts["path"] else "")
         bar = [load_bar(facts["load"]["share"], width)] if key == "load" else []
-        table.add_row(place, *bar, *(value(facts) for _, value in columns))
+        table.add_row(place, *bar, *(_number(measure, facts) for measure in measures))
     show.print(table)
     if key == "survive":
         for facts in (each for each in routers if each["load"]["dead"] and each["tokens"]):
@@ -210,83 +209,28 @@ def show_difference(one: Facts, two: Facts, show: Console) -> None:
     """Layer by layer, from the first audit to the second."""
     from frankenmoe.audit.compare import OTHER_TEXT, paired, same_text
 
-    titles = (("CV", "load", "cv"), ("entropy", "load", "entropy_share"), ("moves", "apart", "moved"))
-    roomy = (("MaxVio", "load", "max_vio"), ("condition", "gate", "condition"), ("bits", "domains", "information"))
-    wanted = (*titles, *roomy) if show.width >= ROOMY else titles
+    measures = compared_in_terminal(roomy=show.width >= ROOMY)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for title in ("layer", *(each[0] for each in wanted)):
-        table.add_column(title, justify="left" if title == "layer" else "right", no_wrap=True)
+    table.add_column("layer", no_wrap=True)
+    for measure in measures:
+        table.add_column(measure.short, justify="right", no_wrap=True)
     for left, right in paired(one, two):
-        cells = (f"{_number(left, *at)}>{_number(right, *at)}" for _, *at in wanted)
-        table.add_row(str(left["layer"]), *cells)
+        table.add_row(str(left["layer"]), *(f"{_number(each, left)}>{_number(each, right)}" for each in measures))
     show.print(Text("\nFrom the first to the second", style="bold"))
     if not same_text(one, two):
         show.print(OTHER_TEXT, highlight=False)
     show.print(table)
 
 
-def _number(facts: Facts, part: str, key: str) -> str:
-    value = None if facts[part] is None else facts[part][key]
-    if isinstance(value, list):
-        return str(len(value))
-    if value is None:
-        return "inf" if key.startswith("condition") else "-"
-    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}" if value < 100 else f"{value:.0f}"
-
-
-def _column(part: str, key: str) -> Callable[[Facts], str]:
-    return lambda facts: _number(facts, part, key)
-
-
-def _own(facts: Facts) -> str:
-    shares = [share for share in facts["domains"]["own_first"].values() if share is not None]
-    return f"{sum(shares) / len(shares):.0%}" if shares else "-"
-
-
-def _worst(facts: Facts) -> str:
-    shares = {name: share for name, share in facts["domains"]["own_first"].items() if share is not None}
-    name = min(shares, key=lambda each: shares[each])
-    return f"{shares[name]:.0%} {printable(name):.10}"
-
-
-def _over(factor: str) -> Callable[[Facts], str]:
-    return lambda facts: f"{facts['capacity']['over'][factor]:.1%}"
-
-
-def _alike(facts: Facts) -> str:
-    pair = facts["gate"]["most_alike"]
-    return "-" if pair is None else "/".join(mark(index).digit for index in pair)
-
-
-# at 40 columns these fit; ROOMY_COLUMNS come on top from ROOMY columns on
-COLUMNS: Mapping[str, Sequence[Column]] = {
-    "moe": (
-        ("nearest", _column("apart", "nearest")),
-        ("median", _column("apart", "median")),
-        ("farthest", _column("apart", "farthest")),
-        ("moves", _column("apart", "moved")),
-    ),
-    "load": (
-        ("CV", _column("load", "cv")),
-        ("MaxVio", _column("load", "max_vio")),
-        ("dead", _column("load", "dead")),
-    ),
-    "domain": (("own", _own), ("bits", _column("domains", "information")), ("fewest", _worst)),
-    "gate": (
-        ("cosine", _column("gate", "largest_cosine")),
-        ("of", _alike),
-        ("condition", _column("gate", "condition")),
-        ("spread", _column("gate", "logit_spread")),
-    ),
-    "survive": (
-        ("at 1.0", _over("1.0")),
-        ("1.25", _over("1.25")),
-        ("2.0", _over("2.0")),
-        ("dead", _column("load", "dead")),
-    ),
-}
-ROOMY_COLUMNS: Mapping[str, Sequence[Column]] = {
-    "load": (("entropy", _column("load", "entropy")), ("margin", _column("load", "margin"))),
-    "gate": (("centred", _column("gate", "condition_centred")), ("hidden norm", _column("gate", "hidden_norm"))),
-    "survive": (("fewest tokens", _column("capacity", "fewest_tokens")),),
-}
+def _number(measure: Measure, facts: Facts) -> str:
+    match measure.read(facts):
+        case None:
+            return "inf" if measure.infinite else "-"
+        case str(text):
+            return printable(text)[:14]
+        case int(count):
+            return f"{count:,}"
+        case float(number):
+            return f"{number:.1%}" if measure.share else f"{number:.2f}" if number < 100 else f"{number:.0f}"
+        case experts:
+            return str(len(experts))

@@ -1,60 +1,46 @@
-"""`frankenmoe card`: asks for samples where wanted, writes the card, says what is missing; computes nothing."""
+"""`frankenmoe card`: asks for samples where wanted, writes the card, lists what is missing."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from frankenmoe.artifact import open_artifact
+from frankenmoe.cli.options import JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
+from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.recipe.sections import CardSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import open_subject
 
 
-@click.command("card", epilog='\b\nExample:\n  frankenmoe card my-moe --prompt "Write a haiku about snow"')
+@click.command("card", epilog=example('frankenmoe card my-moe --prompt "Write a haiku about snow"'))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@click.option("--repo", metavar="ORG/NAME", help="Where it will be on the hub, for the lines that load it.")
+@settings_options(CardSettings)
 @click.option("--report", "reports", multiple=True, type=click.Path(path_type=Path), help="A report kept elsewhere.")
-@click.option("--prompt", "prompts", multiple=True, help="Ask the model this for the card's samples; may repeat.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=120, show_default=True, help="Per sample.")
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the samples.")
 @click.option("--overwrite", is_flag=True, help="Replace a README.md that was written or changed by hand.")
-@click.option("--json", "as_json", is_flag=True, help="Print the head and what is missing as JSON.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first.")
+@JSON
+@REMOTE
 def card_command(
-    folder: Path,
-    repo: str | None,
-    reports: tuple[Path, ...],
-    prompts: tuple[str, ...],
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    overwrite: bool,
-    as_json: bool,
-    trust_remote_code: bool,
+    folder: Path, reports: tuple[Path, ...], overwrite: bool, as_json: bool, trust_remote_code: bool, **options: Any
 ) -> None:
     """Write README.md, the model card, into ARTIFACT.
 
-    From the artifact, its sources and the reports in its folder `reports`. What was not measured is not in it, and it
-    says so.
+    Its content comes from the artifact, its sources and the reports in its folder `reports`. What was not measured is
+    left out, and the card says so. Options replace what the recipe says under `card`.
     """
     from frankenmoe.publish.card import make_card, write_card
 
-    artifact = open_artifact(folder)
-    if prompts:
-        from frankenmoe.sampling import sample
+    subject = open_subject(folder, trust_remote_code=trust_remote_code)
+    changes = given(options)
+    settings = settings_with(subject.recipe.card or CardSettings(), changes)
+    if "prompts" in changes:
+        from frankenmoe.publish.samples import sample
 
         with bars() as progress:
-            sample(
-                artifact,
-                prompts,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                seed=seed,
-                trust_remote_code=trust_remote_code,
-                progress=progress,
-            )
-    card = make_card(artifact, repo=repo, reports=reports, trust_remote_code=trust_remote_code)
-    file = write_card(artifact, card, overwrite=overwrite)
+            sample(subject, settings, progress=progress)
+    card = make_card(subject, settings=settings, reports=reports)
+    file = write_card(subject, card, overwrite=overwrite)
     if as_json:
         facts = {"file": str(file), "head": card.metadata, "missing": dict(card.missing)}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str))

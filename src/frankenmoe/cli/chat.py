@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,10 +13,10 @@ from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, printable
-from frankenmoe.loading import load
 from frankenmoe.moe.generate import Reply, reply, weight_shares
 from frankenmoe.moe.linear import prepare_kernels
 from frankenmoe.palette import mark
+from frankenmoe.subject import Subject
 
 TOKEN_WIDTH = 12
 LAYERS_TITLE = "first choice by layer"
@@ -35,10 +34,10 @@ class Settings:
     int8: bool = False
 
 
-def chat(what: Path, *, prompt: str | None, settings: Settings, as_json: bool, trust_remote_code: bool) -> None:
+def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: bool) -> None:
     """One exchange with `prompt`, otherwise a conversation until end of file or Ctrl-C."""
     with bars() as progress:
-        moe = load(what, int8=settings.int8, trust_remote_code=trust_remote_code, progress=progress)
+        moe = subject.load(int8=settings.int8, progress=progress)
         fast = prepare_kernels(moe.model, progress)
     if not fast:
         click.secho("warning: slower than it could be; pip install 'frankenmoe[cpu]'", fg="yellow", err=True)

@@ -9,11 +9,18 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from frankenmoe.cli.options import REMOTE, Size, example
+from frankenmoe.cache import cache_folder
+from frankenmoe.cli.options import REMOTE, SIZE, dtype_option, example
+from frankenmoe.cli.progress import bars
+from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.data.given import pairs
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
+from frankenmoe.recipe.sections import EvalSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import open_model
 
 if TYPE_CHECKING:
-    from frankenmoe.evaluating import Report
+    from frankenmoe.evaluate.run import Report
 
 MOST_DOMAINS = 5  # columns that 80 characters have room for
 SHORT = {
@@ -34,22 +41,13 @@ SHORT = {
     ),
 )
 @click.argument("models", metavar="ARTIFACT|RECIPE|MODEL...", nargs=-1, required=True)
-@click.option("--tasks", help="`leaderboard-v1`, or names parted by commas: arc_challenge, mmlu, ... and `ppl`.")
-@click.option(
-    "--data-dir",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Folder with the rows as JSONL, one folder per task; without it they come from the hub.",
-)
+@settings_options(EvalSettings)
 @click.option(
     "--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Text to measure the loss on; may be repeated."
 )
-@click.option("--limit", type=click.IntRange(min=1), help="Only so many documents of a task, and blocks of a text.")
-@click.option("--against-parents", is_flag=True, help="Compare an MoE with its base, parents and their average.")
 @click.option("--batch-size", default="auto", show_default=True, help="Sequences at once; `auto` goes by memory.")
-@click.option("--memory", type=Size(), help="What one pass may take; default: a share of what is free.")
-@click.option(
-    "--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help="Type to compute in; default: as stored."
-)
+@click.option("--memory", type=SIZE, help="Memory that one pass may take. Default: a share of what is free.")
+@dtype_option("Type to compute in. Default: as stored.")
 @click.option(
     "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; `auto` takes a GPU if there is one."
 )
@@ -60,26 +58,12 @@ SHORT = {
 @click.option(
     "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw quality against memory (svg, png, pdf)."
 )
-@click.option("--cache", type=click.Path(path_type=Path), help="Where answers are kept; default: the user's cache.")
-@click.option("--no-cache", is_flag=True, help="Score everything again and keep nothing.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Where answers are kept. Default: the user's cache.")
+@click.option("--no-cache", is_flag=True, help="Score everything again, fit routers again, and keep nothing.")
 @REMOTE
-def eval_command(models: tuple[str, ...], **options: Any) -> None:
-    """Score models as Open LLM Leaderboard v1 did, and an MoE beside its parents.
-
-    Each model is an artifact, a recipe, a folder or a hub id. Without --tasks the loss is measured, on --text or on the
-    held-out parts of the experts' data. Killed, the same command goes on from the finished documents.
-    """
-    run_eval(models, **options)
-
-
-def run_eval(
+def eval_command(
     models: tuple[str, ...],
-    *,
-    tasks: str | None,
-    data_dir: Path | None,
     texts: tuple[str, ...],
-    limit: int | None,
-    against_parents: bool,
     batch_size: str,
     memory: int | None,
     dtype: str | None,
@@ -90,41 +74,40 @@ def run_eval(
     cache: Path | None,
     no_cache: bool,
     trust_remote_code: bool,
+    **options: Any,
 ) -> None:
-    """The command: checks what can be checked first, scores, prints, and ends in an error if something failed."""
+    """Score models as Open LLM Leaderboard v1 did, and an MoE beside its parents.
+
+    Each model is an artifact, a recipe, a folder or a hub id. Without --tasks the loss is measured, on --text or on the
+    held-out parts of the experts' data. If killed, the same command continues from the finished documents.
+    """
     rows = _rows(batch_size)
-    named = _named(texts)
+    settings = settings_with(EvalSettings(), given(options) | {"texts": _named(texts)})
     _check_out(json_file, log_samples)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        from frankenmoe.evaluate.run import Settings
-        from frankenmoe.evaluate.store import default_folder
-        from frankenmoe.evaluating import draw, evaluate
+        from frankenmoe.evaluate.run import draw, evaluate
+        from frankenmoe.evaluate.score import Scoring
     except ModuleNotFoundError as error:
         raise PlanError(
             f"evaluating needs the library {error.name!r}, which is not installed",
             hint="pip install 'frankenmoe[eval]'",
         ) from error
-    from frankenmoe.cli.progress import bars
     from frankenmoe.evaluate.plot import check_plot
 
-    if plot_file is None and against_parents:
+    if plot_file is None and settings.against_parents:
         plot_file = json_file.with_suffix(".svg") if json_file and json_file.name != "-" else Path("eval.svg")
     if plot_file is not None:
         check_plot(plot_file)
-    store = None if no_cache else cache or default_folder()
+    store = None if no_cache else cache or cache_folder("scores")
+    opened = [open_model(model, cache=not no_cache, trust_remote_code=trust_remote_code) for model in models]
     with bars() as progress:
         report = evaluate(
-            models,
-            tasks=tasks,
-            data_dir=data_dir,
-            texts=named,
-            limit=limit,
-            against_parents=against_parents,
+            opened,
+            settings=settings,
             dtype=dtype,
             device=device,
-            settings=Settings(rows=rows, memory=memory, store=store, samples=log_samples),
-            trust_remote_code=trust_remote_code,
+            scoring=Scoring(rows=rows, memory=memory, store=store, samples=log_samples),
             progress=progress,
         )
     _write(report, json_file)
@@ -143,14 +126,12 @@ def _rows(batch_size: str) -> int | None:
     return int(batch_size)
 
 
-def _named(texts: tuple[str, ...]) -> dict[str, Path]:
+def _named(texts: tuple[str, ...]) -> dict[str, str]:
     """NAME=FILE, or FILE whose name without its endings is the domain's."""
-    found: dict[str, Path] = {}
-    for text in texts:
-        name, equals, rest = text.partition("=")
-        file = Path(rest) if equals else Path(text)
-        name = name if equals else file.name.split(".")[0]
-        if not file.is_file():
+    found: dict[str, str] = {}
+    for label, file in pairs(texts, flag="--text", unlabelled=True, folder=Path.cwd(), form="NAME=FILE"):
+        name = Path(file).name.split(".")[0] if label is None else label
+        if not Path(file).is_file():
             raise SourceError(f"text {file} does not exist", hint="write --text NAME=FILE")
         if name in found:
             raise SourceError(f"two texts are called {name!r}", hint="write --text NAME=FILE with names that differ")
@@ -171,15 +152,13 @@ def _check_out(json_file: Path | None, log_samples: Path | None) -> None:
 
 
 def _write(report: "Report", json_file: Path | None) -> None:
-    from frankenmoe.artifact import write_json
-
     if json_file is not None and json_file.name == "-":
-        click.echo(json.dumps(report.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json.dumps(report.to_report().to_dict(), indent=2, ensure_ascii=False))
         return
     show(report)
     if json_file is not None:
         try:
-            write_json(json_file, report.to_dict())
+            report.to_report().write(json_file)
         except OSError as error:
             raise ArtifactError(
                 f"the report cannot be written to {json_file}: {error.strerror}",

@@ -7,73 +7,57 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from frankenmoe.cli.options import COUNT, JSON, NO_CACHE, REMOTE, example
+from frankenmoe.cli.progress import bars
+from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.recipe.sections import ExportSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import open_subject
+
 if TYPE_CHECKING:
     from frankenmoe.export.check import Checked
-    from frankenmoe.export.run import GgufFile
-
-CHECKED_BY_ITSELF = 2 * 10**9  # bytes of a file
+    from frankenmoe.export.files import GgufFile
 
 
 @click.command(
     "export",
-    epilog="\b\nExample:\n  frankenmoe export out/ gguf/ --types q4_k_m,q8_0\n"
-    "  frankenmoe export recipe.yml gguf/ --imatrix text.txt",
+    epilog=example(
+        "frankenmoe export out/ gguf/ --types q4_k_m,q8_0\nfrankenmoe export recipe.yml gguf/ --imatrix text.txt"
+    ),
 )
 @click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--types", help="Comma-separated, such as f16,q8_0,q5_k_m,q4_0. Default: a q4 and a q5 for the shape.")
-@click.option("--imatrix", multiple=True, metavar="DATA", help="Text to weigh columns by; may be given again.")
-@click.option("--check/--no-check", default=None, help="Run the files beside the source. Default: those under 2 GB.")
-@click.option("--text", "texts", multiple=True, metavar="DATA", help="Text to check on; may be given again.")
-@click.option("--pad256", is_flag=True, help="Pad with zeros so that K-quants fit: exact, but no longer this shape.")
-@click.option("--threads", type=click.IntRange(min=1), help="Default: all cores.")
-@click.option("--allow-random", is_flag=True, help="Export even where only chance has set the routers.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first.")
+@settings_options(ExportSettings)
+@click.option("--threads", type=COUNT, help="Default: all cores.")
+@NO_CACHE
+@JSON
+@REMOTE
 def export_command(
     what: Path,
     out: Path,
-    types: str | None,
-    imatrix: tuple[str, ...],
-    check: bool | None,
-    texts: tuple[str, ...],
-    pad256: bool,
     threads: int | None,
-    allow_random: bool,
+    no_cache: bool,
     as_json: bool,
     trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Write GGUF files for llama.cpp in the folder OUT.
 
     Straight from an artifact of either form, or from a recipe: no large file in between. Types: f32, f16, bf16, q8_0,
-    q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. What the files are and how they compare with their
-    source is kept in OUT/export.json.
+    q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. OUT/export.json keeps what the files are and how they
+    compare with their source.
     """
-    from frankenmoe.cli.progress import bars
-    from frankenmoe.exporting import check_files, export_gguf, write_report
+    from frankenmoe.export.run import check_files, export_gguf, files_to_check, write_report
 
-    asked = [name.strip() for name in (types or "").split(",") if name.strip()]
+    settings = settings_with(ExportSettings(), given(options))
+    subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
     with bars() as progress:
-        files = export_gguf(
-            what,
-            out,
-            types=asked,
-            imatrix=imatrix,
-            pad256=pad256,
-            threads=threads,
-            allow_random=allow_random,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-        wanted = files if check else [file for file in files if check is None and file.bytes < CHECKED_BY_ITSELF]
+        files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress)
+        wanted = files_to_check(files, settings)
         checks = (
-            check_files(
-                what, wanted, texts=texts, threads=threads, trust_remote_code=trust_remote_code, progress=progress
-            )
-            if wanted
-            else []
+            check_files(subject, wanted, texts=settings.texts, threads=threads, progress=progress) if wanted else []
         )
-    write_report(files, checks, what=what)
+    write_report(files, checks, what=subject)
     if as_json:
         click.echo(json.dumps(_as_data(files, checks), indent=2, ensure_ascii=False))
     else:

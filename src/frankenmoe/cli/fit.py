@@ -1,7 +1,7 @@
 """`frankenmoe fit`, `add-expert` and `extract`: their options, and what they print; computes nothing."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
@@ -9,147 +9,97 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
+from frankenmoe.cli.options import JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
+from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import command, console, warn
-from frankenmoe.errors import RecipeError
+from frankenmoe.data.given import by_label, pairs
+from frankenmoe.recipe.sections import FitSettings
+from frankenmoe.subject import open_subject
 
 if TYPE_CHECKING:
-    from frankenmoe.fitting import FitResult
-
-METHODS = ("logistic", "regret", "ridge", "lda", "centroid")
-TEXT = (
-    click.option(
-        "--tokens",
-        type=click.IntRange(min=512),
-        default=32768,
-        show_default=True,
-        help="Most tokens of data per expert.",
-    ),
-    click.option("--block", type=click.IntRange(min=8), default=256, show_default=True, help="Tokens read at once."),
-    click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table."),
-    click.option(
-        "--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first."
-    ),
-)
-
-
-def text_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that `fit` and `add-expert` share."""
-    for option in reversed(TEXT):
-        command = option(command)
-    return command
+    from frankenmoe.gates.run import FitResult
 
 
 @click.command(
     "fit",
-    epilog="\b\nExample:\n  frankenmoe fit recipe.yml out-virtual/\n"
-    "  frankenmoe fit out/ --data maths=maths.txt --data verse=poems.jsonl",
+    epilog=example(
+        "frankenmoe fit recipe.yml out-virtual/\nfrankenmoe fit out/ --data maths=maths.txt --data verse=poems.jsonl"
+    ),
 )
 @click.argument("what", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--data", "data", metavar="EXPERT=FILE", multiple=True,
-    help="Text an expert is good at: a file, JSONL or hub dataset; again for more. Default: the recipe's data, else "
-    "its prompts.",
+    "--data", metavar="EXPERT=FILE", multiple=True,
+    help="Text that an expert is good at: a file, JSONL or hub dataset; may be repeated. Default: the recipe's data, "
+    "else its prompts.",
 )  # fmt: skip
-@click.option(
-    "--method",
-    type=click.Choice(METHODS),
-    help="Default: the recipe's gate_mode, or regret, or logistic from prompts.",
-)
+@settings_options(FitSettings)
 @click.option("--keep-anyway", is_flag=True, help="Replace the routers even if the new ones are worse.")
-@text_options
+@JSON
+@REMOTE
 def fit_command(
     what: Path,
     out: Path | None,
     data: tuple[str, ...],
-    method: str | None,
     keep_anyway: bool,
-    tokens: int,
-    block: int,
     as_json: bool,
     trust_remote_code: bool,
+    **options: Any,
 ) -> None:
     """Fit routers to the experts' text in closed form.
 
-    No training: one pass over the text with each expert forced, one under the routers this gives, and a line search for
-    how sharp they should be. Of an artifact the routers are replaced if held-out loss falls; of a recipe a virtual
-    artifact is made.
+    No training: the text is read once with each expert forced and once under the new routers; a line search finds their
+    scale. The routers of an artifact are replaced if held-out loss falls; a recipe becomes a virtual artifact.
     """
-    named = pairs(data)
-    from frankenmoe.building import is_recipe
+    subject = open_subject(what, trust_remote_code=trust_remote_code)
+    names = [expert.name for expert in subject.recipe.experts]
+    named = by_label(pairs(data, flag="--data", names=names, folder=Path.cwd()))
+    if subject.artifact is None:
+        warn(subject.plan.warnings)
 
-    if is_recipe(what):
-        from frankenmoe.planning import plan
-        from frankenmoe.recipe import Recipe
-
-        warn(plan(Recipe.load(what), trust_remote_code=trust_remote_code).warnings)
-
-    from frankenmoe.fitting import fit
+    from frankenmoe.gates.run import fit
 
     with bars() as progress:
-        result = fit(
-            what,
-            out,
-            data=named,
-            method=method,
-            tokens=tokens,
-            length=block,
-            keep_anyway=keep_anyway,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        result = fit(subject, out, data=named, keep_anyway=keep_anyway, progress=progress, **given(options))
     show(result, as_json=as_json)
 
 
 @click.command(
-    "add-expert",
-    epilog="\b\nExample:\n  frankenmoe add-expert out/ larger/ --source ../law-3b --name law --data law.txt",
+    "add-expert", epilog=example("frankenmoe add-expert out/ larger/ --source ../law-3b --name law --data law.txt")
 )
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--source", required=True, help="The new parent: a folder or hub id, with @revision and +adapter.")
-@click.option("--name", required=True, help="What the expert is called.")
-@click.option("--data", multiple=True, required=True, metavar="FILE", help="Text it is good at; again for more.")
-@click.option(
-    "--method", type=click.Choice(METHODS[2:]), help="Default: the artifact's if it is one of these, or ridge."
-)
-@text_options
+@click.option("--name", required=True, help="Name of the expert.")
+@click.option("--data", multiple=True, required=True, metavar="FILE", help="Text it is good at; may be repeated.")
+@settings_options(FitSettings)
+@JSON
+@REMOTE
 def add_expert_command(
     folder: Path,
     out: Path,
     source: str,
     name: str,
     data: tuple[str, ...],
-    method: str | None,
-    tokens: int,
-    block: int,
     as_json: bool,
     trust_remote_code: bool,
+    **options: Any,
 ) -> None:
-    """One expert more, without the others' text.
+    """Add an expert without the other experts' text.
 
-    Makes OUT like ARTIFACT, whose fitted routers left their statistics behind: the new text joins them.
+    Makes OUT like ARTIFACT, whose fitted routers left their statistics behind: the new text joins them. The method must
+    be one that needs statistics only: ridge, lda or centroid.
     """
-    from frankenmoe.fitting import add_expert
+    from frankenmoe.gates.run import add_expert
 
+    subject = open_subject(folder, trust_remote_code=trust_remote_code)
     with bars() as progress:
-        result = add_expert(
-            folder,
-            out,
-            source=source,
-            name=name,
-            data=data,
-            method=method,
-            tokens=tokens,
-            length=block,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
+        result = add_expert(subject, out, source=source, name=name, data=data, progress=progress, **given(options))
     show(result, as_json=as_json)
 
 
-@click.command("extract", epilog="\b\nExample:\n  frankenmoe extract out/ dense/ --expert maths")
+@click.command("extract", epilog=example("frankenmoe extract out/ dense/ --expert maths"))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--expert", required=True, help="A name, group/name for a nested one, or a number from 0.")
@@ -158,22 +108,11 @@ def extract_command(folder: Path, out: Path, expert: str) -> None:
 
     It is the MoE's backbone with that expert's FFN in every layer; stock transformers loads it.
     """
-    from frankenmoe.extracting import extract
+    from frankenmoe.build.extraction import extract
 
     with bars() as progress:
         made = extract(folder, out, expert=expert, progress=progress)
     click.echo(f"dense checkpoint in {made}")
-
-
-def pairs(data: tuple[str, ...]) -> dict[str, list[str]]:
-    """EXPERT=FILE options by expert; RecipeError for one that is not such a pair."""
-    found: dict[str, list[str]] = {}
-    for each in data:
-        name, sign, file = each.partition("=")
-        if not sign or not name or not file:
-            raise RecipeError(f"--data must be EXPERT=FILE, found {each!r}", hint="for example --data maths=maths.txt")
-        found.setdefault(name, []).append(file)
-    return found
 
 
 def show(result: "FitResult", *, as_json: bool) -> None:

@@ -1,10 +1,14 @@
-"""Options and kinds of values that several commands share; knows no command."""
+"""Options and types of values that several commands share."""
 
-import math
 import re
+from collections.abc import Callable
 from typing import Any
 
 import click
+from pydantic import TypeAdapter, ValidationError
+
+from frankenmoe.recipe import fields
+from frankenmoe.recipe.refusals import in_words
 
 SIZE_UNITS = {
     "": 1,
@@ -17,11 +21,35 @@ SIZE_UNITS = {
     "GI": 2**30,
     "TI": 2**40,
 }
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 LARGEST = 1e18  # more than any number of bytes
-COLDEST = 0.001
-REMOTE = click.option(
-    "--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first."
-)
+
+
+class Number(click.ParamType[Any]):
+    """A number that a type of `recipe.fields` accepts, so that options and recipes have the same bounds."""
+
+    name = "number"
+
+    def __init__(self, kind: Any) -> None:
+        self.adapter: TypeAdapter[Any] = TypeAdapter(kind)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number, or click's error with what was expected and found."""
+        try:
+            return self.adapter.validate_python(_as_number(value))
+        except ValidationError as error:
+            text, _ = in_words(error.errors(include_url=False)[0])
+            self.fail(text, param, ctx)
+
+
+def _as_number(value: Any) -> Any:
+    """Text as the number it spells, so that messages show a number; anything else unchanged."""
+    for kind in (int, float) if isinstance(value, str) else ():
+        try:
+            return kind(value)
+        except (ValueError, OverflowError):
+            continue
+    return value
 
 
 class Size(click.ParamType[int]):
@@ -30,27 +58,39 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """The number of bytes, at least 1."""
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?", str(value).strip().upper())
         if match is None or match[2] not in SIZE_UNITS or not 0 < float(match[1]) < LARGEST:
             self.fail(f"{value!r} is not a size; write it like 4GB, 500MB or 2GiB", param, ctx)
         return max(1, int(float(match[1]) * SIZE_UNITS[match[2]]))
 
 
-class Temperature(click.ParamType[float]):
-    """Zero, or a number that logits can be divided by."""
+COUNT, SEED, TEMPERATURE = Number(fields.Count), Number(fields.Seed), Number(fields.Temperature)
+FIT_TOKENS, FIT_BLOCK = Number(fields.FitTokens), Number(fields.FitBlock)
+SIZE = Size()
 
-    name = "number"
+REMOTE = click.option(
+    "--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first."
+)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if number and not COLDEST <= number <= 1 / COLDEST:
-            self.fail(f"{value!r} is not a temperature; write 0, or a number from 0.001 to 1000", param, ctx)
-        return number
+
+def json_option(text: str) -> Decorator:
+    """The flag --json, with the help that fits the command."""
+    return click.option("--json", "as_json", is_flag=True, help=text)
+
+
+def dtype_option(text: str) -> Decorator:
+    """The option --dtype, with the help that fits the command."""
+    return click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=text)
+
+
+NO_CACHE = click.option(
+    "--no-cache", is_flag=True, help="Fit the routers of a recipe again, and keep none of them in the cache."
+)
+JSON = json_option("Print JSON instead of a table.")
+DTYPE = dtype_option("Type to store weights in; default: the recipe's.")
 
 
 def example(text: str) -> str:
-    """An epilog that click prints as it stands."""
+    """An epilog that click prints without reflowing it."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in text.splitlines())

@@ -9,14 +9,15 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from frankenmoe.artifact import open_artifact
+from frankenmoe.artifact.folder import open_artifact
+from frankenmoe.cli.options import example, json_option
 from frankenmoe.cli.show import console, gib, warn
 
 if TYPE_CHECKING:
     from frankenmoe.publish.upload import Shipment
 
 
-@click.command("push", epilog="\b\nExample:\n  frankenmoe push my-moe me/my-moe --dry-run")
+@click.command("push", epilog=example("frankenmoe push my-moe me/my-moe --dry-run"))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="ORG/NAME")
 @click.option("--private", is_flag=True, help="Make the repository private where it is new.")
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 @click.option("--message", default="Upload with frankenmoe", show_default=True, help="Of the commit.")
 @click.option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
 @click.option("--yes", is_flag=True, help="Send without asking.")
-@click.option("--json", "as_json", is_flag=True, help="Print the list as JSON instead of a table.")
+@json_option("Print the list as JSON instead of a table.")
 def push_command(
     folder: Path, repo: str, private: bool, files: str | None, message: str, dry_run: bool, yes: bool, as_json: bool
 ) -> None:

@@ -7,37 +7,36 @@ from typing import TYPE_CHECKING
 
 import click
 
+from frankenmoe.cli.options import JSON, NO_CACHE, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import command, console, warn
+from frankenmoe.recipe import Recipe
+from frankenmoe.subject import open_subject
 
 if TYPE_CHECKING:
-    from frankenmoe.running import Finished
+    from frankenmoe.pipeline import Finished
 
 
-@click.command(
-    "run", epilog="\b\nExample:\n  frankenmoe run recipe.yml raiden/\n  frankenmoe push raiden/model me/raiden"
-)
+@click.command("run", epilog=example("frankenmoe run recipe.yml raiden/\nfrankenmoe push raiden/model me/raiden"))
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first.")
-def run_command(recipe: Path, out: Path, as_json: bool, trust_remote_code: bool) -> None:
-    """Every stage RECIPE asks for, in the folder OUT.
+@NO_CACHE
+@JSON
+@REMOTE
+def run_command(recipe: Path, out: Path, no_cache: bool, as_json: bool, trust_remote_code: bool) -> None:
+    """Run every stage RECIPE asks for, in the folder OUT.
 
     Builds the model in OUT/model, then fits, trains, audits, measures, exports and describes it, as far as the recipe
-    has sections for that. What has not changed is not done again. Killed, the same command goes on.
+    has sections for that. Unchanged steps are skipped. If killed, the same command continues.
     """
-    from frankenmoe.planning import plan
-    from frankenmoe.recipe import Recipe
+    # planned first: a mistake in the recipe is reported before torch has been imported
+    subject = open_subject(Recipe.load(recipe), cache=not no_cache, trust_remote_code=trust_remote_code)
+    warn(subject.plan.warnings)
 
-    # planned first: a mistake in the recipe is told before torch has been imported
-    read = Recipe.load(recipe)
-    warn(plan(read, trust_remote_code=trust_remote_code).warnings)
-
-    from frankenmoe.running import run
+    from frankenmoe.pipeline import run
 
     with bars() as progress:
-        finished = run(read, out, trust_remote_code=trust_remote_code, progress=progress)
+        finished = run(subject, out, progress=progress)
     if as_json:
         facts = {"artifact": str(finished.artifact.folder), "steps": [asdict(step) for step in finished.steps]}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact.folder import Artifact
 from frankenmoe.cli.text import printable
 from frankenmoe.palette import mark
 from frankenmoe.planning import Plan

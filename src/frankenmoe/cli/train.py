@@ -2,62 +2,63 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from frankenmoe.errors import PlanError, RecipeError
+from frankenmoe.cli.options import JSON, REMOTE, dtype_option, example
+from frankenmoe.cli.progress import bars
+from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.data.given import by_label, pairs
+from frankenmoe.errors import PlanError
 from frankenmoe.progress import SILENT
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.recipe.train import TrainSettings
+from frankenmoe.subject import open_subject
 
-# option -> (setting, type, help); the defaults are those of the recipe's `train`, or its own
-SETTINGS: tuple[tuple[str, str, Any, str], ...] = (
-    ("--steps", "steps", int, "Optimizer steps (200)."),
-    ("--batch", "batch", int, "Blocks per step, over all processes (8)."),
-    ("--accumulate", "accumulate", int, "Parts a batch is computed in, to save memory (1)."),
-    ("--block", "block", int, "Tokens per block (128)."),
-    ("--router-rate", "router_rate", float, "Learning rate of routers (0.01)."),
-    ("--rate", "rate", float, "Learning rate of the rest (0.001)."),
-    ("--warmup", "warmup", int, "Steps until the rates peak (10)."),
-    ("--rank", "rank", int, "Rank of new adapters (16)."),
-    ("--train-top-k", "experts_per_token", int, "Experts per token while training."),
-    ("--straight-through", "straight_through", bool, "Top-1's weight passes on a gradient."),
-    ("--next-token", "next_token", float, "Coefficient of the next-token loss (1)."),
-    ("--balance", "balance", float, "Coefficient of load balance, per layer (0)."),
-    ("--z", "z", float, "Coefficient of the router z-loss (0)."),
-    ("--domain", "domain", float, "Coefficient of: gates name the text's expert (0)."),
-    ("--distill", "distill", float, "Coefficient of KL to the text's parent (0)."),
-    ("--noise", "noise", float, "Gaussian noise on gate logits (0)."),
-    ("--jitter", "jitter", float, "Uniform noise on what routers read (0)."),
-    ("--capacity-factor", "capacity_factor", float, "Limit of tokens per expert."),
-    ("--guard-every", "guard_every", int, "Steps between looks at held-out text."),
-    ("--save-every", "save_every", int, "Steps between checkpoints."),
-    ("--seed", "seed", int, "Of text order, adapters and noise (0)."),
+
+@click.command(
+    "train",
+    epilog=example(
+        "frankenmoe train recipe.yml trained/ --data verse=verse.txt\n"
+        "frankenmoe train trained/ more/ --what routers,attention,norms --steps 500"
+    ),
 )
+@click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--data", multiple=True, metavar="NAME=FILE", help="Text of an expert; may be repeated.")
+@settings_options(TrainSettings)
+@click.option("--keep-anyway", is_flag=True, help="Write the result even if it is worse.")
+@click.option("--shard", is_flag=True, help="Spread weights over a launcher's processes (FSDP2).")
+@click.option("--report-to", multiple=True, help="wandb, tensorboard; may be repeated.")
+@dtype_option("Type that frozen weights compute in. Default: as stored.")
+@JSON
+@REMOTE
+def train_command(
+    what: Path,
+    out: Path,
+    data: tuple[str, ...],
+    keep_anyway: bool,
+    shard: bool,
+    report_to: tuple[str, ...],
+    dtype: str | None,
+    as_json: bool,
+    trust_remote_code: bool,
+    **options: Any,
+) -> None:
+    """Train the routers of an MoE, and more of it if asked, into OUT.
 
-
-def setting_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds an option for every setting."""
-    for flag, name, kind, text in reversed(SETTINGS):
-        command = click.option(flag, f"set_{name}", type=kind, is_flag=kind is bool, default=None, help=text)(command)
-    return command
-
-
-def run_train(what: Path, out: Path, *, options: dict[str, Any]) -> None:
-    """Trains and prints the summary; `options` are click's."""
-    data = _pairs(options["data"], flag="--data", recipe=what)
-    weights = {name: float(value[0]) for name, value in _pairs(options["weights"], flag="--weights").items()}
-    changes = {name.removeprefix("set_"): value for name, value in options.items() if name.startswith("set_")}
-    changes |= {"what": options["parts"], "weights": weights or None}
-    given = {name: value for name, value in changes.items() if value is not None}
-
-    from frankenmoe.cli.progress import bars
-
-    settings = _settings(what, given)
-
+    Frozen weights stay mapped from their sources. Held-out text decides which state is kept; a run that does not
+    improve it writes nothing. If interrupted or killed, the same command continues to the same losses.
+    """
+    subject = open_subject(what, trust_remote_code=trust_remote_code)
+    names = [expert.name for expert in subject.recipe.experts]
+    named = by_label(pairs(data, flag="--data", names=names, folder=Path.cwd(), form="NAME=FILE"))
+    settings = settings_with(subject.recipe.train or TrainSettings(), given(options))
     try:
-        from frankenmoe.training import train
+        from frankenmoe.train.run import train
     except ImportError as error:
         raise PlanError(
             f"training needs the library {error.name}, which is not installed", hint="pip install 'frankenmoe[train]'"
@@ -66,60 +67,22 @@ def run_train(what: Path, out: Path, *, options: dict[str, Any]) -> None:
     main = os.environ.get("RANK", "0") == "0"
     with bars() as progress:
         found = train(
-            what,
+            subject,
             out,
-            data=data or None,
+            data=named or None,
             settings=settings,
-            keep_anyway=options["keep_anyway"],
-            dtype=options["dtype"],
-            report_to=options["report_to"],
-            shard=options["shard"],
-            trust_remote_code=options["trust_remote_code"],
+            keep_anyway=keep_anyway,
+            dtype=dtype,
+            report_to=report_to,
+            shard=shard,
             progress=progress if main else SILENT,
         )
     if not main:
         return
-    if options["as_json"]:
+    if as_json:
         click.echo(json.dumps(found.report, indent=2, ensure_ascii=False))
     else:
         _show(found.report, found.artifact.folder)
-
-
-def _pairs(texts: tuple[str, ...], *, flag: str, recipe: Path | None = None) -> dict[str, list[str]]:
-    """NAME=VALUE, several of one name joined; files are taken from here and not from the recipe's folder."""
-    from frankenmoe.data.documents import FILE_ENDINGS
-
-    found: dict[str, list[str]] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise click.UsageError(f"{flag} {text!r} is not NAME=VALUE")
-        is_path = recipe is not None and (Path(value).exists() or value.endswith(FILE_ENDINGS))
-        found.setdefault(name, []).append(str(Path(value).absolute()) if is_path else value)
-    return found
-
-
-def _settings(what: Path, given: dict[str, Any]) -> Any:
-    """The recipe's `train` with what was said on the command line."""
-    from pydantic import ValidationError
-
-    from frankenmoe.artifact import open_artifact
-    from frankenmoe.recipe import Recipe
-    from frankenmoe.recipetrain import Train
-    from frankenmoe.refusal import in_words
-
-    if what.is_dir():
-        table = open_artifact(what).record["recipe"].get("train", {})
-    else:
-        own = Recipe.load(what).train
-        table = own.to_dict() if own else {}
-    try:
-        return Train.model_validate(table | given)
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        text, hint = in_words(problem)
-        place = (*problem["loc"], *problem.get("ctx", {}).get("at", ()))
-        raise RecipeError(f"train: {'.'.join(map(str, place))} {text}", hint=hint) from None
 
 
 def _show(report: Mapping[str, Any], folder: Path) -> None:

@@ -1,1 +1,1 @@
-"""Text that experts are good at: read into documents, packed into blocks of tokens; knows nothing of models."""
+"""Text of the experts' domains: found, read as documents, packed into blocks of tokens."""

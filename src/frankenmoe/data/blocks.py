@@ -1,4 +1,4 @@
-"""Documents -> blocks of tokens, packed, with the tokens to learn marked; knows nothing of files or of models."""
+"""Packs documents into blocks of tokens and marks the tokens to learn."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,28 +9,27 @@ from frankenmoe.data.documents import Document, Turn
 from frankenmoe.errors import SourceError
 
 Marked = tuple[list[int], list[bool]]
-"""Token ids, and for each whether it is to be learnt."""
+"""Token ids, and for each whether it is to be learned."""
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens to read at once. `learn[i]` says whether token i is a target of the loss, given the tokens before it."""
+    """Tokens that are read together. `learn[i]`: whether token i is a target of the loss."""
 
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
 
     @property
     def targets(self) -> int:
-        """How many tokens the loss is taken over."""
+        """The number of tokens in the loss."""
         return sum(self.learn)
 
 
 def packed(documents: Iterable[Document], tokenizer: Any, *, length: int) -> Iterator[Block]:
-    """Blocks of `length` tokens, BOS included, as the documents stream by; only the last one may be shorter.
+    """Blocks of `length` tokens, BOS included, from a stream of documents; only the last one may be shorter.
 
-    Every block begins with BOS where the tokenizer has one, and every document ends with EOS where it has one. Of text
-    all tokens but BOS are learnt, of conversations (through the chat template) the replies. Blocks without anything to
-    learn are left out.
+    Blocks begin with BOS and documents end with EOS, where the tokenizer has them. In text, all tokens but BOS are
+    learned; in conversations (through the chat template), the replies. Blocks without tokens to learn are left out.
     """
     head: list[int] = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if length <= len(head) + 1:
@@ -51,9 +50,9 @@ def packed(documents: Iterable[Document], tokenizer: Any, *, length: int) -> Ite
 def text_blocks(
     documents: Iterable[Document], tokenizer: Any, *, length: int, limit: int | None = None, whole: bool = False
 ) -> list[Block]:
-    """The first `limit` blocks, or all; without a shorter last one where they must be `whole`.
+    """The first `limit` blocks, or all; with `whole`, without a shorter last one.
 
-    Raises SourceError where there is none to learn from.
+    Raises SourceError if there is no block.
     """
     found = (block for block in packed(documents, tokenizer, length=length) if not whole or len(block.ids) == length)
     blocks = list(islice(found, limit))
@@ -67,9 +66,9 @@ def text_blocks(
 
 
 def hold_out(blocks: Sequence[Block], *, share: float = 0.1) -> tuple[list[Block], list[Block]]:
-    """(kept, held out): every n-th block is held out, from all over the text and the same ones each time.
+    """(kept, held out): every n-th block is held out, the same ones each time.
 
-    A single block is kept and held out both, since neither side may be empty.
+    A single block is both kept and held out, because neither side may be empty.
     """
     every = max(2, round(1 / share))
     held = [block for index, block in enumerate(blocks) if index % every == every - 1] or list(blocks[-1:])
@@ -78,7 +77,7 @@ def hold_out(blocks: Sequence[Block], *, share: float = 0.1) -> tuple[list[Block
 
 
 def encode(document: Document, tokenizer: Any) -> Marked:
-    """Token ids of a document, EOS behind it if it is closed, and which of them are to be learnt."""
+    """Token ids of a document, with EOS if it is closed, and which of them are to be learned."""
     if document.turns:
         return _encode_turns(document.turns, tokenizer)
     ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] if document.text else []
@@ -88,14 +87,14 @@ def encode(document: Document, tokenizer: Any) -> Marked:
 
 
 def _block(head: Sequence[int], ids: Sequence[int], learn: Sequence[bool]) -> Iterator[Block]:
-    # the first token of a block without BOS has nothing before it to be predicted from
+    # without BOS, nothing predicts the first token of a block
     marks = [*[False] * len(head), *learn] if head else [False, *learn[1:]]
     if any(marks):
         yield Block((*head, *ids), tuple(marks))
 
 
 def _encode_turns(turns: Sequence[Turn], tokenizer: Any) -> Marked:
-    """A conversation through the chat template; learnt is what begins within a reply or its end mark."""
+    """A conversation through the chat template; tokens that begin in a reply or its end mark are learned."""
     if not tokenizer.chat_template:
         raise SourceError(
             "the data holds conversations, but the base's tokenizer has no chat template",
@@ -106,13 +105,13 @@ def _encode_turns(turns: Sequence[Turn], tokenizer: Any) -> Marked:
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(found["input_ids"])
     learn = [any(start <= begin < end for start, end in replies) for begin, _ in found["offset_mapping"]]
-    if ids and ids[0] == tokenizer.bos_token_id:  # each block has its own
+    if ids and ids[0] == tokenizer.bos_token_id:  # every block has its own
         ids, learn = ids[1:], learn[1:]
     return ids, learn
 
 
 def _reply_span(turns: Sequence[Turn], at: int, text: str, tokenizer: Any) -> tuple[int, int]:
-    """Where in the rendered conversation the reply `turns[at]` stands, its end mark included: characters from, to."""
+    """(start, end) of the reply `turns[at]` with its end mark, in characters of the rendered conversation."""
     before = _rendered(turns[:at], tokenizer, add_generation_prompt=True)
     after = _rendered(turns[: at + 1], tokenizer)
     if not (text.startswith(after) and after.startswith(before)):
@@ -126,7 +125,7 @@ def _reply_span(turns: Sequence[Turn], at: int, text: str, tokenizer: Any) -> tu
 def _rendered(turns: Sequence[Turn], tokenizer: Any, **options: Any) -> str:
     try:
         return str(tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, **options))
-    except Exception as error:  # templates raise whatever they like, by way of jinja
+    except Exception as error:  # templates can raise anything
         raise SourceError(
             f"the chat template refuses a conversation of {', '.join(turn['role'] for turn in turns)}: {error}",
             hint="most templates want user and assistant in turn, system only in front",

@@ -1,8 +1,7 @@
-"""Names of text files, JSONL files and hub datasets -> documents; knows nothing of tokens or of what they are for."""
+"""Reads text files, JSON and JSONL files and hub datasets as documents."""
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +9,11 @@ from types import MappingProxyType
 from typing import Any, TypedDict
 
 from frankenmoe.checkpoint.hub import stream_rows
+from frankenmoe.data.given import DATASET, user_path
 from frankenmoe.errors import SourceError
 
-PIECE = 2**20  # characters of a text file in one document, so that a file of any size streams
-HUB_NAME = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:@]+))?(?::(?P<rest>[^@]+))?", re.ASCII)
-FILE_ENDINGS = (".txt", ".md", ".text", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
-# who speaks in ShareGPT files and in the `messages` of chat models
+PIECE = 2**20  # characters of a text file per document, so that files of any size are streamed
+# speakers in ShareGPT files and in chat `messages` -> role
 ROLES: Mapping[str, str] = MappingProxyType(
     {
         "human": "user",
@@ -32,7 +30,7 @@ ROLES: Mapping[str, str] = MappingProxyType(
 
 
 class Turn(TypedDict):
-    """What somebody said, in the form that chat templates take: role is system, user or assistant."""
+    """One message, as chat templates take it; `role` is system, user or assistant."""
 
     role: str
     content: str
@@ -40,7 +38,7 @@ class Turn(TypedDict):
 
 @dataclass(frozen=True)
 class Document:
-    """A text, or a conversation of `turns`: one of the two. `closed` is False where the next one continues it."""
+    """Either a text or a conversation of `turns`. `closed` is False if the next document continues this one."""
 
     text: str = ""
     turns: tuple[Turn, ...] = ()
@@ -48,12 +46,11 @@ class Document:
 
 
 def read_documents(names: Sequence[str], *, folder: Path) -> Iterator[Document]:
-    """The documents of every name in turn; a relative path starts at `folder`.
+    """The documents of all names in order; `data.given` says which names are paths, from `folder`, and which datasets.
 
-    `.jsonl` has a JSON object a line and `.json` a list of them, with `text`, ShareGPT `conversations` or chat
-    `messages`; `org/name`, `org/name@revision`, `org/name:split` and `org/name:config:split` are hub datasets with such
-    rows, streamed; any other file is text. Raises SourceError for what is missing, empty, broken or not UTF-8, when the
-    iterator gets there.
+    `.jsonl` files have one JSON object per line, `.json` files a list of them, with `text`, ShareGPT `conversations` or
+    chat `messages`. Hub datasets have such rows, and are streamed. Any other file is text. Raises SourceError during
+    iteration for files that are missing, empty, broken or not UTF-8.
     """
     for name in names:
         found = False
@@ -65,7 +62,7 @@ def read_documents(names: Sequence[str], *, folder: Path) -> Iterator[Document]:
 
 
 def check_data(names: Sequence[str], *, folder: Path) -> None:
-    """SourceError for a name that is neither a file that can be opened nor a hub id; reads nothing."""
+    """Raises SourceError for a name that is neither a file nor a hub dataset. Reads nothing."""
     for name in names:
         _place(name, folder)
 
@@ -83,14 +80,15 @@ def _read(name: str, folder: Path) -> Iterator[Document]:
 
 
 def _place(name: str, folder: Path) -> Path | None:
-    """The file that a name means, or None where it means a hub dataset."""
-    path = Path(os.path.abspath(folder / os.path.expanduser(name)))
-    if os.path.isfile(path):  # not path.is_file(): a name too long for the disk is no file either
+    """The file of a name, or None for a hub dataset."""
+    place = user_path(name, folder=folder)
+    if not os.path.isabs(place):
+        return None
+    path = Path(place)
+    if os.path.isfile(path):  # not path.is_file(), which raises for a name too long for the disk
         return path
     if os.path.isdir(path):
         raise SourceError(f"data {name!r} is the folder {path}, expected a file", hint="name the files in it")
-    if HUB_NAME.fullmatch(name) and not name.endswith(FILE_ENDINGS):
-        return None
     raise SourceError(
         f"data {name!r} does not exist, looked for at {path}",
         hint="a relative path counts from the folder of the recipe; a hub dataset is written org/name",
@@ -98,7 +96,7 @@ def _place(name: str, folder: Path) -> Path | None:
 
 
 def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
-    match = HUB_NAME.fullmatch(name)
+    match = DATASET.fullmatch(name)
     assert match is not None
     *config, split = (match["rest"] or "train").split(":")
     rows = stream_rows(match["id"], revision=match["revision"], config=config[0] if config else None, split=split)
@@ -106,7 +104,7 @@ def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
 
 
 def _text(path: Path) -> Iterator[str]:
-    """A file's text in pieces, each but the last ending with a line."""
+    """A file's text in pieces that end at the end of a line."""
     try:
         with path.open(encoding="utf-8-sig", newline=None) as file:
             while piece := file.read(PIECE):
@@ -129,7 +127,7 @@ def _odd_line(path: Path) -> int:
                 line.decode()
             except UnicodeDecodeError:
                 return number
-    return 0  # mended meanwhile
+    return 0  # the file has changed meanwhile
 
 
 def _pieces(path: Path) -> Iterator[Document]:
@@ -140,7 +138,7 @@ def _pieces(path: Path) -> Iterator[Document]:
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
     for piece in _text(path):
-        # not splitlines(): JSON strings may hold U+2028 and its like
+        # not splitlines(), which splits at U+2028 inside JSON strings
         for line in piece.removesuffix("\n").split("\n"):
             number += 1
             if not line.strip():
@@ -187,7 +185,7 @@ def _document(row: Any, *, where: str) -> Document:
 
 
 def _whole(text: str, *, where: str) -> str:
-    """The same text, which JSON may have cut in the middle of a character."""
+    """The same text. Raises SourceError for half of a character (a lone surrogate)."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -15,20 +15,20 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact.folder import Artifact
+from frankenmoe.build.proof import Check, verify
 from frankenmoe.demo.parents import make_parents
 from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
 from frankenmoe.evaluate.quiz import quiz
-from frankenmoe.loading import load
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.generate import Reply, reply
 from frankenmoe.moe.load import MoE
-from frankenmoe.planning import Plan, plan
+from frankenmoe.pipeline import Done, run
+from frankenmoe.planning import Plan
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.prove import Check, verify
 from frankenmoe.recipe import Recipe
-from frankenmoe.running import Done, run
+from frankenmoe.subject import load, open_subject
 
 RANDOM_SEEDS = 3
 PROMPT = "def count_"
@@ -112,14 +112,15 @@ def _tell(out: Path, progress: Progress) -> Story:
     write_texts(out / "text")
     file = write_recipe(out / "recipe.yml", parents, without=tuple(lacking))
     recipe = Recipe.load(file)
-    finished = run(recipe, out / "run", progress=progress)
+    subject = open_subject(recipe)
+    finished = run(subject, out / "run", progress=progress)
     built = finished.artifact
     moe = load(built)
     losses = dict(_losses(recipe, parents, out / "run", moe, progress))
     return Story(
         folder=out,
         recipe=file,
-        plan=plan(recipe),
+        plan=subject.plan,
         steps=finished.steps,
         lacking=lacking,
         losses=losses,

@@ -1,4 +1,4 @@
-"""Intervals by resampling, paired where two models saw the same rows; pure, knows nothing of models.
+"""Confidence intervals by resampling rows, paired where two models read the same rows. Does not import torch.
 
 Shape suffixes: R resamples, N rows.
 """
@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 RESAMPLES = 2000
 SEED = 0
 LEVEL = 0.95
-PIECE = 4_000_000  # numbers that are alive at once
+PIECE = 4_000_000  # random numbers in memory at once
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A value with the bounds that hold it with 95 % confidence."""
+    """A value and the bounds of its 95 % confidence interval."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval is clear of zero, else 0."""
+        """1 or -1 where the interval excludes zero, else 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
     def to_dict(self) -> dict[str, float]:
@@ -33,11 +33,11 @@ class Interval:
 
 
 Group = tuple[Sequence[float], Sequence[float], float]
-"""Row by row what is summed and what it is divided by, and the weight of the group."""
+"""Numerators and denominators by row, and the weight of the group."""
 
 
 def weighted(groups: Sequence[Group]) -> Interval:
-    """The weighted sum over groups of sum / sum, such as nats per token; each group is resampled by itself."""
+    """The weighted sum over groups of sum / sum, such as nats per token. Each group is resampled separately."""
     generator = np.random.default_rng(SEED)
     value, drawn_R = 0.0, np.zeros(RESAMPLES)
     for numerators, denominators, weight in groups:
@@ -61,5 +61,5 @@ def _resampled(
 
 
 def minus(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
-    """Differences row by row, so that what makes a row hard for both models cancels."""
+    """Differences by row, so that a row's difficulty for both models cancels."""
     return [a - b for a, b in zip(ours, theirs, strict=True)]

@@ -1,4 +1,4 @@
-"""An MoE beside its parents on the same rows: paired differences, and what they say in plain words; runs nothing."""
+"""Compares an MoE with its parents on the same rows: paired differences, and a verdict in words. Runs no model."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,15 +6,15 @@ from typing import Any
 
 from frankenmoe.evaluate.bootstrap import Group, Interval, minus, weighted
 from frankenmoe.evaluate.prompts import BENCHMARKS
-from frankenmoe.evaluate.run import Result
+from frankenmoe.evaluate.score import Result
 
 BASE, PARENT, AVERAGE, RANDOM, MOE, MODEL = "base", "parent", "average", "random gates", "moe", "model"
-SAME = 1e-6  # nats per token within which two models are one
+SAME = 1e-6  # nats per token; two models that differ by no more compute the same
 
 
 @dataclass(frozen=True)
 class Gains:
-    """How much better the MoE is than another model, above 0 being better: nats per token, and shares of documents."""
+    """How much better the MoE is than another model, in nats per token and shares of documents; above 0 is better."""
 
     other: str
     kind: str
@@ -36,7 +36,7 @@ class Gains:
 
 
 def gains(moe: Result, other: Result) -> Gains:
-    """Paired over blocks and documents that both models scored, with 95 % bootstrap intervals."""
+    """Differences on blocks and documents that both models scored, with 95 % bootstrap intervals."""
     shared = [name for name in moe.losses if name in other.losses]
     losses = {name: _loss_group(moe, other, name) for name in shared}
     tasks = {
@@ -77,7 +77,7 @@ def _weighted(groups: Sequence[Group], parts: int) -> list[Group]:
 
 
 def verdict(moe: Result, others: Sequence[Result], found: Sequence[Gains]) -> list[str]:
-    """What the comparison says: one plain sentence, then its evidence line by line."""
+    """The result of the comparison: one sentence, then its evidence line by line."""
     by_kind: dict[str, list[tuple[Result, Gains]]] = {}
     for other, gain in zip(others, found, strict=True):
         by_kind.setdefault(other.kind, []).append((other, gain))
@@ -95,7 +95,7 @@ def verdict(moe: Result, others: Sequence[Result], found: Sequence[Gains]) -> li
 
 
 def _head(over_base: Gains, whole: Interval, rivals: Sequence[tuple[Result, Gains]]) -> str:
-    """Whether it beats its base and, if so, whether one dense model would have done as well."""
+    """Whether it beats its base and, if so, whether one dense model does as well."""
     if not whole.sign:
         return f"Not shown to be better than its base: {_size(over_base, whole)} may be chance"
     if whole.sign < 0:
@@ -114,7 +114,7 @@ def _called(other: Result) -> str:
 
 
 def _size(gain: Gains, whole: Interval) -> str:
-    """A gain in its unit, with where it is clear of chance if there are texts."""
+    """A gain with its unit. With texts it also says whether every domain's interval excludes zero."""
     if gain.loss is None:
         return f"{abs(whole.value) * 100:.1f} points ({_bounds(whole, 100)})"
     clear = [name for name, each in gain.domains.items() if whole.sign and each.sign == whole.sign]
@@ -123,7 +123,7 @@ def _size(gain: Gains, whole: Interval) -> str:
 
 
 def _whole(gain: Gains) -> Interval | None:
-    """What decides: the loss where there are texts, else the average of the tasks, else the first task."""
+    """The gain that decides: the loss if there are texts, else the average of the tasks, else the first task."""
     return gain.loss or gain.average or next(iter(gain.tasks.values()), None)
 
 

@@ -1,4 +1,4 @@
-"""Loss per kind of text, block by block, so that models can be compared on the same blocks; does not load models.
+"""Loss by domain and block, so that models can be compared on the same blocks.
 
 Shape suffixes: B blocks in a batch, T tokens.
 """
@@ -28,8 +28,8 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Source:
-    """A kind of text: its files or hub datasets, relative to `folder`; `held_out` where only a part may be read."""
+class DomainText:
+    """A domain's texts: files or hub datasets, relative to `folder`. `held_out`: only the held-out part is read."""
 
     name: str
     files: tuple[str, ...]
@@ -41,7 +41,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats of every block, and how many tokens they are summed over; `characters` of text behind them."""
+    """The loss of every block in nats, the number of tokens it sums over, and the text's size in bytes."""
 
     nats: tuple[float, ...]
     targets: tuple[int, ...]
@@ -54,17 +54,17 @@ class Losses:
 
     @property
     def interval(self) -> Interval:
-        """Nats per token with the bounds that other blocks of such text would keep to."""
+        """Nats per token with a 95 % confidence interval over blocks."""
         return weighted([(self.nats, [float(count) for count in self.targets], 1.0)])
 
     @property
     def bits_per_byte(self) -> float:
-        """Comparable between tokenizers too."""
+        """Bits per byte of text, comparable between tokenizers."""
         return sum(self.nats) / math.log(2) / max(1, self.bytes)
 
 
-def read_domain(source: Source, tokenizer: Any, *, limit: int | None) -> list[Block]:
-    """The blocks of a domain; of an expert's own data only those that are held out of fitting and training."""
+def read_domain(source: DomainText, tokenizer: Any, *, limit: int | None) -> list[Block]:
+    """The blocks of a domain. Of an expert's own data, only those held out from fitting and training."""
     most = limit or MOST_BLOCKS
     enough = math.ceil(most / source.share) + 1 if source.held_out else most
     blocks = text_blocks(
@@ -85,9 +85,9 @@ def domain_losses(
     store: Store | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Losses]:
-    """Domain -> its losses under a model.
+    """The losses of a model by domain.
 
-    SourceError for a tokenizer of another model, NumericsError for NaN, PlanError for too little memory.
+    Raises SourceError for a tokenizer of another model, NumericsError for NaN, PlanError for too little memory.
     """
     progress.start("loss", sum(map(len, domains.values())), "blocks")
     found = {}

@@ -1,7 +1,7 @@
-"""Greedy continuations for many prompts, a slot taking the next prompt as soon as its text is done; knows no tasks.
+"""Greedy continuations of many prompts. A slot takes the next prompt as soon as its text is finished.
 
-A slot guesses its next tokens from what followed the same tokens earlier in its prompt and text (prompt lookup), and
-one pass checks the guesses: each that is kept is what the model itself would have said.
+Prompt lookup: a slot guesses its next tokens from what followed the same tokens earlier in its prompt and text. One
+pass checks all guesses and keeps those that the model itself would have chosen.
 
 Shape suffixes: S slots, H key heads, C columns of a slot, T new tokens, D head size, V vocabulary.
 """
@@ -21,13 +21,13 @@ from frankenmoe.evaluate.scorer import check_ids
 
 SLOTS_CPU = 8
 SLOTS_GPU = 64
-GUESSES = 8  # tokens at most
-GRAMS = (3, 2)  # so many last tokens must agree, the longer first
-SPARE = 6  # tokens that are decoded beyond the longest stop string's characters, for tokens without any character
+GUESSES = 8  # tokens guessed at once, at most
+GRAMS = (3, 2)  # how many last tokens must agree, tried in this order
+SPARE = 6  # tokens decoded beyond a stop string's length, since some tokens have no characters
 
 
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values of all slots, written in place: no copy of what is there when a token is added."""
+    """One layer's keys and values of all slots. New ones are written in place, without a copy of the old ones."""
 
     is_sliding = False
 
@@ -45,7 +45,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Filling a slot: what is new is kept there and is all that is seen. A step: T tokens for each live slot."""
+        """Stores new states: a prompt in the slot that is filled, or T tokens in each live slot."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         slots = self.slots
@@ -64,7 +64,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.keys[:live, :, :seen], self.values[:live, :, :seen]
 
     def move(self, source: int, target: int, length: int) -> None:
-        """A slot's content into another one."""
+        """Copies a slot's content to another slot."""
         self.keys[target, :, :length] = self.keys[source, :, :length]
         self.values[target, :, :length] = self.values[source, :, :length]
 
@@ -80,7 +80,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
 @dataclass
 class _Slots:
-    """How full each live slot is; the slots 0 .. live-1 are in use. `filling` is the one that a prompt is read into."""
+    """The length of each live slot; slots 0 .. live-1 are in use. A prompt is being read into slot `filling`."""
 
     count: int
     columns: int
@@ -89,11 +89,11 @@ class _Slots:
 
 
 @dataclass
-class _Text:
-    """A prompt on its way: its number, the tokens made so far, and what it guesses from.
+class _Continuation:
+    """A prompt in work: its number, prompt and new tokens, and the index for guesses.
 
-    `after` has, for the last tokens of each length in GRAMS, the place behind their latest occurrence in `tokens`.
-    `reach` is how many tokens are guessed at once: two more after a pass in which all were right, else one less.
+    `after` maps the token sequences of each length in GRAMS to the place behind their latest occurrence in `tokens`.
+    `reach` is the number of tokens guessed at once: two more after a pass with only right guesses, else one less.
     """
 
     number: int
@@ -108,7 +108,7 @@ class _Text:
         return self.tokens[self.prompt :]
 
     def add(self, tokens: Sequence[int]) -> None:
-        """Takes in tokens; what stands before each is remembered, but not yet for the very last."""
+        """Appends tokens and updates `after`."""
         for token in tokens:
             end = len(self.tokens)
             for gram in GRAMS:
@@ -117,18 +117,18 @@ class _Text:
             self.tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """What followed the last tokens when they last stood there; at the end of that, the same again."""
+        """What followed the last tokens at their latest occurrence, repeated if that is too short."""
         for gram in GRAMS:
             at = self.after.get(tuple(self.tokens[-gram:]))
             if at is not None:
-                period = len(self.tokens) - at  # short where a text goes round in circles
+                period = len(self.tokens) - at  # short where a text repeats itself
                 return [self.tokens[at + step % period] for step in range(min(most, self.reach))]
         return []
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids to go on from, the strings at which to stop, whether the left end is missing, and whose it is."""
+    """Token ids to continue, the stop strings, whether the left end was cut, and a name for errors."""
 
     tokens: tuple[int, ...]
     stops: tuple[str, ...]
@@ -149,9 +149,8 @@ def generate(
 ) -> None:
     """The greedy continuation of every prompt, at most `new_tokens` long, cut before its first stop string or `end`.
 
-    Prompts go through slots, as many as the budget allows; the longest first, so that too little memory shows at once.
-    Where it runs out all the same, half as many go on. NumericsError for a model that computes NaN, PlanError where
-    memory does not suffice for one prompt.
+    The budget limits the number of slots. The longest prompts go first, so too little memory shows at once; then half
+    as many slots go on. Raises NumericsError for NaN, PlanError if the memory is too small for one prompt.
     """
     check_ids(model, (prompt.tokens for prompt in prompts))
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number].tokens))
@@ -197,13 +196,13 @@ def _through_slots(
     on_text: Callable[[int, str], None],
 ) -> None:
     cache = Cache(layer_class_to_replicate=lambda **_: _SlotLayer(slots))
-    live: list[_Text] = []
+    live: list[_Continuation] = []
     names = [prompt.name for prompt in prompts]
     with torch.inference_mode():
         while order or live:
             while order and len(live) < slots.count:
                 number = order.pop(0)
-                text = _Text(number, [], len(prompts[number].tokens))
+                text = _Continuation(number, [], len(prompts[number].tokens))
                 text.add(prompts[number].tokens)
                 text.add([_fill(model, cache, slots, prompts[number])])
                 live.append(text)
@@ -218,7 +217,7 @@ def _through_slots(
 
 
 def _slot_count(budget: Budget, longest: int, columns: int, prompts: int, device: str) -> int:
-    """How many slots there is room for while the longest prompt is read into one of them."""
+    """How many slots fit in memory while the longest prompt is read into one of them."""
     budget.check(columns)
     if budget.rows is not None:
         return min(budget.rows, prompts)
@@ -228,7 +227,7 @@ def _slot_count(budget: Budget, longest: int, columns: int, prompts: int, device
 
 
 def _fill(model: Any, cache: Cache, slots: _Slots, prompt: Prompt) -> int:
-    """Reads a prompt into the next free slot; its first new token."""
+    """Reads a prompt into the next free slot and returns its first new token."""
     tokens = prompt.tokens
     slots.filling = len(slots.lengths)
     ids_BT = torch.tensor([list(tokens)], device=model.device)
@@ -247,12 +246,12 @@ def _step(
     model: Any,
     cache: Cache,
     slots: _Slots,
-    live: Sequence[_Text],
+    live: Sequence[_Continuation],
     names: Sequence[str],
     new_tokens: int,
     plain_head: bool,
 ) -> None:
-    """At least one more token for every live slot: the model's own, and as many guesses before it as were right."""
+    """Adds tokens to every live slot: the right guesses and the model's own next token."""
     device = model.device
     guesses = [text.guess(new_tokens - len(text.made) - 1) for text in live]
     width = 1 + max(map(len, guesses))
@@ -263,7 +262,7 @@ def _step(
     mask = torch.zeros(seen_STC.shape, dtype=model.dtype, device=device)
     mask.masked_fill_(~seen_STC, torch.finfo(model.dtype).min)
     inputs = {"position_ids": positions_ST, "attention_mask": mask[:, None], "past_key_values": cache}
-    # the head, dear for a small model, runs where there is a token and not where a shorter guess is padded
+    # the head is expensive in a small model, so it does not run on padding
     there = [(at, place) for at, row in enumerate(rows) for place in range(len(row))]
     line_N, place_N = (torch.tensor(column, device=device) for column in zip(*there, strict=True))
     if plain_head:
@@ -282,9 +281,9 @@ def _step(
 
 
 def _best(logits_SV: torch.Tensor, names: Sequence[str]) -> list[int]:
-    """The most likely token of each row; `names` says whose the rows are."""
+    """The most likely token of each row. `names` are the rows' prompts, for errors."""
     best_S = logits_SV.argmax(dim=-1)
-    # argmax takes NaN for the largest of all, so one anywhere in a row is found where it points
+    # argmax treats NaN as the largest value, so it finds a NaN anywhere in a row
     bad = (~torch.isfinite(logits_SV.gather(-1, best_S[:, None])[:, 0])).nonzero()
     if len(bad):
         raise NumericsError(
@@ -294,8 +293,8 @@ def _best(logits_SV: torch.Tensor, names: Sequence[str]) -> list[int]:
     return [int(token) for token in best_S.tolist()]
 
 
-def _free(cache: Cache, slots: _Slots, live: list[_Text], at: int) -> None:
-    """Gives slot `at` back; the last live slot moves into its place."""
+def _free(cache: Cache, slots: _Slots, live: list[_Continuation], at: int) -> None:
+    """Frees slot `at`; the last live slot moves into its place."""
     last = len(live) - 1
     if at != last:
         for layer in cache.layers:
@@ -308,7 +307,7 @@ def _free(cache: Cache, slots: _Slots, live: list[_Text], at: int) -> None:
 def _finished(
     tokenizer: Any, made: Sequence[int], stops: Sequence[str], new_tokens: int, end: frozenset[int]
 ) -> str | None:
-    """The text once it is done, else None. Only its end is looked at in most steps, the whole is decoded to be sure."""
+    """The text if it is finished, else None. Most steps decode the end only; the whole text confirms a stop."""
     recent = list(made[-GUESSES - 1 :])
     ended = not end.isdisjoint(recent)
     if not ended and len(made) < new_tokens:
@@ -338,9 +337,9 @@ def generate_plainly(
     end: frozenset[int],
     on_text: Callable[[int, str], None],
 ) -> None:
-    """The same, prompt by prompt and without a cache of ours: for models that cannot be read in parts."""
+    """The same, one prompt at a time with the model's own cache: for models without shared reading."""
     check_ids(model, (prompt.tokens for prompt in prompts))
-    # some (Bamba) count positions from 0 again behind a cache if they are not told
+    # without positions, some models (Bamba) count from 0 again behind a cache
     placed = "position_ids" in inspect.signature(model.forward).parameters
     inputs: dict[str, Any] = {}
     with torch.inference_mode():
@@ -358,7 +357,7 @@ def generate_plainly(
                 past = getattr(out, "past_key_values", None)
                 made.append(_best(out.logits[:, -1], [prompt.name])[0])
                 new = torch.tensor([[made[-1]]], device=model.device)
-                # a model that gives no cache back is read from the beginning each time
+                # a model without a cache reads everything again for each token
                 ids_BT = new if past is not None else torch.cat([ids_BT, new], dim=1)
                 said = _finished(tokenizer, made, prompt.stops, new_tokens, end)
             on_text(number, said)

@@ -1,4 +1,4 @@
-"""What makes two models the same for scores: every number in them and how they are put together; not where they lie."""
+"""Digests of a model and its tokenizer that change when their scores may change, wherever their files are."""
 
 import hashlib
 import json
@@ -8,16 +8,16 @@ import torch
 
 from frankenmoe.progress import SILENT, Progress
 
-# what a config says of its file and not of its model
+# fields of a config that describe its file, not its model
 OUTSIDE = ("_name_or_path", "transformers_version", "architectures", "torch_dtype")
-READ_BY = 1  # goes up when the scorer changes what it computes
+READ_BY = 1  # version of the scorer; increase it when the scorer computes something else
 
 
 def model_digest(model: Any, *, progress: Progress = SILENT) -> str:
     """SHA-256, in hex, of all parameters and buffers, config, end tokens, the modules' settings, device type and dtype.
 
-    A tensor that several modules share is read once. Scores on a CPU and a GPU differ in their last digits, so each has
-    its own.
+    A shared tensor is read once. Scores on a CPU and a GPU differ in their last digits, so the digest includes the
+    device type.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in OUTSIDE}
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -38,13 +38,13 @@ def model_digest(model: Any, *, progress: Progress = SILENT) -> str:
 
 
 def memory_of(model: Any) -> int:
-    """Bytes of all weights, each counted once however many modules share it."""
+    """Bytes of all weights. Shared weights count once."""
     tensors = {_place(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256, in hex, of what a tokenizer does to text, and of the tokens that open and end one."""
+    """SHA-256, in hex, of a tokenizer's vocabulary and rules, and of its special tokens."""
     marks = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -1,4 +1,4 @@
-"""lm-eval's LM interface over the scorer: text to tokens, answers from the store, progress; knows nothing of tasks."""
+"""lm-eval's LM interface over the scorer: tokenizes, reads and keeps stored answers, reports progress."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -19,16 +19,16 @@ from frankenmoe.evaluate.store import Store, request_key
 from frankenmoe.progress import SILENT, Progress
 
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
-DEFAULT_LENGTH = 2048  # lm-eval's, for a model that does not say how far it sees
-ENCODED = 64  # texts at once
+DEFAULT_LENGTH = 2048  # lm-eval's, for a config without a length
+ENCODED = 64  # texts tokenized at once
 FLUSH = 32  # answers between two writes
 
 
 class PrefixLM(TemplateLM):  # type: ignore[misc]
-    """A transformers causal model for lm-eval, without BOS, as the leaderboard read it.
+    """A transformers causal model for lm-eval, without BOS, as the leaderboard ran it.
 
-    `folder` keeps finished answers; without it nothing is kept. `rows` fixes how many sequences go through at once,
-    `memory` the bytes that a pass may take; by default a share of what is free.
+    Finished answers are kept in `folder`, if given. `rows` fixes the sequences in a pass. `memory` limits the bytes of
+    a pass; the default is a share of the free memory.
     """
 
     def __init__(
@@ -66,11 +66,11 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                 f"{model_digest(model, progress=progress)[:40]}-{tokenizer_digest(tokenizer)[:16]}-{self.max_length}"
             )
 
-    # ---- what lm-eval asks of a model ----
+    # ---- lm-eval's interface ----
 
     @property
     def eot_token_id(self) -> int:
-        """The end of text; SourceError for a tokenizer that has none."""
+        """The end-of-text token. Raises SourceError for a tokenizer without one."""
         if self.tokenizer.eos_token_id is None:
             raise SourceError(
                 "the tokenizer has no EOS token, which ends generated texts and opens texts without a context",
@@ -88,13 +88,14 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens without any that the tokenizer would add."""
+        """Token ids, by default without special tokens."""
         return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy) of each (context, continuation).
 
-        SourceError for a continuation that the model cannot see whole, NumericsError for NaN, with its document.
+        Raises SourceError for a continuation longer than the model's context, NumericsError for NaN; both name the
+        document.
         """
         self.counts["requests"] += len(requests)
         answers, stores, waiting = self._known(requests)
@@ -131,9 +132,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return [answers[at] for at in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy continuations, cut at the first stop string. Requests that differ in their stops only share one text.
+        """Greedy continuations, cut at the first stop string. Requests that differ only in their stops share one text.
 
-        SourceError without an EOS token or where the model is too short for the new tokens.
+        Raises SourceError without an EOS token, or if the new tokens do not fit the model's context.
         """
         self.counts["requests"] += len(requests)
         end = self._end()
@@ -159,7 +160,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             for context in contexts:
                 tokens = self.tok_encode(context)
                 too_long = len(tokens) > room
-                # a text is made once, up to the stops that all its requests share; each is cut at its own
+                # a text ends at the stops that all its requests share; then each request cuts it at its own
                 stops = [set(requests[at].args[1]["until"]) for at in together[context, new_tokens]]
                 shared_stops = tuple(sorted(set.intersection(*stops)))
                 name = _named(requests[together[context, new_tokens][0]])
@@ -192,7 +193,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return [answers[at] for at in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of each whole text, in windows as lm-eval cuts them; every token is predicted once."""
+        """Log-likelihood of each whole text, in lm-eval's windows. Every token is predicted once."""
         owners: list[int] = []
         queries: list[Query] = []
         for at, request in enumerate(requests):
@@ -225,7 +226,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
     # ---- tokens ----
 
     def _queries(self, requests: Sequence[Instance]) -> list[Query]:
-        """Requests as tokens: every distinct text is encoded once. Split as lm-eval splits context and continuation."""
+        """Tokenizes requests, each distinct text once. Context and continuation are split as in lm-eval."""
         pairs = []
         for request in requests:
             context, continuation = request.args
@@ -238,7 +239,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             if bare:
                 known = len(ids[bare])
                 queries.append(self._query(ids[bare + rest][:known], ids[bare + rest][known:]))
-            else:  # nothing to go on from but the mark that begins a text
+            else:  # an empty context is the token that begins a text
                 queries.append(self._query([self.prefix_token_id], ids[rest]))
         return queries
 
@@ -248,9 +249,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return Query(tuple(kept[:-1]), tuple(continuation), cut=len(kept) < len(whole))
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids, of some texts at a time: what a fast tokenizer notes beside the ids is twenty times as large."""
+        """Token ids of all texts, some at a time: a fast tokenizer's other results take twenty times their memory."""
         found: list[list[int]] = []
-        same: dict[int, int] = {}  # one int object per token of the vocabulary, not one per token of the texts
+        same: dict[int, int] = {}  # one int object per token of the vocabulary, not per token of the texts
         for start in range(0, len(texts), ENCODED):
             some = list(texts[start : start + ENCODED])
             if self.tokenizer.is_fast:
@@ -261,15 +262,15 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         return found
 
     def _end(self) -> frozenset[int]:
-        """Tokens that end a text: the tokenizer's and those of the model's generation config."""
+        """Tokens that end a text: those of the tokenizer and of the model's generation config."""
         said = getattr(self.model.generation_config, "eos_token_id", None)
         more = said if isinstance(said, list) else [said]
         return frozenset({self.eot_token_id, *(token for token in more if token is not None)})
 
-    # ---- what is known already ----
+    # ---- stored answers ----
 
     def _known(self, requests: Sequence[Instance]) -> tuple[dict[int, Any], dict[str | None, Store], list[int]]:
-        """Answers from the store by place, the stores by task, and the places that are left."""
+        """Stored answers by request number, the stores by task, and the numbers of unanswered requests."""
         stores = {}
         if self.folder is not None:
             for name in {request.task_name for request in requests}:

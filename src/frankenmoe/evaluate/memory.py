@@ -1,6 +1,5 @@
-"""How many tokens fit into one forward pass: bytes counted from the model's own sizes; knows nothing of scores."""
+"""How many tokens fit into one forward pass, estimated from the model's sizes."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,17 +7,17 @@ import torch
 
 from frankenmoe.errors import PlanError
 
-CPU_TOKENS = 512  # more at once is no faster on a CPU, and only takes memory
+CPU_TOKENS = 512  # more are no faster on a CPU and take more memory
 GPU_TOKENS = 16384
-SHARE = {"cpu": 0.25, "cuda": 0.7}  # of what is free, taken by default
+SHARE = {"cpu": 0.25, "cuda": 0.7}  # of the free memory, used by default
 FFN_FIELDS = ("intermediate_size", "ffn_dim", "n_inner", "d_ff")
-HIDDEN_COPIES = 10  # of the hidden state that are alive at once in a layer: residual, norm, q, k, v, attention, output
+HIDDEN_COPIES = 10  # of the hidden state in memory in a layer: residual, norm, q, k, v, attention, output
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one token costs in a model, in bytes: `layer` while a layer runs, `kept` in the cache of all layers,
-    `mask` per token that it may see, `logits` where it is scored."""
+    """Bytes of memory per token: `layer` while a layer runs, `kept` in the cache of all layers, `mask` per visible
+    token, `logits` where it is scored."""
 
     layer: int
     kept: int
@@ -27,7 +26,7 @@ class Sizes:
 
 
 def sizes(model: Any) -> Sizes:
-    """From the model's config; an MoE's tokens go through as many FFNs as its routers choose."""
+    """The sizes of a model, from its config. A token of an MoE goes through top-k FFNs."""
     config = model.config.get_text_config()
     width = torch.finfo(model.dtype).bits // 8
     hidden = config.hidden_size
@@ -48,7 +47,7 @@ def sizes(model: Any) -> Sizes:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now."""
+    """Free bytes on a device."""
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + reserved
@@ -58,7 +57,7 @@ def free_memory(device: torch.device) -> int:
 
 @dataclass
 class Budget:
-    """How much one forward pass may take; shrinks when memory runs out all the same."""
+    """The memory and tokens that one forward pass may use. Shrinks when memory runs out anyway."""
 
     sizes: Sizes
     bytes: int
@@ -66,19 +65,19 @@ class Budget:
     rows: int | None = None
 
     def fits(self, rows: int, tokens: int, shared: int) -> bool:
-        """Whether `rows` rows of `tokens` tokens behind `shared` common ones may be read at once."""
+        """Whether one pass may read `rows` rows of `tokens` tokens behind `shared` common ones."""
         if self.rows is not None and rows > self.rows:
             return False
         return (self.rows is not None or rows * tokens <= self.tokens) and self.cost(rows, tokens, shared) <= self.bytes
 
     def cost(self, rows: int, tokens: int, shared: int) -> int:
-        """Bytes of such a pass, the shared stretch's cache included."""
+        """Bytes of such a pass, with the cache of the common tokens."""
         seen = shared + tokens
         per_row = tokens * self.sizes.layer + tokens * seen * self.sizes.mask + self.sizes.logits
         return rows * (per_row + seen * self.sizes.layer // HIDDEN_COPIES) + seen * self.sizes.kept
 
     def check(self, tokens: int, shared: int = 0) -> None:
-        """PlanError where not even one row of `tokens` tokens behind `shared` ones may be read."""
+        """Raises PlanError if a single row of `tokens` tokens behind `shared` ones does not fit."""
         if self.cost(1, tokens, shared) > self.bytes:
             raise PlanError(
                 f"too little memory for a single sequence of {shared + tokens} tokens: it takes about "
@@ -87,7 +86,7 @@ class Budget:
             )
 
     def shrink(self, rows: int, tokens: int) -> None:
-        """Memory ran out for a pass of that size: from now on half of it. PlanError where that was a single row."""
+        """Halves the budget after a pass of that size ran out of memory. Raises PlanError for a single row."""
         if rows <= 1:
             raise PlanError(
                 f"too little memory for a single sequence of {tokens} tokens",
@@ -98,7 +97,7 @@ class Budget:
 
 
 def budget(model: Any, *, bytes_at_most: int | None = None, rows: int | None = None) -> Budget:
-    """A share of what is free on the model's device, or `bytes_at_most`; `rows` fixes the rows of a pass instead."""
+    """A share of the free memory of the model's device, or `bytes_at_most`. `rows` fixes the rows of a pass instead."""
     device = model.device
     allowed = bytes_at_most if bytes_at_most is not None else int(free_memory(device) * SHARE.get(device.type, 0.5))
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
@@ -106,12 +105,7 @@ def budget(model: Any, *, bytes_at_most: int | None = None, rows: int | None = N
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an error is the allocator's."""
+    """Whether an error says that memory ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
-
-
-def threads() -> int:
-    """How many threads torch computes with."""
-    return torch.get_num_threads() or os.cpu_count() or 1

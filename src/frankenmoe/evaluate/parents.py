@@ -1,4 +1,4 @@
-"""The dense models that an MoE was made of, and the average of their weights, as running models; scores nothing."""
+"""Loads the dense models that an MoE is compared with: its parents and the average of their weights."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ from frankenmoe.planning.tree import dense_writes
 
 
 def parents(made: Plan) -> Iterator[tuple[str, Source]]:
-    """(name, source) of every distinct parent but the base itself; the name is that of its first expert."""
+    """(name, source) of every distinct parent except the base. The name is that of its first expert."""
     seen = {_key(made.base)}
     for node in made.nodes:
         for leaf in node.leaves():
@@ -33,7 +33,7 @@ def _key(source: Source) -> tuple[Path, Path | None]:
 
 
 def dense_model(source: Source, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
-    """A parent as the model it is, its adapter folded in."""
+    """A parent as a dense model, with its adapter merged into the weights."""
     if source.adapter is None:
         return stock_model(source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
     stored = _stored(source)
@@ -42,9 +42,9 @@ def dense_model(source: Source, *, dtype: torch.dtype | None, trust_remote_code:
 
 
 def average_model(sources: list[Source], *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
-    """The mean of the parents' weights, computed in float32, stored in the first one's type.
+    """The mean of the parents' weights, computed in float32 and stored in the first parent's dtype.
 
-    SourceError where their tensors differ in name or shape.
+    Raises SourceError if their tensors differ in name or shape.
     """
     total: dict[str, torch.Tensor] = {}
     for source in sources:
@@ -59,7 +59,7 @@ def average_model(sources: list[Source], *, dtype: torch.dtype | None, trust_rem
         for name, write in writes.items():
             tensor = as_tensor(write)
             if name not in total:
-                total[name] = tensor.clone()  # not the mapped file itself, which is added to below
+                total[name] = tensor.clone()  # the sum must not change the mapped file
             elif tensor.is_floating_point():
                 total[name] += tensor
     mean = {name: tensor / len(sources) if tensor.is_floating_point() else tensor for name, tensor in total.items()}
@@ -68,7 +68,7 @@ def average_model(sources: list[Source], *, dtype: torch.dtype | None, trust_rem
 
 
 def _stored(source: Source) -> str:
-    """The type that most of a source's floats are kept in."""
+    """The dtype of most of a source's floating-point bytes."""
     floats = [ref for ref in source.checkpoint.tensors.values() if ref.dtype in FLOATS]
     return max(floats, key=lambda ref: ref.nbytes).dtype
 
@@ -92,7 +92,7 @@ def stock_model(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: b
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype or "auto", trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # of as many classes as there are things wrong with a folder
+    except Exception as error:  # transformers raises many classes of errors for a bad folder
         raise SourceError(
             f"transformers cannot load a causal language model from {folder}: {one_line(error)}",
             hint="check that config.json and the weights belong together; own code needs --trust-remote-code",
@@ -101,12 +101,12 @@ def stock_model(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: b
 
 
 def randomize_gates(model: Any, *, seed: int) -> Any:
-    """The same MoE with standard normal gates, as gate_mode `random` draws them, in place of its own."""
+    """Replaces the gates of an MoE by standard normal ones, as gate_mode `random` draws them."""
     generator = torch.Generator().manual_seed(seed)
     for module in model.modules():
         if isinstance(module, Router):
             old = module.weight
             drawn = torch.randn(old.shape, generator=generator).to(old.device, old.dtype)
-            # a new parameter: the old one may be a mapped file that others read too
+            # a new parameter: the old one may be mapped from a file
             module.weight = nn.Parameter(drawn, requires_grad=False)
     return model

@@ -1,4 +1,4 @@
-"""Mean next-token loss of any causal language model on a text; does not know what the text is about.
+"""Mean next-token loss of any causal language model on a text.
 
 Shape suffixes: B blocks in a batch, T tokens.
 """
@@ -15,9 +15,9 @@ BATCH = 8
 
 @torch.no_grad()
 def mean_loss(model: Any, tokenizer: Any, text: str, *, block: int = 128) -> float:
-    """Nats per token over `text`, cut into blocks of `block` tokens that each begin with BOS where there is one.
+    """Nats per token over `text`, cut into blocks of `block` tokens that begin with BOS if the tokenizer has one.
 
-    Every token is predicted once, from the tokens before it in its own block. Raises SourceError for a text without
+    Every token is predicted once, from the tokens before it in its block. Raises SourceError for a text of fewer than
     two tokens.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -37,7 +37,7 @@ def mean_loss(model: Any, tokenizer: Any, text: str, *, block: int = 128) -> flo
 
 
 def _batches(blocks: list[list[int]]) -> list[list[list[int]]]:
-    """Whole blocks together, a shorter last one alone, so that nothing needs padding."""
+    """Batches of equal lengths: whole blocks together, a shorter last one alone."""
     whole = [part for part in blocks if len(part) == len(blocks[0])]
     rest = [[part] for part in blocks if len(part) != len(blocks[0])]
     return [whole[start : start + BATCH] for start in range(0, len(whole), BATCH)] + rest

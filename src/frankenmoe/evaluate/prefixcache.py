@@ -1,6 +1,6 @@
-"""Keys and values of a stretch that many sequences share, in the form of a transformers cache; knows nothing of scores.
+"""A transformers cache that begins with the keys and values of a prefix that many sequences share.
 
-Shape suffixes: B rows, H key heads, P tokens of the shared stretch, T new tokens, D head size.
+Shape suffixes: B rows, H key heads, P tokens of the shared prefix, T new tokens, D head size.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SharedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """One layer's keys and values [1, H, P, D], seen by every row of a batch; `keep` adds what is new."""
+    """One layer's keys and values [1, H, P, D], visible to every row of a batch. `keep` stores new ones too."""
 
     is_sliding = False
 
@@ -27,7 +27,7 @@ class SharedLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The shared states before the new ones [B, H, T, D], for each row: [B, H, P + T, D]."""
+        """Puts the shared states before the new ones [B, H, T, D] of each row: [B, H, P + T, D]."""
         keys, values = _behind(self.keys, key_states), _behind(self.values, value_states)
         if self.keep:
             self.keys, self.values, self.is_initialized = keys, values, True
@@ -50,7 +50,7 @@ def _behind(shared: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
 
 
 def shared_cache(past: Cache | None, *, keep: bool) -> Cache:
-    """A cache that begins with what `past` holds and leaves `past` as it is; with `keep` it takes in what is read."""
+    """A cache that begins with the states of `past` and does not change `past`. With `keep` it stores new states."""
     if past is None:
         return Cache(layer_class_to_replicate=SharedLayer)
     return Cache(layers=[SharedLayer(layer.keys, layer.values, keep=keep) for layer in past.layers])

@@ -1,6 +1,6 @@
-"""What Open LLM Leaderboard v1 asked (harness b281b0921b) and how it scored the answers; pure functions of rows.
+"""The prompts of Open LLM Leaderboard v1 (harness b281b0921b) and the scores of their answers, as functions of a row.
 
-Knows nothing of models, files or lm-eval. Every answer begins with the space that parts it from its question.
+Every answer begins with the space between it and its question.
 """
 
 import math
@@ -11,9 +11,9 @@ from random import Random
 from types import MappingProxyType
 from typing import Any
 
-from frankenmoe.evaluate.rows import LETTERS, Row, arc_gold
+from frankenmoe.evaluate.rows import LETTERS, TaskRow, arc_gold
 
-SEED = 42  # of the original's shuffle and few-shot draws
+SEED = 42  # the original's, for shuffling and few-shot draws
 GSM8K_TOKENS = 256
 INVALID = "[invalid]"
 PREAMBLE = (
@@ -36,9 +36,9 @@ Scores = Mapping[str, float]
 class Benchmark:
     """One benchmark of the leaderboard.
 
-    `text` and `answer` make a few-shot example; `requests` are the (context, continuation) pairs behind a given prefix,
-    of which `score` judges the log-likelihoods. Without `stops` it is scored, with them generated, and `score` judges
-    the texts.
+    `text` and `answer` make a few-shot example. `requests` are a document's (context, continuation) pairs behind a
+    given prefix. Without `stops`, `score` gets the log-likelihoods of the continuations. With `stops`, texts are
+    generated up to one of them, and `score` gets the texts. The leaderboard shows the last of `metrics`.
     """
 
     name: str
@@ -47,22 +47,27 @@ class Benchmark:
     split: str
     shots: int
     shots_split: str | None
-    metric: str
-    text: Callable[[Row], str]
-    answer: Callable[[Row], str]
-    requests: Callable[[str, Row], list[tuple[str, str]]]
-    score: Callable[[Row, Sequence[Any]], Scores]
+    metrics: tuple[str, ...]
+    text: Callable[[TaskRow], str]
+    answer: Callable[[TaskRow], str]
+    requests: Callable[[str, TaskRow], list[tuple[str, str]]]
+    score: Callable[[TaskRow, Sequence[Any]], Scores]
     stops: tuple[str, ...] = ()
     by_subject: bool = False
-    opening: Callable[[Row], str] = lambda row: ""
-    counted: bool = True  # whether it is one of the six of the average
+    opening: Callable[[TaskRow], str] = lambda row: ""
+    counted: bool = True  # in the average of six
     version: int = 1
+
+    @property
+    def metric(self) -> str:
+        """The metric that the leaderboard shows."""
+        return self.metrics[-1]
 
 
 def draw(documents: int, pool: int, shots: int) -> tuple[list[int], dict[int, list[int]]]:
-    """The original's order of the documents, and for each the indices of its few-shot examples in a pool of that size.
+    """The original's document order, and each document's few-shot examples as indices into a pool of `pool` rows.
 
-    The draws go on from the shuffle in one stream of random numbers, so they depend on all three sizes.
+    Shuffle and draws use one stream of random numbers, so the draws depend on all three numbers.
     """
     random = Random(SEED)
     order = list(range(documents))
@@ -70,45 +75,68 @@ def draw(documents: int, pool: int, shots: int) -> tuple[list[int], dict[int, li
     return order, {index: random.sample(range(pool), shots) for index in order}
 
 
-def prefix(benchmark: Benchmark, row: Row, shots: Sequence[Row]) -> str:
-    """What stands before a document's own question."""
+def prefix(benchmark: Benchmark, row: TaskRow, shots: Sequence[TaskRow]) -> str:
+    """The text before a document's own question: opening and few-shot examples."""
     examples = [benchmark.text(shot) + benchmark.answer(shot) for shot in shots]
     return benchmark.opening(row) + "".join(f"{example}\n\n" for example in examples)
 
 
 def best(lls: Sequence[float]) -> int:
-    """The first of the largest."""
+    """The index of the largest value, the first one of equal values."""
     return max(range(len(lls)), key=lls.__getitem__)
 
 
-def _accuracy(lls: Sequence[float], choices: Sequence[str], gold: int) -> Scores:
-    """`acc_norm` divides by characters of the choice, its leading space not counted; an empty choice loses."""
-    per_character = [ll / len(choice) if choice else -math.inf for ll, choice in zip(lls, choices, strict=True)]
-    return {"acc": float(best(lls) == gold), "acc_norm": float(best(per_character) == gold)}
-
-
-def _choices(text: Callable[[Row], str], choices: Callable[[Row], Sequence[str]]) -> Any:
-    def requests(before: str, row: Row) -> list[tuple[str, str]]:
-        context = before + text(row)  # one string for all, as there are tens of thousands
+def _choices(text: Callable[[TaskRow], str], choices: Callable[[TaskRow], Sequence[str]]) -> Any:
+    def requests(before: str, row: TaskRow) -> list[tuple[str, str]]:
+        context = before + text(row)  # one string for all choices: there are tens of thousands
         return [(context, f" {choice}") for choice in choices(row)]
 
     return requests
 
 
+def _multiple_choice(
+    *,
+    text: Callable[[TaskRow], str],
+    choices: Callable[[TaskRow], Sequence[str]],
+    gold: Callable[[TaskRow], int],
+    metrics: tuple[str, ...],
+    **facts: Any,
+) -> Benchmark:
+    """A benchmark whose right answer is the choice number `gold`.
+
+    `acc_norm` divides by the characters of a choice without its leading space. An empty choice loses.
+    """
+
+    def score(row: TaskRow, lls: Sequence[float]) -> Scores:
+        lengths = map(len, choices(row))
+        per_character = [ll / length if length else -math.inf for ll, length in zip(lls, lengths, strict=True)]
+        found = {"acc": best(lls), "acc_norm": best(per_character)}
+        return {metric: float(found[metric] == gold(row)) for metric in metrics}
+
+    return Benchmark(
+        text=text,
+        answer=lambda row: f" {choices(row)[gold(row)]}",
+        requests=_choices(text, choices),
+        score=score,
+        metrics=metrics,
+        **facts,
+    )
+
+
 # ---- ARC -------------------------------------------------------------------------------------------------------------
 
 
-def _arc_choices(row: Row) -> list[str]:
+def _arc_choices(row: TaskRow) -> list[str]:
     return list(row["choices"]["text"])
 
 
-def _arc_gold(row: Row) -> int:
+def _arc_gold(row: TaskRow) -> int:
     gold = arc_gold(row)
     assert gold is not None  # checked when the row was read
     return gold
 
 
-def _question(row: Row) -> str:
+def _question(row: TaskRow) -> str:
     return f"Question: {row['question']}\nAnswer:"
 
 
@@ -116,28 +144,28 @@ def _question(row: Row) -> str:
 
 
 def clean(text: str) -> str:
-    """WikiHow's marks taken out, as the original did: strips first, so an ending that opens with a tag keeps one."""
+    """Removes WikiHow's marks as the original did: it strips first, so a space stays behind an opening mark."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _hellaswag_text(row: Row) -> str:
+def _hellaswag_text(row: TaskRow) -> str:
     return clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
 
 
-def _hellaswag_choices(row: Row) -> list[str]:
+def _hellaswag_choices(row: TaskRow) -> list[str]:
     return [clean(ending) for ending in row["endings"]]
 
 
 # ---- MMLU ------------------------------------------------------------------------------------------------------------
 
 
-def _mmlu_opening(row: Row) -> str:
+def _mmlu_opening(row: TaskRow) -> str:
     subject = " ".join(row["subject"].split("_"))
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
 
 
-def _mmlu_text(row: Row) -> str:
+def _mmlu_text(row: TaskRow) -> str:
     lines = (f"{letter}. {choice}\n" for letter, choice in zip(LETTERS, row["choices"], strict=False))
     return f"{row['question'].strip()}\n{''.join(lines)}Answer:"
 
@@ -145,16 +173,28 @@ def _mmlu_text(row: Row) -> str:
 # ---- TruthfulQA ------------------------------------------------------------------------------------------------------
 
 
-def _truthfulqa_choices(row: Row) -> list[str]:
-    """The original asks for both lists, though most answers stand in both; here equal requests are computed once."""
+def _truthfulqa_text(row: TaskRow) -> str:
+    return f"Q: {row['question']}\nA:"
+
+
+def _truthfulqa_opening(row: TaskRow) -> str:
+    return "".join(f"Q: {question}\nA: {answer}\n\n" for question, answer in PREAMBLE)
+
+
+def _truthfulqa_answer(row: TaskRow) -> str:
+    return f" {row['mc1_targets']['choices'][row['mc1_targets']['labels'].index(1)]}"
+
+
+def _truthfulqa_choices(row: TaskRow) -> list[str]:
+    """Both lists, as in the original. Most answers stand in both; equal requests are computed once."""
     return [*row["mc1_targets"]["choices"], *row["mc2_targets"]["choices"]]
 
 
-def _truthfulqa_score(row: Row, lls: Sequence[float]) -> Scores:
-    """`mc2`: the share of probability on true answers, by label, where the original cut at the first 0 label.
+def _truthfulqa_score(row: TaskRow, lls: Sequence[float]) -> Scores:
+    """`mc2` is the share of probability on answers whose label is 1.
 
-    The two differ for documents 25 and 208, whose labels are not sorted. Computed from the largest downwards, so that
-    it cannot underflow to 0 / 0.
+    The original counted the answers before the first label 0 as true instead. The two differ for documents 25 and 208,
+    whose labels are not sorted. Subtracting the largest log-likelihood first avoids an underflow to 0 / 0.
     """
     first = len(row["mc1_targets"]["choices"])
     single, every = lls[:first], lls[first:]
@@ -167,16 +207,16 @@ def _truthfulqa_score(row: Row, lls: Sequence[float]) -> Scores:
 # ---- Winogrande ------------------------------------------------------------------------------------------------------
 
 
-def _winogrande_part(row: Row, option: str) -> str:
+def _winogrande_part(row: TaskRow, option: str) -> str:
     return str(row["sentence"][: row["sentence"].index("_")]) + str(row[option])
 
 
-def _winogrande_rest(row: Row) -> str:
+def _winogrande_rest(row: TaskRow) -> str:
     return " " + str(row["sentence"][row["sentence"].index("_") + 1 :]).strip()
 
 
-def _winogrande_requests(before: str, row: Row) -> list[tuple[str, str]]:
-    """The same ending under both beginnings (partial scoring)."""
+def _winogrande_requests(before: str, row: TaskRow) -> list[tuple[str, str]]:
+    """The same ending behind both beginnings (partial scoring)."""
     return [(before + _winogrande_part(row, option), _winogrande_rest(row)) for option in ("option1", "option2")]
 
 
@@ -184,109 +224,56 @@ def _winogrande_requests(before: str, row: Row) -> list[tuple[str, str]]:
 
 
 def gsm8k_number(text: str) -> str:
-    """The number behind the first `#### `, commas dropped, as text; INVALID where there is none."""
+    """The number behind the first `#### ` as text without commas, or INVALID if there is none."""
     match = re.search(r"#### (\-?[0-9\.\,]+)", text)
     return match[1].strip().replace(",", "") if match else INVALID
 
 
-def _gsm8k_score(row: Row, texts: Sequence[str]) -> Scores:
+def _gsm8k_score(row: TaskRow, texts: Sequence[str]) -> Scores:
     return {"acc": float(gsm8k_number(texts[0]) == gsm8k_number(row["answer"]))}
 
 
-def _gsm8k(name: str, title: str, *stops: str, counted: bool) -> Benchmark:
+def _gsm8k(**facts: Any) -> Benchmark:
     return Benchmark(
-        name=name,
-        title=title,
-        data="gsm8k",
-        split="test",
-        shots=5,
-        shots_split="train",
-        metric="acc",
+        data="gsm8k", split="test", shots=5, shots_split="train", metrics=("acc",),
         text=_question,
         answer=lambda row: f" {row['answer']}",
         requests=lambda before, row: [(before + _question(row), "")],
         score=_gsm8k_score,
-        stops=stops,
-        counted=counted,
-    )
+        **facts,
+    )  # fmt: skip
 
 
-BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType(
-    {
-        benchmark.name: benchmark
-        for benchmark in (
-            Benchmark(
-                name="arc_challenge",
-                title="ARC",
-                data="arc_challenge",
-                split="test",
-                shots=25,
-                shots_split="train",
-                metric="acc_norm",
-                text=_question,
-                answer=lambda row: f" {_arc_choices(row)[_arc_gold(row)]}",
-                requests=_choices(_question, _arc_choices),
-                score=lambda row, lls: _accuracy(lls, _arc_choices(row), _arc_gold(row)),
-            ),
-            Benchmark(
-                name="hellaswag",
-                title="HellaSwag",
-                data="hellaswag",
-                split="validation",
-                shots=10,
-                shots_split="train",
-                metric="acc_norm",
-                text=_hellaswag_text,
-                answer=lambda row: f" {_hellaswag_choices(row)[int(row['label'])]}",
-                requests=_choices(_hellaswag_text, _hellaswag_choices),
-                score=lambda row, lls: _accuracy(lls, _hellaswag_choices(row), int(row["label"])),
-            ),
-            Benchmark(
-                name="mmlu",
-                title="MMLU",
-                data="mmlu",
-                split="test",
-                shots=5,
-                shots_split="dev",
-                metric="acc",
-                text=_mmlu_text,
-                answer=lambda row: f" {LETTERS[row['answer']]}",
-                requests=_choices(_mmlu_text, lambda row: LETTERS[:4]),
-                score=lambda row, lls: {"acc": float(best(lls) == row["answer"])},
-                by_subject=True,
-                opening=_mmlu_opening,
-            ),
-            Benchmark(
-                name="truthfulqa",
-                title="TruthfulQA",
-                data="truthfulqa",
-                split="validation",
-                shots=0,
-                shots_split=None,
-                metric="mc2",
-                text=lambda row: f"Q: {row['question']}\nA:",
-                answer=lambda row: f" {row['mc1_targets']['choices'][row['mc1_targets']['labels'].index(1)]}",
-                requests=_choices(lambda row: f"Q: {row['question']}\nA:", _truthfulqa_choices),
-                score=_truthfulqa_score,
-                opening=lambda row: "".join(f"Q: {asked}\nA: {said}\n\n" for asked, said in PREAMBLE),
-            ),
-            Benchmark(
-                name="winogrande",
-                title="Winogrande",
-                data="winogrande",
-                split="validation",
-                shots=5,
-                shots_split="train",
-                metric="acc",
-                text=lambda row: _winogrande_part(row, f"option{row['answer']}"),
-                answer=_winogrande_rest,
-                requests=_winogrande_requests,
-                score=lambda row, lls: {"acc": float(best(lls) == int(row["answer"]) - 1)},
-            ),
-            _gsm8k("gsm8k", "GSM8K", ":", "Question:", "Question", counted=True),
-            _gsm8k("gsm8k_no_colon_stop", "GSM8K, not stopped at ':'", "Question:", "Question", counted=False),
-        )
-    }
-)
+_ALL = (
+    _multiple_choice(
+        name="arc_challenge", title="ARC", data="arc_challenge", split="test", shots=25, shots_split="train",
+        metrics=("acc", "acc_norm"), text=_question, choices=_arc_choices, gold=_arc_gold,
+    ),
+    _multiple_choice(
+        name="hellaswag", title="HellaSwag", data="hellaswag", split="validation", shots=10, shots_split="train",
+        metrics=("acc", "acc_norm"), text=_hellaswag_text, choices=_hellaswag_choices,
+        gold=lambda row: int(row["label"]),
+    ),
+    _multiple_choice(
+        name="mmlu", title="MMLU", data="mmlu", split="test", shots=5, shots_split="dev",
+        metrics=("acc",), text=_mmlu_text, choices=lambda row: LETTERS[:4], gold=lambda row: int(row["answer"]),
+        by_subject=True, opening=_mmlu_opening,
+    ),
+    Benchmark(
+        name="truthfulqa", title="TruthfulQA", data="truthfulqa", split="validation", shots=0, shots_split=None,
+        metrics=("mc1", "mc2"), text=_truthfulqa_text, answer=_truthfulqa_answer, opening=_truthfulqa_opening,
+        requests=_choices(_truthfulqa_text, _truthfulqa_choices), score=_truthfulqa_score,
+    ),
+    Benchmark(
+        name="winogrande", title="Winogrande", data="winogrande", split="validation", shots=5, shots_split="train",
+        metrics=("acc",), text=lambda row: _winogrande_part(row, f"option{row['answer']}"), answer=_winogrande_rest,
+        requests=_winogrande_requests, score=lambda row, lls: {"acc": float(best(lls) == int(row["answer"]) - 1)},
+    ),
+    _gsm8k(name="gsm8k", title="GSM8K", stops=(":", "Question:", "Question")),
+    _gsm8k(
+        name="gsm8k_no_colon_stop", title="GSM8K, not stopped at ':'", stops=("Question:", "Question"), counted=False
+    ),
+)  # fmt: skip
+BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({benchmark.name: benchmark for benchmark in _ALL})
 
 SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType({"leaderboard-v1": tuple(BENCHMARKS)})

@@ -1,7 +1,4 @@
-"""A small benchmark out of any texts: which of four endings belongs to a beginning? Needs no rows and no lm-eval.
-
-Does not know what the texts are about.
-"""
+"""A small benchmark made from any texts: which of four endings belongs to a beginning? Needs no lm-eval."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,22 +15,22 @@ QUESTIONS = 12
 
 @dataclass(frozen=True)
 class Question:
-    """A beginning and its possible endings, of which the first is the right one."""
+    """A beginning and four endings. The first ending is right."""
 
     beginning: str
     endings: tuple[str, ...]
 
 
 def questions(text: str, *, count: int = QUESTIONS) -> list[Question]:
-    """Documents parted by blank lines, each cut at a word near its middle; wrong endings are those of the next ones.
+    """A question for each document: cut at a word near the middle, with the next documents' endings as wrong ones.
 
-    SourceError for fewer than four documents.
+    Blank lines separate documents. Raises SourceError for fewer than four.
     """
     halves = [half for document in text.split("\n\n") if (half := _halves(document.strip())) is not None]
     if len(halves) < CHOICES:
         raise SourceError(
             f"the text has {len(halves)} documents of two words or more, expected {CHOICES} at least",
-            hint="part documents by blank lines",
+            hint="separate documents by blank lines",
         )
     return [
         Question(beginning, (ending, *(halves[(at + step) % len(halves)][1] for step in range(1, CHOICES))))
@@ -49,9 +46,9 @@ def _halves(document: str) -> tuple[str, str] | None:
 def quiz(
     model: Any, tokenizer: Any, texts: Mapping[str, str], *, count: int = QUESTIONS, capacity: bool = False
 ) -> dict[str, float]:
-    """Domain -> share of questions answered right, by log-likelihood per character; chance is a quarter.
+    """Domain -> share of questions answered right, by log-likelihood per character. Chance is a quarter.
 
-    `capacity` says that the model's experts have one. Endings are cut where the model sees no further.
+    `capacity` says whether the model's experts have a capacity. Long endings are cut to half of the model's context.
     """
     asked = [(name, question) for name, text in texts.items() for question in questions(text, count=count)]
     allowed = budget(model)

@@ -1,4 +1,4 @@
-"""Benchmark rows from a folder of JSONL or from the hub, every field checked; knows nothing of prompts or of models."""
+"""Reads benchmark rows from a folder of JSONL files or from the hub, and checks every field. Does not import torch."""
 
 import hashlib
 import json
@@ -13,9 +13,9 @@ from typing import Any
 from frankenmoe.checkpoint.hub import stream_rows
 from frankenmoe.errors import SourceError
 
-Row = Mapping[str, Any]
-Check = Callable[[Row], str | None]
-"""A row -> what is wrong with it, or None."""
+TaskRow = Mapping[str, Any]
+Check = Callable[[TaskRow], str | None]
+"""Returns what is wrong with a row, or None."""
 
 LETTERS = "ABCDE"
 LAYOUT = "a data folder holds one folder per task, such as arc_challenge/test.jsonl, with the hub's fields in each line"
@@ -23,7 +23,7 @@ LAYOUT = "a data folder holds one folder per task, such as arc_challenge/test.js
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where the rows of one benchmark come from: `folder` below a data folder, else `hub` (org/name, configuration)."""
+    """Where the rows of one benchmark are: in `folder` of a data folder, or in configuration `config` of `hub`."""
 
     folder: str
     hub: str
@@ -32,7 +32,7 @@ class DataSet:
 
 
 def _fields(**wanted: type | tuple[type, ...]) -> Check:
-    def check(row: Row) -> str | None:
+    def check(row: TaskRow) -> str | None:
         for name, kind in wanted.items():
             if name not in row:
                 return f"has no field `{name}`, found {', '.join(map(str, row)) or 'no fields'}"
@@ -43,12 +43,12 @@ def _fields(**wanted: type | tuple[type, ...]) -> Check:
     return check
 
 
-def _broken_text(row: Row) -> str | None:
-    """JSON can spell half of a character (a lone surrogate), which no tokenizer takes."""
+def _broken_text(row: TaskRow) -> str | None:
+    """Finds lone surrogates, which JSON can write and tokenizers reject."""
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        return f"holds half of a character, {error.object[error.start]!a}, which is no text"
+        return f"contains half of a character (a lone surrogate), {error.object[error.start]!a}"
     return None
 
 
@@ -60,7 +60,7 @@ def _texts(value: Any, least: int) -> bool:
     return isinstance(value, list) and len(value) >= least and all(isinstance(item, str) for item in value)
 
 
-def _arc(row: Row) -> str | None:
+def _arc(row: TaskRow) -> str | None:
     choices = row["choices"]
     if not (_texts(choices.get("text"), 2) and _texts(choices.get("label"), 2)):
         return "has `choices` without lists of texts called `text` and `label`"
@@ -71,8 +71,8 @@ def _arc(row: Row) -> str | None:
     return None
 
 
-def arc_gold(row: Row) -> int | None:
-    """Which choice is right: by its label, where 1 to 5 mean A to E on either side; None if there is none."""
+def arc_gold(row: TaskRow) -> int | None:
+    """The index of the right choice, or None. Labels 1 to 5 mean A to E."""
     labels = [_letter(label) for label in row["choices"]["label"]]
     key = _letter(row["answerKey"])
     return labels.index(key) if key in labels else None
@@ -82,7 +82,7 @@ def _letter(label: str) -> str:
     return LETTERS[int(label) - 1] if label in {"1", "2", "3", "4", "5"} else label
 
 
-def _hellaswag(row: Row) -> str | None:
+def _hellaswag(row: TaskRow) -> str | None:
     if not _texts(row["endings"], 2):
         return "has `endings` that are not a list of texts"
     label = str(row["label"])
@@ -91,13 +91,13 @@ def _hellaswag(row: Row) -> str | None:
     return None
 
 
-def _mmlu(row: Row) -> str | None:
+def _mmlu(row: TaskRow) -> str | None:
     if not _texts(row["choices"], 4) or len(row["choices"]) != 4:
         return "has `choices` that are not four texts"
     return None if 0 <= row["answer"] <= 3 else f"has answer {row['answer']}, expected 0 to 3"
 
 
-def _truthfulqa(row: Row) -> str | None:
+def _truthfulqa(row: TaskRow) -> str | None:
     for name in ("mc1_targets", "mc2_targets"):
         choices, labels = row[name].get("choices"), row[name].get("labels")
         if not _texts(choices, 1) or not isinstance(labels, list) or len(choices) != len(labels):
@@ -107,13 +107,13 @@ def _truthfulqa(row: Row) -> str | None:
     return None
 
 
-def _winogrande(row: Row) -> str | None:
+def _winogrande(row: TaskRow) -> str | None:
     if "_" not in row["sentence"]:
         return "has a `sentence` without the gap `_`"
     return None if row["answer"] in ("1", "2") else f"has answer {row['answer']!r}, expected '1' or '2'"
 
 
-def _gsm8k(row: Row) -> str | None:
+def _gsm8k(row: TaskRow) -> str | None:
     return None if re.search(r"#### -?[0-9.,]", row["answer"]) else "has an `answer` without `#### number`"
 
 
@@ -157,9 +157,9 @@ DATA_SETS: Mapping[str, DataSet] = MappingProxyType(
 
 
 def read_rows(name: str, split: str, *, data_dir: Path | None) -> list[dict[str, Any]]:
-    """All rows of one split in their order, since every few-shot draw depends on it.
+    """All rows of one split in order; the few-shot draws depend on the order.
 
-    Raises SourceError, with file and line, for what is missing, broken or of the wrong form.
+    Raises SourceError with file and line for missing, broken or wrong rows.
     """
     found = DATA_SETS[name]
     if data_dir is None:
@@ -196,7 +196,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
         raise SourceError(f"{file} cannot be read: {error.strerror}", hint=LAYOUT) from error
     except UnicodeDecodeError as error:
         raise SourceError(f"{file} is not UTF-8: {error.reason}", hint="fetch the file again") from error
-    # not splitlines(): JSON strings may hold U+2028 and its like
+    # not splitlines(): JSON strings may contain U+2028
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -208,8 +208,8 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             ) from error
 
 
-def digest(*groups: Iterable[Row]) -> str:
-    """SHA-256, in hex, of rows in their order: the version of the data."""
+def digest(*groups: Iterable[TaskRow]) -> str:
+    """SHA-256, in hex, of rows in order: the version of the data."""
     hashed = hashlib.sha256()
     for row in chain.from_iterable(groups):
         hashed.update(json.dumps(row, sort_keys=True, ensure_ascii=False).encode())

@@ -1,322 +1,319 @@
-"""One model through tasks and texts: what was asked, what it scored, how sure that is; does not compare models.
+"""Models by name -> a report: what they score, what they cost, and an MoE beside its parents; prints nothing.
 
-A task that fails is named in the report, and the others go on.
+The library's and the CLI's way to evaluate. Models are loaded one after the other.
 """
 
-import logging
-import math
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+import gc
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import torch
-from lm_eval.evaluator import evaluate
 
+from frankenmoe.artifact.reports import EvalReport
+from frankenmoe.cache import cache_folder
 from frankenmoe.data.blocks import Block
-from frankenmoe.errors import FrankenMoEError, SourceError
-from frankenmoe.evaluate.domains import Losses, domain_losses
-from frankenmoe.evaluate.identity import memory_of
-from frankenmoe.evaluate.lm import PrefixLM
-from frankenmoe.evaluate.prompts import BENCHMARKS, GSM8K_TOKENS, Benchmark
-from frankenmoe.evaluate.samples import write_samples
-from frankenmoe.evaluate.store import Store
-from frankenmoe.evaluate.tasks import LeaderboardTask, load_tasks
+from frankenmoe.errors import FrankenMoEError, PlanError, SourceError
+from frankenmoe.evaluate import bootstrap
+from frankenmoe.evaluate.compare import AVERAGE, BASE, MODEL, MOE, PARENT, RANDOM, Gains, gains, verdict
+from frankenmoe.evaluate.domains import BLOCK, SHARE, DomainText, read_domain
+from frankenmoe.evaluate.identity import tokenizer_digest
+from frankenmoe.evaluate.parents import average_model, dense_model, parents, randomize_gates, stock_model
+from frankenmoe.evaluate.plot import Point, check_plot, plot
+from frankenmoe.evaluate.prompts import SEED
+from frankenmoe.evaluate.score import Result, Scoring, Suite, check_names, load_suite, run
+from frankenmoe.evaluate.tasks import PERPLEXITY, task_names
+from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.planning import Plan
+from frankenmoe.planning.sources import leaves
 from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.sections import EvalSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import Dense, Subject, open_model
 
-LOSS_VERSION = 1
-SPEED_TOKENS = 256
-SPEED_ROUNDS, SPEED_SECONDS = 3, 0.3  # passes at least, and how long more are made, so that small models get many
-
-
-@dataclass(frozen=True)
-class Suite:
-    """What every model is asked: benchmarks with their tasks and the digest of their data, and texts by domain."""
-
-    tasks: Mapping[str, Mapping[str, LeaderboardTask]]
-    data: Mapping[str, str]
-    limit: int | None = None
-
-
-def load_suite(names: Sequence[str], *, data_dir: Path | None, limit: int | None) -> Suite:
-    """The rows of all benchmarks, read and checked before any model is loaded."""
-    tasks, data = {}, {}
-    for name in names:
-        tasks[name], data[name] = load_tasks(BENCHMARKS[name], data_dir=data_dir)
-    return Suite(tasks, data, limit)
+HARNESS = "EleutherAI/lm-evaluation-harness at b281b0921b, as Open LLM Leaderboard v1 ran it"
+PACKAGES = ("frankenmoe", "lm_eval", "torch", "transformers", "tokenizers", "numpy")
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One benchmark of one model. `scores` are those of the chosen metric: group (subject) -> document by document."""
-
-    benchmark: Benchmark
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    stderr: Mapping[str, float | None] = field(default_factory=dict)
-    scores: Mapping[str, tuple[float, ...]] = field(default_factory=dict, repr=False)
-    groups: Mapping[str, float] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
-    seconds: float = 0.0
-    error: str | None = None
-
-    @property
-    def value(self) -> float | None:
-        return self.metrics.get(self.benchmark.metric)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data; scores in percent are left to those who print."""
-        return {
-            "title": self.benchmark.title,
-            "version": self.benchmark.version,
-            "shots": self.benchmark.shots,
-            "metric": self.benchmark.metric,
-            "value": self.value,
-            "stderr": self.stderr.get(self.benchmark.metric),
-            "metrics": dict(self.metrics),
-            "metrics_stderr": dict(self.stderr),
-            "subjects": dict(self.groups) if self.benchmark.by_subject else None,
-            "documents": sum(map(len, self.scores.values())),
-            "counted_in_average": self.benchmark.counted,
-            "seconds": round(self.seconds, 3),
-            "error": self.error,
-            **self.counts,
-        }
-
-
-@dataclass(frozen=True)
-class Result:
-    """One model: who it is, what it costs, what it scored."""
+class Contestant:
+    """A model that can be loaded: `load` gives it, `tokenizer` the folder of its tokenizer."""
 
     name: str
     kind: str
     origin: str
-    facts: Mapping[str, Any]
-    outcomes: Mapping[str, Outcome]
-    losses: Mapping[str, Losses]
-    errors: tuple[str, ...] = ()
-
-    @property
-    def average(self) -> float | None:
-        """The mean of the six, where all six are there."""
-        six = [name for name, benchmark in BENCHMARKS.items() if benchmark.counted]
-        values = [self.outcomes[name].value if name in self.outcomes else None for name in six]
-        return mean(value for value in values if value is not None) if None not in values else None
-
-    @property
-    def mean_loss(self) -> float | None:
-        """Nats per token, the mean over domains."""
-        return mean(losses.mean for losses in self.losses.values()) if self.losses else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "kind": self.kind,
-            "origin": self.origin,
-            **self.facts,
-            "tasks": {name: outcome.to_dict() for name, outcome in self.outcomes.items()},
-            "average": self.average,
-            "domains": {
-                name: {
-                    "nats_per_token": losses.mean,
-                    "interval": [losses.interval.low, losses.interval.high],
-                    "bits_per_byte": losses.bits_per_byte,
-                    "blocks": len(losses.nats),
-                    "tokens": sum(losses.targets),
-                }
-                for name, losses in self.losses.items()
-            },
-            "mean_loss": self.mean_loss,
-            "errors": list(self.errors),
-        }
+    load: Callable[[], Any]
+    tokenizer: Path
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How models are run: `rows` at once (None: by memory), `memory` bytes for a pass, where answers and samples go."""
+class Report:
+    """Everything that was measured. `gains` are those of the MoE over each other model, in the order of `results`."""
 
-    rows: int | None = None
-    memory: int | None = None
-    store: Path | None = None
-    samples: Path | None = None
+    results: tuple[Result, ...]
+    gains: tuple[Gains, ...] = ()
+    verdict: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[str]:
+        """What failed, by model."""
+        return [f"{result.name}: {error}" for result in self.results for error in result.errors]
+
+    def to_report(self, **about: Any) -> EvalReport:
+        """The report as it is written; `about` says which artifact it is about."""
+        found = {
+            **about,
+            **self.conditions,
+            "models": [result.to_dict() for result in self.results],
+            "skipped": dict(self.skipped),
+            "gains": [gain.to_dict() for gain in self.gains],
+            "verdict": self.verdict,
+        }
+        return EvalReport.model_validate(found)
 
 
-def run(
-    name: str,
-    model: Any,
-    tokenizer: Any,
+def evaluate(
+    models: Sequence[Subject | Dense | str | Path],
     *,
-    suite: Suite,
-    domains: Mapping[str, Sequence[Block]],
-    settings: Settings,
-    kind: str = "model",
-    origin: str = "",
+    settings: EvalSettings | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    scoring: Scoring | None = None,
     progress: Progress = SILENT,
-) -> Result:
-    """Everything that is asked, of one model that is loaded."""
-    lm = PrefixLM(
-        model, tokenizer, folder=settings.store, rows=settings.rows, memory=settings.memory, progress=progress
-    )
-    outcomes: dict[str, Outcome] = {}
-    errors: list[str] = []
-    for benchmarks in _together(suite.tasks):
-        found = _benchmarks(lm, {benchmark: suite.tasks[benchmark] for benchmark in benchmarks}, name, suite, settings)
-        outcomes |= found
-        errors += [f"{each.benchmark.title}: {each.error}" for each in found.values() if each.error]
-    losses: Mapping[str, Losses] = {}
-    if domains:
-        store = Store(settings.store, model=lm.digest, task="loss", version=LOSS_VERSION) if settings.store else None
-        try:
-            losses = domain_losses(
-                model,
-                tokenizer,
-                domains,
-                plain_head=lm.sharing.plain_head,
-                budget=lm.budget,
-                store=store,
-                progress=progress,
-            )
-        except FrankenMoEError as error:
-            errors.append(f"loss: {in_a_line(error)}")
-    facts = {
-        "digest": lm.digest or None,
-        "parameters": _parameters(model),
-        "memory_bytes": memory_of(model),
-        "tokens_per_second": speed(model),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "max_length": lm.max_length,
-        "shared_reading": {"up_to": min(lm.sharing.up_to, lm.max_length), "reason": lm.sharing.reason},
-    }
-    return Result(name, kind, origin, facts, outcomes, losses, tuple(errors))
+    **changes: Any,
+) -> Report:
+    """Scores models on tasks and on texts (domain -> file), and compares them if asked to.
 
-
-def _together(names: Mapping[str, Any]) -> Iterator[list[str]]:
-    """Benchmarks that ask the same prompts, such as GSM8K with and without the stop at a colon, share one pass."""
-    by_data: dict[tuple[str, bool], list[str]] = {}
-    for name in names:
-        by_data.setdefault((BENCHMARKS[name].data, bool(BENCHMARKS[name].stops)), []).append(name)
-    yield from by_data.values()
-
-
-def _benchmarks(
-    lm: PrefixLM,
-    asked: Mapping[str, Mapping[str, LeaderboardTask]],
-    model_name: str,
-    suite: Suite,
-    settings: Settings,
-) -> dict[str, Outcome]:
-    tasks = {name: task for group in asked.values() for name, task in group.items()}
-    lm.counts.clear()
-    lm.versions = {name: task.benchmark.version for name, task in tasks.items()}
-    first = BENCHMARKS[next(iter(asked))]
-    began = time.perf_counter()
-    try:
-        lm.progress.start(f"{model_name}: {first.title}", _requests(tasks, suite.limit), "requests")
-        with quiet():
-            found = evaluate(lm, {"tasks": tasks, "groups": {}}, limit=suite.limit, bootstrap_iters=1, log_samples=True)
-    except FrankenMoEError as error:
-        return {name: Outcome(BENCHMARKS[name], error=in_a_line(error)) for name in asked}
-    seconds = time.perf_counter() - began
-    if settings.samples is not None:
-        write_samples(settings.samples, found["samples"])
-    counts = {key: lm.counts[key] for key in ("requests", "known", "cut")}
-    counts["question_cut"] = _questions_cut(lm, tasks, suite.limit) if counts["cut"] else 0
-    names = {"requests": "requests", "known": "from_earlier_runs", "cut": "cut_on_the_left"}
-    counts = {names.get(key, key): value for key, value in counts.items()}
-    return {name: _outcome(BENCHMARKS[name], found, list(group), counts, seconds) for name, group in asked.items()}
-
-
-def _requests(tasks: Mapping[str, LeaderboardTask], limit: int | None) -> int:
-    total = 0
-    for task in tasks.values():
-        task.build_all_requests(limit=limit)
-        total += len(task.instances)
-    return total
-
-
-def _questions_cut(lm: PrefixLM, tasks: Mapping[str, LeaderboardTask], limit: int | None) -> int:
-    """Documents of which not only examples were cut: their question with its answer is longer than the model sees."""
-    cut = 0
-    for task in tasks.values():
-        room = lm.max_length - GSM8K_TOKENS if task.benchmark.stops else lm.max_length + 1
-        for _, row in task.doc_iterator(limit=limit):
-            longest = max(len(lm.tok_encode(context + rest)) for context, rest in task.benchmark.requests("", row))
-            cut += longest > room
-    return cut
-
-
-def _outcome(
-    benchmark: Benchmark, found: Mapping[str, Any], tasks: Sequence[str], counts: Mapping[str, int], seconds: float
-) -> Outcome:
-    """lm-eval's numbers; of several tasks (the subjects of MMLU) the unweighted mean, with its standard error."""
-    results, samples = found["results"], found["samples"]
-    metrics = list(found["higher_is_better"][tasks[0]])
-    errors = {metric: [results[task][f"{metric}_stderr,none"] for task in tasks] for metric in metrics}
-    return Outcome(
-        benchmark,
-        metrics={metric: mean(float(results[task][f"{metric},none"]) for task in tasks) for metric in metrics},
-        stderr={metric: _pooled(values) for metric, values in errors.items()},
-        scores={task: tuple(float(row[benchmark.metric]) for row in samples[task]) for task in tasks},
-        groups={
-            task.removeprefix(f"{benchmark.name}_"): float(results[task][f"{benchmark.metric},none"]) for task in tasks
-        },
-        counts=counts,
-        seconds=seconds,
-    )
-
-
-def _pooled(errors: Sequence[Any]) -> float | None:
-    """Of the mean of independent means; None where lm-eval had too few documents to say."""
-    if any(not isinstance(error, int | float) for error in errors):
-        return None
-    return math.sqrt(sum(float(error) ** 2 for error in errors)) / len(errors)
-
-
-def _parameters(model: Any) -> int:
-    """Each weight once, however many experts share it."""
-    seen = {(tensor.data_ptr(), tuple(tensor.shape)): tensor.numel() for tensor in model.parameters()}
-    return sum(seen.values())
-
-
-def speed(model: Any) -> float:
-    """Tokens per second of reading a text, in the fastest of a few passes over the same tokens.
-
-    The fastest, since whatever else the machine does makes a pass slower only, and a small model's a hundred times.
+    A model is a subject, an artifact, a recipe, a folder or a hub id (with @revision). `changes` are settings by name.
+    Without `tasks` and `texts`, the texts are the held-out parts of an MoE's `experts[].data`; paths start at the
+    working directory. Answers found before are used again (`scoring.store`). Raises FrankenMoEError's children for
+    input that makes no sense, before anything is scored; a task that fails later is named in the report.
     """
-    length = min(SPEED_TOKENS, getattr(model.config.get_text_config(), "max_position_embeddings", None) or SPEED_TOKENS)
-    vocabulary = model.config.get_text_config().vocab_size
-    ids_BT = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(0)).to(model.device)
-    seconds: list[float] = []
-    with torch.inference_mode():
-        while len(seconds) <= SPEED_ROUNDS or sum(seconds) < SPEED_SECONDS:
-            began = time.perf_counter()
-            model(input_ids=ids_BT, use_cache=False).logits[0, -1, 0].item()  # waits for a GPU too
-            seconds.append(time.perf_counter() - began)
-    return length / min(seconds)
+    settings = settings_with(settings or EvalSettings(), changes)
+    scoring = scoring or Scoring(store=cache_folder("scores"))
+    names = task_names(",".join(settings.tasks)) if settings.tasks else (PERPLEXITY,)
+    tasks = [name for name in names if name != PERPLEXITY]
+    data_dir = Path(settings.data_dir) if settings.data_dir else None
+    suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
+    opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
+    subjects = [each for each in opened if isinstance(each, Subject) and each.plan_if_there]
+    if settings.against_parents and (len(opened) != 1 or not subjects):
+        raise PlanError(
+            "--against-parents compares one MoE with what it was made of, found "
+            + ", ".join(each.origin for each in opened),
+            hint="name one artifact or recipe; several models side by side need no such option",
+        )
+    contestants = _told_apart([_contestant(each, dtype, progress) for each in opened])
+    skipped: dict[str, str] = {}
+    if settings.against_parents:
+        contestants = [*_ancestors(subjects[0].plan, contestants[0], dtype, skipped), contestants[0]]
+    check_names([each.name for each in contestants])
+    wanted = PERPLEXITY in names or settings.texts or settings.against_parents
+    sources = _texts(settings.texts, [each.recipe for each in subjects]) if wanted else []
+    if PERPLEXITY in names and not sources:
+        raise SourceError(
+            "there is no text to measure the loss on",
+            hint="give files with --text NAME=FILE, add `data` to the recipe's experts, or name --tasks",
+        )
+    results = _run_all(contestants, suite, sources, scoring, settings.limit, device, skipped, progress)
+    conditions = _conditions(suite, sources, data_dir)
+    if not settings.against_parents:
+        return Report(tuple(results), skipped=skipped, conditions=conditions)
+    moe, others = results[-1], results[:-1]
+    compared = [gains(moe, other) for other in others]
+    return Report(tuple(results), tuple(compared), tuple(verdict(moe, others, compared)), skipped, conditions)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Holds back what lm-eval logs below an error."""
-    log = logging.getLogger("lm_eval")
-    before = log.level
-    log.setLevel(logging.ERROR)
+def _run_all(
+    contestants: Sequence[Contestant],
+    suite: Suite,
+    sources: Sequence[DomainText],
+    scoring: Scoring,
+    limit: int | None,
+    device: str,
+    skipped: dict[str, str],
+    progress: Progress,
+) -> list[Result]:
+    blocks: dict[str, dict[str, list[Block]]] = {}
+    results = []
+    for each in contestants:
+        tokenizer = load_tokenizer(each.tokenizer)
+        digest = tokenizer_digest(tokenizer)
+        if digest not in blocks:
+            blocks[digest] = {source.name: read_domain(source, tokenizer, limit=limit) for source in sources}
+        try:
+            model = _placed(each.load(), device)
+        except FrankenMoEError as error:
+            if each.kind not in (AVERAGE, PARENT):
+                raise
+            skipped[each.name] = error.message
+            continue
+        samples = scoring.samples
+        own = replace(scoring, samples=samples / each.name if samples and len(contestants) > 1 else samples)
+        result = run(
+            each.name,
+            model,
+            tokenizer,
+            suite=suite,
+            domains=blocks[digest],
+            settings=own,
+            kind=each.kind,
+            origin=each.origin,
+            progress=progress,
+        )
+        results.append(replace(result, facts={**result.facts, "tokenizer_digest": digest}))
+        del model
+        gc.collect()
+    return results
+
+
+def _told_apart(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """Models of one name in several folders, such as one/model and two/model, with as much of the path as differs."""
+    paths = [(*Path(os.path.abspath(each.origin)).parts[1:-1], each.name) for each in contestants]
+    found = []
+    for each, path in zip(contestants, paths, strict=True):
+        others = [other for other in paths if other[-1] == each.name and other != path]
+        apart = (at for at in range(1, len(path)) if all(other[-at:] != path[-at:] for other in others))
+        depth = next(apart, len(path))
+        found.append(replace(each, name="/".join(path[-depth:])))
+    return found
+
+
+def _placed(model: Any, device: str) -> Any:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     try:
-        yield
-    finally:
-        log.setLevel(before)
+        return model.to(chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise PlanError(f"the model cannot be put on {chosen}: {error}", hint="choose another --device") from error
 
 
-def in_a_line(error: FrankenMoEError) -> str:
-    """What is wrong, and what to do, for a report in which several errors follow each other."""
-    return f"{error.message} ({error.hint})" if error.hint else error.message
+def _contestant(model: Subject | Dense, dtype: str | None, progress: Progress) -> Contestant:
+    """How a model is called and loaded."""
+    # of `.` and `..` the folder's own name
+    if isinstance(model, Dense):
+        path = Path(model.origin)
+        name = Path(os.path.abspath(path)).name if path.exists() else path.name
+
+        def dense() -> Any:
+            as_dtype = getattr(torch, dtype) if dtype else None
+            return stock_model(model.folder, dtype=as_dtype, trust_remote_code=model.trust_remote_code)
+
+        return Contestant(name, MODEL, model.origin, dense, model.folder)
+    name = Path(os.path.abspath(model.origin)).name if model.artifact else Path(model.origin).stem
+
+    def moe() -> Any:
+        return model.load(dtype=dtype, progress=progress).model
+
+    return Contestant(name, MOE, model.origin, moe, model.parts.folder)
 
 
-def check_names(names: Sequence[str]) -> None:
-    """SourceError where two models would have one name."""
-    for name in names:
-        if names.count(name) > 1:
-            raise SourceError(f"two models are called {name!r}", hint="name each model once")
+def _ancestors(made: Plan, moe: Contestant, dtype: str | None, skipped: dict[str, str]) -> list[Contestant]:
+    """Base, parents, the average of the parents, and the MoE with random gates."""
+    as_dtype = getattr(torch, dtype) if dtype else None
+    folder, trusted = made.base.folder, made.trust_remote_code
+
+    def dense(source: Any) -> Callable[[], Any]:
+        return lambda: dense_model(source, dtype=as_dtype, trust_remote_code=trusted)
+
+    found = [Contestant("base", BASE, str(made.base.name), dense(made.base), folder)]
+    distinct = list(parents(made))
+    found += [Contestant(name, PARENT, str(source.name), dense(source), folder) for name, source in distinct]
+    if len(distinct) > 1:
+        sources = [source for _, source in distinct]
+
+        def average() -> Any:
+            return average_model(sources, dtype=as_dtype, trust_remote_code=trusted)
+
+        found.append(Contestant("average", AVERAGE, ", ".join(str(source.name) for source in sources), average, folder))
+    else:
+        skipped["average"] = "there are not two parents besides the base to average"
+
+    def random() -> Any:
+        return randomize_gates(moe.load(), seed=made.recipe.seed)
+
+    found.append(
+        Contestant("random gates", RANDOM, f"{moe.origin}, gates drawn with seed {made.recipe.seed}", random, folder)
+    )
+    return found
+
+
+def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainText]:
+    """Files that were given, whole; otherwise the held-out parts of what the experts are good at."""
+    if given:
+        return [DomainText(name, (os.path.abspath(file),), Path.cwd(), held_out=False) for name, file in given.items()]
+    found: dict[str, DomainText] = {}
+    for recipe in recipes:
+        train = recipe.train  # what it trained on must be cut as it cut it
+        for expert in leaves(recipe.experts):
+            if expert.data and expert.name not in found:
+                found[expert.name] = DomainText(
+                    expert.name,
+                    expert.data,
+                    recipe.folder,
+                    held_out=True,
+                    block=train.block if train else BLOCK,
+                    share=train.hold_out if train else SHARE,
+                )
+    return list(found.values())
+
+
+def _conditions(suite: Suite, sources: Sequence[DomainText], data_dir: Path | None) -> dict[str, Any]:
+    return {
+        "harness": HARNESS,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "threads": torch.get_num_threads(),
+        "cores": len(os.sched_getaffinity(0)),
+        "limit": suite.limit,
+        "seeds": {"document_order_and_few_shot_draws": SEED, "bootstrap": bootstrap.SEED},
+        "bootstrap": {"resamples": bootstrap.RESAMPLES, "level": bootstrap.LEVEL},
+        "data": {
+            "from": str(data_dir) if data_dir else "the hub",
+            "sha256": dict(suite.data),
+        },
+        "texts": {
+            source.name: {"files": list(source.files), "held_out_part": source.held_out, "block_tokens": source.block}
+            for source in sources
+        },
+    }
+
+
+def draw(report: Report, file: Path) -> None:
+    """One plot of a comparison: quality against memory. PlanError where there is nothing to put on the axis."""
+    check_plot(file)
+    points = []
+    for result in report.results:
+        if result.losses:
+            groups = [
+                (losses.nats, [float(count) for count in losses.targets], 1 / len(result.losses))
+                for losses in result.losses.values()
+            ]
+            quality = "nats per token, mean over domains (lower is better)"
+        elif result.average is not None or any(outcome.scores for outcome in result.outcomes.values()):
+            scored = {
+                name: outcome
+                for name, outcome in result.outcomes.items()
+                if outcome.scores and outcome.benchmark.counted
+            }
+            groups = [
+                (rows, [1.0] * len(rows), 100 / len(scored) / len(outcome.scores))
+                for outcome in scored.values()
+                for rows in outcome.scores.values()
+            ]
+            quality = f"score in percent, mean of {', '.join(each.benchmark.title for each in scored.values())}"
+        else:
+            continue
+        interval = bootstrap.weighted(groups)
+        memory = result.facts["memory_bytes"]
+        points.append(Point(result.name, result.kind, memory, interval.value, interval.low, interval.high))
+    if not points:
+        raise PlanError("nothing was scored, so there is nothing to plot", hint="see the errors above")
+    plot(points, file, quality=quality)

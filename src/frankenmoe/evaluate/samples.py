@@ -1,4 +1,4 @@
-"""Every document with what was asked and answered, in the JSONL that lm-eval writes; knows nothing of models."""
+"""Writes every document with its requests and answers, in lm-eval's JSONL format."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from frankenmoe.errors import ArtifactError
 
 
 def write_samples(folder: Path, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """samples_TASK.jsonl for each task, whole or not at all; `arguments` are gen_args_0 .. with arg_0, arg_1."""
+    """Writes samples_TASK.jsonl for each task atomically. `arguments` are gen_args_0 .. with arg_0, arg_1."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for task, rows in samples.items():

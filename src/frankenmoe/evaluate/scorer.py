@@ -1,4 +1,4 @@
-"""Log-likelihoods of token sequences under a causal model, each shared stretch read once; knows nothing of text.
+"""Log-likelihoods of token sequences under a causal model. Each shared stretch is read once.
 
 Shape suffixes: B rows, T tokens of a row, P shared tokens before it, N scored places, D hidden, V vocabulary.
 """
@@ -16,24 +16,26 @@ from transformers.cache_utils import Cache
 from frankenmoe.errors import SourceError
 from frankenmoe.evaluate.memory import Budget, ran_out
 from frankenmoe.evaluate.prefixcache import shared_cache
-from frankenmoe.evaluate.tree import Row, Trunk, plan
+from frankenmoe.evaluate.tree import Forest, Trunk, plan
 
-ROW_TOKENS = 384  # of a forest in one row: more makes attention look at strangers, less makes rows too many
-HEAD_BYTES = 16 * 2**20  # of logits that are alive at once
+ROW_TOKENS = 384  # of a forest: longer rows waste attention on other branches, shorter ones need more rows
+HEAD_BYTES = 16 * 2**20  # of logits in memory at once
 
 
 @dataclass(frozen=True)
 class Query:
-    """How likely are `targets`, the tokens behind the last `len(targets)` of `tokens` each? The last target stands
-    behind the last token, so `tokens` is context and continuation without the continuation's last token."""
+    """Asks how likely `targets` are, each behind one of the last `len(targets)` of `tokens`.
+
+    `tokens` is context and continuation without the last token of the continuation. `cut`: the left end is missing.
+    """
 
     tokens: tuple[int, ...]
     targets: tuple[int, ...]
-    cut: bool = False  # whether the left end is missing
+    cut: bool = False
 
     @property
     def first(self) -> int:
-        """The position whose output is the first that is scored."""
+        """The first position whose output is scored."""
         return len(self.tokens) - len(self.targets)
 
 
@@ -46,13 +48,13 @@ class Answer:
 
 
 OnAnswer = Callable[[int, Answer], None]
-"""Called with the number of a query as soon as its answer is there."""
+"""Called with a query's number and answer as soon as it is known."""
 Place = tuple[int, int, int, int]
 """(column in the pass, target, number of the query, number of the target in it)."""
 
 
 class _Answers:
-    """Collects the scored places of every query, which may lie in several passes."""
+    """Sums up the places of every query, which several passes may score."""
 
     def __init__(self, queries: Sequence[Query], on_answer: OnAnswer) -> None:
         self.on_answer = on_answer
@@ -72,8 +74,8 @@ class _Answers:
 class Scorer:
     """Scores queries with one model.
 
-    `share_up_to` is the longest sequence whose reading may be shared (0: none, see sharing.py); longer ones are read
-    alone. `plain_head` says that the model's logits are its output embedding of its last hidden state.
+    Sequences longer than `share_up_to` are read without sharing (0: all, see sharing.py). `plain_head`: the logits are
+    the output embedding of the last hidden state. `alone`: one sequence per pass, as capacity limits demand.
     """
 
     def __init__(
@@ -90,12 +92,12 @@ class Scorer:
         self.budget = budget
         self.share_up_to = share_up_to
         self.plain_head = plain_head
-        self.alone = alone  # strictly one sequence in a pass, as capacity limits demand
+        self.alone = alone
         self.row_tokens = row_tokens
         self.tokens_read = 0
 
     def score(self, queries: Sequence[Query], on_answer: OnAnswer) -> None:
-        """Answers all queries, in an order of its own. PlanError where memory does not suffice for one sequence."""
+        """Answers all queries in any order. Raises PlanError if the memory is too small for one sequence."""
         check_ids(self.model, (query.tokens + query.targets for query in queries))
         answers = _Answers(queries, on_answer)
         by_tokens: dict[tuple[int, ...], list[int]] = defaultdict(list)
@@ -124,7 +126,7 @@ class Scorer:
                 for place in _places(asked[sequence], trunk.start, range(len(trunk.tokens)))
             ]
             past = self._read_trunk(trunk, past, places, answers)
-        rows = sorted(trunk.rows, key=lambda row: -len(row.tokens))
+        rows = sorted(trunk.forests, key=lambda row: -len(row.tokens))
         while rows:
             count = self._how_many(rows, length)
             try:
@@ -138,8 +140,8 @@ class Scorer:
         for below in trunk.trunks:
             self._trunk(below, past, asked, answers)
 
-    def _how_many(self, rows: Sequence[Row], shared: int) -> int:
-        """How many of the rows, the longest first, fit into one pass."""
+    def _how_many(self, rows: Sequence[Forest], shared: int) -> int:
+        """How many of the rows, sorted by falling length, fit into one pass."""
         longest, count = len(rows[0].tokens), 1
         self.budget.check(longest, shared)
         while count < len(rows) and self.budget.fits(count + 1, longest, shared):
@@ -161,7 +163,7 @@ class Scorer:
 
     def _read_rows(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[Forest],
         past: Cache | None,
         shared: int,
         asked: Sequence[Sequence[tuple[int, Query]]],
@@ -176,7 +178,7 @@ class Scorer:
         ]
         ids_BT = self._tensor([row.tokens + (0,) * (width - len(row.tokens)) for row in rows])
         if past is None and all(row.single for row in rows):
-            self._pass(ids_BT, places, answers, use_cache=False)  # causal as it stands, and what pads a row stands last
+            self._pass(ids_BT, places, answers, use_cache=False)  # causal attention ignores the padding behind
             return
         positions_BT = self._tensor([row.positions + (0,) * (width - len(row.tokens)) for row in rows])
         self._pass(
@@ -189,9 +191,11 @@ class Scorer:
             use_cache=past is not None,
         )
 
-    def _mask(self, rows: Sequence[Row], width: int, shared: int) -> torch.Tensor:
-        """[B, 1, T, P + T], to be added: 0 where a token sees another, as good as minus infinity elsewhere."""
-        seen_BTT = torch.eye(width, dtype=torch.bool).repeat(len(rows), 1, 1)  # padding sees itself, so no row is empty
+    def _mask(self, rows: Sequence[Forest], width: int, shared: int) -> torch.Tensor:
+        """[B, 1, T, P + T], added to the scores: 0 where a token sees another, the lowest number elsewhere."""
+        seen_BTT = torch.eye(width, dtype=torch.bool).repeat(
+            len(rows), 1, 1
+        )  # padding sees itself: no softmax over nothing
         for line, row in enumerate(rows):
             size = len(row.tokens)
             seen_BTT[line, :size, :size] = torch.from_numpy(row.visible())
@@ -205,7 +209,7 @@ class Scorer:
     def _each(
         self, sequences: Sequence[tuple[int, ...]], asked: Sequence[Sequence[tuple[int, Query]]], answers: _Answers
     ) -> None:
-        """Every sequence from its beginning, only equal lengths together, so that nothing is padded."""
+        """Reads every sequence from its beginning, in batches of equal lengths without padding."""
         order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
         for length, same in groupby(order, key=lambda at: len(sequences[at])):
             waiting = list(same)
@@ -232,10 +236,10 @@ class Scorer:
     # ---- one pass ----
 
     def _pass(self, ids_BT: torch.Tensor, places: Sequence[Place], answers: _Answers, **inputs: Any) -> None:
-        """Reads tokens and scores the places, whose columns count through the rows of the batch."""
+        """Reads tokens and scores the places. Columns are numbered through all rows of the batch."""
         self.tokens_read += ids_BT.numel()
         found = list(scored(self.model, ids_BT, places, plain_head=self.plain_head, **inputs))
-        for some, logprobs, greedy in found:  # only now: a pass that ran out of memory is read again
+        for some, logprobs, greedy in found:  # only after the pass: one that ran out of memory is repeated
             answers.add(some, logprobs, greedy)
 
     def _tensor(self, rows: Iterable[Sequence[int]]) -> torch.Tensor:
@@ -243,7 +247,7 @@ class Scorer:
 
 
 def check_ids(model: Any, sequences: Iterable[Sequence[int]]) -> None:
-    """SourceError for a token that the model has no embedding for."""
+    """Raises SourceError for a token without an embedding in the model."""
     vocabulary = model.config.get_text_config().vocab_size
     largest = max((max(tokens) for tokens in sequences if tokens), default=0)
     if largest >= vocabulary:
@@ -254,7 +258,7 @@ def check_ids(model: Any, sequences: Iterable[Sequence[int]]) -> None:
 
 
 def _places(asked: Sequence[tuple[int, Query]], start: int, columns: Sequence[int]) -> Iterator[Place]:
-    """The scored places of a sequence's queries among the positions from `start` on, which stand in `columns`."""
+    """The scored places of a sequence's queries in the positions from `start` on, which are in `columns`."""
     for number, query in asked:
         for at in range(max(query.first, start), min(len(query.tokens), start + len(columns))):
             yield columns[at - start], query.targets[at - query.first], number, at - query.first
@@ -263,9 +267,9 @@ def _places(asked: Sequence[tuple[int, Query]], start: int, columns: Sequence[in
 def scored(
     model: Any, ids_BT: torch.Tensor, places: Sequence[Place], *, plain_head: bool, **inputs: Any
 ) -> Iterator[tuple[Sequence[Place], list[float], list[bool]]]:
-    """Log-probabilities of the places' targets, some at a time; the head runs where something is scored only.
+    """Log-probabilities of the places' targets, some at a time. The head runs only where something is scored.
 
-    A head that is not plain runs in the model itself, on all rows at each position where one of them is scored.
+    A head that is not plain runs inside the model, on all rows at each position where one of them is scored.
     """
     if plain_head:
         hidden_ND = model.base_model(input_ids=ids_BT, **inputs).last_hidden_state.flatten(0, 1)

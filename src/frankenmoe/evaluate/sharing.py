@@ -1,6 +1,7 @@
-"""Whether a model's tokens may be read once for many sequences: asked of its config, then proved on a few sequences.
+"""Finds out whether sequences may share the reading of a common beginning in a model.
 
-Does not know what the sequences mean. A model that fails is read sequence by sequence, and the report says why.
+First the config decides, then a few sequences are scored with and without sharing. If the scores differ, every sequence
+is read separately, and the report says why.
 """
 
 from dataclasses import dataclass, replace
@@ -15,19 +16,19 @@ ANY_LENGTH = 2**62
 WINDOWS = ("sliding_window", "attention_chunk_size")
 LOCAL = ("sliding_attention", "chunked_attention")
 GLOBAL = "full_attention"
-MOVING_ROPE = ("dynamic", "longrope")  # their angles depend on the length of the whole input
-NOISE = 4.0  # a shared reading may differ from a plain one by so many times what two plain ones differ by
-FLOOR = 1e-5  # nats per token that any two ways of computing may differ by, in float32
-PROOF_ROW = 24  # tokens of a row in the proof, so that few sequences need all that many would
+MOVING_ROPE = ("dynamic", "longrope")  # angles that depend on the length of the whole input
+NOISE = 4.0  # shared reading may differ from plain reading by so many times the difference of two plain ones
+FLOOR = 1e-5  # nats per token: the difference allowed in float32 in any case
+PROOF_ROW = 24  # tokens of a row in the proof: small, so that few sequences make trunks, branches and rows
 LONG = 300
-LONG_ONES = 2  # sequences of that length, the first of the sample
-IDS = 64  # different ones in the sample: each brings pages of a mapped embedding into memory
+LONG_ONES = 2  # sequences of LONG tokens, the first of the sample
+IDS = 64  # distinct token ids in the sample: each loads pages of a mapped embedding
 HALF_FLOOR = 2e-2  # the same in bfloat16 and float16
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Up to which length sequences may share their reading (0: never), whether the head is plain, and why not more."""
+    """The longest sequence that may be shared (0: none), whether the head is plain, and the reason for a limit."""
 
     up_to: int
     plain_head: bool
@@ -36,7 +37,7 @@ class Sharing:
 
 
 def sharing(model: Any, budget: Budget, *, capacity: bool) -> Sharing:
-    """What may be shared in this model. `capacity` says that its experts have one, so that tokens depend on others."""
+    """What may be shared in this model. `capacity`: its experts have one, so tokens depend on other sequences."""
     head = _plain_head(model)
     if capacity:
         return Sharing(0, head, "its experts have a capacity, so what a token gets depends on all others", alone=True)
@@ -70,20 +71,20 @@ def _from_config(model: Any) -> tuple[int, str | None]:
 
 
 def _plain_head(model: Any) -> bool:
-    """Whether the logits are the output embedding of the last hidden state, with nothing done to them."""
+    """Whether the logits are just the output embedding of the last hidden state."""
     ids_BT = torch.arange(8, device=model.device)[None] % model.config.get_text_config().vocab_size
     try:
         with torch.inference_mode():
             logits = model(input_ids=ids_BT, use_cache=False).logits
             hidden = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
             made = model.get_output_embeddings()(hidden)
-    except Exception:  # whatever a model's own code says of a call that it does not know: then it is not plain
+    except Exception:  # a model's own code may raise anything at an unknown call
         return False
     return made.shape == logits.shape and torch.allclose(made.float(), logits.float(), atol=1e-5, rtol=1e-4)
 
 
 def _proof(model: Any, budget: Budget, longest: int, plain_head: bool) -> str | None:
-    """Why shared reading is wrong for this model, found by scoring a few both ways; None where it is right."""
+    """Why shared reading is wrong for this model, or None. Scores a few sequences both ways."""
     queries = _sample(model.config.get_text_config(), longest)
     plain, other, shared = ([0.0] * len(queries) for _ in range(3))
 
@@ -96,13 +97,13 @@ def _proof(model: Any, budget: Budget, longest: int, plain_head: bool) -> str | 
     Scorer(model, budget, share_up_to=0, plain_head=plain_head, alone=True).score(queries, into(plain))
     _padded(model, queries, other, plain_head)
     try:
-        # the long ones as one row: as a trunk they would be the largest stretch that is kept of all
+        # the long ones in one row: a trunk that long would need the most memory of all
         for part, row_tokens in ((slice(LONG_ONES), LONG * LONG_ONES), (slice(LONG_ONES, None), PROOF_ROW)):
             found = shared[part]
             scorer = Scorer(model, budget, share_up_to=longest, plain_head=plain_head, row_tokens=row_tokens)
             scorer.score(queries[part], into(found))
             shared[part] = found
-    except Exception as error:  # a model whose code takes no mask, cache or positions of ours may say so in any way
+    except Exception as error:  # a model that rejects our mask, cache or positions may raise anything
         return f"it refuses to be read in parts ({type(error).__name__}: {' '.join(str(error).split())[:80]})"
     floor = FLOOR if model.dtype == torch.float32 else HALF_FLOOR
     noise = max(abs(a - b) for a, b in zip(plain, other, strict=True))
@@ -114,9 +115,9 @@ def _proof(model: Any, budget: Budget, longest: int, plain_head: bool) -> str | 
 
 
 def _padded(model: Any, queries: list[Query], found: list[float], plain_head: bool) -> None:
-    """Another right way to the same scores: sequences in batches, padded behind; its difference is noise.
+    """Scores the queries in batches with padding behind, which is also right: its difference is noise.
 
-    The two long ones are read by themselves, so that this is not the largest pass of all.
+    The two long ones are read separately, so that this is not the largest pass of all.
     """
     for batch in (range(1), range(1, 2), range(2, len(queries))):
         width = max(len(queries[at].tokens) for at in batch)
@@ -134,7 +135,7 @@ def _padded(model: Any, queries: list[Query], found: list[float], plain_head: bo
 
 
 def _sample(config: Any, longest: int) -> list[Query]:
-    """Trunks within trunks and branches of several lengths, over a few ids from all over the vocabulary."""
+    """Queries with nested trunks and branches of several lengths, over a few ids from the whole vocabulary."""
     generator = torch.Generator().manual_seed(0)
     known = torch.randint(config.vocab_size, (IDS,), generator=generator)
 
@@ -142,7 +143,7 @@ def _sample(config: Any, longest: int) -> list[Query]:
         return tuple(known[torch.randint(IDS, (count,), generator=generator)].tolist())
 
     room = min(longest, getattr(config, "max_position_embeddings", None) or ANY_LENGTH)
-    # one long document, for windows that a config does not name, then short ones in which everything branches
+    # a long document, for windows missing in the config, then short ones with many branches
     long = words(min(LONG, max(2, room - 8)))
     queries = [Query((long + answer[:-1])[-room:], answer) for answer in (words(5), words(3))]
     opening = words(20)

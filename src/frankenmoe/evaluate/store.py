@@ -1,11 +1,10 @@
-"""Answers that were computed before, by model, task and request, kept line by line so that a killed run goes on.
+"""Stores finished answers by model, task and request, line by line, so that an interrupted run resumes.
 
-Knows nothing of what an answer means. A file belongs to one version of one model, so versions never mix.
+A file belongs to one version of one model, so versions never mix. Does not import torch.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,14 @@ from typing import Any
 from frankenmoe.errors import ArtifactError
 
 
-def default_folder() -> Path:
-    """Where answers are kept: `frankenmoe/scores` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmoe" / "scores"
-
-
 def request_key(kind: str, arguments: Iterable[Any]) -> str:
-    """SHA-256, in hex, of a request: its document with its few-shot examples, what is asked, and how."""
+    """SHA-256, in hex, of a request: its kind and its arguments, few-shot examples included."""
     text = json.dumps([kind, *arguments], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 class Store:
-    """The answers of one model to one version of one task; `add` writes them at once, whole lines only."""
+    """The answers of one model to one version of one task. `add` appends whole lines to its file."""
 
     def __init__(self, folder: Path, *, model: str, task: str, version: int) -> None:
         self.file = folder / model / f"{task}-v{version}.jsonl"
@@ -36,12 +30,12 @@ class Store:
             raise self._unusable(error) from error
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
-        """Keeps (key, answer) pairs."""
+        """Stores (key, answer) pairs."""
         pairs = list(answers)
         self.found |= dict(pairs)
         lines = "".join(json.dumps([key, answer], ensure_ascii=False) + "\n" for key, answer in pairs)
         try:
-            with self.file.open("ab") as file:  # one write, so that two runs at once cannot tear each other's lines
+            with self.file.open("ab") as file:  # one write, so that concurrent runs do not mix within a line
                 file.write(lines.encode("utf-8", "surrogatepass"))
         except OSError as error:
             raise self._unusable(error) from error
@@ -59,6 +53,6 @@ def _read(file: Path) -> Iterator[tuple[str, Any]]:
     for line in file.read_bytes().decode("utf-8", "replace").split("\n"):
         try:
             key, answer = json.loads(line)
-        except ValueError:  # the last line of a run that was killed while it wrote, or none
+        except ValueError:  # an empty line, or the last one of a run that was killed
             continue
         yield key, answer

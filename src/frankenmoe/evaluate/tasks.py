@@ -1,9 +1,9 @@
-"""The leaderboard's benchmarks as tasks of lm-eval, and their names; knows nothing of models.
+"""The leaderboard's benchmarks as tasks of lm-eval, and their names.
 
-lm-eval 0.4.13 draws other few-shot examples (another seed, another order), so every document brings its own prefix.
+lm-eval 0.4.13 draws other few-shot examples (another seed, another order), so every document has its own prefix here.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,26 +16,26 @@ from lm_eval.filters import build_filter_ensemble
 
 from frankenmoe.errors import SourceError
 from frankenmoe.evaluate.prompts import BENCHMARKS, GSM8K_TOKENS, SEED, SUITES, Benchmark, Scores, draw, prefix
-from frankenmoe.evaluate.rows import LAYOUT, Row, digest, read_rows
+from frankenmoe.evaluate.rows import LAYOUT, TaskRow, digest, read_rows
 from frankenmoe.suggest import did_you_mean
 
 PERPLEXITY = "ppl"
 
 
 class LeaderboardTask(Task):  # type: ignore[misc]
-    """One benchmark, or one subject of MMLU, over rows that are there already; documents in the original's order.
+    """One benchmark, or one subject of MMLU, over rows in memory. Documents have the original's order.
 
-    Its parent's constructor, which fetches data, is not called.
-    `shots` are the few-shot examples of each document, in that order. A document's id is its index in the data set.
+    The parent's constructor fetches data, so it is not called. `shots` are the few-shot examples of each document, in
+    document order. A document's id is its index in the data set.
     """
 
     def __init__(
         self,
         benchmark: Benchmark,
-        rows: Sequence[Row],
+        rows: Sequence[TaskRow],
         *,
         order: Sequence[int],
-        shots: Sequence[Sequence[Row]],
+        shots: Sequence[Sequence[TaskRow]],
         name: str,
     ) -> None:
         self.benchmark = benchmark
@@ -45,7 +45,7 @@ class LeaderboardTask(Task):  # type: ignore[misc]
         self.OUTPUT_TYPE = "generate_until" if benchmark.stops else "multiple_choice"
         self.VERSION = benchmark.version
         facts = {"version": benchmark.version, "draw_seed": SEED, "documents": len(rows)}
-        settings = {"generation_kwargs": _settings(benchmark)} if benchmark.stops else {}
+        settings = {"generation_kwargs": _generation_settings(benchmark)} if benchmark.stops else {}
         self._config = TaskConfig(
             task=name,
             num_fewshot=benchmark.shots,
@@ -66,29 +66,29 @@ class LeaderboardTask(Task):  # type: ignore[misc]
     def has_test_docs(self) -> bool:
         return True
 
-    def test_docs(self) -> list[Row]:
+    def test_docs(self) -> list[TaskRow]:
         return [row for _, row, _ in self.documents]
 
-    def doc_iterator(self, *, limit: int | None = None, **_: Any) -> Iterator[tuple[int, Row]]:
-        """(index in the data set, row) of the first `limit` documents of the shuffled order."""
+    def doc_iterator(self, *, limit: int | None = None, **_: Any) -> Iterator[tuple[int, TaskRow]]:
+        """(index in the data set, row) of the first `limit` documents."""
         return iter([(index, row) for index, row, _ in self.documents[: limit or None]])
 
-    def doc_to_text(self, doc: Row) -> str:
+    def doc_to_text(self, doc: TaskRow) -> str:
         return self.benchmark.text(doc)
 
-    def doc_to_target(self, doc: Row) -> str:
+    def doc_to_target(self, doc: TaskRow) -> str:
         return self.benchmark.answer(doc)
 
     def build_all_requests(self, *, limit: int | None = None, **_: Any) -> None:
-        """As lm-eval's, without its bar and without a sampler."""
+        """Like lm-eval's, without its progress bar and its sampler."""
         self._instances = [
             instance
             for index, row, before in self.documents[: limit or None]
             for instance in self.construct_requests(row, before, metadata=(self.config.task, index, 1))
         ]
 
-    def construct_requests(self, doc: Row, ctx: str, **kwargs: Any) -> list[Instance]:
-        """The requests behind the prefix `ctx`."""
+    def construct_requests(self, doc: TaskRow, ctx: str, **kwargs: Any) -> list[Instance]:
+        """A document's requests, with the prefix `ctx`."""
         pairs = self.benchmark.requests(ctx, doc)
         if not self.benchmark.stops:
             return [
@@ -97,46 +97,36 @@ class LeaderboardTask(Task):  # type: ignore[misc]
             ]
         return [
             Instance(
-                request_type="generate_until", doc=doc, arguments=(context, _settings(self.benchmark)), idx=at, **kwargs
+                request_type="generate_until",
+                doc=doc,
+                arguments=(context, _generation_settings(self.benchmark)),
+                idx=at,
+                **kwargs,
             )
             for at, (context, _) in enumerate(pairs)
         ]
 
-    def process_results(self, doc: Row, results: Sequence[Any]) -> Scores:
+    def process_results(self, doc: TaskRow, results: Sequence[Any]) -> Scores:
         """Metric -> score of one document, from the answers to its requests."""
         answers = results if self.benchmark.stops else [ll for ll, _ in results]
         return self.benchmark.score(doc, answers)
 
     def aggregation(self) -> dict[str, Callable[[Sequence[float]], float]]:
-        return dict.fromkeys(self._metrics(), mean)
+        return dict.fromkeys(self.benchmark.metrics, mean)
 
     def higher_is_better(self) -> dict[str, bool]:
-        return dict.fromkeys(self._metrics(), True)
-
-    def _metrics(self) -> tuple[str, ...]:
-        return METRICS[self.benchmark.name]
+        return dict.fromkeys(self.benchmark.metrics, True)
 
 
-def _settings(benchmark: Benchmark) -> dict[str, Any]:
+def _generation_settings(benchmark: Benchmark) -> dict[str, Any]:
     stops = list(benchmark.stops)
     return {"until": stops, "do_sample": False, "temperature": 0.0, "max_gen_toks": GSM8K_TOKENS}
 
 
-METRICS: Mapping[str, tuple[str, ...]] = {
-    "arc_challenge": ("acc", "acc_norm"),
-    "hellaswag": ("acc", "acc_norm"),
-    "mmlu": ("acc",),
-    "truthfulqa": ("mc1", "mc2"),
-    "winogrande": ("acc",),
-    "gsm8k": ("acc",),
-    "gsm8k_no_colon_stop": ("acc",),
-}
-
-
 def load_tasks(benchmark: Benchmark, *, data_dir: Path | None) -> tuple[dict[str, LeaderboardTask], str]:
-    """The tasks of one benchmark by name, of which MMLU has one per subject, and the digest of their data.
+    """The tasks of one benchmark by name (MMLU has one per subject), and the digest of their data.
 
-    SourceError where rows are missing or wrong, or fewer examples are there than a prompt needs.
+    Raises SourceError for missing or wrong rows, or too few rows for the few-shot examples.
     """
     rows = read_rows(benchmark.data, benchmark.split, data_dir=data_dir)
     pool = read_rows(benchmark.data, benchmark.shots_split, data_dir=data_dir) if benchmark.shots_split else []
@@ -159,12 +149,12 @@ def load_tasks(benchmark: Benchmark, *, data_dir: Path | None) -> tuple[dict[str
     return tasks, version
 
 
-def _by_subject(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _by_subject(rows: Sequence[TaskRow]) -> dict[str, list[TaskRow]]:
     ordered = sorted(rows, key=lambda row: str(row["subject"]))  # stable, so the rows of a subject keep their order
     return {subject: list(group) for subject, group in groupby(ordered, key=lambda row: str(row["subject"]))}
 
 
-def _enough(benchmark: Benchmark, pool: Sequence[Row], which: str = "") -> None:
+def _enough(benchmark: Benchmark, pool: Sequence[TaskRow], which: str = "") -> None:
     if len(pool) < benchmark.shots:
         raise SourceError(
             f"{benchmark.title} needs {benchmark.shots} examples from its split {benchmark.shots_split}{which}, "
@@ -174,9 +164,9 @@ def _enough(benchmark: Benchmark, pool: Sequence[Row], which: str = "") -> None:
 
 
 def task_names(asked: str) -> tuple[str, ...]:
-    """`leaderboard-v1`, or names parted by commas, as names of benchmarks (and `ppl`), in the leaderboard's order.
+    """Task names of a comma-separated list, suites such as `leaderboard-v1` expanded, in the leaderboard's order.
 
-    SourceError for a name that is none, with the nearest one.
+    Raises SourceError with a suggestion for an unknown name.
     """
     known = [*BENCHMARKS, *SUITES, PERPLEXITY]
     names: list[str] = []

@@ -1,6 +1,6 @@
-"""Does a GGUF file say what its source says: greedy tokens, next-token distributions, perplexity, speed.
+"""Compares a GGUF file with its source: greedy tokens, next-token distributions, perplexity, speed.
 
-Knows nothing of how the file was made. Shape suffixes: T tokens, V vocabulary.
+Shape suffixes: T tokens, V vocabulary.
 """
 
 import math
@@ -17,12 +17,12 @@ from frankenmoe.export.llama import Distribution, Engine
 from frankenmoe.export.samples import PROMPTS
 from frankenmoe.moe.load import MoE
 
-TOP = 1000  # tokens of a distribution that are compared one by one; the rest counts as one
+TOP = 1000  # tokens of a distribution that are compared; the rest counts as one token
 
 
 @dataclass(frozen=True)
-class Passage:
-    """What the source says about a text: its ids, the positions asked about, and log-probabilities [positions, V]."""
+class Expected:
+    """What the source computes for a text: its ids, the positions compared, and log-probabilities [positions, V]."""
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
@@ -31,9 +31,9 @@ class Passage:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the source says about passages and prompts; `ids` and `replies` are of the prompts."""
+    """What the source computes for passages and prompts; `ids` and `replies` belong to the prompts."""
 
-    passages: tuple[Passage, ...]
+    passages: tuple[Expected, ...]
     prompts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
     replies: tuple[tuple[int, ...], ...]
@@ -42,9 +42,10 @@ class Reference:
 
 @dataclass(frozen=True)
 class Checked:
-    """How a file compares: mean KL from the source in nats, share of equal best tokens, perplexity over the source's.
+    """How a file compares with its source.
 
-    `same_replies` and `same_prompts` count prompts with the same greedy tokens, and with the same tokenization;
+    `kl` is the mean KL divergence from the source in nats, `top1` the share of positions with the same most likely
+    token. `same_replies` and `same_prompts` count prompts with the same greedy tokens, and with the same tokenization.
     `reads_template` is false for a chat template that llama.cpp cannot read.
     """
 
@@ -73,14 +74,14 @@ def reference(
     positions: int = 32,
     on_step: Callable[[int], None] = lambda amount: None,
 ) -> Reference:
-    """Asks the source, in the type it was loaded in: about `positions` places of every text, and for a greedy reply
-    of `tokens` tokens to every prompt."""
+    """Runs the source, in the type it was loaded in: `positions` places of every text, and for every prompt a greedy
+    reply of `tokens` tokens."""
     passages = []
     for ids in texts:
         places = _places(len(ids), positions)
         with torch.no_grad():
             logits_TV = moe.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
-        passages.append(Passage(tuple(ids), places, logits_TV[list(places)].log_softmax(-1).numpy()))
+        passages.append(Expected(tuple(ids), places, logits_TV[list(places)].log_softmax(-1).numpy()))
         on_step(1)
     asked, replies = [], []
     for prompt in prompts:
@@ -98,7 +99,7 @@ def reference(
 
 
 def steps(texts: Sequence[Sequence[int]], *, positions: int, prompts: int) -> int:
-    """How many steps `check` announces."""
+    """The number of steps that `check` reports."""
     return sum(len(_places(len(ids), positions)) for ids in texts) + prompts
 
 
@@ -110,7 +111,7 @@ def check(
     top: int = TOP,
     on_step: Callable[[int], None] = lambda amount: None,
 ) -> Checked:
-    """Loads the file in llama.cpp and compares it with what its source says; `top` tokens of each distribution."""
+    """Loads the file in llama.cpp and compares the `top` tokens of each distribution with the source."""
     longest = max((len(ids) for ids in (*(passage.ids for passage in source.passages), *source.ids)), default=0)
     most = max((len(reply) for reply in source.replies), default=0)
     engine = Engine(file, context=max(256, longest + most + 8), threads=threads)
@@ -147,9 +148,9 @@ def check(
 
 
 def kl(source_V: NDArray[np.float32], found: Distribution) -> float:
-    """KL(source || file) in nats over the tokens that the file names, all others together as one.
+    """KL(source || file) in nats over the tokens that the file names, with all others as one token.
 
-    llama.cpp sums probabilities in float32; where all tokens are named, that is made up for.
+    llama.cpp sums probabilities in float32. If all tokens are named, the sums are normalized again.
     """
     log_p, log_q = source_V[found.ids].astype(np.float64), found.logprobs
     p, q = np.exp(log_p), np.exp(log_q)
@@ -161,19 +162,19 @@ def kl(source_V: NDArray[np.float32], found: Distribution) -> float:
 
 
 def _same_tokens(engine: Engine, prompt: str, ids: Sequence[int]) -> bool:
-    """Whether llama.cpp splits a prompt into these ids: as many tokens, and the same best tokens after them."""
+    """Whether llama.cpp splits a prompt into these ids: as many tokens, and the same likely next tokens."""
     by_text, by_ids = engine.next_token(prompt, top=5), engine.next_token(ids, top=5)
     return by_text.after == len(ids) and bool(np.array_equal(by_text.ids, by_ids.ids))
 
 
 def _places(length: int, positions: int) -> tuple[int, ...]:
-    """Up to `positions` places of a text, spread evenly, each with a token after it."""
+    """Up to `positions` evenly spread places of a text, each with a next token."""
     last = length - 1
     return tuple(sorted({round(place) for place in np.linspace(0, last - 1, min(positions, last))}))
 
 
 def _greedy(moe: MoE, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
-    """Greedy tokens without any of the generation settings that a checkpoint brings along."""
+    """Greedy tokens, without the generation settings of the checkpoint."""
     end = moe.model.generation_config.eos_token_id
     out = moe.model.generate(
         input_ids=torch.tensor([list(ids)]),

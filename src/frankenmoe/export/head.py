@@ -1,6 +1,6 @@
-"""Everything of a GGUF file that stands before its tensors: metadata, vocabulary, names, types and places of tensors.
+"""The head of a GGUF file: metadata, vocabulary, and the names, types and places of tensors.
 
-Written by the gguf package. Does not know any tensor's values.
+The gguf package writes it.
 """
 
 import logging
@@ -16,25 +16,26 @@ from frankenmoe import __version__
 from frankenmoe.export.tokenizer import Vocabulary
 from frankenmoe.families import rope
 from frankenmoe.families.llamacpp import FileType
-from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, Subject, nbytes
+from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, nbytes
+from frankenmoe.planning.parts import Parts
 
 QUANTIZATION_VERSION = 2
 YARN = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 
 
 def head_bytes(
-    subject: Subject, layout: GgufLayout, vocabulary: Vocabulary, kind: FileType, types: Mapping[str, str]
+    model: Parts, layout: GgufLayout, vocabulary: Vocabulary, kind: FileType, types: Mapping[str, str]
 ) -> bytes:
-    """The head of a file of this kind, up to where its first tensor begins."""
+    """The head of a file of this kind, up to its first tensor."""
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = gguf.GGUFWriter(None, layout.arch.name)
-    _general(writer, subject, layout, kind)
-    _architecture(writer, subject, layout)
+    _general(writer, model, layout, kind)
+    _architecture(writer, model, layout)
     _vocabulary(writer, vocabulary)
     for tensor in layout.tensors:
         number = gguf.GGMLQuantizationType[types[tensor.name]]
         size = nbytes(tensor.shape, types[tensor.name])
-        # a float type's shape is taken as it is, the byte type's would be divided by the block
+        # with a float type gguf keeps the shape; with bytes it would divide it by the block size
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), size, raw_dtype=number)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "head"
@@ -46,10 +47,10 @@ def head_bytes(
     return raw + b"\0" * (-len(raw) % ALIGNMENT)
 
 
-def _general(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout, kind: FileType) -> None:
-    about = subject.about
+def _general(writer: gguf.GGUFWriter, model: Parts, layout: GgufLayout, kind: FileType) -> None:
+    about = model.about
     writer.add_type("model")
-    writer.add_name(subject.name)
+    writer.add_name(model.name)
     writer.add_file_type(kind.number)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_size_label(_size_label(layout))
@@ -57,27 +58,27 @@ def _general(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout, kind
     if about.get("licence"):
         writer.add_license(about["licence"])
     writer.add_string("frankenmoe.version", __version__)
-    writer.add_array("frankenmoe.experts", [node.name for node in subject.nodes])
+    writer.add_array("frankenmoe.experts", [node.name for node in model.nodes])
     if about.get("recipe_digest"):
         writer.add_string("frankenmoe.recipe_digest", about["recipe_digest"])
-    dims = subject.family.dims(subject.config)
+    dims = model.stock[1].dims(model.config)
     if (layout.hidden, layout.ffn) != (dims.hidden, dims.ffn):
         writer.add_array("frankenmoe.padded_from", [dims.hidden, dims.ffn])
 
 
 def _size_label(layout: GgufLayout) -> str:
-    """Such as 16x3.4B: experts, and the parameters of a dense model that has one of them."""
+    """Such as 16x3.4B: the number of experts, and the parameters of a dense model with one of them."""
     total = layout.weights
     experts = sum(part.numel for tensor in layout.tensors if "_exps." in tensor.name for part in tensor.parts)
     each = experts // layout.facts.experts
     return str(gguf.size_label(total, total - experts, each, layout.facts.experts))
 
 
-def _architecture(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout) -> None:
-    """Sizes, rotary settings and what each architecture asks for; without `expert_used_count` llama.cpp aborts."""
-    dims, name = subject.family.dims(subject.config), layout.arch.name
+def _architecture(writer: gguf.GGUFWriter, model: Parts, layout: GgufLayout) -> None:
+    """Sizes, rotary settings, and the keys of each architecture. Without `expert_used_count` llama.cpp aborts."""
+    dims, name = model.stock[1].dims(model.config), layout.arch.name
     writer.add_vocab_size(dims.vocab)
-    writer.add_context_length(int(subject.family.value(subject.config, "max_position_embeddings")))
+    writer.add_context_length(int(model.stock[1].value(model.config, "max_position_embeddings")))
     writer.add_embedding_length(layout.hidden)
     writer.add_block_count(dims.layers)
     writer.add_feed_forward_length(layout.ffn)
@@ -86,10 +87,10 @@ def _architecture(writer: gguf.GGUFWriter, subject: Subject, layout: GgufLayout)
     writer.add_key_length(dims.head_dim)
     writer.add_value_length(dims.head_dim)
     writer.add_layer_norm_rms_eps(layout.eps)
-    writer.add_expert_count(len(subject.nodes))
-    writer.add_expert_used_count(subject.top_k)
+    writer.add_expert_count(len(model.nodes))
+    writer.add_expert_used_count(model.top_k)
     writer.add_rope_dimension_count(dims.head_dim)
-    _rotary(writer, rope(subject.family, subject.config), subject.config, head=f"{name}.rope.scaling")
+    _rotary(writer, rope(model.stock[1], model.config), model.config, head=f"{name}.rope.scaling")
     if name in ("qwen2moe", "qwen3moe", "deepseek"):
         writer.add_expert_feed_forward_length(layout.ffn)
     if name in ("qwen2moe", "granitemoe"):

@@ -1,8 +1,7 @@
-"""How much each column of each matrix matters, measured on text: llama.cpp's importance matrix, expert by expert.
+"""The importance of each column of each matrix, measured on text: llama.cpp's importance matrix, per expert.
 
-Does not know how it is used. The measure is the mean square of what a column is multiplied by. An expert that the
-routers hardly chose would be weighed by a handful of tokens, so it gets its measure from text that all experts were
-made to read.
+The importance of a column is the mean square of its inputs. An expert that routers hardly choose would be measured on
+very few tokens, so its importance comes from text that all experts read.
 
 Shape suffixes: N tokens of one expert, T tokens, D hidden, C columns, P parts (experts) of a tensor, K top-k.
 """
@@ -11,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,15 @@ from frankenmoe.moe.load import MoE
 from frankenmoe.planning.gguf import GgufLayout
 
 FORCED = 512  # tokens that every expert reads
-ENOUGH = 64  # tokens from which an expert's own measure is trusted
+ENOUGH = 64  # own tokens from which an expert is measured on those
 
 Key = tuple[int, str, int]
-"""Layer, what goes in (attention, output, experts, down, shared, shared_down), and the expert."""
+"""(layer, what reads the input: attention, output, experts, down, shared or shared_down, expert)."""
 
 
 @dataclass
 class _Sums:
-    """Sums of squares per column, and over how many tokens."""
+    """Sums of squares per column, and their numbers of tokens."""
 
     squares: dict[Key, Any] = field(default_factory=dict)
     tokens: dict[Key, int] = field(default_factory=dict)
@@ -48,7 +48,7 @@ class _Sums:
 
 @dataclass(frozen=True)
 class Measured:
-    """`importance` by tensor name, [P, C]; `starved` are (layer, expert, tokens it got of its own); `tokens` in all."""
+    """`importance` is [P, C] by tensor name, `starved` are (layer, expert, own tokens), `tokens` is the total."""
 
     importance: Mapping[str, Floats]
     starved: tuple[tuple[int, int, int], ...]
@@ -62,9 +62,9 @@ def measure(
     *,
     on_step: Callable[[int], None] = lambda amount: None,
 ) -> Measured:
-    """Reads every block of tokens, the first of them with all experts as well, and measures what goes into each matrix.
+    """Reads every block of tokens, the first ones also with all experts, and measures the inputs of each matrix.
 
-    Embedding and head are left out, as llama.cpp leaves them out.
+    Embedding and head are left out, as in llama.cpp.
     """
     own, forced = _Sums(), _Sums()
     read = 0
@@ -96,7 +96,7 @@ def measure(
 
 
 def _place(name: str) -> tuple[int, str] | None:
-    """blk.3.ffn_up_exps.weight -> (3, "experts"); None for what is not weighed."""
+    """blk.3.ffn_up_exps.weight -> (3, "experts"); None for a tensor without importance."""
     found = re.fullmatch(r"blk\.(\d+)\.(attn_[qkv]|attn_output|ffn_(?:gate|up|down)_(?:exps|shexp))\.weight", name)
     if found is None:
         return None
@@ -109,7 +109,7 @@ def _place(name: str) -> tuple[int, str] | None:
 
 
 def _widened(rows_PC: Floats, columns: int) -> Floats:
-    """Padding columns matter as much as the average, which is as good as anything: they hold zeros."""
+    """Padding columns hold zeros, so any importance will do: they get the mean."""
     missing = columns - rows_PC.shape[1]
     mean_P1 = rows_PC.mean(axis=1, keepdims=True)
     return np.concatenate([rows_PC, np.repeat(mean_P1, missing, axis=1)], axis=1) if missing else rows_PC
@@ -122,8 +122,8 @@ def _listening(moe: MoE, own: _Sums, forced: _Sums | None) -> Iterator[None]:
     for layer, (holder, block) in mlp_modules(moe.model).items():
         for name, what in (("q_proj", "attention"), ("o_proj", "output")):
             matrix = holder.get_submodule(f"self_attn.{name}")
-            hooks.append(matrix.register_forward_pre_hook(_adder(own, (layer, what, 0))))
-        hooks.append(block.register_forward_pre_hook(_block_hook(layer, own, forced)))
+            hooks.append(matrix.register_forward_pre_hook(partial(_add_input, own, (layer, what, 0))))
+        hooks.append(block.register_forward_pre_hook(partial(_add_experts, layer, own, forced)))
     try:
         yield
     finally:
@@ -131,36 +131,35 @@ def _listening(moe: MoE, own: _Sums, forced: _Sums | None) -> Iterator[None]:
             hook.remove()
 
 
-def _adder(sums: _Sums, key: Key) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        sums.add(key, args[0])
-
-    return hook
+def _add_input(sums: _Sums, key: Key, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    sums.add(key, args[0])
 
 
-def _block_hook(layer: int, own: _Sums, forced: _Sums | None) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-    def hook(block: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(block, MoEBlock)
-        hidden_TD = args[0].reshape(-1, args[0].shape[-1])
-        _, ids_TK, _ = block.router(hidden_TD)
-        for number, expert in enumerate(block.experts):
-            chosen_ND = hidden_TD[(ids_TK == number).any(dim=1)]
-            if len(chosen_ND):
-                _expert(own, layer, ("experts", "down"), number, expert, chosen_ND)
-            if forced is not None:
-                _expert(forced, layer, ("experts", "down"), number, expert, hidden_TD)
-        if block.shared is not None:
-            _expert(own, layer, ("shared", "shared_down"), 0, block.shared, hidden_TD)
-
-    return hook
+def _add_experts(
+    layer: int, own: _Sums, forced: _Sums | None, block: nn.Module, args: tuple[torch.Tensor, ...]
+) -> None:
+    """Adds the inputs of every expert of a block: of its own tokens, and for `forced` of all tokens."""
+    assert isinstance(block, MoEBlock)
+    hidden_TD = args[0].reshape(-1, args[0].shape[-1])
+    _, ids_TK, _ = block.router(hidden_TD)
+    for number, expert in enumerate(block.experts):
+        chosen_ND = hidden_TD[(ids_TK == number).any(dim=1)]
+        if len(chosen_ND):
+            _expert(own, layer, ("experts", "down"), number, expert, chosen_ND)
+        if forced is not None:
+            _expert(forced, layer, ("experts", "down"), number, expert, hidden_TD)
+    if block.shared is not None:
+        _expert(own, layer, ("shared", "shared_down"), 0, block.shared, hidden_TD)
 
 
 def _expert(
     sums: _Sums, layer: int, names: tuple[str, str], number: int, expert: nn.Module, x_ND: torch.Tensor
 ) -> None:
-    """What goes into an expert, and what goes into its down projection."""
+    """Adds the inputs of an expert and of its down projection."""
     sums.add((layer, names[0], number), x_ND)
-    hook = expert.get_submodule("down_proj").register_forward_pre_hook(_adder(sums, (layer, names[1], number)))
+    hook = expert.get_submodule("down_proj").register_forward_pre_hook(
+        partial(_add_input, sums, (layer, names[1], number))
+    )
     try:
         expert(x_ND)
     finally:

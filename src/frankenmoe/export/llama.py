@@ -1,6 +1,6 @@
-"""llama.cpp, in this process, on the CPU: loads a GGUF file and answers with tokens and probabilities.
+"""Runs a GGUF file with llama.cpp in this process, on the CPU: tokens, probabilities, chat.
 
-Stands on xllamacpp's public API. A file that llama.cpp would abort on, and the process with it, is refused before.
+Uses the public API of xllamacpp. llama.cpp aborts the process on some broken files; those are rejected first.
 """
 
 import os
@@ -21,13 +21,13 @@ from frankenmoe.families.llamacpp import ARCHS, MAX_EXPERTS
 STAND_IN = "chatml"  # a chat template that llama.cpp knows by name
 QUIET = -1  # verbosity
 NORMAL = 1  # type of a token that is neither special nor a byte
-SMALL = 2**29  # bytes; below, threads wait for one another longer than they compute
+SMALL = 2**29  # bytes; for smaller files one thread is faster than several
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """The most likely next tokens, best first, and the natural logarithms of their probabilities; `after` is how many
-    tokens the prompt had."""
+    """The most likely next tokens, best first, with the logarithms of their probabilities. `after` is the number of
+    tokens in the prompt."""
 
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
@@ -35,13 +35,13 @@ class Distribution:
 
 
 class Engine:
-    """A loaded file. Every request is greedy unless told otherwise, and reuses what the last one has in common."""
+    """A loaded file. Requests are greedy by default, and reuse the prefix they share with the previous one."""
 
     def __init__(self, file: Path, *, context: int, threads: int | None = None, exact_cache: bool = True) -> None:
-        """Raises ArtifactError for a file that is no MoE llama.cpp can load, or where it is not installed.
+        """Loads a file. Raises ArtifactError if llama.cpp cannot load it or is not installed.
 
-        `exact_cache` keeps keys and values in float32, so that nothing but the weights is rounded. `reads_template`
-        is false afterwards where the file's chat template is none that llama.cpp can read.
+        `exact_cache` keeps keys and values in float32, so that only the weights are rounded. Afterwards
+        `reads_template` is false if llama.cpp cannot read the file's chat template.
         """
         self._whole_token = int(check_loadable(file)["whole_token"])
         try:
@@ -63,25 +63,25 @@ class Engine:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.reads_template = True
-        with _silence():
-            try:
-                self._server = xllamacpp.Server(params)
-                return
-            except RuntimeError:  # no more than "Failed to init server", which a template is enough for
-                self.reads_template = False
-                params.chat_template = STAND_IN
-            try:
-                self._server = xllamacpp.Server(params)
-            except Exception as error:
-                raise ArtifactError(
-                    f"llama.cpp cannot load {file}: {error}",
-                    hint="the file is damaged, or of a kind that this version of xllamacpp does not know",
-                ) from error
+        try:
+            with _silence():
+                try:
+                    self._server = xllamacpp.Server(params)
+                except RuntimeError:  # it says only "Failed to init server"; a bad template is one reason
+                    self.reads_template = False
+                    params.chat_template = STAND_IN
+                    self._server = xllamacpp.Server(params)
+        except Exception as error:
+            raise ArtifactError(
+                f"llama.cpp cannot load {file}: {error}",
+                hint="the file is damaged, or this version of xllamacpp does not know its architecture",
+            ) from error
 
     def next_token(self, prompt: str | Sequence[int], *, top: int) -> Distribution:
-        """The `top` most likely tokens after a text (which llama.cpp tokenizes) or after ids."""
+        """The `top` most likely tokens after a text, which llama.cpp tokenizes, or after ids."""
         said = prompt if isinstance(prompt, str) else list(prompt)
-        # probabilities are those before the bias; without it a token that is part of a character would withhold them
+        # llama.cpp reports no probabilities after part of a character, so the bias forces a whole token. The
+        # probabilities are those without the bias.
         bias = [[self._whole_token, 1000.0]]
         answer = self._complete({"prompt": said, "n_predict": 1, "n_probs": top, "logit_bias": bias})
         entries = answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
@@ -99,7 +99,7 @@ class Engine:
         return tuple(found)
 
     def tokens_per_second(self, ids: Sequence[int], *, tokens: int) -> float:
-        """How fast it writes after `ids`."""
+        """Speed of generation after `ids`."""
         answer = self._complete({"prompt": list(ids), "n_predict": tokens, "ignore_eos": True})
         return float(answer["timings"].get("predicted_per_second") or 0)
 
@@ -113,7 +113,7 @@ class Engine:
         seed: int,
         on_text: Callable[[str], None],
     ) -> str:
-        """A reply, streamed to `on_text`: through the file's chat template, or going on from what was said."""
+        """A reply, streamed to `on_text`: by the file's chat template, or as a continuation of the plain text."""
         made: list[str] = []
         failed: list[str] = []
 
@@ -135,7 +135,9 @@ class Engine:
             said = "".join(turn["content"] for turn in history)
             self._server.handle_completions({"prompt": said, **options}, hear)
         if failed:
-            raise SourceError(f"llama.cpp refuses this conversation: {failed[0]}", hint="say less, or start anew")
+            raise SourceError(
+                f"llama.cpp rejects this conversation: {failed[0]}", hint="shorten it, or start a new one"
+            )
         return "".join(made)
 
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -146,9 +148,9 @@ class Engine:
 
 
 def check_loadable(file: Path) -> dict[str, Any]:
-    """What a file says of itself; ArtifactError for one that is no GGUF, is cut off, or would abort the process.
+    """The metadata of a file. Raises ArtifactError if it is not GGUF, is truncated, or would abort the process.
 
-    llama.cpp asserts, rather than refuses, that an MoE says how many experts a token uses.
+    llama.cpp aborts on an MoE whose metadata lack a valid number of experts per token.
     """
     try:
         import gguf
@@ -165,29 +167,29 @@ def check_loadable(file: Path) -> dict[str, Any]:
         facts["whole_token"] = next(
             (at for at, word in enumerate(words) if word.isascii() and word.isalnum() and kinds[at] == NORMAL), 0
         )
-    except Exception as error:  # of many classes, as the reader trusts its input
+    except Exception as error:  # of many classes: the reader does not validate its input
         raise ArtifactError(f"{file} is not a whole GGUF file: {error}", hint="export or fetch it again") from error
     if size > file.stat().st_size:
         raise ArtifactError(
-            f"{file} is cut off: {size - file.stat().st_size} bytes are missing", hint="export or fetch it again"
+            f"{file} is truncated: {size - file.stat().st_size} bytes are missing", hint="export or fetch it again"
         )
     if len(set(words)) < len(words):
         raise ArtifactError(
-            f"{file} has a token under two numbers, which llama.cpp aborts on", hint="export or fetch it again"
+            f"{file} has one token with two ids, on which llama.cpp aborts", hint="export or fetch it again"
         )
     arch = str(facts.get("general.architecture"))
     experts, used = facts.get(f"{arch}.expert_count", 0), facts.get(f"{arch}.expert_used_count", 0)
     if experts and not 1 <= used <= experts <= MAX_EXPERTS:
         raise ArtifactError(
-            f"{file} has {experts} experts of which a token uses {used}, which llama.cpp aborts on",
-            hint=f"export it again; architectures written here are {', '.join(known.name for known in ARCHS)}",
+            f"{file} has {experts} experts of which a token uses {used}, on which llama.cpp aborts",
+            hint=f"export it again; frankenmoe writes the architectures {', '.join(known.name for known in ARCHS)}",
         )
     return facts
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """llama.cpp writes to the process's stderr, whatever verbosity says until it has read it."""
+    """Discards stderr: llama.cpp writes to it until it has read its verbosity setting."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nothing:

@@ -1,8 +1,8 @@
-"""Rows of float32 -> the bytes of a GGUF type, by llama.cpp's own code; knows nothing of tensors, files or models.
+"""Rows of float32 -> the bytes of a GGUF type, by llama.cpp's own code.
 
-The code is `ggml_quantize_chunk` in the library of the xllamacpp wheel: a C function of seven plain arguments, without
-Python's lock, so that threads work side by side. Without that wheel gguf's numpy does the older types, bit for bit the
-same, and K-quants are refused.
+The code is `ggml_quantize_chunk` in the library of the xllamacpp wheel, a C function of seven plain arguments. It runs
+without Python's lock, so threads work in parallel. Without that wheel gguf's numpy code makes the older types, with the
+same bytes, and K-quants are rejected.
 
 Shape suffixes: R rows, C columns.
 """
@@ -28,9 +28,9 @@ Quantize = Callable[[Floats, str, Floats | None], Bytes]
 
 
 def quantize(block_RC: Floats, kind: str, importance_C: Floats | None = None) -> Bytes:
-    """The bytes of the rows in a type whose block divides C. `importance_C` weighs the error of each column.
+    """The bytes of the rows in a type. C must be a multiple of the type's block. `importance_C` weighs columns' errors.
 
-    Raises PlanError where no quantizer for the type is installed.
+    Raises PlanError if no quantizer for the type is installed.
     """
     if kind in PLAIN:
         return encode(np.ascontiguousarray(block_RC).ravel(), dtype=kind)
@@ -44,7 +44,7 @@ def quantize(block_RC: Floats, kind: str, importance_C: Floats | None = None) ->
 
 
 def require(kind: str, *, importance: bool = False) -> None:
-    """PlanError where this type, or an importance matrix, needs llama.cpp's code and that is not installed."""
+    """Raises PlanError if this type, or an importance matrix, needs llama.cpp's code and it is not installed."""
     if kind in PLAIN or native() is not None or (kind in IN_NUMPY and not importance):
         return
     what = "an importance matrix" if importance else f"the type {kind}"
@@ -53,7 +53,7 @@ def require(kind: str, *, importance: bool = False) -> None:
 
 @cache
 def native() -> Quantize | None:
-    """llama.cpp's quantizer, or None where there is none that can be called, or that answers as it should."""
+    """llama.cpp's quantizer; None if it cannot be called or fails a check of its output."""
     file = _library()
     if file is None:
         return None
@@ -79,7 +79,7 @@ def native() -> Quantize | None:
         if written != out.size:
             raise PlanError(
                 f"llama.cpp's quantizer wrote {written} bytes of {kind}, expected {out.size}",
-                hint="another version of xllamacpp may do; please report this one",
+                hint="try another version of xllamacpp, and please report this one",
             )
         return out
 
@@ -87,7 +87,7 @@ def native() -> Quantize | None:
 
 
 def _answers_rightly(run: Quantize) -> bool:
-    """One row against gguf's numpy: a changed signature would show before anything is written."""
+    """Compares one row with gguf's numpy code, which reveals a changed signature before anything is written."""
     import gguf
 
     row_RC: NDArray[np.float32] = np.linspace(-1, 1, 64, dtype=np.float32).reshape(1, 64) ** 3

@@ -1,161 +1,201 @@
-"""Subject -> GGUF files of the types asked for: reads top to bottom, writes nothing but them; does not run them."""
+"""Artifact or recipe -> GGUF files; the library's and the CLI's way to export.
 
-import os
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+Does not import torch unless a recipe's routers must first be made, or importance or a check needs the model to run.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from frankenmoe.checkpoint.writer import free_bytes
-from frankenmoe.errors import ArtifactError, PlanError
-from frankenmoe.export.head import head_bytes
-from frankenmoe.export.quantize import require
-from frankenmoe.export.tokenizer import read_vocabulary
-from frankenmoe.export.write import Importance, Target, partial_of, write_files
-from frankenmoe.families.llamacpp import FILE_TYPES, FileType
-from frankenmoe.planning.gguf import GgufLayout, Subject, layout, suggestion
+from frankenmoe.artifact.folder import ROUTERS, Artifact, write_routers
+from frankenmoe.artifact.reports import ExportReport, about, versions
+from frankenmoe.checkpoint.header import read_header
+from frankenmoe.errors import ArtifactError
+from frankenmoe.export.files import GgufFile, check_output, export_files
+from frankenmoe.planning.buildable import check_buildable
+from frankenmoe.planning.forecast import gguf_parts
+from frankenmoe.planning.gguf import layout
+from frankenmoe.planning.parts import Parts
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.suggest import did_you_mean
+from frankenmoe.recipe import RANDOM_MODES, Recipe
+from frankenmoe.recipe.sections import ExportSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import Subject, open_subject
 
-GIB = 2**30
+if TYPE_CHECKING:
+    from frankenmoe.export.check import Checked
+    from frankenmoe.export.importance import Measured
 
-
-@dataclass(frozen=True)
-class GgufFile:
-    """A file that was written: its size in bytes, bits per weight of the model, weights per type, what to know."""
-
-    path: Path
-    type: str
-    bytes: int
-    bits_per_weight: float
-    holds: Mapping[str, int]
-    notes: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"path": str(self.path)}
+IMATRIX_LENGTH = 512  # tokens of a block of calibration
+IMATRIX_BLOCKS = 128
+REPORT = "export.json"
+CHECKED_BY_ITSELF = 2 * 10**9  # bytes of a file
+CHECK_LENGTH = 128  # tokens of a text
+CHECK_BLOCKS = 8
+CHECK_POSITIONS = 24  # of every text
 
 
-def file_types(names: Sequence[str]) -> tuple[FileType, ...]:
-    """The types of a list such as ["q4_0", "q5_k_m"]; PlanError for one nobody knows, with the nearest."""
-    for name in names:
-        if name.lower() not in FILE_TYPES:
-            raise PlanError(
-                f"{name!r} is not a type of GGUF file that can be written: {', '.join(FILE_TYPES)}",
-                hint=did_you_mean(name.lower(), list(FILE_TYPES)),
-            )
-    return tuple(FILE_TYPES[name] for name in dict.fromkeys(name.lower() for name in names))
-
-
-def default_types(found: GgufLayout) -> tuple[FileType, ...]:
-    """A q4 and a q5: K-quants where this shape lets them be K-quants, otherwise the plain ones."""
-    wanted = ("q4_k_m", "q5_k_m") if found.survives(FILE_TYPES["q4_k_m"]) else ("q4_0", "q5_0")
-    return tuple(FILE_TYPES[name] for name in wanted)
-
-
-def export_files(
-    subject: Subject,
-    out: Path,
+def export_gguf(
+    what: Subject | Recipe | Artifact | str | Path,
+    out: str | Path,
     *,
-    types: Sequence[str] = (),
-    pad256: bool = False,
-    importance: Importance | None = None,
-    notes: Sequence[str] = (),
+    settings: ExportSettings | None = None,
     threads: int | None = None,
     progress: Progress = SILENT,
+    **changes: Any,
 ) -> list[GgufFile]:
-    """Writes a file per type, all in one pass over the weights, each whole or not at all.
+    """Writes GGUF files of an artifact of either form, or of a recipe, whose routers are then made first.
 
-    `out` is a folder (made if need be), or a name ending in .gguf for a single type. Without `types`: a q4 and a q5
-    that suit the shape. `notes` are added to those of every file.
-
-    Raises PlanError (a type or an MoE that llama.cpp does not have), SourceError (tokenizer,
-    broken weights), NumericsError, ArtifactError (occupied, disk too small).
+    `changes` are settings by name, such as types=["q4_k_m"]. Without `types`: a q4 and a q5 that suit the shape.
+    Routers that only chance has set are refused unless `allow_random`. Raises FrankenMoEError's children; see
+    `export_files`.
     """
-    found, kinds, paths = check_output(subject, out, types=types, pad256=pad256, importance=importance is not None)
-    held = {kind.name: found.types(kind, imatrix=importance is not None) for kind in kinds}
-    vocabulary = read_vocabulary(subject.folder, subject.config, rows=subject.family.dims(subject.config).vocab)
-    targets = [
-        Target(
-            path=path,
-            head=head_bytes(subject, found, vocabulary, kind, held[kind.name]),
-            types=held[kind.name],
-            tensor_bytes=found.tensor_bytes(kind, imatrix=importance is not None),
+    subject = open_subject(what)
+    settings = settings_with(settings or ExportSettings(), changes)
+    with gguf_parts_of(subject, allow_random=settings.allow_random, progress=progress) as parts:
+        check_output(parts, Path(out), types=settings.types, pad256=settings.pad256, importance=bool(settings.imatrix))
+        found = _importance(subject, parts, settings, progress) if settings.imatrix else None
+        return export_files(
+            parts,
+            Path(out),
+            types=settings.types,
+            pad256=settings.pad256,
+            importance=found.importance if found else None,
+            notes=starved_notes(parts, found) if found else (),
+            threads=threads,
+            progress=progress,
         )
-        for kind, path in zip(kinds, paths, strict=True)
-    ]
-    _check_disk(paths, sum(target.size for target in targets))
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    progress.start(f"writing {', '.join(kind.name for kind in kinds)}", sum(t.tensor_bytes for t in targets), "B")
-    write_files(
-        targets,
-        found.tensors,
-        threads=threads or len(os.sched_getaffinity(0)),
-        importance=importance,
-        on_bytes=progress.advance,
+
+
+def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progress: Progress) -> "Measured":
+    from frankenmoe.data.blocks import text_blocks
+    from frankenmoe.data.documents import read_documents
+    from frankenmoe.export.importance import measure
+
+    moe = subject.load(progress=progress)
+    length = min(IMATRIX_LENGTH, int(moe.model.config.max_position_embeddings))
+    documents = read_documents(settings.imatrix, folder=Path.cwd())
+    blocks = text_blocks(documents, moe.tokenizer(), length=length, limit=IMATRIX_BLOCKS)
+    progress.start("weighing columns", len(blocks), "blocks")
+    return measure(
+        moe, layout(parts, pad256=settings.pad256), [block.ids for block in blocks], on_step=progress.advance
     )
-    return [_describe(found, kind, target, notes) for kind, target in zip(kinds, targets, strict=True)]
 
 
-def check_output(
-    subject: Subject, out: Path, *, types: Sequence[str], pad256: bool, importance: bool, spare: int = 0
-) -> tuple[GgufLayout, tuple[FileType, ...], list[Path]]:
-    """(layout, types, paths) of an export, or the error that it would end in, before anything slow is begun.
+def starved_notes(parts: Parts, found: "Measured") -> tuple[str, ...]:
+    """A sentence about experts that the calibration text hardly reached, and what was done about them."""
+    if not found.starved:
+        return ()
+    names = parts.experts
+    shown = ", ".join(f"{names[expert]} in layer {layer} ({tokens})" for layer, expert, tokens in found.starved[:4])
+    more = f" and {len(found.starved) - 4} more" if len(found.starved) > 4 else ""
+    return (
+        f"of {found.tokens} tokens of calibration too few reached {shown}{more}; their columns were weighed on text "
+        "that every expert was made to read",
+    )
 
-    `spare` are bytes in use now that will be free by then.
+
+def files_to_check(files: Sequence[GgufFile], settings: ExportSettings) -> list[GgufFile]:
+    """The files that are compared with their source: as the settings say, by default those that are small."""
+    return [file for file in files if settings.check or (settings.check is None and file.bytes < CHECKED_BY_ITSELF)]
+
+
+def check_files(
+    what: Subject | Recipe | Artifact | str | Path,
+    files: Sequence[GgufFile],
+    *,
+    texts: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> "list[Checked]":
+    """Runs every file in llama.cpp beside its source in transformers (float32) and compares what they say.
+
+    `texts` are text files, JSONL files or hub datasets; without any, a few short texts of our own.
     """
-    found = layout(subject, pad256=pad256)
-    kinds = file_types(types) or default_types(found)
-    paths = _paths(subject, out, kinds)
-    for name in sorted({name for kind in kinds for name in found.types(kind, imatrix=importance).values()}):
-        require(name, importance=importance)
-    _check_disk(paths, sum(found.tensor_bytes(kind, imatrix=importance) for kind in kinds), spare=spare)
-    return found, kinds, paths
+    from frankenmoe.data.blocks import text_blocks
+    from frankenmoe.data.documents import Document, read_documents
+    from frankenmoe.export.check import check, reference, steps
+    from frankenmoe.export.samples import PROMPTS, TEXTS
 
-
-def _describe(found: GgufLayout, kind: FileType, target: Target, notes: Sequence[str]) -> GgufFile:
-    advice = suggestion(found, kind)
-    return GgufFile(
-        path=target.path,
-        type=kind.name,
-        bytes=target.size,
-        bits_per_weight=target.size * 8 / found.weights,
-        holds=found.weights_by_type(target.types),
-        notes=(*found.notes, *notes, *([advice] if advice else [])),
-    )
-
-
-def _paths(subject: Subject, out: Path, kinds: Sequence[FileType]) -> list[Path]:
-    """Where the files go, none of them there yet."""
-    if out.suffix == ".gguf" and not out.is_dir():
-        if len(kinds) > 1:
-            raise ArtifactError(
-                f"{out} is one file, and {len(kinds)} types were asked for", hint="name a folder, or one of --types"
-            )
-        paths = [out]
+    moe = open_subject(what).load(dtype="float32", progress=progress)
+    tokenizer = moe.tokenizer()
+    length = min(CHECK_LENGTH, int(moe.model.config.max_position_embeddings))
+    if texts:
+        blocks = text_blocks(read_documents(texts, folder=Path.cwd()), tokenizer, length=length, limit=CHECK_BLOCKS)
     else:
-        stem = re.sub(r"[^\w.-]+", "-", subject.name).strip("-") or "moe"
-        paths = [out / f"{stem}-{kind.name.upper()}.gguf" for kind in kinds]
-    taken = next((path for path in paths if os.path.lexists(path)), None)
-    if taken is not None:
-        raise ArtifactError(f"{taken} exists already", hint="choose another place, or remove that file first")
-    if os.path.lexists(paths[0].parent) and not paths[0].parent.is_dir():
-        raise ArtifactError(f"{paths[0].parent} is not a folder", hint="choose another place")
-    return paths
+        alone = [text_blocks([Document(text=text)], tokenizer, length=length, limit=1) for text in TEXTS]
+        blocks = [block for found in alone for block in found]
+    passages = [block.ids for block in blocks]
+    progress.start("asking the source", len(passages) + len(PROMPTS), "texts")
+    source = reference(moe, tokenizer, texts=passages, positions=CHECK_POSITIONS, on_step=progress.advance)
+    found = []
+    for file in files:
+        total = steps(passages, positions=CHECK_POSITIONS, prompts=len(PROMPTS))
+        progress.start(f"checking {file.type}", total, "positions")
+        found.append(check(file.path, source, threads=threads, on_step=progress.advance))
+    return found
 
 
-def _check_disk(paths: Sequence[Path], need: int, *, spare: int = 0) -> None:
-    folder = paths[0].parent
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
-    # what a killed export left is written over
-    free = free_bytes(there) + spare + sum(map(disk_bytes, map(partial_of, paths)))
-    if need > free:
+def write_report(
+    files: Sequence[GgufFile],
+    checks: "Sequence[Checked]",
+    *,
+    what: Subject | Recipe | Artifact | str | Path,
+    report: Path | None = None,
+) -> Path:
+    """Writes export.json, by default beside the files: of which model they are, and how each compares with its source.
+
+    Rows of earlier runs stay while their files are beside the report and are of the same model.
+    """
+    report = report or files[0].path.parent / REPORT
+    now = _about(open_subject(what))
+    kept: dict[str, Any] = {}
+    with suppress(ArtifactError):
+        before = ExportReport.read(report)
+        if (before.recipe_digest, before.routers_sha256) == (now["recipe_digest"], now.get("routers_sha256")):
+            kept = {file.path: file for file in before.files if (report.parent / file.path).is_file()}
+    found = {check.path: check.to_dict() for check in checks}
+    kept |= {file.path.name: file.to_dict() | {"path": file.path.name, "check": found.get(file.path)} for file in files}
+    ExportReport.model_validate({**now, "files": list(kept.values())}).write(report)
+    return report
+
+
+def _about(subject: Subject) -> dict[str, Any]:
+    """Which model a report is of. A recipe's routers are not kept, so they have no hash."""
+    if subject.artifact is None:
+        return {"recipe_digest": subject.recipe.digest, "versions": versions()}
+    return about(subject.artifact)
+
+
+@contextmanager
+def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -> Iterator[Parts]:
+    """The parts of a subject with its gates; the routers of a recipe live in a temporary folder meanwhile."""
+    if subject.built:
+        _check_set(subject, allow_random=allow_random)
+        yield subject.parts
+        return
+    parts = gguf_parts(subject.plan)  # says what llama.cpp cannot before routers are made
+    if subject.artifact is None:
+        check_buildable(subject.plan, virtual=True, allow_identical=True)
+    _check_set(subject, allow_random=allow_random or (subject.artifact is None and subject.plan.all_identical))
+    if subject.artifact is not None:
+        yield subject.parts
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        write_routers(Path(folder), subject.routers(progress).routers)
+        yield parts.with_gates(read_header(Path(folder) / ROUTERS))
+
+
+def _check_set(subject: Subject, *, allow_random: bool) -> None:
+    """ArtifactError where only chance has set the gates: neither the gate mode nor a later stage."""
+    stages = subject.artifact.record.get("stages") or [] if subject.artifact else []
+    modes = [stage.get("gate_mode") for stage in stages] if subject.artifact else [subject.recipe.gate_mode]
+    later = any(stage.get("stage") != "build" for stage in stages)
+    chance = not later and all(mode in RANDOM_MODES for mode in modes)
+    if chance and len(subject.parts.nodes) > 1 and not allow_random:
         raise ArtifactError(
-            f"{folder} has {free / GIB:.2f} GiB free, but the files will have {need / GIB:.2f} GiB",
-            hint="choose a folder on another disk, or fewer or smaller types",
+            f"the routers of {subject.origin} were never set: gate_mode random left them to chance",
+            hint="fit them first, or say --allow-random to export the MoE as it is",
         )
-
-
-def disk_bytes(file: Path) -> int:
-    """What a file takes of the disk, 0 where there is none."""
-    return file.stat().st_blocks * 512 if file.is_file() else 0

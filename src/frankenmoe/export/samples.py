@@ -1,4 +1,4 @@
-"""Short texts to compare a file with its source on, where a user gives none; in our own words."""
+"""Default texts for comparing a file with its source, written for this project."""
 
 PROMPTS = (
     "Once upon a time",

@@ -1,7 +1,8 @@
-"""Reads the pieces of a SentencePiece tokenizer.model; knows nothing of what they are for.
+"""Reads the pieces of a SentencePiece tokenizer.model.
 
 The file is a protocol buffer: fields, each a key (number and wire type) and a value (varint, 4 or 8 bytes, or a length
-and bytes). Of its messages only three fields matter: pieces (1), trainer_spec (2) and normalizer_spec (3).
+and bytes). Three fields matter: pieces (1), trainer_spec (2) and normalizer_spec (3). Reading them here saves two
+dependencies, sentencepiece and protobuf.
 """
 
 import struct
@@ -16,9 +17,9 @@ Piece = tuple[str, float, int]
 
 
 def read_model(file: Path) -> tuple[list[Piece], bool, bool]:
-    """(pieces in order of id, whether it merges by BPE, whether a text gets a space in front).
+    """(pieces in order of id, whether it is BPE, whether a text gets a space in front).
 
-    Raises SourceError for a file that is no SentencePiece model.
+    Raises SourceError for a file that is not a SentencePiece model.
     """
     try:
         pieces, is_bpe, prefix = [], False, True

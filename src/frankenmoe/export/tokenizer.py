@@ -1,12 +1,12 @@
-"""A tokenizer's own files -> the vocabulary that a GGUF file holds; knows nothing of models or of the gguf package.
+"""A tokenizer's files -> the vocabulary of a GGUF file.
 
-Nothing is guessed: a tokenizer that llama.cpp would split differently is refused.
+A tokenizer that llama.cpp would split differently is rejected.
 """
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,7 +16,7 @@ from frankenmoe.errors import SourceError
 from frankenmoe.export.sentencepiece import read_model
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-NO_MERGE = -1e9  # below every rank: a piece that no merge makes comes last
+NO_MERGE = -1e9  # score of a piece that no merge makes; below every rank
 PADDING_SCORE = -10000.0
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 
@@ -31,7 +31,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (digits are split one by one first, the regex, whole words are looked up before merging) -> llama.cpp's name
+# (digits are split first, the regex, whole words are looked up before merging) -> llama.cpp's name
 PRE_TOKENIZERS: Mapping[tuple[bool, str, bool], str] = MappingProxyType(
     {
         (False, _GPT2, False): "gpt-2",
@@ -46,25 +46,25 @@ PRE_TOKENIZERS: Mapping[tuple[bool, str, bool], str] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What `tokenizer.ggml.*` says. `model` is "llama" (SentencePiece, with scores) or "gpt2" (BPE, with merges)."""
+    """The keys `tokenizer.ggml.*`. `model` is "llama" (SentencePiece, with scores) or "gpt2" (BPE, with merges)."""
 
     model: str
     pre: str
     tokens: tuple[str, ...]
     types: tuple[int, ...]
-    scores: tuple[float, ...]
-    merges: tuple[str, ...]
-    special: Mapping[str, int]
     add_bos: bool
     add_eos: bool
-    add_space_prefix: bool
-    chat_template: str | None
+    scores: tuple[float, ...] = ()
+    merges: tuple[str, ...] = ()
+    add_space_prefix: bool = False
+    special: Mapping[str, int] = field(default_factory=dict)
+    chat_template: str | None = None
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vocabulary:
     """The vocabulary of a checkpoint's folder, padded to the `rows` of its embedding.
 
-    Raises SourceError for a tokenizer that is missing, broken, or that llama.cpp cannot be made to follow.
+    Raises SourceError for a tokenizer that is missing, broken, or not supported by llama.cpp.
     """
     settings = _json(folder / "tokenizer_config.json")
     if (folder / "tokenizer.json").is_file():
@@ -73,40 +73,35 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
         found = _from_sentencepiece(folder, settings)
     else:
         raise SourceError(
-            f"{folder} has neither tokenizer.json nor tokenizer.model, and a GGUF file holds its tokenizer",
-            hint="put the base's tokenizer files there",
+            f"{folder} has neither tokenizer.json nor tokenizer.model, but a GGUF file needs a tokenizer",
+            hint="copy the base's tokenizer files there",
         )
     if len(found.tokens) > rows:
         raise SourceError(
-            f"the tokenizer in {folder} has {len(found.tokens)} tokens, but the embedding only {rows} rows",
-            hint="these are the tokenizer of one model and the weights of another",
+            f"the tokenizer in {folder} has {len(found.tokens)} tokens, but the embedding has only {rows} rows",
+            hint="use the tokenizer and the weights of the same model",
         )
     if found.model == "llama" and found.types.count(BYTE) < 256:
-        raise _cannot(folder, f"has {found.types.count(BYTE)} of the 256 byte tokens that characters fall back on")
+        raise _cannot(folder, f"has {found.types.count(BYTE)} of the 256 byte tokens for unknown characters")
     missing = rows - len(found.tokens)
     padding = [f"[PAD{index}]" for index in range(len(found.tokens), rows)]
     types = (*found.types, *[UNUSED] * missing)
-    return Vocabulary(
-        model=found.model,
-        pre=found.pre,
+    return replace(
+        found,
         tokens=_distinct(folder, (*found.tokens, *padding), types),
         types=types,
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
-        merges=found.merges,
         special=_special(folder, settings, config, found.tokens),
-        add_bos=found.add_bos,
-        add_eos=found.add_eos,
-        add_space_prefix=found.add_space_prefix,
         chat_template=_chat_template(folder, settings),
     )
 
 
 def _distinct(folder: Path, tokens: Sequence[str], types: Sequence[int]) -> tuple[str, ...]:
-    """The tokens, padding renamed where a real one has its name: on two equal ones llama.cpp aborts the process."""
+    """The tokens, with padding renamed if a real token has its name: llama.cpp aborts on two equal tokens."""
     taken = Counter(token for token, kind in zip(tokens, types, strict=True) if kind != UNUSED)
     twice = next((token for token, count in taken.items() if count > 1), None)
     if twice is not None:
-        raise _cannot(folder, f"has the token {twice!r} under two numbers")
+        raise _cannot(folder, f"has the token {twice!r} with two ids")
 
     def free(name: str) -> str:
         return free(f"[{name}]") if name in taken else name
@@ -114,20 +109,7 @@ def _distinct(folder: Path, tokens: Sequence[str], types: Sequence[int]) -> tupl
     return tuple(free(token) if kind == UNUSED else token for token, kind in zip(tokens, types, strict=True))
 
 
-@dataclass(frozen=True)
-class _Found:
-    model: str
-    pre: str
-    tokens: Sequence[str]
-    types: Sequence[int]
-    scores: Sequence[float]
-    merges: tuple[str, ...]
-    add_bos: bool
-    add_eos: bool
-    add_space_prefix: bool
-
-
-def _from_json(file: Path, settings: Mapping[str, Any]) -> _Found:
+def _from_json(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
     data = _json(file)
     model = data.get("model") or {}
     if model.get("type") != "BPE":
@@ -138,36 +120,17 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> _Found:
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
     add_bos, add_eos = _ends(file, data.get("post_processor") or {}, settings)
     if settings.get("tokenizer_class") in LLAMA_CLASSES:
-        add_bos = bool(settings.get("add_bos_token", True))
-        add_eos = bool(settings.get("add_eos_token", False))
+        add_bos, add_eos = _llama_ends(settings)
     tokens, types = _table(file, data)
     if model.get("byte_fallback"):
-        return _Found(
-            model="llama",
-            pre="default",
-            tokens=tokens,
-            types=types,
-            scores=_scores(tokens, types, merges),
-            merges=(),
-            add_bos=add_bos,
-            add_eos=add_eos,
-            add_space_prefix=_space_prefix(file, data),
-        )
-    return _Found(
-        model="gpt2",
-        pre=_pre_tokenizer(file, data),
-        tokens=tokens,
-        types=types,
-        scores=(),
-        merges=tuple(" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges),
-        add_bos=add_bos,
-        add_eos=add_eos,
-        add_space_prefix=False,
-    )
+        scores, prefix = _scores(tokens, types, merges), _space_prefix(file, data)
+        return Vocabulary("llama", "default", tokens, types, add_bos, add_eos, scores=scores, add_space_prefix=prefix)
+    joined = tuple(" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges)
+    return Vocabulary("gpt2", _pre_tokenizer(file, data), tokens, types, add_bos, add_eos, merges=joined)
 
 
-def _table(file: Path, data: Mapping[str, Any]) -> tuple[list[str], list[int]]:
-    """Tokens by id, and what kind each is; ids that nothing has are unused."""
+def _table(file: Path, data: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(tokens, types) by id; missing ids are unused."""
     model, by_id = data["model"], {}
     kinds: dict[int, int] = {}
     for token, index in model["vocab"].items():
@@ -181,28 +144,26 @@ def _table(file: Path, data: Mapping[str, Any]) -> tuple[list[str], list[int]]:
             kinds[index] = CONTROL if added.get("special") else USER_DEFINED
     if not by_id:
         raise _cannot(file, "has no tokens")
-    size = max(by_id) + 1
-    return [by_id.get(index, f"[PAD{index}]") for index in range(size)], [
-        kinds.get(index, UNUSED) for index in range(size)
-    ]
+    ids = range(max(by_id) + 1)
+    return tuple(by_id.get(index, f"[PAD{index}]") for index in ids), tuple(kinds.get(index, UNUSED) for index in ids)
 
 
-def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> list[float]:
-    """SentencePiece merges the best score first, so the rank of the merge that makes a piece stands in for its score.
+def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> tuple[float, ...]:
+    """Scores from the ranks of merges, as SentencePiece merges the best score first. transformers 5 keeps no scores.
 
-    transformers 5 keeps no scores. Equal scores, as llama.cpp's converter writes them then, merge from the left.
+    llama.cpp's converter then writes equal scores, which merge from the left instead.
     """
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault("".join(merge), index)
-    return [
+    return tuple(
         0.0 if kind != NORMAL else -float(rank[token]) if token in rank else NO_MERGE
         for token, kind in zip(tokens, types, strict=True)
-    ]
+    )
 
 
 def _space_prefix(file: Path, data: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space in front; refuses a SentencePiece that changes texts in other ways."""
+    """Whether a text gets a space in front. Rejects a SentencePiece tokenizer with other changes of the text."""
     normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
     prefix = False
@@ -222,9 +183,9 @@ def _space_prefix(file: Path, data: Mapping[str, Any]) -> bool:
 
 
 def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how a text is split before merging; only splits known to be equal have one."""
+    """llama.cpp's name for the split before merging. Rejects splits that are not known to be equal."""
     normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
-    if normalizer and normalizer["type"] != "NFC":  # which llama.cpp leaves out, for Qwen too
+    if normalizer and normalizer["type"] != "NFC":  # llama.cpp leaves NFC out, also for Qwen
         raise _cannot(file, f"normalizes with {normalizer['type']}")
     steps = pre.get("pretokenizers", [pre])
     digits, regex = False, None
@@ -237,7 +198,7 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
             ):
                 regex = pattern
             case {"type": "ByteLevel"} if not step.get("add_prefix_space") and (
-                (regex is None) == step.get("use_regex", True)  # split by one regex, not by none and not by two
+                (regex is None) == step.get("use_regex", True)  # exactly one regex
             ):
                 regex = regex or _GPT2
             case _:
@@ -250,7 +211,7 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
 
 
 def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether the begin token is put before and the end token behind every text; others llama.cpp cannot put there."""
+    """Whether every text gets the begin token in front and the end token behind it. Rejects other tokens there."""
     for step in post.get("processors", [post]):
         if step.get("type") == "TemplateProcessing":
             kinds = ["Sequence" in piece for piece in step["single"]]
@@ -263,12 +224,17 @@ def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> t
     return False, False
 
 
+def _llama_ends(settings: Mapping[str, Any]) -> tuple[bool, bool]:
+    """The same for Llama's tokenizers, by their settings."""
+    return bool(settings.get("add_bos_token", True)), bool(settings.get("add_eos_token", False))
+
+
 def _content(said: object) -> object:
-    """A special token's text, as transformers writes it: the text itself, or an object with more about it."""
+    """The text of a special token, which transformers writes as text or as an object."""
     return said.get("content") if isinstance(said, dict) else said
 
 
-def _from_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> _Found:
+def _from_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Vocabulary:
     pieces, is_bpe, prefix = read_model(folder / "tokenizer.model")
     if not is_bpe:
         raise _cannot(folder / "tokenizer.model", "is a unigram SentencePiece model, expected BPE")
@@ -284,25 +250,15 @@ def _from_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> _Found:
             table[index] = (token, 0.0, kind)
     rows = [table.get(index, (f"[PAD{index}]", PADDING_SCORE, UNUSED)) for index in range(max(table) + 1)]
     tokens, scores, types = zip(*rows, strict=True)
-    return _Found(
-        model="llama",
-        pre="default",
-        tokens=tokens,
-        types=types,
-        scores=scores,
-        merges=(),
-        add_bos=bool(settings.get("add_bos_token", True)),
-        add_eos=bool(settings.get("add_eos_token", False)),
-        add_space_prefix=prefix,
-    )
+    return Vocabulary("llama", "default", tokens, types, *_llama_ends(settings), scores=scores, add_space_prefix=prefix)
 
 
 def _special(
     folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], tokens: Sequence[str]
 ) -> dict[str, int]:
-    """bos, eos, eot, unknown and padding as ids; the end of generation_config.json where it has a second one.
+    """Ids of bos, eos, eot, unknown and padding. A second end token in generation_config.json is eot.
 
-    Without an end token llama.cpp would take token 11, so one is always written.
+    An end token is always written, because llama.cpp would use token 11 by default.
     """
     ids = {token: index for index, token in enumerate(tokens)}
     found: dict[str, int] = {}
@@ -317,8 +273,8 @@ def _special(
     if "eos" not in found:
         if "bos" not in found and not others:
             raise SourceError(
-                f"the tokenizer in {folder} has no end token, and llama.cpp would take token 11 for one",
-                hint="name an eos_token in tokenizer_config.json",
+                f"the tokenizer in {folder} has no end token, for which llama.cpp would use token 11",
+                hint="set eos_token in tokenizer_config.json",
             )
         found["eos"] = others.pop(0) if others else found["bos"]
     found.setdefault("bos", found["eos"])
@@ -330,7 +286,7 @@ def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     if file.is_file():
         return file.read_text(encoding="utf-8")
     said = settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
-    if isinstance(said, list):  # several by name; the one called default is what a plain conversation uses
+    if isinstance(said, list):  # several by name; a plain conversation uses the one called default
         said = next((entry.get("template") for entry in said if entry.get("name") == "default"), None)
     return said if isinstance(said, str) else None
 
@@ -346,6 +302,6 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _cannot(file: Path, what: str) -> SourceError:
     return SourceError(
-        f"{file} {what}, and llama.cpp has no tokenizer that does exactly that",
-        hint="run it with `frankenmoe chat` or transformers, which use the tokenizer as it is",
+        f"{file} {what}, which llama.cpp does not support",
+        hint="use `frankenmoe chat` or transformers, which run the tokenizer itself",
     )

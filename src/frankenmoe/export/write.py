@@ -1,12 +1,12 @@
-"""Tensors -> one or several GGUF files at once, streaming: every source is read once, and no file is in memory.
+"""Writes one or several GGUF files at once as a stream: every source is read once, and no file is in memory.
 
-Knows nothing of architectures or tokenizers: it is given heads, tensors and types. Shape suffixes: R rows, C columns.
+Shape suffixes: R rows, C columns.
 """
 
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from frankenmoe.errors import NumericsError
 from frankenmoe.export.quantize import quantize
 from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
 
-CHUNK = 2**17  # elements that one thread turns into bytes at a time
+CHUNK = 2**17  # elements that one thread encodes at a time
 AHEAD = 4  # chunks per thread that may wait to be written
 
 Importance = Mapping[str, Floats]
@@ -32,7 +32,7 @@ Importance = Mapping[str, Floats]
 
 @dataclass(frozen=True)
 class Target:
-    """A file to write: everything before its tensors, and the type of each."""
+    """A file to write: its head and the type of each tensor."""
 
     path: Path
     head: bytes
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass
 class _Sink:
-    """A file being written; `kept` has where in it the parts of the current tensor lie."""
+    """A file being written. `kept` says where in it the parts of the current tensor are."""
 
     fd: int
     target: Target
@@ -61,10 +61,10 @@ def write_files(
     importance: Importance | None = None,
     on_bytes: Callable[[int], None],
 ) -> None:
-    """Writes every target whole or not at all; `on_bytes` hears how many bytes went into any of them.
+    """Writes every target whole or not at all. `on_bytes` is called with the number of bytes just written.
 
-    Raises SourceError, NumericsError (a source that is not finite, a value that the type cannot hold), ArtifactError
-    (a full disk). Memory is a few chunks per thread, and one matrix where its rows are reordered or computed.
+    Raises SourceError, NumericsError (a source is not finite, or the type cannot hold a value), ArtifactError (the disk
+    is full). Memory is a few chunks per thread, and one matrix if its rows are reordered or computed.
     """
     with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
         sinks = [_Sink(stack.enter_context(replacing(target.path, size=target.size)), target) for target in targets]
@@ -75,7 +75,7 @@ def write_files(
 
 
 def partial_of(path: Path) -> Path:
-    """Where a file is while it grows, and what a killed export leaves."""
+    """The path of an unfinished file. A killed export leaves it behind."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -108,7 +108,7 @@ def _write_tensor(
 
 
 def _moved(sink: _Sink, tensor: GgufTensor, part: TensorWrite, key: object) -> bool:
-    """Writes a part without computing it, where that is possible: its own bytes, or an equal part's in this file."""
+    """Copies a part if it needs no encoding: from its source, or from an equal part in this file. Else False."""
     silent: Callable[[int], None] = lambda amount: None  # noqa: E731
     if key in sink.kept:
         copy_run(sink.fd, [_as_copy(sink.kept[key])], on_bytes=silent)
@@ -127,7 +127,7 @@ def _as_copy(ref: TensorRef) -> TensorWrite:
 
 
 def _stored(sink: _Sink, tensor: GgufTensor, start: int) -> TensorRef:
-    """What was just written, as bytes to copy."""
+    """A reference to the bytes that were just written."""
     partial = partial_of(sink.target.path)
     end = os.lseek(sink.fd, 0, os.SEEK_CUR)
     return TensorRef(tensor.name, "U8", (end - start,), partial, start, end)
@@ -141,7 +141,7 @@ def _compute(
     ahead: int,
     weights_C: Floats | None,
 ) -> None:
-    """One part, chunk by chunk through the pool, in order into every sink."""
+    """Encodes one part chunk by chunk in the pool and writes it in order to every sink."""
     rows, columns = _matrix(_part_shape(tensor))
     kinds = [sink.target.types[tensor.name] for sink in sinks]
     waiting: deque[Future[list[Bytes]]] = deque()
@@ -167,7 +167,7 @@ def _compute(
 def _encode(
     raw_RC: Bytes, part: TensorWrite, factor: float, columns: int, kinds: Sequence[str], weights_C: Floats | None
 ) -> list[Bytes]:
-    """A chunk of stored rows in every kind, widened with zeros to `columns`."""
+    """The bytes of a chunk of stored rows in every type, padded with zeros to `columns`."""
     block_RC = decode(raw_RC.ravel(), dtype=part.dtype).reshape(len(raw_RC), -1)
     if not np.isfinite(block_RC).all():
         for ref in part.sources:
@@ -181,48 +181,41 @@ def _encode(
         data = quantize(block_RC, kind, weights_C)
         if kind == "F16" and np.isinf(data.view(np.float16)).any():
             raise NumericsError(
-                f"tensor {part.name!r} has values up to {np.abs(block_RC).max():g}, and f16 holds at most 65504",
-                hint="take bf16, f32 or q8_0",
+                f"tensor {part.name!r} has values up to {np.abs(block_RC).max():g}, but f16 holds at most 65504",
+                hint="use bf16, f32 or q8_0",
             )
         found.append(data)
     return found
 
 
 def _row_chunks(part: TensorWrite, *, heads: int) -> Iterator[Bytes]:
-    """The stored bytes of a part, whole rows at a time, [R, bytes of a row]."""
-    rows, columns = _matrix(part.shape)
+    """The stored bytes of a part in chunks of whole rows, [R, bytes of a row]."""
+    _, columns = _matrix(part.shape)
     width = columns * DTYPES[part.dtype].itemsize
-    step = max(1, CHUNK // columns)
+    step = max(1, CHUNK // columns) * width
     if heads:
-        yield from _cut(_interleaved(materialize(part), part.shape, heads).reshape(rows, width), step)
-    elif part.is_copy:
-        yield from _cut(materialize(part).reshape(rows, width), step)
+        pieces: Iterable[Bytes] = [_interleaved(materialize(part), part.shape, heads)]
     else:
-        held: list[Bytes] = []
-        for block in blocks(part):
-            held.append(block)
-            if sum(map(len, held)) >= step * width:
-                joined = np.concatenate(held)
-                whole = len(joined) // width * width
-                yield from _cut(joined[:whole].reshape(-1, width), step)
-                held = [joined[whole:]]
-        if held and (last := np.concatenate(held)).size:
-            yield from _cut(last.reshape(-1, width), step)
-
-
-def _cut(raw_RC: Bytes, step: int) -> Iterator[Bytes]:
-    yield from (raw_RC[start : start + step] for start in range(0, len(raw_RC), step))
+        pieces = [materialize(part)] if part.is_copy else blocks(part)
+    rest = np.empty(0, np.uint8)
+    for piece in pieces:
+        rest = np.concatenate([rest, piece]) if rest.size else piece
+        whole = len(rest) // step * step
+        yield from (rest[start : start + step].reshape(-1, width) for start in range(0, whole, step))
+        rest = rest[whole:]
+    if rest.size:
+        yield rest.reshape(-1, width)
 
 
 def _interleaved(raw: Bytes, shape: tuple[int, ...], heads: int) -> Bytes:
-    """Rows of q or k reordered: checkpoints keep the two halves of a rotary pair apart, ggml's `norm` mode together."""
+    """Reorders the rows of q or k: in checkpoints the two halves of a rotary pair are apart, in ggml side by side."""
     outputs = shape[0]
     halves = raw.reshape(heads, 2, outputs // heads // 2, -1)
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(-1)
 
 
 def _part_shape(tensor: GgufTensor) -> tuple[int, ...]:
-    """The shape of one part inside the tensor: without the axis along which experts are stacked."""
+    """The shape of one part of the tensor: without the axis of stacked experts."""
     return tensor.shape[1:] if len(tensor.shape) == 3 else tensor.shape
 
 

@@ -1,4 +1,4 @@
-"""Dense families and the MoE formats they become, as tables; knows nothing of recipes, bytes or torch."""
+"""Dense families and the MoE formats they become, as tables. Does not import torch."""
 
 from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.formats import FORMATS, moe_config, rope

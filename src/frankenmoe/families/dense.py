@@ -1,4 +1,4 @@
-"""One table per dense family that can be built into a stock MoE; knows nothing of MoE formats."""
+"""One table per dense family that can be built into a stock MoE."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -46,7 +46,7 @@ FFN_BIAS = _rows(
 
 
 def _defaults(**own: Any) -> Mapping[str, Any]:
-    """Config fields every family leaves out when they have these values, then the family's own."""
+    """Defaults that all families' config classes share, then the family's own."""
     common = {
         "hidden_act": "silu",
         "initializer_range": 0.02,
@@ -67,7 +67,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 model_type="llama",
                 backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
                 ffn=FFN + FFN_BIAS,
-                defaults=_defaults(max_position_embeddings=2048, bos_token_id=1, eos_token_id=2),
+                defaults=_defaults(
+                    max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, attention_bias=False, mlp_bias=False
+                ),
             ),
             Family(
                 model_type="mistral",
@@ -96,7 +98,9 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                 + _rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
                 + PRE_NORMS,
                 ffn=FFN,
-                defaults=_defaults(max_position_embeddings=32768, num_key_value_heads=32, head_dim=128),
+                defaults=_defaults(
+                    max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, attention_bias=False
+                ),
                 window_switch="use_sliding_window",
             ),
             Family(
@@ -110,7 +114,13 @@ FAMILIES: Mapping[str, Family] = MappingProxyType(
                     {"post_attention_layernorm.weight": ("hidden",), "post_feedforward_layernorm.weight": ("hidden",)},
                 ),
                 ffn=FFN,
-                defaults=_defaults(max_position_embeddings=2048, rms_norm_eps=1e-5, pad_token_id=1, eos_token_id=50279),
+                defaults=_defaults(
+                    max_position_embeddings=2048,
+                    rms_norm_eps=1e-5,
+                    pad_token_id=1,
+                    eos_token_id=50279,
+                    attention_bias=False,
+                ),
             ),
         )
     }

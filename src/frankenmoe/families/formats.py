@@ -1,27 +1,27 @@
-"""One table per MoE format that can be written, and the config.json it needs; knows nothing of recipes or bytes."""
+"""One table per MoE format that can be written, and the config.json it needs."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.families.dense import LAYER, QKV_BIAS
-from frankenmoe.families.spec import Config, Family, MoEFormat, Note, Rule, TensorSpec
+from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat, Note, Rule, TensorSpec
 
 FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 EXPERT_BIAS = Rule("mlp_bias", (False, None), "its experts have no bias")
-NO_WINDOW = Rule("sliding_window", (None,), "it has no sliding window that other runtimes agree on")
-ATTENTION_BIAS = Rule("attention_bias", (False, None), "its attention has no place for all four biases")
-# read in llama.cpp's graphs (norm_w false) and converters (rope_freqs written for the Llama classes alone)
+NO_WINDOW = Rule("sliding_window", (None,), "other runtimes disagree on its sliding window")
+ATTENTION_BIAS = Rule("attention_bias", (False, None), "its attention does not have all four biases")
+# source: llama.cpp's graphs (norm_w is false) and converters (only the Llama classes write rope_freqs)
 WEAKER = Note(
-    "llama.cpp does not renormalise the top-k weights of this format, so its experts come out weaker there than in "
+    "llama.cpp does not renormalise the top-k weights of this format, so experts have less weight there than in "
     "transformers and frankenmoe",
     renormalizing=True,
 )
 NO_LLAMA3 = Note(
-    "llama.cpp's converter loses the llama3 rotary factors in this format: long contexts will suffer there",
+    "llama.cpp's converter drops the llama3 rotary factors of this format, which hurts long contexts",
     rope="llama3",
 )
-# what a dense config says that a MoE config says with the same word
+# fields that dense and MoE configs spell the same
 COPIED = (
     "vocab_size",
     "hidden_size",
@@ -46,6 +46,12 @@ COPIED = (
 def _as_is(prefix: str) -> Mapping[str, str]:
     return {suffix: prefix + suffix for suffix in FFN_SUFFIXES}
 
+
+# the names that every format but Mixtral's gives to gates and experts
+GATE = LAYER + "mlp.gate.weight"
+EXPERT = _as_is(LAYER + "mlp.experts.{expert}.")
+COUNTED = {"num_experts": "experts", "num_experts_per_tok": "experts_per_token"}
+QWEN = {"decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [], "use_sliding_window": False}
 
 FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
     {
@@ -74,8 +80,8 @@ FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
                 model_type="deepseek",
                 architecture="DeepseekForCausalLM",
                 families=("llama", "mistral"),
-                gate=LAYER + "mlp.gate.weight",
-                expert=_as_is(LAYER + "mlp.experts.{expert}."),
+                gate=GATE,
+                expert=EXPERT,
                 shared=_as_is(LAYER + "mlp.shared_experts."),
                 max_shared=1,
                 constants={
@@ -109,27 +115,16 @@ FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
                 model_type="qwen2_moe",
                 architecture="Qwen2MoeForCausalLM",
                 families=("qwen2", "llama", "mistral"),
-                gate=LAYER + "mlp.gate.weight",
-                expert=_as_is(LAYER + "mlp.experts.{expert}."),
+                gate=GATE,
+                expert=EXPERT,
                 shared=_as_is(LAYER + "mlp.shared_expert."),
                 shared_gate=LAYER + "mlp.shared_expert_gate.weight",
                 max_shared=1,
                 # 32 is the narrowest row that llama.cpp's quantizers take
                 inert_shared_ffn=32,
                 added=tuple(TensorSpec(LAYER + "self_attn." + name, shape) for name, shape in QKV_BIAS.items()),
-                constants={
-                    "decoder_sparse_step": 1,
-                    "norm_topk_prob": True,
-                    "mlp_only_layers": [],
-                    "use_sliding_window": False,
-                    "qkv_bias": True,
-                },
-                counted={
-                    "num_experts": "experts",
-                    "num_experts_per_tok": "experts_per_token",
-                    "moe_intermediate_size": "ffn",
-                    "shared_expert_intermediate_size": "shared_ffn",
-                },
+                constants=QWEN | {"qkv_bias": True},
+                counted=COUNTED | {"moe_intermediate_size": "ffn", "shared_expert_intermediate_size": "shared_ffn"},
                 rules=(ATTENTION_BIAS, EXPERT_BIAS, NO_WINDOW),
                 notes=(WEAKER, NO_LLAMA3),
             ),
@@ -139,19 +134,10 @@ FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
                 model_type="qwen3_moe",
                 architecture="Qwen3MoeForCausalLM",
                 families=("qwen3",),
-                gate=LAYER + "mlp.gate.weight",
-                expert=_as_is(LAYER + "mlp.experts.{expert}."),
-                constants={
-                    "decoder_sparse_step": 1,
-                    "norm_topk_prob": True,
-                    "mlp_only_layers": [],
-                    "use_sliding_window": False,
-                },
-                counted={
-                    "num_experts": "experts",
-                    "num_experts_per_tok": "experts_per_token",
-                    "moe_intermediate_size": "ffn",
-                },
+                gate=GATE,
+                expert=EXPERT,
+                constants=QWEN,
+                counted=COUNTED | {"moe_intermediate_size": "ffn"},
                 rules=(NO_WINDOW,),
             ),
             MoEFormat(
@@ -160,10 +146,10 @@ FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
                 model_type="flex_olmo",
                 architecture="FlexOlmoForCausalLM",
                 families=("olmo2",),
-                gate=LAYER + "mlp.gate.weight",
-                expert=_as_is(LAYER + "mlp.experts.{expert}."),
+                gate=GATE,
+                expert=EXPERT,
                 constants={"norm_topk_prob": True},
-                counted={"num_experts": "experts", "num_experts_per_tok": "experts_per_token"},
+                counted=COUNTED,
             ),
         )
     }
@@ -171,8 +157,9 @@ FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
 
 
 def rope(family: Family, config: Config) -> dict[str, Any]:
-    """Rotary settings in transformers 5's one dictionary, from either that spelling or transformers 4's two fields."""
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    """Rotary settings as transformers 5's one dictionary, read from that form or from transformers 4's two fields."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = {key: value for key, value in given.items() if value is not None}
     legacy = found.pop("type", "default")
     found.setdefault("rope_type", legacy)
     found.setdefault("rope_theta", config.get("rope_theta") or family.defaults["rope_theta"])
@@ -189,10 +176,10 @@ def moe_config(
     shared_experts: int,
     dtype: str,
 ) -> dict[str, Any]:
-    """config.json of the MoE: fields copied from the base (never the format's defaults), then the format's own.
+    """config.json of the MoE: fields copied from the base, or its family's defaults, then the format's own fields.
 
-    Rotary settings are written in both spellings, since transformers 4 reads `rope_theta` and `rope_scaling` and falls
-    back to the *format's* theta where they are missing; so is the dtype. `dtype` is a torch name such as `bfloat16`.
+    Rotary settings and dtype are written in the spellings of transformers 4 and 5. Without `rope_theta`, transformers 4
+    would take the *format's* default. `dtype` is a torch name such as `bfloat16`.
     """
     dims = family.dims(config)
     quantities = {
@@ -207,6 +194,8 @@ def moe_config(
     if fmt.two_word_rope:
         scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
     copied = {key: family.value(config, key) for key in COPIED}
+    # transformers 5.23 rejects null where it expects a number or a truth value, so what the family lacks is left out
+    copied = {key: value for key, value in copied.items() if value is not None or key in MAY_BE_NULL}
     return {
         "architectures": [fmt.architecture],
         "model_type": fmt.model_type,

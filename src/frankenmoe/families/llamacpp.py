@@ -1,7 +1,6 @@
-"""What llama.cpp can say and how it stores it, as tables: architectures, block types, file types and their mixes.
+"""llama.cpp's architectures, block types, file types and their mixes, as tables.
 
-Knows nothing of recipes, of bytes or of the gguf package. Restates, in other words, src/llama-quant.cpp and src/models
-of llama.cpp b11549 (MIT licence, the ggml authors; see NOTICE).
+Source: src/llama-quant.cpp and src/models of llama.cpp b11549 (MIT licence, the ggml authors; see NOTICE).
 """
 
 import re
@@ -28,13 +27,13 @@ BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
         "Q6_K": (256, 210),
     }
 )
-# where a row is no multiple of a K-quant's block
+# used where the row length is not a multiple of a K-quant's block
 FALLBACK: Mapping[str, str] = MappingProxyType({"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"})
 
 
 @dataclass(frozen=True, slots=True)
 class FileType:
-    """A type of file: what a user calls it, the type of most of its tensors, its number in `general.file_type`."""
+    """A file type: its name, the type of most tensors, its number in `general.file_type`."""
 
     name: str
     base: str
@@ -65,7 +64,7 @@ FILE_TYPES: Mapping[str, FileType] = MappingProxyType(
         )
     }
 )
-# what to take where K-quants do not fit the shape
+# the file type to use where K-quants do not fit the shape
 PLAIN: Mapping[str, str] = MappingProxyType(
     {"q4_k_m": "q4_0", "q4_k_s": "q4_0", "q5_k_m": "q5_0", "q5_k_s": "q5_0", "q6_k": "q8_0"}
 )
@@ -73,11 +72,11 @@ PLAIN: Mapping[str, str] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Arch:
-    """An architecture of llama.cpp, as far as it decides what an MoE of ours computes.
+    """An architecture of llama.cpp and how it computes an MoE.
 
-    `normalizes`: the weights of the chosen experts sum to one. `shared`: "none", "plain" (always added) or "gated" (by
-    a sigmoid). `interleaved`: rotary pairs are neighbours, so that rows of q and k are permuted. `own_head`: the head
-    cannot be tied. `free_heads`: heads x head size may differ from the hidden size.
+    `normalizes`: top-k weights are renormalised to sum 1. `shared`: "none", "plain" (always added) or "gated" (times a
+    sigmoid). `interleaved`: rotary pairs are adjacent, so rows of q and k are permuted. `own_head`: the head cannot be
+    tied. `free_heads`: heads times head size may differ from the hidden size.
     """
 
     name: str
@@ -90,7 +89,7 @@ class Arch:
     free_heads: bool = True
 
 
-# in the order in which they are tried
+# tried in this order
 ARCHS = (
     Arch("llama", normalizes=True, shared="none", interleaved=True, qkv_bias=True),
     Arch("qwen3moe", normalizes=True, shared="none", interleaved=False, qk_norm=True),
@@ -100,7 +99,7 @@ ARCHS = (
     Arch("deepseek", normalizes=False, shared="plain", interleaved=True, own_head=True, free_heads=False),
 )  # fmt: skip
 
-# dense name -> name in the file; `{layer}` is a number
+# dense tensor name -> name in the GGUF file
 NAMES: Mapping[str, str] = MappingProxyType(
     {
         "model.embed_tokens.weight": "token_embd.weight",
@@ -135,20 +134,20 @@ SHARED_EXPERT: Mapping[str, str] = MappingProxyType(
 
 
 def generic_name(name: str) -> tuple[int, str]:
-    """(3, "model.layers.{layer}.x") for model.layers.3.x; -1 and the name itself for what belongs to no layer."""
+    """(3, "model.layers.{layer}.x") for model.layers.3.x; (-1, name) for a tensor outside the layers."""
     match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
     return (int(match[1]), f"model.layers.{{layer}}.{match[2]}") if match else (-1, name)
 
 
 def gguf_name(name: str) -> str | None:
-    """The file's name of a dense backbone tensor, None for one that llama.cpp has no place for."""
+    """The GGUF name of a dense backbone tensor; None where llama.cpp has no such tensor."""
     layer, generic = generic_name(name)
     return NAMES[generic].format(layer=layer) if generic in NAMES else None
 
 
 @dataclass(frozen=True, slots=True)
 class MixFacts:
-    """What the mix of types depends on besides the tensor: layers, experts, a tied head, the 70B shape, an imatrix."""
+    """The model facts on which the mix of types depends."""
 
     layers: int
     experts: int
@@ -158,11 +157,11 @@ class MixFacts:
 
 
 def tensor_type(name: str, shape: tuple[int, ...], kind: FileType, facts: MixFacts) -> str:
-    """The type that llama.cpp's quantizer gives a tensor (numpy shape, columns last) in a file of this kind.
+    """The type that llama.cpp's quantizer gives a tensor in a file of this kind. `shape` has columns last.
 
-    Norms, biases and routers stay F32; rows that fit no block fall back as in `tensor_type_fallback`, last to F16.
+    Norms, biases and routers stay F32. Rows that fit no block fall back as in `tensor_type_fallback`, finally to F16.
     """
-    if not any(size > 1 for size in shape[:-1]):  # ggml drops leading ones, and never quantizes a vector
+    if not any(size > 1 for size in shape[:-1]):  # ggml drops leading ones and never quantizes a vector
         return "F32"
     if not name.endswith("weight") or "_norm.weight" in name or "ffn_gate_inp.weight" in name:
         return "F32"
@@ -175,7 +174,7 @@ def tensor_type(name: str, shape: tuple[int, ...], kind: FileType, facts: MixFac
 
 
 def _wanted(name: str, shape: tuple[int, ...], kind: FileType, facts: MixFacts) -> str:
-    """The type before any fallback, tensor by tensor."""
+    """The type of a tensor before any fallback."""
     if name == "output.weight" or (facts.tied and name == "token_embd.weight"):
         return "Q8_0" if shape[-1] % BLOCKS[kind.base][0] or kind.base == "Q8_0" else "Q6_K"
     match = re.match(r"blk\.(\d+)\.(attn_v|attn_k|attn_output|ffn_down)", name)
@@ -198,7 +197,7 @@ def _wanted(name: str, shape: tuple[int, ...], kind: FileType, facts: MixFacts) 
 
 
 def _more(kind: FileType, layer: int, facts: MixFacts, *, small: bool) -> str:
-    """Q6_K in about half of the layers of q4_k_m and q5_k_m; Q5_K in the first of q4_k_s (`small`)."""
+    """Q6_K in about half of the layers of q4_k_m and q5_k_m; Q5_K in the first layers of q4_k_s (`small`)."""
     eighth = facts.layers // 8
     if kind.name in ("q4_k_m", "q5_k_m"):
         more = layer < eighth or layer >= 7 * facts.layers // 8 or (layer - eighth) % 3 == 2
@@ -207,6 +206,6 @@ def _more(kind: FileType, layer: int, facts: MixFacts, *, small: bool) -> str:
 
 
 def row_bytes(kind: str, columns: int) -> int:
-    """Bytes of one row of a type; its columns are a multiple of the type's block."""
+    """Bytes of one row; `columns` must be a multiple of the type's block."""
     block, size = BLOCKS[kind]
     return columns // block * size

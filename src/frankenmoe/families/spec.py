@@ -1,10 +1,15 @@
-"""What family and format tables are made of, and how sizes are read out of a config; knows no family by name."""
+"""The types of family and format tables, and how sizes are read from a config."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 Config = Mapping[str, Any]
+
+# fields in which null is a value of its own; elsewhere it means the default, as if the field were absent
+MAY_BE_NULL = frozenset(
+    {"sliding_window", "bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads", "head_dim"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,7 @@ class Dims:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One row of a family's table: `name` may hold `{layer}`; `when` names a config field that must be true."""
+    """A tensor of a family: `name` may contain `{layer}`; with `when`, only where that config field is true."""
 
     name: str
     shape: tuple[str, ...]
@@ -42,8 +47,7 @@ class TensorSpec:
 class Family:
     """A dense family: the names and shapes of its tensors and the defaults of its config class.
 
-    `ffn` rows are an expert when they come from an expert's source. `window_switch` names the field without which
-    `sliding_window` means nothing.
+    `ffn` rows become an expert. `sliding_window` counts only where the field named by `window_switch` is true.
     """
 
     model_type: str
@@ -53,13 +57,15 @@ class Family:
     window_switch: str | None = None
 
     def value(self, config: Config, field_name: str) -> Any:
-        """A config field (an explicit null counts), or the default that the family's own config class would use."""
+        """A config field, or the default of the family's own config class; None where the family has no such field."""
         if field_name == "sliding_window" and self.window_switch and not config.get(self.window_switch):
             return None
-        return config[field_name] if field_name in config else self.defaults.get(field_name)
+        if config.get(field_name) is None and not (field_name in config and field_name in MAY_BE_NULL):
+            return self.defaults.get(field_name)
+        return config[field_name]
 
     def dims(self, config: Config) -> Dims:
-        """Sizes from a config.json; KeyError names a field that is neither there nor defaulted."""
+        """Sizes from a config.json; KeyError names a field that is missing and has no default."""
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         return Dims(
             layers=int(config["num_hidden_layers"]),
@@ -72,7 +78,7 @@ class Family:
         )
 
     def shapes(self, rows: tuple[TensorSpec, ...], config: Config) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of every tensor the rows stand for in this config, layer by layer."""
+        """Name -> shape of every tensor that the rows describe in this config, layer by layer."""
         return dict(self._expand(rows, config))
 
     def _expand(self, rows: tuple[TensorSpec, ...], config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -88,7 +94,7 @@ class Family:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A config field whose other values a format has no words for."""
+    """A config field and the values of it that a format supports, with the reason."""
 
     field: str
     allowed: tuple[Any, ...]
@@ -97,10 +103,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What another program makes of a format, for `plan` to warn of.
+    """What another program does wrong with a format; `plan` shows it as a warning.
 
-    `rope` is the rotary type that it is about (None: any); `renormalizing` where it only matters if the weights of the
-    chosen experts are made to sum to one, which they do by themselves where all are chosen.
+    `rope` limits it to one rotary type. `renormalizing` limits it to MoEs that renormalise top-k weights to sum 1,
+    which changes nothing where every expert is chosen.
     """
 
     text: str
@@ -112,14 +118,14 @@ class Note:
 class MoEFormat:
     """A MoE checkpoint format: where experts, routers and the shared expert are written, and its config.
 
-    `expert` and `shared` map the dense suffix of an FFN matrix to its name in the format, with `{layer}` and
-    `{expert}` to fill in. `constants` go into config.json as they are; `counted` maps a config field to a quantity:
-    `experts`, `experts_per_token`, `shared_experts`, `ffn` or `shared_ffn`.
-    `renormalizes_top1` is False where the format's own code leaves the weight of a single chosen expert as it is.
-    `rounds_weights` where transformers rounds the top-k weights to the model's dtype.
-    `inert_shared_ffn` is the width of the all-zero shared expert written where the format demands one and the recipe
-    has none. `added` are tensors the format wants that a family may not have, written as zeros. `two_word_rope` where
-    the format's own code takes a `rope_scaling` of `type` and `factor` and nothing else.
+    `expert` and `shared` map the dense suffix of an FFN matrix to its name in the format, with `{layer}` and `{expert}`
+    as placeholders. `constants` go into config.json unchanged. `counted` maps a config field to a quantity: `experts`,
+    `experts_per_token`, `shared_experts`, `ffn` or `shared_ffn`.
+    `renormalizes_top1` is False where the format's code does not renormalise the weight of a single chosen expert.
+    `rounds_weights` is True where transformers rounds top-k weights to the model's dtype.
+    `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one. `added` tensors are
+    written as zeros where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor` of
+    `rope_scaling`.
     """
 
     name: str

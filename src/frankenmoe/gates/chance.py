@@ -1,4 +1,4 @@
-"""Gates from chance, drawn with numpy so that they need no torch and are the same on every machine.
+"""Random gates. Drawn with numpy, so they do not need torch and are the same on every machine.
 
 Shape suffixes: E experts, D hidden.
 """
@@ -10,14 +10,14 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
-from frankenmoe.artifact import Routers
+from frankenmoe.artifact.folder import Routers
 from frankenmoe.checkpoint.cast import encode
 from frankenmoe.planning import Plan
 from frankenmoe.planning.tree import tensor_seed
 
 
 def random_routers(plan: Plan) -> Routers:
-    """Name -> (dtype, shape, bytes) of every gate, each from a seed of its own."""
+    """Name -> (dtype, shape, bytes) of every gate, each drawn from its own seed."""
     draw = RANDOM_ROWS[plan.recipe.gate_mode]
     seeds = {name: tensor_seed(plan.recipe.seed, (), name) for name in plan.routers}
     rows = {
@@ -27,7 +27,7 @@ def random_routers(plan: Plan) -> Routers:
 
 
 def encoded(plan: Plan, rows: Mapping[str, NDArray[np.float32]]) -> Routers:
-    """Gates in float32, by name, as the plan stores them."""
+    """Gates by name, from float32 to the plan's type: name -> (dtype, shape, bytes)."""
     return {
         name: (plan.dtype, shape, encode(np.ascontiguousarray(rows[name]).reshape(-1), dtype=plan.dtype))
         for name, shape in plan.routers.items()
@@ -35,7 +35,7 @@ def encoded(plan: Plan, rows: Mapping[str, NDArray[np.float32]]) -> Routers:
 
 
 def random_rows(generator: np.random.Generator, experts: int, hidden: int) -> NDArray[np.float32]:
-    """`random`: standard normal numbers, [E, D]."""
+    """`random`: standard normal, [E, D]."""
     return generator.standard_normal((experts, hidden), np.float32)
 
 

@@ -1,7 +1,7 @@
-"""Gates in closed form from sums: pure functions, one per method, each ending in a plain matrix without a bias.
+"""Closed-form gates from sums: pure functions, one per method. Each returns a matrix without a bias.
 
-Know nothing of models, layers or files. A router scores W x and has neither bias nor temperature, so a bias b that a
-method asks for is folded into W as b v', where v x is as near to 1 as a direction allows.
+A router computes W x, without bias or temperature. A method's bias b is therefore folded into W as b v', with a
+direction v for which v x is as close to 1 as possible.
 Shape suffixes: U texts, C classes, D hidden.
 """
 
@@ -13,13 +13,13 @@ import torch
 
 from frankenmoe.gates.statistics import RouterStatistics
 
-RIDGE = 1e-2  # the penalty, as a share of the mean eigenvalue
-SHRINK = 1e-2  # the same for a covariance that is inverted
+RIDGE = 1e-2  # penalty, as a share of the mean eigenvalue
+SHRINK = 1e-2  # shrinkage of a covariance before it is inverted, likewise
 
 
 @dataclass(frozen=True)
 class Sums:
-    """One layer's balanced sums: class means, the grand mean, and the second moment per token, all in float64."""
+    """One layer's balanced sums in float64: class means, their mean, and the second moment per token."""
 
     means_CD: torch.Tensor
     mean_D: torch.Tensor
@@ -27,14 +27,14 @@ class Sums:
 
 
 def sums_of(statistics: RouterStatistics, layer: int) -> Sums:
-    """Every class counts the same, however many tokens, texts or negative prompts it has."""
+    """The sums of one layer. Classes have equal weight, whatever their number of tokens, texts or negative prompts."""
     share_UC = statistics.targets() * statistics.weights()[:, None]
     means_CD = (share_UC / share_UC.sum(dim=0)).T @ statistics.mean_ULD[:, layer]
     return Sums(means_CD, means_CD.mean(dim=0), statistics.second_LDD[layer] / statistics.weights().sum())
 
 
 def centroid(sums: Sums) -> torch.Tensor:
-    """The nearest class mean, [C, D]: score mu_c x - |mu_c|^2 / 2, its bias folded into the means' own directions."""
+    """Nearest class mean, [C, D]: score mu_c x - |mu_c|^2 / 2, with the bias folded into the means' directions."""
     centred_CD = sums.means_CD - sums.mean_D
     bias_C = -0.5 * sums.means_CD.square().sum(dim=1)
     return centred(centred_CD + folded(bias_C, sums.means_CD, sums.means_CD))
@@ -43,7 +43,7 @@ def centroid(sums: Sums) -> torch.Tensor:
 def lda(sums: Sums, *, shrink: float = SHRINK) -> torch.Tensor:
     """Fisher's linear discriminant, [C, D]: score mu_c S^-1 (x - mu_c / 2) with S the covariance within classes.
 
-    Of all directions with v mu_c = 1 for every class, the bias goes into the one that varies least within classes.
+    The bias goes into the direction with v mu_c = 1 for every class that varies least within classes.
     """
     between_DD = sums.means_CD.T @ sums.means_CD / len(sums.means_CD)
     within_DD = shrunk(sums.second_DD - between_DD, shrink)
@@ -55,8 +55,8 @@ def lda(sums: Sums, *, shrink: float = SHRINK) -> torch.Tensor:
 def ridge(sums: Sums, *, penalty: float = RIDGE) -> torch.Tensor:
     """Least squares on the one-hot class, [C, D]: (A + l I)^-1 mu_c with A the uncentred second moment.
 
-    Uncentred, it needs no bias: what a bias would do falls to the direction of the mean (arXiv 2603.29765 adds a column
-    of ones instead, which a stock gate cannot keep).
+    Uncentred, it needs no bias: the direction of the mean takes its place. (arXiv 2603.29765 adds a column of ones
+    instead, which a stock gate cannot store.)
     """
     return centred(torch.linalg.solve(shrunk(sums.second_DD, penalty), sums.means_CD.T).T)
 
@@ -67,16 +67,16 @@ CLOSED: Mapping[str, Callable[[Sums], torch.Tensor]] = MappingProxyType(
 
 
 def shrunk(moment_DD: torch.Tensor, share: float) -> torch.Tensor:
-    """A moment plus `share` of its mean eigenvalue on the diagonal."""
+    """The moment plus `share` of its mean eigenvalue on the diagonal."""
     hidden = len(moment_DD)
     scale = share * moment_DD.trace() / hidden
     return moment_DD + scale.clamp(min=torch.finfo(moment_DD.dtype).tiny) * torch.eye(hidden, dtype=moment_DD.dtype)
 
 
 def folded(bias_C: torch.Tensor, whitened_CD: torch.Tensor, means_CD: torch.Tensor) -> torch.Tensor:
-    """[C, D]: b v' for the v with v mu_c = 1 for every class mean (as nearly as they allow) that is shortest in S.
+    """b v' [C, D], for the v that is shortest in S among those with v mu_c = 1 for every class mean (least squares).
 
-    `whitened_CD` is S^-1 mu_c, so that v = S^-1 M' (M S^-1 M')^-1 1.
+    `whitened_CD` is S^-1 mu_c, so v = S^-1 M' (M S^-1 M')^-1 1.
     """
     overlap_CC = whitened_CD @ means_CD.T
     share_C = torch.linalg.pinv(overlap_CC, rtol=1e-9) @ torch.ones(len(bias_C), dtype=overlap_CC.dtype)
@@ -85,11 +85,11 @@ def folded(bias_C: torch.Tensor, whitened_CD: torch.Tensor, means_CD: torch.Tens
 
 
 def centred(rows_CD: torch.Tensor) -> torch.Tensor:
-    """Rows minus their mean: no difference between experts changes, and fewer digits are lost in 16 bits."""
+    """Rows minus their mean: differences between experts stay, and 16-bit storage loses fewer digits."""
     return rows_CD - rows_CD.mean(dim=0)
 
 
 def spread(rows_CD: torch.Tensor, sums: Sums) -> float:
-    """The standard deviation of the logits W x over all states and classes (their mean over classes is zero)."""
+    """Standard deviation of the logits W x over all states and classes; their mean over classes is zero."""
     variance = ((rows_CD @ sums.second_DD) * rows_CD).sum(dim=1).mean()
     return float(variance.clamp(min=0).sqrt())

@@ -1,4 +1,4 @@
-"""Takes routers out of the way: for a while every token goes where a path says; knows nothing of text or fitting.
+"""Replaces routers for a while: every token goes to the expert at a path. Also reads and sets gates.
 
 Shape suffixes: T tokens, K chosen experts, E experts.
 """
@@ -12,13 +12,11 @@ from torch import nn
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import mlp_modules
 from frankenmoe.moe.router import Routing
-from frankenmoe.planning.layout import SHARED
-
-Path = tuple[int, ...]
+from frankenmoe.planning.layout import SHARED, RouterPath
 
 
 class Forced(nn.Module):
-    """Stands where a router stood and gives every token the same experts with equal weights."""
+    """Takes the place of a router and gives every token the same experts with equal weights."""
 
     def __init__(self, chosen: Sequence[int], *, experts: int) -> None:
         super().__init__()
@@ -38,7 +36,7 @@ def moe_blocks(model: nn.Module) -> list[MoEBlock]:
     return [mlp for _, mlp in mlp_modules(model).values() if isinstance(mlp, MoEBlock)]
 
 
-def block_at(block: MoEBlock, path: Path) -> MoEBlock:
+def block_at(block: MoEBlock, path: RouterPath) -> MoEBlock:
     """The block that chooses among the experts below `path`."""
     for index in path:
         inner = block.experts[index]
@@ -48,11 +46,11 @@ def block_at(block: MoEBlock, path: Path) -> MoEBlock:
 
 
 @contextmanager
-def forced(model: nn.Module, path: Path, *, except_for: bool = False) -> Iterator[None]:
-    """Within the context every layer uses the expert at `path` alone.
+def forced(model: nn.Module, path: RouterPath, *, except_for: bool = False) -> Iterator[None]:
+    """Within the context every layer uses only the expert at `path`.
 
-    A path that ends at experts of its own uses all of them equally, as SHARED and () do with the outer ones;
-    `except_for` uses equally all experts beside the one at `path`, or, if it has no sibling, that one.
+    If that expert has experts of its own, all of them are used equally; so do SHARED and () with the outer experts.
+    `except_for` uses all siblings of the expert at `path` equally instead, or that expert if it has none.
     """
     with _replaced(
         (block, chosen) for outer in moe_blocks(model) for block, chosen in _choices(outer, path, except_for)
@@ -60,7 +58,7 @@ def forced(model: nn.Module, path: Path, *, except_for: bool = False) -> Iterato
         yield
 
 
-def _choices(block: MoEBlock, path: Path, except_for: bool) -> Iterator[tuple[MoEBlock, list[int]]]:
+def _choices(block: MoEBlock, path: RouterPath, except_for: bool) -> Iterator[tuple[MoEBlock, list[int]]]:
     everything = range(len(block.experts))
     if not path or path == SHARED:
         chosen = list(everything)
@@ -89,11 +87,11 @@ def _replaced(choices: Iterator[tuple[MoEBlock, list[int]]]) -> Iterator[None]:
             block.router = router
 
 
-def set_gates(model: nn.Module, rows: Mapping[Path, Sequence[torch.Tensor]]) -> None:
-    """Puts gates [E, D], one per layer, at each router's path; those of SHARED [1, D] at the shared experts.
+def set_gates(model: nn.Module, rows: Mapping[RouterPath, Sequence[torch.Tensor]]) -> None:
+    """Sets the gates [E, D], one per layer, of the router at each path; at SHARED those of the shared experts [1, D].
 
-    They are rounded to the type of the gate that was there, as they will be on disk. Parameters are replaced, not
-    written into: they may be mapped pages of a file.
+    Gates get the type of the gate that was there, which is the type on disk. Parameters are replaced, not overwritten,
+    because they may be mapped pages of a file.
     """
     for path, gates in rows.items():
         for outer, gate_ED in zip(moe_blocks(model), gates, strict=True):
@@ -105,8 +103,8 @@ def set_gates(model: nn.Module, rows: Mapping[Path, Sequence[torch.Tensor]]) -> 
                 router.weight = _like(gate_ED, router.weight)
 
 
-def gates_of(model: nn.Module, paths: Sequence[Path]) -> dict[Path, list[torch.Tensor]]:
-    """The gates that `set_gates` would put back."""
+def gates_of(model: nn.Module, paths: Sequence[RouterPath]) -> dict[RouterPath, list[torch.Tensor]]:
+    """The gates at `paths`, in the form that `set_gates` takes."""
     found = {}
     for path in paths:
         shared = path == SHARED

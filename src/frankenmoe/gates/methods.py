@@ -1,4 +1,4 @@
-"""Gate rows from captured states: pure functions, one per gate mode, each as mergekit-moe computes it.
+"""Gate rows from captured states: pure functions, one per gate mode, as mergekit-moe computes them.
 
 Shape suffixes: L layers, T tokens, D hidden, V vocabulary, N all prompt tokens of an expert.
 """
@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-TINY = 1e-8  # mergekit's floor under a norm it divides by
+TINY = 1e-8  # mergekit's lower limit for a norm that it divides by
 
 
 def last_token(states_LTD: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def last_token(states_LTD: torch.Tensor) -> torch.Tensor:
 def token_mean(states_LTD: torch.Tensor) -> torch.Tensor:
     """`hidden_avg`: the residual stream entering each layer, averaged over the prompt's own tokens, [L, D].
 
-    mergekit-moe divides by the padded length and sums the padding's states too; padding has no say here.
+    mergekit-moe also averages over padding. This does not.
     """
     return states_LTD.float().mean(dim=1)
 
@@ -30,17 +30,17 @@ STATE_MODES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxy
 
 
 def prompt_mean(states: Iterable[torch.Tensor]) -> torch.Tensor:
-    """The mean over an expert's prompts of their [L, D] states."""
+    """Mean of the [L, D] states of an expert's prompts."""
     return torch.stack(list(states)).mean(dim=0)
 
 
 def embedding_sum(ids_N: list[int], embeddings_VD: torch.Tensor) -> torch.Tensor:
-    """`cheap_embed`: the sum of all prompt tokens' embeddings, of length one, [1, D]: the same for every layer."""
+    """`cheap_embed`: the normalized sum of all prompt tokens' embeddings, [1, D], the same for every layer."""
     return unit(embeddings_VD[torch.tensor(ids_N)].float().sum(dim=0, keepdim=True))
 
 
 def direction(positive_LD: torch.Tensor, negative_LD: torch.Tensor | None) -> torch.Tensor:
-    """A gate row per layer: positive minus negative, of length one, [L, D]."""
+    """A gate row per layer: positive minus negative, normalized, [L, D]."""
     return unit(positive_LD if negative_LD is None else positive_LD - negative_LD)
 
 

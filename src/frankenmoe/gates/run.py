@@ -1,144 +1,204 @@
-"""Plan -> routers: fills every gate of an MoE by the recipe's gate mode; does not know where routers are kept.
+"""Fits the routers of an artifact or a recipe, and adds experts to fitted ones; the library's and the CLI's way.
 
-Shape suffixes: L layers, D hidden.
+An artifact's body is never touched: routers, statistics and record are replaced together or not at all.
 """
 
-from collections.abc import Callable, Mapping
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
+import yaml
 
-from frankenmoe.artifact import Routers
-from frankenmoe.checkpoint.tensors import TensorWrite
-from frankenmoe.checkpoint.values import check_finite
-from frankenmoe.errors import NumericsError, RecipeError, SourceError
-from frankenmoe.gates.capture import encode, layer_inputs
-from frankenmoe.gates.chance import encoded, random_routers
-from frankenmoe.gates.methods import STATE_MODES, direction, embedding_sum, prompt_mean
-from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, read_config
+from frankenmoe.artifact.folder import (
+    RECORD,
+    ROUTERS,
+    STATISTICS,
+    Artifact,
+    open_artifact,
+    record_bytes,
+    routers_bytes,
+)
+from frankenmoe.artifact.replacing import finish_replacing, replace_files
+from frankenmoe.artifact.reports import versions
+from frankenmoe.build.run import build
+from frankenmoe.data.given import user_path
+from frankenmoe.errors import PlanError, RecipeError
+from frankenmoe.gates.add import add_text
+from frankenmoe.gates.closed import CLOSED
+from frankenmoe.gates.fitted import computing_dtype, fit_plan
+from frankenmoe.gates.made import MadeRouters
+from frankenmoe.gates.statistics import load_statistics
+from frankenmoe.moe.load import gate_tensors
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED
-from frankenmoe.planning.sources import anatomy
-from frankenmoe.planning.tree import dense_writes
-from frankenmoe.recipe import RANDOM_MODES, Expert
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import FIT_MODES, Expert, Recipe
+from frankenmoe.recipe.fields import FROM_DATA, FROM_PROMPTS
+from frankenmoe.recipe.sections import FitSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import Subject, open_subject, with_maker
 
-Prompts = tuple[tuple[str, ...], tuple[str, ...]]
-Progress = Callable[[int, int], None]
-Side = Callable[[tuple[str, ...]], torch.Tensor]
-"""Prompts -> what they are worth in each layer, [L, D]."""
-
-SHOWN = 40  # characters of a prompt in a message
+Data = Mapping[str, Sequence[str]]
 
 
-def make_routers(
-    plan: Plan, *, on_progress: Progress = lambda done, total: None, trust_remote_code: bool = False
-) -> Routers:
-    """Name -> (dtype, shape, bytes) of every gate, nested and shared ones too; progress counts sets of prompts.
+@dataclass(frozen=True)
+class FitResult:
+    """`replaced` says whether the artifact has the new routers now; `report` is what its record keeps of the fit."""
 
-    Raises RecipeError for a prompt without tokens or with too many, NumericsError when the base computes no finite
-    states.
+    artifact: Artifact
+    replaced: bool
+    report: Mapping[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {"artifact": str(self.artifact.folder), "replaced": self.replaced, **self.report}
+
+
+def fit(
+    what: Subject | Recipe | Artifact | str | Path,
+    out: str | Path | None = None,
+    *,
+    data: Data | None = None,
+    settings: FitSettings | None = None,
+    keep_anyway: bool = False,
+    progress: Progress = SILENT,
+    **changes: Any,
+) -> FitResult:
+    """Fits every router to the experts' text: of an artifact in place, of a recipe into a virtual artifact `out`.
+
+    `data` maps experts' names to files or datasets, which replace the recipe's; relative paths start at the working
+    directory. `changes` are settings by name. The method is by default the recipe's gate mode if that fits, else regret
+    for data and logistic for prompts. An artifact keeps its old routers where the new ones do not lower the mean
+    held-out loss, unless `keep_anyway`, or unless the old ones were fitted to these held-out prompts.
     """
-    mode = plan.recipe.gate_mode
-    if mode in RANDOM_MODES:
-        return random_routers(plan)
-    side = _embedding_sides(plan) if mode == "cheap_embed" else _state_sides(plan, trust_remote_code)
-    return encoded(plan, _prompted_gates(plan, side, on_progress=on_progress))
-
-
-def _prompted_gates(plan: Plan, side: Side, *, on_progress: Progress) -> Mapping[str, NDArray[np.float32]]:
-    shared = plan.recipe.shared_experts if plan.gated_shared else ()
-    levels = dict(_levels(plan.recipe.experts))
-    wanted = [plan.recipe.prompts_of(expert) for experts in (*levels.values(), shared) for expert in experts]
-    directions = _directions(plan, side, list(dict.fromkeys(wanted)), on_progress=on_progress)
-    rows: dict[str, NDArray[np.float32]] = {}
-    for path, experts in [*levels.items(), *([(SHARED, shared)] if shared else [])]:
-        stack_LED = torch.stack([directions[plan.recipe.prompts_of(expert)] for expert in experts], dim=1)
-        names = plan.router_names(path)
-        rows |= {name: gate_ED.numpy() for name, gate_ED in zip(names, stack_LED, strict=True)}
-    return rows
-
-
-def _levels(
-    experts: tuple[Expert, ...], path: tuple[int, ...] = ()
-) -> list[tuple[tuple[int, ...], tuple[Expert, ...]]]:
-    """Every router's path with the experts it chooses among."""
-    inner = [_levels(expert.experts, (*path, index)) for index, expert in enumerate(experts) if expert.experts]
-    return [(path, experts), *(level for levels in inner for level in levels)]
-
-
-def _directions(plan: Plan, side: Side, wanted: list[Prompts], *, on_progress: Progress) -> dict[Prompts, torch.Tensor]:
-    """A unit row per layer, [L, D], for every distinct set of positive and negative prompts."""
-    found = {}
-    for done, (positive, negative) in enumerate(wanted):
-        on_progress(done, len(wanted))
-        row_LD = direction(side(positive), side(negative) if negative else None)
-        if not torch.isfinite(row_LD).all():
-            raise _no_direction(plan, positive)
-        found[positive, negative] = row_LD
-    on_progress(len(wanted), len(wanted))
-    return found
-
-
-def _no_direction(plan: Plan, positive: tuple[str, ...]) -> NumericsError:
-    """Why the base computes no finite states: raises the error of a tensor to blame, or returns the overflow."""
-    for ref in (ref for write in _base_writes(plan) for ref in write.sources):
-        check_finite(ref)
-    return NumericsError(
-        f"the base {plan.base.name} computes NaN or infinite states for the prompt {positive[0][:SHOWN]!r}, though its "
-        "weights are finite",
-        hint="convert the base to float32 first, or use gate_mode: random",
-    )
-
-
-def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
-    # of a weight: the file's first tensor may be a buffer of another type
-    stored = plan.backbone[0].inputs[0].dtype
-    return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
-
-
-def _state_sides(plan: Plan, trust_remote_code: bool) -> Side:
-    tokenizer, reduce = load_tokenizer(plan.base.folder), STATE_MODES[plan.recipe.gate_mode]
-    tensors = {write.name: as_tensor(write) for write in _base_writes(plan)}
-    dtype = next(iter(tensors.values())).dtype
-    config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
-    model = load_dense(config, tensors, dtype=dtype)
-    longest = getattr(config, "max_position_embeddings", None)
-    return lambda prompts: prompt_mean(
-        map(reduce, layer_inputs(model, _ids(plan, tokenizer, prompts, longest=longest)))
-    )
-
-
-def _embedding_sides(plan: Plan) -> Side:
-    tokenizer = load_tokenizer(plan.base.folder)
-    name = next((write for write in plan.backbone if write.name.endswith(("embed_tokens.weight", "wte.weight"))), None)
-    if name is None:
-        raise SourceError(
-            f"{plan.base.name} has no embed_tokens.weight, which gate_mode cheap_embed reads",
-            hint="use gate_mode: hidden",
+    subject = open_subject(what)
+    settings = settings_with(settings or FitSettings(), changes)
+    given = located(data or {})
+    method = settings.method or _method(subject.recipe, given)
+    if subject.artifact is None:
+        return _fit_recipe(subject, out, method=method, data=given, settings=settings, progress=progress)
+    if out is not None:
+        raise PlanError(
+            f"{subject.origin} is an artifact, whose routers are replaced in place, expected no second folder, "
+            f"found {out}",
+            hint="copy the artifact first if the old routers are still needed",
         )
-    embeddings_VD = as_tensor(name)
-    return lambda prompts: embedding_sum(
-        [token for ids in _ids(plan, tokenizer, prompts) for token in ids], embeddings_VD
-    ).expand(plan.layers, -1)
+    artifact = subject.artifact
+    finish_replacing(artifact.folder)
+    made = subject.plan
+    moe = subject.load(dtype=computing_dtype(made))
+    fitted = fit_plan(made, method=method, moe=moe, data=given, folder=Path.cwd(), settings=settings, progress=progress)
+    replaced = fitted.better or keep_anyway or _biased(artifact, fitted.report)
+    if replaced:
+        stage = {"stage": "fit", "fit": fitted.report, "versions": versions()}
+        record = {**artifact.record, "stages": [*artifact.record["stages"], stage]}
+        files = {STATISTICS: fitted.statistics, ROUTERS: routers_bytes(fitted.routers)}
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        record["files"] = {**artifact.record["files"], **hashes}
+        replace_files(artifact.folder, {**files, RECORD: record_bytes(record)})
+    return FitResult(open_artifact(artifact.folder), replaced, fitted.report)
 
 
-def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int | None = None) -> list[list[int]]:
-    """Token ids per prompt, all of which the base can read: at least one, at most `longest`, in its vocabulary."""
-    found = encode(tokenizer, prompts)
-    vocabulary = plan.base.config.get("vocab_size")
-    for prompt, ids in zip(prompts, found, strict=True):
-        if not ids or (longest and len(ids) > longest):
-            raise RecipeError(
-                f"the prompt {prompt[:SHOWN]!r} has {len(ids)} tokens in the base's tokenizer, expected 1 to "
-                f"{longest or 'any number'}",
-                hint="write another prompt",
-            )
-        if vocabulary and max(ids) >= vocabulary:
-            raise SourceError(
-                f"the tokenizer in {plan.base.folder} makes token {max(ids)} of the prompt {prompt[:SHOWN]!r}, but the "
-                f"model has {vocabulary} tokens only",
-                hint="put the model's own tokenizer beside its weights",
-            )
-    return found
+def _fit_recipe(
+    subject: Subject, out: str | Path | None, *, method: str, data: Data, settings: FitSettings, progress: Progress
+) -> FitResult:
+    if out is None:
+        raise PlanError(
+            f"{subject.origin} is a recipe, so its fitted MoE needs a folder, found none",
+            hint=f"say where: `frankenmoe fit {subject.origin} OUT`",
+        )
+
+    def maker(made: Plan, progress: Progress) -> MadeRouters:
+        fitted = fit_plan(made, method=method, data=data, folder=Path.cwd(), settings=settings, progress=progress)
+        return MadeRouters(fitted.routers, fitted.statistics)
+
+    artifact = build(with_maker(subject, maker), out, virtual=True, progress=progress, stage="fit")
+    return FitResult(artifact, True, artifact.record["stages"][-1]["fit"])
+
+
+def located(data: Data) -> dict[str, tuple[str, ...]]:
+    """Files by their full path, so that a record can name them from anywhere; hub datasets as they are."""
+    return {name: tuple(user_path(each, folder=Path.cwd()) for each in names) for name, names in data.items()}
+
+
+def _method(recipe: Recipe, data: Data) -> str:
+    if recipe.gate_mode in FIT_MODES:
+        return str(recipe.gate_mode)
+    return FROM_DATA if data or _have_data(recipe.experts) else FROM_PROMPTS
+
+
+def _have_data(experts: Sequence[Expert]) -> bool:
+    return any(expert.data or _have_data(expert.experts) for expert in experts)
+
+
+def _biased(artifact: Artifact, report: Mapping[str, Any]) -> bool:
+    """Whether the old routers were fitted to these held-out prompts, so that comparing them would mean nothing."""
+    if not report["held_out_seen"] or not (artifact.folder / STATISTICS).is_file():
+        return False
+    return bool(load_statistics(artifact.folder / STATISTICS).facts.get("held_out_seen"))
+
+
+def add_expert(
+    what: Subject | Artifact | str | Path,
+    out: str | Path,
+    *,
+    source: str,
+    name: str,
+    data: Sequence[str],
+    settings: FitSettings | None = None,
+    progress: Progress = SILENT,
+    **changes: Any,
+) -> FitResult:
+    """A new artifact `out` like `what` with one expert more, its router fitted without the others' text.
+
+    The kept statistics and those of the new expert's text give closed-form gates (by default ridge) of the scale that
+    was found before. Raises ArtifactError where the artifact has no statistics.
+    """
+    subject = open_subject(what)
+    settings = settings_with(settings or FitSettings(), changes)
+    if subject.artifact is None:
+        raise PlanError(
+            f"{subject.origin} is a recipe, expected an artifact with fitted routers",
+            hint="add the expert to the recipe, or make an artifact with `frankenmoe fit` first",
+        )
+    known = load_statistics(subject.artifact.folder / STATISTICS)
+    if settings.method not in (None, *CLOSED):
+        raise PlanError(
+            f"method {settings.method} needs the text of every expert, expected one of {', '.join(CLOSED)}",
+            hint="leave --method out for ridge",
+        )
+    chosen = settings.method or str(known.facts["method"])
+    chosen = chosen if chosen in CLOSED else "ridge"
+    recipe = _with_expert(subject.plan.recipe, known.facts, source=source, name=name, data=data, method=chosen)
+    old = gate_tensors(subject.routers(progress).routers)
+
+    def maker(made: Plan, progress: Progress) -> MadeRouters:
+        added = add_text(made, known, name=name, method=chosen, old=old, settings=settings, progress=progress)
+        return MadeRouters(added.routers, added.statistics)
+
+    larger = Subject(recipe, trust_remote_code=subject.trust_remote_code, maker=maker)
+    made = build(larger, out, virtual=not subject.built, progress=progress, stage="add-expert")
+    return FitResult(made, True, made.record["stages"][-1]["fit"])
+
+
+def _with_expert(
+    recipe: Recipe, facts: Mapping[str, Any], *, source: str, name: str, data: Sequence[str], method: str
+) -> Recipe:
+    """The recipe with one expert more; those without text in it get the data that they were fitted on."""
+    if any(expert.name == name for expert in recipe.experts):
+        raise RecipeError(f"there is an expert {name!r} already", hint="give the new one another name")
+    plain = {key: value for key, value in recipe.to_dict().items() if key != "routers"}  # of the experts before
+    experts = []
+    for expert, written in zip(recipe.experts, plain["experts"], strict=True):
+        origin = facts["text"].get(expert.name, {}).get("from", [])
+        taken = {} if expert.data or expert.positive_prompts or expert.experts else {"data": list(origin)}
+        experts.append({**written, "name": expert.name, **taken})
+    path = Path(source).expanduser()
+    new = {
+        "source_model": str(path.absolute()) if path.exists() else source,
+        "name": name,
+        "data": list(located({name: data})[name]),
+    }
+    text = yaml.safe_dump({**plain, "gate_mode": method, "experts": [*experts, new]}, sort_keys=False)
+    return Recipe.parse(text, folder=recipe.folder, origin=recipe.origin)

@@ -1,21 +1,23 @@
-"""How sharp a router should be: one line search over a factor on all gates; does not know what the loss is of."""
+"""Finds how sharp routers should be: a line search over one factor for all gates."""
 
 import math
 from collections.abc import Callable
 
 FACTOR = 1.6
 MOST = 12
-DEVIATION = 0.5  # of the logarithm of the factor, before any text was seen
+DEVIATION = 0.5  # of the prior of the factor's logarithm
 
 
 def search(loss: Callable[[float], float], *, start: float, tokens: int) -> tuple[float, dict[float, float]]:
-    """The best factor found, and every one that was tried with its value.
+    """The best factor, and the value of every factor that was tried.
 
-    The value is the loss, nats per token over `tokens` tokens, and the share of each token in a log-normal prior around
-    `start`: with thousands of held-out tokens the prior is nothing, with a few hundred it keeps chance differences from
-    making routers very sharp or flat. Walks from `start` by FACTOR in the direction that helps until it helps no more,
-    then looks half a step to either side: about six losses, at most MOST. Over the logarithm of the factor the loss is
-    smooth and has one valley: at 0 experts are averaged, at infinity only the first counts.
+    The value is the loss (nats per token over `tokens` tokens) plus each token's share of a log-normal prior around
+    `start`. With thousands of held-out tokens the prior has no effect. With a few hundred it keeps chance from making
+    routers very sharp or flat.
+
+    The search goes from `start` in steps of FACTOR while the value falls, then tries half a step to either side: about
+    six losses, at most MOST. The loss is smooth in the factor's logarithm and has one minimum: at 0 experts are
+    averaged, at infinity only the first one counts.
     """
     tried: dict[float, float] = {}
 

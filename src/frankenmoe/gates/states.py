@@ -1,6 +1,5 @@
-"""What routers really read: the input of every MoE block, token by token, over any model whose `mlp` is one of ours.
+"""Router inputs: what every MoE block of a model reads, token by token, and the loss of the tokens that follow.
 
-Does not know how tokens are routed while it watches, nor what becomes of the states.
 Shape suffixes: B blocks in a batch, T tokens, N real tokens of a batch, D hidden.
 """
 
@@ -17,27 +16,27 @@ from frankenmoe.gates.forcing import moe_blocks
 
 BATCH_TOKENS = 2048
 OnStates = Callable[[int, torch.Tensor], None]
-"""Layer, states_ND: hears of every batch once per layer."""
+"""Called with (layer, states_ND), once per batch and layer."""
 Advance = Callable[[int], None]
-"""Hears how many tokens more are done."""
+"""Called with the number of tokens that were just done."""
 
 
 def silent(tokens: int) -> None:
-    """Nobody listens."""
+    """Ignores progress."""
 
 
 @torch.no_grad()
 def watch_inputs(
     model: PreTrainedModel, blocks: Sequence[Block], on_states: OnStates, *, on_tokens: Advance = silent
 ) -> None:
-    """Runs `blocks` and shows every layer's router input, [N, D] in float32; padding is never among it.
+    """Runs `blocks` and passes every layer's router input, [N, D] in float32 without padding, to `on_states`.
 
-    Batches are padded on the right: with causal attention no real token sees the padding, so its state is the same
-    alone and in company.
+    Batches are padded on the right. With causal attention no real token sees the padding, so batching does not change
+    its state.
     """
     decoder = model.get_decoder()
     for batch in batches(blocks):
-        ids_BT, mask_BT = padded(batch)
+        ids_BT, mask_BT = padded([block.ids for block in batch])
         with ExitStack() as hooks:
             for layer, moe_block in enumerate(moe_blocks(model)):
                 hooks.callback(moe_block.register_forward_pre_hook(_listener(layer, mask_BT, on_states)).remove)
@@ -54,33 +53,21 @@ def _listener(layer: int, mask_BT: torch.Tensor, on_states: OnStates) -> Callabl
     return listen
 
 
-@torch.no_grad()
 def mean_loss(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> float:
-    """Nats per learnt token over `blocks`; NaN where none is learnt."""
-    total, count = 0.0, 0
-    for batch in batches(blocks):
-        ids_BT, mask_BT = padded(batch)
-        learn_BT = torch.zeros_like(mask_BT)
-        for row, block in enumerate(batch):
-            learn_BT[row, : len(block.ids)] = torch.tensor(block.learn)
-        logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
-        wanted = learn_BT[:, 1:]
-        losses = functional.cross_entropy(logits[:, :-1][wanted].float(), ids_BT[:, 1:][wanted], reduction="sum")
-        total += float(losses)
-        count += int(wanted.sum())
-        on_tokens(sum(len(block.ids) for block in batch))
-    return total / count if count else float("nan")
+    """Nats per token over the tokens of `blocks` that are learnt; NaN if there are none."""
+    count = sum(sum(block.learn[1:]) for block in blocks)
+    return float(next_losses(model, blocks, on_tokens=on_tokens).double().sum()) / count if count else float("nan")
 
 
 @torch.no_grad()
 def next_losses(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> torch.Tensor:
-    """[N], for every token that `watch_inputs` shows and in its order: the loss of the token that follows.
+    """losses_N: for every token, in the order of `watch_inputs`, the loss of the next token.
 
-    0 where none follows, or one that is not learnt.
+    Zero if there is no next token, or if it is not learnt.
     """
     found = []
     for batch in batches(blocks):
-        ids_BT, mask_BT = padded(batch)
+        ids_BT, mask_BT = padded([block.ids for block in batch])
         logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
         for row, block in enumerate(batch):
             length = len(block.ids)
@@ -94,7 +81,7 @@ def next_losses(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: A
 
 
 def batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
-    """Blocks of like length together, at most BATCH_TOKENS with their padding."""
+    """Batches of blocks of similar length, each at most BATCH_TOKENS tokens including padding."""
     batch: list[Block] = []
     for block in sorted(blocks, key=lambda each: len(each.ids)):
         if batch and len(block.ids) * (len(batch) + 1) > BATCH_TOKENS:
@@ -105,9 +92,9 @@ def batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-def padded(batch: Sequence[Block]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     """ids_BT, padded on the right with token 0, and mask_BT (bool), True for real tokens."""
-    longest = max(len(block.ids) for block in batch)
-    ids_BT = torch.tensor([[*block.ids, *[0] * (longest - len(block.ids))] for block in batch])
-    mask_BT = torch.arange(longest)[None] < torch.tensor([len(block.ids) for block in batch])[:, None]
+    longest = max(map(len, batch))
+    ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch])
+    mask_BT = torch.arange(longest)[None] < torch.tensor([len(ids) for ids in batch])[:, None]
     return ids_BT, mask_BT

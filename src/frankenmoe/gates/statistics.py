@@ -1,26 +1,25 @@
-"""What closed-form routers are made of: counts, sums and second moments of the states of every text, which add up.
+"""What closed-form routers are computed from: counts, sums and second moments of the states of every text.
 
-Does not know models or tokens' text, nor how a gate is computed from them.
 Shape suffixes: U texts, C classes (the experts a router chooses among), L layers, D hidden, P pairs of D (a triangle).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
 
 VERSION = 1
 
 
 class Moments:
-    """Count, sum and uncentred second moment of one text's states, layer by layer, in float64, as they stream by."""
+    """Count, sum and uncentred second moment of one text's states per layer, in float64, summed batch by batch."""
 
     def __init__(self, *, layers: int, hidden: int) -> None:
         self.count_L = torch.zeros(layers, dtype=torch.int64)
@@ -28,7 +27,7 @@ class Moments:
         self.second_LDD = torch.zeros(layers, hidden, hidden, dtype=torch.float64)
 
     def add(self, layer: int, states_ND: torch.Tensor) -> None:
-        """Adds a batch of states; in which batches they come makes no difference."""
+        """Adds a batch of states. The split into batches makes no difference."""
         states_ND = states_ND.double()
         self.count_L[layer] += len(states_ND)
         self.sum_LD[layer] += states_ND.sum(dim=0)
@@ -36,8 +35,8 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class Text:
-    """One text as a router sees it: whose it is, which experts should get it (a distribution), how much it counts."""
+class RouterText:
+    """One text for one router: its name, the target distribution over the router's experts, and its weight."""
 
     name: str
     target_C: tuple[float, ...]
@@ -46,33 +45,28 @@ class Text:
 
 @dataclass(frozen=True)
 class RouterStatistics:
-    """All that closed-form gates of one router need: per text its token count and mean state, and pooled over texts,
-    each by its weight and not by its length, the uncentred second moment per token.
+    """What closed-form gates of one router need: the token count and mean state of each text, and the uncentred second
+    moment per token, pooled over texts by their weights.
 
-    Second moments are kept as one sum because no method needs more, and D x D numbers per layer are the bulk of it.
+    Second moments are one sum per layer: no method needs more, and their D x D numbers are most of the file.
     """
 
-    texts: tuple[Text, ...]
+    texts: tuple[RouterText, ...]
     count_U: torch.Tensor
     mean_ULD: torch.Tensor
     second_LDD: torch.Tensor
 
     def targets(self) -> torch.Tensor:
-        """[U, C]: which experts each text should go to."""
+        """targets_UC: the target distribution of each text."""
         return torch.tensor([text.target_C for text in self.texts], dtype=torch.float64)
 
     def weights(self) -> torch.Tensor:
-        """[U]: how much each text counts."""
+        """weights_U: the weight of each text."""
         return torch.tensor([text.weight for text in self.texts], dtype=torch.float64)
-
-    @property
-    def classes(self) -> int:
-        """How many experts the router chooses among."""
-        return len(self.texts[0].target_C)
 
 
 def start(*, layers: int, hidden: int) -> RouterStatistics:
-    """Statistics of no text yet."""
+    """Statistics without any text."""
     return RouterStatistics(
         (),
         torch.zeros(0, dtype=torch.int64),
@@ -81,8 +75,8 @@ def start(*, layers: int, hidden: int) -> RouterStatistics:
     )
 
 
-def with_text(statistics: RouterStatistics, text: Text, moments: Moments) -> RouterStatistics:
-    """The statistics with one text more. Texts known before get no share in experts that came later."""
+def with_text(statistics: RouterStatistics, text: RouterText, moments: Moments) -> RouterStatistics:
+    """The statistics with one more text. Earlier texts get a target of zero for experts that came later."""
     classes = len(text.target_C)
     known = tuple(
         replace(each, target_C=(*each.target_C, *[0.0] * (classes - len(each.target_C)))) for each in statistics.texts
@@ -98,22 +92,17 @@ def with_text(statistics: RouterStatistics, text: Text, moments: Moments) -> Rou
 
 @dataclass(frozen=True)
 class Fitted:
-    """The statistics file: one RouterStatistics per router, by path, and how gates were made of them.
+    """The content of the statistics file: one RouterStatistics per router, by path, and how gates were made from them.
 
-    `facts` is plain data: method, scale, where each expert's text came from, losses.
+    `facts` is plain data: method, scale, the origin of each expert's text, losses.
     """
 
     routers: Mapping[tuple[int, ...], RouterStatistics]
     facts: Mapping[str, object] = field(default_factory=dict)
 
 
-def save_statistics(file: Path, fitted: Fitted) -> None:
-    """Writes router-statistics.safetensors, whole or not at all."""
-    write_atomic(file, statistics_bytes(fitted))
-
-
 def statistics_bytes(fitted: Fitted) -> bytes:
-    """The statistics as a safetensors file; of second moments, which are symmetric, one triangle."""
+    """The statistics as the bytes of a safetensors file. Second moments are symmetric, so one triangle is stored."""
     tensors: dict[str, torch.Tensor] = {}
     about = []
     for path, router in fitted.routers.items():
@@ -134,10 +123,10 @@ def statistics_bytes(fitted: Fitted) -> bytes:
 
 
 def load_statistics(file: Path) -> Fitted:
-    """What `save_statistics` wrote; ArtifactError for a file that is not there, damaged, or of another version."""
+    """Reads a file of `statistics_bytes`. Raises ArtifactError if it is missing, damaged, or of another version."""
     if not file.is_file():
         raise ArtifactError(
-            f"{file.parent} has no {file.name}, so its routers were not fitted here",
+            f"{file.parent} has no {file.name}, so its routers were not fitted",
             hint=f"fit them first: `frankenmoe fit {file.parent}`",
         )
     try:
@@ -145,7 +134,7 @@ def load_statistics(file: Path) -> Fitted:
             metadata = opened.metadata() or {}
             if metadata.get("version") != str(VERSION):
                 raise ArtifactError(
-                    f"{file} is of version {metadata.get('version')}, this frankenmoe reads version {VERSION}",
+                    f"{file} has version {metadata.get('version')}, expected version {VERSION}",
                     hint="fit the routers again",
                 )
             routers = {
@@ -159,15 +148,14 @@ def load_statistics(file: Path) -> Fitted:
         raise ArtifactError(f"{file} is damaged: {error}", hint="fit the routers again") from error
 
 
-def _router(texts: Sequence[Mapping[str, object]], tensor: object, key: str) -> RouterStatistics:
-    assert callable(tensor)
+def _router(texts: Sequence[Mapping[str, Any]], tensor: Callable[[str], torch.Tensor], key: str) -> RouterStatistics:
     mean_ULD = tensor(f"{key}.mean")
     layers, hidden = mean_ULD.shape[1:]
     rows, columns = _triangle(hidden)
     second_LDD = torch.zeros(layers, hidden, hidden, dtype=torch.float64)
     second_LDD[:, rows, columns] = second_LDD[:, columns, rows] = tensor(f"{key}.second")
-    read = tuple(Text(str(each["name"]), tuple(each["target"]), float(each["weight"])) for each in texts)  # type: ignore[arg-type]
-    return RouterStatistics(read, tensor(f"{key}.count"), mean_ULD, second_LDD)
+    known = tuple(RouterText(each["name"], tuple(each["target"]), each["weight"]) for each in texts)
+    return RouterStatistics(known, tensor(f"{key}.count"), mean_ULD, second_LDD)
 
 
 def _triangle(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:

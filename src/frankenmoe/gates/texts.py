@@ -1,40 +1,36 @@
-"""Whose text is whose: every expert's data or prompts as blocks of tokens, and what each router should make of them.
-
-Knows nothing of models.
-"""
+"""Every expert's data or prompts as blocks of tokens, and each router's target for every text."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any
 
 from frankenmoe.data.blocks import Block, hold_out, text_blocks
 from frankenmoe.data.documents import Document, read_documents
 from frankenmoe.errors import RecipeError, SourceError
-from frankenmoe.gates.statistics import Text
+from frankenmoe.gates.statistics import RouterText
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED
+from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.recipe import Expert
 from frankenmoe.suggest import did_you_mean
-
-Path = tuple[int, ...]
 
 LENGTH = 256  # tokens of a block
 TOKENS = 32_768  # tokens of data per expert
 HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
-PROMPTS = ("prompts",)  # the origin of text that is no data
-SHORTEST = 16  # tokens of the shortest blocks that text is cut into once more
+PROMPTS = ("prompts",)  # the origin of text from prompts
+SHORTEST = 16  # tokens of the shortest blocks that `cut_again` makes
 
 
 @dataclass(frozen=True)
 class OwnText:
-    """An expert's text, or (`negative`) text that it should not get. `path` is the way to that expert.
+    """An expert's text, or (`negative`) text that it should not get. `path` is the path of that expert.
 
-    `origin` says where it came from; `kept` is fitted on, `held` chooses the scale and measures.
+    `origin` are files or datasets, or PROMPTS. `kept` is for fitting; `held` is for the choice of the scale and for
+    measuring.
     """
 
     name: str
-    path: Path
+    path: RouterPath
     negative: bool
     origin: tuple[str, ...]
     kept: tuple[Block, ...]
@@ -54,23 +50,25 @@ def read_texts(
     tokenizer: Any,
     *,
     data: Mapping[str, Sequence[str]] | None = None,
-    folder: FilePath | None = None,
+    folder: Path | None = None,
     tokens: int = TOKENS,
     length: int = LENGTH,
     only: str | None = None,
 ) -> tuple[OwnText, ...]:
     """The text of every expert at every depth, and of a gated shared expert: its data, or else its prompts.
 
-    `data` maps experts' names ("group/leaf" for nested ones) to files or datasets that go before the recipe's; their
-    paths start at `folder`, those of the recipe at the recipe. `only` reads one expert's.
-    Raises RecipeError for a name that is no expert's or an expert without text, SourceError for text that cannot be
-    read or is shorter than a block.
+    `data` maps experts' names ("group/leaf" for nested ones) to files or datasets, which replace those of the recipe.
+    Their paths are relative to `folder`, those of the recipe to the recipe. `only` reads one expert's text.
+    Raises RecipeError for an unknown expert or an expert without text, SourceError for text that cannot be read or is
+    shorter than a block.
     """
     named = dict(_named(plan))
     given = dict(data or {})
     for name in given:
         if name not in named:
-            raise RecipeError(f"there is no expert {name!r} to give data to", hint=did_you_mean(name, named))
+            raise RecipeError(
+                f"data is given for {name!r}, but there is no expert {name!r}", hint=did_you_mean(name, named)
+            )
     longest = plan.base.config.get("max_position_embeddings")
     length = min(length, longest) if isinstance(longest, int) else length
     found: list[OwnText] = []
@@ -86,7 +84,7 @@ def read_texts(
         elif not expert.experts and path != SHARED:
             raise RecipeError(
                 f"expert {name!r} has neither data nor positive_prompts, so no router can be fitted to it",
-                hint=f"say --data {name}=FILE, or add data to the recipe",
+                hint=f"use --data {name}=FILE, or add data to the recipe",
             )
         if expert.negative_prompts:
             found.append(_from_prompts(name, path, expert.negative_prompts, tokenizer, length, negative=True))
@@ -95,20 +93,22 @@ def read_texts(
     return tuple(found)
 
 
-def _named(plan: Plan) -> Iterator[tuple[str, tuple[Path, Expert]]]:
+def _named(plan: Plan) -> Iterator[tuple[str, tuple[RouterPath, Expert]]]:
     yield from _below(plan.recipe.experts, (), "")
     if plan.gated_shared:
         yield plan.recipe.shared_experts[0].name, (SHARED, plan.recipe.shared_experts[0])
 
 
-def _below(experts: tuple[Expert, ...], path: Path, prefix: str) -> Iterator[tuple[str, tuple[Path, Expert]]]:
+def _below(
+    experts: tuple[Expert, ...], path: RouterPath, prefix: str
+) -> Iterator[tuple[str, tuple[RouterPath, Expert]]]:
     for index, expert in enumerate(experts):
         yield prefix + expert.name, ((*path, index), expert)
         yield from _below(expert.experts, (*path, index), f"{prefix}{expert.name}/")
 
 
 def _from_data(
-    name: str, path: Path, names: tuple[str, ...], tokenizer: Any, folder: FilePath, tokens: int, length: int
+    name: str, path: RouterPath, names: tuple[str, ...], tokenizer: Any, folder: Path, tokens: int, length: int
 ) -> OwnText:
     try:
         blocks = text_blocks(
@@ -121,7 +121,7 @@ def _from_data(
 
 
 def _from_prompts(
-    name: str, path: Path, prompts: tuple[str, ...], tokenizer: Any, length: int, *, negative: bool
+    name: str, path: RouterPath, prompts: tuple[str, ...], tokenizer: Any, length: int, *, negative: bool
 ) -> OwnText:
     blocks = []
     for prompt in prompts:
@@ -140,30 +140,30 @@ def _check_vocabulary(plan: Plan, text: OwnText) -> None:
     most = max(max(block.ids) for block in (*text.kept, *text.held))
     if vocabulary and most >= vocabulary:
         raise SourceError(
-            f"the tokenizer in {plan.base.folder} makes token {most} of the text of {text.name!r}, but the model has "
-            f"{vocabulary} tokens only",
-            hint="put the model's own tokenizer beside its weights",
+            f"the tokenizer in {plan.base.folder} makes token {most} from the text of {text.name!r}, but the model has "
+            f"only {vocabulary} tokens",
+            hint="put the model's own tokenizer next to its weights",
         )
 
 
-def router_texts(texts: Sequence[OwnText], path: Path, classes: int) -> list[tuple[int, Text]]:
-    """What the router at `path` should make of which texts, by their index: for each a distribution over its experts.
+def router_texts(texts: Sequence[OwnText], path: RouterPath, classes: int) -> list[tuple[int, RouterText]]:
+    """(index of a text, target) for each text of the router at `path`; a target is a distribution over its experts.
 
-    An expert's text, and that of everything nested in it, goes to that expert; negative text of an expert goes to its
-    siblings in equal parts; SHARED has two classes, the shared expert's own text (0) and everybody else's (1).
-    All classes weigh the same, however many texts they have.
+    The text of an expert, and of everything nested in it, goes to that expert. Negative text of an expert goes to its
+    siblings in equal parts. SHARED has two classes: the shared expert's own text (0) and all other text (1).
+    All classes have equal weight, whatever their number of texts.
     """
     placed = [(index, text, target) for index, text in enumerate(texts) if (target := _target(text, path, classes))]
     members = {
         target: sum(other == target and not text.negative for _, text, other in placed) for _, _, target in placed
     }
     return [
-        (index, Text(text.title, target, 1.0 if text.negative else 1 / members[target]))
+        (index, RouterText(text.title, target, 1.0 if text.negative else 1 / members[target]))
         for index, text, target in placed
     ]
 
 
-def _target(text: OwnText, path: Path, classes: int) -> tuple[float, ...] | None:
+def _target(text: OwnText, path: RouterPath, classes: int) -> tuple[float, ...] | None:
     if path == SHARED:
         own = text.path == SHARED and not text.negative
         return (1.0, 0.0) if own else (0.0, 1.0)
@@ -179,10 +179,10 @@ def _target(text: OwnText, path: Path, classes: int) -> tuple[float, ...] | None
 
 
 def cut_again(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block, ...]]:
-    """The blocks as they are, and their text cut into blocks of a quarter and of a sixteenth of the longest.
+    """The blocks, and their text cut into blocks of a quarter and a sixteenth of the longest one's length.
 
-    At the start of a text hardly anything tells whose it is, and that is where most wrong choices are made: short
-    blocks are all start. Each begins with `bos` if the one it is cut from does.
+    Most wrong choices are made at the start of a text, where little tells its domain. Short blocks have more starts.
+    Each begins with `bos` if the original block does.
     """
     longest = max(len(block.ids) for block in blocks)
     found = [tuple(blocks)]

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.cpu.onetoken import OneToken
 from frankenmoe.moe.experts import DropPolicy, apply_capacity, dispatch
-from frankenmoe.moe.grouping import Group, Watch, group_experts, within
-from frankenmoe.moe.onetoken import OneToken
-from frankenmoe.moe.packing import Packing
+from frankenmoe.moe.gpu.packing import Packing
+from frankenmoe.moe.grouping import Group, Grouping
 from frankenmoe.moe.router import Router, Routing
 
 # T tokens, D hidden, E experts, K top-k
@@ -81,20 +81,13 @@ class MoEBlock(nn.Module):
         self.experts = nn.ModuleList(experts)
         self.shared = shared
         self.shared_gate = None if shared_gate is None else _linear(shared_gate)
-        self._groups: tuple[Group, ...] = ()
-        self._experts: tuple[int, ...] = ()  # that these are of, and what must hold within them
-        self._within = Watch()
-        self._packing, self._one_token = Packing(), OneToken()
+        self._grouping, self._packing, self._one_token = Grouping(), Packing(), OneToken()
         _check(self)
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The experts by what they share; found again when one of them, or a part of it that is shared, is replaced."""
-        now = tuple(map(id, self.experts))
-        if self._experts != now or not self._within.holds():
-            self._experts, self._groups = now, group_experts(self.experts)
-            self._within = within(self._groups, self.experts)
-        return self._groups
+        """The experts by what they share; a new tuple after a change within the experts."""
+        return self._grouping.of(self.experts)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[..., D] to [..., D], the same shape and dtype."""
@@ -110,10 +103,8 @@ class MoEBlock(nn.Module):
         return out_TD.reshape(hidden.shape)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        self._packing, self._one_token = (
-            Packing(),
-            OneToken(),
-        )  # .to() and the like move every weight by itself: what was packed may go
+        # .to() and the like move every weight on its own, so the packed memory is no longer needed
+        self._packing, self._one_token = Packing(), OneToken()
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self
 

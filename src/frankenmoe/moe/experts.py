@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 from torch import nn
 
-from frankenmoe.moe import grouped
+from frankenmoe.moe.cpu.onetoken import OneToken
+from frankenmoe.moe.gpu import grouped
+from frankenmoe.moe.gpu.packing import Packed
 from frankenmoe.moe.grouping import Gated, Group, group_experts
 from frankenmoe.moe.lean import Share, mix
-from frankenmoe.moe.onetoken import OneToken
-from frankenmoe.moe.packing import Packed
 
 # T tokens, D hidden, F ffn, E experts, K top-k, N tokens of one expert or group, M of one member of a group
 # A = K * T assignments by choice, then by token

@@ -1,8 +1,8 @@
-"""Which experts hold the same weights, wholly or but for their adapters; computes nothing with them."""
+"""Finds the experts of a block that share weights, and notices when that changes. Computes nothing with them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from frankenmoe.moe.linear import Linear, is_linear
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP"})
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-Entry = tuple[Mapping[str, object], str, object]
 
 
 @dataclass(frozen=True)
@@ -40,19 +39,60 @@ class Group:
     loras: tuple[Mapping[str, LoraLinear], ...] = ()
 
 
-class Watch(NamedTuple):
-    """What must be as it was: entries (owner, name, what stands there) of modules' tables, and hooks, of which none."""
+class Transient:
+    """State that a copy of a block, or a block read from a file, does not inherit: it is about other modules."""
 
-    parts: tuple[Entry, ...] = ()
-    hooks: tuple[Mapping[int, object], ...] = ()
+    def __reduce__(self) -> tuple[type["Transient"], tuple[()]]:
+        return type(self), ()
 
-    def __reduce__(self) -> tuple[type["Watch"], tuple[()]]:
-        """A copy, or what is read from a file, has nothing to watch: its modules are others, and grouped anew."""
-        return Watch, ()
+
+class Grouping(Transient):
+    """The groups of a block's experts, as long as nothing changes within the experts."""
+
+    def __init__(self) -> None:
+        self._groups: tuple[Group, ...] = ()
+        self._experts: tuple[int, ...] = ()
+        self._watch = Watch([])
+
+    def of(self, experts: nn.ModuleList) -> tuple[Group, ...]:
+        """The same tuple as before, or a new one if an expert, or anything that `Watch` sees within one, changed."""
+        now = tuple(map(id, experts))
+        if self._experts != now or not self._watch.holds():
+            self._experts, self._groups = now, group_experts(experts)
+            self._watch = Watch([expert for expert in experts if _is_gated(expert)])
+        return self._groups
+
+
+class Watch:
+    """What modules were like: parts, parameters, buffers, adapters' scales, and who listens.
+
+    Numbers are not watched, nor where they lie in memory. `torch.compile` can trace `holds`.
+    """
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        modules = list({module: None for root in roots for module in root.modules()})
+        tables = [(module._modules, module._parameters, module._buffers) for module in modules]
+        entries: list[tuple[Mapping[str, Any], str, Any]] = [
+            *((table, name, part) for each in tables for table in each for name, part in table.items()),
+            *((vars(module), "forward", vars(module).get("forward")) for module in modules),
+        ]
+        self._entries = tuple(entries)
+        hooks = [vars(module)[registry] for module in modules for registry in REGISTRIES]
+        self._silent = tuple(hook for hook in hooks if not hook)
+        self._heard = tuple(hook for hook in hooks if hook)
+        parameters = [part for module in modules for part in module._parameters.values() if part is not None]
+        self._learning = [(part, part.requires_grad) for part in parameters]
+        self._scales = [(module, module.scale) for module in modules if isinstance(module, LoraLinear)]
 
     def holds(self) -> bool:
-        """Asked for at every forward: nothing replaced, and nobody listens."""
-        return not any(self.hooks) and all(owner.get(name) is part for owner, name, part in self.parts)
+        """Whether nothing was replaced, no hook came or went, and the same parameters learn."""
+        return (
+            not any(self._silent)
+            and all(self._heard)
+            and all(owner.get(name) is part for owner, name, part in self._entries)
+            and all(part.requires_grad == learns for part, learns in self._learning)
+            and all(lora.scale == scale for lora, scale in self._scales)
+        )
 
 
 def group_experts(experts: Iterable[nn.Module]) -> tuple[Group, ...]:
@@ -68,18 +108,16 @@ def _group(entries: list[tuple[int, nn.Module]]) -> Group:
     first = modules[0]
     if all(module is first for module in modules):
         return Group(members, first)
-    gate, up, down = (_base(first, name) for name in PROJECTIONS)
-    assert isinstance(first.act_fn, nn.Module)
-    return Group(members, first, Gated(gate, up, down, first.act_fn), tuple(map(_loras, modules)))
+    return Group(members, first, gated(first), tuple(map(_loras, modules)))
 
 
 def _key(expert: nn.Module) -> object:
     """Equal for experts that can share work: the same module, or adapters over the same FFN."""
-    if type(expert).__name__ not in GATED_MLPS or not all(_is_linear(getattr(expert, name)) for name in PROJECTIONS):
+    if not _is_gated(expert) or not all(is_linear(_base(expert, name)) for name in PROJECTIONS):
         return id(expert)
     if listened(expert, *(module for module in expert.modules() if isinstance(module, LoraLinear))):
         return id(expert)
-    if any("forward" in vars(module) for module in expert.modules()):  # accelerate brings weights there
+    if any("forward" in vars(module) for module in expert.modules()):  # accelerate fetches offloaded weights there
         return id(expert)
     bases = [_base(expert, name) for name in PROJECTIONS]
     if bases[-1].bias is not None:  # it would have to be weighted too
@@ -87,45 +125,26 @@ def _key(expert: nn.Module) -> object:
     return type(expert), id(expert.act_fn), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
 
 
-def within(groups: Iterable[Group], experts: Sequence[nn.Module] | nn.ModuleList) -> Watch:
-    """What these groups depend on within experts that share an FFN; the others are called as they are."""
-    parts: dict[tuple[int, str], Entry] = {}
-    hooks: list[Mapping[int, object]] = []
-    for expert in (experts[member] for group in groups if group.base is not None for member in group.members):
-        layers = [getattr(expert, name) for name in PROJECTIONS]
-        loras = [layer for layer in layers if isinstance(layer, LoraLinear)]
-        bases = [_base(expert, name) for name in PROJECTIONS]
-        entries: list[Entry] = [
-            *((expert._modules, name, expert._modules[name]) for name in (*PROJECTIONS, "act_fn")),
-            *((lora._modules, "base", lora.base) for lora in loras),
-            *((base._parameters, "weight", base._parameters.get("weight")) for base in bases),
-            *((vars(module), "forward", None) for module in (expert, *loras)),
-        ]
-        parts |= {(id(owner), name): (owner, name, part) for owner, name, part in entries}
-        hooks += [vars(module)[registry] for module in (expert, *loras) for registry in REGISTRIES]
-    return Watch(tuple(parts.values()), tuple(hooks))
+def gated(expert: nn.Module) -> Gated:
+    """The FFN of one of GATED_MLPS, without its adapters."""
+    gate, up, down = (_base(expert, name) for name in PROJECTIONS)
+    return Gated(gate, up, down, expert.get_submodule("act_fn"))
 
 
 def listened(*modules: nn.Module) -> bool:
-    """Whether calling one of these does more than its class says."""
-    for module in modules:
-        own = module.__dict__  # sooner than through attributes
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-            return True
-        if "forward" in own:
-            return True
-    return False
+    """Whether calling one of these does more than its class says: it has hooks, or a `forward` of its own."""
+    return any(
+        "forward" in vars(module) or any(vars(module)[registry] for registry in REGISTRIES) for module in modules
+    )
 
 
-def _is_linear(module: object) -> bool:
-    return is_linear(module.base if isinstance(module, LoraLinear) else module)
+def _is_gated(expert: nn.Module) -> bool:
+    return type(expert).__name__ in GATED_MLPS
 
 
-def _base(expert: nn.Module, name: str) -> Linear:
+def _base(expert: nn.Module, name: str) -> Any:
     projection = getattr(expert, name)
-    base = projection.base if isinstance(projection, LoraLinear) else projection
-    assert is_linear(base)
-    return base
+    return projection.base if isinstance(projection, LoraLinear) else projection
 
 
 def _loras(expert: nn.Module) -> Mapping[str, LoraLinear]:

@@ -4,7 +4,6 @@ torch multiplies 16-bit matrices on a CPU without such instructions several time
 reads the weights as they are stored and sums in float32, so results are those of torch to rounding.
 """
 
-from collections.abc import Container
 from functools import cache
 from types import ModuleType
 from typing import Any, TypeGuard
@@ -19,8 +18,7 @@ from frankenmoe.progress import SILENT, Progress
 # T tokens, I inputs, O outputs
 
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}  # of weights
-FLOAT32 = (torch.float32,)
-FLOAT_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of all else
+LOW_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of adapters
 # what a CPU must have to multiply a type by itself, as torch.cpu.get_capabilities() calls it
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
 FEW = 4  # tokens below which memory decides, and no instruction helps
@@ -163,25 +161,19 @@ def torch_is_fast(shape: torch.Size, dtype: torch.dtype) -> bool:
 def _product(
     hidden: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None, bias_O: torch.Tensor | None
 ) -> torch.Tensor:
-    """hidden @ (scale * weight).T + bias, [..., I] to [..., O], in the weight's dtype or, of int8, that of `hidden`."""
+    """hidden @ (scale * weight).T + bias, [..., I] to [..., O], in the weight's dtype or, for int8, the inputs'."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         found: torch.Tensor = _Product.apply(hidden, weight_OI, scale_O, bias_O)  # type: ignore[no-untyped-call]
         return found
-    compiled = kernels() if _readable(hidden, weight_OI, scale_O, bias_O) else None
-    dtype = hidden.dtype if scale_O is not None else weight_OI.dtype
-    if compiled is not None and 0 < hidden.shape[:-1].numel() < FEW and dtype == hidden.dtype in FLOAT_KINDS:
-        return _few(compiled, hidden, weight_OI, scale_O, bias_O)
     wide_TI = hidden.reshape(-1, hidden.shape[-1]).to(torch.float32).contiguous()
-    out_TO = _sums(wide_TI, weight_OI, compiled)
-    if scale_O is not None:
-        out_TO *= scale_O
+    out_TO = _sums(wide_TI, weight_OI, scale_O)
     if bias_O is not None:
         out_TO += bias_O
-    return out_TO.to(dtype).view(*hidden.shape[:-1], len(weight_OI))
+    return out_TO.to(weight_OI.dtype if scale_O is None else hidden.dtype).view(*hidden.shape[:-1], len(weight_OI))
 
 
 class _Product(torch.autograd.Function):
-    """`_product` differentiable in `hidden`; keeps nothing but the weights for that."""
+    """`_product` with a gradient for `hidden`; keeps only the weights for backward."""
 
     @staticmethod
     def forward(
@@ -207,53 +199,15 @@ class _Product(torch.autograd.Function):
         return out_TI.to(dtype).view(*grad.shape[:-1], weight_OI.shape[1]), None, None, None
 
 
-def _readable(
-    hidden: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None, bias_O: torch.Tensor | None
-) -> bool:
-    """Whether compiled code can have all of it, and is any use."""
-    return (
-        SHORT <= hidden.shape[-1] == weight_OI.shape[1]
-        and weight_OI.is_contiguous()
-        and (bias_O is None or is_row(bias_O, weight_OI, dtypes=FLOAT_KINDS))
-        and (scale_O is None or is_row(scale_O, weight_OI))
-        and have_addresses(hidden, weight_OI, scale_O, bias_O)
-    )
-
-
-def is_row(numbers: torch.Tensor, weight_OI: torch.Tensor, *, dtypes: Container[torch.dtype] = FLOAT32) -> bool:
-    """Whether there is one number for each output, of one of these types, without gaps; torch repeats a single one."""
-    return numbers.shape == weight_OI.shape[:1] and numbers.dtype in dtypes and numbers.is_contiguous()
-
-
-def _few(
-    compiled: ModuleType,
-    hidden: torch.Tensor,
-    weight_OI: torch.Tensor,
-    scale_O: torch.Tensor | None,
-    bias_O: torch.Tensor | None,
-) -> torch.Tensor:
-    """`_product` in one call: weights stream through the cache, so that each of torch's finds its own code gone."""
-    outputs, inputs = weight_OI.shape
-    hidden = hidden.contiguous()
-    out = hidden.new_empty(*hidden.shape[:-1], outputs)
-    compiled.few(
-        (KINDS[weight_OI.dtype], weight_OI.data_ptr(), 0 if scale_O is None else scale_O.data_ptr()),
-        (FLOAT_KINDS[hidden.dtype], hidden.data_ptr()),
-        out.data_ptr(),
-        None if bias_O is None else (FLOAT_KINDS[bias_O.dtype], bias_O.data_ptr()),
-        sizes=(hidden.numel() // inputs, outputs, inputs),
-        threads=torch.get_num_threads(),
-    )
-    return out
-
-
-def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor, compiled: ModuleType | None) -> torch.Tensor:
-    """wide_TI @ weight_OI.T in float32."""
+def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None) -> torch.Tensor:
+    """wide_TI @ (scale * weight).T in float32."""
     out_TO = wide_TI.new_empty(len(wide_TI), len(weight_OI))
+    compiled = kernels() if _readable(wide_TI, weight_OI, scale_O) else None
     if compiled is not None:
         compiled.product(
             KINDS[weight_OI.dtype],
             weight_OI.data_ptr(),
+            0 if scale_O is None else scale_O.data_ptr(),
             wide_TI.data_ptr(),
             out_TO.data_ptr(),
             sizes=(len(wide_TI), *weight_OI.shape),
@@ -261,8 +215,24 @@ def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor, compiled: ModuleType |
         )
         return out_TO
     for rows, chunk in _widened(weight_OI):
-        out_TO[:, rows].addmm_(wide_TI, chunk.T, beta=0)  # in place: autocast would round to 16 bits what was widened
-    return out_TO
+        out_TO[:, rows].addmm_(wide_TI, chunk.T, beta=0)  # in place, so that autocast does not round it to 16 bits
+    return out_TO if scale_O is None else out_TO.mul_(scale_O)
+
+
+def _readable(wide_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None) -> bool:
+    """Whether the kernels can compute this product, and are of any use."""
+    return (
+        len(wide_TI) > 0
+        and SHORT <= wide_TI.shape[1] == weight_OI.shape[1]
+        and weight_OI.is_contiguous()
+        and (scale_O is None or is_row(scale_O, weight_OI))
+        and have_addresses(wide_TI, weight_OI, scale_O)
+    )
+
+
+def is_row(scale_O: torch.Tensor, weight_OI: torch.Tensor) -> bool:
+    """Whether there is one float32 number for each output, contiguous."""
+    return scale_O.shape == weight_OI.shape[:1] and scale_O.dtype == torch.float32 and scale_O.is_contiguous()
 
 
 def _widened(weight_OI: torch.Tensor) -> Any:
@@ -299,7 +269,7 @@ def prepare_kernels(model: nn.Module, progress: Progress = SILENT) -> bool:
 def kernels() -> ModuleType | None:
     """The compiled kernels, or None where numba (the extra `cpu`) or OpenMP is missing or unfit: torch does it then."""
     try:
-        from frankenmoe.moe import compiled
+        from frankenmoe.moe.cpu import compiled
     except ImportError:
         return None
     return compiled

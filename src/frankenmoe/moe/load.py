@@ -14,12 +14,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact.folder import Routers
 from frankenmoe.checkpoint import tensors as checkpoint
-from frankenmoe.checkpoint.reader import open_checkpoint
-from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import Scale, TensorWrite
 from frankenmoe.errors import ArtifactError, NumericsError, SourceError
-from frankenmoe.families import FAMILIES, FORMATS
 from frankenmoe.moe.adapter import Lora, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import (
@@ -36,8 +34,8 @@ from frankenmoe.moe.dense import (
 from frankenmoe.moe.router import Router
 from frankenmoe.moe.trace import RoutingTrace, concat, record
 from frankenmoe.planning import ExpertNode, Plan
-from frankenmoe.planning.compare import one_for_all
-from frankenmoe.planning.layout import SHARED, router_names
+from frankenmoe.planning.layout import SHARED
+from frankenmoe.planning.parts import Parts
 
 Gates = Mapping[str, torch.Tensor]
 ROUTERS_AGAIN = "the routers file was changed after it was written: fit the routers or build the artifact again"
@@ -65,131 +63,58 @@ class MoE:
         return load_tokenizer(self.folder)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What both forms are put together from: tensor writes under dense names, and gates by name.
-
-    `configs` has the transformers config of every source folder, from which an expert's own activation comes.
-    """
-
-    config: Any
-    configs: Mapping[Path, Any]
-    backbone: tuple[TensorWrite, ...]
-    nodes: tuple[ExpertNode, ...]
-    shared: tuple[ExpertNode, ...]
-    gates: Gates
-    gate_names: Callable[[tuple[int, ...]], tuple[str, ...]]
-    top_k: int
-    renormalize: bool
-    round_weights: bool
-    folder: Path
+def gate_tensors(routers: Routers) -> Gates:
+    """Gates as an artifact stores them, as tensors."""
+    return {
+        name: torch.from_numpy(raw.copy()).view(getattr(torch, checkpoint.DTYPES[kind].name)).view(shape)
+        for name, (kind, shape, raw) in routers.items()
+    }
 
 
-def check_loadable(plan: Plan, *, trust_remote_code: bool = False) -> None:
-    """SourceError for sources of which transformers can make no model that generates; needs their configs only."""
+def check_loadable(plan: Plan) -> None:
+    """SourceError for sources of which transformers can make no model that generates. Reads configs only."""
     for folder in {source.folder: None for source in plan.sources}:
-        skeleton(read_config(folder, trust_remote_code=trust_remote_code))
+        skeleton(read_config(folder, trust_remote_code=plan.trust_remote_code))
     _generation_config(plan.base.folder)
 
 
-def load_plan(
-    plan: Plan, gates: Gates, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
-) -> MoE:
-    """The virtual form: straight from the sources' mapped files. `options` are MoEBlock's (capacity, drop policy)."""
-    config = read_config(plan.base.folder, trust_remote_code=trust_remote_code)
-    if plan.base.own_head:
+def load_parts(parts: Parts, gates: Gates, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
+    """A running MoE from parts and gates (name -> [experts, hidden]); weights stay mapped unless `dtype` converts them.
+
+    `options` are MoEBlock's: capacity_factor, drop_policy. Raises SourceError, ArtifactError or NumericsError for
+    sources, tensors or gates that cannot be used.
+    """
+    configs = {folder: read_config(folder, trust_remote_code=parts.trust_remote_code) for folder in parts.sources}
+    config = configs.get(parts.folder) or AutoConfig.for_model(
+        **{key: value for key, value in parts.config.items() if key != "architectures"}
+    )
+    if parts.own_head:
         config.tie_word_embeddings = False
-    configs = {
-        source.folder: read_config(source.folder, trust_remote_code=trust_remote_code) for source in plan.sources
-    }
-    top_k = plan.recipe.experts_per_token
-    parts = Parts(
-        config=config,
-        configs=configs,
-        backbone=plan.backbone,
-        nodes=one_for_all(plan.nodes, plan.identical_experts),
-        shared=plan.shared,
-        gates=gates,
-        gate_names=plan.router_names,
-        top_k=top_k,
-        renormalize=top_k > 1 or plan.fmt is None or plan.fmt.renormalizes_top1,
-        round_weights=plan.fmt is not None and plan.fmt.rounds_weights,
-        folder=plan.base.folder,
-    )
-    return assemble(parts, dtype=dtype, **options)
+    return _assemble(parts, config, configs, gates, dtype=dtype, **options)
 
 
-def load_built(artifact: Artifact, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
-    """The built form: its own files, mapped; in any format that is written here, without remote code."""
-    tensors = open_checkpoint(artifact.folder).tensors
-    fmt, base = FORMATS.get(artifact.record["format"]), artifact.record["base_config"]
-    family = FAMILIES.get(str(base.get("model_type")))
-    try:
-        layers = family.dims(base).layers if family else 0
-    except (KeyError, TypeError, ValueError):
-        layers = 0
-    if fmt is None or family is None or not layers:
-        raise ArtifactError(
-            f"the record of {artifact.folder} has a format or base_config that no artifact is built with",
-            hint="it was edited: build the artifact again",
-        )
-    backbone = tuple(copy(tensors, name, name) for name in family.shapes(family.backbone, base))
-
-    def ffn(templates: Mapping[str, str], expert: int) -> tuple[Mapping[str, TensorWrite], ...]:
-        return tuple(
-            {
-                suffix: copy(tensors, template.format(layer=layer, expert=expert), f"model.layers.{layer}.mlp.{suffix}")
-                for suffix, template in templates.items()
-            }
-            for layer in range(layers)
-        )
-
-    no_loras: tuple[Mapping[str, Any], ...] = ({},) * layers
-    nodes = tuple(
-        ExpertNode(name, (index,), None, ffn(fmt.expert, index), no_loras)
-        for index, name in enumerate(artifact.record["experts"])
-    )
-    shared = tuple(
-        ExpertNode(name, (*SHARED, 0), None, ffn(fmt.shared, 0), no_loras) for name in artifact.record["shared_experts"]
-    )
-    config = AutoConfig.for_model(**{key: value for key, value in base.items() if key != "architectures"})
-    top_k = artifact.record["experts_per_token"]
-    parts = Parts(
-        config=config,
-        configs={},
-        backbone=backbone,
-        nodes=nodes,
-        shared=shared,
-        gates={name: as_tensor(copy(tensors, name, name)) for name in tensors if name.endswith("gate.weight")},
-        gate_names=lambda path: router_names(fmt, layers=layers, path=path),
-        top_k=top_k,
-        renormalize=top_k > 1 or fmt.renormalizes_top1,
-        round_weights=fmt.rounds_weights,
-        folder=artifact.folder,
-    )
-    return assemble(parts, dtype=dtype, **options)
-
-
-def copy(tensors: Mapping[str, TensorRef], stored: str, name: str) -> TensorWrite:
-    """The tensor stored under one name as a write under another."""
-    if stored not in tensors:
-        raise ArtifactError(f"the artifact has lost its tensor {stored}", hint="build the artifact again")
-    ref = tensors[stored]
-    return TensorWrite(name, ref.dtype, ref.shape, (ref,))
-
-
-def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
+def _assemble(
+    parts: Parts,
+    config: Any,
+    configs: Mapping[Path, Any],
+    gates: Gates,
+    *,
+    dtype: torch.dtype | None,
+    **options: Any,
+) -> MoE:
     """Loads the backbone as a dense model and puts an MoEBlock in the place of every `mlp`."""
     tensor = _tensor_cache(dtype)
     first = next(parts.nodes[0].leaves())
-    backbone, loras = low_rank(parts.config, parts.backbone)
+    backbone, loras = low_rank(config, parts.backbone)
     writes = (*backbone, *(write for row in first.ffn for write in row.values()))
     tensors = {write.name: tensor(write) for write in writes}
-    model = load_dense(parts.config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
+    model = load_dense(config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
     for name, lora in loras.items():
         wrap_linear(model, name, *_lora(lora, tensors[f"{name}.weight"].dtype))
     places = mlp_modules(model)
-    make = _block_maker(parts, {layer: mlp for layer, (_, mlp) in places.items()}, tensor, dtype, options)
+    own = {layer: mlp for layer, (_, mlp) in places.items()}
+    pattern = cache(_patterns(config, configs, own))
+    make = _block_maker(parts, gates, pattern, tensor, dtype, options)
     for layer, (holder, dense_mlp) in places.items():
         name = next(key for key, module in holder.named_children() if module is dense_mlp)
         setattr(holder, name, make(layer))
@@ -198,7 +123,7 @@ def assemble(parts: Parts, *, dtype: torch.dtype | None, **options: Any) -> MoE:
     head = model.get_output_embeddings()
     if head is not None:
         head.register_forward_pre_hook(_plain_strides)
-    return MoE(model=model.eval(), experts=tuple(node.name for node in parts.nodes), folder=parts.folder)
+    return MoE(model=model.eval(), experts=parts.experts, folder=parts.folder)
 
 
 def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
@@ -212,7 +137,7 @@ def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[t
 
 def low_rank(
     config: Any, backbone: tuple[TensorWrite, ...]
-) -> tuple[tuple[TensorWrite, ...], Mapping[str, checkpoint.Lora]]:
+) -> tuple[tuple[TensorWrite, ...], Mapping[str, checkpoint.LowRank]]:
     """The backbone's writes without the adapter terms that can stay beside a linear layer, and these, by its name.
 
     What is not a linear layer of its own, such as tied embeddings, keeps its term and gets it folded in.
@@ -221,7 +146,7 @@ def low_rank(
         write.name.removesuffix(".weight"): step
         for write in backbone
         for step in write.steps
-        if isinstance(step, checkpoint.Lora)
+        if isinstance(step, checkpoint.LowRank)
     }
     linears = linear_names(config) if terms else set()
     loras = {name: lora for name, lora in terms.items() if name in linears}
@@ -233,7 +158,7 @@ def low_rank(
     return tuple(plain), loras
 
 
-def _lora(lora: checkpoint.Lora, base: torch.dtype, *, factor: float = 1.0) -> Lora:
+def _lora(lora: checkpoint.LowRank, base: torch.dtype, *, factor: float = 1.0) -> Lora:
     """In the adapter's type or that of its base, whichever holds more: exact, and no wider than that needs."""
     stored = (as_tensor(TensorWrite(ref.name, ref.dtype, ref.shape, (ref,))) for ref in (lora.a, lora.b))
     a_RI, b_OR = (tensor.to(torch.promote_types(tensor.dtype, base)) for tensor in stored)
@@ -264,23 +189,23 @@ def _tensor_cache(dtype: torch.dtype | None) -> Callable[[TensorWrite], torch.Te
 
 def _block_maker(
     parts: Parts,
-    own: Mapping[int, nn.Module],
+    gates: Gates,
+    pattern: Callable[[Path | None], Mapping[int, nn.Module]],
     tensor: Callable[[TensorWrite], torch.Tensor],
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
 ) -> Callable[[int], MoEBlock]:
-    """Layer -> its MoEBlock. `own` are the dense model's `mlp` modules; experts of equal content share one module."""
-    pattern = cache(_patterns(parts, own))
+    """Layer -> its MoEBlock. `pattern` gives the `mlp` modules of a source; experts of equal content share a module."""
     dense: dict[object, nn.Module] = {}
 
     def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
-        name = parts.gate_names(path)[layer]
-        found = parts.gates.get(name)
+        name = parts.router_names(path)[layer]
+        found = gates.get(name)
         if found is None:
             if path == SHARED:
                 return None
             raise ArtifactError(f"{parts.folder} has lost its router {name}", hint=ROUTERS_AGAIN)
-        hidden = parts.config.hidden_size
+        hidden = parts.config["hidden_size"]
         if not found.is_floating_point() or found.dim() != 2 or found.shape[1] != hidden:
             raise ArtifactError(
                 f"router {name} is {found.dtype} {list(found.shape)}, expected numbers of shape [experts, {hidden}]",
@@ -305,8 +230,8 @@ def _block_maker(
     def block(path: tuple[int, ...], nodes: tuple[ExpertNode, ...], layer: int, top_k: int, **keys: Any) -> MoEBlock:
         gate_ED = gate(path, layer)
         assert gate_ED is not None
-        whole = parts.renormalize or path != ()
-        router = Router(gate_ED, top_k=top_k, renormalize=whole, round_weights=parts.round_weights)
+        whole = parts.renormalizes or path != ()
+        router = Router(gate_ED, top_k=top_k, renormalize=whole, round_weights=parts.rounds_weights)
         experts = [
             block(node.path, node.children, layer, node.top_k) if node.children else leaf(node, layer) for node in nodes
         ]
@@ -322,15 +247,17 @@ def _block_maker(
     return outer
 
 
-def _patterns(parts: Parts, own: Mapping[int, nn.Module]) -> Callable[[Path | None], Mapping[int, nn.Module]]:
+def _patterns(
+    config: Any, configs: Mapping[Path, Any], own: Mapping[int, nn.Module]
+) -> Callable[[Path | None], Mapping[int, nn.Module]]:
     """Source folder -> `mlp` modules of that source's own config, to be copied with other weights.
 
-    Those of the dense model serve wherever the configs agree; only another activation, say, needs a model of its own.
+    Those of the dense model, `own`, serve wherever the configs agree; another activation needs a model of its own.
     """
 
     def pattern(folder: Path | None) -> Mapping[int, nn.Module]:
-        config = parts.configs.get(folder, parts.config) if folder else parts.config
-        return own if config is parts.config or _of_mlp(config) == _of_mlp(parts.config) else skeleton(config)
+        its = configs.get(folder, config) if folder else config
+        return own if its is config or _of_mlp(its) == _of_mlp(config) else skeleton(its)
 
     return pattern
 

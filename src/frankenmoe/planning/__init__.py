@@ -1,4 +1,4 @@
-"""Recipe and headers to plan and bill; knows nothing of torch and writes nothing."""
+"""Recipe and headers -> plan and bill. Does not import torch and writes nothing."""
 
 from frankenmoe.planning.bill import Bill
 from frankenmoe.planning.plan import Plan, plan

@@ -1,4 +1,4 @@
-"""What an MoE costs: parameters, bytes on disk, memory, KV cache; pure arithmetic over tensor writes."""
+"""What an MoE costs: parameters, bytes on disk, memory, KV cache."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -56,17 +56,19 @@ def make_bill(
     kv_numbers: int,
     small_files: int,
 ) -> Bill:
-    """Adds everything up. `extra` is what stands beside the experts (shared expert, zeros the format wants),
-    `kv_numbers` the cached numbers per token over all layers, `small_files` the bytes of tokenizer, configs and what
-    routers were fitted from."""
+    """Adds everything up.
+
+    `extra` are the shared expert and the zeros that a format requires, `kv_numbers` the cached numbers per token over
+    all layers, `small_files` the bytes of tokenizer, configs and router statistics.
+    """
     static = [*backbone, *extra]
     router_parameters = sum(math.prod(shape) for shape in routers.values())
-    shared = sum(_numel(write.shape) for write in static) + router_parameters
+    shared = sum(write.numel for write in static) + router_parameters
     experts = [expert_parameters(node) for node in nodes]
     total = shared + sum(experts)
     leaves = [leaf for node in nodes for leaf in node.leaves()]
     sizes = sorted((active_parameters(node) for node in nodes), reverse=True)
-    folded = [leaf.folded(layer, suffix) for leaf in leaves for layer, row in enumerate(leaf.ffn) for suffix in row]
+    folded = [write for leaf in leaves for write in leaf.folded_writes()]
     shapes = [(write.name, write.shape) for write in (*static, *folded)] + list(routers.items())
     body = sum(write.nbytes for write in (*static, *folded))
     router_bytes = router_parameters * itemsize
@@ -86,43 +88,37 @@ def make_bill(
 
 
 def expert_parameters(node: ExpertNode) -> int:
-    """Parameters of everything below a node, inner routers left to the routers' count."""
-    return sum(_numel(write.shape) for leaf in node.leaves() for row in leaf.ffn for write in row.values())
+    """Parameters of all FFNs below a node, without its routers."""
+    return sum(write.numel for leaf in node.leaves() for row in leaf.ffn for write in row.values())
 
 
 def active_parameters(node: ExpertNode) -> int:
-    """Parameters one token meets inside a node: all of a leaf, the largest top-k children of an MoE."""
+    """Parameters that one token uses in a node: all of a leaf, the largest top-k children of a mixture."""
     if not node.children:
         return expert_parameters(node)
     return sum(sorted(map(active_parameters, node.children), reverse=True)[: node.top_k])
 
 
 def distinct_bytes(static: Iterable[TensorWrite], leaves: Iterable[ExpertNode]) -> int:
-    """Bytes a virtual MoE needs in memory: every source range once, changed tensors each for themselves."""
-    seen: set[object] = set()
-    total = 0
+    """Bytes of a virtual MoE in memory: each source tensor once, and each computed tensor."""
     writes = [*static, *(write for leaf in leaves for row in leaf.ffn for write in row.values())]
-    loras = [(lora.a, lora.b) for leaf in leaves for row in leaf.loras for lora in row.values()]
-    for write in writes:
-        key: object = _place(write.inputs[0]) if write.is_copy else write
-        total += 0 if key in seen else write.nbytes
-        seen.add(key)
-    for ref in (ref for pair in loras for ref in pair):
-        total += 0 if _place(ref) in seen else ref.nbytes
-        seen.add(_place(ref))
-    return total
+    loras = [lora for leaf in leaves for row in leaf.loras for lora in row.values()]
+    copied = (write.inputs[0] if write.is_copy else write for write in writes)
+    # a reference without weights has no bytes, but the write that copies it knows how many there will be
+    sizes = {_place(each): write.nbytes for each, write in zip(copied, writes, strict=True)}
+    return sum((sizes | {_place(ref): ref.nbytes for lora in loras for ref in (lora.a, lora.b)}).values())
 
 
-def _place(ref: TensorRef) -> object:
-    return (ref.file, ref.start, ref.name)
+def _place(what: TensorRef | TensorWrite) -> object:
+    return (what.file, what.start, what.name) if isinstance(what, TensorRef) else what
 
 
 def gguf_bytes(shapes: Iterable[tuple[str, tuple[int, ...]]], kind: str, *, experts: int) -> int:
-    """Size of a GGUF file of a plain type such as Q4_0, of any family: dense names and 2-D shapes of all its tensors.
+    """Bytes of a GGUF file of a plain type such as Q4_0; `shapes` are dense names and shapes of all tensors.
 
-    What llama.cpp has no words for is counted as if it had; `forecast` knows which files can be written.
+    Tensors that llama.cpp does not support count too; `forecast` says which files can be written.
     """
-    named = [(name, shape or (1,)) for name, shape in shapes]  # activations may have learnt scalars
+    named = [(name, shape or (1,)) for name, shape in shapes]  # activations may have learned scalars
     facts = MixFacts(layers=1, experts=experts, tied=all(name != "lm_head.weight" for name, _ in named))
     types = [tensor_type(_file_name(name), shape, FILE_TYPES[kind.lower()], facts) for name, shape in named]
     return sum(
@@ -135,12 +131,8 @@ def _file_name(name: str) -> str:
 
 
 def statistics_bytes(routers: Mapping[str, tuple[int, int]]) -> int:
-    """What fitted routers leave beside them, in float64: of each a triangle of second moments and a mean per expert."""
+    """Bytes of the statistics of fitted routers: per router a triangle of second moments and the means, in float64."""
     return sum(8 * (hidden * (hidden + 1) // 2 + experts * hidden) for experts, hidden in routers.values())
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return math.prod(shape)
 
 
 def kv_numbers(base: Source) -> int:

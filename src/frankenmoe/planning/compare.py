@@ -1,8 +1,8 @@
-"""What a person should know about the parents before merging: equal experts, tokenizers, templates, licences."""
+"""Compares parents: equal experts, tokenizers, chat templates, settings, licences."""
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,19 +12,19 @@ import yaml
 
 from frankenmoe.checkpoint.fingerprint import same_place, same_values
 from frankenmoe.checkpoint.header import parse_object
-from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
 
-# how many bytes of one tensor are compared in full when every sampled block was equal
+# bytes of a tensor that are compared in full when all sampled blocks are equal
 COMPARE_LIMIT = 1 << 20
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
-# settings of a parent that its FFN was trained under and that the base now decides
+# settings that an FFN was trained with and that the base now decides
 INHERITED = ("rms_norm_eps", "rope_theta", "rope_parameters", "rope_scaling", "hidden_act")
 
 
 def identical_groups(nodes: Sequence[ExpertNode]) -> list[list[int]]:
-    """Groups of two or more experts that compute the same by content, as lists of their numbers."""
+    """Groups of two or more experts with equal content, as lists of their indices."""
     groups: list[list[int]] = []
     for index, node in enumerate(nodes):
         home = next((group for group in groups if same_expert(nodes[group[0]], node)), None)
@@ -36,79 +36,64 @@ def identical_groups(nodes: Sequence[ExpertNode]) -> list[list[int]]:
 
 
 def same_expert(one: ExpertNode, two: ExpertNode) -> bool:
-    """True where two experts hold the same numbers in every layer, whatever their sources are called."""
-    if len(one.children) != len(two.children) or one.top_k != two.top_k:
-        return False
-    if one.children:
-        return all(map(same_expert, one.children, two.children))
+    """Whether two experts hold the same numbers in every layer, whatever their sources are called.
+
+    Of tensors larger than COMPARE_LIMIT only blocks are compared; see `compared_whole`.
+    """
+    return _outline(one) == _outline(two) and all(_same_content(*pair) for pair in _ref_pairs(one, two))
+
+
+def compared_whole(one: ExpertNode, two: ExpertNode) -> bool:
+    """Whether `same_expert` has compared every byte of two equal experts, and not just blocks of large tensors."""
     return all(
-        row.keys() == other.keys() and all(same_write(row[suffix], other[suffix]) for suffix in row)
-        for row, other in zip(one.ffn, two.ffn, strict=True)
-    ) and all(
-        row.keys() == other.keys()
-        and all(
-            row[key].scale == other[key].scale
-            and same_ref(row[key].a, other[key].a)
-            and same_ref(row[key].b, other[key].b)
-            for key in row
-        )
-        for row, other in zip(one.loras, two.loras, strict=True)
+        _same_name(*pair) or pair[0].nbytes <= COMPARE_LIMIT or same_place(*pair) for pair in _ref_pairs(one, two)
     )
 
 
 def one_for_all(nodes: Sequence[ExpertNode], identical: Iterable[Sequence[int]]) -> tuple[ExpertNode, ...]:
-    """The experts, where those of a group that are equal in every byte are all made from the tensors of its first.
+    """The experts, where those that are equal in every byte share the tensors of the first of them.
 
-    `identical` are groups that blocks of them have shown to be equal: the rest is read here, which only copies cost.
+    `identical` are the groups found by comparing blocks; here their tensors are read completely.
     """
     found = list(nodes)
     for first, *others in identical:
         one = nodes[first]
         for index in others:
-            if not one.children and _same_bytes(one, nodes[index]):
+            pairs = [pair for pair in _ref_pairs(one, nodes[index]) if not _same_name(*pair)]
+            if not one.children and all(same_values(*pair, limit=None) for pair in pairs):
                 found[index] = replace(nodes[index], ffn=one.ffn, loras=one.loras)
     return tuple(found)
 
 
-def _same_bytes(one: ExpertNode, two: ExpertNode) -> bool:
-    pairs = zip(_refs(one), _refs(two), strict=True)
-    others = [(ref, other) for ref, other in pairs if (ref.file, ref.name) != (other.file, other.name)]
-    return all(same_values(ref, other, limit=None) for ref, other in others)
+def _outline(node: ExpertNode) -> object:
+    """Everything about an expert but its tensors: its nesting, and per matrix the steps and the adapter's scale."""
+    ffn = [sorted((suffix, len(write.inputs), write.steps) for suffix, write in row.items()) for row in node.ffn]
+    loras = [sorted((suffix, lora.scale) for suffix, lora in row.items()) for row in node.loras]
+    return node.top_k, ffn, loras, [_outline(child) for child in node.children]
 
 
-def compared_whole(one: ExpertNode, two: ExpertNode) -> bool:
-    """True where `same_expert` has seen every byte of two equal experts, and not just blocks of larger tensors."""
-    pairs = [
-        (ref, other)
-        for leaf, twin in zip(one.leaves(), two.leaves(), strict=True)
-        for ref, other in zip(_refs(leaf), _refs(twin), strict=True)
-    ]
-    return all(
-        (ref.file, ref.name) == (other.file, other.name) or ref.nbytes <= COMPARE_LIMIT or same_place(ref, other)
-        for ref, other in pairs
-    )
+def _ref_pairs(one: ExpertNode, two: ExpertNode) -> Iterator[tuple[TensorRef, TensorRef]]:
+    """The tensors that two experts of equal outline are made from, side by side."""
+    for leaf, twin in zip(one.leaves(), two.leaves(), strict=True):
+        yield from zip(_refs(leaf), _refs(twin), strict=True)
 
 
 def _refs(leaf: ExpertNode) -> list[TensorRef]:
-    """The tensors that an FFN is made from, in an order that equal experts share."""
     written = [ref for row in leaf.ffn for suffix in sorted(row) for ref in row[suffix].inputs]
     return written + [ref for row in leaf.loras for suffix in sorted(row) for ref in (row[suffix].a, row[suffix].b)]
 
 
-def same_write(one: TensorWrite, two: TensorWrite) -> bool:
-    """True where two writes give the same numbers: the same steps (noise has a seed of its own) on equal inputs."""
-    return one.steps == two.steps and all(map(same_ref, one.inputs, two.inputs))
+def _same_name(one: TensorRef, two: TensorRef) -> bool:
+    return (one.file, one.name) == (two.file, two.name)
 
 
-def same_ref(one: TensorRef, two: TensorRef) -> bool:
-    """True where two references hold the same bytes; without weights, where they are the same tensor of one folder."""
-    if (one.file, one.name) == (two.file, two.name):
-        return True
-    return bool(one.nbytes and two.nbytes) and same_values(one, two, limit=COMPARE_LIMIT)
+def _same_content(one: TensorRef, two: TensorRef) -> bool:
+    """Whether two tensors hold the same bytes. Without weights, only a tensor and itself do."""
+    return _same_name(one, two) or (bool(one.nbytes and two.nbytes) and same_values(one, two, limit=COMPARE_LIMIT))
 
 
 def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
-    """A sentence for every tokenizer, special token, chat template or inherited setting in which a parent differs."""
+    """A sentence for every difference in tokenizer, special tokens, chat template or inherited settings."""
     found = []
     ours = tokenizer_facts(base.folder)
     for other in others:
@@ -130,7 +115,7 @@ def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
 
 
 def tokenizer_facts(folder: Path) -> dict[str, Any]:
-    """What two tokenizers are compared by: vocabulary, special tokens, chat template; only what the folder has."""
+    """The facts by which tokenizers are compared: vocabulary, special tokens, chat template; only those that exist."""
     facts: dict[str, Any] = {}
     for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
@@ -150,7 +135,7 @@ def tokenizer_facts(folder: Path) -> dict[str, Any]:
 
 
 def _vocabulary(file: Path) -> str:
-    """A digest of the token -> id table; of the whole file where it is SentencePiece's."""
+    """A digest of the token -> id table; of a SentencePiece file, a digest of the whole file."""
     raw = file.read_bytes()
     return _table_digest(raw) if file.suffix == ".json" else hashlib.blake2b(raw, digest_size=16).hexdigest()
 
@@ -178,9 +163,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
 
 
 def licence(folder: Path) -> str | None:
-    """The licence that a source's model card declares, None where it declares none or `unknown`.
+    """The licence that a source's model card declares, as the hub spells it; None for none or `unknown`.
 
-    By the hub's name for it; one without, which is called `other` there, as "other (its own name)"; several as a list.
+    A licence called `other` is given as "other (its own name)"; several are joined by commas.
     """
     head = card_head(folder)
     said = head.get("license")
@@ -191,7 +176,7 @@ def licence(folder: Path) -> str | None:
 
 
 def shared_licence(by_source: Sequence[str | None]) -> str | None:
-    """The one licence that all sources are under; None where they differ, or one is silent or has no name for it."""
+    """The licence that all sources share; None where they differ, or where one is missing or unnamed."""
     found = set(by_source)
     (only, *others) = found or {None}
     if others or only is None or "," in only or (only == "other" and len(by_source) > 1):
@@ -200,7 +185,7 @@ def shared_licence(by_source: Sequence[str | None]) -> str | None:
 
 
 def card_head(folder: Path) -> dict[str, Any]:
-    """The YAML head of a source's model card; empty where it has none that can be read."""
+    """The YAML head of a source's model card; empty if there is none or it cannot be read."""
     card = folder / "README.md"
     if not card.is_file():
         return {}

@@ -1,4 +1,4 @@
-"""The files beside the weights that decide what an MoE is, and what they were; parses none but the one it refuses."""
+"""The small files beside the weights on which a plan depends, and the state of all its files."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -23,31 +23,31 @@ TOKENIZER_FILES = (
     "chat_template.json",
     GENERATION,
 )
-# what says which numbers the weights are and where they lie
+# files that describe the weights
 CONFIGS = ("config.json", "model.safetensors.index.json")
 
 
 def small_files(base: Source) -> tuple[Path, ...]:
-    """Tokenizer, chat template and generation settings of the base, which come along unchanged."""
+    """Tokenizer, chat template and generation settings of the base, which are copied unchanged."""
     return tuple(file for name in TOKENIZER_FILES if (file := base.folder / name).is_file())
 
 
 def deciding_files(base: Source, sources: Iterable[Source]) -> tuple[Path, ...]:
-    """Every small file that the plan depends on: all configs, and what comes along from the base."""
+    """Every small file that the plan depends on: all configs, and the files copied from the base."""
     configs = [source.folder / name for source in sources for name in CONFIGS]
     adapters = [source.adapter.folder / "adapter_config.json" for source in sources if source.adapter is not None]
     return tuple(dict.fromkeys((*(file for file in (*configs, *adapters) if file.is_file()), *small_files(base))))
 
 
 def states(weights: Sequence[Path], small: Sequence[Path]) -> list[tuple[object, ...]]:
-    """What every file is at this moment: of weights the size and time of change, of small files the SHA-256."""
+    """The present state of every file: size and time of change of weights, SHA-256 of small files."""
     return [*sorted(map(_dated, weights)), *sorted(map(_hashed, small))]
 
 
 def _dated(file: Path) -> tuple[object, ...]:
     try:
         status = file.stat()
-    except OSError as error:  # a file that is gone has changed, too
+    except OSError as error:  # a missing file counts as changed
         return str(file), error.strerror
     return str(file), status.st_size, status.st_mtime_ns
 
@@ -60,8 +60,10 @@ def _hashed(file: Path) -> tuple[object, ...]:
 
 
 def check_small_files(base: Source) -> None:
-    """SourceError for a file that should come along and cannot, which would be noticed after hours otherwise, or never:
-    one that is no file (a link to a blob that is gone, say), or generation settings that are no JSON object."""
+    """Raises SourceError for a file that cannot be copied, such as a broken link, and for broken generation settings.
+
+    Otherwise the error would come after hours, or never.
+    """
     for file in (base.folder / name for name in TOKENIZER_FILES):
         if os.path.lexists(file) and not file.is_file():
             raise SourceError(

@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import Constant, TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families.llamacpp import FILE_TYPES
-from frankenmoe.planning.gguf import Subject, layout, suggestion
+from frankenmoe.planning.gguf import layout, suggestion
+from frankenmoe.planning.parts import Parts, parts_of_plan
 from frankenmoe.planning.plan import Plan
 
 
@@ -34,15 +34,15 @@ class Forecast:
 def forecast(made: Plan) -> tuple[tuple[Forecast, ...], str | None]:
     """(a forecast per type, None), or (nothing, why llama.cpp cannot say this MoE)."""
     try:
-        subject = subject_of_plan(made)
-        plain = layout(subject)
+        model = gguf_parts(made)
+        plain = layout(model)
     except PlanError as error:
         return (), error.message
     try:
-        padded = layout(subject, pad256=True)
+        padded = layout(model, pad256=True)
     except PlanError:
         padded = plain
-    head = metadata_bytes(subject.folder, tensors=len(plain.tensors), vocab=int(subject.config["vocab_size"]))
+    head = metadata_bytes(model.folder, tensors=len(plain.tensors), vocab=int(model.config["vocab_size"]))
     widened = (padded.hidden, padded.ffn) != (plain.hidden, plain.ffn)
     rows = []
     for kind in FILE_TYPES.values():
@@ -60,8 +60,8 @@ def forecast(made: Plan) -> tuple[tuple[Forecast, ...], str | None]:
     return tuple(rows), None
 
 
-def subject_of_plan(made: Plan) -> Subject:
-    """A plan as a subject, its gates still zeros; PlanError where llama.cpp has no words for it, with the reasons.
+def gguf_parts(made: Plan) -> Parts:
+    """The parts of a plan that can become a GGUF file; PlanError where llama.cpp cannot express it, with the reasons.
 
     Missing weights are no reason: sizes need none.
     """
@@ -71,20 +71,7 @@ def subject_of_plan(made: Plan) -> Subject:
             f"llama.cpp cannot say this MoE: {'; '.join(problems) or 'no stock format holds it'}",
             hint="chat, audit and evaluation run it as it is; only GGUF needs a stock format",
         )
-    gates = {name: TensorWrite(name, made.dtype, shape, (), (Constant(0.0),)) for name, shape in made.routers.items()}
-    return Subject(
-        name=made.recipe.name or Path(made.recipe.origin).stem or "moe",
-        fmt=made.fmt,
-        family=made.base.family,
-        config=made.base.config,
-        folder=made.base.folder,
-        backbone=made.backbone,
-        nodes=made.nodes,
-        shared=made.shared,
-        gates=gates,
-        gated_shared=made.gated_shared,
-        top_k=made.recipe.experts_per_token,
-    )
+    return parts_of_plan(made)
 
 
 def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:

@@ -5,14 +5,13 @@ Reads configs and tokenizer files only; knows nothing of torch, of the gguf pack
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import Scale, TensorWrite
+from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.families import Family, MoEFormat, rope
+from frankenmoe.families import rope
 from frankenmoe.families.llamacpp import (
     ARCHS,
     EXPERTS,
@@ -31,7 +30,7 @@ from frankenmoe.families.llamacpp import (
     row_bytes,
     tensor_type,
 )
-from frankenmoe.planning.tree import ExpertNode
+from frankenmoe.planning.parts import Parts
 
 ALIGNMENT = 32  # bytes; where the tensors of a GGUF file begin
 SCALINGS = ("default", "linear", "yarn", "llama3")
@@ -40,42 +39,6 @@ OWN_YARN = (
     "mscale",
     "mscale_all_dim",
 )  # instead of the attention factor that follows from `factor`
-HALF = Scale(0.5)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """An MoE as its file will need it, from a plan or from a built artifact: writes under dense names, gates by name.
-
-    `config` is the dense base's. `gates` has every router's write, `gated_shared` whether the shared expert has one.
-    `halve_shared` where the stored shared expert is doubled to make up for a constant gate of one half. `about` is what
-    the file's metadata says of its making.
-    """
-
-    name: str
-    fmt: MoEFormat
-    family: Family
-    config: Mapping[str, Any]
-    folder: Path
-    backbone: tuple[TensorWrite, ...]
-    nodes: tuple[ExpertNode, ...]
-    shared: tuple[ExpertNode, ...]
-    gates: Mapping[str, TensorWrite]
-    gated_shared: bool
-    top_k: int
-    halve_shared: bool = False
-    about: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def normalizes(self) -> bool | None:
-        """Whether the chosen experts' weights sum to one; None where both ways come to the same."""
-        if self.top_k == len(self.nodes):
-            return None
-        return self.top_k > 1 or self.fmt.renormalizes_top1
-
-    @property
-    def shared_kind(self) -> str:
-        return "gated" if self.shared and self.gated_shared else "plain" if self.shared else "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,27 +101,28 @@ class GgufLayout:
         return 2 * held.get(kind.base, 0) > self.weights
 
 
-def layout(subject: Subject, *, pad256: bool = False) -> GgufLayout:
-    """The file of a subject; PlanError naming what llama.cpp cannot say, and why.
+def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
+    """The GGUF file of an MoE; PlanError naming what llama.cpp cannot say, and why.
 
     `pad256` widens hidden and FFN to multiples of 256 with zeros. That is exact: a norm over d' numbers, d' - d of them
     zero, divides by sqrt(d / d') too little, which its weights and its epsilon make up for.
     """
-    reasons, notes = _cannot(subject)
-    arch, odd = choose_arch(subject)
+    reasons, notes = _cannot(model)
+    arch, odd = choose_arch(model)
     if reasons or arch is None:
         raise PlanError(
             f"llama.cpp cannot say this MoE: {'; '.join((*reasons, *odd))}",
             hint="chat, audit and evaluation run it as it is; `frankenmoe build` writes it for transformers and vLLM",
         )
-    dims = subject.family.dims(subject.config)
+    family = model.stock[1]
+    dims = family.dims(model.config)
     wide = {"hidden": _up(dims.hidden), "ffn": _up(dims.ffn)} if pad256 else {"hidden": dims.hidden, "ffn": dims.ffn}
     if pad256 and not arch.free_heads:
         raise PlanError(
             f"--pad256 widens the hidden size, and llama.cpp's {arch.name} has heads that must fill it",
             hint="leave --pad256 out",
         )
-    tensors = tuple(_tensors(subject, arch, wide))
+    tensors = tuple(_tensors(model, arch, wide))
     if pad256:
         narrow, padded = f"{dims.hidden}/{dims.ffn}", f"{wide['hidden']}/{wide['ffn']}"
         notes = (*notes, f"padded with zeros from {narrow} to {padded}: LoRAs and merges for {narrow} do not fit it")
@@ -167,57 +131,59 @@ def layout(subject: Subject, *, pad256: bool = False) -> GgufLayout:
         tensors=tensors,
         facts=MixFacts(
             layers=dims.layers,
-            experts=len(subject.nodes),
+            experts=len(model.nodes),
             tied=all(tensor.name != "output.weight" for tensor in tensors),
             is_70b=arch.name == "llama" and dims.layers == 80 and dims.heads != dims.kv_heads,
         ),
         hidden=wide["hidden"],
         ffn=wide["ffn"],
-        eps=subject.family.value(subject.config, "rms_norm_eps") * dims.hidden / wide["hidden"],
+        eps=family.value(model.config, "rms_norm_eps") * dims.hidden / wide["hidden"],
         notes=notes,
     )
 
 
-def choose_arch(subject: Subject) -> tuple[Arch | None, tuple[str, ...]]:
+def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
     """The first architecture that computes exactly this MoE, or None and the reasons."""
-    names = {write.name.rpartition("self_attn.")[2] for write in subject.backbone if "self_attn." in write.name}
+    names = {write.name.rpartition("self_attn.")[2] for write in model.backbone if "self_attn." in write.name}
     qk_norm, bias = "q_norm.weight" in names, any(name.endswith(".bias") for name in names)
-    dims = subject.family.dims(subject.config)
+    dims = model.stock[1].dims(model.config)
     for arch in ARCHS:
         if (
-            subject.normalizes in (arch.normalizes, None)
-            and subject.shared_kind == arch.shared
+            model.normalizes in (arch.normalizes, None)
+            and model.shared_kind == arch.shared
             and qk_norm == arch.qk_norm
             and (arch.qkv_bias or not bias)
             and (arch.free_heads or dims.heads * dims.head_dim == dims.hidden)
         ):
             return arch, ()
-    weights = "whose weights sum to one" if subject.normalizes else "whose weights are left as the softmax gives them"
+    weights = "whose weights sum to one" if model.normalizes else "whose weights are left as the softmax gives them"
     norms = ", a norm on q and k" if qk_norm else ""
     return None, (
-        f"no architecture of it has top-{subject.top_k} experts {weights}, "
-        f"{'no' if subject.shared_kind == 'none' else f'a {subject.shared_kind}'} shared expert{norms}"
+        f"no architecture of it has top-{model.top_k} experts {weights}, "
+        f"{'no' if model.shared_kind == 'none' else f'a {model.shared_kind}'} shared expert{norms}"
         f"{' and attention biases' if bias else ''} together",
     )
 
 
-def _cannot(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(reasons why no architecture will do, notes on what is lost without changing a reply)."""
 
+    fmt, family = model.stock
+
     def value(key: str) -> Any:
-        return subject.family.value(subject.config, key)
+        return family.value(model.config, key)
 
     reasons, notes = [], []
-    if subject.fmt.name == "flex_olmo":
+    if fmt.name == "flex_olmo":
         reasons.append("it has no FlexOlmo (norms behind attention and experts)")
     if value("hidden_act") != "silu":
         reasons.append(f"its experts know silu only, these have {value('hidden_act')}")
-    if len(subject.nodes) > MAX_EXPERTS:
-        reasons.append(f"it allows {MAX_EXPERTS} experts, these are {len(subject.nodes)}")
-    odd = [write.name for write in subject.backbone if gguf_name(write.name) is None]
-    if odd and subject.fmt.name != "flex_olmo":
+    if len(model.nodes) > MAX_EXPERTS:
+        reasons.append(f"it allows {MAX_EXPERTS} experts, these are {len(model.nodes)}")
+    odd = [write.name for write in model.backbone if gguf_name(write.name) is None]
+    if odd and fmt.name != "flex_olmo":
         reasons.append(f"it has no place for {odd[0]}")
-    rotary = rope(subject.family, subject.config)
+    rotary = rope(family, model.config)
     if rotary["rope_type"] not in SCALINGS:
         reasons.append(f"it has no rope scaling {rotary['rope_type']!r}")
     if rotary["rope_type"] == "yarn":
@@ -225,18 +191,19 @@ def _cannot(subject: Subject) -> tuple[tuple[str, ...], tuple[str, ...]]:
         if rotary.get("truncate") is False:
             reasons.append("its yarn has no range that is left unrounded (truncate: false)")
     window = value("sliding_window")
-    if window is not None and window < (subject.config.get("max_position_embeddings") or window):
+    if window is not None and window < (model.config.get("max_position_embeddings") or window):
         notes.append(f"llama.cpp has no sliding window here: beyond {window} tokens it attends to more than the source")
     return tuple(reasons), tuple(notes)
 
 
-def _tensors(subject: Subject, arch: Arch, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
+def _tensors(model: Parts, arch: Arch, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
     """Embedding, head and norm, then layer by layer; dense rows from the family's table, experts stacked."""
-    dims = subject.family.dims(subject.config)
+    family = model.stock[1]
+    dims = family.dims(model.config)
     factor = math.sqrt(dims.hidden / wide["hidden"])
-    specs = {spec.name: spec.shape for spec in subject.family.backbone}
+    specs = {spec.name: spec.shape for spec in family.backbone}
     heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}
-    writes = {write.name: write for write in subject.backbone}
+    writes = {write.name: write for write in model.backbone}
     if arch.own_head and "lm_head.weight" not in writes:
         writes["lm_head.weight"] = replace(writes["model.embed_tokens.weight"], name="lm_head.weight")
     rows: dict[int, list[GgufTensor]] = {layer: [] for layer in range(-1, dims.layers)}
@@ -253,34 +220,34 @@ def _tensors(subject: Subject, arch: Arch, wide: Mapping[str, int]) -> Iterator[
                 factor=factor if specs[generic] == ("hidden",) and name.endswith("norm.weight") else 1.0,
             )
         )
-    rotary = rope(subject.family, subject.config)
+    rotary = rope(family, model.config)
     yield from rows[-1]
     if rotary["rope_type"] == "llama3":
         freqs = llama3_factors(rotary, dims.head_dim)
         yield GgufTensor("rope_freqs.weight", (len(freqs),), (), values=freqs)
     for layer in range(dims.layers):
         yield from rows[layer]
-        yield from _experts(subject, layer, wide)
+        yield from _experts(model, layer, wide)
 
 
-def _experts(subject: Subject, layer: int, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
-    hidden, ffn, count = wide["hidden"], wide["ffn"], len(subject.nodes)
-    gate = subject.gates[subject.fmt.gate.format(layer=layer)]
+def _experts(model: Parts, layer: int, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
+    hidden, ffn, count = wide["hidden"], wide["ffn"], len(model.nodes)
+    fmt = model.stock[0]
+    gate = model.gates[fmt.gate.format(layer=layer)]
     yield GgufTensor(ROUTER.format(layer=layer), (count, hidden), (gate,))
     for suffix, name in EXPERTS.items():
         shape = (hidden, ffn) if suffix.startswith("down") else (ffn, hidden)
-        parts = tuple(node.folded(layer, suffix) for node in subject.nodes)
+        parts = tuple(node.folded(layer, suffix) for node in model.nodes)
         yield GgufTensor(name.format(layer=layer), (count, *shape), parts)
-    for node in subject.shared:
+    for node in model.shared:
         for suffix, name in SHARED_EXPERT.items():
             down = suffix.startswith("down")
             write = node.folded(layer, suffix)
-            halved = down and subject.halve_shared
             shape = (hidden, ffn) if down else (ffn, hidden)
-            yield GgufTensor(name.format(layer=layer), shape, (write,), factor=HALF.factor if halved else 1.0)
-    if subject.shared_kind == "gated":
-        assert subject.fmt.shared_gate is not None
-        write = subject.gates[subject.fmt.shared_gate.format(layer=layer)]
+            yield GgufTensor(name.format(layer=layer), shape, (write,))
+    if model.shared_kind == "gated":
+        assert fmt.shared_gate is not None
+        write = model.gates[fmt.shared_gate.format(layer=layer)]
         yield GgufTensor(SHARED_ROUTER.format(layer=layer), (hidden,), (replace(write, shape=(write.numel,)),))
 
 

@@ -1,4 +1,4 @@
-"""Heads that a config ties to the embeddings although the file holds a head of its own; knows nothing of experts."""
+"""Sources whose config ties the head to the embeddings although the file holds a different head."""
 
 from dataclasses import replace
 
@@ -9,10 +9,9 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def with_own_head(source: Source, *, limit: int | None) -> Source:
-    """The source with an untied config where its stored head differs from its embeddings, else as it is.
+    """The source, with an untied config if its stored head differs from its embeddings.
 
-    So does transformers 5 (`PreTrainedModel.tie_weights`): where both are stored and differ, the config is wrong and
-    nothing is tied. `limit` is how many bytes are compared in full, None for all.
+    As in transformers 5 (`PreTrainedModel.tie_weights`). `limit` is the number of bytes compared in full, None for all.
     """
     family, tensors = source.family, source.checkpoint.tensors
     if family is None or not family.value(source.config, "tie_word_embeddings"):

@@ -1,4 +1,4 @@
-"""Which MoE format a recipe becomes, what that format cannot say, and every tensor it holds in byte order."""
+"""Chooses the MoE format of a recipe and lists its tensors in byte order."""
 
 from dataclasses import replace
 
@@ -11,16 +11,19 @@ from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.recipe import Recipe
 from frankenmoe.suggest import did_you_mean
 
-# raised whenever the same recipe and sources would give other bytes than before, so that no build goes on halfway
+# increased when a release writes other bytes for the same recipe, so that no build resumes with mixed layouts
 LAYOUT_VERSION = 2
-# the path of the shared expert, beside those of the routed ones
-SHARED = (-1,)
-# rotary types that DeepSeek-MoE v1's own code knows
+RouterPath = tuple[int, ...]
+"""The way to an expert, or to the router above experts: one number per level of nesting, from 0; () is outermost."""
+
+# the path of the shared expert
+SHARED: RouterPath = (-1,)
+# rotary types that DeepSeek-MoE v1's own code supports
 DEEPSEEK_ROPE = ("default", "linear", "dynamic")
 
 
 def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple[str, ...]]:
-    """The format to build and the reasons why it cannot be built; (None, reasons) where no format fits at all.
+    """The format to build, and the reasons why it cannot be built; (None, reasons) where no format fits.
 
     Follows mergekit: Mixtral where it fits, DeepSeek-MoE for a shared expert without prompts, Qwen-MoE for one with.
     """
@@ -31,20 +34,20 @@ def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple
             f"{', '.join(FAMILIES)}",
         )
     if any(expert.experts for expert in recipe.experts):
-        return None, ("an expert that is an MoE itself has no words in any stock MoE format",)
+        return None, ("no stock MoE format has nested experts",)
     fitting = [fmt for fmt in _asked(recipe) if family.model_type in fmt.families]
     if not fitting:
         return None, (f"architecture {recipe.architecture} cannot be built from {family.model_type}",)
-    chosen = next((fmt for fmt in fitting if not _cannot_share(fmt, recipe)), fitting[0])
-    problems = (*_cannot_share(chosen, recipe), *_cannot_say(chosen, base, family))
+    chosen = next((fmt for fmt in fitting if not _unshareable(fmt, recipe)), fitting[0])
+    problems = (*_unshareable(chosen, recipe), *_unsupported(chosen, base, family))
     others = [fmt for fmt in FORMATS.values() if family.model_type in fmt.families and fmt is not chosen]
-    able = [fmt.title for fmt in others if not _cannot_share(fmt, recipe) and not _cannot_say(fmt, base, family)]
-    # never chosen silently: another format is loaded by other programs
-    return chosen, (*problems, f"architecture: {able[0]} could say it") if problems and able else problems
+    able = [fmt.title for fmt in others if not _unshareable(fmt, recipe) and not _unsupported(fmt, base, family)]
+    # suggested, never chosen silently: other programs load another format
+    return chosen, (*problems, f"architecture: {able[0]} supports it") if problems and able else problems
 
 
 def _asked(recipe: Recipe) -> list[MoEFormat]:
-    """The formats a recipe's `architecture` means: mergekit's prefix of a title, or our own name."""
+    """The formats that a recipe's `architecture` allows: mergekit's prefix of a title, or our name."""
     if recipe.architecture is None:
         return list(FORMATS.values())
     asked = recipe.architecture.lower()
@@ -58,8 +61,8 @@ def _asked(recipe: Recipe) -> list[MoEFormat]:
     return found
 
 
-def _cannot_share(fmt: MoEFormat, recipe: Recipe) -> tuple[str, ...]:
-    """What the recipe wants of shared experts and this format does not have."""
+def _unshareable(fmt: MoEFormat, recipe: Recipe) -> tuple[str, ...]:
+    """The recipe's demands on shared experts that this format cannot meet."""
     shared = recipe.shared_experts
     if len(shared) > fmt.max_shared:
         return (f"{fmt.title} holds {fmt.max_shared} shared experts at most, the recipe asks for {len(shared)}",)
@@ -68,27 +71,27 @@ def _cannot_share(fmt: MoEFormat, recipe: Recipe) -> tuple[str, ...]:
     return ()
 
 
-def _cannot_say(fmt: MoEFormat, base: Source, family: Family) -> tuple[str, ...]:
-    """Everything in the base's config that this format has no words for, a clause each."""
+def _unsupported(fmt: MoEFormat, base: Source, family: Family) -> tuple[str, ...]:
+    """A clause for every setting in the base's config that this format cannot represent."""
     found = []
     for rule in fmt.rules:
         value = family.value(base.config, rule.field)
         if value not in rule.allowed:
-            found.append(f"{base.name} has {rule.field} {value}, and {fmt.title} cannot say that: {rule.why}")
+            found.append(f"{base.name} has {rule.field} {value}, which {fmt.title} does not support: {rule.why}")
     rotary = rope(family, base.config)
     if any(isinstance(value, dict) for value in rotary.values()):
-        found.append(f"{base.name} has rotary settings per layer type, and {fmt.title} has one for all layers")
+        found.append(f"{base.name} has rotary settings per layer type, but {fmt.title} has one for all layers")
     if fmt.name == "deepseek":
         dims = family.dims(base.config)
         if rotary["rope_type"] not in DEEPSEEK_ROPE:
-            found.append(f"{base.name} has rope scaling {rotary['rope_type']!r}, DeepSeek MoE knows {DEEPSEEK_ROPE}")
+            found.append(f"{base.name} has rope scaling {rotary['rope_type']!r}, DeepSeek MoE supports {DEEPSEEK_ROPE}")
         if dims.head_dim * dims.heads != dims.hidden:
-            found.append(f"{base.name} has head_dim {dims.head_dim}, DeepSeek MoE only knows hidden size / heads")
+            found.append(f"{base.name} has head_dim {dims.head_dim}, DeepSeek MoE requires hidden size / heads")
     return tuple(found)
 
 
 def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[ExpertNode, ...]) -> tuple[str, ...]:
-    """What experts compute with that a built format shares among all of them: the activation and FFN biases."""
+    """A clause for every expert whose activation or FFN bias differs: a built format has one for all experts."""
     found = []
     family = base.family
     assert family is not None
@@ -103,7 +106,7 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
 
 
 def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, recipe: Recipe) -> list[str]:
-    """What other programs make of this format that a person should know, where it concerns this recipe."""
+    """Warnings about how other programs compute this format, where they apply to this recipe."""
     rope_type, top_k = rope(family, base.config)["rope_type"], recipe.experts_per_token
     renormalized = top_k < experts and (top_k > 1 or fmt.renormalizes_top1)
     return [
@@ -121,10 +124,10 @@ def router_shapes(
     nodes: tuple[ExpertNode, ...],
     gated_shared: bool,
 ) -> dict[str, tuple[int, int]]:
-    """Name -> (experts, hidden) of every gate, as they stand in model-routers.safetensors.
+    """Name -> (experts, hidden) of every gate in model-routers.safetensors.
 
-    A router nested in expert 2 is `...experts.2.gate.weight` below its parent's block. Where no stock format exists
-    the names are those of Qwen-MoE. A gated shared expert has a row of its own.
+    The router nested in expert 2 is called `...experts.2.gate.weight`. Without a stock format, names are Qwen-MoE's.
+    A gated shared expert has a gate with one row.
     """
     widths = gate_paths(nodes) | ({SHARED: 1} if gated_shared else {})
     named = [
@@ -147,7 +150,7 @@ def router_names(fmt: MoEFormat | None, *, layers: int, path: tuple[int, ...]) -
 
 
 def gate_paths(nodes: tuple[ExpertNode, ...], path: tuple[int, ...] = ()) -> dict[tuple[int, ...], int]:
-    """Path of every router -> how many experts it chooses among."""
+    """Path of every router -> its number of experts."""
     found = {path: len(nodes)}
     for node in nodes:
         if node.children:
@@ -166,11 +169,10 @@ def built_writes(
     gated_shared: bool,
     dtype: str,
 ) -> tuple[tuple[TensorWrite, ...], ...]:
-    """Every tensor of the body in byte order, in groups that a shard border should not cut.
+    """Every tensor of the body in byte order, in groups that should stay in one shard.
 
-    First the backbone, then layer by layer the experts: gate and up of one expert after the other, then their downs.
-    In that order the bytes of a layer are what a packed (experts, 2 x FFN, hidden) parameter holds, so that a loader
-    may map them as such while every other reader sees ordinary names.
+    First the backbone, then per layer the experts: gate and up of every expert, then all downs. So a layer's bytes are
+    those of a packed (experts, 2 x FFN, hidden) parameter, which a loader may map directly.
     """
     dims = family.dims(base.config)
     present = {write.name for write in backbone}
@@ -199,10 +201,10 @@ def built_writes(
 def _shared_writes(
     fmt: MoEFormat, layer: int, shared: tuple[ExpertNode, ...], *, hidden: int, gated: bool, dtype: str
 ) -> tuple[TensorWrite, ...]:
-    """The shared expert: its own matrices, or zeros as narrow as the format allows where the recipe has none.
+    """The shared expert's tensors; where the recipe has none, zeros of the smallest width that the format allows.
 
-    A format that always gates can still say "ungated": sigmoid(0) is one half, and doubling the down projection is
-    exact in every binary float type.
+    An ungated expert in a format that always gates: the gate is about 0, so sigmoid gives one half, and the down
+    projection is doubled, which is exact in binary floats.
     """
     if not shared:
         assert fmt.inert_shared_ffn is not None

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
@@ -55,6 +56,8 @@ from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 class Plan:
     """What a recipe becomes. `problems` are the reasons why it cannot be built (a virtual MoE may still be made).
 
+    `trust_remote_code` says whether code that a source brings along may run.
+
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all the rest, `groups` the
     built body in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` where
     identical experts (or base) are so large that blocks of them were compared and not every byte.
@@ -80,6 +83,7 @@ class Plan:
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    trust_remote_code: bool = False
 
     @property
     def experts(self) -> int:
@@ -158,7 +162,7 @@ class Plan:
     @property
     def routers_file(self) -> Path | None:
         """Where the recipe says that the routers are, if it says so."""
-        return None if self.recipe.routers is None else (self.recipe.folder / self.recipe.routers).absolute()
+        return None if self.recipe.routers is None else local_path(self.recipe.routers, folder=self.recipe.folder)
 
     @property
     def small_files(self) -> tuple[Path, ...]:
@@ -295,6 +299,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
         ),
         trained=tuple(trained.values()),
         problems=problems,
+        trust_remote_code=trust_remote_code,
     )
     return _with_warnings(made, others)
 

@@ -1,20 +1,28 @@
 """The plan an artifact was made from, made again from its record; knows nothing of how artifacts are written."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact.folder import Artifact
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.planning.plan import Plan, plan
 from frankenmoe.recipe import Recipe
 
 
-def plan_of(artifact: Artifact, *, trust_remote_code: bool = False) -> Plan:
-    """Plans the recorded recipe against its sources as they are now; ArtifactError if they are not what they were."""
+def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code: bool = False) -> Plan:
+    """Plans the recorded recipe against its sources as they are now; ArtifactError if they are not what they were.
+
+    `known` is a plan of the same recipe and type, which is used instead where its files have not changed since.
+    """
     recipe = recipe_of(artifact)
+    if known is not None and known.digest_now() == known.digest:
+        made = replace(known, recipe=recipe)
+        check_sources(artifact, made)
+        return made
     try:
         made = plan(recipe, dtype=artifact.record["dtype"], weights=True, trust_remote_code=trust_remote_code)
     except SourceError as error:

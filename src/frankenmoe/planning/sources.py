@@ -1,4 +1,4 @@
-"""Opens every source a recipe names and holds them side by side; knows nothing of experts, formats or the bill."""
+"""Opens every source of a recipe and checks that they fit together."""
 
 import os
 import re
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.hub import is_folder, resolve
+from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
 from frankenmoe.errors import SourceError
@@ -17,13 +17,13 @@ from frankenmoe.families import FAMILIES, Family
 from frankenmoe.families.spec import Dims
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
-# where a per-layer `mlp` hangs in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
+# a tensor of a per-layer `mlp` in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
 FFN_NAME = re.compile(r"^(?P<prefix>.*\.(?P<layer>\d+)\.mlp\.)(?P<suffix>.+)$")
-# how mixtures of experts call theirs: mlp.experts.3.w, block_sparse_moe.experts.3.w, mlp.experts.gate_up_proj ...
+# a tensor of an expert: mlp.experts.3.w, block_sparse_moe.experts.3.w, mlp.experts.gate_up_proj ...
 OWN_EXPERTS = re.compile(r"\.\d+\.(\w+\.)*experts\.")
 BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
 
-# config fields in which parents must agree, with the words a person uses for them
+# config fields in which parents must agree -> their name in messages
 MUST_AGREE: Mapping[str, str] = {
     "model_type": "family",
     "hidden_size": "hidden size",
@@ -33,33 +33,33 @@ MUST_AGREE: Mapping[str, str] = {
     "vocab_size": "vocabulary",
 }
 
-# sizes that every config must say, those that its family's table reads besides, and those that it may leave out
+# sizes that every config must have, those that families with a table need too, and optional ones
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 FAMILY_SIZES = ("intermediate_size", "vocab_size")
 OPTIONAL_SIZES = (
     "num_key_value_heads", "num_kv_heads", "multi_query_group_num", "head_dim", "max_position_embeddings",
 )  # fmt: skip
-# what older families call the same; transformers' own configs answer to both
+# older spellings of these sizes; transformers' configs accept both
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
     "num_hidden_layers": ("n_layer", "num_layers"),
     "num_attention_heads": ("n_head", "num_heads"),
 }
-# families whose config classes take multi_query for granted where config.json does not say
+# families whose config classes have multi_query on by default
 MULTI_QUERY = ("falcon", "gpt_bigcode")
 GROUPED = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
-# numbers of which any model makes NaN where they are zero, negative, infinite or NaN themselves
+# numbers that must be positive and finite, or every model computes NaN
 POSITIVE = ("rope_theta", "rms_norm_eps")
 MOST = 1e30
-# where a config says that its weights are not plain numbers
+# config fields of quantized weights
 QUANTIZED = ("quantization_config", "compression_config")
-# how transformers is told to undo a method while it loads; the others undo it afterwards, if at all
+# how transformers dequantizes while loading; other methods do it afterwards, if at all
 DEQUANTIZE: Mapping[str, str] = {
     "fp8": "FineGrainedFP8Config(dequantize=True)",
     "mxfp4": "Mxfp4Config(dequantize=True)",
     "compressed-tensors": "CompressedTensorsConfig(dequantize=True)",
 }
-# the table is written out per layer, so a number that no model has must not reach it
+# tables are expanded per layer, so absurd numbers must be rejected first
 MOST_LAYERS = 10_000
 WRONG_FILE = "fetch config.json again: the one that save_pretrained wrote beside the weights"
 WRONG_CONFIG = "config.json and weights are of two different models"
@@ -67,20 +67,30 @@ WRONG_CONFIG = "config.json and weights are of two different models"
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Names and shapes of a dense checkpoint: what stays (backbone) and, per layer, what is an expert (FFN)."""
+    """Names and shapes of a dense checkpoint: its backbone, and per layer its FFN."""
 
     backbone: Mapping[str, tuple[int, ...]]
     ffn: tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]  # per layer: suffix -> (full name, shape)
 
+    @property
+    def ffn_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full name -> shape of every FFN tensor."""
+        return dict(tensor for layer in self.ffn for tensor in layer.values())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Full name -> shape of every tensor."""
+        return {**self.backbone, **self.ffn_shapes}
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A dense checkpoint as a recipe names it, opened: its headers are read and checked, its weights are not."""
+    """An opened dense checkpoint. Its headers have been read and checked, its weights have not."""
 
     name: SourceName
     checkpoint: Checkpoint
     adapter: Adapter | None = None
-    # the config ties head and embeddings, the weights do not: see planning/heads.py
+    # the config ties head and embeddings, but the weights differ: see planning/heads.py
     own_head: bool = False
 
     @property
@@ -93,11 +103,11 @@ class Source:
 
     @property
     def family(self) -> Family | None:
-        """The table of this source's family, or None where only a virtual MoE can be made of it."""
+        """The table of this source's family; None where only a virtual MoE is possible."""
         return FAMILIES.get(str(self.config.get("model_type")))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> TensorRef:
-        """The tensor of that name; without weights, a reference that has a size but points nowhere."""
+        """The tensor of that name; without weights, a reference with a shape and no bytes."""
         if name in self.checkpoint.tensors:
             return self.checkpoint.tensors[name]
         dtype = {"float32": "F32", "float16": "F16"}.get(str(self.dtype), "BF16")
@@ -105,7 +115,7 @@ class Source:
 
     @property
     def dtype(self) -> str:
-        """The type its config says, or that its first tensor has."""
+        """The type in its config, or that of its first tensor."""
         said = self.config.get("dtype") or self.config.get("torch_dtype")
         return str(said or next((ref.dtype for ref in self.checkpoint.tensors.values()), "bfloat16"))
 
@@ -113,9 +123,9 @@ class Source:
 def open_source(
     name: SourceName, *, folder: Path, weights: bool, adapter: str | None = None, trust_remote_code: bool = False
 ) -> Source:
-    """Finds and opens one source. `weights=False` is content with a config; `adapter` overrides the name's own."""
+    """Finds and opens one source. `weights=False` requires the config only; `adapter` overrides the name's own."""
     found = resolve(name.path, revision=name.revision, folder=folder, weights=weights)
-    # of a hub model the bill needs no weights: those of a download that was cut off are fetched when it is built
+    # planning a hub model needs no weights: an interrupted download is completed when the model is built
     opened = open_checkpoint(found, whole=weights or is_folder(name.path, folder=folder))
     checkpoint = replace(opened, config=in_one_spelling(opened.config))
     model_type = str(checkpoint.config.get("model_type"))
@@ -123,23 +133,23 @@ def open_source(
     if own_code and not trust_remote_code and not known_to_transformers(model_type):
         raise SourceError(
             f"{name} is a {model_type!r} model with Python code of its own, which is not run",
-            hint="read that code, and if you trust it say --trust-remote-code",
+            hint="read that code; if you trust it, add --trust-remote-code",
         )
     check_config(Source(name, checkpoint))
     path, revision = (adapter, None) if adapter else (name.adapter, name.adapter_revision)
     if path is None:
         return Source(name, checkpoint)
-    if adapter and "@" in adapter and not os.path.exists(folder / adapter):
+    if adapter and "@" in adapter and not os.path.exists(local_path(adapter, folder=folder)):
         path, revision = adapter.rsplit("@", 1)
     return Source(name, checkpoint, open_adapter(resolve(path, revision=revision, folder=folder, weights=True)))
 
 
 @cache
 def known_to_transformers(model_type: str) -> bool:
-    """Whether the installed transformers has a config class for a model type, so that code beside it is not needed.
+    """Whether the installed transformers has a config class for a model type, so that no remote code is needed.
 
-    Read from the text of its table, since importing that takes seconds and brings torch along; a table that has moved
-    only means that such a model is refused.
+    Reads the text of transformers' table, because importing it takes seconds and loads torch. If the table has moved,
+    such models are rejected.
     """
     spec = find_spec("transformers")
     auto = Path(spec.origin).parent / "models" / "auto" if spec and spec.origin else Path()
@@ -149,13 +159,13 @@ def known_to_transformers(model_type: str) -> bool:
 
 
 def in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with its sizes under the names that most families use."""
+    """A config with its sizes under their common names."""
     found = {key: config[other] for key, others in SPELLINGS.items() for other in others if other in config}
     return found | dict(config)
 
 
 def check_config(source: Source) -> None:
-    """Raises SourceError where config.json leaves out a size, or says one that no decoder can have."""
+    """Raises SourceError if config.json lacks a size or has an impossible one."""
     file, family = source.folder / "config.json", source.family
     if not isinstance(source.config.get("model_type"), str):
         raise SourceError(f"{file} has no model_type, expected the name of a family", hint=WRONG_FILE)
@@ -191,7 +201,7 @@ def check_config(source: Source) -> None:
 
 
 def _refuse_quantized(source: Source) -> None:
-    """Raises SourceError where config.json says that the weights are codes, which no step here can compute with."""
+    """Raises SourceError for quantized weights."""
     said = next((source.config[key] for key in QUANTIZED if source.config.get(key)), None)
     if said is not None:
         method = (said.get("quant_method") or said.get("quant_algo")) if isinstance(said, Mapping) else said
@@ -219,9 +229,9 @@ def _check_heads(file: Path, dims: Dims) -> None:
 
 
 def odd_heads(config: Mapping[str, Any]) -> int:
-    """Cached heads of a family without a table: one in multi-query models, all in Falcon's second generation.
+    """Cached key-value heads of a family without a table: one in multi-query models, all in Falcon's second generation.
 
-    There transformers' code repeats the grouped heads before it caches them.
+    There transformers repeats the grouped heads before it caches them.
     """
     heads = int(config["num_attention_heads"])
     if config.get("new_decoder_architecture"):
@@ -232,7 +242,7 @@ def odd_heads(config: Mapping[str, Any]) -> int:
 
 
 def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
-    """Every (source, adapter) pair that a recipe names: the base, the experts at any depth, the shared experts."""
+    """Every (source, adapter) pair of a recipe: base, experts at any depth, shared experts."""
     yield recipe.base_model, None
     for expert in leaves((*recipe.experts, *recipe.shared_experts)):
         if expert.source_model is not None:
@@ -240,7 +250,7 @@ def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
 
 
 def leaves(experts: Iterable[Expert]) -> Iterator[Expert]:
-    """The experts that are FFNs themselves, depth first."""
+    """The experts that are not mixtures themselves, depth first."""
     for expert in experts:
         if expert.experts:
             yield from leaves(expert.experts)
@@ -249,7 +259,7 @@ def leaves(experts: Iterable[Expert]) -> Iterator[Expert]:
 
 
 def anatomy(source: Source) -> Anatomy:
-    """Tells an FFN from the rest: by the family's table where there is one, otherwise by the `mlp` in the names."""
+    """Splits a source into backbone and FFNs: by its family's table, or else by `mlp` in the names."""
     family = source.family
     if family is not None:
         backbone = family.shapes(family.backbone, source.config)
@@ -288,15 +298,15 @@ def _layered(
 
 
 def check_tensors(source: Source, parts: Anatomy) -> None:
-    """Raises SourceError when a tensor the family's table asks for is missing, of another shape, or quantized."""
+    """Raises SourceError if a tensor of the family's table is missing, has another shape, or is quantized."""
     if not source.checkpoint.has_weights:
         return
-    wanted = dict(parts.backbone) | {name: shape for layer in parts.ffn for name, shape in layer.values()}
+    wanted = parts.shapes
     missing = [name for name in wanted if name not in source.checkpoint.tensors]
     if missing:
         raise SourceError(
-            f"{source.name} lacks {len(missing)} of the {len(wanted)} tensors its config.json promises, the first "
-            f"being {missing[0]}",
+            f"{source.name} lacks {len(missing)} of the {len(wanted)} tensors that its config.json requires, the "
+            f"first is {missing[0]}",
             hint="download it again, or check that config.json belongs to these weights",
         )
     for name, shape in wanted.items():
@@ -306,8 +316,8 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
                 f"{source.name} holds {name} of shape {list(found)}, but its config.json says {list(shape)}",
                 hint=WRONG_CONFIG,
             )
-    # a family without a table has integer buffers in its backbone, but none of its FFNs is made of integers
-    numbers = wanted if source.family else (name for layer in parts.ffn for name, _ in layer.values())
+    # a family without a table may have integer buffers in its backbone, but not in its FFNs
+    numbers = wanted if source.family else parts.ffn_shapes
     coded = next((ref for name in numbers if (ref := source.checkpoint.tensors[name]).dtype not in FLOATS), None)
     if coded is not None:
         raise SourceError(
@@ -318,7 +328,7 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
 
 
 def check_siblings(base: Source, others: Iterable[Source]) -> None:
-    """Raises SourceError when a parent cannot stand beside the base, naming both and every field that differs."""
+    """Raises SourceError if a parent's config does not fit the base's; the message names every field that differs."""
     for other in others:
         differ = {
             words: (base.config.get(key), other.config.get(key))
@@ -336,21 +346,18 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
 
 
 def _other_vocabulary(base: Source, other: Source) -> SourceError:
-    """An FFN has no vocabulary, but it was trained behind embeddings that have: said, with the way to make it fit."""
+    """The error for a parent with another vocabulary, and how to make it fit."""
     ours, theirs = base.config.get("vocab_size"), other.config.get("vocab_size")
     return SourceError(
         f"{other.name} does not fit beside the base {base.name}: vocabulary {ours} against {theirs}, so it was trained "
-        "with tokens of its own, which the base's tokenizer never makes",
+        "with tokens of its own that the base's tokenizer never produces",
         hint=f"if the extra tokens do not matter, load {other.name} with transformers, call "
         f"resize_token_embeddings({ours}), save_pretrained(folder), and name that folder: its FFNs stay the same",
     )
 
 
 def check_anatomies(base: tuple[Source, Anatomy], others: Iterable[tuple[Source, Anatomy]], *, averaged: bool) -> None:
-    """Raises SourceError where the weights themselves, whatever the configs say, do not fit beside the base's.
-
-    FFNs must have the same matrices, biases aside; with `averaged`, backbones the same tensors too.
-    """
+    """Raises SourceError if tensors do not fit the base's: FFN matrices, and with `averaged` the backbones."""
     for other in others:
         ours, theirs = (_matrices(parts) | (dict(parts.backbone) if averaged else {}) for _, parts in (base, other))
         odd = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
@@ -364,4 +371,4 @@ def check_anatomies(base: tuple[Source, Anatomy], others: Iterable[tuple[Source,
 
 
 def _matrices(parts: Anatomy) -> dict[str, tuple[int, ...]]:
-    return {name: shape for layer in parts.ffn for name, shape in layer.values() if len(shape) > 1}
+    return {name: shape for name, shape in parts.ffn_shapes.items() if len(shape) > 1}

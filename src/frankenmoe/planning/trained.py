@@ -1,7 +1,7 @@
-"""What training made: routers, and tensors in the place of the sources' in a plan's writes; not how they came to be.
+"""Routers and tensors from training, put into a plan in place of those of the sources.
 
-In their file a tensor of the backbone stands under its dense name, one of an expert behind the expert's path, such as
-`experts.2.model.layers.0.mlp.up_proj.weight`; `experts.2.0.` is nested, `shared.0.` shared.
+In the file, a backbone tensor has its dense name. An expert's tensor is prefixed by the expert's path, such as
+`experts.2.model.layers.0.mlp.up_proj.weight`; `experts.2.0.` is a nested expert, `shared.0.` a shared one.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from frankenmoe.checkpoint.header import read_header
-from frankenmoe.checkpoint.tensors import FLOATS, Lora, Scale, TensorRef, TensorWrite
+from frankenmoe.checkpoint.hub import local_path
+from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Scale, TensorRef, TensorWrite
 from frankenmoe.errors import SourceError
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.tree import ExpertNode
@@ -19,12 +20,12 @@ TRAINED = "model-trained.safetensors"
 
 
 def open_trained(recipe: Recipe) -> Mapping[str, TensorRef]:
-    """The tensors of the file that a recipe calls `trained`, by name; SourceError where it cannot be read."""
-    return {} if recipe.trained is None else read_header((recipe.folder / recipe.trained).absolute())
+    """The tensors of the recipe's `trained` file, by name. Raises SourceError if it cannot be read."""
+    return {} if recipe.trained is None else read_header(local_path(recipe.trained, folder=recipe.folder))
 
 
 def read_routers(file: Path, wanted: Mapping[str, tuple[int, int]]) -> Mapping[str, TensorRef]:
-    """The gates in a file, if they are just those `wanted` (name -> shape) and floats; else SourceError."""
+    """The gates in a file. Raises SourceError unless they are exactly `wanted` (name -> shape), all floats."""
     refs = read_header(file)
     for name in {**wanted, **refs}:
         ref, shape = refs.get(name), wanted.get(name)
@@ -38,19 +39,19 @@ def read_routers(file: Path, wanted: Mapping[str, tuple[int, int]]) -> Mapping[s
             continue
         raise SourceError(
             f"{file} {odd}",
-            hint="these routers belong to another MoE; remove `routers` to make them by gate_mode",
+            hint="these routers belong to another MoE; remove `routers` to compute them by gate_mode",
         )
     return refs
 
 
 def trained_name(path: tuple[int, ...], dense: str) -> str:
-    """What the file calls an expert's tensor."""
+    """The name of an expert's tensor in the file."""
     head = ("shared", *path[1:]) if path[:1] == SHARED else ("experts", *path)
     return ".".join((*map(str, head), dense))
 
 
 def with_trained(writes: tuple[TensorWrite, ...], trained: Mapping[str, TensorRef]) -> tuple[TensorWrite, ...]:
-    """The backbone's writes, each reading the trained tensor of its name where there is one."""
+    """The backbone's writes, with trained tensors as inputs where they exist."""
     return tuple(_replaced(write, trained.get(write.name)) for write in writes)
 
 
@@ -79,24 +80,24 @@ def check_used(
     backbone: tuple[TensorWrite, ...],
     nodes: tuple[ExpertNode, ...],
 ) -> None:
-    """SourceError for a trained tensor that belongs to nothing in this recipe."""
+    """Raises SourceError for a trained tensor that belongs to no part of this recipe."""
     experts = (write for node in nodes for leaf in node.leaves() for row in leaf.ffn for write in row.values())
     used = {ref for write in (*backbone, *experts) for ref in write.inputs}
     for name, ref in trained.items():
         if ref not in used:
             raise SourceError(
-                f"{ref.file} holds {name}, which no part of {recipe.origin} is called",
-                hint="this file was trained in another MoE; take the one that lies beside its recipe",
+                f"{ref.file} holds {name}, which is no tensor of {recipe.origin}",
+                hint="this file belongs to another MoE; use the one beside its own recipe",
             )
 
 
 def _replaced(write: TensorWrite, ref: TensorRef | None) -> TensorWrite:
-    """Noise was there before training, which saw it; adapters and scales are kept beside the weights in both forms."""
+    """The write with `ref` as its input. Noise is dropped: training already saw it. Adapters and scales stay."""
     if ref is None:
         return write
     if ref.shape != write.shape or ref.dtype not in FLOATS:
         raise SourceError(
             f"{ref.file} holds {ref.name} as {ref.dtype} {list(ref.shape)}, expected floats {list(write.shape)}",
-            hint="this file was trained in another MoE; take the one that lies beside its recipe",
+            hint="this file belongs to another MoE; use the one beside its own recipe",
         )
-    return replace(write, inputs=(ref,), steps=tuple(step for step in write.steps if isinstance(step, Lora | Scale)))
+    return replace(write, inputs=(ref,), steps=tuple(step for step in write.steps if isinstance(step, LowRank | Scale)))

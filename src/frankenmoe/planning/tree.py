@@ -1,7 +1,7 @@
-"""The experts of a recipe as tensor writes, nested as the recipe nests them; knows nothing of formats or torch.
+"""The experts of a recipe as tensor writes, nested as in the recipe. Does not import torch.
 
-The order of what is done to an expert's matrix is fixed here, once, for the virtual and the built form alike:
-noise on the source's weights, then the adapter, then the residual scale.
+This module fixes the order of steps on an expert's matrix, for the virtual and the built form: noise, then the adapter,
+then the residual scale.
 """
 
 import hashlib
@@ -11,52 +11,58 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from frankenmoe.checkpoint.reader import Adapter
-from frankenmoe.checkpoint.tensors import FLOATS, Lora, Mean, Noise, Scale, Step, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Mean, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.planning.sources import Anatomy, Source
 from frankenmoe.recipe import Expert, Recipe
 
 PEFT_PREFIX = "base_model.model."
-# the matrix that writes into the residual stream, as the families of transformers call it
+# names of the matrix that writes to the residual stream, in the families of transformers
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
-# PEFT settings that change what a LoRA computes in a way W + scale * B A cannot say
-# initialisations that leave the base's own weights alone; PiSSA, OLoRA and their like rewrite them on loading
+# LoRA initialisations that keep the base's weights; PiSSA, OLoRA and the like change them on loading
 PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
-# a tensor of an adapter on an FFN, whichever kind of adapter it is
+# a tensor of an adapter on an FFN, of any kind of adapter
 FFN_ADAPTER = re.compile(r"\.\d+\.mlp\.")
+# PEFT settings that compute something other than W + scale * B A
 UNSUPPORTED_PEFT = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora")
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertNode:
-    """An expert: either a leaf with FFN writes per layer (dense names), or an MoE with children and a top-k.
+    """An expert: a leaf with FFN writes per layer (dense names), or a nested mixture with children and a top-k.
 
-    `ffn[layer][suffix]` is the write without the adapter, `loras[layer][suffix]` the adapter's step for it; `path`
-    is the way from the root, such as (2, 0) for the first expert nested in the third.
+    `ffn[layer][suffix]` is the write without the adapter, `loras[layer][suffix]` the adapter's step. `path` is (2, 0)
+    for the first expert nested in the third.
     """
 
     name: str
     path: tuple[int, ...]
     source: Source | None
     ffn: tuple[Mapping[str, TensorWrite], ...] = ()
-    loras: tuple[Mapping[str, Lora], ...] = ()
+    loras: tuple[Mapping[str, LowRank], ...] = ()
     children: tuple["ExpertNode", ...] = ()
     top_k: int = 0
 
     def leaves(self) -> Iterator["ExpertNode"]:
-        """The FFNs below this node, depth first; itself when it is one."""
+        """The leaves below this node, depth first; a leaf yields itself."""
         if not self.children:
             yield self
         for child in self.children:
             yield from child.leaves()
 
     def folded(self, layer: int, suffix: str) -> TensorWrite:
-        """The write with the adapter folded in, as a built checkpoint needs it."""
+        """The write with the adapter folded in, as in a built checkpoint."""
         write, lora = self.ffn[layer][suffix], self.loras[layer].get(suffix)
         return write if lora is None else with_lora(write, lora)
 
+    def folded_writes(self) -> list[TensorWrite]:
+        """All FFN writes below this node, with adapters folded in."""
+        return [
+            leaf.folded(layer, suffix) for leaf in self.leaves() for layer, row in enumerate(leaf.ffn) for suffix in row
+        ]
 
-def with_lora(write: TensorWrite, lora: Lora) -> TensorWrite:
+
+def with_lora(write: TensorWrite, lora: LowRank) -> TensorWrite:
     """Inserts the adapter's step between noise and residual scale."""
     before = tuple(step for step in write.steps if not isinstance(step, Scale))
     after = tuple(step for step in write.steps if isinstance(step, Scale))
@@ -71,7 +77,7 @@ def expert_nodes(
     dtype: str,
     path: tuple[int, ...] = (),
 ) -> tuple[ExpertNode, ...]:
-    """The experts of one level as nodes; `dtype` is the safetensors type they are stored in."""
+    """The experts of one level as nodes; `dtype` is the safetensors type of the stored weights."""
     return tuple(
         _node(recipe, expert, sources=sources, dtype=dtype, path=(*path, index)) for index, expert in enumerate(experts)
     )
@@ -109,8 +115,8 @@ def _node(
 
 def ffn_writes(
     source: Source, parts: Anatomy, *, dtype: str
-) -> tuple[tuple[Mapping[str, TensorWrite], ...], tuple[Mapping[str, Lora], ...]]:
-    """A source's FFNs as they are: per layer, suffix -> write under its dense name, and suffix -> adapter step."""
+) -> tuple[tuple[Mapping[str, TensorWrite], ...], tuple[Mapping[str, LowRank], ...]]:
+    """A source's unchanged FFNs: per layer, suffix -> write under its dense name, and suffix -> adapter step."""
     loras = adapter_steps(source, parts)
     refuse_strange_keys(source, FFN_ADAPTER)
     ffn = tuple(
@@ -135,16 +141,16 @@ def _steps(recipe: Recipe, expert: Expert, *, name: str, suffix: str, path: tupl
 
 
 def tensor_seed(seed: int, path: tuple[int, ...], name: str) -> int:
-    """A seed of its own for every tensor of every expert: the same on every machine, unlike `hash`."""
+    """The noise seed of one tensor of one expert; unlike `hash`, the same on every machine."""
     text = f"{seed}/{'.'.join(map(str, path))}/{name}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
-    """Full name of a source's weight -> the LoRA step on it, from PEFT's layout: W + alpha/r * B A.
+def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, LowRank]:
+    """Full name of a weight -> its LoRA step W + alpha/r * B A, read from PEFT's format.
 
-    Rank and alpha patterns and rank-stabilised scaling (alpha / sqrt(r), arXiv 2312.03732) are honoured; what changes
-    the formula (DoRA, bias, embeddings trained whole) is refused.
+    Supports rank and alpha patterns and rank-stabilised scaling (alpha / sqrt(r), arXiv 2312.03732). Raises SourceError
+    for adapters with another formula (DoRA, bias, fully trained embeddings) or for another model.
     """
     adapter = source.adapter
     if adapter is None:
@@ -159,8 +165,7 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
             f"the adapter {adapter.folder} uses {what}, expected a plain LoRA",
             hint="merge it into its model with PEFT's merge_and_unload and name that model as the source",
         )
-    shapes = dict(parts.backbone) | {name: shape for layer in parts.ffn for name, shape in layer.values()}
-    steps: dict[str, Lora] = {}
+    shapes, steps = parts.shapes, dict[str, LowRank]()
     for key, a in adapter.tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
@@ -173,7 +178,7 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
                 f"the adapter {adapter.folder} holds {key} of shape {list(a.shape)}, but {source.name} has {found}",
                 hint="this adapter was trained on another model; name the model it was trained on as source_model",
             )
-        steps[f"{module}.weight"] = Lora(a=a, b=b, scale=_lora_scale(adapter, module, rank=a.shape[0]))
+        steps[f"{module}.weight"] = LowRank(a=a, b=b, scale=_lora_scale(adapter, module, rank=a.shape[0]))
     if not steps:
         raise SourceError(
             f"the adapter {adapter.folder} holds no LoRA matrices, expected names ending in .lora_A.weight",
@@ -183,9 +188,9 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, Lora]:
 
 
 def refuse_strange_keys(source: Source, wanted: re.Pattern[str]) -> None:
-    """SourceError for a tensor of the adapter, among those whose names match, that is no half of a LoRA matrix.
+    """Raises SourceError for an adapter tensor whose name matches `wanted` and that is not half of a LoRA pair.
 
-    On the base every name counts: whatever its adapter holds belongs to the backbone. On an expert only the FFN's do.
+    On the base all names count, because its adapter changes the backbone; on an expert only those of the FFN.
     """
     adapter = source.adapter
     if adapter is None:
@@ -207,7 +212,7 @@ def refuse_strange_keys(source: Source, wanted: re.Pattern[str]) -> None:
 
 
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether [rank, in] and [out, rank] make a term for a weight [out, in], of a rank that one can divide by."""
+    """Whether [rank, in] and [out, rank] give a weight [out, in], with rank at least 1."""
     return len(weight) == len(a) == 2 and a[0] > 0 and (a[1], b) == (weight[1], (weight[0], a[0]))
 
 
@@ -223,7 +228,7 @@ def _lora_scale(adapter: Adapter, module: str, *, rank: int) -> float:
 
 
 def _names(pattern: str, module: str) -> bool:
-    """Whether a PEFT pattern, a regular expression for the end of a module's name, is meant for this module."""
+    """Whether a PEFT pattern, a regular expression for the end of a module's name, matches this module."""
     try:
         return re.match(rf"(.*\.)?({pattern})$", module) is not None
     except re.error:
@@ -239,9 +244,9 @@ def _odd_setting(adapter: Adapter, found: str, *, expected: str) -> SourceError:
 def backbone_writes(
     recipe: Recipe, base: Source, parts: Anatomy, *, nodes: tuple[ExpertNode, ...], dtype: str
 ) -> tuple[TensorWrite, ...]:
-    """Everything that is not an expert, under its dense name: the base's own, or the mean over the experts' parents.
+    """The backbone under its dense names: the base's, or with `backbone: average` the mean of the experts' parents.
 
-    The mean (`backbone: average`) counts every expert once, as in Branch-Train-MiX (arXiv 2403.07816, section 2.2).
+    Every expert counts once in the mean, as in Branch-Train-MiX (arXiv 2403.07816, section 2.2).
     """
     loras = adapter_steps(base, parts)
     refuse_strange_keys(base, re.compile(""))
@@ -262,14 +267,13 @@ def backbone_writes(
 
 
 def _stored_as(ref: TensorRef, dtype: str) -> str:
-    """Integer buffers keep their type; only floats follow the recipe's dtype."""
+    """The recipe's dtype for floats; integer buffers keep their own."""
     return dtype if ref.dtype in FLOATS else ref.dtype
 
 
 def dense_writes(source: Source, parts: Anatomy, *, dtype: str) -> tuple[TensorWrite, ...]:
-    """A source as the dense model it is, its adapter folded in: every tensor under its own name."""
-    shapes = dict(parts.backbone) | {name: shape for layer in parts.ffn for name, shape in layer.values()}
+    """A source as a dense model: every tensor under its own name, with the adapter folded in."""
     loras = adapter_steps(source, parts)
-    refs = {name: source.tensor(name, shape) for name, shape in shapes.items()}
+    refs = {name: source.tensor(name, shape) for name, shape in parts.shapes.items()}
     plain = (TensorWrite(name, _stored_as(ref, dtype), ref.shape, (ref,)) for name, ref in refs.items())
     return tuple(with_lora(write, loras[write.name]) if write.name in loras else write for write in plain)

@@ -1,12 +1,12 @@
-"""What of the sources goes into nothing, and why; knows nothing of formats or the bill."""
+"""The tensors of the sources that are not used, with a reason for each."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
-from frankenmoe.checkpoint.tensors import Lora, TensorWrite
+from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.planning.sources import BUFFER, Anatomy, Source
 from frankenmoe.planning.tree import FFN_ADAPTER, ExpertNode
 
-Row = tuple[str, str, str]
+UnusedTensor = tuple[str, str, str]
 """(source, tensor, reason)."""
 
 
@@ -18,16 +18,13 @@ def unused_tensors(
     trained: bool,
     nodes: tuple[ExpertNode, ...],
     backbone: tuple[TensorWrite, ...],
-) -> tuple[Row, ...]:
-    """A row for every tensor of every source that nothing is made from; `nodes` with the shared experts."""
-    leaves = [leaf for node in nodes for leaf in node.leaves()]
-    folded = [leaf.folded(layer, suffix) for leaf in leaves for layer, row in enumerate(leaf.ffn) for suffix in row]
-    steps = [step for write in (*backbone, *folded) for step in write.steps if isinstance(step, Lora)]
-    used = {ref for write in (*backbone, *folded) for ref in write.inputs}
-    used |= {ref for step in steps for ref in (step.a, step.b)}
-    rows: list[Row] = []
+) -> tuple[UnusedTensor, ...]:
+    """Every unused tensor of every source; `nodes` include the shared experts."""
+    writes = [*backbone, *(write for node in nodes for write in node.folded_writes())]
+    used = {ref for write in writes for ref in write.sources}
+    rows: list[UnusedTensor] = []
     for source, found in parts:
-        inside_ffn = {name for layer in found.ffn for name, _ in layer.values()}
+        inside_ffn = found.ffn_shapes.keys()
         for name, ref in source.checkpoint.tensors.items():
             if ref not in used:
                 why = _reason(name, found, inside_ffn, averaged=averaged)
@@ -38,7 +35,7 @@ def unused_tensors(
     return tuple(dict.fromkeys(rows))
 
 
-def _reason(name: str, found: Anatomy, inside_ffn: set[str], *, averaged: bool) -> str:
+def _reason(name: str, found: Anatomy, inside_ffn: Collection[str], *, averaged: bool) -> str:
     if name in inside_ffn:
         return "the base's own FFN is not among the experts"
     if name in found.backbone:

@@ -1,1 +1,1 @@
-"""A finished artifact made known: its model card, and its way to the hub; does not measure or change anything."""
+"""The model card of an artifact, and its upload to the hub."""

@@ -1,6 +1,6 @@
-"""Facts and reports -> README.md: a head that the hub accepts, then what is known in words; measures nothing itself.
+"""Facts and reports -> README.md, the model card: a head that the hub accepts, then sections in words.
 
-A section without evidence is left out and named at the end. Nothing is written that no file on disk says.
+A section without evidence is left out and listed at the end. The card says nothing that no file on disk says.
 """
 
 import hashlib
@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact.folder import Artifact
+from frankenmoe.artifact.reports import AuditReport, EvalReport
+from frankenmoe.charts import EXTRA, can_draw
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
 from frankenmoe.publish.facts import Facts, gather
 from frankenmoe.publish.found import PICTURE, limits, results, routing, samples
-from frankenmoe.publish.leaderboard import TASKS, Origin, eval_results
+from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, Origin, eval_results
 from frankenmoe.publish.picture import heat_map
-from frankenmoe.publish.privacy import local_names, without_folders
-from frankenmoe.publish.reports import Evidence, Measured, Published, Routing, collect
+from frankenmoe.publish.reports import Evidence, collect
 from frankenmoe.publish.sections import (
     LOCAL,
     Missing,
@@ -27,12 +28,14 @@ from frankenmoe.publish.sections import (
     files,
     licences,
     merged,
+    plain,
     primer,
     recipe,
     routers,
     usage,
 )
-from frankenmoe.recipestages import Card as Settings
+from frankenmoe.recipe.sections import CardSettings as Settings
+from frankenmoe.subject import Subject, open_subject
 
 README = "README.md"
 TAGS = ("merge", "moe", "frankenmoe")
@@ -42,7 +45,7 @@ Section = Callable[[Facts, Evidence], "str | Missing"]
 
 @dataclass(frozen=True)
 class Card:
-    """A finished card: its text, the picture beside it, and what had to be left out, with the reason."""
+    """A finished card: its text, its picture, and what was left out with the reason."""
 
     text: str
     picture: bytes | None
@@ -58,21 +61,20 @@ class Card:
 
 
 def make_card(
-    artifact: Artifact,
+    what: Subject | Artifact | str | Path,
     *,
     settings: Settings | None = None,
-    repo: str | None = None,
     reports: Sequence[Path] = (),
-    trust_remote_code: bool = False,
 ) -> Card:
-    """The card of an artifact from what lies in its folder and the reports given; writes nothing.
+    """Makes the card of an artifact from the files in its folder and the reports given. Writes nothing.
 
-    `settings` replaces the recipe's own `card:`; `repo` is where the model will be, for the lines that load it.
+    `settings` replaces the recipe's own `card:`.
     Raises ArtifactError for a report that cannot be read, or where the hub's own check refuses the head.
     """
-    facts = gather(artifact, settings=settings, trust_remote_code=trust_remote_code)
+    facts = gather(open_subject(what), settings=settings)
+    artifact = facts.artifact
     evidence = collect(artifact, given=reports)
-    model = repo or facts.settings.repo or LOCAL
+    model = facts.settings.repo or LOCAL
     sections: Mapping[str, Section] = {
         "What was merged": merged,
         "What it costs": bill,
@@ -89,7 +91,7 @@ def make_card(
     }
     head, lacking = _head(facts, evidence)
     missing = dict(lacking)
-    body = [f"# {facts.name}", facts.settings.description or "", _opening(facts)]
+    body = [f"# {plain(facts.name)}", facts.settings.description or "", _opening(facts)]
     for title, section in sections.items():
         said = section(facts, evidence)
         if isinstance(said, Missing):
@@ -97,14 +99,19 @@ def make_card(
         else:
             body.append(f"## {title}\n\n{said}")
     missing |= {f"report {number}": text for number, text in enumerate(evidence.stale, 1)}
-    names = local_names(artifact)
-    missing = {what: without_folders(why, names) for what, why in missing.items()}
+    seen, picture = evidence.get(AuditReport), None
+    if seen is not None and can_draw():
+        layers = [router.layer for router in seen.outer]
+        picture = heat_map(seen.shares, layers=layers, experts=seen.model.experts)
+    elif seen is not None:
+        missing["picture"] = f"drawing needs `{EXTRA}`"
+    missing = {what: facts.names.text(why) for what, why in missing.items()}
     if missing:
-        body.append("## Not in this card\n\n" + "\n".join(f"- {what}: {why}" for what, why in missing.items()))
-    seen = evidence.get(Routing)
-    text = signed(f"---\n{head}\n---\n\n" + "\n\n".join(part for part in body if part) + "\n")
+        body.append("## Not in this card\n\n" + "\n".join(f"- {what}: {plain(why)}" for what, why in missing.items()))
+    body_text = facts.names.text("\n\n".join(part for part in body if part))
+    text = signed(f"---\n{head}\n---\n\n{body_text}\n")
     check(text, facts)
-    return Card(text, heat_map(seen.share_LE, layers=seen.layers) if seen else None, missing)
+    return Card(text, picture, missing)
 
 
 def _opening(facts: Facts) -> str:
@@ -120,7 +127,7 @@ def _opening(facts: Facts) -> str:
 
 
 def _head(facts: Facts, evidence: Evidence) -> tuple[str, dict[str, str]]:
-    """The YAML between the dashes, made by huggingface_hub's own class, and what it had to leave out."""
+    """The YAML head, made by huggingface_hub's own class, and what is not in it with the reason."""
     from huggingface_hub import ModelCardData
 
     wanted = facts.settings
@@ -145,11 +152,11 @@ def _head(facts: Facts, evidence: Evidence) -> tuple[str, dict[str, str]]:
         "eval_results": eval_results(scores, origin=origin) if scores else None,
     }
     reasons = {
-        "language": "no source declares one; say `language` under `card:` in the recipe",
-        "license": "the sources declare no common one, see Licences; say `license` under `card:` in the recipe",
-        "base_model": "no source came from the hub; say `base_model` under `card:` in the recipe",
+        "language": "no source declares one; set `language` under `card:` in the recipe",
+        "license": "the sources declare no common one, see Licences; set `license` under `card:` in the recipe",
+        "base_model": "no source came from the hub; set `base_model` under `card:` in the recipe",
         "datasets": "no source declares any",
-        "eval_results": "no full run of the leaderboard's tasks is at hand; `frankenmoe eval` makes one",
+        "eval_results": "the leaderboard's tasks were not run in full; `frankenmoe eval` runs them",
     }
     lacking = {_head_name(key): why for key, why in reasons.items() if not fields[key]}
     data = ModelCardData(**{key: value for key, value in fields.items() if value})
@@ -162,15 +169,14 @@ def _head_name(key: str) -> str:
 
 def head_scores(evidence: Evidence) -> tuple[Mapping[str, float], Origin | None]:
     """The scores for the model index, in percent: published ones, else those measured here on all rows of a task."""
-    published, measured = evidence.get(Published), evidence.get(Measured)
+    published, measured = evidence.get(LeaderboardReport), evidence.get(EvalReport)
     if published is not None:
-        return published.scores, published.origin
-    own = next((row for row in measured.rows if row.role == "moe"), None) if measured else None
-    if measured is None or own is None:
+        return published.published, published.source
+    if measured is None or measured.moe is None:
         return {}, None
     whole = {
         task: score
-        for task, score in own.scores.items()
+        for task, score in measured.moe.scores.items()
         if task in TASKS and measured.documents.get(task, 0) >= TASKS[task].documents
     }
     return whole, None
@@ -181,7 +187,7 @@ def _distinct(values: Sequence[str]) -> list[str]:
 
 
 def check(text: str, facts: Facts) -> None:
-    """Parses the card back as the hub's client does; ArtifactError where it would not be accepted."""
+    """Parses the card as the hub's client does; ArtifactError where the hub would not accept it."""
     from huggingface_hub import ModelCard
 
     try:
@@ -203,25 +209,26 @@ def _check_ids(names: Sequence[str]) -> None:
 
 
 def signed(text: str) -> str:
-    """A card with a line at its end by which `is_ours` sees whether somebody has edited it since."""
+    """The card with a signature as its last line. `is_ours` checks it to see whether somebody has edited the card."""
     return f"{text}\n{SIGNATURE}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
 
 
 def is_ours(text: str) -> bool:
-    """Whether a card is as `signed` left it."""
+    """Whether a card is unchanged since `signed`."""
     body, mark, _ = text.rpartition(f"\n{SIGNATURE}")
     return bool(mark) and text == signed(body)
 
 
-def write_card(artifact: Artifact, card: Card, *, overwrite: bool = False) -> Path:
-    """Puts README.md and its picture into the artifact. ArtifactError rather than replace what a person wrote."""
-    file = artifact.folder / README
+def write_card(what: Subject | Artifact | str | Path, card: Card, *, overwrite: bool = False) -> Path:
+    """Writes README.md and its picture into the artifact. ArtifactError where a person wrote or edited README.md."""
+    folder = Path(open_subject(what).origin)
+    file = folder / README
     if file.is_file() and not overwrite and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
         raise ArtifactError(
             f"{file} was written or changed by hand",
-            hint="--overwrite replaces it; or move it away, and put its words under `card: description` in the recipe",
+            hint="use --overwrite to replace it, or put its text under `card: description` in the recipe",
         )
     if card.picture is not None:
-        write_atomic(artifact.folder / PICTURE, card.picture)
+        write_atomic(folder / PICTURE, card.picture)
     write_atomic(file, card.text.encode())
     return file

@@ -1,33 +1,31 @@
-"""Artifact -> what a card may say of where it came from: experts, parents, bill, licences; does not read reports.
+"""What a card says about where an artifact came from: experts, parents, bill, licences. Reads no reports.
 
 Everything is looked up in the record and in the sources' own files; what is not there is not said.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from frankenmoe.artifact import Artifact
+from frankenmoe.artifact.folder import Artifact
 from frankenmoe.checkpoint.hub import is_hub_id
-from frankenmoe.errors import ArtifactError
+from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.families import FORMATS, MoEFormat
 from frankenmoe.planning import Plan
 from frankenmoe.planning.compare import card_head, licence
-from frankenmoe.planning.recall import plan_of
 from frankenmoe.planning.sources import sources_of
 from frankenmoe.publish.licences import Licences, weigh
+from frankenmoe.publish.privacy import LocalNames, local_names
 from frankenmoe.recipe import Expert, Recipe
-from frankenmoe.recipestages import Card
+from frankenmoe.recipe.sections import CardSettings
+from frankenmoe.subject import Subject
 
 
 @dataclass(frozen=True)
 class Parent:
-    """One source: as the recipe names it, its id on the hub if it came from there, what its own card declares."""
+    """One source: its name in the recipe, its hub id if it came from the hub, and what its own card declares."""
 
     name: str
     hub: tuple[str, ...]
@@ -38,7 +36,7 @@ class Parent:
 
 @dataclass(frozen=True)
 class ExpertRow:
-    """One expert of the top level: what it is made of, in words, and what routes to it."""
+    """One top-level expert: what it is made of, in words, and the prompts and data of its router."""
 
     name: str
     made_of: str
@@ -48,13 +46,15 @@ class ExpertRow:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of an artifact. `plan` and `parents` are None and empty where its sources are out of reach, and
-    `lost` says why."""
+    """What is known about an artifact. Where its sources cannot be read, `plan` is None, `parents` is empty and `lost`
+    says why."""
 
     artifact: Artifact
+    names: LocalNames
     name: str
     recipe: Mapping[str, Any]
-    settings: Card
+    base: str
+    settings: CardSettings
     fmt: MoEFormat | None
     experts: tuple[ExpertRow, ...]
     shared: tuple[ExpertRow, ...]
@@ -76,29 +76,37 @@ class Facts:
 
     @property
     def trained(self) -> bool:
-        """Whether the routers were learnt together with the experts."""
+        """Whether the routers were trained together with the experts."""
         return any(stage.get("stage") == "train" for stage in self.stages)
 
 
-def gather(artifact: Artifact, *, settings: Card | None = None, trust_remote_code: bool = False) -> Facts:
-    """Everything a card can say without a report. `settings` replaces the recipe's own `card:` section."""
+def gather(subject: Subject, *, settings: CardSettings | None = None) -> Facts:
+    """Everything a card can say without a report. `settings` replaces the recipe's own `card:` section.
+
+    PlanError for a recipe: a card is of an artifact.
+    """
+    artifact, recipe = subject.artifact, subject.recipe
+    if artifact is None:
+        raise PlanError(f"{subject.origin} is a recipe, and a card is of an artifact", hint="build it first")
     record = artifact.record
-    recipe = recorded_recipe(artifact)
-    wanted = settings or recipe.card or Card.model_validate({})
+    wanted = settings or recipe.card or CardSettings()
     plan, lost = None, None
     try:
-        plan = plan_of(artifact, trust_remote_code=trust_remote_code)
+        plan = subject.plan
     except ArtifactError as error:
         lost = error.message
-    parents = tuple(dict.fromkeys(_parents(plan))) if plan else ()
+    names = local_names(artifact)
+    parents = tuple(dict.fromkeys(_parents(plan, names))) if plan else ()
     return Facts(
         artifact=artifact,
+        names=names,
         name=recipe.name or artifact.folder.resolve().name,
         recipe=recipe.to_dict(),
+        base=recipe.base_model.path,
         settings=wanted,
         fmt=FORMATS.get(str(record.get("format"))),
-        experts=tuple(map(_row, recipe.experts)),
-        shared=tuple(map(_row, recipe.shared_experts)),
+        experts=tuple(_row(expert, names) for expert in recipe.experts),
+        shared=tuple(_row(expert, names) for expert in recipe.shared_experts),
         gate_mode=_gate_mode(record, recipe),
         plan=plan,
         parents=parents,
@@ -107,29 +115,21 @@ def gather(artifact: Artifact, *, settings: Card | None = None, trust_remote_cod
     )
 
 
-def recorded_recipe(artifact: Artifact) -> Recipe:
-    """The recipe an artifact was made from, as its record keeps it."""
-    return Recipe.parse(
-        yaml.safe_dump(artifact.record["recipe"], sort_keys=False),
-        folder=Path(artifact.record["recipe_folder"]),
-        origin=str(artifact.folder / "recipe.yml"),
-    )
-
-
 def _gate_mode(record: Mapping[str, Any], recipe: Recipe) -> str:
-    """As the first stage wrote it down: what a recipe leaves out may mean something else in another version."""
+    """The gate mode that the first stage recorded: the default may differ in another version."""
     first = next((stage["gate_mode"] for stage in record.get("stages", ()) if "gate_mode" in stage), recipe.gate_mode)
     return str(first)
 
 
-def _row(expert: Expert) -> ExpertRow:
+def _row(expert: Expert, names: LocalNames) -> ExpertRow:
     if expert.experts:
         inner = ", ".join(child.name for child in expert.experts)
         made_of = f"a mixture of its own: {inner}"
     else:
-        made_of = shown(str(expert.source_model))
+        assert expert.source_model is not None
+        made_of = str(names.rewriter.source(expert.source_model))
     changes = {
-        "adapter": f"with the adapter {shown(expert.adapter)}" if expert.adapter else None,
+        "adapter": f"with the adapter {names.short(expert.adapter)}" if expert.adapter else None,
         "noise_relative": f"noise of {expert.noise_relative:g} of each tensor's deviation"
         if expert.noise_relative
         else None,
@@ -138,22 +138,15 @@ def _row(expert: Expert) -> ExpertRow:
     }
     made_of = ", ".join([made_of, *(words for words in changes.values() if words)])
     positive, negative = Recipe.prompts_of(expert)
-    return ExpertRow(expert.name, made_of, len(positive) + len(negative), tuple(map(shown, expert.data)))
+    return ExpertRow(expert.name, made_of, len(positive) + len(negative), tuple(map(names.short, expert.data)))
 
 
-def shown(path: str) -> str:
-    """A source as a stranger may read it: a hub id as it is, a path without the way to it from where it was named."""
-    if os.path.isabs(path) or path.startswith("~"):
-        return os.path.basename(path.rstrip("/"))
-    return re.sub(r"^(\.{1,2}/)+", "", path)
-
-
-def _parents(plan: Plan) -> Iterator[Parent]:
+def _parents(plan: Plan, names: LocalNames) -> Iterator[Parent]:
     named = dict.fromkeys(sources_of(plan.recipe))
     for (name, own_adapter), source in zip(named, plan.sources, strict=True):
         declared = card_head(source.folder)
         yield Parent(
-            name=shown(name.path),
+            name=names.short(name.path),
             hub=_hub_ids([name.path], folder=plan.recipe.folder),
             licence=licence(source.folder),
             languages=_strings(declared.get("language")),
@@ -162,7 +155,7 @@ def _parents(plan: Plan) -> Iterator[Parent]:
         if source.adapter is not None:
             path = own_adapter or name.adapter or str(source.adapter.folder)
             yield Parent(
-                name=f"{shown(path)} (adapter)",
+                name=f"{names.short(path)} (adapter)",
                 hub=_hub_ids([path.split("@")[0]], folder=plan.recipe.folder),
                 licence=licence(source.adapter.folder),
                 languages=(),
@@ -171,7 +164,7 @@ def _parents(plan: Plan) -> Iterator[Parent]:
 
 
 def _hub_ids(paths: Sequence[str], *, folder: Path) -> tuple[str, ...]:
-    """Those paths that were fetched from the hub; a folder never was, whatever it looks like."""
+    """The paths that are hub ids. A name that is also a local folder is not one."""
     return tuple(path for path in paths if is_hub_id(path) and not os.path.isdir(folder / os.path.expanduser(path)))
 
 

@@ -1,16 +1,16 @@
-"""The sections of a card about what was found: routing, results, samples, limits; a section without evidence says why.
+"""The sections of a card about what was measured: routing, results, samples, limits.
 
-What speaks against the model is said as plainly as what speaks for it.
+A section without evidence returns the reason. Bad results are reported as plainly as good ones.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 
+from frankenmoe.artifact.reports import AuditReport, EvalReport, EvaluatedModel, ExportReport, SamplesReport
+from frankenmoe.charts import EXTRA, can_draw
 from frankenmoe.publish.facts import Facts
-from frankenmoe.publish.leaderboard import TASKS, average, ordered, rounded
-from frankenmoe.publish.privacy import local_names, without_folders
-from frankenmoe.publish.reports import Evidence, Exported, Measured, Published, Routing, Row, Samples
-from frankenmoe.publish.sections import Missing, gib, left_to_chance, markdown, prompted
+from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, average, ordered, rounded
+from frankenmoe.publish.reports import Evidence
+from frankenmoe.publish.sections import Missing, gib, left_to_chance, markdown, plain, prompted
 
 PICTURE = "routing.png"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -19,31 +19,34 @@ RIVALS = {"base": "its base", "parent": "the parent {name}", "average": "the ave
 
 
 def routing(facts: Facts, evidence: Evidence) -> str | Missing:
-    """The picture, its legend, and a few tokens on their way."""
-    seen, said = evidence.get(Routing), evidence.get(Samples)
+    """The picture of the routing, its legend, and the experts of a few tokens."""
+    seen, said = evidence.get(AuditReport), evidence.get(SamplesReport)
     parts = []
     if seen is not None:
-        legend = ", ".join(f"{index} {name}" for index, name in enumerate(seen.experts))
-        top = max(max(row) for row in seen.share_LE)
-        parts.append(
-            f"![Share of tokens per layer and expert]({PICTURE})\n\nA row per layer, a column per expert ({legend}); "
-            f"the darkest square stands for {top:.0%} of a layer's assignments. Counted over {seen.tokens:,} tokens of "
-            f"{', '.join(seen.texts)}."
-        )
+        legend = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(seen.model.experts))
+        top = max(max(row) for row in seen.shares)
+        if can_draw():
+            parts.append(
+                f"![Share of tokens per layer and expert]({PICTURE})\n\nA row per layer, a column per expert "
+                f"({legend}); the darkest square stands for {top:.0%} of a layer's assignments. Counted over "
+                f"{seen.tokens:,} tokens of {plain(', '.join(seen.text))}."
+            )
         if seen.own:
-            rows = [(domain, f"{min(shares):.0%} to {max(shares):.0%}") for domain, shares in seen.own.items()]
+            rows = [(plain(domain), f"{min(shares):.0%} to {max(shares):.0%}") for domain, shares in seen.own.items()]
             parts.append(markdown(("text of", "tokens whose first expert is its own, lowest to highest layer"), rows))
-    if said is not None and any(item.trace for item in said.items):
+    if said is not None and any(item.trace for item in said.samples):
         parts.append(_trace(said))
+    if not parts and seen is not None:
+        return Missing(f"drawing needs `{EXTRA}`")
     if not parts:
-        return Missing("nobody has looked where tokens go; `frankenmoe audit` does")
+        return Missing("routing was not audited; run `frankenmoe audit`")
     return "\n\n".join(parts)
 
 
-def _trace(said: Samples) -> str:
-    item = next(item for item in said.items if item.trace)
+def _trace(said: SamplesReport) -> str:
+    item = next(item for item in said.samples if item.trace)
     legend = "  ".join(f"{_digit(index)} {name}" for index, name in enumerate(said.experts))
-    lines = [f"{repr(token)[1:-1]:<14}{''.join(map(_digit, experts))}" for token, experts in item.trace[:TRACED]]
+    lines = [f"{repr(step.token)[1:-1]:<14}{''.join(map(_digit, step.experts))}" for step in item.trace[:TRACED]]
     return (
         "Token by token, the first expert of every layer from the first to the last:\n\n```text\n"
         + "\n".join([f"experts: {legend}", *lines])
@@ -56,35 +59,38 @@ def _digit(index: int) -> str:
 
 
 def results(facts: Facts, evidence: Evidence) -> str | Missing:
-    """Published scores as the leaderboard lists them, then what was measured beside base and parents."""
-    published, measured = evidence.get(Published), evidence.get(Measured)
+    """Published scores as the leaderboard lists them, then scores measured beside base and parents."""
+    published, measured = evidence.get(LeaderboardReport), evidence.get(EvalReport)
     parts = []
     if published is not None:
-        where = f"[{published.origin.name}]({published.origin.url})"
-        parts.append(f"As measured by {where}:\n\n{leaderboard_table(published.scores)}")
+        where = f"[{published.source.name}]({published.source.url})"
+        parts.append(f"As measured by {where}:\n\n{leaderboard_table(published.published)}")
     if measured is not None:
-        own_name = [replace(row, name=facts.name) if row.role == "moe" else row for row in measured.rows]
-        parts += _measured(replace(measured, rows=tuple(own_name)))
+        own_name = [
+            model.model_copy(update={"name": facts.name}) if model.kind == "moe" else model for model in measured.models
+        ]
+        parts += _measured(measured.model_copy(update={"models": tuple(own_name)}))
     if not parts:
-        return Missing("nothing was measured; `frankenmoe eval` measures it")
+        return Missing("the model was not evaluated; run `frankenmoe eval`")
     return "\n\n".join(parts)
 
 
 def leaderboard_table(scores: Mapping[str, float]) -> str:
-    """The table that the leaderboard put into cards: the average first, then task by task."""
+    """The leaderboard's table: the average, then one row per task."""
     rows = [(TASKS[task].dataset_name, f"{rounded(scores[task])}") for task in ordered(scores)]
     mean = average(scores)
     return markdown(("Metric", "Value"), [("Avg.", f"{mean}"), *rows] if mean is not None else rows)
 
 
-def _measured(measured: Measured) -> Iterator[str]:
-    tasks = ordered({task for row in measured.rows for task in row.scores if task in TASKS})
+def _measured(measured: EvalReport) -> Iterator[str]:
+    models = measured.models
+    tasks = ordered({task for row in models for task in row.scores if task in TASKS})
     if tasks:
         yield (
             "Measured with `frankenmoe eval`, in percent (the figure after ± is one standard error):\n\n"
             + markdown(
                 ("model", *(TASKS[task].dataset_name for task in tasks), "Avg."),
-                [(row.name, *(_score(row, task) for task in tasks), _mean(row)) for row in measured.rows if row.scores],
+                [(plain(row.name), *(_score(row, task) for task in tasks), _mean(row)) for row in models if row.scores],
             )
         )
         short = [
@@ -94,54 +100,55 @@ def _measured(measured: Measured) -> Iterator[str]:
         ]
         if short:
             yield f"Not all rows were used, so these are not leaderboard scores: {'; '.join(short)}."
-    domains = list(dict.fromkeys(domain for row in measured.rows for domain in row.loss))
+    domains = list(dict.fromkeys(domain for row in models for domain in row.loss))
     if domains:
         yield (
             "Loss on held-out text, in nats per token, lower is better:\n\n"
             + markdown(
-                ("model", *domains),
-                [(row.name, *(_loss(row, domain) for domain in domains)) for row in measured.rows if row.loss],
+                ("model", *map(plain, domains)),
+                [(plain(row.name), *(_loss(row, domain) for domain in domains)) for row in models if row.loss],
             )
         )
-    costs = [row for row in measured.rows if row.speed is not None or row.memory is not None]
+    costs = [row for row in models if row.tokens_per_second is not None or row.memory_bytes is not None]
     if costs:
         yield markdown(
             ("model", "tokens per second", "memory"),
             [
                 (
-                    row.name,
-                    "-" if row.speed is None else f"{row.speed:,.0f}",
-                    "-" if row.memory is None else gib(row.memory),
+                    plain(row.name),
+                    "-" if row.tokens_per_second is None else f"{row.tokens_per_second:,.0f}",
+                    "-" if row.memory_bytes is None else gib(row.memory_bytes),
                 )
                 for row in costs
             ],
         )
 
 
-def _score(row: Row, task: str) -> str:
+def _score(row: EvaluatedModel, task: str) -> str:
     if task not in row.scores:
         return "-"
-    error = row.errors.get(task)
-    return f"{rounded(row.scores[task])}" + (f" ± {rounded(error)}" if error else "")
+    error = row.tasks[task].stderr
+    return f"{rounded(row.scores[task])}" + (f" ± {rounded(100 * error)}" if error else "")
 
 
-def _mean(row: Row) -> str:
+def _mean(row: EvaluatedModel) -> str:
     mean = average({task: score for task, score in row.scores.items() if task in TASKS})
     return "-" if mean is None else str(mean)
 
 
-def _loss(row: Row, domain: str) -> str:
+def _loss(row: EvaluatedModel, domain: str) -> str:
     return f"{row.loss[domain]:.3f}" if domain in row.loss else "-"
 
 
 def samples(facts: Facts, evidence: Evidence) -> str | Missing:
-    """Prompt and reply, word for word, and how they came about."""
-    said = evidence.get(Samples)
-    if said is None or not said.items:
-        return Missing("it was asked nothing; `frankenmoe card --prompt` asks")
-    how = "greedy" if said.temperature == 0 else f"temperature {said.temperature:g}, seed {said.seed}"
-    parts = [f"Unedited, none left out; {how}, at most {said.max_new_tokens} new tokens."]
-    parts += [f"> {_quoted(item.prompt)}\n\n{_fenced(item.reply)}" for item in said.items]
+    """Each prompt with its unedited reply, and the sampling settings."""
+    said = evidence.get(SamplesReport)
+    if said is None or not said.samples:
+        return Missing("no prompts were given; use `frankenmoe card --prompt`")
+    asked = said.settings
+    how = "greedy" if asked.temperature == 0 else f"temperature {asked.temperature:g}, seed {asked.seed}"
+    parts = [f"Unedited and complete; {how}, at most {asked.max_new_tokens} new tokens."]
+    parts += [f"> {_quoted(plain(item.prompt))}\n\n{_fenced(item.reply)}" for item in said.samples]
     return "\n\n".join(parts)
 
 
@@ -160,11 +167,11 @@ def _ticks(text: str) -> list[str]:
 
 
 def limits(facts: Facts, evidence: Evidence) -> str | Missing:
-    """What was found wanting, by anybody who looked."""
+    """The faults that audit, evaluation and export found."""
     said = list(_limits(facts, evidence))
     if not said:
-        return Missing("nobody has looked for faults; `frankenmoe audit` and `frankenmoe eval` do")
-    return "\n".join(f"- {_sentence(text)}" for text in dict.fromkeys(said))
+        return Missing("faults were not looked for; run `frankenmoe audit` and `frankenmoe eval`")
+    return "\n".join(f"- {_sentence(plain(text))}" for text in dict.fromkeys(said))
 
 
 def _sentence(text: str) -> str:
@@ -173,10 +180,9 @@ def _sentence(text: str) -> str:
 
 
 def _limits(facts: Facts, evidence: Evidence) -> Iterator[str]:
-    names = local_names(facts.artifact)
     if facts.plan is not None:
         # licences have a section of their own
-        yield from (without_folders(text, names) for text in facts.plan.warnings if "licence" not in text)
+        yield from (text for text in facts.plan.warnings if "licence" not in text)
     if left_to_chance(facts):
         yield "its routers are what chance made them: nothing has taught them which expert is good at what"
     elif prompted(facts):
@@ -184,31 +190,31 @@ def _limits(facts: Facts, evidence: Evidence) -> Iterator[str]:
             "its routers were set from a few prompts and never trained together with the experts, which somebody "
             "ought to do"
         )
-    seen = evidence.get(Routing)
+    seen = evidence.get(AuditReport)
     if seen is not None:
-        yield from (text for level, text in seen.findings if level in ("bad", "mind"))
+        yield from (answer.sentence for answer in seen.answers if answer.level in ("bad", "mind"))
         if seen.dead:
-            shown = ", ".join(f"{seen.experts[expert]} in layer {layer}" for layer, expert in seen.dead[:6])
+            shown = ", ".join(f"{seen.model.experts[expert]} in layer {layer}" for layer, expert in seen.dead[:6])
             more = f" and {len(seen.dead) - 6} more" if len(seen.dead) > 6 else ""
             yield f"of {seen.tokens:,} tokens none went to {shown}{more}"
-    measured = evidence.get(Measured)
+    measured = evidence.get(EvalReport)
     if measured is not None:
         yield from measured.verdict
-        yield from rivals(measured.rows)
-    exported = evidence.get(Exported)
+        yield from rivals(measured.models)
+    exported = evidence.get(ExportReport)
     if exported is not None:
-        unchecked = [file.name for file in exported.files if file.kl is None]
+        unchecked = [file.name for file in exported.files if file.check is None or file.check.kl is None]
         if unchecked:
             yield f"not compared with their source in llama.cpp: {', '.join(unchecked)}"
 
 
-def rivals(rows: Sequence[Row]) -> Iterator[str]:
-    """A sentence for every model it is made of that does better somewhere: lower loss, or a higher score."""
-    own = next((row for row in rows if row.role == "moe"), None)
+def rivals(rows: Sequence[EvaluatedModel]) -> Iterator[str]:
+    """A sentence for every parent that does better than the MoE somewhere: lower loss or a higher score."""
+    own = next((row for row in rows if row.kind == "moe"), None)
     for row in rows if own else ():
-        if own is None or row.role not in RIVALS:
+        if own is None or row.kind not in RIVALS:
             continue
-        who = RIVALS[row.role].format(name=row.name)
+        who = RIVALS[row.kind].format(name=row.name)
         better = [
             f"{domain} ({row.loss[domain]:.3f} against {own.loss[domain]:.3f} nats per token)"
             for domain in row.loss

@@ -1,15 +1,19 @@
-"""The six tasks of the Open LLM Leaderboard v1 as it wrote them into cards; does not know how a score was measured.
+"""The six tasks of the Open LLM Leaderboard v1 as it wrote them into cards, and scores that it published.
 
-The names are those of the leaderboard's own pull requests, so that a card's scores stand beside published ones.
+The names are those of the leaderboard's own pull requests, so that scores can be compared with published ones.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Self
 
+from pydantic import model_validator
+
+from frankenmoe.artifact.reports import StageReport
 from frankenmoe.errors import ArtifactError
+from frankenmoe.recipe.refusals import refusal
 from frankenmoe.suggest import did_you_mean
 
 PLACES = Decimal("0.01")
@@ -69,8 +73,31 @@ def known(task: str) -> str:
     return task
 
 
+class LeaderboardReport(StageReport):
+    """leaderboard.json: scores of this model that somebody else measured, in percent by task. A person writes it."""
+
+    name = "leaderboard"
+
+    source: Origin
+    scores: dict[str, float | None]
+
+    @model_validator(mode="after")
+    def _in_percent(self) -> Self:
+        odd = next((f"{task} {score:g}" for task, score in self.published.items() if not 0 <= score <= 100), None)
+        if odd or not self.published:
+            raise refusal(
+                f"are in percent, from 0 to 100, found {odd or 'none'}", hint="correct that file", at=("scores",)
+            )
+        return self
+
+    @property
+    def published(self) -> dict[str, float]:
+        """The scores that are there."""
+        return {known(task): score for task, score in self.scores.items() if score is not None}
+
+
 def rounded(percent: float | Decimal) -> Decimal:
-    """Two places, halves away from zero, as the leaderboard rounds: 39.925 is 39.93."""
+    """Rounds to two places, halves away from zero, as the leaderboard does: 39.925 becomes 39.93."""
     # through text: 39.925 is a little less than itself in binary
     return Decimal(str(percent)).quantize(PLACES, rounding=ROUND_HALF_UP)
 

@@ -1,4 +1,4 @@
-"""What the sources' licences mean for a model made of them, in plain sentences; gives no legal advice."""
+"""What the sources' licences mean for a model made of them. This is no legal advice."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +67,7 @@ FREE = frozenset(
 
 @dataclass(frozen=True)
 class Licences:
-    """`chosen` is what the card may declare (None: nothing can be said), `findings` what a reader must know."""
+    """`chosen` is the licence that the card declares, or None. `findings` are sentences for the reader."""
 
     by_source: tuple[tuple[str, str | None], ...]
     chosen: str | None
@@ -77,8 +77,8 @@ class Licences:
 def weigh(by_source: Sequence[tuple[str, str | None]], *, declared: str | None = None) -> Licences:
     """The licence of a model made of these sources, (name, licence or None) each.
 
-    One that all sources share is the model's; `declared`, what the author says, goes before it. Licences that differ,
-    forbid, or are missing are named one by one, and nothing is chosen for the author.
+    A licence that all sources share becomes the model's, unless the author declares one (`declared`). Licences that
+    differ, forbid something or are missing are listed, and none is chosen.
     """
     rows = tuple(dict.fromkeys(by_source))
     holders: dict[str, list[str]] = {}

@@ -1,70 +1,214 @@
-"""Takes the names of this machine's folders out of what is published; changes nothing on disk.
+"""What of this machine an artifact's files name: paths, user and host. Gives paths a public name, finds what is left.
 
-Only folders that the artifact's record names, and the user's home, are looked for: a prompt or a passage that happens
-to speak of paths is evidence and stays as it is.
+A path in a field is shortened. In running text only paths that some field names are shortened: a prompt that happens to
+speak of /etc/passwd stays as it is.
 """
 
+import getpass
+import html
 import json
+import os
+import platform
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from frankenmoe.artifact import RECORD, Artifact
+from frankenmoe.artifact.folder import Artifact
+from frankenmoe.checkpoint.header import PREFIX
+from frankenmoe.publish.rewrite import Rewriter
 
 RECIPE_FOLDER = "recipe-folder"
-
-
-def local_names(artifact: Artifact) -> dict[str, str]:
-    """Absolute folder -> what stands for it in public, the longest first."""
-    record = artifact.record
-    found = {str(Path(source["file"]).parent): Path(source["file"]).parent.name for source in record["sources"]}
-    found |= {
-        str(record["recipe_folder"]): RECIPE_FOLDER,
-        str(artifact.folder.resolve()): artifact.folder.resolve().name,
-        str(artifact.folder.resolve().parent): artifact.folder.resolve().parent.name,
-        str(Path.home()): "~",
+LABELLED = re.compile(r"([^/~=]*=)((?:/|~|\.\./).*)", re.DOTALL)  # EXPERT=FILE
+# a known path is only found where no longer name goes on before or after it
+BEFORE, AFTER = r"(?<![\w.-])", r"(?![\w-]|\.\w)"
+HEAD = 2**26  # bytes; vocabularies and metadata of GGUF files are smaller, and what follows are numbers
+# names that say nothing about who or where one is
+COMMON = frozenset(
+    {
+        *("admin", "app", "data", "home", "jovyan", "model", "models", "nobody", "root", "runner"),
+        *("test", "ubuntu", "user", "users", "work", "worker"),
     }
-    return {folder: found[folder] for folder in sorted(found, key=len, reverse=True) if folder.strip("/")}
+)
 
 
-def as_published(file: Path, *, path: str, names: Mapping[str, str]) -> str | bytes:
-    """What to send for a file: its path, or its bytes under public names where it speaks of folders in `names`."""
-    if not (path.startswith("reports/") or path in (RECORD, "recipe.yml", "README.md")) or file.suffix not in READERS:
-        return str(file)
-    raw = file.read_bytes()
+@dataclass(frozen=True)
+class LocalNames:
+    """Absolute local path -> its public name. `folder` is where the recipe's relative paths start.
+
+    `roots` are folders inside which names are kept, the longest first: the sources and the artifact. `spelled` are
+    paths as they were written where that differs, such as ../models/base.
+    """
+
+    folder: Path
+    known: Mapping[str, str]
+    roots: tuple[str, ...]
+    spelled: Mapping[str, str]
+
+    @property
+    def rewriter(self) -> Rewriter:
+        """What replaces local paths in files and plain data."""
+        return Rewriter(self.folder, self.short, self.text)
+
+    def short(self, path: str) -> str:
+        """The public name of a path. A hub id stays, and so does a relative path within the recipe's folder."""
+        labelled = LABELLED.fullmatch(path)
+        if labelled:
+            return labelled[1] + self.short(labelled[2])
+        if not is_local(path):
+            return path.removeprefix("./")
+        whole = whole_path(path, folder=self.folder)
+        if whole in self.known:
+            return self.known[whole]
+        root = next((root for root in self.roots if whole.startswith(f"{root}/")), None)
+        return self.known[root] + whole.removeprefix(root) if root else os.path.basename(whole)
+
+    def text(self, text: str) -> str:
+        """Running text with every known path in it shortened, also where it is escaped as in JSON or HTML."""
+        return self._pattern.sub(self._shortened, text)
+
+    def leaks(self, data: bytes) -> Iterator[tuple[str, int]]:
+        """(what is named, where in the bytes) for every local path, home folder, user and host that they name."""
+        for what, needle, pattern in self._needles:
+            match = pattern.search(data) if needle in data else None
+            if match:
+                yield what, match.start()
+
+    def _shortened(self, match: re.Match[str]) -> str:
+        path, rest = match[1], match[2] or ""
+        name, inside = self._spellings[path]
+        return name + rest if inside or not rest else os.path.basename(rest)
+
+    @cached_property
+    def _spellings(self) -> dict[str, tuple[str, bool]]:
+        """A path in every spelling, longest first -> its name, and whether names inside it are kept."""
+        names = {**self.known, **self.spelled}
+        if Path.home() != Path("/"):
+            names.setdefault(str(Path.home()), "~")
+        found = {
+            escape(path): (escape(name), path in self.roots or path in self.spelled)
+            for path, name in names.items()
+            for escape in (html.escape, _json_ascii, _json, str)
+        }
+        return dict(sorted(found.items(), key=lambda item: len(item[0]), reverse=True))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        paths = "|".join(map(re.escape, self._spellings))
+        return re.compile(rf"{BEFORE}({paths}){AFTER}((?:/[^/\s\"'<>|,;:()\\]+)+)?")
+
+    @cached_property
+    def _needles(self) -> tuple[tuple[str, bytes, re.Pattern[bytes]], ...]:
+        """What must not be named, a piece to look for first, and the pattern that decides."""
+        before, after = BEFORE.encode(), AFTER.encode()
+        user, host = _user(), platform.node().split(".")[0]
+        paths = [path for path in self._spellings if path.startswith("/") and path.strip("/").count("/")]
+        found = [(f"the path {path}", path, before + b"%s" + after) for path in paths]
+        found.append((f"the home folder {Path.home()}", f"{str(Path.home()).rstrip('/')}/", before + rb"%s(?=[\w.])"))
+        if user.lower() not in COMMON and len(user) > 2:
+            found.append((f"the user {user}", f"/{user}", rb"(?<![\w.:/-])(?:/[\w.+-]+){0,8}%s" + after))
+        if len(host) > 5 and re.search(r"[\d-]", host):
+            found.append((f"the host {host}", host, rb"(?<![\w-])%s(?![\w-])"))
+        return tuple(
+            (what, raw, re.compile(pattern % re.escape(raw)))
+            for what, needle, pattern in found
+            if (raw := needle.encode("utf-8", "surrogateescape")).strip(b"/")
+        )
+
+
+def _json(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+def _json_ascii(text: str) -> str:
+    return json.dumps(text)[1:-1]
+
+
+def _user() -> str:
     try:
-        value = READERS[file.suffix](raw.decode())
-    except (ValueError, yaml.YAMLError):
-        return str(file)
-    changed = without_folders(value, names)
-    return str(file) if changed == value else WRITERS[file.suffix](changed).encode()
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container whose user has no name
+        return ""
 
 
-def without_folders(value: Any, names: Mapping[str, str]) -> Any:
-    """Text or plain data with every folder of `names` replaced, where it is a whole name or the start of a path."""
-    if not names:
-        return value
-    match value:
-        case str():
-            pattern = "|".join(map(re.escape, names))
-            return re.sub(rf"(?<![\w./-])(?:{pattern})(?![\w.-])", lambda match: names[match[0]], value)
-        case list():
-            return [without_folders(item, names) for item in value]
-        case dict():
-            return {key: without_folders(item, names) for key, item in value.items()}
-    return value
+def is_local(path: str) -> bool:
+    """Whether a path says where it is on this machine: it is absolute, or leaves the recipe's folder."""
+    return path.startswith(("/", "~")) or os.path.normpath(path).split("/")[0] == ".."
 
 
-def _as_json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+def whole_path(path: str, *, folder: Path) -> str:
+    """A path as an absolute one; relative paths start at `folder`."""
+    return os.path.normpath(folder / os.path.expanduser(path))
 
 
-def _as_yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True)
+def local_names(artifact: Artifact) -> LocalNames:
+    """Every local path that the artifact's own files name, with the name that stands for it in public."""
+    record, own = artifact.record, artifact.folder.resolve()
+    folder = Path(record["recipe_folder"])
+    roots = (str(own), *(str(Path(source["file"]).parent) for source in record["sources"]))
+    roots = tuple(sorted({root for root in roots if root.strip("/")}, key=len, reverse=True))
+    wanted = {path: os.path.basename(path) for path in (*roots, str(own.parent))}
+    wanted[str(folder)] = RECIPE_FOLDER
+    spelled: dict[str, str] = {}
+    for path in _paths_in(artifact, folder):
+        whole = whole_path(path, folder=folder)
+        if path != whole and path.strip("./~"):
+            spelled[path] = whole
+        if not whole.startswith(tuple(f"{root}/" for root in roots)):
+            wanted.setdefault(whole, os.path.basename(whole))
+    known: dict[str, str] = {}
+    for path, name in wanted.items():
+        if path.strip("/") and (path != str(Path.home()) or path in roots):
+            known[path] = _unlike(name, known.values())
+    names = LocalNames(folder, known, roots, {})
+    return replace(names, spelled={path: names.short(whole) for path, whole in spelled.items()})
 
 
-READERS: Mapping[str, Callable[[str], Any]] = {".json": json.loads, ".yml": yaml.safe_load, ".html": str, ".md": str}
-WRITERS: Mapping[str, Callable[[Any], str]] = {".json": _as_json, ".yml": _as_yaml, ".html": str, ".md": str}
+def _unlike(name: str, taken: Collection[str]) -> str:
+    """A name that no other path has: model, model-2 ..."""
+    numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+    return name if name not in taken else next(each for each in numbered if each not in taken)
+
+
+def _paths_in(artifact: Artifact, folder: Path) -> list[str]:
+    """The local paths in the fields of every file of the artifact that can be published."""
+    found: dict[str, None] = {}
+
+    def note(path: str) -> str:
+        labelled = LABELLED.fullmatch(path)
+        file = labelled[2] if labelled else path
+        if is_local(file):
+            found[file] = None
+        return path
+
+    reader = Rewriter(folder, note, lambda text: text)
+    for file in sorted(artifact.folder.rglob("*")):
+        if file.is_file():
+            reader.file(file, path=file.relative_to(artifact.folder).as_posix())
+    return list(found)
+
+
+def as_published(file: Path, *, path: str, names: LocalNames) -> str | bytes:
+    """What to send for the file at `path` in the repository: its own path, or other bytes."""
+    return names.rewriter.file(file, path=path) or str(file)
+
+
+def first_leak(file: Path, *, path: str, names: LocalNames) -> str | None:
+    """What of this machine the published form of a file still names, and in which field; None where nothing."""
+    sent = as_published(file, path=path, names=names)
+    data = sent if isinstance(sent, bytes) else _looked_at(file)
+    for what, at in names.leaks(data):
+        keys = re.findall(rb'"([^"\\]{1,80})"\s*:', data[max(0, at - 4096) : at])
+        place = f"the field {keys[-1].decode(errors='replace')!r}" if keys else f"byte {at}"
+        return f"{what} in {place}"
+    return None
+
+
+def _looked_at(file: Path) -> bytes:
+    """The part of a file that can hold text: of a safetensors file its header."""
+    with file.open("rb") as opened:
+        size = HEAD
+        if file.suffix == ".safetensors":
+            size = min(size, int.from_bytes(opened.read(PREFIX), "little"))
+        return opened.read(size)

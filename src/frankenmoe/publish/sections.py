@@ -1,20 +1,20 @@
-"""The sections of a card about what was made and how to use it, as Markdown; a section without evidence says why.
+"""The sections of a card about how the model was made and how to use it, as Markdown.
 
-Every number in them comes from the plan, the record or a report.
+A section without evidence returns the reason. Every number comes from the plan, the record or a report.
 """
 
+import html
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import mean
 from typing import Any
 
 import yaml
 
-from frankenmoe.publish.facts import ExpertRow, Facts, shown
-from frankenmoe.publish.privacy import local_names, without_folders
-from frankenmoe.publish.reports import Evidence, Exported, Training
+from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
+from frankenmoe.publish.facts import ExpertRow, Facts
+from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
-from frankenmoe.recipestages import SECTIONS
+from frankenmoe.recipe.sections import SECTIONS
 
 GIB = 2**30
 LOCAL = "folder/of/this/repository"
@@ -45,11 +45,8 @@ class Missing:
 def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per expert."""
     rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
-    base = facts.recipe["base_model"]
-    base = base if isinstance(base, str) else base["model"]["path"]
-    backbone = (
-        "is the average of all parents'" if facts.recipe.get("backbone") == "average" else f"is that of `{shown(base)}`"
-    )
+    average = facts.recipe.get("backbone") == "average"
+    backbone = "is the average of all parents'" if average else f"is that of {code(facts.names.short(facts.base))}"
     table = markdown(("expert", "made of", "prompts", "data"), rows)
     return (
         f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
@@ -59,13 +56,14 @@ def merged(facts: Facts, evidence: Evidence) -> str | Missing:
 
 def _expert_rows(experts: Sequence[ExpertRow], *, shared: bool = False) -> Iterator[tuple[str, ...]]:
     for index, row in enumerate(experts):
-        data = ", ".join(f"`{name}`" for name in row.data) or "-"
-        label = f"shared: {row.name}" if shared else f"{index} {row.name}"
-        yield label, f"`{row.made_of}`" if " " not in row.made_of else row.made_of, str(row.prompts or "-"), data
+        data = ", ".join(map(code, row.data)) or "-"
+        label = f"shared: {plain(row.name)}" if shared else f"{index} {plain(row.name)}"
+        made_of = plain(row.made_of) if " " in row.made_of else code(row.made_of)
+        yield label, made_of, str(row.prompts or "-"), data
 
 
 def bill(facts: Facts, evidence: Evidence) -> str | Missing:
-    """Parameters and bytes, and why they are fewer than the names of the parents add up to."""
+    """Parameters and bytes, and why they are fewer than those of all parents together."""
     if facts.plan is None:
         return Missing(f"the bill needs the sources' headers, and {facts.lost}")
     made, count = facts.plan, facts.plan.experts
@@ -89,8 +87,8 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
 
 
 def routers(facts: Facts, evidence: Evidence) -> str | Missing:
-    """How the gates began, then every stage that changed them."""
-    training = evidence.get(Training)
+    """How the gates were first set, then every stage that changed them."""
+    training = evidence.get(TrainingReport)
     first, *later = facts.stages or ({},)
     lines = [_began(facts, first)]
     for stage in later:
@@ -102,10 +100,11 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
         elif name == "train" and training is None:
             lines.append("They were then trained together with the experts.")
     if training:
+        before = training.mean_held_out_loss.before
         lines.append(
             f"Then {', '.join(training.what)} were trained, {training.steps} steps. Mean loss on text held out from "
-            f"{', '.join(training.domains)}: {training.before:.4f} nats per token before, {training.kept:.4f} in the "
-            f"state that was kept (step {training.best_step})."
+            f"{', '.join(training.data)}: {before:.4f} nats per token before, {training.kept:.4f} in the state "
+            f"that was kept (step {training.best_step})."
         )
     return " ".join(lines)
 
@@ -117,50 +116,53 @@ def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
     return f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`)."
 
 
-def _fitted(start: str, fit: Mapping[str, Any]) -> str:
+def _fitted(start: str, entry: Mapping[str, Any]) -> str:
     """A fit as the artifact's record keeps it: method, text by expert, mean held-out losses."""
-    method, losses = str(fit["method"]), fit["held_out_loss"]
-    tokens = sum(text["tokens"] for text in fit["text"].values())
-    after, own = mean(losses["after"].values()), mean(losses["own_expert"].values())
-    before = f"{mean(losses['before'].values()):.4f} nats per token before, " if losses.get("before") else ""
+    fit = FitReport.model_validate(entry)
+    tokens = sum(text.tokens for text in fit.text.values())
+    before = f"{fit.before:.4f} nats per token before, " if fit.before is not None else ""
     return (
-        f"{start} {GATE_WORDS.get(method, method)} (`{method}`), on {tokens:,} tokens for {len(fit['text'])} experts. "
-        f"On text held out from the fit the mean loss is {before}{after:.4f} nats per token with these routers and "
-        f"{own:.4f} where every text goes to its own expert."
+        f"{start} {GATE_WORDS.get(fit.method, fit.method)} (`{fit.method}`), on {tokens:,} tokens for {len(fit.text)} "
+        f"experts. On text held out from the fit the mean loss is {before}{fit.after:.4f} nats per token with these "
+        f"routers and {fit.own_expert:.4f} where every text goes to its own expert."
     )
 
 
 def files(facts: Facts, evidence: Evidence) -> str | Missing:
-    """A row per GGUF file, with how far it is from its source where that was measured."""
-    exported = evidence.get(Exported)
+    """A row per GGUF file, with its difference from the unquantized model where that was measured."""
+    exported = evidence.get(ExportReport)
     if exported is None or not exported.files:
         return Missing("no GGUF files were made; `frankenmoe export` makes them")
     rows = [
         (
-            f"`{file.name}`",
+            code(file.name),
             file.type,
             gigabytes(file.bytes),
-            f"{file.bits:.2f}",
-            "-" if file.kl is None else f"{file.kl:.1e}",
-            "-" if file.top1 is None else f"{file.top1:.1%}",
-            "-" if file.perplexity_ratio is None else f"{file.perplexity_ratio:.4f}",
-            "-" if file.speed is None else f"{file.speed:.1f}",
+            f"{file.bits_per_weight:.2f}",
+            *_checked(file.check or FileCheck()),
         )
         for file in exported.files
     ]
     head = ("file", "type", "size", "bits per weight", "KL", "same best token", "perplexity", "tokens/s")
     text = markdown(head, rows)
-    if any(file.kl is not None for file in exported.files):
+    if any(file.check and file.check.kl is not None for file in exported.files):
         text += (
             "\n\nKL is the mean divergence in nats of llama.cpp's next-token distribution from that of the unquantized "
             "model, perplexity is a factor, tokens/s are those of the machine that made the files."
         )
     notes = dict.fromkeys(note for file in exported.files for note in file.notes)
-    return text + "".join(f"\n\n{note[0].upper()}{note[1:]}." for note in notes)
+    return text + "".join(f"\n\n{plain(note[0].upper() + note[1:])}." for note in notes)
+
+
+def _checked(check: FileCheck) -> Iterator[str]:
+    formats = {"kl": ".1e", "top1": ".1%", "perplexity_ratio": ".4f", "tokens_per_second": ".1f"}
+    for key, form in formats.items():
+        value = getattr(check, key)
+        yield "-" if value is None else format(value, form)
 
 
 def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
-    """How to run it, in the programs that can."""
+    """How to run the model, in every program that can load it."""
     parts = []
     if facts.built and facts.fmt and facts.fmt.loads_in_transformers:
         parts.append(
@@ -180,7 +182,7 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
             "its recipe names, and runs straight from them; `frankenmoe build` makes a checkpoint of it that other "
             "programs load."
         )
-    exported = evidence.get(Exported)
+    exported = evidence.get(ExportReport)
     if exported and exported.files:
         parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {exported.files[0].name} -p "Once upon a time" -n 100\n```')
     if facts.built and facts.fmt and facts.fmt.name in IN_VLLM:
@@ -194,9 +196,9 @@ def licences(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per source, then what follows from them."""
     if facts.plan is None:
         return Missing(f"the sources' licences are in their folders, and {facts.lost}")
-    rows = [(f"`{source}`", found or "none declared") for source, found in facts.licences.by_source]
+    rows = [(code(source), plain(found or "none declared")) for source, found in facts.licences.by_source]
     text = markdown(("source", "licence"), rows)
-    findings = [f"{finding[0].upper()}{finding[1:]}." for finding in facts.licences.findings]
+    findings = [f"{plain(finding[0].upper() + finding[1:])}." for finding in facts.licences.findings]
     if not findings and facts.licences.chosen:
         findings = [f"All sources are under {facts.licences.chosen}, and so is this model."]
     if facts.licences.chosen is None:
@@ -205,7 +207,7 @@ def licences(facts: Facts, evidence: Evidence) -> str | Missing:
 
 
 def primer(facts: Facts, evidence: Evidence) -> str | Missing:
-    """What a reader of an MoE's card expects to be explained, with this model's own numbers."""
+    """What a mixture of experts is, with this model's own numbers."""
     experts, used = len(facts.experts), facts.artifact.record.get("experts_per_token")
     nested = any(row.made_of.startswith("a mixture of its own") for row in facts.experts)
     return "\n\n".join(
@@ -226,20 +228,20 @@ def primer(facts: Facts, evidence: Evidence) -> str | Missing:
 
 
 def recipe(facts: Facts, evidence: Evidence) -> str | Missing:
-    """What the recipe says of the model, without the names of folders on the machine that made it."""
+    """The recipe without local paths."""
     said = {key: value for key, value in facts.recipe.items() if key not in SECTIONS}
-    plain = without_folders(said, local_names(facts.artifact))
-    text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
-    return f"<details>\n<summary>{facts.name}.yml</summary>\n\n```yaml\n{text}```\n\n</details>"
+    public = facts.names.rewriter.value(said)
+    text = yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=100)
+    return f"<details>\n<summary>{plain(facts.name)}.yml</summary>\n\n```yaml\n{text}```\n\n</details>"
 
 
 def prompted(facts: Facts) -> bool:
-    """Whether the routers are what prompts made them."""
+    """Whether the routers were set from prompts and never fitted or trained."""
     return facts.gate_mode in PROMPT_MODES and not any(stage.get("stage") in ("fit", "train") for stage in facts.stages)
 
 
 def left_to_chance(facts: Facts) -> bool:
-    """Whether nothing but chance has set the routers."""
+    """Whether the routers are random and were never fitted or trained."""
     return facts.gate_mode in RANDOM_MODES and not any(stage.get("stage") in ("fit", "train") for stage in facts.stages)
 
 
@@ -253,16 +255,26 @@ def _cell(text: str) -> str:
     return " ".join(text.replace("|", "\\|").split())
 
 
+def plain(text: str) -> str:
+    """Text from a name or a report, with HTML in it escaped."""
+    return html.escape(text, quote=False)
+
+
+def code(text: str) -> str:
+    """Text as Markdown's code."""
+    return "`" + text.replace("`", "'") + "`"
+
+
 def billions(count: int) -> str:
-    """A parameter count as people say it."""
+    """A parameter count such as 3.43B or 160.00M."""
     return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"
 
 
 def gigabytes(count: int) -> str:
-    """A file's size as download pages say it, in powers of ten."""
+    """A file's size in MB or GB, powers of ten."""
     return f"{count / 1e9:.2f} GB" if count >= 10**8 else f"{count / 1e6:.2f} MB"
 
 
 def gib(count: int) -> str:
-    """Bytes in GiB, or in MiB where that reads better."""
+    """Bytes in GiB, or in MiB for small numbers."""
     return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.2f} MiB"

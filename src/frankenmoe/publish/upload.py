@@ -1,6 +1,6 @@
-"""Artifact -> a repository on the hub: what would go, how large, under which licences, and then, if asked, the sending.
+"""Sends an artifact to a repository on the hub, after listing files, sizes and licences.
 
-Sends nothing that it did not list, and knows no token: huggingface_hub's own login is used.
+Nothing is sent that was not listed. The login is huggingface_hub's own.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,20 +9,21 @@ from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-from frankenmoe.artifact import UNFINISHED, Artifact
+from frankenmoe.artifact.folder import UNFINISHED, Artifact
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 from frankenmoe.publish.facts import gather
-from frankenmoe.publish.privacy import as_published, local_names
+from frankenmoe.publish.privacy import LocalNames, as_published, first_leak
+from frankenmoe.subject import open_subject
 from frankenmoe.suggest import did_you_mean
 
 CARD = "README.md"
-# a group's files, as patterns below the artifact's folder; a file belongs to the first group that knows it
+# a group's files, as patterns below the artifact's folder; a file belongs to the first group that matches it
 GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "card": (CARD, "routing.png"),
         "weights": ("*.safetensors", "*.safetensors.index.json", "config.json", "frankenmoe.json", "recipe.yml"),
         "gguf": ("*.gguf", "gguf/*.gguf"),
-        "reports": ("reports/**/*",),
+        "reports": ("reports/**/*", "training.json"),
         "tokenizer": ("*.json", "*.model", "*.txt", "*.jinja"),
     }
 )
@@ -31,7 +32,7 @@ LEFTOVERS = (".partial", ".lock", ".tmp")
 
 @dataclass(frozen=True)
 class Item:
-    """One file to send: its path in the repository, where it lies, its size in bytes, its group."""
+    """One file to send: its path in the repository, the local file, its size in bytes, its group."""
 
     path: str
     file: Path
@@ -41,7 +42,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Shipment:
-    """What a push would do. `warnings` are what a careful person wants to know first."""
+    """What a push would send. `warnings` are shown before it is confirmed."""
 
     repo: str
     private: bool
@@ -49,7 +50,7 @@ class Shipment:
     licences: tuple[tuple[str, str | None], ...]
     declared: str | None
     warnings: tuple[str, ...]
-    names: Mapping[str, str] = field(repr=False)
+    names: LocalNames = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -94,7 +95,14 @@ def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Seq
             f"{artifact.folder} has no files of the kind {', '.join(empty) or 'asked for'}",
             hint="`frankenmoe export` writes gguf, `frankenmoe card` the card, `frankenmoe audit` and `eval` reports",
         )
-    facts = gather(artifact)
+    facts = gather(open_subject(artifact))
+    for item in items:
+        leak = first_leak(item.file, path=item.path, names=facts.names)
+        if leak:
+            raise ArtifactError(
+                f"{item.path} names {leak}, which tells about this machine",
+                hint="remove it from that file, or leave files of that kind out with --files",
+            )
     return Shipment(
         repo=repo,
         private=private,
@@ -102,7 +110,7 @@ def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Seq
         licences=facts.licences.by_source,
         declared=facts.licences.chosen,
         warnings=tuple(_warnings(artifact, facts.licences.findings, facts.lost, items, wanted)),
-        names=local_names(artifact),
+        names=facts.names,
     )
 
 
@@ -141,18 +149,18 @@ def _warnings(
     artifact: Artifact, findings: Sequence[str], lost: str | None, items: Sequence[Item], groups: Sequence[str]
 ) -> Iterator[str]:
     if "card" in groups and not any(item.path == CARD for item in items):
-        yield "there is no README.md: nobody will know what this is; `frankenmoe card` writes one"
+        yield "there is no README.md: visitors will not know what this is; `frankenmoe card` writes one"
     yield from findings
     if lost:
         yield f"the sources' licences cannot be read: {lost}"
     if artifact.form == "virtual" and "weights" in groups:
-        yield "a virtual artifact holds recipe and routers only: whoever wants to run it needs its sources as well"
+        yield "a virtual artifact holds only recipe and routers: to run it, one needs its sources as well"
 
 
 def send(shipment: Shipment, *, message: str, bars: bool = False) -> Sent:
-    """Creates the repository if need be and sends everything as one commit: the hub shows all of it or nothing.
+    """Creates the repository where it is new, and sends everything as one commit: all of it or nothing.
 
-    Interrupted, the same call goes on: what the hub has received it does not ask for again. `bars` lets
+    After an interruption the same call resumes: files that the hub has received are not sent again. `bars` lets
     huggingface_hub draw its progress bars. Raises ArtifactError with what to do where the hub refuses.
     """
     import huggingface_hub
@@ -176,7 +184,7 @@ def send(shipment: Shipment, *, message: str, bars: bool = False) -> Sent:
 
 
 def check_repo_name(repo: str) -> None:
-    """ArtifactError for what the hub would not take as the name of a repository, or that names no owner."""
+    """ArtifactError where the hub would not accept the repository's name, or where it names no owner."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -190,7 +198,7 @@ def check_repo_name(repo: str) -> None:
 
 
 def explained(error: BaseException, *, repo: str) -> ArtifactError:
-    """What the hub's client raised, as one sentence and what to do about it."""
+    """An error of the hub's client as one sentence with a hint."""
     from huggingface_hub import errors
 
     status = next((code for cause in _causes(error) if (code := _status(cause)) is not None), None)
@@ -231,7 +239,7 @@ def explained(error: BaseException, *, repo: str) -> ArtifactError:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it was raised from: uploads in threads wrap the hub's answer."""
+    """An error and its causes: uploads in threads wrap the hub's answer."""
     found: BaseException | None = error
     while found is not None:
         yield found

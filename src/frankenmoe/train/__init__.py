@@ -1,1 +1,1 @@
-"""Trains the routers of an MoE, and more of it where asked; frozen weights stay mapped, only what learns is copied."""
+"""Trains the routers of an MoE and, on request, other parts. Only weights that learn are copied into memory."""

@@ -1,10 +1,7 @@
-"""Text per domain -> which blocks a step learns from, as a pure function of the step; knows nothing of losses.
-
-Since item i of the whole run is always the same block, a run that is killed goes on mid-epoch without any saved state.
-"""
+"""Text per domain -> the blocks that a step learns from, as a pure function of the step's number."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,20 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset
 
 from frankenmoe.data.blocks import Block, hold_out, text_blocks
 from frankenmoe.data.documents import read_documents
 from frankenmoe.errors import PlanError, SourceError
-from frankenmoe.recipetrain import Train
+from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.suggest import did_you_mean
 
-MOST_BLOCKS = 4096  # of a domain that are read at least where there are so many; more only if the run needs them
+MOST_BLOCKS = 4096  # blocks read per domain, unless the run needs more
 
 
 @dataclass(frozen=True)
 class Domain:
-    """One kind of text: its blocks to learn from and those for the guard. `owner` is its expert, -1 for none."""
+    """One kind of text: its blocks for training and those held out. `owner` is the index of its expert, or -1."""
 
     name: str
     owner: int
@@ -39,19 +35,19 @@ def read_domains(
     tokenizer: Any,
     *,
     folder: Path,
-    settings: Train,
+    settings: TrainSettings,
     experts: Sequence[str],
     vocab: int,
 ) -> tuple[Domain, ...]:
-    """Every domain's text in whole blocks, a share held out. A domain named like an expert is owned by it.
+    """Every domain's text in whole blocks, with a share held out. A domain named like an expert is owned by it.
 
-    Raises PlanError where there is no data or a weight is for no domain, SourceError for text that cannot be read, is
-    shorter than two blocks, or has tokens that the model does not know.
+    Raises PlanError if there is no data or a weight names no domain. Raises SourceError for text that cannot be read,
+    is shorter than two blocks, or has tokens outside the model's vocabulary.
     """
     if not data:
         raise PlanError(
             "there is nothing to learn from: neither --data nor data in the recipe",
-            hint="say --data NAME=FILE for each kind of text, where NAME is the expert that it belongs to",
+            hint="give --data NAME=FILE for each kind of text; NAME is the expert that it belongs to",
         )
     for name in settings.weights:
         if name not in data:
@@ -70,15 +66,15 @@ def read_domains(
             raise SourceError(f"the data of {name}: {error.message}", hint=error.hint) from error
         if len(blocks) < 2:
             raise SourceError(
-                f"the data of {name} is one block of {settings.block} tokens, expected two at least: one to learn "
-                "from, and one held out to measure with",
-                hint="give more text, or shorter blocks (--block)",
+                f"the data of {name} is one block of {settings.block} tokens, expected two at least: one to train on "
+                "and one to measure on",
+                hint="give more text, or use shorter blocks (--block)",
             )
         highest = max(max(block.ids) for block in blocks)
         if highest >= vocab:
             raise SourceError(
                 f"the tokenizer makes token {highest} of the data of {name}, but the model has {vocab} tokens",
-                hint="put the model's own tokenizer beside the base's weights",
+                hint="put the model's own tokenizer next to the base model's weights",
             )
         kept, held = hold_out(blocks, share=settings.hold_out)
         owner = experts.index(name) if name in experts else -1
@@ -89,8 +85,8 @@ def read_domains(
 def order(domains: Sequence[Domain], *, items: int, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(domain, block within it) of every item of a run.
 
-    Domains come in fixed proportion to their weights, spread evenly (a stride schedule, so that any stretch of items
-    holds its share of each), and every domain is gone through in a new seeded order each time it begins again.
+    Domains appear in proportion to their weights, evenly spread (a stride schedule): any stretch of items holds its
+    share of each. Each pass over a domain has a new seeded order.
     """
     weights = np.array([domain.weight for domain in domains])
     counts = [math.ceil(items * share) + 1 for share in weights / weights.sum()]
@@ -106,14 +102,14 @@ def order(domains: Sequence[Domain], *, items: int, seed: int) -> tuple[NDArray[
 
 
 def _shuffled(blocks: int, count: int, *, seed: tuple[int, int]) -> NDArray[np.int64]:
-    """`count` numbers below `blocks`, each permutation of all of them used up before the next begins."""
+    """`count` numbers below `blocks`: seeded permutations of all of them, one after another."""
     rounds = -(-count // blocks)
     drawn = [np.random.default_rng((*seed, number)).permutation(blocks) for number in range(rounds)]
     return np.concatenate([*drawn, np.empty(0, np.int64)])[:count]
 
 
-class Mixture(Dataset[dict[str, torch.Tensor]]):
-    """Every item of a run in order; item i is the same whatever was drawn before it.
+class Mixture:
+    """Every item of a run in order. Item i is always the same, so a killed run resumes without any saved state.
 
     `teachers` maps a domain's index to (log-probabilities, ids) of its parent, [block, T, M].
     """
@@ -141,8 +137,18 @@ class Mixture(Dataset[dict[str, torch.Tensor]]):
             found |= {"teacher": log_probs[at], "teacher_ids": ids[at]}
         return found
 
+    def batch(self, items: Iterable[int], *, device: torch.device) -> dict[str, torch.Tensor]:
+        """These items, stacked along a new first dimension."""
+        rows = [self[item] for item in items]
+        return {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
+
+    def targets(self, items: Iterable[int]) -> int:
+        """How many tokens of these items the loss is taken over; a block's first token has none before it."""
+        places = ((int(self.domain_N[item]), int(self.block_N[item])) for item in items)
+        return sum(sum(self.domains[index].blocks[at].learn[1:]) for index, at in places)
+
 
 def as_tensors(block: Block) -> dict[str, torch.Tensor]:
-    """`input_ids` and `labels` [T] of a block; the label of a token that is not learnt is -100."""
+    """`input_ids` and `labels` [T] of a block; the label of a token outside the loss is -100."""
     ids = torch.tensor(block.ids)
     return {"input_ids": ids, "labels": ids.masked_fill(~torch.tensor(block.learn), -100)}

@@ -1,4 +1,4 @@
-"""Looks at an MoE on text that was held out: loss per domain, load and entropy per layer; trains nothing.
+"""Measures an MoE on held-out text: loss per domain, load and entropy per layer.
 
 Shape suffixes: B blocks in a batch, T tokens, E experts, V vocabulary.
 """
@@ -23,10 +23,10 @@ BATCH = 8
 
 @dataclass(frozen=True)
 class Look:
-    """One look: nats per token of each domain, and per layer the load of every expert and the routers' entropy.
+    """One measurement: nats per token of each domain, and per layer each expert's load and the router's entropy.
 
-    `load[layer][expert]` is a share of all assignments; `entropy[layer]` is that of the router's softmax over all
-    experts, in nats, averaged over tokens (0 is certain, log E undecided). `largest` is the largest load anywhere.
+    `load[layer][expert]` is a share of all assignments. `entropy[layer]` is the entropy of the router's softmax over
+    all experts, in nats, averaged over tokens (0: certain, log E: uniform). `largest` is the largest load of all.
     """
 
     step: int
@@ -36,7 +36,7 @@ class Look:
 
     @property
     def mean(self) -> float:
-        """The mean over domains, each counted once."""
+        """Mean loss over domains, unweighted."""
         return fmean(self.loss.values())
 
     @property
@@ -58,7 +58,7 @@ def look(
     head: nn.Module | None,
     on_block: Callable[[int], None] = lambda count: None,
 ) -> Look:
-    """Measures the model as it will be used: in evaluation mode, without noise, with its own top-k.
+    """Measures the model as it will be used: evaluation mode, no noise, the MoE's own top-k.
 
     `head` is that of `train.head.summed`.
     """

@@ -1,4 +1,4 @@
-"""Losses from a model's head a few tokens at a time, so that the logits of a batch never exist whole; knows no terms.
+"""Computes losses from the model's head a few tokens at a time, so that all logits are never in memory together.
 
 Shape suffixes: B blocks, T tokens, D hidden, V vocabulary.
 """
@@ -12,16 +12,16 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 NUMBERS = 1 << 22  # logits at a time
-FEWEST = 64  # tokens at a time: with fewer, reading the head takes longer than multiplying
+FEWEST = 64  # tokens at a time; with fewer, reading the head's weights takes longer than multiplying
 
 TokenLoss = Callable[[torch.Tensor, slice], torch.Tensor]
-"""(logits_TV, which rows of all these are) -> the sum of their losses."""
+"""(logits_TV, their slice of all rows) -> the sum of their losses."""
 
 
 def is_direct(model: Any, *, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> bool:
-    """Whether the logits are what the head makes, and not scaled, capped or cut afterwards; found with one token.
+    """Whether the logits are the head's output as it is, not scaled, capped or cut afterwards. Runs one token.
 
-    `context` is what the model computes in where it lies now.
+    `context` is the precision that the model computes in on its present device.
     """
     head = model.get_output_embeddings()
     if head is None:
@@ -43,10 +43,10 @@ def is_direct(model: Any, *, context: Callable[[], AbstractContextManager[Any]] 
 def summed(
     model: nn.Module, ids_BT: torch.Tensor, loss: TokenLoss, *, head: nn.Module | None, numbers: int = NUMBERS
 ) -> torch.Tensor:
-    """The sum of `loss` over the logits that a causal language model gives after every token but a block's last.
+    """The sum of `loss` over the logits of a causal language model, after every token except a block's last.
 
-    `head` is the model's own, also where `model` is a wrapper of it, if `is_direct`: then about `numbers` logits are
-    there at a time, and are differentiated at once. With None all of them are.
+    If `is_direct`, pass the model's own `head` (also if `model` is a wrapper): about `numbers` logits are then in
+    memory at a time, and are differentiated at once. With None, all logits are computed together.
     """
     if head is None:
         logits_BTV = model(input_ids=ids_BT, use_cache=False).logits[:, :-1]
@@ -67,14 +67,14 @@ def summed(
         return total.expand(*hidden_BTD.shape[:2], 1)
 
     with _replaced(head, instead) as own:
-        # out of the model's own output, so that wrappers see what backward will go through
+        # taken from the model's output, so that wrappers (DDP) see what backward goes through
         total: torch.Tensor = model(input_ids=ids_BT, use_cache=False).logits[0, 0, 0]
     return total
 
 
 @contextmanager
 def _replaced(head: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[Callable[..., torch.Tensor]]:
-    """Within the context `head` computes something else; gives what it computed before."""
+    """Replaces the forward of `head` within the context; yields the original."""
     before, own = head.forward, "forward" in vars(head)
     head.forward = forward
     try:
@@ -87,7 +87,7 @@ def _replaced(head: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator
 
 
 class _Summed(torch.autograd.Function):
-    """The sum of a loss over logits that are made part by part; the gradient of a sum is known as soon as they are."""
+    """Sums a loss over logits part by part, and differentiates each part in the forward pass, as a sum allows."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
-"""Finds what is to learn in a running MoE and gives it weights of its own; knows no losses, steps or files.
+"""Finds the parts of a running MoE that are to learn, and gives them float32 weights of their own.
 
-What is frozen stays mapped from its source. Mapped pages are shared by the whole process, so everything that learns is
-copied first, in float32. Every learning tensor has a name that says what it is:
+Frozen weights stay mapped from their source. Mapped pages are shared by the whole process, so everything that learns is
+copied first. Every learning tensor has a name that says what it is:
 `router/NAME`, `norm/NAME`, `embedding/NAME`, `attention/LINEAR/a|b`, `adapter/PATH/LINEAR/a|b`, `expert/PATH/NAME`.
 """
 
@@ -27,7 +27,7 @@ from frankenmoe.planning.tree import tensor_seed
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a learning tensor lives: an attribute of a module, which may be replaced (sharded) under the same name."""
+    """Where a learning tensor is: an attribute of a module. Sharding replaces the tensor, but not the attribute."""
 
     module: nn.Module
     attribute: str
@@ -40,8 +40,8 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Place:
-    """An expert in one layer: the block that holds it and how to put another module in its place."""
+class ExpertPlace:
+    """An expert in one layer: its module, and how to replace it."""
 
     node: ExpertNode
     layer: int
@@ -53,7 +53,7 @@ class Place:
         return ".".join(map(str, self.node.path))
 
     def dense_name(self, suffix: str) -> str:
-        """The name of one of its tensors in the dense model, from that within its FFN."""
+        """The name of a tensor in the dense model, given its name within the FFN."""
         return self.node.ffn[self.layer][suffix].name
 
 
@@ -63,10 +63,9 @@ Slots = dict[str, Slot]
 def make_learnable(
     model: Any, what: tuple[str, ...], *, plan: Plan | None, gate_names: Mapping[nn.Module, str], rank: int, seed: int
 ) -> Slots:
-    """Gives every part in `what` float32 weights of its own that require gradients; nothing else requires any.
+    """Gives every part in `what` its own float32 weights, which alone require gradients.
 
-    `plan` is None for a built artifact, of which only routers can learn. Raises PlanError for a part that this MoE does
-    not have.
+    `plan` is None for a built artifact, whose routers alone can learn. Raises PlanError for a part that this MoE lacks.
     """
     model.requires_grad_(False)
     slots: Slots = {}
@@ -85,7 +84,7 @@ def make_learnable(
         found = make()
         if not found:
             raise PlanError(
-                f"this {type(model).__name__} has no {part} that can learn, so everything asked for is frozen",
+                f"this {type(model).__name__} has no {part} to train",
                 hint=f"leave {part} out of --what",
             )
         slots |= found
@@ -93,7 +92,7 @@ def make_learnable(
 
 
 def gate_modules(model: nn.Module, names: Callable[[tuple[int, ...]], tuple[str, ...]]) -> dict[nn.Module, str]:
-    """Every module that holds a gate in its `weight` -> the gate's name in the routers file."""
+    """Every module whose `weight` is a gate -> the gate's name in the routers file."""
     found: dict[nn.Module, str] = {}
 
     def visit(block: MoEBlock, path: tuple[int, ...], layer: int) -> None:
@@ -114,22 +113,22 @@ def blocks(model: nn.Module) -> dict[int, MoEBlock]:
     return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items() if isinstance(mlp, MoEBlock)}
 
 
-def expert_places(model: nn.Module, plan: Plan) -> Iterator[Place]:
-    """Every FFN of every layer, nested and shared ones too."""
+def expert_places(model: nn.Module, plan: Plan) -> Iterator[ExpertPlace]:
+    """Every FFN of every layer, including nested and shared ones."""
     for layer, block in blocks(model).items():
         yield from _places(block, plan.nodes, layer)
         if plan.shared and block.shared is not None:
-            yield Place(plan.shared[0], layer, block.shared, _setter(block, "shared"))
+            yield ExpertPlace(plan.shared[0], layer, block.shared, _setter(block, "shared"))
 
 
-def _places(block: MoEBlock, nodes: tuple[ExpertNode, ...], layer: int) -> Iterator[Place]:
+def _places(block: MoEBlock, nodes: tuple[ExpertNode, ...], layer: int) -> Iterator[ExpertPlace]:
     for index, node in enumerate(nodes):
         module = block.experts[index]
         if node.children:
             assert isinstance(module, MoEBlock)
             yield from _places(module, node.children, layer)
         else:
-            yield Place(node, layer, module, _setter(block.experts, str(index)))
+            yield ExpertPlace(node, layer, module, _setter(block.experts, str(index)))
 
 
 def _setter(owner: nn.Module, name: str) -> Callable[[nn.Module], None]:
@@ -137,7 +136,7 @@ def _setter(owner: nn.Module, name: str) -> Callable[[nn.Module], None]:
 
 
 def _own(module: nn.Module, attribute: str) -> Slot:
-    """A float32 copy in the place of a parameter."""
+    """Replaces a parameter by a float32 copy."""
     parameter = nn.Parameter(getattr(module, attribute).detach().to(torch.float32, copy=True))
     setattr(module, attribute, parameter)
     return Slot(module, attribute)
@@ -164,7 +163,7 @@ def _norms(model: nn.Module) -> Slots:
 
 
 def _embeddings(model: Any) -> Slots:
-    """The input embeddings, and the head where it has a weight of its own; tied ones stay tied."""
+    """The input embeddings, and the head if it has its own weight; tied ones stay tied."""
     entry, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {module: name for name, module in model.named_modules()}
     tied = head is not None and head.weight is entry.weight
@@ -177,7 +176,7 @@ def _embeddings(model: Any) -> Slots:
 
 
 def _attention(model: Any, *, rank: int, seed: int) -> Slots:
-    """A LoRA on every linear layer of the backbone but the head; one that is there already learns on."""
+    """A LoRA on every linear layer of the backbone except the head; an existing one is trained further."""
     head = model.get_output_embeddings()
     slots: Slots = {}
     found = [
@@ -192,8 +191,8 @@ def _attention(model: Any, *, rank: int, seed: int) -> Slots:
     return slots
 
 
-def _adapters(places: list[Place], *, rank: int, seed: int) -> Slots:
-    """A LoRA on every linear layer of every expert, each with numbers of its own; one that is there learns on."""
+def _adapters(places: list[ExpertPlace], *, rank: int, seed: int) -> Slots:
+    """A LoRA on every linear layer of every expert, each with its own values; an existing one is trained further."""
     slots: Slots = {}
     for place in places:
         linears = {name: part for name, part in place.module.named_modules() if isinstance(part, nn.Linear)}
@@ -212,22 +211,22 @@ def _adapters(places: list[Place], *, rank: int, seed: int) -> Slots:
 
 
 def _fresh(linear: nn.Linear, rank: int, *, seed: int) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """A random A of deviation 1/sqrt(I) and a B of zeros: at first nothing changes, and yet every expert differs."""
+    """A random A of deviation 1/sqrt(I) and a zero B: outputs are unchanged at first, but the experts' A differ."""
     generator = torch.Generator().manual_seed(seed)
     a_RI = torch.randn(rank, linear.in_features, generator=generator) / math.sqrt(linear.in_features)
     return a_RI, torch.zeros(linear.out_features, rank), 1.0
 
 
 def _lora_slots(module: LoraLinear, name: str) -> Slots:
-    """A and B as they are, the scale multiplied into B, so that one rank and no alpha says it all."""
+    """A and B, with the scale multiplied into B, so that no alpha is needed."""
     with torch.no_grad():
         module.b = nn.Parameter(module.b.float() * module.scale)
     module.scale = 1.0
     return {f"{name}/{key}": _own(module, key) for key in ("a", "b")}
 
 
-def _experts(places: list[Place]) -> Slots:
-    """Every expert's FFN as weights of its own, where experts of one source shared them until now."""
+def _experts(places: list[ExpertPlace]) -> Slots:
+    """Every expert's FFN with its own weights; experts of one source shared them until now."""
     slots: Slots = {}
     for place in places:
         expert = copy.deepcopy(place.module)

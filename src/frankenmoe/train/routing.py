@@ -1,4 +1,4 @@
-"""What routers do differently while they learn: noise, top-k, gradients, a capacity; without a trace when they do not.
+"""Routers during training: noise, another top-k, straight-through gradients, a capacity. Evaluation is unchanged.
 
 Shape suffixes: T tokens, D hidden, E experts, K top-k.
 """
@@ -15,14 +15,14 @@ from frankenmoe.moe.router import Router, Routing
 
 
 class LearningRouter(Router):
-    """A router that, in training mode only, reads jittered states, adds noise to its scores and may use another top-k.
+    """In training mode only: jitters its input, adds noise to its logits, and may use another top-k.
 
-    `straight_through`: where one expert is chosen and its weight is divided by itself, the weight stays exactly 1 and
-    has the gradient of the expert's probability (arXiv 1308.3432), where otherwise it would have none.
+    `straight_through`: the renormalised weight of a single expert is always 1 and has no gradient. It stays exactly 1,
+    but gets the gradient of the expert's probability (arXiv 1308.3432).
 
-    Jitter multiplies what the router reads, and not what the experts read, by numbers from 1 - jitter to 1 + jitter
-    (Switch Transformer, arXiv 2101.03961, section 2.2); noise is Gaussian (arXiv 1701.06538, eq. 4, of one width).
-    Both are drawn from torch's generator, which the trainer seeds anew at every step.
+    Jitter multiplies the router's input, not the experts', by numbers from 1 - jitter to 1 + jitter (Switch
+    Transformer, arXiv 2101.03961, section 2.2). Noise is Gaussian (arXiv 1701.06538, eq. 4, with a fixed width). Both
+    use torch's generator, which is seeded at every step.
     """
 
     def __init__(self, router: Router, *, top_k: int, noise: float, jitter: float, straight_through: bool) -> None:
@@ -53,7 +53,7 @@ class LearningRouter(Router):
 
 
 class LearningCapacity(Capacity):
-    """A capacity that counts in training mode only; otherwise the block's own."""
+    """A capacity for training mode only; in evaluation mode the block's own applies."""
 
     def __init__(self, capacity: Capacity, *, factor: float) -> None:
         super().__init__(factor, policy=capacity.policy)
@@ -67,7 +67,7 @@ class LearningCapacity(Capacity):
 
 @dataclass(frozen=True)
 class Seen:
-    """What one router decided in one forward, with its graph: `outer` for a layer's own router."""
+    """One router's decision in one forward pass, with its graph. `outer`: the layer's own router, not a nested one."""
 
     outer: bool
     routing: Routing
@@ -82,7 +82,7 @@ def prepare_routers(
     straight_through: bool,
     capacity_factor: float | None,
 ) -> None:
-    """Puts learning routers into all blocks, nested ones too; the top-k is changed in the outer ones only."""
+    """Puts a LearningRouter into every block, nested ones too; only outer ones get another top-k."""
     for outer in blocks.values():
         for block in [module for module in outer.modules() if isinstance(module, MoEBlock)]:
             own = block.router.top_k if block is not outer or top_k is None else top_k
@@ -95,7 +95,7 @@ def prepare_routers(
 
 @contextmanager
 def seen_routings(blocks: dict[int, MoEBlock]) -> Iterator[list[Seen]]:
-    """Within the context, every router that runs adds what it decided, in order."""
+    """Collects the decisions of all routers that run within the context, in order."""
     found: list[Seen] = []
 
     def hook(outer: bool) -> object:

@@ -1,254 +1,288 @@
-"""The story of one run: prepare, check for traps, look, step, look again, keep the best; writes only scaffolding.
+"""Artifact or recipe -> an artifact that was trained; the library's and the CLI's way to train.
 
-Knows nothing of artifacts: it is given a running MoE and a folder to work in, and gives back what was learnt.
+Reads the text, hands a running MoE to `train.run`, and writes what came of it. Killed at any moment, the same call goes
+on from the last checkpoint.
 """
 
+import hashlib
+import json
 import os
-import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import PartialState
-from safetensors.torch import load_file
-from torch import nn
-from transformers import TrainingArguments
-from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback, ProgressCallback
+import yaml
 
-from frankenmoe.errors import NumericsError
-from frankenmoe.moe.dense import quiet_transformers
-from frankenmoe.moe.load import MoE
-from frankenmoe.planning import Plan
-from frankenmoe.progress import Progress
-from frankenmoe.recipetrain import Train
-from frankenmoe.train.checkpoint import (
-    BEST,
-    HISTORY,
-    History,
-    last_checkpoint,
-    load_weights,
-    put_back,
-    save_best,
-    whole,
+from frankenmoe.artifact.folder import (
+    RECORD,
+    ROUTERS,
+    Artifact,
+    Routers,
+    finish,
+    growing,
+    open_artifact,
+    partial_folder,
+    refuse_occupied,
+    small_hashes,
+    write_routers,
 )
-from frankenmoe.train.data import Domain, Mixture
-from frankenmoe.train.guard import Look, look
-from frankenmoe.train.head import is_direct
-from frankenmoe.train.parts import Slots, blocks, gate_modules, make_learnable
-from frankenmoe.train.routing import prepare_routers
-from frankenmoe.train.sharding import shard
-from frankenmoe.train.teachers import cache_teachers, open_teachers
-from frankenmoe.train.trainer import MoETrainer
-from frankenmoe.train.traps import check_gradient
+from frankenmoe.artifact.reports import TrainingReport, versions
+from frankenmoe.build.body import copy_small_files
+from frankenmoe.build.record import record_of
+from frankenmoe.checkpoint.fingerprint import fingerprint
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.data.given import user_path
+from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
+from frankenmoe.planning.buildable import check_buildable
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import Expert, Recipe
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.recipe.train import TrainSettings
+from frankenmoe.subject import Subject, open_subject
+from frankenmoe.train import traps
+from frankenmoe.train.checkpoint import remove_scaffold
+from frankenmoe.train.data import read_domains
+from frankenmoe.train.loop import Run, RunResult, train_loop
+from frankenmoe.train.parts import blocks
+from frankenmoe.train.save import new_routers, write_parts
+
+REPORT = "training.json"
+Data = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
-class Job:
-    """What a run is given. `folder` is for checkpoints, `gate_names` are the plan's; `plan` is None if built."""
+class Trained:
+    """A finished run: the artifact, and what training found, as plain data (losses, looks of the guard, speed)."""
 
-    moe: MoE
-    plan: Plan | None
-    gate_names: Callable[[tuple[int, ...]], tuple[str, ...]]
-    domains: tuple[Domain, ...]
-    settings: Train
-    folder: Path
-    report_to: tuple[str, ...] = ()
-    shard: bool = False
+    artifact: Artifact
+    report: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a run found: the best weights by name, what happened, and what stopped it early, if anything did.
+def train(
+    what: Subject | Recipe | Artifact | str | Path,
+    out: str | Path,
+    *,
+    data: Data | None = None,
+    settings: TrainSettings | None = None,
+    keep_anyway: bool = False,
+    dtype: str | None = None,
+    report_to: Sequence[str] = (),
+    shard: bool = False,
+    progress: Progress = SILENT,
+    **changes: Any,
+) -> Trained:
+    """Trains an MoE on text and writes it to `out`, in the form it had (a recipe becomes a virtual artifact).
 
-    `weights` are those of the look with the lowest mean held-out loss, `last` those at the end; `improved` is whether
-    training lowered that loss at all.
+    `data` maps the name of a domain, best that of the expert it belongs to, to files or hub datasets; by default it is
+    that of the recipe's experts. `settings` is by default the recipe's `train`, `changes` are settings by name. `dtype`
+    is what frozen weights compute in, by default as they are stored. `shard` spreads weights over the processes of a
+    launcher (FSDP2). The result is what the guard measured best on text held out; raises PlanError where that is where
+    it began, unless `keep_anyway`.
     """
-
-    weights: Mapping[str, torch.Tensor]
-    last: Mapping[str, torch.Tensor]
-    history: History
-    parameters: int
-    stopped: NumericsError | None = None
-
-    @property
-    def improved(self) -> bool:
-        return self.history.best > 0
-
-    @property
-    def best(self) -> Look:
-        return next(each for each in self.history.looks if each.step == self.history.best)
-
-
-def run(job: Job, *, progress: Progress) -> Outcome:
-    """Trains; goes on from the last checkpoint in the folder where there is one, to the same losses.
-
-    Raises PlanError for a trap, ArtifactError when a checkpoint cannot be written.
-    """
-    with quiet_transformers(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="accelerate|torch")
-        return _run(job, progress=progress)
-
-
-def _run(job: Job, *, progress: Progress) -> Outcome:
-    settings, model = job.settings, job.moe.model
-    arguments = _arguments(job)
-    slots = _prepare(job)
-    kept = last_checkpoint(job.folder)
-    history = History.read(kept[1] / HISTORY) if kept else History()
-    if kept:
-        put_back(slots, load_weights(kept[1]))
-    context = precision(model, arguments.device)
-    mixture = Mixture(
-        job.domains,
-        items=settings.steps * settings.batch,
-        seed=settings.seed,
-        teachers=_teachers(job, arguments, context, progress) if settings.distill else None,
-    )
-    sharded = job.shard and arguments.world_size > 1
-    head = model.get_output_embeddings() if is_direct(model, context=precision(model, model.device)) else None
-    held = sum(len(domain.held) for domain in job.domains)
-
-    def on_look(trainer: Any, step: int) -> None:
-        found = look(trainer.model, job.domains, step=step, device=arguments.device, context=context, head=head)
-        if sharded:  # a forward leaves the outermost group whole, and its weights would be taken for what learns
-            model.reshard()
-        history.looks.append(found)
-        best = min(history.looks, key=lambda each: (each.mean, each.step))
-        progress.note(f"loss {_recent(history):.3f}, held out {found.mean:.3f}")
-        if best is not found:
-            return
-        history.best = step
-        weights = {name: whole(slot.parameter) for name, slot in slots.items()}
-        if trainer.args.should_save:
-            save_best(job.folder, weights)
-
-    if sharded:
-        shard(model, arguments.device)
-    trainer = MoETrainer(
-        slots=slots,
+    out = Path(os.path.realpath(out))
+    main = int(os.environ.get("RANK", "0")) == 0
+    if main:
+        refuse_occupied(out)
+    subject = open_subject(what)
+    settings = settings_with(settings or subject.recipe.train or TrainSettings(), changes)
+    data = data or _recipes_data(subject.recipe.experts)
+    body = _prints(subject.artifact.folder) if subject.artifact and subject.built else ()
+    plan = None if subject.built else subject.plan
+    if subject.artifact is None:
+        check_buildable(subject.plan, virtual=True, allow_identical=True)
+    parts = subject.parts
+    traps.check(settings, plan=plan, top_k=parts.top_k, renormalize=parts.renormalizes, experts=parts.experts)
+    routers = subject.routers(progress).routers
+    moe = subject.load(dtype=dtype)
+    if plan is None:
+        traps.check_experts(block.experts for block in blocks(moe.model).values())
+    domains = read_domains(
+        data,
+        moe.tokenizer(),
+        folder=subject.recipe.folder,
         settings=settings,
-        mixture=mixture,
-        history=history,
-        on_look=on_look,
-        progress=progress,
-        context=context,
-        head=head,
-        sharded=sharded,
-        model=model,
-        args=arguments,
-        data_collator=_stack,
+        experts=parts.experts,
+        vocab=moe.model.config.vocab_size,
     )
-    for callback in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(callback)
-    assert any(isinstance(each, DefaultFlowCallback) for each in trainer.callback_handler.callbacks)
-    if not kept:
-        progress.start("first look", held, "blocks")
-        on_look(trainer, 0)
-        if not {"adapters", "experts"} & set(settings.what):  # fresh adapters are zero, so the first gradient may be
-            _check_gradient(trainer, slots)
-    progress.start("training", settings.steps * settings.tokens, "tokens")
-    progress.advance(history.step * settings.tokens)
-    stopped = None
-    try:
-        trainer.train(resume_from_checkpoint=str(kept[1]) if kept else None)
-    except NumericsError as error:
-        stopped = error
+    traps.check_domains(settings, domains, experts=parts.experts)
+    origin = plan.digest if plan else list(body)
+    digest = _digest(origin, routers, settings, data, folder=subject.recipe.folder, dtype=dtype)
+    with _folder(out, digest=digest, main=main) as partial:
+        job = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard)
+        try:
+            outcome: RunResult | FrankenMoEError = train_loop(job, progress=progress)
+        except ArtifactError as error:  # a checkpoint could not be written: what there is stays for the next try
+            outcome = error
+        # what a run stopped at is no state to keep, whoever asks
+        if isinstance(outcome, RunResult) and main and (outcome.improved or (keep_anyway and not outcome.stopped)):
+            weights = outcome.weights if outcome.improved else outcome.last
+            report = _report(subject, settings, data, outcome)
+            _write(subject, routers, weights, report, partial, body=body, out=out, progress=progress)
+    if isinstance(outcome, FrankenMoEError):
+        raise outcome
+    if outcome.stopped:
+        raise _stopped(outcome, out)
+    if not (outcome.improved or keep_anyway):
+        raise _worse(outcome, out)
     if dist.is_initialized():
         dist.barrier()
-    weights = load_file(job.folder / BEST)
-    count = sum(tensor.numel() for tensor in weights.values())
-    last = {name: whole(slot.parameter) for name, slot in slots.items()}
-    return Outcome(weights, last, history, count, stopped)
+    artifact = open_artifact(out)
+    return Trained(artifact, TrainingReport.read(out / REPORT).to_dict())
 
 
-def _prepare(job: Job) -> Slots:
-    settings, model = job.settings, job.moe.model
-    prepare_routers(
-        blocks(model),
-        top_k=settings.experts_per_token,
-        noise=settings.noise,
-        jitter=settings.jitter,
-        straight_through=settings.straight_through,
-        capacity_factor=settings.capacity_factor,
+def _recipes_data(experts: tuple[Expert, ...]) -> Data:
+    return {expert.name: expert.data for expert in experts if expert.data}
+
+
+def _digest(
+    origin: str | list[str], routers: Routers, settings: TrainSettings, data: Data, *, folder: Path, dtype: str | None
+) -> str:
+    """Names the run: what it starts from, the settings, and the files of text as they are now."""
+    gates = hashlib.sha256(b"".join(raw.tobytes() for _, _, raw in routers.values())).hexdigest()
+    texts = []
+    for name in sorted(data):
+        for text in data[name]:
+            file = Path(user_path(text, folder=folder))
+            stat = file.stat() if file.is_file() else None
+            texts.append([name, text, stat and [stat.st_size, stat.st_mtime_ns]])
+    facts = [origin, gates, settings.model_dump(mode="json"), texts, dtype]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest() + "/train"
+
+
+def _prints(folder: Path) -> tuple[str, ...]:
+    """Fingerprints of a built body's files."""
+    return tuple(fingerprint(file) for file in sorted(folder.glob("model-0*.safetensors")))
+
+
+@contextmanager
+def _folder(out: Path, *, digest: str, main: bool) -> Iterator[Path]:
+    """Where the artifact grows; only the first process of several holds it."""
+    if main:
+        with growing(out, digest=digest) as partial:
+            yield partial
+    else:
+        yield partial_folder(out)
+
+
+def _report(subject: Subject, settings: TrainSettings, data: Data, outcome: RunResult) -> TrainingReport:
+    history = outcome.history
+    first, best, last = history.looks[0], outcome.best, history.looks[-1]
+    found = {
+        "from": subject.origin,
+        "settings": settings.to_dict(),
+        "data": {name: list(files) for name, files in data.items()},
+        "parameters": outcome.parameters,
+        "steps": history.step,
+        "best_step": history.best,
+        "improved": outcome.improved,
+        "held_out_loss": {"before": first.loss, "best": best.loss, "after": last.loss},
+        "mean_held_out_loss": {"before": first.mean, "best": best.mean, "after": last.mean},
+        "largest_load": {"before": first.largest, "best": best.largest, "after": last.largest},
+        "looks": [each.to_dict() for each in history.looks],
+        "losses": history.losses,
+    }
+    return TrainingReport.model_validate(found)
+
+
+def _write(
+    subject: Subject,
+    routers: Routers,
+    weights: Mapping[str, torch.Tensor],
+    report: TrainingReport,
+    partial: Path,
+    *,
+    body: tuple[str, ...],
+    out: Path,
+    progress: Progress,
+) -> None:
+    """Turns the partial folder into the finished artifact."""
+    write_routers(partial, new_routers(routers, weights))
+    report.write(partial / REPORT)
+    said = report.to_dict()
+    stage = {
+        "stage": "train",
+        **{key: said[key] for key in ("from", "settings", "data", "best_step", "mean_held_out_loss")},
+        "versions": versions(),
+    }
+    source = subject.artifact
+    if source and subject.built:
+        _link_body(source.folder, partial)
+        record = dict(source.record)
+        if _prints(partial) != body:  # those of before the first step
+            raise ArtifactError(f"the body of {source.folder} changed while it was trained", hint="build it again")
+    else:
+        record = _virtual_record(subject, weights, partial, out=out, progress=progress)
+    earlier = source.record["stages"] if source else [{"stage": "routers", "gate_mode": subject.recipe.gate_mode}]
+    record["stages"] = [*earlier, stage]
+    record.pop("version", None)
+    remove_scaffold(partial)
+    finish(partial, out, record=record | {"files": small_hashes(partial)})
+
+
+def _virtual_record(
+    subject: Subject, weights: Mapping[str, torch.Tensor], partial: Path, *, out: Path, progress: Progress
+) -> dict[str, Any]:
+    table = write_parts(subject.plan, weights, partial, out=out)
+    text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
+    write_atomic(partial / "recipe.yml", text.encode())
+    copy_small_files(subject.plan, partial)
+    # planned where it lies now, beside where it will lie: relative paths mean the same from both
+    trained = Recipe.load(partial / "recipe.yml")
+    made = Subject(trained, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code).plan
+    known = subject.artifact.record["sources"] if subject.artifact else []
+    record = record_of(
+        made,
+        out,
+        folder=partial,
+        virtual=True,
+        progress=progress,
+        known={each["fingerprint"]: each["sha256"] for each in known},
     )
-    gates: Mapping[nn.Module, str] = gate_modules(model, job.gate_names)
-    return make_learnable(model, settings.what, plan=job.plan, gate_names=gates, rank=settings.rank, seed=settings.seed)
+    inside, final = f"{partial}{os.sep}", f"{out}{os.sep}"
+    for each in (*record["sources"], *record["configs"]):
+        each["file"] = final + each["file"].removeprefix(inside) if each["file"].startswith(inside) else each["file"]
+    return record | {"recipe_folder": str(out), "recipe_folder_from_here": "."}
 
 
-def _arguments(job: Job) -> TrainingArguments:
-    settings = job.settings
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    return TrainingArguments(
-        output_dir=str(job.folder),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch // settings.accumulate // world,
-        gradient_accumulation_steps=settings.accumulate,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        logging_strategy="no" if not job.report_to else "steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        report_to=list(job.report_to) or "none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_num_workers=0,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        ddp_find_unused_parameters=any(part in settings.what for part in ("adapters", "experts")),
-        # without these accelerate would let every process of a CPU run train alone
-        use_cpu=not torch.accelerator.is_available(),
-        ddp_backend="gloo" if world > 1 and not torch.accelerator.is_available() else None,
-        seed=settings.seed % 2**32,
-        average_tokens_across_devices=True,
+def _link_body(source: Path, folder: Path) -> None:
+    """Everything but record, routers and report, by hard link where the disk allows it, else as a copy."""
+    for file in source.iterdir():
+        target = folder / file.name
+        if file.name in (RECORD, ROUTERS, REPORT) or target.exists() or not file.is_file():
+            continue
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copy2(file, target)
+
+
+def _stopped(outcome: RunResult, out: Path) -> NumericsError:
+    assert outcome.stopped is not None
+    kept = (
+        f"{out} holds the best state before it, of step {outcome.history.best}"
+        if outcome.improved
+        else "nothing before it was better than the beginning, so nothing was written"
+    )
+    hint = outcome.stopped.hint if outcome.improved else f"{outcome.stopped.hint}; {_other_settings(out)}"
+    return NumericsError(f"{outcome.stopped.message}, so training stopped there; {kept}", hint=hint)
+
+
+def _worse(outcome: RunResult, out: Path) -> PlanError:
+    first, last = outcome.history.looks[0], outcome.history.looks[-1]
+    worst = max(last.loss, key=lambda name: last.loss[name] - first.loss[name])
+    return PlanError(
+        f"the run ended worse than it began: mean held-out loss {first.mean:.4f} before, {last.mean:.4f} after "
+        f"{outcome.history.step} steps (most on {worst}, {first.loss[worst]:.4f} to {last.loss[worst]:.4f}), and no "
+        f"look in between was better; {out} was not written",
+        hint="lower --rate and --router-rate or give more text; --keep-anyway writes the last state all the same; "
+        + _other_settings(out),
     )
 
 
-def precision(model: Any, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
-    """What learns is float32; where the frozen rest is not, torch casts to bfloat16 as it goes."""
-    frozen = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
-    low = frozen & {torch.bfloat16, torch.float16}
-    return (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if low else nullcontext
-
-
-def _teachers(job: Job, arguments: TrainingArguments, context: Any, progress: Progress) -> Any:
-    folder = job.folder / "teachers"
-    assert job.plan is not None
-    progress.start("parents' predictions", sum(len(domain.blocks) for domain in job.domains), "blocks")
-    with PartialState().main_process_first():
-        cache_teachers(
-            folder,
-            job.domains,
-            job.plan,
-            dtype=job.moe.model.dtype,
-            device=arguments.device,
-            context=context,
-            on_block=progress.advance,
-        )
-    return open_teachers(folder, job.domains)
-
-
-def _check_gradient(trainer: MoETrainer, slots: Slots) -> None:
-    """One backward pass on the first items, thrown away: gates without a gradient are a trap."""
-    gates = [slot.parameter for name, slot in slots.items() if name.startswith("router/")]
-    if not gates or trainer.args.world_size > 1:
-        return
-    inputs = trainer._prepare_inputs(_stack([trainer.mixture[item] for item in range(min(2, len(trainer.mixture)))]))
-    trainer.model.train()
-    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=(inputs["labels"][:, 1:] >= 0).sum())
-    grads = torch.autograd.grad(loss, gates, allow_unused=True)
-    check_gradient(
-        max((float(grad.abs().max()) for grad in grads if grad is not None), default=0.0),
-        of=f"{len(gates)} gates",
-    )
-
-
-def _stack(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _recent(history: History, *, over: int = 20) -> float:
-    recent = history.losses[-over:]
-    return sum(recent) / len(recent) if recent else float("nan")
+def _other_settings(out: Path) -> str:
+    return f"{partial_folder(out)} holds the run, so remove it before you try other settings"

@@ -1,7 +1,4 @@
-"""What was learnt, as files of an artifact: gates, PEFT adapters, whole tensors, and the recipe that names them.
-
-Knows nothing of how it was learnt.
-"""
+"""Writes trained weights as files of an artifact: gates, PEFT adapters, whole tensors, and the recipe naming them."""
 
 import json
 import os
@@ -15,9 +12,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from frankenmoe.artifact import ROUTERS, Routers
+from frankenmoe.artifact.folder import ROUTERS, Routers
 from frankenmoe.checkpoint.cast import encode
-from frankenmoe.checkpoint.tensors import Lora
+from frankenmoe.checkpoint.tensors import LowRank
 from frankenmoe.checkpoint.values import values
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.moe.load import residual_scale
@@ -30,11 +27,11 @@ ADAPTERS = "adapters"
 BACKBONE = "backbone"  # the adapter on the base
 Weights = Mapping[str, torch.Tensor]
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
-"""Linear layer, by its dense name -> A and B of its adapter, of scale 1."""
+"""Dense name of a linear layer -> A and B of its adapter, with scale 1."""
 
 
 def new_routers(routers: Routers, weights: Weights) -> Routers:
-    """All gates, those that were trained with their new numbers, in the types they are stored in."""
+    """All gates, the trained ones with their new values, in their stored types."""
     found = dict(routers)
     for key, tensor in weights.items():
         kind, _, name = key.partition("/")
@@ -46,9 +43,9 @@ def new_routers(routers: Routers, weights: Weights) -> Routers:
 
 
 def write_parts(plan: Plan, weights: Weights, folder: Path, *, out: Path) -> dict[str, Any]:
-    """Writes adapters and whole tensors into `folder`, which will be `out`; returns the recipe that says so.
+    """Writes adapters and whole tensors into `folder`, which will become `out`; returns the recipe that names them.
 
-    The recipe's relative paths start at `out`.
+    Relative paths in the recipe start at `out`.
     """
     names = _adapter_names(plan, weights)
     for path, name in names.items():
@@ -64,7 +61,7 @@ def write_parts(plan: Plan, weights: Weights, folder: Path, *, out: Path) -> dic
 
 
 def _parsed(weights: Weights, kind: str) -> dict[tuple[str, ...], torch.Tensor]:
-    """The tensors of one kind, by the parts of their names behind it."""
+    """The tensors of one kind, keyed by the rest of their names, split at the slashes."""
     found = (key.split("/") for key in weights)
     return {tuple(rest): weights["/".join((head, *rest))] for head, *rest in found if head == kind}
 
@@ -74,7 +71,7 @@ def _path(text: str) -> tuple[int, ...]:
 
 
 def _adapter_names(plan: Plan, weights: Weights) -> dict[tuple[int, ...] | None, str]:
-    """Path of every expert with a trained adapter (None is the backbone) -> the name of its folder."""
+    """Path of every expert with a trained adapter (None: the backbone) -> the name of its folder."""
     titles = {leaf.path: leaf.name for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()}
     wanted: list[tuple[int, ...] | None] = [None] if _parsed(weights, "attention") else []
     wanted += dict.fromkeys(_path(path) for path, *_ in _parsed(weights, "adapter"))
@@ -87,13 +84,13 @@ def _adapter_names(plan: Plan, weights: Weights) -> dict[tuple[int, ...] | None,
 
 
 def _terms(plan: Plan, weights: Weights, path: tuple[int, ...] | None) -> Terms:
-    """The adapter of one expert, or of the backbone with what it had on other layers than those trained."""
+    """The adapter of one expert, or of the backbone; the latter keeps earlier terms on layers that were not trained."""
     if path is None:
         kept = {
             write.name.removesuffix(".weight"): step
             for write in plan.backbone
             for step in write.steps
-            if isinstance(step, Lora)
+            if isinstance(step, LowRank)
         }
         old = {name: (_values(step.a), _values(step.b) * step.scale) for name, step in kept.items()}
         parts = _parsed(weights, "attention")
@@ -113,7 +110,7 @@ def _values(ref: Any) -> torch.Tensor:
 
 
 def _scales(plan: Plan) -> dict[tuple[tuple[int, ...], str], float]:
-    """(expert, dense name) -> what the plan multiplies that tensor by after everything else."""
+    """(expert, dense name) -> the factor that the plan applies to that tensor last."""
     leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
     return {
         (leaf.path, write.name): residual_scale(write) for leaf in leaves for row in leaf.ffn for write in row.values()
@@ -121,7 +118,7 @@ def _scales(plan: Plan) -> dict[tuple[tuple[int, ...], str], float]:
 
 
 def _whole(plan: Plan, weights: Weights) -> dict[str, torch.Tensor]:
-    """Norms, embeddings and experts, with those that an earlier run had trained."""
+    """Norms, embeddings and experts, including those that an earlier run trained."""
     files = dict.fromkeys(ref.file for ref in plan.trained)
     found = {name: tensor for file in files for name, tensor in load_file(file).items()}
     for kind in ("norm", "embedding"):
@@ -140,7 +137,7 @@ def _base_of(plan: Plan, path: tuple[int, ...] | None) -> str:
 
 
 def _write_adapter(folder: Path, terms: Terms, *, base: str) -> None:
-    """A LoRA as PEFT writes one, which peft.PeftModel.from_pretrained loads."""
+    """Writes a LoRA in PEFT's format, loadable by peft.PeftModel.from_pretrained."""
     folder.mkdir(parents=True, exist_ok=True)
     ranks = {name: a.shape[0] for name, (a, _) in terms.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
@@ -172,7 +169,7 @@ def _write_adapter(folder: Path, terms: Terms, *, base: str) -> None:
 
 
 def _moved(recipe: Recipe, *, out: Path, adapters: Mapping[tuple[int, ...] | None, str]) -> dict[str, Any]:
-    """The recipe with its relative paths counted from `out`, and with new adapters in the place of old ones."""
+    """The recipe with paths relative to `out`, and with new adapters instead of old ones."""
 
     def there(path: str) -> str:
         known = not os.path.isabs(path) and os.path.exists(recipe.folder / path)

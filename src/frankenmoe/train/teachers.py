@@ -1,4 +1,4 @@
-"""What the parents predict on their own text, computed once and kept on disk; one parent in memory at a time.
+"""The parents' predictions on their own text, computed once and cached on disk; one parent in memory at a time.
 
 Shape suffixes: N blocks, T tokens, M kept tokens, V vocabulary.
 """
@@ -20,11 +20,11 @@ from frankenmoe.planning.sources import anatomy
 from frankenmoe.planning.tree import dense_writes
 from frankenmoe.train.data import Domain
 
-KEPT = 32  # tokens of the vocabulary whose probability is kept; the others' sum follows
+KEPT = 32  # most likely tokens whose probability is kept; the sum of the others follows
 BATCH = 8
 
 Teachers = dict[int, tuple[torch.Tensor, torch.Tensor]]
-"""A domain's index -> its parent's log-probabilities [N, T, M] in float16, and which tokens they are of."""
+"""A domain's index -> its parent's log-probabilities [N, T, M] in float16, and their token ids [N, T, M]."""
 
 
 def cache_teachers(
@@ -37,7 +37,7 @@ def cache_teachers(
     context: Callable[[], AbstractContextManager[Any]],
     on_block: Callable[[int], None],
 ) -> None:
-    """Writes `folder/NAME.safetensors` for every domain that is not there yet; the domain's expert is its teacher."""
+    """Writes `folder/OWNER.safetensors` for every domain that has none yet; its own expert is the teacher."""
     folder.mkdir(exist_ok=True)
     for domain in domains:
         file = folder / f"{domain.owner}.safetensors"
@@ -51,18 +51,18 @@ def cache_teachers(
 
 
 def open_teachers(folder: Path, domains: Sequence[Domain]) -> Teachers:
-    """What `cache_teachers` wrote."""
+    """Reads what `cache_teachers` wrote."""
     found = {index: load_file(folder / f"{domain.owner}.safetensors") for index, domain in enumerate(domains)}
     return {index: (each["log_probs"], each["ids"].long()) for index, each in found.items()}
 
 
 def _parent(plan: Plan, domain: Domain, *, dtype: torch.dtype | None) -> Any:
-    """The dense model that a domain's expert was taken from, its adapter folded in."""
+    """The dense model that a domain's expert comes from, with its adapter merged."""
     source = plan.nodes[domain.owner].source
     if source is None:
         raise PlanError(
-            f"expert {domain.name} is an MoE of its own, so there is no one parent to distil from",
-            hint="leave distill out, or name the data after experts that are FFNs",
+            f"expert {domain.name} is itself an MoE, so it has no single parent to distil from",
+            hint="leave out distill, or name the data after experts that are FFNs",
         )
     tensors = {write.name: as_tensor(write) for write in dense_writes(source, anatomy(source), dtype=plan.dtype)}
     kind = dtype or next(iter(tensors.values())).dtype
@@ -86,7 +86,7 @@ def _best(
     with context():
         logits_NTV = model(input_ids=ids_NT, use_cache=False).logits
     kept = min(KEPT, logits_NTV.shape[-1] - 1)
-    # a block at a time: what is made on the way is as large as the logits, and in float32
+    # one block at a time: the intermediate float32 values are as large as the logits
     found = [logits_TV.float().log_softmax(dim=-1).topk(kept) for logits_TV in logits_NTV]
     on_block(len(blocks))
     values_NTM, ids_NTM = (torch.stack(column) for column in zip(*found, strict=True))

@@ -1,7 +1,4 @@
-"""Why a run could not learn anything, found before its first step; changes nothing and writes nothing.
-
-Every trap raises PlanError with its reason and a way out.
-"""
+"""Checks before the first step that a run can learn something. Each raises PlanError with a reason and a hint."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,15 +7,15 @@ from torch import nn
 
 from frankenmoe.errors import PlanError
 from frankenmoe.planning import ExpertNode, Plan
-from frankenmoe.recipetrain import Train
+from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.suggest import did_you_mean
 from frankenmoe.train.data import Domain
 
-ZERO = 1e-12  # a gradient this small relative to the gate is rounding and nothing else
+ZERO = 1e-12  # a smaller gradient in the gates is only rounding
 
 
-def check(settings: Train, *, plan: Plan | None, top_k: int, renormalize: bool, experts: Sequence[str]) -> None:
-    """What the settings and the plan alone show. `plan` is None for a built artifact, of which only routers learn."""
+def check(settings: TrainSettings, *, plan: Plan | None, top_k: int, renormalize: bool, experts: Sequence[str]) -> None:
+    """Checks settings and plan. `plan` is None for a built artifact, whose routers alone can be trained."""
     _check_built(settings, plan)
     k = settings.experts_per_token or top_k
     _check_top_k(settings, k=k, renormalize=renormalize, experts=len(experts))
@@ -29,25 +26,25 @@ def check(settings: Train, *, plan: Plan | None, top_k: int, renormalize: bool, 
         _check_backbone(settings, plan)
 
 
-def check_domains(settings: Train, domains: Sequence[Domain], *, experts: Sequence[str]) -> None:
-    """What the names of the domains show: terms that need to know a text's own expert have to find one."""
+def check_domains(settings: TrainSettings, domains: Sequence[Domain], *, experts: Sequence[str]) -> None:
+    """Checks that every domain is named after an expert if a loss term needs the expert that owns a text."""
     for term in ("distill", "domain"):
         if not getattr(settings, term):
             continue
-        lost = [domain.name for domain in domains if domain.owner < 0]
-        if lost:
+        unowned = [domain.name for domain in domains if domain.owner < 0]
+        if unowned:
             raise PlanError(
-                f"the loss term {term} needs the expert that owns each text, found none called {lost[0]}",
-                hint=did_you_mean(lost[0], list(experts)) or f"name the data after experts: {', '.join(experts)}",
+                f"the loss term {term} needs the expert that owns each text, found none called {unowned[0]}",
+                hint=did_you_mean(unowned[0], list(experts)) or f"name the data after experts: {', '.join(experts)}",
             )
 
 
 def check_experts(layers: Iterable[nn.ModuleList]) -> None:
-    """PlanError where the experts of every layer hold the same numbers; most layers are done with the first two."""
+    """Checks that some layer has experts that differ; in most models the first two compared do."""
     if all(_same(expert, layer[0]) for layer in layers for expert in layer):
         raise PlanError(
             "the experts of every layer hold the same numbers, so the loss has no gradient in the gates",
-            hint="train adapters with the gates, on the virtual form: build it with --virtual and say "
+            hint="train adapters together with the gates, on the virtual form: build with --virtual, then train with "
             "--what routers,adapters",
         )
 
@@ -57,87 +54,86 @@ def _same(one: nn.Module, two: nn.Module) -> bool:
 
 
 def check_gradient(largest: float, *, of: str) -> None:
-    """After the first gradient: PlanError where the gates got none, for a reason that nothing above knew."""
+    """Checks the first gradient of the gates, for reasons that the other checks do not cover."""
     if largest < ZERO:
         raise PlanError(
-            f"the loss has no gradient in the gates ({largest:.1e} in {of}), so no training would move them",
-            hint="the experts may compute the same thing; train adapters with them: --what routers,adapters",
+            f"the loss has no gradient in the gates ({largest:.1e} in {of}), so training would not change them",
+            hint="the experts may compute the same thing; train adapters too: --what routers,adapters",
         )
 
 
-def _check_built(settings: Train, plan: Plan | None) -> None:
+def _check_built(settings: TrainSettings, plan: Plan | None) -> None:
     others = [part for part in settings.what if part != "routers"]
     if plan is None and others:
         raise PlanError(
-            f"a built artifact can have its routers trained, and not its {', '.join(others)}: its body is never "
+            f"a built artifact can have its routers trained, but not its {', '.join(others)}: its body is never "
             "rewritten",
-            hint="train the virtual form (`build --virtual`, or straight from the recipe), and build afterwards",
+            hint="train the virtual form (`build --virtual`, or the recipe itself), then build",
         )
     if plan is None and settings.distill:
         raise PlanError(
-            "a built artifact does not know its parents as models, so nothing can be distilled from them",
-            hint="train the virtual form, or leave distill out",
+            "a built artifact no longer has its parents, so it cannot be distilled from them",
+            hint="train the virtual form, or leave out distill",
         )
 
 
-def _check_top_k(settings: Train, *, k: int, renormalize: bool, experts: int) -> None:
+def _check_top_k(settings: TrainSettings, *, k: int, renormalize: bool, experts: int) -> None:
     if k > experts:
         raise PlanError(
-            f"training with {k} experts per token needs as many, found {experts}",
-            hint="lower experts_per_token in the settings of training",
+            f"training with {k} experts per token needs at least {k} experts, found {experts}",
+            hint="lower experts_per_token in the training settings (--train-top-k)",
         )
     learns = settings.domain or settings.straight_through
     if k == 1 and renormalize and "routers" in settings.what and not learns:
         raise PlanError(
             "with one expert per token and renormalised weights the weight is always 1, so the language-model loss has "
             "no gradient in the gates",
-            hint="train with two (--train-top-k 2), which is used while training only, let the weight pass on the "
-            "gradient of the expert's probability (--straight-through), or give --domain a coefficient",
+            hint="use two experts per token during training (--train-top-k 2), a straight-through gradient "
+            "(--straight-through), or the domain-classification loss (--domain 0.1)",
         )
 
 
-def _check_straight_through(settings: Train, plan: Plan | None, *, k: int, renormalize: bool) -> None:
+def _check_straight_through(settings: TrainSettings, plan: Plan | None, *, k: int, renormalize: bool) -> None:
     nested = plan is not None and any(node.top_k == 1 for node in _mixtures(plan.nodes))
     if settings.straight_through and not (k == 1 and renormalize) and not nested:
         found = f"{k} experts per token" if k > 1 else "a weight that is not renormalised"
         raise PlanError(
-            f"a straight-through weight is for one expert per token with a weight that is always 1, found {found}",
+            f"--straight-through is for one expert per token whose weight is always 1, found {found}",
             hint="leave --straight-through out: the gates have a gradient without it",
         )
 
 
-def _check_nested(settings: Train, plan: Plan) -> None:
-    """Nested weights are always renormalised, and neither --train-top-k nor the domain term reaches their gates."""
+def _check_nested(settings: TrainSettings, plan: Plan) -> None:
+    """Nested weights are always renormalised; neither --train-top-k nor the domain loss applies to nested gates."""
     alone = next((node for node in _mixtures(plan.nodes) if node.top_k == 1 < len(node.children)), None)
     if alone is not None and "routers" in settings.what and not settings.straight_through:
         raise PlanError(
             f"expert {alone.name} is an MoE that takes one expert per token, whose weight is always 1, so the "
             "language-model loss has no gradient in its gates",
-            hint="let the weight pass on the gradient of the expert's probability (--straight-through), or give it "
-            "experts_per_token: 2",
+            hint="use a straight-through gradient (--straight-through), or set experts_per_token: 2 for that expert",
         )
 
 
 def _mixtures(nodes: Sequence[ExpertNode]) -> Iterator[ExpertNode]:
-    """Every expert from these down that is an MoE of its own."""
+    """Every expert that is itself an MoE, at any depth."""
     for node in nodes:
         if node.children:
             yield node
         yield from _mixtures(node.children)
 
 
-def _check_identical(settings: Train, plan: Plan) -> None:
+def _check_identical(settings: TrainSettings, plan: Plan) -> None:
     if plan.all_identical and not {"adapters", "experts"} & set(settings.what):
         raise PlanError(
-            f"all {plan.experts} experts are bit-identical, so the routers have no gradient and nothing can come of it",
+            f"all {plan.experts} experts are bit-identical, so the routers have no gradient and cannot learn",
             hint="break the symmetry: --what routers,adapters, or noise_relative in the recipe",
         )
 
 
-def _check_backbone(settings: Train, plan: Plan) -> None:
+def _check_backbone(settings: TrainSettings, plan: Plan) -> None:
     if "attention" in settings.what and plan.recipe.backbone == "average":
         raise PlanError(
-            "an adapter on attention belongs to the base, and this recipe takes its backbone from the parents' average",
+            "an attention adapter is stored on the base model, but this recipe's backbone is the parents' average",
             hint="use backbone: base, or leave attention out of --what",
         )
     if plan.experts < 2 and settings.what == ("routers",):

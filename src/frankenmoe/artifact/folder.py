@@ -1,0 +1,333 @@
+"""The folder of an artifact, and its way from unfinished to finished. Does not import torch.
+
+While it is made, an artifact `out` is the folder `out.partial` beside it; one rename makes it whole. Partial folders,
+locks and checks of disk space of every other stage are here too.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frankenmoe.artifact.record import RECORD_VERSION, Form, read_record
+from frankenmoe.checkpoint.fingerprint import sha256
+from frankenmoe.checkpoint.header import header_bytes, read_header
+from frankenmoe.checkpoint.tensors import TensorRef
+from frankenmoe.checkpoint.writer import free_bytes, write_atomic
+from frankenmoe.errors import ArtifactError, FrankenMoEError
+
+RECORD = "frankenmoe.json"
+ROUTERS = "model-routers.safetensors"
+STATISTICS = "router-statistics.safetensors"
+INDEX = "model.safetensors.index.json"
+UNFINISHED = "build.json"
+LOCK = "build.lock"
+GIB = 2**30
+
+Routers = Mapping[str, tuple[str, tuple[int, ...], NDArray[np.uint8]]]
+"""Name -> (safetensors dtype, shape, bytes)."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder. `record` is its frankenmoe.json: recipe, sources, seeds, versions, what each stage did."""
+
+    folder: Path
+    record: Mapping[str, Any]
+
+    @property
+    def form(self) -> Form:
+        return cast(Form, self.record["form"])
+
+    @cached_property
+    def routers(self) -> dict[str, TensorRef]:
+        """Every gate by name, as references into the routers file."""
+        return read_header(self.folder / ROUTERS)
+
+
+def open_artifact(folder: Path) -> Artifact:
+    """Opens a finished artifact; ArtifactError for a folder that is none, is unfinished, or is of a later version."""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder, expected an artifact", hint=_hint_unfinished(folder))
+    file = folder / RECORD
+    if not file.is_file():
+        raise ArtifactError(
+            f"{folder} holds no {RECORD}, so it is not an artifact of frankenmoe", hint=_hint_unfinished(folder)
+        )
+    record = read_record(file)
+    if not (folder / ROUTERS).is_file():
+        raise ArtifactError(f"{folder} has lost its {ROUTERS}", hint="build the artifact again")
+    return Artifact(folder, record)
+
+
+def _hint_unfinished(folder: Path) -> str:
+    folder = folder.resolve()
+    if partial_folder(folder).is_dir():
+        return f"{partial_folder(folder)} is an unfinished build: run the same build command again to finish it"
+    return "make one with `frankenmoe build RECIPE OUT`"
+
+
+def partial_folder(out: Path) -> Path:
+    """The folder in which `out` is made."""
+    return out.with_name(f"{out.name}.partial")
+
+
+@contextmanager
+def growing(out: Path, *, digest: str) -> Iterator[Path]:
+    """The locked partial folder of `out`. The caller fills it and gives it to `finish` or `become`.
+
+    A partial folder that a killed run of the same plan (`digest`) left is resumed; one of another plan is refused.
+    After an error, what this run began is removed, unless it has finished shards and the machine was at fault (a full
+    disk, for example): then the same command resumes from them.
+    """
+    refuse_occupied(out)
+    partial = partial_folder(out)
+    fresh = [folder for folder in (partial, *partial.parents) if not os.path.lexists(folder)]
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _remove_empty(fresh)
+        raise ArtifactError(
+            f"{partial} cannot be made: {error.strerror}", hint="choose another output folder"
+        ) from error
+    with _locked(partial, out):
+        try:
+            refuse_occupied(out)  # once more: another process may have ended since
+            _claim(partial, out=out, digest=digest)
+            yield partial
+        except Exception as error:
+            if fresh and not _worth_keeping(partial, error):
+                _remove_locked(partial)
+                _remove_empty(fresh[1:])
+            raise
+
+
+def _locked(partial: Path, out: Path) -> IO[str]:
+    """The open lock of a partial folder; ArtifactError where another process has it or the folder is not ours."""
+    busy = ArtifactError(f"another process is building {out}, or has just done so", hint="wait for it to end")
+    try:
+        _refuse_foreign(partial)
+        return lock_file(partial / LOCK, busy=busy)
+    except FileNotFoundError:
+        raise busy from None
+    except OSError as error:
+        raise ArtifactError(
+            f"{partial} cannot be used: {error.strerror}", hint="choose another output folder"
+        ) from error
+
+
+def lock_file(file: Path, *, busy: ArtifactError) -> IO[str]:
+    """Opens and locks `file`; the lock is held until the result is closed. Raises `busy` where another process has it.
+
+    The process that had it before may move or remove the file after we open it and before we lock it. Then it is busy.
+    """
+    lock = file.open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise busy from None
+    except OSError:  # a file system without locks: other processes cannot be kept out
+        return lock
+    if not _still_there(file, lock):
+        lock.close()
+        raise busy
+    return lock
+
+
+def _still_there(path: Path, opened: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_locked(partial: Path) -> None:
+    """Removes a partial folder; its claim and its lock go last, so that other processes still see that it is taken."""
+    last = {UNFINISHED: 1, LOCK: 2}
+    with suppress(OSError):
+        for file in sorted(partial.iterdir(), key=lambda file: last.get(file.name, 0)):
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        partial.rmdir()
+
+
+def _worth_keeping(partial: Path, error: Exception) -> bool:
+    """Whether finished shards are sound although the build failed. If so, the error's hint says it.
+
+    Our own errors mean that the recipe, a source or the output is wrong, unless a system error caused them.
+    """
+    fault = isinstance(error, FrankenMoEError) and not (
+        isinstance(error, ArtifactError) and isinstance(error.__cause__, OSError)
+    )
+    shards = len(list(partial.glob("model-*-of-*.safetensors")))
+    if fault or not shards:
+        return False
+    if isinstance(error, FrankenMoEError):
+        error.hint = f"{error.hint}; the same command then goes on from {shards} finished shards in {partial}"
+    return True
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Removes folders, the innermost first, as far as they are empty."""
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def refuse_occupied(out: Path) -> None:
+    """ArtifactError where `out` exists and is not an empty folder."""
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise ArtifactError(
+            f"{out} exists and is not empty, expected a new or empty folder",
+            hint="choose another folder, or remove that one first",
+        )
+    if os.path.isdir(out) and os.path.samefile(out, os.curdir):
+        raise ArtifactError(
+            f"{out} is the folder you are in, expected one that can be replaced when the build is whole",
+            hint=f"name a new folder, such as {out / 'moe'}",
+        )
+    if os.path.ismount(out):
+        raise ArtifactError(
+            f"{out} is where a disk is mounted, expected a folder that can appear whole by a rename",
+            hint=f"choose a folder on that disk, such as {out / 'moe'}",
+        )
+
+
+def _refuse_foreign(partial: Path) -> None:
+    """ArtifactError for a folder that has the name of an unfinished build but was not made by one."""
+    names = {file.name for file in partial.iterdir()}
+    foreign = sorted(names - {LOCK, f"{UNFINISHED}.partial"})
+    if foreign and UNFINISHED not in names:
+        if not partial.exists():  # whoever had it has finished while we looked
+            raise FileNotFoundError(partial)
+        raise ArtifactError(
+            f"{partial}, where the build is to grow, holds {foreign[0]} and no {UNFINISHED}, so it is not ours",
+            hint="choose another output folder, or move that one away",
+        )
+
+
+def _claim(partial: Path, *, out: Path, digest: str) -> None:
+    file, claim = partial / UNFINISHED, json.dumps({"plan": digest}).encode()
+    if not file.exists():
+        write_atomic(file, claim)
+    elif file.read_bytes() != claim:
+        raise ArtifactError(
+            f"{partial} was begun from another recipe, dtype or shard size, or its sources have changed since",
+            hint=f"remove {partial} to start over, or bring recipe and sources back to finish it",
+        )
+
+
+def finish(partial: Path, out: Path, *, record: Mapping[str, Any]) -> Artifact:
+    """Writes the record last, then renames the partial folder to `out`. Only then does it look finished."""
+    write_atomic(partial / RECORD, record_bytes(record))
+    become(partial, out)
+    return open_artifact(out)
+
+
+def become(partial: Path, out: Path) -> None:
+    """Renames a partial folder that `growing` gave to `out`, and removes the files that were about the building."""
+    try:
+        if out.is_dir():
+            out.rmdir()
+        partial.replace(out)
+    except OSError as error:
+        raise ArtifactError(
+            f"{partial} is whole but cannot become {out}: {error.strerror}",
+            hint=f"move away what has been put into {out} meanwhile",
+        ) from error
+    # only now: without them a run killed before the rename could not be finished
+    clear_building(out)
+    descriptor = os.open(out.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_or_absent(folder: Path) -> Iterator[Path]:
+    """A new, empty partial folder that replaces `folder` when the block ends. After an error it is removed.
+
+    Takes no lock: this is for folders inside one that is locked already.
+    """
+    partial = partial_folder(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def check_disk(folder: Path, *, need: int, hint: str, spare: int = 0) -> None:
+    """ArtifactError where the disk of `folder`, which need not exist yet, has less than `need` bytes free.
+
+    `spare` are bytes in use now that will be free by then.
+    """
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.is_dir())
+    free = free_bytes(there) + spare
+    if need > free:
+        raise ArtifactError(
+            f"{folder} has {free / GIB:.2f} GiB free, but {need / GIB:.2f} GiB are still to be written", hint=hint
+        )
+
+
+def clear_building(out: Path) -> None:
+    """Removes the files about the building from a finished folder; a kill right after the rename leaves them."""
+    for name in (UNFINISHED, LOCK):
+        (out / name).unlink(missing_ok=True)
+
+
+def small_hashes(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of every file of an artifact that cannot be compared with a source: routers, configs, tokenizer.
+
+    Leaves out the body, the record, and the files about the building.
+    """
+    skipped, kept = {RECORD, UNFINISHED, LOCK}, {ROUTERS, STATISTICS}
+    files = (file for file in folder.iterdir() if file.is_file() and file.name not in skipped)
+    return {
+        file.name: sha256(file)
+        for file in sorted(files)
+        if file.name in kept or file.suffix not in (".safetensors", ".partial")
+    }
+
+
+def write_routers(folder: Path, routers: Routers) -> None:
+    """Writes model-routers.safetensors. The file appears whole or not at all."""
+    write_atomic(folder / ROUTERS, routers_bytes(routers))
+
+
+def routers_bytes(routers: Routers) -> bytes:
+    """Gates as the bytes of a safetensors file."""
+    entries = [(name, dtype, shape) for name, (dtype, shape, _) in routers.items()]
+    head = header_bytes(entries, metadata={"format": "pt"})
+    return head + b"".join(raw.tobytes() for _, _, raw in routers.values())
+
+
+def record_bytes(record: Mapping[str, Any]) -> bytes:
+    """A record as the bytes of frankenmoe.json."""
+    return _json_bytes({"version": RECORD_VERSION, **record})
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    """Writes an indented JSON file. The file appears whole or not at all."""
+    write_atomic(file, _json_bytes(value))
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    try:
+        return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # of a path with bytes that are no UTF-8, which Linux allows
+        return (json.dumps(value, indent=2) + "\n").encode()

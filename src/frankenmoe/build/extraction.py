@@ -1,0 +1,77 @@
+"""One expert of an artifact as a dense checkpoint again: the MoE's backbone with that expert's FFN in every layer."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from frankenmoe.artifact.folder import Artifact, become, check_disk, growing, refuse_occupied, write_json
+from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
+from frankenmoe.checkpoint.writer import write_atomic, write_shard
+from frankenmoe.errors import ArtifactError
+from frankenmoe.planning import ExpertNode
+from frankenmoe.planning.files import TOKENIZER_FILES
+from frankenmoe.planning.parts import Parts
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.subject import Subject, open_subject
+from frankenmoe.suggest import did_you_mean
+
+
+def extract(
+    what: Subject | Artifact | str | Path, out: str | Path, *, expert: str, progress: Progress = SILENT
+) -> Path:
+    """Writes a dense checkpoint that stock transformers loads into `out`, whole or not at all.
+
+    `expert` is a name, "group/leaf" for a nested one, or a number counted from 0. A built artifact is enough by itself,
+    a virtual one needs its sources. Adapters, noise and residual scale of the expert are folded in.
+    """
+    subject = open_subject(what)
+    out = Path(os.path.realpath(out))
+    refuse_occupied(out)
+    parts = subject.parts
+    writes = _writes(parts, expert, parts.folder if subject.built else Path(subject.origin))
+    small = [file for name in TOKENIZER_FILES if (file := parts.folder / name).is_file()]
+    need = sum(write.nbytes for write in writes)
+    facts = [(write.name, [(str(ref.file), ref.name, ref.start) for ref in write.inputs]) for write in writes]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    with growing(out, digest=f"{digest}/extract") as partial:
+        check_disk(partial, need=need, hint="choose a folder on another disk")
+        progress.start("writing", need, "B")
+        write_shard(
+            partial / "model.safetensors", writes, metadata={"format": "pt"}, on_bytes=progress.advance, scanned=set()
+        )
+        write_json(partial / "config.json", _config(parts, writes[-1].dtype))
+        for file in small:
+            write_atomic(partial / file.name, file.read_bytes())
+        become(partial, out)
+    return out
+
+
+def _config(parts: Parts, dtype: str) -> dict[str, object]:
+    """The base's own config, with the type that the weights have now."""
+    name = DTYPES[dtype].name
+    return {**parts.config, "dtype": name, "torch_dtype": name}
+
+
+def _writes(parts: Parts, expert: str, folder: Path) -> list[TensorWrite]:
+    """The backbone and one expert's FFNs, adapters folded in, under dense names."""
+    named = dict(_leaves(parts.nodes, ""))
+    node = named[_name(expert, list(named), folder)]
+    return [*parts.backbone, *(node.folded(layer, suffix) for layer, row in enumerate(node.ffn) for suffix in row)]
+
+
+def _leaves(nodes: tuple[ExpertNode, ...], prefix: str) -> Iterator[tuple[str, ExpertNode]]:
+    for node in nodes:
+        if node.children:
+            yield from _leaves(node.children, f"{prefix}{node.name}/")
+        else:
+            yield prefix + node.name, node
+
+
+def _name(expert: str, names: list[str], folder: Path) -> str:
+    if expert in names:
+        return expert
+    if expert.isdecimal() and int(expert) < len(names):
+        return names[int(expert)]
+    raise ArtifactError(f"{folder} has no expert {expert!r}", hint=did_you_mean(expert, names))

@@ -1,0 +1,263 @@
+"""Proof that an artifact is what its recipe says: names, shapes, finite values, bytes against sources, loadable.
+
+Makes nothing and mends nothing.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from frankenmoe.artifact.folder import Artifact, small_hashes
+from frankenmoe.checkpoint.fingerprint import sha256
+from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
+from frankenmoe.checkpoint.values import blocks, check_finite
+from frankenmoe.errors import ArtifactError, PlanError
+from frankenmoe.moe.dense import causal_class, quiet_transformers
+from frankenmoe.planning import Plan
+from frankenmoe.planning.recall import facts
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.subject import Subject, open_subject
+
+DAMAGED = "the folder was changed or damaged after it was built; build it again"
+UNKNOWN_CLASS = "this transformers has another layout for this format than frankenmoe knows; update frankenmoe"
+SINGLE = "model.safetensors"
+SAMPLE = 2**16  # bytes of a copied tensor that a sampled proof compares
+Listener = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was found to hold: what, and how much of it."""
+
+    what: str
+    found: str
+
+
+def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT) -> tuple[Check, ...]:
+    """Checks every byte of an artifact against its sources.
+
+    Returns what holds; raises ArtifactError or NumericsError at what does not, PlanError for a recipe.
+    """
+    subject = open_subject(what)
+    artifact, made = subject.artifact, subject.plan
+    if artifact is None:
+        raise PlanError(f"{subject.origin} is a recipe, and nothing is built yet", hint="name an artifact's folder")
+    for key, value in facts(made).items():
+        if artifact.record.get(key) != value:
+            raise ArtifactError(
+                f"the record of {artifact.folder} says {key} {artifact.record.get(key)!r:.60}, but its recipe makes it "
+                f"{value!r:.60}",
+                hint="the record was edited; build the artifact again",
+            )
+    files = (*made.source_files, *made.deciding_files)
+    checks = [Check("sources", f"{len(files)} files are those it was made from"), _small_files(artifact)]
+    if artifact.form == "virtual":
+        progress.start("comparing", sum(file.stat().st_size for file in made.source_files), "B")
+        return (*checks, _hashes(artifact, made, progress.advance), *prove_routers(made, artifact.folder))
+    progress.start("comparing", sum(write.nbytes for write in made.writes), "B")
+    return (
+        *checks,
+        *prove_routers(made, artifact.folder),
+        *prove_body(made, artifact.folder, on_bytes=progress.advance),
+    )
+
+
+def _small_files(artifact: Artifact) -> Check:
+    """The artifact's own configs, index and tokenizer by SHA-256."""
+    recorded, found = artifact.record["files"], small_hashes(artifact.folder)
+    for name, was in recorded.items():
+        if found.get(name) != was:
+            raise ArtifactError(
+                f"{artifact.folder / name} {'was edited' if name in found else 'is gone'} since it was written",
+                hint="bring the old one back, or build the artifact again",
+            )
+    stray = artifact.folder / SINGLE
+    if stray.exists():
+        raise ArtifactError(
+            f"{stray} was put there afterwards, and transformers would load it in place of the shards and the routers",
+            hint="move it away",
+        )
+    return Check("files", f"{len(recorded)} small files are as they were written")
+
+
+def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:
+    """A built body against its plan, the target class and the sources.
+
+    `sampled` compares one block per tensor, and leaves the class to `prove_class`: as the folder's tensors and config
+    are the plan's, what holds of these holds of those.
+    """
+    checkpoint = open_checkpoint(folder)
+    tensors = checkpoint.tensors
+    _compare_headers(plan, tensors)
+    checks = [Check("headers", f"{len(tensors)} tensors have the planned name, shape and type")]
+    if sampled:
+        _compare_config(plan, checkpoint.config, folder)
+        _read_ahead(tensors.values())
+    elif plan.fmt is not None and plan.fmt.loads_in_transformers:
+        found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
+        checks.append(_compare_class(folder, found, where="the folder", hint=DAMAGED))
+    wanted = _sampled_once(plan.writes, tensors) if sampled else plan.writes
+    compared = sum(_compare_bytes(write, tensors[write.name], sampled=sampled, on_bytes=on_bytes) for write in wanted)
+    extent = "one block of each tensor, " if sampled else "every byte, "
+    return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources'"))
+
+
+def prove_class(plan: Plan) -> None:
+    """What the plan will write is what its target class, made from the plan's config, will look for."""
+    if plan.fmt is None or not plan.fmt.loads_in_transformers:
+        return
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(plan.config))
+        _compare_class(Path(folder), _planned(plan), where="the plan", hint=UNKNOWN_CLASS)
+
+
+def _sampled_once(writes: Iterable[TensorWrite], tensors: Mapping[str, TensorRef]) -> Iterator[TensorWrite]:
+    """The writes, those computed a second time (one source, many experts) as copies of the first one's result."""
+    first: dict[object, TensorRef] = {}
+    for write in writes:
+        found = first.setdefault((write.inputs, write.steps, write.dtype, write.shape), tensors[write.name])
+        again = not write.is_copy and found is not tensors[write.name]
+        yield replace(write, inputs=(found,), steps=()) if again else write
+
+
+def prove_sources(plan: Plan, *, on_bytes: Listener = lambda amount: None) -> None:
+    """Everything that a virtual MoE will read is finite and fits the type it is stored in; `on_bytes` hears of it."""
+    leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
+    ffn = (write for leaf in leaves for row in leaf.ffn for write in row.values())
+    for write in dict.fromkeys((*plan.backbone, *ffn)):
+        for block in blocks(write):
+            on_bytes(block.size)
+    for lora in (lora for leaf in leaves for row in leaf.loras for lora in row.values()):
+        check_finite(lora.a)
+        check_finite(lora.b)
+
+
+def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
+    """Every gate is there, of the planned shape, and finite. (Later stages may have changed its values.)"""
+    routers = open_artifact_routers(folder)
+    if {name: ref.shape for name, ref in routers.items()} != dict(plan.routers):
+        odd = sorted(set(routers) ^ set(plan.routers)) or [
+            name for name in routers if routers[name].shape != plan.routers[name]
+        ]
+        raise ArtifactError(
+            f"the routers file of {folder} does not fit its recipe: expected {len(plan.routers)} gates, found "
+            f"{len(routers)}, the first odd one being {odd[0]}",
+            hint=DAMAGED,
+        )
+    for ref in routers.values():
+        if ref.dtype not in FLOATS:
+            raise ArtifactError(f"router {ref.name} is stored as {ref.dtype}, expected floats", hint=DAMAGED)
+        check_finite(ref)
+    return (Check("routers", f"{len(routers)} gates of the planned shape, all finite"),)
+
+
+def open_artifact_routers(folder: Path) -> dict[str, TensorRef]:
+    """The routers of a folder that may not be finished yet."""
+    return Artifact(folder, {}).routers
+
+
+def _hashes(artifact: Artifact, made: Plan, on_bytes: Listener) -> Check:
+    for file, was in zip(made.source_files, artifact.record["sources"], strict=True):
+        if sha256(file, on_bytes=on_bytes) != was["sha256"]:
+            raise ArtifactError(
+                f"{file} has another SHA-256 than when {artifact.folder} was made",
+                hint="a source has changed; bring the old one back, or build the artifact again",
+            )
+    return Check("values", f"every byte of {len(made.source_files)} source files, by SHA-256")
+
+
+def _planned(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> (safetensors dtype, shape) of everything a built form holds."""
+    wanted = {write.name: (write.dtype, write.shape) for write in plan.writes}
+    return wanted | {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
+
+
+def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
+    wanted = _planned(plan)
+    found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
+    for name in sorted(wanted.keys() | found.keys()):
+        if wanted.get(name) != found.get(name):
+            raise ArtifactError(
+                f"tensor {name} should be {wanted.get(name, 'absent')}, found {found.get(name, 'nothing')}",
+                hint=DAMAGED,
+            )
+
+
+def _compare_config(plan: Plan, config: Mapping[str, object], folder: Path) -> None:
+    if config != json.loads(json.dumps(plan.config)):
+        raise ArtifactError(f"{folder / 'config.json'} is not the planned one", hint=DAMAGED)
+
+
+def _compare_class(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, where: str, hint: str) -> Check:
+    """`tensors` are what the class of the folder's config, made without weights, would save: no name more or less."""
+    with torch.device("meta"), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder)
+        model = causal_class(config)._from_config(config, dtype=config.dtype)
+        state = revert_weight_conversion(model, model.state_dict())
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
+    ours = {name: (_torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise ArtifactError(
+                f"{type(model).__name__} and {where} disagree on {name}: the class has "
+                f"{_spell(theirs.get(name))}, {where} {_spell(ours.get(name))}",
+                hint=hint,
+            )
+    return Check("class", f"{type(model).__name__} has exactly these {len(state)} tensors")
+
+
+def _spell(found: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "nothing" if found is None else f"{found[0]} {list(found[1])}"
+
+
+def _read_ahead(tensors: Iterable[TensorRef]) -> None:
+    """Asks for the samples all at once: they were written past the page cache, so each is a wait for the disk."""
+    by_file: dict[Path, list[TensorRef]] = {}
+    for ref in tensors:
+        by_file.setdefault(ref.file, []).append(ref)
+    for file, refs in by_file.items():
+        with file.open("rb") as opened:
+            for ref in refs:
+                os.posix_fadvise(opened.fileno(), ref.start, min(SAMPLE, ref.nbytes), os.POSIX_FADV_WILLNEED)
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    found = getattr(torch, DTYPES[dtype].name)
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _compare_bytes(write: TensorWrite, ref: TensorRef, *, sampled: bool, on_bytes: Listener) -> int:
+    """Compares what was written with the plan's write computed again, block by block; returns how many bytes."""
+    done = 0
+    for wanted in _blocks(write, sampled=sampled):
+        found = map_bytes(ref)[done : done + wanted.size]
+        if not np.array_equal(found, wanted):
+            at = done + int(np.argmax(found != wanted))
+            raise ArtifactError(
+                f"tensor {write.name} in {ref.file} differs from its source at byte {at} of {write.nbytes}",
+                hint=DAMAGED,
+            )
+        done += wanted.size
+        on_bytes(wanted.size)
+    return done
+
+
+def _blocks(write: TensorWrite, *, sampled: bool) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
+    if not sampled:
+        return blocks(write)
+    if write.is_copy:
+        return iter([map_bytes(write.inputs[0])[:SAMPLE]])
+    return islice(blocks(write), 1)

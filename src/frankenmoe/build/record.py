@@ -1,0 +1,65 @@
+"""Plan -> the record of an artifact (frankenmoe.json), so that every number says where it came from."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.artifact.folder import STATISTICS
+from frankenmoe.artifact.reports import versions
+from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
+from frankenmoe.planning import Plan
+from frankenmoe.planning.recall import facts
+from frankenmoe.progress import Progress
+
+
+def record_of(
+    made: Plan,
+    out: Path,
+    *,
+    folder: Path,
+    virtual: bool,
+    progress: Progress,
+    stage: str = "build",
+    known: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """frankenmoe.json: enough to say where every number came from and to load without the recipe file.
+
+    `folder` is where the artifact grows, `known` are SHA-256 by fingerprint, of files that were hashed before.
+    """
+    files, known = made.source_files, known or {}
+    if virtual:
+        wanted = (file for file in files if fingerprint(file) not in known)
+        progress.start("hashing sources", sum(file.stat().st_size for file in wanted), "B")
+    return {
+        "form": "virtual" if virtual else "built",
+        "name": made.recipe.name,
+        "recipe": made.recipe.to_dict(),
+        "recipe_folder": str(made.recipe.folder),
+        "recipe_folder_from_here": os.path.relpath(made.recipe.folder, out),
+        "recipe_digest": made.recipe.digest,
+        "seed": made.recipe.seed,
+        **facts(made),
+        "sources": [
+            {
+                "file": str(file),
+                "bytes": file.stat().st_size,
+                "fingerprint": fingerprint(file),
+                "sha256": (known.get(fingerprint(file)) or sha256(file, on_bytes=progress.advance))
+                if virtual
+                else None,
+            }
+            for file in files
+        ],
+        "configs": [{"file": str(file), "sha256": sha256(file)} for file in made.deciding_files],
+        "stages": [{"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()}],
+    }
+
+
+def _fit_report(folder: Path) -> dict[str, Any]:
+    """What the fit said when it wrote its statistics: a run that was killed since has not kept it otherwise."""
+    if not (folder / STATISTICS).exists():
+        return {}
+    from frankenmoe.gates.statistics import load_statistics
+
+    return {"fit": load_statistics(folder / STATISTICS).facts}

@@ -1,0 +1,172 @@
+"""Subject -> artifact: plan, routers, body, proof, in that order.
+
+Does not import torch until a stage needs it: bytes are already being copied while it loads.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from frankenmoe.artifact.folder import (
+    ROUTERS,
+    STATISTICS,
+    Artifact,
+    finish,
+    growing,
+    refuse_occupied,
+    small_hashes,
+    write_routers,
+)
+from frankenmoe.build.body import compose, copy_small_files
+from frankenmoe.build.record import record_of
+from frankenmoe.checkpoint.fingerprint import sha256
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.gates.made import MadeRouters
+from frankenmoe.planning import Plan
+from frankenmoe.planning.buildable import check_buildable
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import RANDOM_MODES, Recipe
+from frankenmoe.recipe.sections import BuildSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import Subject, open_subject
+
+SHARD_SIZE = 4 * 10**9
+SWITCH_INTERVAL = 2e-4  # seconds; see torch_ahead
+
+
+def build(
+    what: Subject | Recipe | Artifact | str | Path,
+    out: str | Path,
+    *,
+    settings: BuildSettings | None = None,
+    dtype: str | None = None,
+    shard_size: int = SHARD_SIZE,
+    progress: Progress = SILENT,
+    stage: str = "build",
+    **changes: Any,
+) -> Artifact:
+    """Makes an artifact of a recipe: the built form, a standard checkpoint, or the virtual one, megabytes.
+
+    A virtual artifact is built with the routers that it has. `changes` are settings by name, such as virtual=True.
+    `dtype` is the stored type, by default the recipe's; `stage` is the entry's name in the record. Killed at any
+    moment, the same call continues where it stopped. Raises FrankenMoEError's children.
+    """
+    # a link to an empty folder on another disk is filled there
+    out = Path(os.path.realpath(out))
+    refuse_occupied(out)
+    subject = open_subject(what, dtype=dtype)
+    if subject.artifact and subject.built:
+        folder = subject.artifact.folder
+        raise ArtifactError(
+            f"{folder} is built already", hint=f"use it as it is; its recipe is {folder / 'recipe.yml'}"
+        )
+    settings = settings_with(settings or BuildSettings(), changes)
+    virtual, made, given = settings.virtual, subject.plan, subject.artifact
+    check_buildable(made, virtual=virtual, allow_identical=settings.allow_identical)
+    digest = (
+        f"{made.digest}/{'virtual' if virtual else shard_size}{f'/{sha256(given.folder / ROUTERS)}' if given else ''}"
+    )
+    with growing(out, digest=digest) as partial, torch_ahead(made, virtual=virtual) as ahead:
+        if virtual or made.recipe.gate_mode not in RANDOM_MODES:
+            ahead.result()
+        if virtual:
+            _check_sources(made, progress)
+        if not (partial / ROUTERS).exists():
+            _write_routers(partial, subject.routers(progress))
+        if virtual:
+            copy_small_files(made, partial)
+        else:
+            progress.start("writing", sum(write.nbytes for write in made.writes), "B")
+            compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))
+            ahead.result()
+            _prove(made, partial)
+        text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+        write_atomic(partial / "recipe.yml", text.encode())
+        try:
+            record = record_of(made, out, folder=partial, virtual=virtual, progress=progress, stage=stage)
+            record["files"] = small_hashes(partial)
+            same = made.digest_now() == made.digest
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise SourceError(
+                f"a source of {made.recipe.origin} changed while it was read",
+                hint="build again when nothing writes to the sources any more",
+            )
+        if given:
+            record["stages"] = [*given.record["stages"], *record["stages"]]
+        return finish(partial, out, record=record)
+
+
+@contextmanager
+def torch_ahead(made: Plan, *, virtual: bool) -> Iterator[Future[None]]:
+    """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes, then checks there
+    that transformers can make models of the sources, and of what will be built.
+
+    Yields what waits for it and raises what it found: transformers cannot be imported from two threads at once.
+    Python's threads take turns; a short turn keeps the copying from waiting for the imports.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            yield pool.submit(_check_ahead, made, virtual=virtual)
+        finally:
+            pool.shutdown()
+            sys.setswitchinterval(before)
+
+
+def _check_ahead(made: Plan, *, virtual: bool) -> None:
+    """transformers can load the sources, and will find in a built form what its class wants."""
+    prove = import_module("frankenmoe.build.proof")
+    from frankenmoe.moe.load import check_loadable
+
+    check_loadable(made)
+    if not virtual:
+        prove.prove_class(made)
+
+
+def _unless_failed(ahead: Future[None], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+    """`on_bytes`, but raising what the thread has found meanwhile: no use in writing on."""
+
+    def listen(amount: int) -> None:
+        if ahead.done():
+            ahead.result()
+        on_bytes(amount)
+
+    return listen
+
+
+def _check_sources(made: Plan, progress: Progress) -> None:
+    """What a virtual MoE will read, checked before it is promised."""
+    from frankenmoe.build.proof import prove_sources
+
+    progress.start("checking", made.bill.memory_virtual, "B")
+    prove_sources(made, on_bytes=progress.advance)
+
+
+def _prove(made: Plan, folder: Path) -> None:
+    """What was written is what was planned."""
+    from frankenmoe.build.proof import prove_body, prove_routers
+
+    try:
+        prove_routers(made, folder)
+        prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
+    except ArtifactError as error:  # of a build that went on: running it again would go on from the same files
+        error.hint = f"the folder was changed or damaged while it was made; remove {folder} if it is there, build again"
+        raise
+
+
+def _write_routers(folder: Path, made: MadeRouters) -> None:
+    """The routers last: where they are, the statistics are too."""
+    if made.statistics is not None:
+        write_atomic(folder / STATISTICS, made.statistics)
+    write_routers(folder, made.routers)

@@ -1,0 +1,155 @@
+"""Subject -> GGUF files of the types asked for."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.artifact.folder import check_disk
+from frankenmoe.errors import ArtifactError, PlanError
+from frankenmoe.export.head import head_bytes
+from frankenmoe.export.quantize import require
+from frankenmoe.export.tokenizer import read_vocabulary
+from frankenmoe.export.write import Importance, Target, partial_of, write_files
+from frankenmoe.families.llamacpp import FILE_TYPES, FileType
+from frankenmoe.planning.gguf import GgufLayout, layout, suggestion
+from frankenmoe.planning.parts import Parts
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.suggest import did_you_mean
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """A written file. `holds` is the number of weights per type, `notes` are sentences for the user."""
+
+    path: Path
+    type: str
+    bytes: int
+    bits_per_weight: float
+    holds: Mapping[str, int]
+    notes: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"path": str(self.path)}
+
+
+def file_types(names: Sequence[str]) -> tuple[FileType, ...]:
+    """The types of a list such as ["q4_0", "q5_k_m"]. Raises PlanError for an unknown one, with a suggestion."""
+    for name in names:
+        if name.lower() not in FILE_TYPES:
+            raise PlanError(
+                f"{name!r} is not a GGUF file type, expected one of {', '.join(FILE_TYPES)}",
+                hint=did_you_mean(name.lower(), list(FILE_TYPES)),
+            )
+    return tuple(FILE_TYPES[name] for name in dict.fromkeys(name.lower() for name in names))
+
+
+def default_types(found: GgufLayout) -> tuple[FileType, ...]:
+    """A q4 and a q5: K-quants if this model's shape allows them, otherwise the plain types."""
+    wanted = ("q4_k_m", "q5_k_m") if found.survives(FILE_TYPES["q4_k_m"]) else ("q4_0", "q5_0")
+    return tuple(FILE_TYPES[name] for name in wanted)
+
+
+def export_files(
+    model: Parts,
+    out: Path,
+    *,
+    types: Sequence[str] = (),
+    pad256: bool = False,
+    importance: Importance | None = None,
+    notes: Sequence[str] = (),
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> list[GgufFile]:
+    """Writes a file per type, all in one pass over the weights, each whole or not at all.
+
+    `out` is a folder, which is made if needed, or a name that ends in .gguf for a single type. The default of `types`
+    is a q4 and a q5 that suit the model's shape. `notes` are added to those of every file.
+
+    Raises PlanError (a type or an MoE that llama.cpp does not support), SourceError (tokenizer, broken weights),
+    NumericsError, ArtifactError (the file exists, the disk is too small).
+    """
+    found, kinds, paths = check_output(model, out, types=types, pad256=pad256, importance=importance is not None)
+    held = {kind.name: found.types(kind, imatrix=importance is not None) for kind in kinds}
+    vocabulary = read_vocabulary(model.folder, model.config, rows=model.stock[1].dims(model.config).vocab)
+    targets = [
+        Target(
+            path=path,
+            head=head_bytes(model, found, vocabulary, kind, held[kind.name]),
+            types=held[kind.name],
+            tensor_bytes=found.tensor_bytes(kind, imatrix=importance is not None),
+        )
+        for kind, path in zip(kinds, paths, strict=True)
+    ]
+    _check_disk(paths, sum(target.size for target in targets))
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    progress.start(f"writing {', '.join(kind.name for kind in kinds)}", sum(t.tensor_bytes for t in targets), "B")
+    write_files(
+        targets,
+        found.tensors,
+        threads=threads or len(os.sched_getaffinity(0)),
+        importance=importance,
+        on_bytes=progress.advance,
+    )
+    return [_describe(found, kind, target, notes) for kind, target in zip(kinds, targets, strict=True)]
+
+
+def check_output(
+    model: Parts, out: Path, *, types: Sequence[str], pad256: bool, importance: bool, spare: int = 0
+) -> tuple[GgufLayout, tuple[FileType, ...], list[Path]]:
+    """(layout, types, paths) of an export. Raises the errors of an export before any slow work.
+
+    `spare` are bytes that are in use now and will be free by then.
+    """
+    found = layout(model, pad256=pad256)
+    kinds = file_types(types) or default_types(found)
+    paths = _paths(model, out, kinds)
+    for name in sorted({name for kind in kinds for name in found.types(kind, imatrix=importance).values()}):
+        require(name, importance=importance)
+    _check_disk(paths, sum(found.tensor_bytes(kind, imatrix=importance) for kind in kinds), spare=spare)
+    return found, kinds, paths
+
+
+def _describe(found: GgufLayout, kind: FileType, target: Target, notes: Sequence[str]) -> GgufFile:
+    advice = suggestion(found, kind)
+    return GgufFile(
+        path=target.path,
+        type=kind.name,
+        bytes=target.size,
+        bits_per_weight=target.size * 8 / found.weights,
+        holds=found.weights_by_type(target.types),
+        notes=(*found.notes, *notes, *([advice] if advice else [])),
+    )
+
+
+def _paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
+    """The paths of the files, none of which may exist."""
+    if out.suffix == ".gguf" and not out.is_dir():
+        if len(kinds) > 1:
+            raise ArtifactError(
+                f"{out} is one file, but {len(kinds)} types were asked for",
+                hint="give a folder, or a single type with --types",
+            )
+        paths = [out]
+    else:
+        stem = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "moe"
+        paths = [out / f"{stem}-{kind.name.upper()}.gguf" for kind in kinds]
+    taken = next((path for path in paths if os.path.lexists(path)), None)
+    if taken is not None:
+        raise ArtifactError(f"{taken} exists already", hint="choose another folder, or remove that file first")
+    if os.path.lexists(paths[0].parent) and not paths[0].parent.is_dir():
+        raise ArtifactError(f"{paths[0].parent} is not a folder", hint="choose another folder")
+    return paths
+
+
+def _check_disk(paths: Sequence[Path], need: int, *, spare: int = 0) -> None:
+    leftover = sum(map(disk_bytes, map(partial_of, paths)))  # of a killed export, which is overwritten
+    hint = "choose a folder on another disk, or fewer or smaller types"
+    check_disk(paths[0].parent, need=need, hint=hint, spare=spare + leftover)
+
+
+def disk_bytes(file: Path) -> int:
+    """Bytes that a file takes on the disk, 0 if it does not exist."""
+    return file.stat().st_blocks * 512 if file.is_file() else 0

@@ -1,0 +1,133 @@
+"""A plan and text -> routers fitted to it, with statistics and a report; does not know where either is kept."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from frankenmoe.artifact.folder import Routers
+from frankenmoe.checkpoint.tensors import DTYPES
+from frankenmoe.gates.chance import encoded
+from frankenmoe.gates.fit import Fit, fit_gates
+from frankenmoe.gates.forcing import gates_of
+from frankenmoe.gates.statistics import Fitted, statistics_bytes
+from frankenmoe.gates.texts import OwnText, read_texts
+from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.moe.load import MoE, load_parts
+from frankenmoe.planning import Plan
+from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths
+from frankenmoe.planning.parts import parts_of_plan, sharing_equal_experts
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe.sections import FitSettings
+
+DEFAULTS = FitSettings()
+
+
+@dataclass(frozen=True)
+class FittedRouters:
+    """Gates as an artifact stores them, the statistics file's bytes, and what was done as plain data."""
+
+    routers: Routers
+    statistics: bytes
+    report: Mapping[str, Any]
+    better: bool = True
+
+
+def fit_plan(
+    plan: Plan,
+    *,
+    method: str,
+    moe: MoE | None = None,
+    data: Mapping[str, Sequence[str]] | None = None,
+    folder: Path | None = None,
+    settings: FitSettings = DEFAULTS,
+    progress: Progress = SILENT,
+) -> FittedRouters:
+    """Fits every router of a plan by `method`, a gate mode; see `read_texts` for the text.
+
+    `moe` is the plan's MoE with the routers it has so far, against which the new ones are measured; without it one is
+    loaded with gates of zeros and there is nothing to compare.
+    """
+    tokenizer = load_tokenizer(plan.base.folder)
+    texts = read_texts(plan, tokenizer, data=data, folder=folder, tokens=settings.tokens, length=settings.block)
+    running = moe or load_with_zeros(plan)
+    classes = gate_paths(plan.nodes) | ({SHARED: 2} if any(text.path == SHARED for text in texts) else {})
+    made = fit_gates(
+        running.model,
+        texts,
+        classes,
+        method=method,
+        bos=tokenizer.bos_token_id,
+        compare=moe is not None,
+        progress=progress,
+    )
+    report = report_of(made, texts)
+    return FittedRouters(
+        encoded_gates(plan, made.gates, moe),
+        statistics_bytes(Fitted(made.statistics, report)),
+        report,
+        better=made.better,
+    )
+
+
+def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
+    """Method, scale, the text by expert, and held-out losses (nats per token) before, after and with the own expert."""
+    return {
+        "method": made.method,
+        "scale": made.scale,
+        "closed_scale": made.closed_scale,
+        "text": {
+            text.title: {
+                "from": list(text.origin),
+                "tokens": sum(len(block.ids) for block in text.kept),
+                "held_out_tokens": sum(block.targets for block in text.held),
+            }
+            for text in texts
+        },
+        "held_out_seen": made.seen_held_out,
+        "held_out_loss": {
+            "before": dict(made.before.by_expert) if made.before else None,
+            "after": dict(made.after.by_expert),
+            "own_expert": dict(made.own.by_expert),
+        },
+    }
+
+
+def encoded_gates(plan: Plan, gates: Mapping[RouterPath, Sequence[torch.Tensor]], moe: MoE | None) -> Routers:
+    """Gates by name, as the plan stores them; those that were not fitted stay as they are in `moe`, or zero."""
+    rows = {name: np.zeros(shape, np.float32) for name, shape in plan.routers.items()}
+    if plan.gated_shared and moe is not None and SHARED not in gates:
+        rows |= _named(plan, SHARED, gates_of(moe.model, [SHARED])[SHARED])
+    for path, layers in gates.items():
+        rows |= _named(plan, path, layers)
+    return encoded(plan, rows)
+
+
+def _named(plan: Plan, path: RouterPath, layers: Sequence[torch.Tensor]) -> dict[str, Any]:
+    return {name: gate.float().numpy() for name, gate in zip(plan.router_names(path), layers, strict=True)}
+
+
+def load_with_zeros(plan: Plan) -> MoE:
+    """The plan's MoE with gates of zeros, to be forced or fitted."""
+    gates = {name: torch.zeros(shape) for name, shape in plan.routers.items()}
+    name = computing_dtype(plan)
+    dtype = getattr(torch, name) if name else None
+    return load_parts(sharing_equal_experts(parts_of_plan(plan), plan), gates, dtype=dtype)
+
+
+def computing_dtype(plan: Plan) -> str | None:
+    """float32 where the weights take at most half of the free memory that way, else None: as they are stored.
+
+    In 16 bits CPUs without such units are several times slower, and states are less exact.
+    """
+    size = plan.bill.memory_virtual * 4 // DTYPES[plan.dtype].itemsize
+    return "float32" if size <= free_memory() // 2 else None
+
+
+def free_memory() -> int:
+    """Bytes that programs can still take without swapping."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")

@@ -1,0 +1,141 @@
+"""Plan -> routers: fills every gate of an MoE by the recipe's gate mode; does not know where routers are kept.
+
+Shape suffixes: L layers, D hidden.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from frankenmoe.artifact.folder import Routers
+from frankenmoe.checkpoint.tensors import TensorWrite
+from frankenmoe.checkpoint.values import check_finite
+from frankenmoe.errors import NumericsError, RecipeError, SourceError
+from frankenmoe.gates.capture import encode, layer_inputs
+from frankenmoe.gates.chance import encoded
+from frankenmoe.gates.methods import STATE_MODES, direction, embedding_sum, prompt_mean
+from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, read_config
+from frankenmoe.planning import Plan
+from frankenmoe.planning.layout import SHARED
+from frankenmoe.planning.sources import anatomy
+from frankenmoe.planning.tree import dense_writes
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import Expert
+
+Prompts = tuple[tuple[str, ...], tuple[str, ...]]
+Side = Callable[[tuple[str, ...]], torch.Tensor]
+"""Prompts -> what they are worth in each layer, [L, D]."""
+
+SHOWN = 40  # characters of a prompt in a message
+
+
+def prompted_routers(plan: Plan, progress: Progress = SILENT) -> Routers:
+    """Name -> (dtype, shape, bytes) of every gate, nested and shared ones too, by one of PROMPT_MODES.
+
+    Progress counts sets of prompts.
+
+    Raises RecipeError for a prompt without tokens or with too many, NumericsError when the base computes no finite
+    states.
+    """
+    side = _embedding_sides(plan) if plan.recipe.gate_mode == "cheap_embed" else _state_sides(plan)
+    return encoded(plan, _prompted_gates(plan, side, progress))
+
+
+def _prompted_gates(plan: Plan, side: Side, progress: Progress) -> Mapping[str, NDArray[np.float32]]:
+    shared = plan.recipe.shared_experts if plan.gated_shared else ()
+    levels = dict(_levels(plan.recipe.experts))
+    wanted = [plan.recipe.prompts_of(expert) for experts in (*levels.values(), shared) for expert in experts]
+    directions = _directions(plan, side, list(dict.fromkeys(wanted)), progress)
+    rows: dict[str, NDArray[np.float32]] = {}
+    for path, experts in [*levels.items(), *([(SHARED, shared)] if shared else [])]:
+        stack_LED = torch.stack([directions[plan.recipe.prompts_of(expert)] for expert in experts], dim=1)
+        names = plan.router_names(path)
+        rows |= {name: gate_ED.numpy() for name, gate_ED in zip(names, stack_LED, strict=True)}
+    return rows
+
+
+def _levels(
+    experts: tuple[Expert, ...], path: tuple[int, ...] = ()
+) -> list[tuple[tuple[int, ...], tuple[Expert, ...]]]:
+    """Every router's path with the experts it chooses among."""
+    inner = [_levels(expert.experts, (*path, index)) for index, expert in enumerate(experts) if expert.experts]
+    return [(path, experts), *(level for levels in inner for level in levels)]
+
+
+def _directions(plan: Plan, side: Side, wanted: list[Prompts], progress: Progress) -> dict[Prompts, torch.Tensor]:
+    """A unit row per layer, [L, D], for every distinct set of positive and negative prompts."""
+    found = {}
+    progress.start("routers", len(wanted), "prompt sets")
+    for positive, negative in wanted:
+        row_LD = direction(side(positive), side(negative) if negative else None)
+        if not torch.isfinite(row_LD).all():
+            raise _no_direction(plan, positive)
+        found[positive, negative] = row_LD
+        progress.advance(1)
+    return found
+
+
+def _no_direction(plan: Plan, positive: tuple[str, ...]) -> NumericsError:
+    """Why the base computes no finite states: raises the error of a tensor to blame, or returns the overflow."""
+    for ref in (ref for write in _base_writes(plan) for ref in write.sources):
+        check_finite(ref)
+    return NumericsError(
+        f"the base {plan.base.name} computes NaN or infinite states for the prompt {positive[0][:SHOWN]!r}, though its "
+        "weights are finite",
+        hint="convert the base to float32 first, or use gate_mode: random",
+    )
+
+
+def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
+    # of a weight: the file's first tensor may be a buffer of another type
+    stored = plan.backbone[0].inputs[0].dtype
+    return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
+
+
+def _state_sides(plan: Plan) -> Side:
+    tokenizer, reduce = load_tokenizer(plan.base.folder), STATE_MODES[plan.recipe.gate_mode]
+    tensors = {write.name: as_tensor(write) for write in _base_writes(plan)}
+    dtype = next(iter(tensors.values())).dtype
+    config = read_config(plan.base.folder, trust_remote_code=plan.trust_remote_code)
+    model = load_dense(config, tensors, dtype=dtype)
+    longest = getattr(config, "max_position_embeddings", None)
+    return lambda prompts: prompt_mean(
+        map(reduce, layer_inputs(model, _ids(plan, tokenizer, prompts, longest=longest)))
+    )
+
+
+def _embedding_sides(plan: Plan) -> Side:
+    tokenizer = load_tokenizer(plan.base.folder)
+    name = next((write for write in plan.backbone if write.name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    if name is None:
+        raise SourceError(
+            f"{plan.base.name} has no embed_tokens.weight, which gate_mode cheap_embed reads",
+            hint="use gate_mode: hidden",
+        )
+    embeddings_VD = as_tensor(name)
+    return lambda prompts: embedding_sum(
+        [token for ids in _ids(plan, tokenizer, prompts) for token in ids], embeddings_VD
+    ).expand(plan.layers, -1)
+
+
+def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int | None = None) -> list[list[int]]:
+    """Token ids per prompt, all of which the base can read: at least one, at most `longest`, in its vocabulary."""
+    found = encode(tokenizer, prompts)
+    vocabulary = plan.base.config.get("vocab_size")
+    for prompt, ids in zip(prompts, found, strict=True):
+        if not ids or (longest and len(ids) > longest):
+            raise RecipeError(
+                f"the prompt {prompt[:SHOWN]!r} has {len(ids)} tokens in the base's tokenizer, expected 1 to "
+                f"{longest or 'any number'}",
+                hint="write another prompt",
+            )
+        if vocabulary and max(ids) >= vocabulary:
+            raise SourceError(
+                f"the tokenizer in {plan.base.folder} makes token {max(ids)} of the prompt {prompt[:SHOWN]!r}, but the "
+                f"model has {vocabulary} tokens only",
+                hint="put the model's own tokenizer beside its weights",
+            )
+    return found

@@ -1,0 +1,1 @@
+"""Packed experts and grouped products for GPUs."""

@@ -1,0 +1,145 @@
+"""Tokens through packed experts without a question from the host to the device; does not know how they were packed."""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from frankenmoe.moe.gpu.packing import Adapted, Distinct, LowRank, Packed, stacked
+
+# T tokens, D hidden, F ffn, E experts, K top-k, R rank, I inputs, O outputs
+# A = T * K assignments: by token, then by choice, or sorted by expert
+
+# Up to so many assignments each gets a copy of its expert's weights and a product of its own. Above, they are sorted,
+# and each expert's weights are read once. Where the two cross on a GPU was not measured for want of one.
+FEW = 8
+
+
+class Rows(NamedTuple):
+    """The assignments in the order of computing: where each lay before, its token and its expert's place.
+
+    `back_A` takes them back to where they lay, and `end_E` is where each expert's rows end; both are None where there
+    are so few that they stay where they were.
+    """
+
+    order_A: torch.Tensor
+    token_A: torch.Tensor
+    place_A: torch.Tensor
+    back_A: torch.Tensor | None
+    end_E: torch.Tensor | None
+
+
+def takes(packed: Packed, hidden_TD: torch.Tensor, ids_TK: torch.Tensor) -> bool:
+    """Whether `mix` can do this without waiting for the device; if not, the experts are computed one after another.
+
+    torch's grouped product does not wait on a GPU of compute capability 9 or 10 in bfloat16; in other dtypes or on
+    other GPUs it asks for the offsets, and it needs rows of a multiple of 16 bytes. A few assignments need none of it.
+    Under autocast to the type of the weights, as in training, tokens may be float32: its products would round them too.
+    """
+    like = packed.like
+    casts = torch.is_autocast_enabled(like.device.type)
+    if casts and torch.get_autocast_dtype(like.device.type) != like.dtype:
+        return False
+    dtypes = (like.dtype, torch.float32) if casts else (like.dtype,)
+    if hidden_TD.device != like.device or hidden_TD.dtype not in dtypes:
+        return False
+    return ids_TK.numel() <= FEW or (packed.aligned and _has_grouped_product(like.device, like.dtype))
+
+
+def mix(hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, packed: Packed) -> torch.Tensor:
+    """out_TD: for each token, the sum of its experts' outputs times their weights, in the dtype of `hidden_TD`.
+
+    Every shape follows from those of the arguments alone. Ids are 0 .. E-1, or -1 for a dropped assignment: it is
+    computed as if it went to expert 0 and then left out. A token's sum is taken at once, in float32 within torch.
+    """
+    like = packed.like
+    with torch.autocast(like.device.type, enabled=False):  # what it would do is done here at once
+        hidden = hidden_TD.to(like.dtype)
+        if isinstance(packed, Distinct):
+            return _distinct(hidden, weights_TK, ids_TK, packed).to(hidden_TD.dtype)
+        return _adapted(hidden, weights_TK, ids_TK, packed).to(hidden_TD.dtype)
+
+
+def _distinct(
+    hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, packed: Distinct
+) -> torch.Tensor:
+    place_TK = ids_TK.clamp(min=0)
+    if packed.place_E is not None:
+        place_TK = packed.place_E[place_TK]
+    rows = _rows(place_TK, experts=packed.down_EOI.shape[0])
+    gate_AF, up_AF = _product(hidden_TD.index_select(0, rows.token_A), packed.gate_up_EOI, rows).chunk(2, dim=-1)
+    out_AD = _product(packed.act(gate_AF) * up_AF, packed.down_EOI, rows)
+    return (_kept(out_AD, rows, ids_TK) * weights_TK[..., None]).sum(dim=1)
+
+
+def _adapted(hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, packed: Adapted) -> torch.Tensor:
+    """The base's gate and up once for a token, its down once for the weighted sum over experts (see dispatch)."""
+    base, low_rank = packed.group.base, stacked(packed)
+    assert base is not None
+    rows = _rows(ids_TK.clamp(min=0), experts=len(packed.group.members))
+    hidden_AD = hidden_TD.index_select(0, rows.token_A)
+    gate_AF = base.gate_proj(hidden_TD).index_select(0, rows.token_A)
+    up_AF = base.up_proj(hidden_TD).index_select(0, rows.token_A)
+    if "gate_proj" in low_rank:
+        gate_AF = gate_AF + _update(hidden_AD, low_rank["gate_proj"], rows)
+    if "up_proj" in low_rank:
+        up_AF = up_AF + _update(hidden_AD, low_rank["up_proj"], rows)
+    weight_A = weights_TK.reshape(-1).index_select(0, rows.order_A).to(gate_AF.dtype)
+    inner_AF = base.act(gate_AF) * up_AF * weight_A[:, None]
+    out_TD: torch.Tensor = base.down_proj(_kept(inner_AF, rows, ids_TK).sum(dim=1))
+    if "down_proj" in low_rank:
+        out_TD = out_TD + _kept(_update(inner_AF, low_rank["down_proj"], rows), rows, ids_TK).sum(dim=1)
+    return out_TD
+
+
+def _rows(place_TK: torch.Tensor, *, experts: int) -> Rows:
+    place_A, top_k = place_TK.reshape(-1), place_TK.shape[1]
+    line_A = torch.arange(len(place_A), device=place_A.device)
+    if len(place_A) <= FEW:
+        return Rows(line_A, line_A // top_k, place_A, None, None)
+    place_A, order_A = place_A.sort(stable=True)
+    back_A = torch.empty_like(order_A).scatter_(0, order_A, line_A)
+    # not bincount, which asks the device for the largest
+    places_E = torch.arange(experts, device=place_A.device)
+    end_E = torch.searchsorted(place_A, places_E, right=True, out_int32=True)
+    return Rows(order_A, order_A // top_k, place_A, back_A, end_E)
+
+
+def _product(x_AI: torch.Tensor, weight_EOI: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """[A, O]: each row times the weight of its expert."""
+    if rows.end_E is None:
+        return torch.bmm(weight_EOI.index_select(0, rows.place_A), x_AI[:, :, None])[:, :, 0]
+    out_AO: torch.Tensor = nn.functional.grouped_mm(x_AI, weight_EOI.transpose(1, 2), offs=rows.end_E)
+    return out_AO
+
+
+def _update(x_AI: torch.Tensor, lora: LowRank, rows: Rows) -> torch.Tensor:
+    low_AR = _product(x_AI, _reached(lora.a_ERI, rows), rows) * lora.scale_E.index_select(0, rows.place_A)[:, None]
+    return _product(low_AR.to(x_AI.dtype), _reached(lora.b_EOR, rows), rows)
+
+
+def _reached(weight_EOI: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """Weights that learn, with a gradient of zero for experts without rows, to which a grouped product on Blackwell
+    gives what lies in memory (pytorch issue 172439)."""
+    if rows.end_E is None or not weight_EOI.requires_grad:
+        return weight_EOI
+    rows_E = rows.end_E.diff(prepend=rows.end_E.new_zeros(1))
+    return torch.where((rows_E > 0)[:, None, None], weight_EOI, 0)
+
+
+def _kept(out_AO: torch.Tensor, rows: Rows, ids_TK: torch.Tensor) -> torch.Tensor:
+    """out_TKO: the rows where they lay before, with zero for what was dropped.
+
+    They are laid back and summed, not added into place, which on a GPU would be in another order every time.
+    """
+    if rows.back_A is not None:
+        out_AO = out_AO.index_select(0, rows.back_A)
+    return out_AO.view(*ids_TK.shape, out_AO.shape[1]).masked_fill((ids_TK < 0)[..., None], 0)
+
+
+def _has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    if not hasattr(nn.functional, "grouped_mm"):  # before torch 2.10
+        return False
+    if device.type == "cpu":
+        return True
+    return dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] in (9, 10)

@@ -1,0 +1,260 @@
+"""Lays a layer's experts side by side in memory, as grouped products on a GPU want them; multiplies nothing itself."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed
+from torch import nn
+
+from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Group, Transient, listened
+from frankenmoe.moe.linear import is_linear
+
+# E experts, D hidden, F ffn, R rank, I inputs, O outputs
+
+DEVICES = frozenset({"cuda"})  # elsewhere experts are computed one after another, each from where it lies
+OFTEN = 8
+MOVED = (
+    f"the weights of an MoE block were moved or replaced {OFTEN} times, so its experts are no longer packed for the "
+    "GPU and are computed one after another, which is slower"
+)
+ALIGNMENT = 16  # bytes that rows of a grouped product must be a multiple of
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Experts with weights of their own and no bias; `place_E` says where an id's expert lies, None: at its id."""
+
+    gate_up_EOI: torch.Tensor
+    down_EOI: torch.Tensor
+    act: nn.Module
+    place_E: torch.Tensor | None
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A weight; the others have its dtype and device."""
+        return self.down_EOI
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a grouped product can take these sizes."""
+        return all(size * self.like.itemsize % ALIGNMENT == 0 for size in self.like.shape[1:])
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The adapters of all experts on one projection, narrow ranks and missing ones filled up with zeros."""
+
+    a_ERI: torch.Tensor
+    b_EOR: torch.Tensor
+    scale_E: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Adapters over one FFN, by projection; `low_rank` is None where they learn: then A and B are stacked anew."""
+
+    group: Group
+    scales: Mapping[str, torch.Tensor]
+    low_rank: Mapping[str, LowRank] | None
+
+    @property
+    def like(self) -> torch.Tensor:
+        """A weight; the others have its dtype and device."""
+        assert self.group.base is not None
+        return self.group.base.down_proj.weight
+
+    @property
+    def aligned(self) -> bool:
+        """Whether a grouped product can take these sizes."""
+        return all(size * self.like.itemsize % ALIGNMENT == 0 for size in self.like.shape)
+
+
+Packed = Distinct | Adapted
+
+
+class Packing(Transient):
+    """What a block's experts were packed into."""
+
+    def __init__(self) -> None:
+        self._first: Group | None = None  # of the groups that are packed
+        self._weights: Sequence[torch.Tensor] = ()
+        self._addresses: Sequence[int] = ()
+        self._times = 0
+        self._packed: Packed | None = None
+
+    def of(self, groups: Sequence[Group], hidden_TD: torch.Tensor) -> Packed | None:
+        """These groups packed; None if they cannot be packed or `hidden_TD` is not on a GPU.
+
+        `groups` must be a new object when anything within the experts was replaced, got a hook or began to learn.
+        Weights that were moved are packed again, without a question to the device, but at most OFTEN times: two blocks
+        that share an expert would pack it in turns.
+        """
+        if hidden_TD.device.type not in DEVICES:
+            return None
+        same = groups[0] is self._first  # torch.compile cannot compare tuples by identity
+        if torch.compiler.is_compiling():  # addresses cannot be traced
+            return self._packed if same else None
+        if not same or [weight.data_ptr() for weight in self._weights] != self._addresses:
+            if _is_captured(hidden_TD):  # a CUDA graph would repeat the copies at every replay
+                return None
+            if not same:
+                self._times = 0
+            self._packed = None  # first, so that its memory can be used again
+            self._packed = pack(groups) if self._times < OFTEN else None
+            if self._times == OFTEN:
+                warnings.warn(MOVED, stacklevel=2)
+            self._times += self._packed is not None
+            self._first, self._weights = groups[0], _weights(groups)
+            self._addresses = [weight.data_ptr() for weight in self._weights]
+        return self._packed
+
+
+def pack(groups: Sequence[Group]) -> Packed | None:
+    """Moves the weights of these groups into few large tensors, of which the modules keep views; None if they stay.
+
+    They stay where experts differ in shape, type or activation, have biases, learn, are listened to by a hook or are
+    blocks themselves; where adapters have another dtype than their base; where only some are adapters; among several
+    processes, which may gather and free weights as they see fit (FSDP). So do equal experts, which are one product.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return None
+    with torch.inference_mode(False), torch.no_grad():  # what is packed while generating may be trained through later
+        if len(groups) == 1:
+            return None if groups[0].base is None else _pack_adapted(groups[0])
+        if any(group.base is not None for group in groups):
+            return None
+        return _pack_distinct(groups)
+
+
+def stacked(packed: Adapted) -> Mapping[str, LowRank]:
+    """The adapters by projection, with a gradient for those that learn."""
+    if packed.low_rank is not None:
+        return packed.low_rank
+    return {name: _stack(packed.group, name, scale_E) for name, scale_E in packed.scales.items()}
+
+
+def _pack_distinct(groups: Sequence[Group]) -> Distinct | None:
+    experts = [group.module for group in groups]
+    if not all(map(_is_plain, experts)) or len({_kind(expert) for expert in experts}) > 1:
+        return None
+    act = experts[0].get_submodule("act_fn")
+    if not all(_same(act, expert.get_submodule("act_fn")) for expert in experts):
+        return None
+    weights = [[_weight(expert, name) for name in PROJECTIONS] for expert in experts]
+    ffn, hidden = weights[0][0].shape
+    gate_up_EOI = weights[0][0].new_empty(len(experts), 2 * ffn, hidden)
+    down_EOI = weights[0][0].new_empty(len(experts), hidden, ffn)
+    for place, (gate, up, down) in enumerate(weights):  # one after another, so that the memory of each is free at once
+        _move(gate, gate_up_EOI[place, :ffn])
+        _move(up, gate_up_EOI[place, ffn:])
+        _move(down, down_EOI[place])
+    place_of = {member: place for place, group in enumerate(groups) for member in group.members}
+    places = [place_of[member] for member in sorted(place_of)]
+    shifted = places != list(range(len(places)))
+    return Distinct(gate_up_EOI, down_EOI, act, torch.tensor(places, device=down_EOI.device) if shifted else None)
+
+
+def _pack_adapted(group: Group) -> Adapted | None:
+    base = group.base
+    assert base is not None
+    frozen = [base.gate_proj.weight, base.up_proj.weight, base.down_proj.weight]
+    learned = [weight for loras in group.loras for lora in loras.values() for weight in (lora.a, lora.b)]
+    if len({(weight.dtype, weight.device) for weight in (*frozen, *learned)}) > 1 or not learned:
+        return None
+    names = [name for name in PROJECTIONS if any(name in loras for loras in group.loras)]
+    scales = {name: _scales(group, name) for name in names}
+    if any(weight.requires_grad for weight in learned):
+        return Adapted(group, scales, None)
+    low_rank = {name: _stack(group, name, scale_E) for name, scale_E in scales.items()}
+    for place, loras in enumerate(group.loras):
+        for name, lora in loras.items():
+            rank = lora.a.shape[0]
+            _move(lora.a, low_rank[name].a_ERI[place, :rank])
+            _move(lora.b, low_rank[name].b_EOR[place, :, :rank])
+    return Adapted(group, scales, low_rank)
+
+
+def _scales(group: Group, name: str) -> torch.Tensor:
+    found = [loras.get(name) for loras in group.loras]
+    like = next(lora for lora in found if lora is not None).a
+    scales = [0.0 if lora is None else lora.scale for lora in found]
+    # in 16 bits a scale would be off by up to 0.4 %, the same way for every token
+    return torch.tensor(scales, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+
+
+def _stack(group: Group, name: str, scale_E: torch.Tensor) -> LowRank:
+    found = [loras.get(name) for loras in group.loras]
+    present = [lora for lora in found if lora is not None]
+    like, unit = present[0], ALIGNMENT // present[0].a.itemsize
+    rank = -(-max(lora.a.shape[0] for lora in present) // unit) * unit
+    none_a, none_b = like.a.new_zeros(rank, like.a.shape[1]), like.b.new_zeros(like.b.shape[0], rank)
+    a = [none_a if lora is None else nn.functional.pad(lora.a, (0, 0, 0, rank - lora.a.shape[0])) for lora in found]
+    b = [none_b if lora is None else nn.functional.pad(lora.b, (0, rank - lora.b.shape[1])) for lora in found]
+    return LowRank(torch.stack(a), torch.stack(b), scale_E)
+
+
+def _move(weight: torch.Tensor, to: torch.Tensor) -> None:
+    """The same parameter with its numbers elsewhere, so that whoever holds it sees them."""
+    to.copy_(weight)
+    if weight.is_cuda:  # on another stream than this one its memory must not be used before it is copied
+        weight.record_stream(torch.cuda.current_stream(weight.device))
+    weight.data = to
+
+
+def _is_captured(hidden: torch.Tensor) -> bool:
+    return hidden.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_plain(expert: nn.Module) -> bool:
+    """down(act(gate x) * up x) of frozen, unbiased linear layers to which nobody listens."""
+    if type(expert).__name__ not in GATED_MLPS or not isinstance(expert.act_fn, nn.Module):
+        return False
+    if listened(expert, expert.act_fn):
+        return False
+    linears = [expert._modules.get(name) for name in PROJECTIONS]
+    return all(
+        isinstance(linear, nn.Linear)
+        and is_linear(linear)
+        and linear.bias is None
+        and type(linear.weight) is nn.Parameter
+        and not linear.weight.requires_grad
+        and not listened(linear)
+        for linear in linears
+    )
+
+
+def _kind(expert: nn.Module) -> object:
+    """Equal for experts that one grouped product can take."""
+    return tuple(
+        (weight.shape, weight.dtype, weight.device) for weight in (_weight(expert, name) for name in PROJECTIONS)
+    )
+
+
+def _weight(expert: nn.Module, name: str) -> torch.Tensor:
+    weight = expert.get_submodule(name).weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def _same(act: nn.Module, other: nn.Module) -> bool:
+    """Whether two activations are certainly the same function."""
+    if act is other:
+        return True
+    if type(act) is not type(other) or act._parameters or act._buffers or act._modules:
+        return False
+    mine, theirs = (
+        # transformers marks some modules, and not their like, with private names
+        {name: value for name, value in vars(each).items() if not name.startswith("_") and name != "training"}
+        for each in (act, other)
+    )
+    return mine == theirs
+
+
+def _weights(groups: Sequence[Group]) -> Sequence[torch.Tensor]:
+    """All weights of gated FFNs and their adapters."""
+    own: list[torch.Tensor] = [weight for group in groups for weight in group.module.parameters() if group.base is None]
+    return own + [
+        weight for group in groups for row in group.loras for lora in row.values() for weight in (lora.a, lora.b)
+    ]

@@ -1,0 +1,186 @@
+"""An MoE as tensors: what loading, exporting and training read, from a plan or from a built artifact's own files.
+
+Does not import torch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.artifact.folder import Artifact
+from frankenmoe.checkpoint.reader import open_checkpoint
+from frankenmoe.checkpoint.tensors import Constant, LowRank, Scale, TensorRef, TensorWrite
+from frankenmoe.errors import ArtifactError, PlanError
+from frankenmoe.families import FAMILIES, FORMATS, Family, MoEFormat
+from frankenmoe.planning.compare import licence, one_for_all, shared_licence
+from frankenmoe.planning.layout import SHARED, router_names
+from frankenmoe.planning.plan import Plan
+from frankenmoe.planning.tree import ExpertNode
+
+HALF = Scale(0.5)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The tensor writes of an MoE under dense names, its gates by name, and what its routers do.
+
+    `config` is the dense base's. `folder` holds tokenizer and generation settings. `sources` are the folders whose
+    configs say which activation an expert has; empty for a built artifact. `gates` are zeros until routers are made.
+    `about` goes into the metadata of an exported file.
+    """
+
+    name: str
+    fmt: MoEFormat | None
+    family: Family | None
+    config: Mapping[str, Any]
+    folder: Path
+    layers: int
+    backbone: tuple[TensorWrite, ...]
+    nodes: tuple[ExpertNode, ...]
+    shared: tuple[ExpertNode, ...]
+    gates: Mapping[str, TensorWrite]
+    gated_shared: bool
+    top_k: int
+    sources: tuple[Path, ...] = ()
+    own_head: bool = False
+    trust_remote_code: bool = False
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The names of the routed experts."""
+        return tuple(node.name for node in self.nodes)
+
+    @property
+    def stock(self) -> tuple[MoEFormat, Family]:
+        """The stock format and the dense family; PlanError where the MoE has none."""
+        if self.fmt is None or self.family is None:
+            raise PlanError(f"no stock format holds {self.name}", hint="use the virtual form")
+        return self.fmt, self.family
+
+    @property
+    def renormalizes(self) -> bool:
+        """Whether the weights of the chosen experts are scaled to sum to one."""
+        return self.top_k > 1 or self.fmt is None or self.fmt.renormalizes_top1
+
+    @property
+    def normalizes(self) -> bool | None:
+        """The same; None where every expert is chosen, so that both ways give equal weights."""
+        return None if self.top_k == len(self.nodes) else self.renormalizes
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether the format rounds router weights to the type of the hidden states."""
+        return self.fmt is not None and self.fmt.rounds_weights
+
+    @property
+    def shared_kind(self) -> str:
+        return "gated" if self.shared and self.gated_shared else "plain" if self.shared else "none"
+
+    def router_names(self, path: tuple[int, ...]) -> tuple[str, ...]:
+        """Per layer, the name of the router at a path among nested experts; SHARED is the shared expert's gate."""
+        return router_names(self.fmt, layers=self.layers, path=path)
+
+    def with_gates(self, refs: Mapping[str, TensorRef]) -> "Parts":
+        """The same MoE with the gates that `refs` stores; ArtifactError where one is missing."""
+        return replace(self, gates={name: stored(refs, name, name) for name in self.gates})
+
+
+def parts_of_plan(plan: Plan) -> Parts:
+    """The parts of a plan, its gates still zeros. Weights may be missing: sizes need none."""
+    return Parts(
+        name=plan.recipe.name or Path(plan.recipe.origin).stem or "moe",
+        fmt=plan.fmt,
+        family=plan.base.family,
+        config=plan.base.config,
+        folder=plan.base.folder,
+        layers=plan.layers,
+        backbone=plan.backbone,
+        nodes=plan.nodes,
+        shared=plan.shared,
+        gates={
+            name: TensorWrite(name, plan.dtype, shape, (), (Constant(0.0),)) for name, shape in plan.routers.items()
+        },
+        gated_shared=plan.gated_shared,
+        top_k=plan.recipe.experts_per_token,
+        sources=tuple(dict.fromkeys(source.folder for source in plan.sources)),
+        own_head=plan.base.own_head,
+        trust_remote_code=plan.trust_remote_code,
+        about={"licence": _licence(plan), "recipe_digest": plan.recipe.digest},
+    )
+
+
+def sharing_equal_experts(parts: Parts, plan: Plan) -> Parts:
+    """The same parts, in which experts that are equal in every byte are read from one source's tensors."""
+    return replace(parts, nodes=one_for_all(parts.nodes, plan.identical_experts))
+
+
+def parts_of_built(artifact: Artifact) -> Parts:
+    """The parts of a built artifact. ArtifactError where its record or its tensors are damaged."""
+    record, tensors = artifact.record, open_checkpoint(artifact.folder).tensors
+    config = record["base_config"]
+    fmt, family = FORMATS.get(record["format"]), FAMILIES.get(str(config.get("model_type")))
+    try:
+        layers = family.dims(config).layers if family else 0
+    except (KeyError, TypeError, ValueError):
+        layers = 0
+    if fmt is None or family is None or not layers:
+        raise ArtifactError(
+            f"the record of {artifact.folder} names a format or base_config that no artifact is built with",
+            hint="it was edited: build the artifact again",
+        )
+
+    gated = fmt.shared_gate is not None and fmt.shared_gate.format(layer=0) in artifact.routers
+
+    def expert(name: str, path: tuple[int, ...], templates: Mapping[str, str], index: int) -> ExpertNode:
+        rows = tuple(
+            {
+                suffix: stored(
+                    tensors, template.format(layer=layer, expert=index), f"model.layers.{layer}.mlp.{suffix}"
+                )
+                for suffix, template in templates.items()
+            }
+            for layer in range(layers)
+        )
+        if path[: len(SHARED)] == SHARED and fmt.shared_gate is not None and not gated:
+            # stored doubled, to make up for a constant gate of one half
+            rows = tuple(
+                {key: replace(write, steps=(HALF,)) if key.startswith("down") else write for key, write in row.items()}
+                for row in rows
+            )
+        no_loras: tuple[Mapping[str, LowRank], ...] = ({},) * layers
+        return ExpertNode(name, path, None, rows, no_loras)
+
+    shared = tuple(expert(name, (*SHARED, 0), fmt.shared, 0) for name in record["shared_experts"])
+    return Parts(
+        name=record.get("name") or artifact.folder.resolve().name,
+        fmt=fmt,
+        family=family,
+        config=config,
+        folder=artifact.folder,
+        layers=layers,
+        backbone=tuple(stored(tensors, name, name) for name in family.shapes(family.backbone, config)),
+        nodes=tuple(expert(name, (index,), fmt.expert, index) for index, name in enumerate(record["experts"])),
+        shared=shared,
+        gates={name: stored(tensors, name, name) for name in artifact.routers},
+        gated_shared=gated,
+        top_k=record["experts_per_token"],
+        about={"licence": licence(artifact.folder), "recipe_digest": record.get("recipe_digest")},
+    )
+
+
+def stored(tensors: Mapping[str, TensorRef], stored_name: str, name: str) -> TensorWrite:
+    """The tensor stored under one name as a write under another; ArtifactError where it is missing."""
+    if stored_name not in tensors:
+        raise ArtifactError(f"the artifact has lost its tensor {stored_name}", hint="build the artifact again")
+    ref = tensors[stored_name]
+    return TensorWrite(name, ref.dtype, ref.shape, (ref,))
+
+
+def _licence(plan: Plan) -> str | None:
+    """The licence that a file may name: what the author declares, or what all sources share."""
+    folders = [source.folder for source in plan.sources]
+    folders += [source.adapter.folder for source in plan.sources if source.adapter is not None]
+    declared = plan.recipe.card.license if plan.recipe.card else None
+    return declared or shared_licence([licence(folder) for folder in dict.fromkeys(folders)])

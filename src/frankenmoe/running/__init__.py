@@ -1,5 +1,0 @@
-"""One recipe, every stage that it asks for; knows in which order and when again, not how a stage does its work."""
-
-from frankenmoe.running.run import Done, Finished, run
-
-__all__ = ["Done", "Finished", "run"]
