@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint schema reference docs dist lock bench clean
+.PHONY: demo test test-slow test-docs lint schema reference docs dist lock bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/frankenmoe demo
@@ -13,6 +13,10 @@ test: $(VENV)/.installed
 
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not gpu"
+
+# every command of README and pages, and the whole demo, from source and from a wheel
+test-docs: $(VENV)/.installed
+	$(BIN)/pytest -n 2 --dist worksteal -m slow tests/test_docs.py tests/test_dist.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

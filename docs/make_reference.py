@@ -6,7 +6,7 @@ from frankenmoe.cli.app import app
 
 HEAD = """# Reference
 
-Made by `make reference` from the program's own help; a test holds it to that.
+Made by `make reference` from the `--help` of every command.
 """
 
 

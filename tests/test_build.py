@@ -1,4 +1,4 @@
-"""Building: killed and resumed, changed meanwhile, verified, and random recipes that load back (oracle 12)."""
+"""Builds that are killed and resumed, change during the build, or are verified; random recipes (oracle 12)."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ Parents = dict[str, list[Path]]
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """File name -> SHA-256, the record left out: it holds nothing but what the others are made from."""
+    """File name -> SHA-256 for all files except the record."""
     return {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest()
         for file in sorted(folder.iterdir())
@@ -74,7 +74,7 @@ def test_a_killed_build_goes_on_and_ends_byte_identical(end: signal.Signals, rec
 
 @pytest.mark.parametrize("share", [3, 2, 1, 0.7, 0.5])
 def test_borders_of_shards_cut_no_layers_experts_that_fit(share: float, recipe: Path, tmp_path: Path) -> None:
-    """Where a layer's do not, gate and up, which are packed together, and down stay whole as long as they fit."""
+    """If a layer does not fit into a shard, its gate and up (packed together) and its down stay whole if they fit."""
     experts = [write for write in fm.plan(fm.Recipe.load(recipe)).writes if ".experts." in write.name]
     layers = {write.name.partition(".experts.")[0] for write in experts}
     layer = sum(write.nbytes for write in experts) // len(layers)

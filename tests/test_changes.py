@@ -1,4 +1,4 @@
-"""Every file that an artifact stands on, edited afterwards or meanwhile: noticed by verify, by load and on resuming."""
+"""verify, load and resume notice changes in every file that an artifact depends on."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def recipe(own: list[Path], tmp_path: Path) -> Path:
 
 
 def edit(file: Path) -> None:
-    """The same JSON, but for one more field at its end: as small as an edit can be."""
+    """Adds one field to the JSON: a minimal edit."""
     file.write_text(json.dumps(json.loads(file.read_text()) | {"edited": True}))
 
 
@@ -44,7 +44,7 @@ def test_verify_notices_an_edited_source(
     out = fm.build(recipe, tmp_path / "out", virtual=virtual).folder
     assert "configs" not in {check.what for check in fm.verify(out)}
     edit(own[parent] / name)
-    with pytest.raises(ArtifactError, match=f"{name} is not what .*out was made from") as caught:
+    with pytest.raises(ArtifactError, match=f"{name} changed since .*out was made") as caught:
         fm.verify(out)
     assert str(own[parent]) in caught.value.message
     if virtual:
@@ -58,7 +58,7 @@ def test_verify_notices_a_file_that_a_source_did_not_have(
 ) -> None:
     out = fm.build(recipe, tmp_path / "out", virtual=virtual).folder
     (own[0] / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(ArtifactError, match="other configs and tokenizer files"):
+    with pytest.raises(ArtifactError, match=r"configs and tokenizer files .* changed"):
         fm.verify(out)
 
 
@@ -73,7 +73,7 @@ def test_verify_notices_its_own_small_files(
     for name in names:
         kept = shutil.copy(out / name, tmp_path / "kept")
         change(out / name)
-        with pytest.raises(ArtifactError, match=f"{name} (was edited|is gone)"):
+        with pytest.raises(ArtifactError, match=f"{name} (was edited|was removed)"):
             fm.verify(out)
         shutil.copy(kept, out / name)
     assert "files" in {check.what for check in fm.verify(out)}

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: tables of 80 columns, JSON, streaming, quiet when piped, exit codes."""
+"""The command line: tables of 80 columns, JSON, streaming, no progress bars in pipes, exit codes."""
 
 import json
 import os
@@ -74,7 +74,7 @@ def test_plan_json_has_the_promised_keys(recipe: Path) -> None:
 def test_build_verify_chat(virtual: bool, recipe: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert str(out) in run("build", recipe, out, *(["--virtual"] if virtual else []))
-    assert "is what its recipe says" in run("verify", out)
+    assert "matches its recipe" in run("verify", out)
     assert json.loads(run("verify", out, "--json"))["routers"]
     said = json.loads(run("chat", out, "--prompt", "hello", "--max-new-tokens", 5, "--json"))
     assert len(said["trace"]) == 5 + 5 - 1
@@ -108,7 +108,7 @@ def test_chat_says_where_kernels_are_missing(recipe: Path, monkeypatch: pytest.M
     monkeypatch.setattr("frankenmoe.moe.linear.SMALL", 0)
     arguments = ["chat", str(recipe), "--prompt", "hello", "--max-new-tokens", "2"]
     plain, rounded = (CliRunner().invoke(app, [*arguments, *more]) for more in ([], ["--int8"]))
-    assert "frankenmoe[cpu]" not in plain.stderr  # float32: torch's own products are as good
+    assert "frankenmoe[cpu]" not in plain.stderr  # for float32, torch's kernels are as fast
     assert "frankenmoe[cpu]" in rounded.stderr
 
 
@@ -146,7 +146,7 @@ def test_nothing_but_data_on_stdout_and_no_bars_in_a_pipe(recipe: Path, tmp_path
 
 
 def in_a_terminal(code: str) -> str:
-    """Everything that a terminal of 80 columns is sent while Python runs the code."""
+    """The output of Python code in a terminal of 80 columns."""
     seen, terminal = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
     with subprocess.Popen([sys.executable, "-c", code], stderr=terminal, stdout=terminal, env=environment):
@@ -155,7 +155,7 @@ def in_a_terminal(code: str) -> str:
         try:
             while chunk := os.read(seen, 65536):
                 text += chunk.decode(errors="replace")
-        except OSError:  # how Linux ends a terminal
+        except OSError:  # Linux closes a terminal with this error
             pass
     return text
 

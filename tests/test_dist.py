@@ -81,5 +81,5 @@ def test_the_installed_command_is_the_wheels(environment: Path, tmp_path: Path) 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_installed_demo_runs(environment: Path, tmp_path: Path) -> None:
-    assert "The proof" in installed(environment, "frankenmoe", "demo", folder=tmp_path)
+    assert "Verification" in installed(environment, "frankenmoe", "demo", folder=tmp_path)
     assert (tmp_path / "demo-out" / "run" / "model" / "reports" / "audit.html").is_file()

@@ -175,12 +175,12 @@ def test_a_killed_run_goes_on(place: Path) -> None:
         ("recipe.yml rows --against-parents", "compares one MoE"),
         ("recipe.yml --text one.txt --batch-size many", "neither `auto` nor a number"),
         ("recipe.yml --text one.txt --plot picture.txt", "must end in"),
-        ("recipe.yml --text one.txt --json no/such/folder.json", "is no folder"),
+        ("recipe.yml --text one.txt --json no/such/folder.json", "does not exist"),
         ("recipe.yml --text one.txt --json rows", "is a folder"),
-        ("recipe.yml --text one.txt --log-samples one.txt", "is no folder"),
+        ("recipe.yml --text one.txt --log-samples one.txt", "not a folder"),
         ("recipe.yml --text one.txt --memory 1KB", "too little memory"),
-        ("recipe.yml --text one.txt --device moon", "cannot be put on moon"),
-        ("recipe.yml --text one.txt --text one=two.txt", "two texts are called"),
+        ("recipe.yml --text one.txt --device moon", "cannot be moved to moon"),
+        ("recipe.yml --text one.txt --text one=two.txt", "two texts are named"),
     ],
 )
 def test_bad_input_is_refused_in_a_sentence(arguments: str, said: str, place: Path) -> None:

@@ -1,4 +1,4 @@
-"""A build that fails late: finished shards stay where the machine was at fault, and go where the input was."""
+"""Builds that fail late: finished shards are kept after a fault of the machine, and removed for invalid input."""
 
 import errno
 import io
@@ -30,7 +30,7 @@ from test_build import hashes
 
 Parents = dict[str, list[Path]]
 SHARD = 20_000
-LAST = 5  # the shard at which things go wrong
+LAST = 5  # the shard that fails
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_a_real_full_disk_keeps_finished_shards(recipe: Path, tmp_path: Path, mo
         real = compose.write_shard
 
         def write(path: Path, *args: Any, **keys: Any) -> None:
-            if path.name.startswith(f"model-{LAST:05d}"):  # somebody else fills the disk meanwhile
+            if path.name.startswith(f"model-{LAST:05d}"):  # another program fills the disk
                 fill(disk / "else")
             real(path, *args, **keys)
 
@@ -115,7 +115,7 @@ def test_a_real_full_disk_keeps_finished_shards(recipe: Path, tmp_path: Path, mo
 
 
 def test_the_inputs_fault_leaves_nothing_of_many_shards(parents: Parents, recipe: Path, tmp_path: Path) -> None:
-    name = "model.layers.1.mlp.down_proj.weight"  # the last that is written
+    name = "model.layers.1.mlp.down_proj.weight"  # the last one written
     bad = spoil(copy_of(parents["llama"][2], tmp_path / "bad"), lambda tensors: tensors[name].fill_(float("nan")))
     tiny.write_recipe(recipe, parents["llama"][0], [parents["llama"][1], bad])
     refused("build", recipe, tmp_path / "out", "--shard-size", "20K", inside=tmp_path, facts=(name, "NaN"))
@@ -142,7 +142,7 @@ def test_a_proof_that_fails_leaves_nothing_of_a_first_run(
     assert sorted(tmp_path.iterdir()) == before
 
 
-# found before, or while, the bytes are written
+# errors found before or during writing
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\udcff"])
@@ -155,7 +155,7 @@ def test_a_broken_generation_config_is_told_by_the_plan(
     recipe = tiny.write_recipe(tmp_path / "r.yml", base, parents["llama"][1:], prompts=True, gate_mode=gate_mode)
     facts = (str(base / "generation_config.json"), "JSON object")
     refused("plan", recipe, inside=tmp_path, facts=facts, hint="remove it")
-    monkeypatch.setattr(building, "growing", None)  # nothing is begun
+    monkeypatch.setattr(building, "growing", None)  # the build must not start
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="remove it")
 
 
@@ -338,7 +338,7 @@ def test_bytes_that_are_no_text(locale: str, recipe: Path, monkeypatch: pytest.M
     assert done.returncode == 2
     assert b"UTF-8 text" in done.stderr
     assert b"Traceback" not in done.stderr
-    # from a pipe: how Python reads one here is asked of it, what chat makes of that is seen in this process
+    # a subprocess shows how Python decodes a pipe here; chat then runs in this process with that text
     code = "import sys; print(sys.stdin.encoding, sys.stdin.errors)"
     encoding, errors = subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).split()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\n"), encoding=encoding, errors=errors))

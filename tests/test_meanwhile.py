@@ -1,4 +1,4 @@
-"""Two processes and one output folder, what changes between two runs or afterwards, and a shell with an end missing."""
+"""Two processes with one output folder, changes between two runs or afterwards, and closed standard streams."""
 
 import fcntl
 import os
@@ -42,7 +42,7 @@ def test_a_lock_whose_folder_has_moved_away_is_not_held(
     out = tmp_path / "out"
     real = fcntl.flock
 
-    def flock(*args: Any) -> None:  # between our opening the file and our locking it, its owner finishes
+    def flock(*args: Any) -> None:  # the owner finishes after we open the file, before we lock it
         partial_folder(out).rename(tmp_path / "elsewhere")
         then(partial_folder(out))
         real(*args)
@@ -109,12 +109,12 @@ def test_the_folder_one_stands_in_is_not_replaced(
     assert cli("build", recipe, "moe").code == 0
 
 
-# what changes between two runs, or afterwards
+# changes between two runs, or afterwards
 
 
 @pytest.fixture
 def with_routers(recipe: Path, parents: Parents, tmp_path: Path) -> Path:
-    """A recipe whose routers are in a file, gates.safetensors beside it."""
+    """A recipe with its routers in a file next to it, gates.safetensors."""
     made = fm.build(recipe, tmp_path / "first", virtual=True)
     (made.folder / ROUTERS).rename(tmp_path / "gates.safetensors")
     return tiny.write_recipe(recipe, parents["llama"][0], parents["llama"], routers="gates.safetensors")
@@ -175,10 +175,10 @@ def test_verify_notices_weights_that_transformers_would_take_for_ours(
 ) -> None:
     out = fm.build(recipe, tmp_path / "out").folder
     (out / "model.safetensors").symlink_to(parents["llama"][0] / "model.safetensors")
-    refused("verify", out, inside=tmp_path, facts=(str(out / "model.safetensors"), "in place of"), hint="move it away")
+    refused("verify", out, inside=tmp_path, facts=(str(out / "model.safetensors"), "instead of"), hint="move it away")
 
 
-# a shell's ends
+# closed standard streams
 
 
 def test_chat_without_any_stdin_ends_like_an_empty_one(recipe: Path) -> None:
@@ -199,7 +199,7 @@ def test_an_output_that_is_full_is_one_sentence(recipe: Path, option: str) -> No
 
 @pytest.fixture
 def umlauts(recipe: Path) -> Path:
-    """The recipe with letters that are not in ASCII."""
+    """The recipe with non-ASCII letters."""
     recipe.write_text(recipe.read_text().replace("name: e", "name: ë") + "name: dëmo\n", encoding="utf-8")
     return recipe
 

@@ -155,7 +155,7 @@ def test_a_tokenizer_of_a_larger_model(recipe: Path, base: Path, tmp_path: Path)
     data = json.loads(file.read_text())
     data["model"]["vocab"]["x"] = 1000
     file.write_text(json.dumps(data))
-    facts = (str(base), "makes token 1000 of the prompt 'x'", "the model has 128 tokens only")
+    facts = (str(base), "makes token 1000 from the prompt 'x'", "the model has only 128 tokens")
     for gate_mode in ("hidden", "cheap_embed"):
         with_prompts(recipe, base, "x", "y", gate_mode=gate_mode)
         refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="own tokenizer")
@@ -296,7 +296,15 @@ def test_a_family_whose_mlp_wants_more_than_hidden_states(tmp_path: Path) -> Non
     folders = [tiny.make_parent(tmp_path / str(seed), "bloom", seed=seed) for seed in range(3)]
     recipe = tiny.write_recipe(tmp_path / "recipe.yml", folders[0], folders[1:])
     facts = ("BloomForCausalLM takes hidden_states and residual",)
-    refused("build", recipe, tmp_path / "out", "--virtual", inside=tmp_path, facts=facts, hint="only decoders")
+    refused(
+        "build",
+        recipe,
+        tmp_path / "out",
+        "--virtual",
+        inside=tmp_path,
+        facts=facts,
+        hint="must map hidden states to hidden states",
+    )
     refused("chat", recipe, "--prompt", "hi", inside=tmp_path, facts=facts)
 
 

@@ -1,26 +1,25 @@
-"""The user's cache: a folder per kind of thing that can be computed again, and an entry in it per thing.
+"""The user's cache: one folder per kind of result, one entry per result. Everything in it can be computed again.
 
-`$XDG_CACHE_HOME/frankenmoe` or `~/.cache/frankenmoe`; losing it costs time and nothing else.
+It is in `$XDG_CACHE_HOME/frankenmoe`, by default `~/.cache/frankenmoe`.
 """
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# kind -> what its entries are
-KINDS = {
-    "routers": "fitted routers of recipes",
-    "scores": "answers that `eval` computed",
-    "kernels": "compiled products",
-}
-NAME = "name.txt"  # in an entry: what it is called in a list
+KINDS = ("routers", "scores", "kernels")  # fitted routers, answers scored by `eval`, compiled CPU kernels
+NAME = "name.txt"  # file in an entry with its name for `frankenmoe cache`
+PARTIAL = ".partial"  # suffix of an entry that is being written
+ABANDONED = 24 * 3600  # seconds; an older partial entry is left from a killed run
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One cached thing. `used` is when it was last used, in seconds since 1970."""
+    """One cached result. `used` is the time of its last use, in seconds since 1970."""
 
     kind: str
     path: Path
@@ -30,19 +29,27 @@ class Entry:
 
 
 def cache_folder(kind: str) -> Path:
-    """Where entries of a kind are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmoe" / kind
+    """The folder of a kind's entries."""
+    given = os.environ.get("XDG_CACHE_HOME", "")  # the XDG specification ignores relative paths
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "frankenmoe" / kind
 
 
 def entries(kind: str) -> list[Entry]:
-    """Everything cached of a kind, the most recently used first."""
-    folder = cache_folder(kind)
-    found = [_entry(kind, path) for path in (folder.iterdir() if folder.is_dir() else ()) if path.suffix != ".partial"]
+    """All entries of a kind, the most recently used first."""
+    found = []
+    for path in _paths(kind):
+        if path.suffix != PARTIAL:
+            with suppress(OSError):  # another process has just removed it
+                found.append(_entry(kind, path))
     return sorted(found, key=lambda entry: -entry.used)
 
 
 def trim(kind: str, *, limit: int) -> None:
-    """Removes the least recently used entries of a kind beyond `limit` bytes together."""
+    """Removes the least recently used entries of a kind until at most `limit` bytes are left, and old partial ones."""
+    for path in _paths(kind):
+        with suppress(OSError):
+            if path.suffix == PARTIAL and path.stat().st_mtime < time.time() - ABANDONED:
+                _remove(path)
     total = 0
     for entry in entries(kind):
         total += entry.bytes
@@ -51,16 +58,26 @@ def trim(kind: str, *, limit: int) -> None:
 
 
 def clear(kind: str) -> int:
-    """Empties the cache of a kind; returns the bytes that were freed."""
-    freed = sum(entry.bytes for entry in entries(kind))
+    """Removes all entries of a kind; returns the number of bytes freed."""
+    before = sum(entry.bytes for entry in entries(kind))
     _remove(cache_folder(kind))
-    return freed
+    return before - sum(entry.bytes for entry in entries(kind))
+
+
+def _paths(kind: str) -> list[Path]:
+    """What lies in the folder of a kind; nothing where it is missing or cannot be read."""
+    try:
+        return list(cache_folder(kind).iterdir())
+    except OSError:
+        return []
 
 
 def _entry(kind: str, path: Path) -> Entry:
     name = path / NAME
     size = sum(file.stat().st_size for file in _files(path))
-    return Entry(kind, path, name.read_text() if name.is_file() else path.name, size, path.stat().st_mtime)
+    return Entry(
+        kind, path, name.read_text(errors="replace") if name.is_file() else path.name, size, path.stat().st_mtime
+    )
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -71,4 +88,5 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()

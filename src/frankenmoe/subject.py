@@ -1,4 +1,4 @@
-"""What a stage works on: a recipe or an artifact, opened once. The only place that asks what it was given.
+"""Opens a recipe, an artifact or a dense model: the input of every stage.
 
 Imports torch only when routers are made or a model is loaded, so that mistakes in a recipe are reported early.
 """
@@ -8,10 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from frankenmoe.artifact.folder import RECORD, Artifact, open_artifact
+from frankenmoe.artifact.folder import RECORD, ROUTERS, Artifact, open_artifact
 from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.checkpoint.tensors import safetensors_dtype
-from frankenmoe.errors import ArtifactError
+from frankenmoe.errors import ArtifactError, PlanError, RecipeError
+from frankenmoe.gates.cached import key_of
 from frankenmoe.gates.made import MadeRouters, RouterMaker, artifact_routers, make_routers
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.buildable import check_buildable
@@ -28,11 +29,11 @@ Kind = Literal["recipe", "artifact", "gguf", "dense"]
 
 @dataclass(frozen=True)
 class Subject:
-    """A recipe or an artifact, with everything that follows from it: each part is worked out once, when asked for.
+    """A recipe or an artifact with its plan, tensors and routers. Each is computed at first use and kept.
 
-    `dtype` is the type that weights are stored in, where it is not the recipe's. `cache` allows fitted routers to be
-    read from the user's cache. `trust_remote_code` allows code that a source brings along to run. `maker` makes the
-    routers in place of the gate mode. `known` is a plan of the same recipe that is not made again.
+    `dtype` is the type to store weights in, by default the recipe's. `cache` allows fitted routers to be read from and
+    written to the user's cache. `trust_remote_code` allows Python code found in a source to run. `maker` makes the
+    routers instead of the recipe's gate mode. `known` is a plan of the same recipe and dtype to use again.
     """
 
     what: Recipe | Artifact
@@ -41,7 +42,7 @@ class Subject:
     trust_remote_code: bool = False
     maker: RouterMaker | None = field(default=None, repr=False)
     known: Plan | None = field(default=None, repr=False)
-    _made: list[MadeRouters] = field(default_factory=list, init=False, repr=False, compare=False)
+    _made: dict[object, MadeRouters] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def artifact(self) -> Artifact | None:
@@ -49,7 +50,7 @@ class Subject:
 
     @property
     def built(self) -> bool:
-        """Whether this is a built artifact, which needs none of its sources."""
+        """Whether this is a built artifact, which does not need its sources."""
         return isinstance(self.what, Artifact) and self.what.form == "built"
 
     @cached_property
@@ -63,29 +64,32 @@ class Subject:
 
     @property
     def name(self) -> str:
-        """The name that recipe or record gives, else that of file or folder."""
+        """The name in the recipe or the record, by default that of the file or folder."""
         if isinstance(self.what, Artifact):
             return self.what.record.get("name") or self.what.folder.resolve().name
         return self.what.name or Path(self.what.origin).stem
 
     @property
     def kind(self) -> str:
-        """ "recipe", "virtual artifact" or "built artifact"."""
+        """One of "recipe", "virtual artifact" and "built artifact"."""
         return f"{self.what.form} artifact" if isinstance(self.what, Artifact) else "recipe"
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan; ArtifactError for an artifact whose sources are gone or have changed."""
+        """The plan. Raises ArtifactError if an artifact's sources are missing or have changed."""
         if isinstance(self.what, Recipe):
-            return self.known or plan(
+            made = self.known or plan(
                 self.what, dtype=self.dtype, weights=True, trust_remote_code=self.trust_remote_code
             )
-        self._check_dtype(self.what)
-        return plan_of(self.what, known=self.known, trust_remote_code=self.trust_remote_code)
+        else:
+            self._check_dtype(self.what)
+            made = plan_of(self.what, known=self.known, trust_remote_code=self.trust_remote_code)
+        _ = made.digest  # asked for now, so that a later change of the sources is noticed
+        return made
 
     @cached_property
-    def plan_if_there(self) -> Plan | None:
-        """The plan; None for a built artifact whose sources are gone."""
+    def plan_or_none(self) -> Plan | None:
+        """The plan; None for a built artifact whose sources are missing or have changed."""
         try:
             return self.plan
         except ArtifactError:
@@ -95,7 +99,7 @@ class Subject:
 
     @cached_property
     def parts(self) -> Parts:
-        """The tensors: of a built artifact its own, otherwise the sources'. A recipe's gates are zeros."""
+        """The tensors: a built artifact's own, otherwise those of the sources. The gates of a recipe are zeros."""
         if isinstance(self.what, Recipe):
             return parts_of_plan(self.plan)
         if self.built:
@@ -103,10 +107,31 @@ class Subject:
         return parts_of_plan(self.plan).with_gates(self.what.routers)
 
     def routers(self, progress: Progress = SILENT) -> MadeRouters:
-        """Every gate: those of the artifact, or those that the recipe asks for, made at the first call."""
-        if not self._made:
-            self._made.append(self._make(progress))
-        return self._made[0]
+        """Every gate: read from the artifact, or made as the recipe says; again if its file or text has changed."""
+        state = self._state_of_routers()
+        if state not in self._made:
+            self._made.clear()
+            self._made[state] = self._make(progress)
+        return self._made[state]
+
+    def _state_of_routers(self) -> object:
+        if self.maker is not None:
+            return None
+        if isinstance(self.what, Recipe):
+            return key_of(self.plan)
+        status = (self.what.folder / ROUTERS).stat()
+        return status.st_size, status.st_mtime_ns, status.st_ino
+
+    def current(self) -> "Subject":
+        """This subject, or a new one if its artifact's record or its sources have changed on disk."""
+        what = self.what
+        if isinstance(what, Artifact):
+            now = open_artifact(what.folder)
+            what = what if now.record == what.record else now
+        planned = self.__dict__.get("plan")
+        if what is self.what and (planned is None or planned.digest_now() == planned.digest):
+            return self
+        return replace(self, what=what, known=None)
 
     def _make(self, progress: Progress) -> MadeRouters:
         if self.maker is not None:
@@ -118,12 +143,14 @@ class Subject:
     def load(
         self, *, dtype: str | None = None, int8: bool = False, progress: Progress = SILENT, **options: Any
     ) -> "MoE":
-        """A running MoE. A recipe's routers are made first; nothing is written but the cache of routers.
+        """A running MoE. Makes a recipe's routers first; writes nothing except the cache of routers.
 
-        `dtype` (float32, bfloat16, float16) converts; without it weights stay mapped as they are stored. `int8` rounds
-        every linear layer to 8 bits in memory, for inference: half the memory of 16 bits, logits a little off.
+        `dtype` (float32, bfloat16, float16) converts the weights; by default they stay mapped as stored. `int8` rounds
+        every linear layer to 8 bits in memory, for inference: half the memory of 16 bits, slightly different logits.
         `options` are those of MoEBlock: capacity_factor, drop_policy.
         """
+        if dtype is not None:
+            _stored(dtype)
         if not isinstance(self.what, Artifact):
             check_buildable(self.plan, virtual=True, allow_identical=True)
         import torch
@@ -142,18 +169,32 @@ class Subject:
             to_int8(moe.model, progress)
         return moe
 
+    def with_maker(self, maker: RouterMaker) -> "Subject":
+        """The same subject, but `maker` makes its routers."""
+        return replace(self, maker=maker, known=self.plan)
+
     def _check_dtype(self, artifact: Artifact) -> None:
         stored = artifact.record["dtype"]
-        if self.dtype is not None and safetensors_dtype(self.dtype) != safetensors_dtype(stored):
+        if self.dtype is not None and _stored(self.dtype) != safetensors_dtype(stored):
             raise ArtifactError(
-                f"{artifact.folder} is made for {stored}, found --dtype {self.dtype}",
-                hint="an artifact is built in its own type; build from a recipe to choose another",
+                f"{artifact.folder} has dtype {stored}, found --dtype {self.dtype}",
+                hint="an artifact keeps its dtype; build from the recipe to choose another",
             )
+
+
+def _stored(dtype: str) -> str:
+    """The safetensors name of a type; PlanError for one that no MoE has."""
+    try:
+        return safetensors_dtype(dtype)
+    except (ValueError, TypeError):
+        raise PlanError(
+            f"dtype must be float32, bfloat16 or float16, found {dtype!r}", hint="leave it out for the recipe's type"
+        ) from None
 
 
 @dataclass(frozen=True)
 class Dense:
-    """A dense model beside an MoE: `folder` holds its checkpoint."""
+    """A dense model to compare with: `folder` holds its checkpoint."""
 
     origin: str
     folder: Path
@@ -168,13 +209,18 @@ def open_subject(
     trust_remote_code: bool = False,
     like: Subject | None = None,
 ) -> Subject:
-    """Opens a recipe or an artifact, as an object or as a path; a Subject is returned as it is.
+    """Opens a recipe or an artifact, given as an object or as a path.
 
-    `like` is a subject whose plan is used again where it is of the same recipe. Raises RecipeError or ArtifactError for
-    a path that is neither.
+    A Subject is returned unchanged, except for a new `dtype`, or if its files have changed on disk. The plan of `like`
+    is used again if it is of the same recipe and dtype. Raises RecipeError or ArtifactError for a path that is neither.
     """
     if isinstance(what, Subject):
-        return what
+        other = dtype is not None and dtype != what.dtype
+        return (replace(what, dtype=dtype, known=None) if other else what).current()
+    if not isinstance(what, Recipe | Artifact | str | Path):
+        raise RecipeError(
+            f"expected a recipe, an artifact or a path, found {what!r}"[:200], hint="open one by its path"
+        )
     if isinstance(what, str | Path):
         what = Recipe.load(what) if kind_of(what) == "recipe" else open_artifact(Path(what))
     known = like.plan if like and isinstance(what, Artifact) and same_plan(what, like) else None
@@ -182,13 +228,13 @@ def open_subject(
 
 
 def same_plan(artifact: Artifact, like: Subject) -> bool:
-    """Whether an artifact was made from the recipe of a subject, in the same type."""
+    """Whether an artifact was made from the recipe of a subject, with the same dtype."""
     record = artifact.record
     return bool(record["recipe_digest"] == like.recipe.digest and record["dtype"] == like.plan.dtype_name)
 
 
 def open_model(what: str | Path, *, cache: bool = True, trust_remote_code: bool = False) -> Subject | Dense:
-    """The same for whatever can be measured: also a folder with a dense model, or its hub id (with @revision)."""
+    """Like `open_subject`, but also opens a dense model: a folder or a hub id (with @revision)."""
     if kind_of(what) != "dense":
         return open_subject(what, cache=cache, trust_remote_code=trust_remote_code)
     name, _, revision = str(what).partition("@") if not Path(what).exists() else (str(what), "", "")
@@ -197,18 +243,13 @@ def open_model(what: str | Path, *, cache: bool = True, trust_remote_code: bool 
 
 
 def kind_of(what: str | Path) -> Kind:
-    """What a path names. A missing file is a recipe if it ends like one; a folder without a record is dense."""
+    """What a path names. A missing file ending in .yml or .yaml is a recipe; a folder without a record is dense."""
     path = Path(what)
     if path.suffix == ".gguf" and not path.is_dir():
         return "gguf"
     if path.is_file() or (path.suffix in (".yml", ".yaml") and not path.is_dir()):
         return "recipe"
     return "artifact" if (path / RECORD).is_file() else "dense"
-
-
-def with_maker(subject: Subject, maker: RouterMaker) -> Subject:
-    """The same subject, whose routers `maker` makes."""
-    return replace(subject, maker=maker, known=subject.plan)
 
 
 def load(

@@ -280,7 +280,7 @@ def test_a_character_of_several_tokens_stands_at_its_last() -> None:
 
 
 def test_a_label_that_names_no_expert_gets_the_nearest(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match=r"E1=a\.txt names no expert, expected one of e0, e1, e2") as caught:
+    with pytest.raises(RecipeError, match=r"E1=a\.txt names an unknown expert, expected one of e0, e1, e2") as caught:
         look(recipe, data=[("E1", "a.txt")])
     assert caught.value.hint == "did you mean 'e1'?"
 
@@ -331,7 +331,7 @@ def test_a_bad_place_is_told_before_anything_is_computed(
     monkeypatch.setattr("frankenmoe.subject.Subject.load", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "file").write_text("in the way")
     for out in ("file", "file/reports"):
-        with pytest.raises(ArtifactError, match=r"file is no folder"):
+        with pytest.raises(ArtifactError, match=r"file is not a folder"):
             audit(recipe, out=tmp_path / out)
     with pytest.raises(SourceError, match="does not exist"):
         look(recipe, data=[(None, "a" * 5000)])  # longer than a disk lets a name be

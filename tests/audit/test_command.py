@@ -111,7 +111,7 @@ def test_the_second_is_checked_before_the_first_is_computed(
     base, one, _ = parents["llama"]
     second = tiny.write_recipe(tmp_path / "second.yml", base, [base, one], prompts=True)
     (tmp_path / "a.txt").write_text("abc " * 30)
-    with pytest.raises(FrankenMoEError, match="names no expert, expected one of e0, e1"):
+    with pytest.raises(FrankenMoEError, match="names an unknown expert, expected one of e0, e1"):
         run(recipe, second, "--out", tmp_path / "reports", "--data", f"e2={tmp_path / 'a.txt'}")
 
 
@@ -130,9 +130,9 @@ def test_data_with_and_without_a_label(recipe: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--data", "e9=x.txt"], "names no expert"),
+        (["--data", "e9=x.txt"], "names an unknown expert"),
         (["--data", "missing.txt"], "does not exist"),
-        (["--data", f"{'a' * 5000}=x"], "names no expert"),
+        (["--data", f"{'a' * 5000}=x"], "names an unknown expert"),
         (["--prompt", ""], "prompt must not be empty"),
     ],
 )

@@ -8,6 +8,9 @@ from click.testing import CliRunner
 
 from frankenmoe.cli.app import app
 from frankenmoe.cli.options import Number, Size
+from frankenmoe.errors import RecipeError
+from frankenmoe.recipe.sections import EvalSettings, ExportSettings
+from frankenmoe.recipe.settings import Closed, settings_with
 
 NUMBERS = [
     (name, option.opts[0], option.type)
@@ -61,3 +64,10 @@ def test_defaults_are_within_the_bounds() -> None:
         for option in command.params:
             if isinstance(option.type, Number | Size) and isinstance(option.default, str | int | float):
                 assert option.type.convert(option.default, option, None) is not None, (name, option.name)
+
+
+@pytest.mark.parametrize("text", ["", ",,", " , "])
+@pytest.mark.parametrize(("settings", "name"), [(EvalSettings, "tasks"), (ExportSettings, "types")])
+def test_a_list_without_names_is_rejected(settings: type[Closed], name: str, text: str) -> None:
+    with pytest.raises(RecipeError, match=f"{name} must name at least one, found"):
+        settings_with(settings(), {name: text})

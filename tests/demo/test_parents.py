@@ -1,5 +1,6 @@
 """The demo's parents: ordinary checkpoints, made once, whole or not at all."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from frankenmoe.demo.parents import BASE, PARENTS, Settings, make_parents
 from frankenmoe.demo.text import DOMAINS, held_out
 from frankenmoe.errors import ArtifactError
+from frankenmoe.progress import Progress
 
 TINY = Settings(
     vocabulary=300,
@@ -30,10 +32,11 @@ class Killed(BaseException):
 
 
 def make(folder: Path, *, seed: int = 0, settings: Settings = TINY) -> list[str]:
-    """The parents that were trained, each once, in order."""
+    """The parents that were trained, in order."""
     trained: list[str] = []
-    make_parents(folder, seed=seed, settings=settings, on_progress=lambda parent, step, _: trained.append(parent))
-    return list(dict.fromkeys(trained))
+    progress = Progress(start=lambda stage, total, unit: trained.append(stage.removeprefix("training ")))
+    make_parents(folder, seed=seed, settings=settings, progress=progress)
+    return trained
 
 
 def snapshot(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -47,8 +50,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def parents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("parents")
-    return make_parents(folder / "deep" / "down", settings=TINY, on_progress=lambda parent, step, steps: None)
+    return make_parents(tmp_path_factory.mktemp("parents") / "deep" / "down", settings=TINY)
+
+
+@pytest.fixture
+def made(tmp_path: Path, parents: dict[str, Path]) -> Path:
+    """A copy of the folder with the parents, to change."""
+    return shutil.copytree(parents[BASE].parent, tmp_path / "made")
 
 
 def test_every_parent_is_an_ordinary_checkpoint(parents: dict[str, Path]) -> None:
@@ -86,52 +94,57 @@ def test_experts_differ_from_each_other(parents: dict[str, Path]) -> None:
 
 
 def test_training_lowers_the_loss_and_reports_every_step(tmp_path: Path) -> None:
-    steps: list[tuple[str, int, int]] = []
+    heard: list[object] = []
     longer = Settings(**{**vars(TINY), "base_steps": 40})
-    trained = make_parents(tmp_path, settings=longer, on_progress=lambda *step: steps.append(step))
-    assert steps[:40] == [(BASE, step, 40) for step in range(1, 41)]
-    assert steps[40:] == [(domain, step, 2) for domain in DOMAINS for step in (1, 2)]
+    progress = Progress(start=lambda *stage: heard.append(stage), advance=heard.append)
+    trained = make_parents(tmp_path, settings=longer, progress=progress)
+    assert heard[:41] == [(f"training {BASE}", 40, "steps"), *[1] * 40]
+    assert heard[41:] == [step for domain in DOMAINS for step in ((f"training {domain}", 2, "steps"), 1, 1)]
     model = AutoModelForCausalLM.from_pretrained(trained[BASE], dtype=torch.float32)
     ids = AutoTokenizer.from_pretrained(trained[BASE])(held_out("verse")[:500], return_tensors="pt").input_ids
     chance = torch.tensor(float(longer.vocabulary)).log()
     assert model(input_ids=ids, labels=ids).loss < chance - 0.5
 
 
-def test_a_second_run_trains_nothing_and_touches_nothing(tmp_path: Path) -> None:
-    assert make(tmp_path) == list(PARENTS)
-    before = snapshot(tmp_path)
-    assert make(tmp_path) == []
-    assert snapshot(tmp_path) == before
+def test_a_second_run_trains_nothing_and_touches_nothing(made: Path) -> None:
+    before = snapshot(made)
+    assert make(made) == []
+    assert snapshot(made) == before
 
 
-def test_another_seed_or_setting_makes_all_parents_again(tmp_path: Path) -> None:
-    make(tmp_path)
-    before = contents(tmp_path)
-    assert make(tmp_path, seed=1) == list(PARENTS)
-    assert make(tmp_path, settings=Settings(**{**vars(TINY), "expert_steps": 1})) == list(PARENTS)
-    assert make(tmp_path) == list(PARENTS)
-    assert contents(tmp_path) == before
+def test_another_seed_or_setting_makes_all_parents_again(made: Path, parents: dict[str, Path]) -> None:
+    assert make(made, seed=1, settings=Settings(**{**vars(TINY), "expert_steps": 1})) == list(PARENTS)
+    assert make(made, settings=Settings(**{**vars(TINY), "expert_steps": 1})) == list(PARENTS)
+    assert make(made) == list(PARENTS)
+    assert contents(made) == contents(parents[BASE].parent)
 
 
-def test_an_expert_whose_base_has_changed_is_made_again(tmp_path: Path) -> None:
-    make(tmp_path)
-    weights = tmp_path / BASE / "model.safetensors"
+def test_an_expert_whose_base_has_changed_is_made_again(made: Path) -> None:
+    weights = made / BASE / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1
     weights.write_bytes(data)
-    assert make(tmp_path) == list(DOMAINS)
+    assert make(made) == list(DOMAINS)
 
 
 @pytest.mark.parametrize("victim", [BASE, "python"])
 def test_a_killed_run_keeps_the_finished_parents_and_goes_on_to_the_same_bytes(
     tmp_path: Path, parents: dict[str, Path], victim: str
 ) -> None:
-    def kill(parent: str, step: int, steps: int) -> None:
-        if parent == victim and step == steps:
+    left: dict[str, int] = {}  # the parent in training -> its remaining steps
+
+    def start(stage: str, total: int, unit: str) -> None:
+        left.clear()
+        left[stage.removeprefix("training ")] = total
+
+    def advance(amount: int) -> None:
+        [parent] = left
+        left[parent] -= amount
+        if left == {victim: 0}:
             raise Killed
 
     with pytest.raises(Killed):
-        make_parents(tmp_path, settings=TINY, on_progress=kill)
+        make_parents(tmp_path, settings=TINY, progress=Progress(start=start, advance=advance))
     finished = PARENTS[: PARENTS.index(victim)]
     assert {path.name for path in tmp_path.iterdir()} == set(finished)
     assert make(tmp_path) == [parent for parent in PARENTS if parent not in finished]

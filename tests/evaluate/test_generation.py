@@ -14,7 +14,6 @@ from lm_eval.models.huggingface import HFLM
 
 import tiny
 from frankenmoe.errors import NumericsError, PlanError, SourceError
-from frankenmoe.evaluate import generation
 from frankenmoe.evaluate.generation import cut
 from frankenmoe.evaluate.lm import PrefixLM
 
@@ -146,17 +145,18 @@ def test_nan_is_not_a_token(model: Any, tmp_path: Path) -> None:
         lm.generate_until(asked(["Once", "Twice as long"], ["~"]))
 
 
-def test_when_memory_runs_out_fewer_slots_go_on(model: Any, texts: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_memory_runs_out_fewer_slots_go_on(model: Any, texts: list[str]) -> None:
     lm = PrefixLM(model, tokenizer())
-    whole = generation._step
 
-    def scarce(model: Any, cache: Any, slots: Any, live: Any, *rest: Any) -> None:
-        if len(live) > 2:
+    def scarce(_module: Any, _args: Any, inputs: dict[str, Any]) -> None:
+        if len(inputs["input_ids"]) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        whole(model, cache, slots, live, *rest)
 
-    monkeypatch.setattr(generation, "_step", scarce)
-    assert lm.generate_until(asked(CONTEXTS, ["~", "q"])) == texts
+    hook = model.base_model.register_forward_pre_hook(scarce, with_kwargs=True)
+    try:
+        assert lm.generate_until(asked(CONTEXTS, ["~", "q"])) == texts
+    finally:
+        hook.remove()
     assert lm.budget.rows == 1
 
 

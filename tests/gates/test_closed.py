@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.gates.closed import CLOSED, centroid, lda, ridge, spread, sums_of
+from frankenmoe.gates.fit import BY_STATES
 from frankenmoe.gates.logistic import States, logistic
 from frankenmoe.gates.regret import regret
 from frankenmoe.gates.scale import search
@@ -23,6 +24,7 @@ from frankenmoe.gates.statistics import (
     statistics_bytes,
     with_text,
 )
+from frankenmoe.recipe import FIT_MODES
 
 DIM = 6
 
@@ -217,3 +219,7 @@ def test_statistics_survive_the_disk_and_damage_is_told(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="damaged"):
         load_statistics(file)
+
+
+def test_every_fitted_gate_mode_has_its_function() -> None:
+    assert {*CLOSED, *BY_STATES, "regret"} == FIT_MODES

@@ -205,7 +205,7 @@ def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents,
     )  # fmt: skip
     recipe = fm.Recipe.load(file)
     made = fm.plan(recipe)
-    texts = read_texts(made, tiny.make_tokenizer())
+    texts = read_texts(made, tiny.make_tokenizer(), tokens=32768, length=256)
     assert [text.title for text in texts] == ["group/e0", "not group/e0", "group/e1", "e2", "always"]
     outer = dict(router_texts(texts, (), 2))
     assert {index: (text.target_C, text.weight) for index, text in outer.items()} == {
@@ -242,7 +242,7 @@ def test_an_expert_is_added_without_the_others_text(virtual: bool, parents: Pare
     base = parents["llama"][0]
     recipe = data_recipe(tmp_path, parents["llama"])
     small = tmp_path / "small"
-    fm.build(recipe, small, virtual=virtual)
+    fm.build(recipe, small, virtual=virtual, dtype="float16")
     expected = load_statistics(small / STATISTICS)
     for name in ("e0", "e1"):
         (tmp_path / f"{name}.txt").rename(tmp_path / f"{name}.away")
@@ -250,6 +250,7 @@ def test_an_expert_is_added_without_the_others_text(virtual: bool, parents: Pare
     assert result.artifact.form == ("virtual" if virtual else "built")
     assert [stage["stage"] for stage in result.artifact.record["stages"]] == ["add-expert"]
     assert result.artifact.record["experts"] == ["e0", "e1", "e2"]
+    assert result.artifact.record["dtype"] == "float16"
     added = load_statistics(tmp_path / "large" / STATISTICS).routers[()]
     assert torch.equal(added.mean_ULD[:2], expected.routers[()].mean_ULD)
     moe = fm.load(tmp_path / "large")
@@ -320,7 +321,7 @@ def test_bad_text_changes_nothing(
 def test_fit_says_what_it_needs(parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     bare = tiny.write_recipe(tmp_path / "r.yml", base, [one, two])
-    with pytest.raises(PlanError, match="needs a folder"):
+    with pytest.raises(PlanError, match="expected a folder"):
         fm.fit(bare)
     with pytest.raises(RecipeError, match="neither data nor positive_prompts"):
         fm.fit(bare, tmp_path / "out")

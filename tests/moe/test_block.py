@@ -18,7 +18,7 @@ def random_router(experts: int, *, top_k: int = 2, renormalize: bool = True) -> 
     return Router(torch.randn(experts, HIDDEN), top_k=top_k, renormalize=renormalize)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), seed=st.integers(0, 2**31), experts=st.integers(1, 8))
 def test_identical_experts_are_the_dense_mlp_whatever_the_gate(data: st.DataObject, seed: int, experts: int) -> None:
     top_k = data.draw(st.integers(1, experts), label="top_k")

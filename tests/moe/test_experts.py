@@ -38,7 +38,7 @@ def assert_equals_naive(
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(data=st.data(), seed=st.integers(0, 2**31), experts=st.integers(1, 6), tokens=st.integers(1, 9))
 def test_equals_the_per_token_loop(data: st.DataObject, seed: int, experts: int, tokens: int) -> None:
     top_k = data.draw(st.integers(1, experts), label="top_k")
@@ -140,7 +140,7 @@ def test_capacity_is_the_decimal_ceiling() -> None:
     assert int((kept_TK == 0).sum()) == 55
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     data=st.data(),
     seed=st.integers(0, 2**31),

@@ -1,4 +1,4 @@
-"""What backward remembers of an expert; that it is enough is shown in test_grouping, where gradients are the loop's."""
+"""What an expert stores for backward. test_grouping checks the gradients."""
 
 from collections.abc import Sequence
 
@@ -57,7 +57,7 @@ def gradients(mix: object, inputs: Sequence[torch.Tensor], experts: nn.ModuleLis
 @pytest.mark.parametrize("learns", [False, True])
 @pytest.mark.parametrize("kind", ["adapters", "different"])
 def test_autocast_computes_again_what_it_computed(kind: str, learns: bool) -> None:
-    """In bfloat16 outside of which nothing is: computed again in float32, gradients would be of another forward."""
+    """Backward computes again in bfloat16. In float32 its gradients would belong to another forward."""
     torch.manual_seed(0)
     experts, inputs = frozen(kind), routing()
     for name, parameter in experts.named_parameters():
@@ -67,7 +67,7 @@ def test_autocast_computes_again_what_it_computed(kind: str, learns: bool) -> No
 
 
 def test_int8_experts_under_autocast_and_adapters() -> None:
-    """Their products stay float32 there, what the adapters make of it does not."""
+    """Their products stay float32, the adapters' updates do not."""
     torch.manual_seed(0)
     experts, (hidden_TD, weights_TK, ids_TK) = frozen("adapters"), routing()
     to_int8(experts)

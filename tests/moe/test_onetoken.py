@@ -1,4 +1,4 @@
-"""One token through its experts in one call: what the experts give one by one, and when it must not be done."""
+"""The kernel for one token: it equals the experts one by one, and is not used where it must not be."""
 
 import copy
 import io
@@ -29,7 +29,7 @@ NAMES = ("gate_proj", "up_proj", "down_proj")
 
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What is too small to be worth a call is done all the same, on one thread and on several."""
+    """Uses the kernel, and several threads, for small sizes too."""
     if linear_module.kernels() is None:
         pytest.skip("no kernels here: numba or OpenMP is missing")
     monkeypatch.setattr(onetoken, "SMALL", 0)
@@ -164,7 +164,7 @@ def test_not_a_number_is_not_hidden() -> None:
 
 
 class Case(nn.Module):
-    """A block whose token took the short way once."""
+    """A block that has used the kernel once."""
 
     def __init__(self, **keys: object) -> None:
         super().__init__()

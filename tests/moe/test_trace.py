@@ -7,16 +7,7 @@ from torch import nn
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.router import Router
-from frankenmoe.moe.trace import (
-    LayerTrace,
-    RoutingTrace,
-    concat,
-    dropped_share,
-    load,
-    mean_probs,
-    record,
-    switch_balance,
-)
+from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, load, record
 
 # T tokens, E experts, K top-k
 
@@ -93,7 +84,6 @@ def test_records_what_capacity_dropped() -> None:
     with record(model) as traces:
         run(model, [9.0, 0.0, 0.0], [9.0, 0.0, 0.0], [0.0, 9.0, 0.0], [9.0, 0.0, 0.0])
     assert traces[0].ids_TK.tolist() == [[0], [-1], [1], [-1]]
-    assert dropped_share(traces[0]) == 0.5
     assert load(traces[0]).tolist() == [0.5, 0.5]
 
 
@@ -154,32 +144,7 @@ def test_a_block_in_two_places_is_an_error() -> None:
 def test_load_counts_kept_assignments_only() -> None:
     trace = trace_of([[0, 1], [0, -1], [0, 2], [-1, -1]], [[0.0] * 4] * 4)
     assert load(trace).tolist() == pytest.approx([0.6, 0.2, 0.2, 0.0])
-    assert dropped_share(trace) == pytest.approx(3 / 8)
 
 
 def test_load_is_zero_where_nothing_was_kept() -> None:
     assert load(trace_of([[-1]], [[0.0, 0.0]])).tolist() == [0.0, 0.0]
-
-
-def test_mean_probs_averages_the_softmax_over_tokens() -> None:
-    log3 = torch.tensor(3.0).log().item()
-    assert mean_probs(trace_of([[0], [1]], [[log3, 0.0], [0.0, 0.0]])).tolist() == pytest.approx([0.625, 0.375])
-
-
-def test_switch_balance_by_hand() -> None:
-    """P = (0.75, 0.25), all choices on expert 0: 2 * (1 * 0.75 + 0 * 0.25)."""
-    log3 = torch.tensor(3.0).log().item()
-    assert switch_balance(trace_of([[0], [0]], [[log3, 0.0]] * 2)) == pytest.approx(1.5)
-
-
-def test_switch_balance_is_one_when_balanced_for_any_k_and_e_when_collapsed() -> None:
-    rotated = [[3.0, 2.0, 1.0, 0.0], [0.0, 3.0, 2.0, 1.0], [1.0, 0.0, 3.0, 2.0], [2.0, 1.0, 0.0, 3.0]]
-    for top_k in (1, 2, 3, 4):
-        ids_TK = torch.tensor(rotated).topk(top_k, dim=1).indices.tolist()
-        assert switch_balance(trace_of(ids_TK, rotated)) == pytest.approx(1.0)
-    assert switch_balance(trace_of([[0]] * 3, [[99.0, 0.0, 0.0]] * 3)) == pytest.approx(3.0)
-
-
-def test_switch_balance_does_not_improve_by_dropping() -> None:
-    logits_TE = [[2.0, 0.0], [0.0, 2.0], [0.0, 2.0]]
-    assert switch_balance(trace_of([[0], [1], [-1]], logits_TE)) == switch_balance(trace_of([[0], [1], [1]], logits_TE))

@@ -17,7 +17,7 @@ EVENTS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
 
 
 def in_a_fork(recipe: str, out: Path, moment: int) -> int | None:
-    """Runs into `out`, dying at the `moment`th change; how many there were, None if it died."""
+    """Runs into `out` and kills itself at the `moment`th change. Returns the number of changes, None if killed."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -47,7 +47,7 @@ def in_a_fork(recipe: str, out: Path, moment: int) -> int | None:
 
 def main(recipe: str, folder: str, first: str, step: str) -> None:
     root = Path(folder)
-    if find_spec("lm_eval"):  # what stages import late, once for all forks
+    if find_spec("lm_eval"):  # imported once for all forks
         import frankenmoe.audit.run
         import frankenmoe.evaluate.run
         import frankenmoe.export.run
@@ -65,7 +65,7 @@ def main(recipe: str, folder: str, first: str, step: str) -> None:
 
 
 def kill_at(recipe: Path, root: Path, first: int, step: int) -> int:
-    """`main` in a process of its own; how many runs were killed, each of which went on to its end in `root`."""
+    """Calls `main` in a new process. Returns the number of runs that were killed and then finished in `root`."""
     done = forks.run("import sys\nfrom pipeline.killer import main\nmain(*sys.argv[1:])", recipe, root, first, step)
     assert done.returncode == 0, done.stderr
     return int(json.loads(done.stdout.splitlines()[-1])["killed"])

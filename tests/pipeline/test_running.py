@@ -1,4 +1,4 @@
-"""`frankenmoe run`: what is asked for is done in order, once, and a kill at any moment costs nothing but time."""
+"""`frankenmoe run`: stages run in order and only once, and a killed run can be continued."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(sources: Path, tmp_path: Path) -> Path:
-    """A recipe beside links to its parents; tests may change it."""
+    """A recipe next to links to its parents; tests may change it."""
     for name in ("base", "a", "b"):
         (tmp_path / name).symlink_to(sources / name)
     return tiny.write_recipe(tmp_path / "r.yml", Path("base"), [Path("a"), Path("b")], name="twin", card=CARD)
@@ -43,7 +43,7 @@ def changed(recipe: Path, **keys: Any) -> None:
 
 
 def now(finished: Finished) -> list[str]:
-    """The names of the steps that were done, not skipped."""
+    """The names of the stages that were not skipped."""
     return [step.name for step in finished.steps if step.now]
 
 
@@ -56,7 +56,7 @@ def test_first_all_then_nothing_then_what_changed(recipe: Path, tmp_path: Path) 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*") if file.is_file() and file.name != "run.lock"}
     again = run(recipe, out)
     assert now(again) == []
-    assert [step.said for step in again.steps] == [step.said for step in first.steps]
+    assert [step.summary for step in again.steps] == [step.summary for step in first.steps]
     assert {file: file.stat().st_mtime_ns for file in before} == before
 
     changed(recipe, card=CARD | {"description": "A word of my own."})
@@ -217,7 +217,7 @@ def test_nothing_is_begun_for_input_that_cannot_work(recipe: Path, tmp_path: Pat
 
 
 def content(out: Path) -> dict[str, bytes]:
-    """Every file of a run but for its state and the time in a report."""
+    """Every file of a run, except its state and files with times."""
     files = {str(file.relative_to(out)): file.read_bytes() for file in out.rglob("*") if file.is_file()}
     return {
         name: data

@@ -1,4 +1,4 @@
-"""The tiny twin of recipes/raiden-16x3.43b.yml: every stage there is, on parents made here, in one run."""
+"""A tiny version of recipes/raiden-16x3.43b.yml: every stage in one run, on generated parents."""
 
 import json
 from pathlib import Path
@@ -47,7 +47,7 @@ def write(folder: Path, **changes: Any) -> Path:
         "experts_per_token": 2,
         "experts": experts,
         "fit": {"method": "ridge", "tokens": 512, "block": 32},
-        # everything learns, so that the little there is to gain is gained and the guard keeps it
+        # trains all parts, so that the small possible gain is reached and the result is kept
         "train": {"what": ["routers", "experts"], "steps": 6, "batch": 4, "block": 32, "rate": 0.01},
         "audit": {"tokens": 256},
         "eval": {"limit": 2, "against_parents": True},

@@ -134,3 +134,10 @@ def test_paths_of_one_name_stay_apart_and_evidence_stays_as_it_is(made: Path) ->
     assert names.text(f"in {made}/config.json") == f"in {made.name}/config.json"
     assert names.text(f"in {made}. It is file://{made}/config.json") == "in model. It is file://model/config.json"
     assert names.text(f"{made.parent}/work/more.txt, {made}.partial") == "more.txt, model.partial"
+
+
+def test_a_path_after_an_escaped_line_end_is_shortened(made: Path) -> None:
+    names = local_names(open_artifact(made))
+    for escape in (r"\n", r"\t", r"\r", "\n"):
+        assert names.text(f"see{escape}{made}/config.json") == f"see{escape}{made.name}/config.json"
+        assert list(names.leaks(f"see{escape}{made}/x".encode()))

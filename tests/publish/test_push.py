@@ -1,5 +1,6 @@
 """Pushing with the real huggingface_hub to a hub on this machine: what is sent, what is refused, what goes on."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -65,7 +66,7 @@ def test_a_dry_run_and_a_push_nobody_confirmed_send_nothing(artifact: Artifact, 
     assert "apache-2.0" in listed
     assert "README.md" in listed  # as a warning that it is missing
     assert max(map(len, listed.splitlines())) <= 120
-    assert "say --yes" in push(artifact.folder, "me/moe")
+    assert "add --yes" in push(artifact.folder, "me/moe")
     assert hub.requests == []
 
 
@@ -235,3 +236,30 @@ def test_a_virtual_artifact_says_what_it_lacks(made: Path) -> None:
     shipment = prepare(open_artifact(made / "virtual"), "me/moe")
     assert any("needs its sources" in text for text in shipment.warnings)
     assert shipment.size < 2**20
+
+
+@pytest.mark.parametrize("text", ["", ",,"])
+def test_no_kind_of_file_is_not_every_kind(artifact: Artifact, hub: Hub, text: str) -> None:
+    with pytest.raises(ArtifactError, match="no kind of file to push is named") as found:
+        push(artifact.folder, "me/moe", "--files", text, "--dry-run")
+    assert found.value.hint == "choose from card, weights, gguf, reports, tokenizer"
+
+
+def test_adapters_of_a_trained_artifact_are_sent_with_its_recipe(artifact: Artifact, hub: Hub) -> None:
+    folder, path = artifact.folder, "adapters/one/adapter_config.json"
+    for name in (path, "adapters/one/adapter_model.safetensors", "runs/events.1"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    (folder / path).write_text(json.dumps({"base_model_name_or_path": str(folder / "base")}))
+    configs = [{"file": str(folder / path), "sha256": "of the local file"}]
+    record = {**artifact.record, "recipe_folder": str(folder), "configs": [*artifact.record["configs"], *configs]}
+    (folder / "frankenmoe.json").write_text(json.dumps(record))
+    sent = sent_with(open_artifact(folder))
+    groups = {item.path: item.group for item in sent.items}
+    assert groups[path] == groups["adapters/one/adapter_model.safetensors"] == "weights"
+    assert not any(name.startswith("runs") for name in groups)
+    there = hub.repos["me/moe"]
+    assert str(folder).encode() not in there[path]
+    said = json.loads(there["frankenmoe.json"])["configs"]
+    assert said[-1]["sha256"] == hashlib.sha256(there[path]).hexdigest()
+    assert [each["sha256"] for each in said[:-1]] == [each["sha256"] for each in artifact.record["configs"]]

@@ -16,6 +16,7 @@ from frankenmoe.publish.card import make_card
     [
         ("not json", "is not a report: "),
         ("[1]", "model is missing"),
+        ("[" * 100_000, "nested too deeply"),
         ('{"kind": "frankenmoe audit"}', "model is missing"),
         (
             '{"kind": "frankenmoe audit", "model": {"experts": 3}, "text": {}, "routers": []}',

@@ -122,7 +122,9 @@ SHARED_DATA = f"{PROMPTED}}}\nshared_experts: [{{source_model: z, data: z.txt}}]
 def test_routers_are_fitted_by_what_is_best_for_the_text_there_is(text: str, mode: str) -> None:
     recipe = parse(text)
     assert recipe.gate_mode == mode
-    assert any(f"fitted by {mode}" in note for note in recipe.notes) is ("gate_mode" not in text)
+    # a recipe of mergekit-moe, which has no data, hears that its routers are made in another way
+    said = any(f"fitted by {mode}" in note for note in recipe.notes)
+    assert said is ("gate_mode" not in text and mode == "logistic")
     again = parse(yaml.safe_dump(recipe.to_dict()))
     assert (again, again.gate_mode, again.digest) == (recipe, mode, recipe.digest)
 
@@ -267,7 +269,7 @@ def test_plain_data_parses_to_an_equal_recipe(data: dict[str, object]) -> None:
 
 def test_the_schema_file_is_up_to_date() -> None:
     expected = json.dumps(schema(), indent=2) + "\n"
-    assert (ROOT / "recipes/recipe.schema.json").read_text() == expected, "write json.dumps(schema(), indent=2) to it"
+    assert (ROOT / "recipes/recipe.schema.json").read_text() == expected, "run `make schema`"
 
 
 def test_the_schema_describes_every_key() -> None:

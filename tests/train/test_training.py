@@ -85,7 +85,7 @@ def test_the_best_look_is_kept(virtual: Path, tmp_path: Path) -> None:
 
 def test_a_run_that_helps_nothing_writes_nothing_unless_told_to(virtual: Path, tmp_path: Path) -> None:
     settings = corpus.settings(what="norms", rate=3.0, warmup=0, steps=3, guard_every=1)
-    with pytest.raises(PlanError, match=r"ended worse than it began: mean held-out loss .* on e[01]") as told:
+    with pytest.raises(PlanError, match=r"training made the model worse: mean held-out loss .* on e[01]") as told:
         train(virtual, tmp_path / "out", data=data(tmp_path), settings=settings)
     assert "--keep-anyway" in str(told.value)
     assert "out.partial holds the run" in str(told.value)
@@ -122,7 +122,7 @@ def test_nan_stops_and_keeps_the_best_state_before_it(
     virtual: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poisoned(monkeypatch, 4)
-    with pytest.raises(NumericsError, match=r"the loss is nan at step 5.*holds the best state before it, of step 3"):
+    with pytest.raises(NumericsError, match=r"the loss is nan at step 5.*has the best earlier state, of step 3"):
         train(virtual, tmp_path / "out", data=data(tmp_path), settings=corpus.settings())
     report = json.loads((tmp_path / "out/training.json").read_text())
     assert (report["steps"], report["best_step"], len(report["losses"])) == (4, 3, 4)
@@ -153,7 +153,7 @@ def test_a_body_that_changes_while_its_routers_are_trained_is_noticed(
         return found
 
     monkeypatch.setattr("frankenmoe.train.run.train_loop", meanwhile)
-    with pytest.raises(ArtifactError, match="changed while it was trained"):
+    with pytest.raises(ArtifactError, match="changed during training"):
         train(body, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(), keep_anyway=True)
     assert not (tmp_path / "out").exists()
 

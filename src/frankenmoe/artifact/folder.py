@@ -22,7 +22,7 @@ from frankenmoe.artifact.record import RECORD_VERSION, Form, read_record
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import header_bytes, read_header
 from frankenmoe.checkpoint.tensors import TensorRef
-from frankenmoe.checkpoint.writer import free_bytes, write_atomic
+from frankenmoe.checkpoint.writer import free_bytes, partial_of, sync_folder, write_atomic
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 
 RECORD = "frankenmoe.json"
@@ -78,7 +78,7 @@ def _hint_unfinished(folder: Path) -> str:
 
 def partial_folder(out: Path) -> Path:
     """The folder in which `out` is made."""
-    return out.with_name(f"{out.name}.partial")
+    return partial_of(out)
 
 
 @contextmanager
@@ -102,7 +102,7 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
     with _locked(partial, out):
         try:
             refuse_occupied(out)  # once more: another process may have ended since
-            _claim(partial, out=out, digest=digest)
+            _claim(partial, digest=digest)
             yield partial
         except Exception as error:
             if fresh and not _worth_keeping(partial, error):
@@ -215,7 +215,7 @@ def _refuse_foreign(partial: Path) -> None:
         )
 
 
-def _claim(partial: Path, *, out: Path, digest: str) -> None:
+def _claim(partial: Path, *, digest: str) -> None:
     file, claim = partial / UNFINISHED, json.dumps({"plan": digest}).encode()
     if not file.exists():
         write_atomic(file, claim)
@@ -246,11 +246,7 @@ def become(partial: Path, out: Path) -> None:
         ) from error
     # only now: without them a run killed before the rename could not be finished
     clear_building(out)
-    descriptor = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_folder(out.parent)
 
 
 @contextmanager

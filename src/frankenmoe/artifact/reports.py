@@ -63,7 +63,7 @@ class StageReport(ReportPart):
             raise ArtifactError(f"{file} is of the kind {found!r}, expected {cls._kind()!r}", hint=HINT)
         if data.get("version", VERSION) != VERSION:
             raise ArtifactError(
-                f"{file} is of version {data['version']}, this frankenmoe reads version {VERSION}",
+                f"{file} is of version {data['version']!r}, this frankenmoe reads version {VERSION}",
                 hint="update frankenmoe, or run the stage that wrote it again",
             )
         try:
@@ -135,7 +135,7 @@ class AuditedModel(ReportPart):
     experts: tuple[AnyText, ...]
 
 
-class AuditedText(ReportPart):
+class ReadText(ReportPart):
     tokens: int
 
 
@@ -153,7 +153,7 @@ class AuditReport(StageReport):
     name = "audit"
 
     model: AuditedModel
-    text: dict[str, AuditedText]
+    text: dict[str, ReadText]
     answers: tuple[AuditAnswer, ...] = ()
     routers: tuple[RouterReport, ...]
     record: dict[str, Any] | None = None
@@ -347,10 +347,6 @@ class TrainingReport(StageReport):
         return losses.best if self.improved else losses.after
 
 
-class FittedText(ReportPart):
-    tokens: int
-
-
 class FitLosses(ReportPart):
     """Held-out loss by expert, in nats per token. `own_expert`: every text goes to its own expert."""
 
@@ -365,7 +361,7 @@ class FitReport(ReportPart):
     """The `fit` entry of a stage in the record: how routers were fitted."""
 
     method: AnyText
-    text: dict[str, FittedText]
+    text: dict[str, ReadText]
     held_out_loss: FitLosses
 
     @property

@@ -19,7 +19,7 @@ from frankenmoe.errors import SourceError
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import blocks
 from frankenmoe.planning import Plan
-from frankenmoe.planning.tree import ExpertNode
+from frankenmoe.planning.names import named_experts
 from frankenmoe.progress import SILENT, Progress
 
 KIND, VERSION = "frankenmoe audit", 1
@@ -175,17 +175,9 @@ def _change(change: Change) -> Facts:
 
 def _names(moe: MoE, plan: Plan | None) -> dict[str, str]:
     """Path -> an expert's name: "maths", or "inner/maths" for a nested one."""
-    names = {str(index): name for index, name in enumerate(moe.experts)}
-
-    def walk(node: ExpertNode, above: str) -> None:
-        name = f"{above}/{node.name}" if above else node.name
-        names[".".join(map(str, node.path))] = name
-        for child in node.children:
-            walk(child, name)
-
-    for node in plan.nodes if plan else ():
-        walk(node, "")
-    return names
+    if plan is None:
+        return {str(index): name for index, name in enumerate(moe.experts)}
+    return {".".join(map(str, path)): name for name, path, _ in named_experts(plan.nodes)}
 
 
 def _model(moe: MoE, plan: Plan | None, names: Mapping[str, str]) -> Facts:

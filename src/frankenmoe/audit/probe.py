@@ -13,13 +13,11 @@ from torch import nn
 
 from frankenmoe.audit.stats import others
 from frankenmoe.moe.block import MoEBlock
-from frankenmoe.moe.dense import as_tensor, load_dense, read_config
+from frankenmoe.moe.dense import load_source
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.router import Routing
 from frankenmoe.moe.trace import blocks
 from frankenmoe.planning import Plan
-from frankenmoe.planning.sources import anatomy
-from frankenmoe.planning.tree import dense_writes
 
 ROUNDINGS = 64  # two equal models may differ by this many units in the last place of the largest logit
 
@@ -70,9 +68,7 @@ def swapped(moe: MoE, probes: Sequence[Sequence[int]]) -> tuple[dict[int, float]
 def against_base(moe: MoE, plan: Plan, probes: Sequence[Sequence[int]]) -> Change:
     """Compares the MoE's output with that of its dense base, computed in the MoE's type."""
     dtype = next(moe.model.parameters()).dtype
-    config = read_config(plan.base.folder, trust_remote_code=plan.trust_remote_code)
-    writes = dense_writes(plan.base, anatomy(plan.base), dtype=plan.dtype)
-    dense = load_dense(config, {write.name: as_tensor(write) for write in writes}, dtype=dtype)
+    dense = load_source(plan.base, stored=plan.dtype, dtype=dtype)
     return joined([(change(_logits(dense, probe), _logits(moe.model, probe)), len(probe)) for probe in probes])
 
 

@@ -1,4 +1,4 @@
-"""Artifact or recipe -> its audit, and the report on disk; the library's and the CLI's way to audit."""
+"""Artifact or recipe -> its audit, as data or as a report on disk."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,9 @@ from frankenmoe.artifact.reports import versions
 from frankenmoe.audit.examine import Audit, DomainText, examine
 from frankenmoe.audit.tokens import Passage
 from frankenmoe.audit.write import check_place, write_report
-from frankenmoe.data.blocks import encode, packed
+from frankenmoe.data.blocks import check_vocabulary, encode, packed
 from frankenmoe.data.documents import Document, check_data, read_documents
+from frankenmoe.data.given import Pair
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.moe.load import MoE
 from frankenmoe.progress import SILENT, Progress
@@ -22,30 +23,27 @@ from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
 from frankenmoe.suggest import did_you_mean
 
-WINDOW = 256  # tokens read at once, less where the model sees less
-SHOWN = 96  # tokens of each domain on the page where no prompt is given
+WINDOW = 256  # tokens read at once, fewer if the model has a shorter context
+SHOWN = 96  # tokens of each domain shown if no prompt is given
 SHOWN_DOMAINS = 8
 UNLABELLED = "text"
-NO_CHARACTER = "\ufffd"  # what decoders put for bytes that are no character, or not a whole one
-LONGEST = 4  # bytes of a character in UTF-8
+NO_CHARACTER = "\ufffd"  # decoders put it for bytes that are no complete character
+LONGEST = 4  # bytes of one character in UTF-8
 PART = "…"
-
-Data = Sequence[tuple[str | None, str]]
-"""(expert or None, file or hub dataset) in the order given."""
 
 
 def audit(
     what: Subject | Recipe | Artifact | str | Path,
     *,
     out: str | Path = "reports",
-    data: Data = (),
+    data: Sequence[Pair] = (),
     settings: AuditSettings | None = None,
     progress: Progress = SILENT,
     **changes: Any,
 ) -> Path:
-    """Audits one MoE and writes the report; returns its folder, with `audit.json` and `audit.html`.
+    """Audits one MoE and writes `audit.json` and `audit.html` into a new folder, which is returned.
 
-    The folder is new: `out`/audit-NAME, numbered where there is one already. Arguments are those of `look`.
+    The folder is `out`/audit-NAME, with a number if that exists. Arguments are those of `look`.
     """
     check_place(Path(out))
     return write_report([look(what, data=data, settings=settings, progress=progress, **changes)], Path(out))
@@ -54,7 +52,7 @@ def audit(
 def look(
     what: Subject | Recipe | Artifact | str | Path,
     *,
-    data: Data = (),
+    data: Sequence[Pair] = (),
     settings: AuditSettings | None = None,
     dtype: str | None = None,
     progress: Progress = SILENT,
@@ -62,9 +60,9 @@ def look(
 ) -> Audit:
     """Audits one MoE and writes nothing.
 
-    Text is `data`, paths from here; without it the `data` of the recipe's experts; without that their positive prompts.
-    `changes` are settings by name. Raises RecipeError for a label that names no expert, SourceError for text that
-    cannot be read or has no tokens, ArtifactError for a folder that is no artifact or has lost its routers.
+    The text is `data`, pairs of (expert or None, file or hub dataset) with paths from the working directory; by default
+    the recipe's `data`, else its positive prompts. `changes` are settings by name. Raises RecipeError for an unknown
+    expert, SourceError for text that cannot be read or has no tokens, ArtifactError for an invalid artifact.
     """
     subject = open_subject(what)
     settings = settings_with(settings or AuditSettings(), changes)
@@ -74,13 +72,13 @@ def look(
     window = min(WINDOW, getattr(moe.model.config, "max_position_embeddings", None) or WINDOW)
     texts, openings = {}, []
     for name, domain in labelled.items():
-        blocks = _checked(domain.blocks(tokenizer, window), moe, name)
+        blocks = _checked(domain.blocks(tokenizer, window), moe, tokenizer, what=f"the text of {name}")
         first = next(blocks, ())
         openings.append((name, first[:SHOWN]))
         texts[name] = DomainText(chain([first], blocks), domain.origin, domain.own)
     return examine(
         moe,
-        plan=subject.plan_if_there,
+        plan=subject.plan_or_none,
         texts=texts,
         passages=list(_passages(moe, tokenizer, settings.prompt, openings)),
         subject=_head(subject),
@@ -90,13 +88,13 @@ def look(
     )
 
 
-def check(what: Subject | Recipe | Artifact | str | Path, *, data: Data = ()) -> None:
-    """Raises what `look` would for the folder, the labels and the text's names; loads nothing."""
+def check(what: Subject | Recipe | Artifact | str | Path, *, data: Sequence[Pair] = ()) -> None:
+    """Raises the errors of `look` for folder, labels and text files, without loading a model."""
     _domains(open_subject(what).recipe, data)
 
 
 def _head(subject: Subject) -> dict[str, Any]:
-    """What a report says of itself before anything was measured; a reader needs nothing beside it."""
+    """The head of a report: versions, the model's name and path, its recipe and record."""
     record = subject.artifact.record if subject.artifact else None
     return {
         "versions": versions(),
@@ -109,7 +107,7 @@ def _head(subject: Subject) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Domain:
-    """One domain's text before there is a tokenizer."""
+    """The text of one domain before tokenization. `own` is the index of its expert."""
 
     names: tuple[str, ...]
     folder: Path
@@ -121,7 +119,7 @@ class _Domain:
         return self.names or ("positive prompts of the recipe",)
 
     def blocks(self, tokenizer: Any, window: int) -> Iterator[tuple[int, ...]]:
-        """Blocks of at most `window` token ids, as they stream by; every prompt is one of its own."""
+        """Streams blocks of at most `window` token ids; a prompt is not joined with others."""
         if self.names:
             for block in packed(read_documents(self.names, folder=self.folder), tokenizer, length=window):
                 yield block.ids
@@ -130,8 +128,8 @@ class _Domain:
                 yield block.ids
 
 
-def _domains(recipe: Recipe, data: Data) -> dict[str, _Domain]:
-    """Label -> its text: what was given, else the recipe's data, else the recipe's prompts."""
+def _domains(recipe: Recipe, data: Sequence[Pair]) -> dict[str, _Domain]:
+    """Label -> text: the given text, else the recipe's data, else the recipe's prompts."""
     experts = [expert.name for expert in recipe.experts]
     if data:
         found = _given(experts, data)
@@ -148,7 +146,7 @@ def _domains(recipe: Recipe, data: Data) -> dict[str, _Domain]:
         }
     if not found:
         raise SourceError(
-            f"{recipe.origin} names neither data nor prompts for its experts, so there is no text to audit on",
+            f"{recipe.origin} names neither data nor prompts for its experts, so there is no text to audit with",
             hint="add --data EXPERT=FILE, or --data FILE for text without a label",
         )
     for domain in found.values():
@@ -156,13 +154,13 @@ def _domains(recipe: Recipe, data: Data) -> dict[str, _Domain]:
     return found
 
 
-def _given(experts: Sequence[str], data: Data) -> dict[str, _Domain]:
+def _given(experts: Sequence[str], data: Sequence[Pair]) -> dict[str, _Domain]:
     files: dict[str, list[str]] = {}
     unlabelled = next(name for name in (UNLABELLED, f"{UNLABELLED} without a label") if name not in experts)
     for label, file in data:
         if label is not None and label not in experts:
             raise RecipeError(
-                f"--data {label}={file} names no expert, expected one of {', '.join(experts)}",
+                f"--data {label}={file} names an unknown expert, expected one of {', '.join(experts)}",
                 hint=did_you_mean(label, experts),
             )
         files.setdefault(label or unlabelled, []).append(file)
@@ -173,38 +171,33 @@ def _given(experts: Sequence[str], data: Data) -> dict[str, _Domain]:
     }
 
 
-def _checked(blocks: Iterable[tuple[int, ...]], moe: MoE, name: str) -> Iterator[tuple[int, ...]]:
-    """The same blocks; SourceError for a token that the model has no embedding for."""
-    vocabulary = moe.model.config.vocab_size
+def _checked(blocks: Iterable[tuple[int, ...]], moe: MoE, tokenizer: Any, *, what: str) -> Iterator[tuple[int, ...]]:
+    """The same blocks, each checked against the model's vocabulary as it is read."""
     for ids in blocks:
-        if max(ids) >= vocabulary:
-            raise SourceError(
-                f"the tokenizer makes token {max(ids)} of {name}, but the model has {vocabulary} tokens only",
-                hint="put the model's own tokenizer beside its weights",
-            )
+        check_vocabulary(ids, moe.model.config.vocab_size, tokenizer, what=what)
         yield ids
 
 
 def _passages(
     moe: MoE, tokenizer: Any, prompt: str | None, openings: Sequence[tuple[str, Sequence[int]]]
 ) -> Iterator[Passage]:
-    """What is shown token by token: the prompt, or the beginnings of the first domains."""
+    """The passages shown token by token: the prompt, by default the start of each of the first domains."""
     if prompt is None:
         for name, ids in openings[:SHOWN_DOMAINS]:
             if not ids:
                 raise _no_tokens(f"the text of {name}")
             yield _passage(tokenizer, name, ids)
         return
-    said, _ = encode(Document(text=prompt, closed=False), tokenizer)
-    if not said:
+    ids, _ = encode(Document(text=prompt, closed=False), tokenizer)
+    if not ids:
         raise _no_tokens("the prompt")
     head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    for ids in _checked([(*head, *said)], moe, "the prompt"):
-        yield _passage(tokenizer, "prompt", ids)
+    for checked in _checked([(*head, *ids)], moe, tokenizer, what="the prompt"):
+        yield _passage(tokenizer, "prompt", checked)
 
 
 def _no_tokens(what: str) -> SourceError:
-    return SourceError(f"{what} has no tokens in this tokenizer, so there is nothing to route", hint="write more text")
+    return SourceError(f"{what} has no tokens in this tokenizer, so there is nothing to route", hint="give more text")
 
 
 def _passage(tokenizer: Any, label: str, ids: Sequence[int]) -> Passage:
@@ -212,7 +205,7 @@ def _passage(tokenizer: Any, label: str, ids: Sequence[int]) -> Passage:
 
 
 def _texts(tokenizer: Any, ids: Sequence[int]) -> Iterator[str]:
-    """Each token's text; of a character that several tokens spell byte by byte, PART for all but the last."""
+    """Each token's text. If several tokens encode one character, all but the last have the text PART."""
     pending: list[int] = []
     for token in ids:
         pending.append(token)

@@ -46,7 +46,11 @@ def overflow(counts_E: torch.Tensor, *, factor: float) -> int:
 
 
 def switch_balance(counts_E: torch.Tensor, prob_E: torch.Tensor) -> float:
-    """E * sum_e f_e P_e from the choices and the mean probabilities; see `frankenmoe.moe.trace.switch_balance`."""
+    """E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4 without alpha): 1 when balanced, at most E.
+
+    `counts_E` are the choices before any is dropped, as in eq. 5, and `prob_E` are the mean probabilities. f sums to 1.
+    In transformers' `load_balancing_loss_func` f sums to K, so its balanced value is K.
+    """
     return float(len(counts_E) * load(counts_E) @ prob_E.double())
 
 

@@ -1,4 +1,4 @@
-"""Puts reports into a folder of their own: JSON to be read on, a page to be looked at; does not know how they look."""
+"""Audits -> audit.json and audit.html in a new folder."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LONGEST = 60  # characters of a folder's name
 
 
 def as_json(audits: Sequence[Audit]) -> dict[str, Any]:
-    """One audit's report as it is; two side by side with what differs between them."""
+    """The report of one audit, or two reports with their differences."""
     if len(audits) == 1:
         return AuditReport.model_validate(audits[0].report).to_dict()
     one, two = (audit.report for audit in audits)
@@ -35,25 +35,25 @@ def as_json(audits: Sequence[Audit]) -> dict[str, Any]:
 
 
 def check_place(out: Path) -> None:
-    """ArtifactError where no folder can be made below `out`, before hours are spent on a report; makes nothing."""
+    """Raises ArtifactError if no folder can be created in `out`. Creates nothing."""
     there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.exists(path))
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        reason = "cannot be written to" if there.is_dir() else "is no folder"
+        reason = "is not writable" if there.is_dir() else "is not a folder"
         raise ArtifactError(
             f"the report cannot be written to {out}: {there} {reason}", hint="choose another folder with --out"
         )
 
 
 def as_text(audits: Sequence[Audit]) -> str:
-    """`as_json` as text that any terminal and file takes."""
+    """`as_json` as text that is valid UTF-8."""
     return storable(json.dumps(as_json(audits), indent=1, ensure_ascii=False, allow_nan=False)).decode()
 
 
 def write_report(audits: Sequence[Audit], out: Path) -> Path:
-    """Writes `audit.json` and `audit.html` into a new folder below `out` and returns it.
+    """Writes `audit.json` and `audit.html` into a new folder in `out` and returns it.
 
-    A folder that is there already is kept: the new one gets the next free number. It appears whole or not at all.
-    Raises ArtifactError where `out` cannot be written to.
+    If a folder of that name exists, the new one gets the next free number. It appears complete or not at all. Raises
+    ArtifactError if `out` is not writable.
     """
     files = {
         JSON: (as_text(audits) + "\n").encode(),
@@ -82,7 +82,7 @@ def write_report(audits: Sequence[Audit], out: Path) -> Path:
 
 
 def _claim(out: Path, stem: str) -> tuple[Path, Path]:
-    """The first free name and a partial folder for it, which nobody else can have claimed."""
+    """The first free name, and a new partial folder for it, which reserves the name."""
     number = 1
     while True:
         folder = out / (stem if number == 1 else f"{stem}-{number}")

@@ -1,7 +1,7 @@
-"""Plan to bytes: the body of an artifact, its proof, and dense checkpoints out of it.
+"""Subject -> artifact: writes and verifies it. Also extracts dense checkpoints.
 
-`frankenmoe.build` is both this package and the function that users call: Python binds a package to its parent's
-attribute when any file of it is imported, so the package itself can be called.
+`frankenmoe.build` names both this package and the function that users call, because Python binds a package to an
+attribute of its parent at import. So the package itself is callable.
 """
 
 import sys

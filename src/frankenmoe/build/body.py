@@ -1,6 +1,6 @@
-"""Plan -> the body of a built artifact, streaming and resumable: finished shards are kept, the rest is written.
+"""Plan -> the weights of a built artifact. Streams them, and resumes after the finished shards.
 
-Knows nothing of torch, of how routers were made, or of what a tensor means.
+Does not import torch.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,17 +18,17 @@ AT_ONCE = 2
 
 
 def compose(plan: Plan, folder: Path, *, shard_size: int, on_bytes: Callable[[int], None]) -> None:
-    """Writes every shard that `folder` does not hold yet, then config, index and the small files of the base.
+    """Writes the shards that are missing in `folder`, then config, index and the small files of the base.
 
-    `on_bytes` hears every byte, those of finished shards too.
-    Raises ArtifactError before the first byte when the disk is too small.
+    Calls `on_bytes` with the size of every piece, those of finished shards included. Raises ArtifactError before the
+    first byte if the disk is too small.
     """
     shards = name_shards(split_shards(plan.groups, limit=shard_size))
     missing = (writes for name, writes in shards.items() if not (folder / name).exists())
     check_disk(
         folder,
         need=sum(map(_size, missing)),
-        hint="choose a folder on another disk, or keep the MoE virtual with --virtual (megabytes)",
+        hint="choose a folder on another disk, or use --virtual (megabytes)",
     )
     _write_shards(shards, folder, on_bytes=on_bytes)
     write_json(folder / "config.json", plan.config)
@@ -39,7 +39,7 @@ def compose(plan: Plan, folder: Path, *, shard_size: int, on_bytes: Callable[[in
 def _write_shards(
     shards: Mapping[str, Sequence[TensorWrite]], folder: Path, *, on_bytes: Callable[[int], None]
 ) -> None:
-    """Two shards at a time: one computes or waits for a source while the other writes. The first error stops both."""
+    """Writes two shards at a time: one computes or reads while the other writes. The first error stops both."""
     scanned: set[TensorRef] = set()
     stopped = Event()
 
@@ -65,9 +65,9 @@ def _write_shards(
 
 
 def split_shards(groups: Sequence[Sequence[TensorWrite]], *, limit: int) -> list[list[TensorWrite]]:
-    """Fills shards up to `limit` bytes in order; a group that fits into one shard is not cut by a border.
+    """Fills shards up to `limit` bytes, in order. A group that fits into one shard is not split.
 
-    Of one that does not, tensors of one shape that follow each other stay together if they fit.
+    In a larger group, consecutive tensors of the same shape stay together if they fit.
     """
     shards: list[list[TensorWrite]] = [[]]
     filled = 0
@@ -86,26 +86,28 @@ def _chunks(groups: Sequence[Sequence[TensorWrite]], limit: int) -> Iterator[Seq
         if _size(group) <= limit:
             yield group
             continue
-        for _, same in groupby(group, key=lambda write: write.shape):  # gate and up of all experts, then their downs
+        for _, same in groupby(group, key=lambda write: write.shape):  # gate and up of all experts, then down of all
             packed = tuple(same)
             yield from (packed,) if _size(packed) <= limit else ((write,) for write in packed)
 
 
 def name_shards(shards: Sequence[list[TensorWrite]]) -> dict[str, list[TensorWrite]]:
-    """`model-00001-of-0000n.safetensors` and on: numbered even when there is one, since transformers ignores the index
-    (and with it the routers' file) where it finds a plain model.safetensors."""
+    """Name -> shard: `model-00001-of-0000n.safetensors` and so on, also for a single shard.
+
+    If transformers found a plain model.safetensors, it would ignore the index and with it the routers' file.
+    """
     return {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
 def index(shards: Mapping[str, Sequence[TensorWrite]], *, routers: Sequence[str]) -> dict[str, object]:
-    """model.safetensors.index.json: which file holds which tensor, routers included."""
+    """The content of model.safetensors.index.json: tensor -> file, routers included."""
     body = {write.name: name for name, writes in shards.items() for write in writes}
     total = sum(_size(writes) for writes in shards.values())
     return {"metadata": {"total_size": total}, "weight_map": body | dict.fromkeys(routers, ROUTERS)}
 
 
 def copy_small_files(plan: Plan, folder: Path) -> None:
-    """Tokenizer, chat template and generation settings, byte for byte: re-saving them would lose what tools rely on."""
+    """Copies tokenizer, chat template and generation settings unchanged, because re-saving them loses information."""
     for file in plan.small_files:
         write_atomic(folder / file.name, file.read_bytes())
 

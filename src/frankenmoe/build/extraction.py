@@ -1,17 +1,16 @@
-"""One expert of an artifact as a dense checkpoint again: the MoE's backbone with that expert's FFN in every layer."""
+"""Artifact -> a dense checkpoint of one expert: the MoE's backbone with that expert's FFN in every layer."""
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from frankenmoe.artifact.folder import Artifact, become, check_disk, growing, refuse_occupied, write_json
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
 from frankenmoe.errors import ArtifactError
-from frankenmoe.planning import ExpertNode
 from frankenmoe.planning.files import TOKENIZER_FILES
+from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.parts import Parts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.subject import Subject, open_subject
@@ -21,10 +20,10 @@ from frankenmoe.suggest import did_you_mean
 def extract(
     what: Subject | Artifact | str | Path, out: str | Path, *, expert: str, progress: Progress = SILENT
 ) -> Path:
-    """Writes a dense checkpoint that stock transformers loads into `out`, whole or not at all.
+    """Writes a dense checkpoint for stock transformers to `out`, completely or not at all.
 
-    `expert` is a name, "group/leaf" for a nested one, or a number counted from 0. A built artifact is enough by itself,
-    a virtual one needs its sources. Adapters, noise and residual scale of the expert are folded in.
+    `expert` is a name, "group/leaf" if nested, or a number from 0. A virtual artifact needs its sources. Adapters,
+    noise and residual scale of the expert are folded into the weights.
     """
     subject = open_subject(what)
     out = Path(os.path.realpath(out))
@@ -49,24 +48,16 @@ def extract(
 
 
 def _config(parts: Parts, dtype: str) -> dict[str, object]:
-    """The base's own config, with the type that the weights have now."""
+    """The config of the base, with the dtype of the written weights."""
     name = DTYPES[dtype].name
     return {**parts.config, "dtype": name, "torch_dtype": name}
 
 
 def _writes(parts: Parts, expert: str, folder: Path) -> list[TensorWrite]:
-    """The backbone and one expert's FFNs, adapters folded in, under dense names."""
-    named = dict(_leaves(parts.nodes, ""))
+    """The backbone and one expert's FFNs with adapters folded in, under dense names."""
+    named = {name: node for name, _, node in named_experts(parts.nodes) if not node.children}
     node = named[_name(expert, list(named), folder)]
     return [*parts.backbone, *(node.folded(layer, suffix) for layer, row in enumerate(node.ffn) for suffix in row)]
-
-
-def _leaves(nodes: tuple[ExpertNode, ...], prefix: str) -> Iterator[tuple[str, ExpertNode]]:
-    for node in nodes:
-        if node.children:
-            yield from _leaves(node.children, f"{prefix}{node.name}/")
-        else:
-            yield prefix + node.name, node
 
 
 def _name(expert: str, names: list[str], folder: Path) -> str:

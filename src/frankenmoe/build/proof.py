@@ -1,6 +1,6 @@
-"""Proof that an artifact is what its recipe says: names, shapes, finite values, bytes against sources, loadable.
+"""Checks that an artifact matches its recipe: names, shapes, finite values, bytes of the sources, model class.
 
-Makes nothing and mends nothing.
+Changes nothing.
 """
 
 import json
@@ -28,16 +28,16 @@ from frankenmoe.planning.recall import facts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.subject import Subject, open_subject
 
-DAMAGED = "the folder was changed or damaged after it was built; build it again"
-UNKNOWN_CLASS = "this transformers has another layout for this format than frankenmoe knows; update frankenmoe"
+DAMAGED = "the folder was changed or damaged after the build; build it again"
+UNKNOWN_CLASS = "the installed transformers has a new layout for this format; update frankenmoe"
 SINGLE = "model.safetensors"
-SAMPLE = 2**16  # bytes of a copied tensor that a sampled proof compares
+SAMPLE = 2**16  # bytes compared of each copied tensor if sampled
 Listener = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was found to hold: what, and how much of it."""
+    """A passed check: what was checked, and how much of it."""
 
     what: str
     found: str
@@ -46,21 +46,21 @@ class Check:
 def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT) -> tuple[Check, ...]:
     """Checks every byte of an artifact against its sources.
 
-    Returns what holds; raises ArtifactError or NumericsError at what does not, PlanError for a recipe.
+    Returns the passed checks. Raises ArtifactError or NumericsError for the first failure, PlanError for a recipe.
     """
     subject = open_subject(what)
     artifact, made = subject.artifact, subject.plan
     if artifact is None:
-        raise PlanError(f"{subject.origin} is a recipe, and nothing is built yet", hint="name an artifact's folder")
+        raise PlanError(f"{subject.origin} is a recipe, expected an artifact", hint="give an artifact's folder")
     for key, value in facts(made).items():
         if artifact.record.get(key) != value:
             raise ArtifactError(
-                f"the record of {artifact.folder} says {key} {artifact.record.get(key)!r:.60}, but its recipe makes it "
+                f"the record of {artifact.folder} has {key} {artifact.record.get(key)!r:.60}, but its recipe gives "
                 f"{value!r:.60}",
                 hint="the record was edited; build the artifact again",
             )
     files = (*made.source_files, *made.deciding_files)
-    checks = [Check("sources", f"{len(files)} files are those it was made from"), _small_files(artifact)]
+    checks = [Check("sources", f"{len(files)} files are unchanged"), _small_files(artifact)]
     if artifact.form == "virtual":
         progress.start("comparing", sum(file.stat().st_size for file in made.source_files), "B")
         return (*checks, _hashes(artifact, made, progress.advance), *prove_routers(made, artifact.folder))
@@ -73,33 +73,33 @@ def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT
 
 
 def _small_files(artifact: Artifact) -> Check:
-    """The artifact's own configs, index and tokenizer by SHA-256."""
+    """Compares the artifact's configs, index and tokenizer with their recorded SHA-256."""
     recorded, found = artifact.record["files"], small_hashes(artifact.folder)
     for name, was in recorded.items():
         if found.get(name) != was:
             raise ArtifactError(
-                f"{artifact.folder / name} {'was edited' if name in found else 'is gone'} since it was written",
-                hint="bring the old one back, or build the artifact again",
+                f"{artifact.folder / name} {'was edited' if name in found else 'was removed'} after the build",
+                hint="restore the file, or build the artifact again",
             )
     stray = artifact.folder / SINGLE
     if stray.exists():
         raise ArtifactError(
-            f"{stray} was put there afterwards, and transformers would load it in place of the shards and the routers",
+            f"{stray} was added after the build, and transformers would load it instead of the shards and the routers",
             hint="move it away",
         )
-    return Check("files", f"{len(recorded)} small files are as they were written")
+    return Check("files", f"{len(recorded)} small files are unchanged")
 
 
 def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:
-    """A built body against its plan, the target class and the sources.
+    """Compares the built weights with the plan, the model class and the sources.
 
-    `sampled` compares one block per tensor, and leaves the class to `prove_class`: as the folder's tensors and config
-    are the plan's, what holds of these holds of those.
+    `sampled` compares one block per tensor and not the class: the folder has the tensors and config of the plan, for
+    which `prove_class` checks it.
     """
     checkpoint = open_checkpoint(folder)
     tensors = checkpoint.tensors
     _compare_headers(plan, tensors)
-    checks = [Check("headers", f"{len(tensors)} tensors have the planned name, shape and type")]
+    checks = [Check("headers", f"{len(tensors)} tensors have the planned names, shapes and types")]
     if sampled:
         _compare_config(plan, checkpoint.config, folder)
         _read_ahead(tensors.values())
@@ -109,11 +109,11 @@ def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = 
     wanted = _sampled_once(plan.writes, tensors) if sampled else plan.writes
     compared = sum(_compare_bytes(write, tensors[write.name], sampled=sampled, on_bytes=on_bytes) for write in wanted)
     extent = "one block of each tensor, " if sampled else "every byte, "
-    return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources'"))
+    return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources"))
 
 
 def prove_class(plan: Plan) -> None:
-    """What the plan will write is what its target class, made from the plan's config, will look for."""
+    """Checks that the planned tensors are those of the model class, made from the planned config."""
     if plan.fmt is None or not plan.fmt.loads_in_transformers:
         return
     with TemporaryDirectory() as folder:
@@ -122,7 +122,7 @@ def prove_class(plan: Plan) -> None:
 
 
 def _sampled_once(writes: Iterable[TensorWrite], tensors: Mapping[str, TensorRef]) -> Iterator[TensorWrite]:
-    """The writes, those computed a second time (one source, many experts) as copies of the first one's result."""
+    """The writes; one that computes the same as an earlier one becomes a copy of that one's result."""
     first: dict[object, TensorRef] = {}
     for write in writes:
         found = first.setdefault((write.inputs, write.steps, write.dtype, write.shape), tensors[write.name])
@@ -131,7 +131,7 @@ def _sampled_once(writes: Iterable[TensorWrite], tensors: Mapping[str, TensorRef
 
 
 def prove_sources(plan: Plan, *, on_bytes: Listener = lambda amount: None) -> None:
-    """Everything that a virtual MoE will read is finite and fits the type it is stored in; `on_bytes` hears of it."""
+    """Checks that all values that a virtual MoE will read are finite and fit the stored type."""
     leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
     ffn = (write for leaf in leaves for row in leaf.ffn for write in row.values())
     for write in dict.fromkeys((*plan.backbone, *ffn)):
@@ -143,26 +143,26 @@ def prove_sources(plan: Plan, *, on_bytes: Listener = lambda amount: None) -> No
 
 
 def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
-    """Every gate is there, of the planned shape, and finite. (Later stages may have changed its values.)"""
+    """Checks that every gate exists, has the planned shape and is finite. Later stages may have changed its values."""
     routers = open_artifact_routers(folder)
     if {name: ref.shape for name, ref in routers.items()} != dict(plan.routers):
         odd = sorted(set(routers) ^ set(plan.routers)) or [
             name for name in routers if routers[name].shape != plan.routers[name]
         ]
         raise ArtifactError(
-            f"the routers file of {folder} does not fit its recipe: expected {len(plan.routers)} gates, found "
-            f"{len(routers)}, the first odd one being {odd[0]}",
+            f"the routers file of {folder} does not match its recipe: expected {len(plan.routers)} gates, found "
+            f"{len(routers)}; the first difference is {odd[0]}",
             hint=DAMAGED,
         )
     for ref in routers.values():
         if ref.dtype not in FLOATS:
             raise ArtifactError(f"router {ref.name} is stored as {ref.dtype}, expected floats", hint=DAMAGED)
         check_finite(ref)
-    return (Check("routers", f"{len(routers)} gates of the planned shape, all finite"),)
+    return (Check("routers", f"{len(routers)} gates have the planned shape and are finite"),)
 
 
 def open_artifact_routers(folder: Path) -> dict[str, TensorRef]:
-    """The routers of a folder that may not be finished yet."""
+    """The routers of a folder that may be unfinished."""
     return Artifact(folder, {}).routers
 
 
@@ -170,14 +170,14 @@ def _hashes(artifact: Artifact, made: Plan, on_bytes: Listener) -> Check:
     for file, was in zip(made.source_files, artifact.record["sources"], strict=True):
         if sha256(file, on_bytes=on_bytes) != was["sha256"]:
             raise ArtifactError(
-                f"{file} has another SHA-256 than when {artifact.folder} was made",
-                hint="a source has changed; bring the old one back, or build the artifact again",
+                f"{file} has another SHA-256 than recorded in {artifact.folder}",
+                hint="a source has changed; restore it, or build the artifact again",
             )
     return Check("values", f"every byte of {len(made.source_files)} source files, by SHA-256")
 
 
 def _planned(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (safetensors dtype, shape) of everything a built form holds."""
+    """Name -> (safetensors dtype, shape) of every tensor of the built form."""
     wanted = {write.name: (write.dtype, write.shape) for write in plan.writes}
     return wanted | {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
 
@@ -195,11 +195,11 @@ def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
 
 def _compare_config(plan: Plan, config: Mapping[str, object], folder: Path) -> None:
     if config != json.loads(json.dumps(plan.config)):
-        raise ArtifactError(f"{folder / 'config.json'} is not the planned one", hint=DAMAGED)
+        raise ArtifactError(f"{folder / 'config.json'} is not the planned config", hint=DAMAGED)
 
 
 def _compare_class(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, where: str, hint: str) -> Check:
-    """`tensors` are what the class of the folder's config, made without weights, would save: no name more or less."""
+    """Checks that `tensors` are exactly those that the model class of the folder's config would save."""
     with torch.device("meta"), quiet_transformers():
         config = AutoConfig.from_pretrained(folder)
         model = causal_class(config)._from_config(config, dtype=config.dtype)
@@ -223,7 +223,7 @@ def _spell(found: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
 
 
 def _read_ahead(tensors: Iterable[TensorRef]) -> None:
-    """Asks for the samples all at once: they were written past the page cache, so each is a wait for the disk."""
+    """Requests all samples at once: they were written past the page cache, so each read would wait for the disk."""
     by_file: dict[Path, list[TensorRef]] = {}
     for ref in tensors:
         by_file.setdefault(ref.file, []).append(ref)
@@ -240,7 +240,7 @@ def _torch_dtype(dtype: str) -> torch.dtype:
 
 
 def _compare_bytes(write: TensorWrite, ref: TensorRef, *, sampled: bool, on_bytes: Listener) -> int:
-    """Compares what was written with the plan's write computed again, block by block; returns how many bytes."""
+    """Computes a write again and compares it with the file, block by block. Returns the number of bytes compared."""
     done = 0
     for wanted in _blocks(write, sampled=sampled):
         found = map_bytes(ref)[done : done + wanted.size]

@@ -1,4 +1,4 @@
-"""Plan -> the record of an artifact (frankenmoe.json), so that every number says where it came from."""
+"""Plan -> the record of an artifact, frankenmoe.json."""
 
 import os
 from collections.abc import Mapping
@@ -23,9 +23,9 @@ def record_of(
     stage: str = "build",
     known: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """frankenmoe.json: enough to say where every number came from and to load without the recipe file.
+    """The content of frankenmoe.json: the recipe, the sources with their hashes, and what was done.
 
-    `folder` is where the artifact grows, `known` are SHA-256 by fingerprint, of files that were hashed before.
+    `folder` is the unfinished artifact. `known` maps fingerprints of files that were hashed before to their SHA-256.
     """
     files, known = made.source_files, known or {}
     if virtual:
@@ -57,7 +57,7 @@ def record_of(
 
 
 def _fit_report(folder: Path) -> dict[str, Any]:
-    """What the fit said when it wrote its statistics: a run that was killed since has not kept it otherwise."""
+    """The fit's report, read from the statistics file, because it must survive a killed and resumed run."""
     if not (folder / STATISTICS).exists():
         return {}
     from frankenmoe.gates.statistics import load_statistics

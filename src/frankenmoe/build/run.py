@@ -1,6 +1,6 @@
-"""Subject -> artifact: plan, routers, body, proof, in that order.
+"""Recipe or virtual artifact -> artifact: plan, routers, weights, verification.
 
-Does not import torch until a stage needs it: bytes are already being copied while it loads.
+Imports torch in a thread while weights are already being copied.
 """
 
 import os
@@ -53,21 +53,19 @@ def build(
     stage: str = "build",
     **changes: Any,
 ) -> Artifact:
-    """Makes an artifact of a recipe: the built form, a standard checkpoint, or the virtual one, megabytes.
+    """Writes an artifact to `out`: a built one (a standard checkpoint) or a virtual one (megabytes).
 
-    A virtual artifact is built with the routers that it has. `changes` are settings by name, such as virtual=True.
-    `dtype` is the stored type, by default the recipe's; `stage` is the entry's name in the record. Killed at any
-    moment, the same call continues where it stopped. Raises FrankenMoEError's children.
+    A virtual artifact is built with its own routers. `changes` are settings by name, such as virtual=True. `dtype` is
+    the type to store weights in, by default the recipe's. `stage` is the name of the entry in the record. If killed,
+    the same call continues where it stopped. Raises subclasses of FrankenMoEError.
     """
-    # a link to an empty folder on another disk is filled there
+    # resolves a link to an empty folder on another disk
     out = Path(os.path.realpath(out))
     refuse_occupied(out)
     subject = open_subject(what, dtype=dtype)
     if subject.artifact and subject.built:
         folder = subject.artifact.folder
-        raise ArtifactError(
-            f"{folder} is built already", hint=f"use it as it is; its recipe is {folder / 'recipe.yml'}"
-        )
+        raise ArtifactError(f"{folder} is already built", hint=f"its recipe is {folder / 'recipe.yml'}")
     settings = settings_with(settings or BuildSettings(), changes)
     virtual, made, given = settings.virtual, subject.plan, subject.artifact
     check_buildable(made, virtual=virtual, allow_identical=settings.allow_identical)
@@ -99,7 +97,7 @@ def build(
         if not same:
             raise SourceError(
                 f"a source of {made.recipe.origin} changed while it was read",
-                hint="build again when nothing writes to the sources any more",
+                hint="build again when no other program writes to the sources",
             )
         if given:
             record["stages"] = [*given.record["stages"], *record["stages"]]
@@ -108,11 +106,10 @@ def build(
 
 @contextmanager
 def torch_ahead(made: Plan, *, virtual: bool) -> Iterator[Future[None]]:
-    """Loads torch and what stands on it in a thread, since that takes as long as copying gigabytes, then checks there
-    that transformers can make models of the sources, and of what will be built.
+    """Imports torch and transformers in a thread, which takes as long as copying gigabytes, and checks the plan there.
 
-    Yields what waits for it and raises what it found: transformers cannot be imported from two threads at once.
-    Python's threads take turns; a short turn keeps the copying from waiting for the imports.
+    Yields a future that raises what the checks found. Wait for it before importing transformers, which cannot be
+    imported from two threads at once. A short switch interval keeps the imports from delaying the copying.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -125,7 +122,7 @@ def torch_ahead(made: Plan, *, virtual: bool) -> Iterator[Future[None]]:
 
 
 def _check_ahead(made: Plan, *, virtual: bool) -> None:
-    """transformers can load the sources, and will find in a built form what its class wants."""
+    """Checks that transformers can load the sources, and that the planned tensors are those of the target class."""
     prove = import_module("frankenmoe.build.proof")
     from frankenmoe.moe.load import check_loadable
 
@@ -135,7 +132,7 @@ def _check_ahead(made: Plan, *, virtual: bool) -> None:
 
 
 def _unless_failed(ahead: Future[None], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
-    """`on_bytes`, but raising what the thread has found meanwhile: no use in writing on."""
+    """`on_bytes`, but raises an error of the thread, so that writing stops early."""
 
     def listen(amount: int) -> None:
         if ahead.done():
@@ -146,7 +143,7 @@ def _unless_failed(ahead: Future[None], on_bytes: Callable[[int], None]) -> Call
 
 
 def _check_sources(made: Plan, progress: Progress) -> None:
-    """What a virtual MoE will read, checked before it is promised."""
+    """Checks all values that a virtual MoE will read."""
     from frankenmoe.build.proof import prove_sources
 
     progress.start("checking", made.bill.memory_virtual, "B")
@@ -154,19 +151,19 @@ def _check_sources(made: Plan, progress: Progress) -> None:
 
 
 def _prove(made: Plan, folder: Path) -> None:
-    """What was written is what was planned."""
+    """Checks that the written files match the plan."""
     from frankenmoe.build.proof import prove_body, prove_routers
 
     try:
         prove_routers(made, folder)
         prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)
-    except ArtifactError as error:  # of a build that went on: running it again would go on from the same files
-        error.hint = f"the folder was changed or damaged while it was made; remove {folder} if it is there, build again"
+    except ArtifactError as error:  # a resumed build would use the same damaged files again
+        error.hint = f"the folder was changed or damaged during the build; remove {folder} if it exists, build again"
         raise
 
 
 def _write_routers(folder: Path, made: MadeRouters) -> None:
-    """The routers last: where they are, the statistics are too."""
+    """Writes statistics, then routers: if the routers' file exists, the statistics are complete."""
     if made.statistics is not None:
         write_atomic(folder / STATISTICS, made.statistics)
     write_routers(folder, made.routers)

@@ -7,7 +7,6 @@ Shape suffix: N elements.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,14 +34,12 @@ class FloatBits:
     largest: float
 
 
-BITS: Mapping[str, FloatBits] = MappingProxyType(
-    {
-        "F64": FloatBits(np.uint64, np.int64, 0x7FF0_0000_0000_0000, float(np.finfo(np.float64).max)),
-        "F32": FloatBits(np.uint32, np.int32, 0x7F80_0000, float(np.finfo(np.float32).max)),
-        "F16": FloatBits(np.uint16, np.int16, _HALF_NUMBERS, 65504.0),
-        "BF16": FloatBits(np.uint16, np.int16, 0x7F80, 2.0**127 * (2 - 2.0**-7)),
-    }
-)
+BITS: Mapping[str, FloatBits] = {
+    "F64": FloatBits(np.uint64, np.int64, 0x7FF0_0000_0000_0000, float(np.finfo(np.float64).max)),
+    "F32": FloatBits(np.uint32, np.int32, 0x7F80_0000, float(np.finfo(np.float32).max)),
+    "F16": FloatBits(np.uint16, np.int16, _HALF_NUMBERS, 65504.0),
+    "BF16": FloatBits(np.uint16, np.int16, 0x7F80, 2.0**127 * (2 - 2.0**-7)),
+}
 
 
 def decode(raw: Bytes, *, dtype: str) -> Floats:

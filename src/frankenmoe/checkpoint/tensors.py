@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,30 +14,28 @@ class DType:
     name: str
 
 
-DTYPES: Mapping[str, DType] = MappingProxyType(
-    {
-        "F64": DType(8, "float64"),
-        "F32": DType(4, "float32"),
-        "F16": DType(2, "float16"),
-        "BF16": DType(2, "bfloat16"),
-        "I64": DType(8, "int64"),
-        "I32": DType(4, "int32"),
-        "I16": DType(2, "int16"),
-        "I8": DType(1, "int8"),
-        "U64": DType(8, "uint64"),
-        "U32": DType(4, "uint32"),
-        "U16": DType(2, "uint16"),
-        "U8": DType(1, "uint8"),
-        "BOOL": DType(1, "bool"),
-        "F8_E4M3": DType(1, "float8_e4m3fn"),
-        "F8_E5M2": DType(1, "float8_e5m2"),
-    }
-)
+DTYPES: Mapping[str, DType] = {
+    "F64": DType(8, "float64"),
+    "F32": DType(4, "float32"),
+    "F16": DType(2, "float16"),
+    "BF16": DType(2, "bfloat16"),
+    "I64": DType(8, "int64"),
+    "I32": DType(4, "int32"),
+    "I16": DType(2, "int16"),
+    "I8": DType(1, "int8"),
+    "U64": DType(8, "uint64"),
+    "U32": DType(4, "uint32"),
+    "U16": DType(2, "uint16"),
+    "U8": DType(1, "uint8"),
+    "BOOL": DType(1, "bool"),
+    "F8_E4M3": DType(1, "float8_e4m3fn"),
+    "F8_E5M2": DType(1, "float8_e5m2"),
+}
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """The types that can be computed with and cast into one another."""
 
-_ALIASES: Mapping[str, str] = MappingProxyType(
+_ALIASES: Mapping[str, str] = (
     {dtype.name: key for key, dtype in DTYPES.items()}
     | {key.lower(): key for key in DTYPES}
     | {"fp64": "F64", "fp32": "F32", "fp16": "F16"}

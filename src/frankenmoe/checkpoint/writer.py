@@ -47,7 +47,7 @@ def write_shard(
     ):
         out.append(header)
         on_bytes(len(header))
-        shard = _Shard(_partial(path), out, sources, uses=uses, scanned=scanned, on_bytes=on_bytes)
+        shard = _Shard(partial_of(path), out, sources, uses=uses, scanned=scanned, on_bytes=on_bytes)
         for write in writes:
             if write.is_copy:
                 shard.copy(write.inputs[0])
@@ -146,7 +146,8 @@ def write_all(target: int, data: bytes | memoryview) -> None:
         rest = rest[os.write(target, rest) :]
 
 
-def _partial(path: Path) -> Path:
+def partial_of(path: Path) -> Path:
+    """The path of an unfinished file, which a killed process leaves behind."""
     return path.with_name(f"{path.name}.partial")
 
 
@@ -157,7 +158,7 @@ def _create(path: Path) -> int:
 @contextmanager
 def replacing(path: Path, *, size: int, opened: Callable[[Path], int] = _create) -> Iterator[int]:
     """A file descriptor to write `size` bytes to. They become `path` when the block succeeds, else they are removed."""
-    partial = _partial(path)
+    partial = partial_of(path)
     try:
         target = opened(partial)
         try:
@@ -172,7 +173,7 @@ def replacing(path: Path, *, size: int, opened: Callable[[Path], int] = _create)
         if isinstance(error, OSError) and error.errno in _FULL:
             raise _disk_full(path, size) from error
         raise
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _reserve(target: int, size: int) -> None:
@@ -194,7 +195,7 @@ def _disk_full(path: Path, size: int) -> ArtifactError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Makes a rename durable: before its folder is synced, a power failure can undo it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The commands and their options; each imports what it needs when it runs, so that `plan` and `--help` stay quick."""
+"""The commands and their options. A command imports torch only when it runs, so that `plan` and `--help` are fast."""
 
 import io
 import json
@@ -28,7 +28,7 @@ from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import BuildSettings
 from frankenmoe.subject import kind_of, open_subject
 
-INTERRUPTED = 130  # what a shell expects of a program that Ctrl-C ended
+INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 RESUMING = {"build", "train", "eval", "run", "push"}
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
@@ -40,10 +40,10 @@ RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 )
 @click.version_option(__version__, prog_name="frankenmoe")
 def app() -> None:
-    """Mixture-of-experts models out of dense checkpoints.
+    """Make mixture-of-experts models from dense checkpoints.
 
-    A recipe names a base, experts and how tokens find them. `plan` says what it costs, `chat` runs it before anything
-    is written, `build` writes a standard checkpoint.
+    A recipe names a base model, experts and a way to route tokens. `plan` shows its size, `chat` runs it without
+    writing a model, `build` writes a standard checkpoint.
     """
 
 
@@ -53,9 +53,9 @@ def app() -> None:
 @JSON
 @REMOTE
 def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_code: bool) -> None:
-    """Show what RECIPE becomes: format, parameters, memory, warnings.
+    """Show format, parameters, memory and warnings of RECIPE.
 
-    Reads configs and headers only, and writes nothing.
+    Reads configs and headers only. Writes nothing.
     """
     from frankenmoe.planning import plan
     from frankenmoe.planning.trained import read_routers
@@ -92,11 +92,11 @@ def build_command(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Make the MoE of RECIPE, or of a virtual ARTIFACT, in the folder OUT.
+    """Write the MoE of RECIPE, or of a virtual ARTIFACT, to OUT.
 
     If interrupted or killed, the same command continues where it stopped.
     """
-    # planned first: a mistake in the recipe is reported before torch has been imported
+    # the plan comes first, so that mistakes in the recipe are reported before torch is imported
     subject = open_subject(what, dtype=dtype, cache=not no_cache, trust_remote_code=trust_remote_code)
     if subject.artifact is None:
         warn(subject.plan.warnings)
@@ -109,13 +109,13 @@ def build_command(
 
 
 @app.command("verify", epilog=example("frankenmoe verify out/"))
-@click.argument("folder", metavar="OUT", type=click.Path(path_type=Path))
+@click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @JSON
 def verify_command(folder: Path, as_json: bool) -> None:
-    """Compare every byte of OUT with its sources.
+    """Compare every byte of ARTIFACT with its sources.
 
-    Also compares names, shapes and types with the model class, and checks that values are finite. Exit code 2 at the
-    first difference.
+    Also compares names, shapes and types with the model class, and checks that all values are finite. Exits with code
+    2 at the first difference.
     """
     subject = open_subject(folder)
 
@@ -130,14 +130,16 @@ def verify_command(folder: Path, as_json: bool) -> None:
 
 
 @app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
-@click.argument("what", metavar="OUT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
-@click.option("--prompt", help="Say this, print the reply and end; without it, a conversation.")
-@click.option("--max-new-tokens", type=COUNT, default=200, show_default=True)
-@click.option("--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed of the sampling.")
-@click.option("--trace", is_flag=True, help="Show which experts each token went to.")
-@click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, logits a little off.")
-@json_option("Print reply and trace as JSON (needs --prompt).")
+@click.argument("what", metavar="ARTIFACT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Send this message, print the reply and exit.")
+@click.option("--max-new-tokens", type=COUNT, default=200, show_default=True, help="Longest reply, in tokens.")
+@click.option(
+    "--temperature", type=TEMPERATURE, default=0.0, show_default=True, help="Sampling temperature; 0 is greedy."
+)
+@click.option("--seed", type=SEED, default=0, show_default=True, help="Seed for sampling.")
+@click.option("--trace", is_flag=True, help="Show the experts of each token.")
+@click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, slightly inexact.")
+@json_option("Print reply and trace as JSON; needs --prompt.")
 @NO_CACHE
 @REMOTE
 def chat_command(
@@ -152,10 +154,10 @@ def chat_command(
     no_cache: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Talk to an artifact, to a recipe before anything is built, or to a GGUF file.
+    """Chat with an artifact, a recipe or a GGUF file.
 
-    Tokens appear as they are made. With a chat template the model is addressed as an assistant; without one it
-    continues your text.
+    A recipe needs no build. Without --prompt, starts a conversation. Tokens are printed as they are generated. A model
+    without a chat template continues your text.
     """
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt")
@@ -165,9 +167,9 @@ def chat_command(
         from frankenmoe.cli.ggufchat import chat_gguf
 
         if int8:
-            raise click.UsageError("--int8 needs an artifact or a recipe: a GGUF file is quantized by `export`")
+            raise click.UsageError("--int8 needs an artifact or a recipe; `export` quantizes GGUF files")
         if trace:
-            raise click.UsageError("--trace needs an artifact or a recipe: llama.cpp does not report expert choices")
+            raise click.UsageError("--trace needs an artifact or a recipe; llama.cpp does not report experts")
         return chat_gguf(
             what,
             prompt=prompt,
@@ -192,14 +194,18 @@ def chat_command(
 
 @app.command("demo", epilog=example("frankenmoe demo --out demo-out"))
 @click.option(
-    "--out", type=click.Path(path_type=Path), default=Path("demo-out"), show_default=True, help="Where everything goes."
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo-out"),
+    show_default=True,
+    help="Folder for all results.",
 )
 @JSON
 def demo_command(out: Path, as_json: bool) -> None:
-    """The whole story, offline, in two minutes.
+    """Run all stages on five small models, offline, in minutes.
 
-    Makes five small parents, then an MoE of them: planned, run before it is written, measured beside its parents,
-    traced, built and proved.
+    Makes five small parents and an MoE from them. Plans it, runs it, compares it with its parents, traces tokens,
+    builds it and verifies it.
     """
     from frankenmoe.cli.demo import demo
 
@@ -208,7 +214,7 @@ def demo_command(out: Path, as_json: bool) -> None:
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))
 def schema_command() -> None:
-    """Print the JSON schema of recipes, for editors."""
+    """Print the JSON schema of recipes, for use in editors."""
     from frankenmoe.recipe import schema
 
     click.echo(json.dumps(schema(), indent=2))
@@ -231,9 +237,9 @@ for command in (
 
 
 def main() -> None:
-    """Runs a command; every error a user can act on ends in one sentence, a hint and exit code 2."""
+    """Runs a command. Errors are printed as one sentence and a hint; the exit code is then 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal without UTF-8 still gets what it can show
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
         app(standalone_mode=False)
     except FrankenMoEError as error:
@@ -248,8 +254,8 @@ def main() -> None:
         resumes = bool(RESUMING & set(sys.argv[1:2]))
         click.echo(f"interrupted; the same command {'continues from here' if resumes else 'starts again'}", err=True)
         sys.exit(INTERRUPTED)
-    except OSError as error:  # of what we print, say: what sources and artifacts raise has been explained
+    except OSError as error:  # of stdout, for example; those of sources and artifacts are FrankenMoEErrors by now
         where = f" ({printable(str(error.filename))})" if error.filename else ""
         click.echo(f"error: system error: {error.strerror or error}{where}", err=True)
-        click.echo("  hint: check permissions, free space and where the output goes", err=True)
+        click.echo("  hint: check permissions, free space and the output path", err=True)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""What a person or a pipe says next in a conversation; knows nothing of who answers."""
+"""Reads the user's messages in a conversation from a terminal or a pipe."""
 
 import sys
 
@@ -8,12 +8,12 @@ from frankenmoe.cli.text import is_unicode
 
 
 def is_terminal() -> bool:
-    """Whether a person writes; Python has no stdin where the shell has closed it."""
+    """Whether stdin is a terminal. Python has no stdin if the shell has closed it."""
     return sys.stdin is not None and sys.stdin.isatty()
 
 
 def ask() -> str | None:
-    """A line from the person or the pipe; None at its end. Empty lines are asked for again."""
+    """The next line that is not empty; None at the end of input."""
     while True:
         if is_terminal():
             click.echo("> ", nl=False, err=True)
@@ -22,7 +22,7 @@ def ask() -> str | None:
         except UnicodeDecodeError:
             line = "\udcff"
         if not is_unicode(line):
-            raise click.UsageError("what you write must be UTF-8 text")
+            raise click.UsageError("input must be UTF-8 text")
         if not line:
             return None
         if line.strip():

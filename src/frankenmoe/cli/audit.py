@@ -1,4 +1,4 @@
-"""`frankenmoe audit`: six answers in the terminal, on a page and as JSON; computes none of them."""
+"""`frankenmoe audit`: its options, and an audit as text in the terminal."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,11 +22,11 @@ from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import open_subject
 
 STYLES = {"good": "bold green", "mind": "bold yellow", "bad": "bold red", "open": "bold"}
-ROOMY = 70  # characters of a terminal that has room for more columns
-BAR = 16  # characters of a load bar, more where there is room
+ROOMY = 70  # columns; a terminal this wide shows more measures
+BAR = 16  # characters of a load bar in a narrow terminal
 TOKENS_SHOWN = 12
 TOKEN_WIDTH = 12
-WIDEST_STRIP = 26  # layers shown beside a token
+WIDEST_STRIP = 26  # layers shown per token
 
 
 @click.command(
@@ -36,17 +36,16 @@ WIDEST_STRIP = 26  # layers shown beside a token
         "frankenmoe audit before/ after/ --out reports/"
     ),
 )
-@click.argument("first", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
-@click.argument("second", metavar="[OUT|RECIPE]", required=False, type=click.Path(path_type=Path))
+@click.argument("first", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("second", metavar="[ARTIFACT|RECIPE]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--data", "data", metavar="EXPERT=FILE", multiple=True,
-    help="Text to route, labelled with the expert it belongs to (a file or hub dataset; again for more). Without "
-    "EXPERT= it has no label. Default: the recipe's data, else its prompts.",
+    help="Text to route, as file or hub dataset; default: the recipe's data or prompts (repeatable).",
 )  # fmt: skip
 @settings_options(AuditSettings)
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True,
-    help="Where the report's own folder goes.",
+    help="Folder in which the report gets its own folder.",
 )  # fmt: skip
 @NO_CACHE
 @json_option("Print the report as JSON.")
@@ -61,22 +60,23 @@ def audit_command(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """See what the routers of an MoE do, or of two side by side.
+    """Show what the routers of an MoE do, or compare two MoEs.
 
-    Answers six questions, layer by layer: is it an MoE at all, who gets the tokens, does routing follow the domain, is
-    the router conditioned, would it survive, what did this token see. Prints them and writes a page (audit.html, one
-    file that loads nothing) and audit.json.
+    Answers six questions, layer by layer: is it an MoE at all, which experts get the tokens, does routing follow the
+    domain, is the router well conditioned, would it survive capacity limits and quantization, which experts did a token
+    see. Prints the answers and writes a self-contained page (audit.html) and audit.json. Text given without EXPERT= has
+    no label.
     """
     from frankenmoe.audit.run import check, look
     from frankenmoe.audit.write import as_text, check_place, write_report
     from frankenmoe.charts import can_draw
 
     if not can_draw():
-        click.secho("warning: no charts on the page without `pip install 'frankenmoe[audit]'`", fg="yellow", err=True)
+        click.secho("warning: the page will have no charts; `pip install 'frankenmoe[audit]'`", fg="yellow", err=True)
     settings = settings_with(AuditSettings(), given(options))
     if settings.prompt is not None and not is_unicode(settings.prompt):
         raise click.UsageError("--prompt is not UTF-8 text")
-    check_place(out)  # before anything is computed, of the second as well
+    check_place(out)  # before anything is computed
     subjects = [
         open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
         for what in (first, second)
@@ -103,7 +103,7 @@ def audit_command(
 
 
 def show_audit(report: Facts, show: Console) -> None:
-    """One audit: what it is of, who the experts are, then question by question."""
+    """Prints one audit: the model, its experts, then each question with its answer."""
     model, subject = report["model"], report["subject"]
     shared = ", one shared expert" if model["shared_expert"] else ""
     place = printable(subject["path"])
@@ -171,7 +171,7 @@ def _details(key: str, report: Facts, outer: Sequence[Facts], show: Console) -> 
 
 
 def load_bar(shares: Sequence[float], width: int) -> Text:
-    """One character per 1/width of the assignments, each the digit of the expert that got it."""
+    """A bar of `width` characters: each expert's digit in proportion to its load."""
     bar, done, filled = Text(), 0.0, 0
     for expert, share in enumerate(shares):
         done += share
@@ -182,7 +182,7 @@ def load_bar(shares: Sequence[float], width: int) -> Text:
 
 
 def _print_tokens(report: Facts, show: Console) -> None:
-    """The first tokens of the first passage: a digit per layer and, where there is room, the last layer's weights."""
+    """Prints the first tokens of a passage: a digit per layer and, in a wide terminal, the last layer's weights."""
     passage = report["passages"][0]
     layers = passage["layers"][:WIDEST_STRIP]
     names = [printable(name) for name in report["model"]["experts"]]
@@ -196,8 +196,8 @@ def _print_tokens(report: Facts, show: Console) -> None:
         if show.width >= ROOMY:
             last = layers[-1]
             weights = zip(last["experts"][at], last["weights"][at], strict=True)
-            told = (f"{weight:.2f} {names[expert] if expert >= 0 else 'dropped'}" for expert, weight in weights)
-            line.append(f"  layer {last['layer']}: {', '.join(told)}", style="dim")
+            shown = (f"{weight:.2f} {names[expert] if expert >= 0 else 'dropped'}" for expert, weight in weights)
+            line.append(f"  layer {last['layer']}: {', '.join(shown)}", style="dim")
             line.truncate(show.width, overflow="ellipsis")
         show.print(line)
     rest = sum(len(each["tokens"]) for each in report["passages"]) - min(TOKENS_SHOWN, len(passage["tokens"]))
@@ -206,7 +206,7 @@ def _print_tokens(report: Facts, show: Console) -> None:
 
 
 def show_difference(one: Facts, two: Facts, show: Console) -> None:
-    """Layer by layer, from the first audit to the second."""
+    """Prints the measures of both audits, layer by layer."""
     from frankenmoe.audit.compare import OTHER_TEXT, paired, same_text
 
     measures = compared_in_terminal(roomy=show.width >= ROOMY)

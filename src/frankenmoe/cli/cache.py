@@ -1,4 +1,4 @@
-"""`frankenmoe cache`: what the user's cache holds, and how to empty it."""
+"""`frankenmoe cache`: lists and clears the user's cache."""
 
 import json
 from datetime import datetime
@@ -11,16 +11,16 @@ from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console, gib
 from frankenmoe.cli.text import printable
 
-KIND = click.argument("kind", required=False, type=click.Choice(tuple(KINDS)))
+KIND = click.argument("kind", required=False, type=click.Choice(KINDS))
 
 
 @click.group("cache", invoke_without_command=True, epilog=example("frankenmoe cache\nfrankenmoe cache clear routers"))
 @JSON
 @click.pass_context
 def cache_command(context: click.Context, as_json: bool) -> None:
-    """List what can be computed again: fitted routers, scores, compiled products.
+    """List cached routers, scores and compiled CPU kernels.
 
-    It lies in $XDG_CACHE_HOME/frankenmoe or ~/.cache/frankenmoe. Losing it costs time and nothing else.
+    The cache is in $XDG_CACHE_HOME/frankenmoe, by default ~/.cache/frankenmoe. Everything in it can be computed again.
     """
     if context.invoked_subcommand is not None:
         return
@@ -34,19 +34,19 @@ def cache_command(context: click.Context, as_json: bool) -> None:
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("kind", no_wrap=True)
-    table.add_column("of", overflow="fold")
+    table.add_column("name", overflow="fold")
     table.add_column("size", justify="right", no_wrap=True)
     table.add_column("last used", no_wrap=True)
     for each in found:
         used = datetime.fromtimestamp(each.used).strftime("%Y-%m-%d %H:%M")
         table.add_row(each.kind, printable(each.name), gib(each.bytes), used)
     console().print(table)
-    click.echo(f"{len(found)} entries, {gib(sum(each.bytes for each in found))}, in {cache_folder('').parent}")
+    click.echo(f"{len(found)} entries, {gib(sum(each.bytes for each in found))}, in {cache_folder('')}")
 
 
 @cache_command.command("clear", epilog=example("frankenmoe cache clear"))
 @KIND
 def clear_command(kind: str | None) -> None:
-    """Remove everything of one KIND, or of all kinds: routers, scores, kernels."""
+    """Remove all entries, or those of one kind."""
     freed = sum(clear(each) for each in ((kind,) if kind else KINDS))
     click.echo(f"removed {gib(freed)}")

@@ -1,4 +1,4 @@
-"""`frankenmoe card`: asks for samples where wanted, writes the card, lists what is missing."""
+"""`frankenmoe card`: makes samples, writes the model card and lists what is missing in it."""
 
 import json
 from pathlib import Path
@@ -17,17 +17,19 @@ from frankenmoe.subject import open_subject
 @click.command("card", epilog=example('frankenmoe card my-moe --prompt "Write a haiku about snow"'))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @settings_options(CardSettings)
-@click.option("--report", "reports", multiple=True, type=click.Path(path_type=Path), help="A report kept elsewhere.")
-@click.option("--overwrite", is_flag=True, help="Replace a README.md that was written or changed by hand.")
+@click.option(
+    "--report", "reports", multiple=True, type=click.Path(path_type=Path), help="Additional report file (repeatable)."
+)
+@click.option("--overwrite", is_flag=True, help="Replace a README.md written or changed by hand.")
 @JSON
 @REMOTE
 def card_command(
     folder: Path, reports: tuple[Path, ...], overwrite: bool, as_json: bool, trust_remote_code: bool, **options: Any
 ) -> None:
-    """Write README.md, the model card, into ARTIFACT.
+    """Write the model card, README.md, into ARTIFACT.
 
-    Its content comes from the artifact, its sources and the reports in its folder `reports`. What was not measured is
-    left out, and the card says so. Options replace what the recipe says under `card`.
+    Its content comes from the artifact, its sources and the reports in ARTIFACT/reports. The card lists what was not
+    measured. Options replace settings in the recipe's section `card`.
     """
     from frankenmoe.publish.card import make_card, write_card
 
@@ -47,4 +49,4 @@ def card_command(
         return
     click.echo(f"card in {file}")
     for what, why in card.missing.items():
-        click.echo(f"not in it: {what}: {why}")
+        click.echo(f"missing: {what}: {why}")

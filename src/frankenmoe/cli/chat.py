@@ -1,4 +1,4 @@
-"""A conversation in the terminal: streams tokens as they are made, and shows which experts saw each of them."""
+"""Chats with an MoE in the terminal: prints tokens as they are generated, and the experts of each token."""
 
 import json
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from frankenmoe.subject import Subject
 
 TOKEN_WIDTH = 12
 LAYERS_TITLE = "first choice by layer"
-ROOMY = 60  # columns from which that title leaves room for names
+ROOMY = 60  # columns; a narrower terminal gets a shorter title
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How replies are made and shown. `temperature` 0 is greedy."""
+    """How replies are generated and shown. `temperature` 0 is greedy."""
 
     max_new_tokens: int
     temperature: float
@@ -35,19 +35,19 @@ class Settings:
 
 
 def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: bool) -> None:
-    """One exchange with `prompt`, otherwise a conversation until end of file or Ctrl-C."""
+    """Answers `prompt`; without one, a conversation until end of input or Ctrl-C."""
     with bars() as progress:
         moe = subject.load(int8=settings.int8, progress=progress)
         fast = prepare_kernels(moe.model, progress)
     if not fast:
-        click.secho("warning: slower than it could be; pip install 'frankenmoe[cpu]'", fg="yellow", err=True)
+        click.secho("warning: no fast CPU kernels; pip install 'frankenmoe[cpu]'", fg="yellow", err=True)
     tokenizer = moe.tokenizer()
     torch.manual_seed(settings.seed)
     history: list[dict[str, str]] = []
     if prompt is None and is_terminal():
-        click.echo("write, then Enter; Ctrl-D ends", err=True)
-    while (said := ask() if prompt is None else prompt) is not None:
-        history.append({"role": "user", "content": said})
+        click.echo("type a message and press Enter; Ctrl-D ends", err=True)
+    while (message := ask() if prompt is None else prompt) is not None:
+        history.append({"role": "user", "content": message})
         made = reply(
             moe,
             tokenizer,
@@ -67,7 +67,7 @@ def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: b
 
 
 def show_trace(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> None:
-    """A line per token: its text, the first expert of every layer as a coloured digit, its main experts by weight."""
+    """Prints a line per token: text, first expert of every layer as a coloured digit, experts with most weight."""
     out = console()
     title = LAYERS_TITLE if out.width >= ROOMY else "layers"
     width = max(len(title), len(made.layers))
@@ -92,7 +92,7 @@ def show_trace(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> None:
 
 
 def _shown(tokenizer: Any, token: int) -> str:
-    """A token as visible text."""
+    """A token's text, escaped."""
     return repr(tokenizer.decode([token]))[1:-1]
 
 

@@ -1,4 +1,4 @@
-"""Prints the demo's story for somebody who has never seen an MoE; computes nothing."""
+"""Prints the demo's results for readers who are new to MoEs."""
 
 import json
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from frankenmoe.demo.text import DOMAINS
 
 
 def demo(out: Path, *, as_json: bool) -> None:
-    """Runs the demo in `out` and prints what it found."""
+    """Runs the demo in `out` and prints its results."""
     click.echo(f"making a base and {len(DOMAINS)} experts in {out}/parents (once), then an MoE of them ...", err=True)
     with bars() as progress:
         story = tell(out, progress=progress)
@@ -36,18 +36,18 @@ def _print(story: Story, out: Path) -> None:
         f"{billions(made.bill.active)} of them active for each token.",
         highlight=False,
     )
-    show.print("\n2. Every stage the recipe asks for, by `frankenmoe run`", style="bold")
+    show.print("\n2. All stages of the recipe, by `frankenmoe run`", style="bold")
     for step in story.steps:
-        show.print(f"{step.name:<7} {step.said}", highlight=False, markup=False)
+        show.print(f"{step.name:<7} {step.summary}", highlight=False, markup=False)
     for stage, extra in story.lacking.items():
-        show.print(f"{stage:<7} left out: pip install 'frankenmoe[{extra}]'", highlight=False, markup=False)
+        show.print(f"{stage:<7} skipped: pip install 'frankenmoe[{extra}]'", highlight=False, markup=False)
     show.print("\n3. Held-out loss (nats per token, lower is better)", style="bold")
     show.print(_loss_table(story.losses))
     for line in _reading(story.losses):
         show.print(line, highlight=False)
     right = {name: mean(row.values()) for name, row in story.quiz.items()}
     show.print(
-        f"A quiz of its own, which of four endings is right: base {right['dense base']:.0%}, MoE {right['MoE']:.0%}.",
+        f"Quiz (choose the right one of four endings): base {right['dense base']:.0%}, MoE {right['MoE']:.0%}.",
         highlight=False,
     )
     show.print("\n4. Where tokens go", style="bold")
@@ -55,26 +55,24 @@ def _print(story: Story, out: Path) -> None:
     show.print(
         f"Share of tokens whose first choice is their own domain's expert: {shares}; chance is 25%.", highlight=False
     )
-    show.print(
-        f"\n5. What it says, and which experts saw it: {story.prompt!r} goes on as", style="bold", highlight=False
-    )
+    show.print(f"\n5. A reply and its experts: {story.prompt!r} continues as", style="bold", highlight=False)
     show.print(story.reply.text.rstrip(), highlight=False, markup=False)
     show_trace(story.reply, tuple(node.name for node in story.plan.nodes), story.tokenizer)
-    show.print("\n6. The proof", style="bold")
+    show.print("\n6. Verification", style="bold")
     for check in story.checks:
         show.print(f"ok  {check.what}: {check.found}", highlight=False)
     show.print(
-        f"ok  stock transformers: loads the built MoE, logits within {story.stock_difference:.1e} of ours",
+        f"ok  stock transformers: loads the built MoE; its logits differ by at most {story.stock_difference:.1e}",
         highlight=False,
     )
-    show.print("\n7. Look at it", style="bold")
+    show.print("\n7. Results to open", style="bold")
     model = out / "run" / "model"
     for what, file in (
-        ("the routing, live", model / "reports" / "audit.html"),
-        ("the model card", model / "README.md"),
-        ("for llama.cpp", model / "gguf"),
-        ("the MoE itself", model),
-        ("its parents", out / "parents"),
+        ("routing page", model / "reports" / "audit.html"),
+        ("model card", model / "README.md"),
+        ("GGUF files", model / "gguf"),
+        ("built MoE", model),
+        ("parents", out / "parents"),
     ):
         if file.exists():
             click.echo(f"  {what + ':':<19} {file}")
@@ -102,21 +100,21 @@ def _loss_table(losses: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def _reading(losses: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The table in words, with numbers taken from it."""
+    """Sentences that explain the table."""
     average = {name: mean(row.values()) for name, row in losses.items()}
     best = TRAINED if TRAINED in average else FITTED
     base, random, prompted, reached, own = (average[name] for name in ("dense base", RANDOM, PROMPTED, best, FORCED))
     parents = [name for name in average if name.startswith("dense") and name != "dense base"]
     dense = min(parents, key=lambda name: average[name])
     return [
-        f"Each parent is good at its own text; the best all-round one is {dense} with {average[dense]:.3f}.",
+        f"Each parent is best on its own text; {dense} has the lowest mean, {average[dense]:.3f}.",
         f"The {best}: {reached:.3f}, {abs(base - reached):.3f} {'better' if reached < base else 'worse'} than the "
-        f"dense base. On the way from random gates ({random:.3f}) to every text's own expert ({own:.3f}), gates from "
-        f"prompts get {_share(random, prompted, own):.0%} far, fitted ones {_share(random, average[FITTED], own):.0%}"
-        + (f", trained ones {_share(random, average[TRAINED], own):.0%}." if TRAINED in average else "."),
+        f"dense base. Of the gap between random gates ({random:.3f}) and the own expert forced ({own:.3f}), gates from "
+        f"prompts close {_share(random, prompted, own):.0%}, fitted gates {_share(random, average[FITTED], own):.0%}"
+        + (f", trained gates {_share(random, average[TRAINED], own):.0%}." if TRAINED in average else "."),
     ]
 
 
 def _share(worst: float, reached: float, best: float) -> float:
-    """How much of the way from worst to best was gone; over 1 beyond it."""
+    """The share of the gap between worst and best that is closed."""
     return (worst - reached) / (worst - best)

@@ -1,4 +1,4 @@
-"""`frankenmoe eval`: its options, its tables, its verdict; computes nothing."""
+"""`frankenmoe eval`: its options, tables and verdict."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from frankenmoe.subject import open_model
 if TYPE_CHECKING:
     from frankenmoe.evaluate.run import Report
 
-MOST_DOMAINS = 5  # columns that 80 characters have room for
+MOST_DOMAINS = 5  # columns that fit in 80 characters
 SHORT = {
     "arc_challenge": "ARC",
     "hellaswag": "HellaS",
@@ -42,24 +42,22 @@ SHORT = {
 )
 @click.argument("models", metavar="ARTIFACT|RECIPE|MODEL...", nargs=-1, required=True)
 @settings_options(EvalSettings)
+@click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Text to measure the loss on (repeatable).")
+@click.option("--batch-size", default="auto", show_default=True, help="Sequences at once; `auto` depends on memory.")
+@click.option("--memory", type=SIZE, help="Memory of one pass; default: a share of the free memory.")
+@dtype_option("Type to compute in; default: as stored.")
 @click.option(
-    "--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Text to measure the loss on; may be repeated."
-)
-@click.option("--batch-size", default="auto", show_default=True, help="Sequences at once; `auto` goes by memory.")
-@click.option("--memory", type=SIZE, help="Memory that one pass may take. Default: a share of what is free.")
-@dtype_option("Type to compute in. Default: as stored.")
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1; `auto` takes a GPU if there is one."
+    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...; `auto` uses a GPU if there is one."
 )
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file; - for stdout."
 )
-@click.option("--log-samples", type=click.Path(path_type=Path), help="Folder for every document, asked and answered.")
+@click.option("--log-samples", type=click.Path(path_type=Path), help="Folder for every document with its answer.")
 @click.option(
     "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw quality against memory (svg, png, pdf)."
 )
-@click.option("--cache", type=click.Path(path_type=Path), help="Where answers are kept. Default: the user's cache.")
-@click.option("--no-cache", is_flag=True, help="Score everything again, fit routers again, and keep nothing.")
+@click.option("--cache", type=click.Path(path_type=Path), help="Folder for cached answers; default: the user's cache.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor write cached answers and routers.")
 @REMOTE
 def eval_command(
     models: tuple[str, ...],
@@ -76,10 +74,10 @@ def eval_command(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Score models as Open LLM Leaderboard v1 did, and an MoE beside its parents.
+    """Score models on Open LLM Leaderboard v1 tasks or on text.
 
-    Each model is an artifact, a recipe, a folder or a hub id. Without --tasks the loss is measured, on --text or on the
-    held-out parts of the experts' data. If killed, the same command continues from the finished documents.
+    Each model is an artifact, a recipe, a folder or a hub id. Without --tasks, measures the loss on --text or on the
+    held-out parts of the experts' data. If killed, the same command continues after the finished documents.
     """
     rows = _rows(batch_size)
     settings = settings_with(EvalSettings(), given(options) | {"texts": _named(texts)})
@@ -115,7 +113,7 @@ def eval_command(
         draw(report, plot_file)
         click.echo(f"plot: {plot_file}", err=True)
     if report.errors:
-        raise PlanError("; ".join(report.errors), hint="what else was asked has been scored; see the report")
+        raise PlanError("; ".join(report.errors), hint="all other tasks were scored; see the report")
 
 
 def _rows(batch_size: str) -> int | None:
@@ -127,27 +125,27 @@ def _rows(batch_size: str) -> int | None:
 
 
 def _named(texts: tuple[str, ...]) -> dict[str, str]:
-    """NAME=FILE, or FILE whose name without its endings is the domain's."""
+    """NAME=FILE texts as name -> file. Without NAME=, the name is that of the file without suffixes."""
     found: dict[str, str] = {}
     for label, file in pairs(texts, flag="--text", unlabelled=True, folder=Path.cwd(), form="NAME=FILE"):
         name = Path(file).name.split(".")[0] if label is None else label
         if not Path(file).is_file():
             raise SourceError(f"text {file} does not exist", hint="write --text NAME=FILE")
         if name in found:
-            raise SourceError(f"two texts are called {name!r}", hint="write --text NAME=FILE with names that differ")
+            raise SourceError(f"two texts are named {name!r}", hint="write --text NAME=FILE with different names")
         found[name] = file
     return found
 
 
 def _check_out(json_file: Path | None, log_samples: Path | None) -> None:
-    """What can be written at the end, said before hours have gone by."""
+    """Raises SourceError for output paths that cannot be written, before hours of work."""
     if json_file is not None and json_file.name != "-" and not json_file.absolute().parent.is_dir():
-        raise SourceError(f"{json_file.parent}, where the report is to go, is no folder", hint="make it first")
+        raise SourceError(f"the folder of the report, {json_file.parent}, does not exist", hint="create it first")
     if json_file is not None and json_file.is_dir():
-        raise SourceError(f"{json_file}, where the report is to go, is a folder", hint="name a file in it")
+        raise SourceError(f"the report cannot be written to {json_file}, which is a folder", hint="name a file in it")
     if log_samples is not None and log_samples.exists() and not log_samples.is_dir():
         raise SourceError(
-            f"{log_samples}, where samples are to go, is no folder", hint="name a folder for --log-samples"
+            f"samples cannot be written to {log_samples}, which is not a folder", hint="name a folder for --log-samples"
         )
 
 
@@ -162,13 +160,13 @@ def _write(report: "Report", json_file: Path | None) -> None:
         except OSError as error:
             raise ArtifactError(
                 f"the report cannot be written to {json_file}: {error.strerror}",
-                hint="name another file: what was scored is kept, so the same command is quick",
+                hint="choose another file; the scores are cached, so the command will be fast",
             ) from error
         click.echo(f"report: {json_file}", err=True)
 
 
 def show(report: "Report") -> None:
-    """The tables, what to know about them, and the verdict."""
+    """Prints tables, notes and the verdict."""
     from frankenmoe.cli.show import console
 
     out = console()
@@ -187,7 +185,7 @@ def _percent(value: float | None) -> str:
 
 
 def _one(report: "Report") -> Table:
-    """A model's tasks, a line each."""
+    """One model: a row per task."""
     (result,) = report.results
     table = Table(box=None, pad_edge=False, title=escape(result.name), title_justify="left")
     table.add_column("task", overflow="fold")
@@ -210,9 +208,9 @@ def _one(report: "Report") -> Table:
 
 
 def _several(report: "Report") -> Table:
-    """Models side by side, a line each."""
+    """Several models: a row per model."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("percent", overflow="fold")  # where it gets narrow, a name is folded before a number is cut
+    table.add_column("percent", overflow="fold")  # names wrap, so that numbers are not cut
     names = [name for name in SHORT if any(name in result.outcomes for result in report.results)]
     for name in (*names, *(["Avg."] if len(names) == len(SHORT) else [])):
         table.add_column(SHORT.get(name, name), justify="right", no_wrap=True)
@@ -224,7 +222,7 @@ def _several(report: "Report") -> Table:
 
 
 def _losses(report: "Report") -> Table:
-    """Loss per domain, and what a model costs; bits per byte where tokenizers differ."""
+    """Loss per domain, memory and speed. Bits per byte if tokenizers differ."""
     one_tokenizer = len({result.facts["tokenizer_digest"] for result in report.results}) == 1
     domains = list(dict.fromkeys(name for result in report.results for name in result.losses))
     shown = domains if len(domains) <= MOST_DOMAINS else []
@@ -244,19 +242,19 @@ def _losses(report: "Report") -> Table:
 
 
 def _notes(report: "Report") -> list[str]:
-    """What a reader must know beside the numbers."""
+    """Notes that a reader needs to interpret the numbers."""
     notes = [f"{name}: not compared, {reason}" for name, reason in report.skipped.items()]
     for result in report.results:
         reason = result.facts["shared_reading"]["reason"]
         if reason:
-            notes.append(f"{result.name}: read without sharing, or only in part: {reason}")
+            notes.append(f"{result.name}: prefixes not shared, or only partly: {reason}")
         for outcome in result.outcomes.values():
             cut, asked = outcome.counts.get("cut_on_the_left", 0), outcome.counts.get("requests", 0)
             if cut and outcome.benchmark.counted:
                 lost = outcome.counts.get("question_cut", 0)
-                more = f"; of {lost} documents the question itself" if lost else ""
+                more = f", {lost} of them part of the question" if lost else ""
                 notes.append(
-                    f"{result.name}, {outcome.benchmark.title}: {cut} of {asked} requests lost their left end, as the "
-                    f"model sees {result.facts['max_length']} tokens{more}"
+                    f"{result.name}, {outcome.benchmark.title}: {cut} of {asked} requests were cut on the left, to the "
+                    f"model's {result.facts['max_length']} tokens{more}"
                 )
     return notes

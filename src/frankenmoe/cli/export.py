@@ -1,4 +1,4 @@
-"""`frankenmoe export`: its options, what it says while it works and the table at the end."""
+"""`frankenmoe export`: its options and its table of files."""
 
 import json
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @settings_options(ExportSettings)
-@click.option("--threads", type=COUNT, help="Default: all cores.")
+@click.option("--threads", type=COUNT, help="CPU threads; default: all cores.")
 @NO_CACHE
 @JSON
 @REMOTE
@@ -41,22 +41,18 @@ def export_command(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Write GGUF files for llama.cpp in the folder OUT.
+    """Write GGUF files for llama.cpp to the folder OUT.
 
-    Straight from an artifact of either form, or from a recipe: no large file in between. Types: f32, f16, bf16, q8_0,
-    q6_k, q5_k_m, q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. OUT/export.json keeps what the files are and how they
-    compare with their source.
+    Reads an artifact or a recipe directly, without a large file in between. Types: f32, f16, bf16, q8_0, q6_k, q5_k_m,
+    q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. OUT/export.json lists the files and compares them with the source.
     """
-    from frankenmoe.export.run import check_files, export_gguf, files_to_check, write_report
+    from frankenmoe.export.run import check_files, export_gguf, write_report
 
     settings = settings_with(ExportSettings(), given(options))
     subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
     with bars() as progress:
         files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress)
-        wanted = files_to_check(files, settings)
-        checks = (
-            check_files(subject, wanted, texts=settings.texts, threads=threads, progress=progress) if wanted else []
-        )
+        checks = check_files(subject, files, settings=settings, threads=threads, progress=progress)
     write_report(files, checks, what=subject)
     if as_json:
         click.echo(json.dumps(_as_data(files, checks), indent=2, ensure_ascii=False))
@@ -95,10 +91,8 @@ def _show(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> None:
     console().print(table)
     warn(list(dict.fromkeys(note for file in files for note in file.notes)))
     for check in checks:
-        if check.same_prompts < check.prompts:
-            warn(
-                [f"{check.path.name} splits {check.prompts - check.same_prompts} of {check.prompts} prompts otherwise"]
-            )
+        if different := check.prompts - check.same_prompts:
+            warn([f"{check.path.name} tokenizes {different} of {check.prompts} prompts differently"])
         if not check.reads_template:
-            warn([f"llama.cpp cannot read the chat template in {check.path.name}: give it another when you run it"])
+            warn([f"llama.cpp cannot read the chat template in {check.path.name}; pass another one when you run it"])
     click.echo(f"in {files[0].path.parent}; next: {command('chat', files[-1].path)}")

@@ -1,4 +1,4 @@
-"""`frankenmoe fit`, `add-expert` and `extract`: their options, and what they print; computes nothing."""
+"""`frankenmoe fit`, `add-expert` and `extract`: their options and output."""
 
 import json
 from collections.abc import Mapping
@@ -27,12 +27,11 @@ if TYPE_CHECKING:
         "frankenmoe fit recipe.yml out-virtual/\nfrankenmoe fit out/ --data maths=maths.txt --data verse=poems.jsonl"
     ),
 )
-@click.argument("what", metavar="OUT|RECIPE", type=click.Path(path_type=Path))
+@click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", metavar="[OUT]", required=False, type=click.Path(path_type=Path))
 @click.option(
     "--data", metavar="EXPERT=FILE", multiple=True,
-    help="Text that an expert is good at: a file, JSONL or hub dataset; may be repeated. Default: the recipe's data, "
-    "else its prompts.",
+    help="An expert's text, as file or hub dataset; default: the recipe's data or prompts (repeatable).",
 )  # fmt: skip
 @settings_options(FitSettings)
 @click.option("--keep-anyway", is_flag=True, help="Replace the routers even if the new ones are worse.")
@@ -47,10 +46,10 @@ def fit_command(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Fit routers to the experts' text in closed form.
+    """Fit routers to the experts' data or prompts.
 
-    No training: the text is read once with each expert forced and once under the new routers; a line search finds their
-    scale. The routers of an artifact are replaced if held-out loss falls; a recipe becomes a virtual artifact.
+    No training: the text is read once with each expert forced and once with the new routers, and a line search finds
+    their scale. An artifact gets the new routers if they lower the held-out loss. A recipe becomes a virtual artifact.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
     names = [expert.name for expert in subject.recipe.experts]
@@ -70,9 +69,11 @@ def fit_command(
 )
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--source", required=True, help="The new parent: a folder or hub id, with @revision and +adapter.")
+@click.option(
+    "--source", required=True, help="The new parent: a folder or hub id, with optional @revision and +adapter."
+)
 @click.option("--name", required=True, help="Name of the expert.")
-@click.option("--data", multiple=True, required=True, metavar="FILE", help="Text it is good at; may be repeated.")
+@click.option("--data", multiple=True, required=True, metavar="FILE", help="Text of the new expert (repeatable).")
 @settings_options(FitSettings)
 @JSON
 @REMOTE
@@ -88,8 +89,8 @@ def add_expert_command(
 ) -> None:
     """Add an expert without the other experts' text.
 
-    Makes OUT like ARTIFACT, whose fitted routers left their statistics behind: the new text joins them. The method must
-    be one that needs statistics only: ridge, lda or centroid.
+    OUT is a copy of ARTIFACT with one more expert. ARTIFACT must have fitted routers: the new text is added to their
+    statistics. The method must be a closed form, such as ridge.
     """
     from frankenmoe.gates.run import add_expert
 
@@ -102,11 +103,11 @@ def add_expert_command(
 @click.command("extract", epilog=example("frankenmoe extract out/ dense/ --expert maths"))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--expert", required=True, help="A name, group/name for a nested one, or a number from 0.")
+@click.option("--expert", required=True, help="Name, group/name if nested, or number from 0.")
 def extract_command(folder: Path, out: Path, expert: str) -> None:
     """Write one expert as a dense checkpoint.
 
-    It is the MoE's backbone with that expert's FFN in every layer; stock transformers loads it.
+    The checkpoint is the MoE's backbone with that expert's FFN in every layer. Stock transformers loads it.
     """
     from frankenmoe.build.extraction import extract
 
@@ -116,7 +117,7 @@ def extract_command(folder: Path, out: Path, expert: str) -> None:
 
 
 def show(result: "FitResult", *, as_json: bool) -> None:
-    """The losses by expert and what became of the routers."""
+    """Prints the losses by expert, and whether the routers were replaced."""
     if as_json:
         click.echo(json.dumps(result.to_dict(), indent=2))
         return
@@ -130,7 +131,7 @@ def show(result: "FitResult", *, as_json: bool) -> None:
         click.echo(f"next: {command('chat', folder)}")
     else:
         click.secho(
-            f"the new routers are no better, so {folder} keeps its own (--keep-anyway replaces them)",
+            f"the new routers are not better, so {folder} keeps its own (--keep-anyway replaces them)",
             fg="yellow",
             err=True,
         )

@@ -1,4 +1,4 @@
-"""A conversation with a GGUF file, by llama.cpp; the file's own chat template decides how it is addressed."""
+"""Chats with a GGUF file in the terminal, through llama.cpp and the file's chat template."""
 
 import json
 from pathlib import Path
@@ -13,20 +13,20 @@ from frankenmoe.export.llama import Engine, check_loadable
 def chat_gguf(
     file: Path, *, prompt: str | None, max_new_tokens: int, temperature: float, seed: int, as_json: bool
 ) -> None:
-    """One exchange with `prompt`, otherwise a conversation until end of file or Ctrl-C."""
+    """Answers `prompt`; without one, a conversation until end of input or Ctrl-C."""
     facts = check_loadable(file)
     arch = str(facts["general.architecture"])
     context = int(facts.get(f"{arch}.context_length", 4096))
     engine = Engine(file, context=min(context, 8192), exact_cache=False)
     templated = bool(facts["chat_template"])
     if templated and not engine.reads_template:
-        warn(["llama.cpp cannot read the file's chat template: it goes on from what you write, as without one"])
+        warn(["llama.cpp cannot read the file's chat template, so the model continues your text"])
         templated = False
     history: list[dict[str, str]] = []
     if prompt is None and is_terminal():
-        click.echo("write, then Enter; Ctrl-D ends", err=True)
-    while (said := ask() if prompt is None else prompt) is not None:
-        history.append({"role": "user", "content": said})
+        click.echo("type a message and press Enter; Ctrl-D ends", err=True)
+    while (message := ask() if prompt is None else prompt) is not None:
+        history.append({"role": "user", "content": message})
         text = engine.chat(
             history,
             templated=templated,

@@ -1,4 +1,4 @@
-"""Options and types of values that several commands share."""
+"""Options and option types that several commands share."""
 
 import re
 from collections.abc import Callable
@@ -22,11 +22,11 @@ SIZE_UNITS = {
     "TI": 2**40,
 }
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
-LARGEST = 1e18  # more than any number of bytes
+LARGEST = 1e18  # bytes
 
 
 class Number(click.ParamType[Any]):
-    """A number that a type of `recipe.fields` accepts, so that options and recipes have the same bounds."""
+    """A number with the bounds of a type in `recipe.fields`, so that options and recipes have the same bounds."""
 
     name = "number"
 
@@ -34,7 +34,7 @@ class Number(click.ParamType[Any]):
         self.adapter: TypeAdapter[Any] = TypeAdapter(kind)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """The number, or click's error with what was expected and found."""
+        """The number, or a usage error with expected and found values."""
         try:
             return self.adapter.validate_python(_as_number(value))
         except ValidationError as error:
@@ -43,7 +43,7 @@ class Number(click.ParamType[Any]):
 
 
 def _as_number(value: Any) -> Any:
-    """Text as the number it spells, so that messages show a number; anything else unchanged."""
+    """A text as a number if it is one, so that messages show a number; anything else unchanged."""
     for kind in (int, float) if isinstance(value, str) else ():
         try:
             return kind(value)
@@ -69,28 +69,24 @@ COUNT, SEED, TEMPERATURE = Number(fields.Count), Number(fields.Seed), Number(fie
 FIT_TOKENS, FIT_BLOCK = Number(fields.FitTokens), Number(fields.FitBlock)
 SIZE = Size()
 
-REMOTE = click.option(
-    "--trust-remote-code", is_flag=True, help="Run Python code that a source brings along. Read it first."
-)
+REMOTE = click.option("--trust-remote-code", is_flag=True, help="Run Python code found in a source; read it first.")
 
 
 def json_option(text: str) -> Decorator:
-    """The flag --json, with the help that fits the command."""
+    """The flag --json with the given help."""
     return click.option("--json", "as_json", is_flag=True, help=text)
 
 
 def dtype_option(text: str) -> Decorator:
-    """The option --dtype, with the help that fits the command."""
+    """The option --dtype with the given help."""
     return click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=text)
 
 
-NO_CACHE = click.option(
-    "--no-cache", is_flag=True, help="Fit the routers of a recipe again, and keep none of them in the cache."
-)
+NO_CACHE = click.option("--no-cache", is_flag=True, help="Neither read nor write cached routers.")
 JSON = json_option("Print JSON instead of a table.")
 DTYPE = dtype_option("Type to store weights in; default: the recipe's.")
 
 
 def example(text: str) -> str:
-    """An epilog that click prints without reflowing it."""
+    """An epilog with examples, which click prints without rewrapping."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in text.splitlines())

@@ -1,4 +1,4 @@
-"""Progress bars on stderr with rate and time left, silent where nobody watches; knows nothing of what progresses."""
+"""Progress bars on stderr with rate and remaining time. Silent if stderr is not a terminal."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +20,11 @@ from rich.text import Text
 
 from frankenmoe.progress import SILENT, Progress
 
-SHORT = 10  # characters of a bar beside which a rate and a note need room in 80 columns
+SHORT = 10  # characters of a bar that leaves room for rate and note in 80 columns
 
 
 class _Rate(ProgressColumn):
-    """How many a second, as rich measures it over the last half minute: `1,234 tokens/s`."""
+    """The rate over the last half minute, such as `1,234 tokens/s`."""
 
     def render(self, task: Task) -> Text:
         speed, unit = task.finished_speed or task.speed, task.fields["unit"]
@@ -35,7 +35,7 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """A Progress that draws a bar per stage while stderr is a terminal, and does nothing when it is piped."""
+    """A Progress that draws one bar per activity, or nothing if stderr is not a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield SILENT

@@ -1,4 +1,4 @@
-"""`frankenmoe push`: lists what would be sent, asks, sends; knows nothing of the hub's protocol."""
+"""`frankenmoe push`: lists the files, asks for confirmation, uploads."""
 
 import json
 import sys
@@ -20,19 +20,19 @@ if TYPE_CHECKING:
 @click.command("push", epilog=example("frankenmoe push my-moe me/my-moe --dry-run"))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("repo", metavar="ORG/NAME")
-@click.option("--private", is_flag=True, help="Make the repository private where it is new.")
-@click.option("--files", help="Only these kinds: card, weights, gguf, reports, tokenizer; commas between.")
-@click.option("--message", default="Upload with frankenmoe", show_default=True, help="Of the commit.")
-@click.option("--dry-run", is_flag=True, help="Say what would be sent, and send nothing.")
+@click.option("--private", is_flag=True, help="Make a new repository private.")
+@click.option("--files", help="Kinds to send: card, weights, gguf, reports, tokenizer (comma-separated).")
+@click.option("--message", default="Upload with frankenmoe", show_default=True, help="Commit message.")
+@click.option("--dry-run", is_flag=True, help="List the files, send nothing.")
 @click.option("--yes", is_flag=True, help="Send without asking.")
 @json_option("Print the list as JSON instead of a table.")
 def push_command(
     folder: Path, repo: str, private: bool, files: str | None, message: str, dry_run: bool, yes: bool, as_json: bool
 ) -> None:
-    """Send ARTIFACT to the Hugging Face hub, as one commit.
+    """Upload ARTIFACT to the Hugging Face hub as one commit.
 
-    First says what, how large and under which licences, then asks. Interrupted, the same command goes on. The login
-    is the hub's own (`hf auth login`).
+    Lists files, sizes and licences, then asks before sending. If interrupted, the same command continues. Log in first
+    with `hf auth login`.
     """
     from frankenmoe.publish.upload import prepare, send
 
@@ -47,11 +47,11 @@ def push_command(
         return
     if not yes:
         if not sys.stdin.isatty():
-            click.echo("nothing was sent: say --yes to send it", err=True)
+            click.echo("nothing was sent: add --yes to send it", err=True)
             return
         click.confirm(f"send this to {repo}?", abort=True, err=True)
-    sent = send(shipment, message=message, bars=sys.stderr.isatty())
-    click.echo(f"sent to {sent.page}", err=as_json)
+    page = send(shipment, message=message, bars=sys.stderr.isatty())
+    click.echo(f"sent to {page}", err=as_json)
 
 
 def _show(shipment: "Shipment") -> None:
@@ -61,10 +61,10 @@ def _show(shipment: "Shipment") -> None:
     table.add_column("size", justify="right", no_wrap=True)
     for item in shipment.items:
         table.add_row(escape(item.path), item.group, gib(item.size))
-    table.add_row("in all", "", gib(shipment.size), style="bold")
+    table.add_row("total", "", gib(shipment.size), style="bold")
     out = console()
     out.print(table)
     where = "a private repository" if shipment.private else "a public repository"
-    click.echo(f"to {shipment.repo}, {where} where it is new; under {shipment.declared or 'no licence'}")
+    click.echo(f"to {shipment.repo}, {where} if it is new; licence: {shipment.declared or 'none'}")
     for source, found in shipment.licences:
         click.echo(f"  {source}: {found or 'no licence declared'}")

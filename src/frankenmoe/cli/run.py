@@ -1,4 +1,4 @@
-"""`frankenmoe run`: one line per step as it ends, one table at the end; does no step itself."""
+"""`frankenmoe run`: its options and its table of stages."""
 
 import json
 from dataclasses import asdict
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 @JSON
 @REMOTE
 def run_command(recipe: Path, out: Path, no_cache: bool, as_json: bool, trust_remote_code: bool) -> None:
-    """Run every stage RECIPE asks for, in the folder OUT.
+    """Run every stage of RECIPE in the folder OUT.
 
-    Builds the model in OUT/model, then fits, trains, audits, measures, exports and describes it, as far as the recipe
-    has sections for that. Unchanged steps are skipped. If killed, the same command continues.
+    Builds the model in OUT/model. Also fits, trains, audits, evaluates, exports and describes it if RECIPE has those
+    sections. Unchanged stages are skipped. If killed, the same command continues.
     """
-    # planned first: a mistake in the recipe is reported before torch has been imported
+    # the plan comes first, so that mistakes in the recipe are reported before torch is imported
     subject = open_subject(Recipe.load(recipe), cache=not no_cache, trust_remote_code=trust_remote_code)
     warn(subject.plan.warnings)
 
@@ -51,11 +51,11 @@ def _show(finished: "Finished") -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("step", style="bold", no_wrap=True)
     table.add_column("", no_wrap=True)
-    table.add_column("took", justify="right", no_wrap=True)
+    table.add_column("time", justify="right", no_wrap=True)
     table.add_column("result", overflow="fold")
     for step in finished.steps:
         state = "done" if step.now else "unchanged"
-        table.add_row(step.name, state, f"{step.seconds:.1f} s" if step.now else "", escape(step.said))
+        table.add_row(step.name, state, f"{step.seconds:.1f} s" if step.now else "", escape(step.summary))
     console().print(table)
     click.echo(f"model in {finished.artifact.folder}")
     click.echo(f"next: {command('push', finished.artifact.folder, 'ORG/NAME', '--dry-run')}")

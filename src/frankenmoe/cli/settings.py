@@ -1,4 +1,4 @@
-"""Options of a command from the settings model of its stage, so that a setting is declared in one place."""
+"""Makes the options of a command from the settings model of its stage."""
 
 from collections.abc import Callable
 from types import NoneType, UnionType
@@ -16,45 +16,45 @@ Command = Callable[..., Any]
 
 
 def settings_options(model: type[Closed]) -> Callable[[Command], Command]:
-    """Adds an option for every setting of a model; name, type, help and default come from the field."""
+    """Adds an option for each field of a model; name, type, help and default come from the field."""
 
     def add(command: Command) -> Command:
         for name, field in reversed(model.model_fields.items()):
-            look = next((each for each in field.metadata if isinstance(each, Option)), Option())
-            if not look.hidden:
-                command = _option(name, field, look)(command)
+            shown = next((each for each in field.metadata if isinstance(each, Option)), Option())
+            if not shown.hidden:
+                command = _option(name, field, shown)(command)
         return command
 
     return add
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
-    """Takes the settings that were given out of click's options; those left out are not among them."""
+    """Moves the settings that the user gave out of click's options: setting -> value."""
     names = [name for name in options if name.startswith(PREFIX)]
     found = {name.removeprefix(PREFIX): options.pop(name) for name in names}
     return {name: value for name, value in found.items() if value not in (None, ())}
 
 
-def _option(name: str, field: FieldInfo, look: Option) -> Callable[[Command], Command]:
-    flag, kind = look.flag or f"--{name.replace('_', '-')}", _plain(field.annotation)
+def _option(name: str, field: FieldInfo, shown: Option) -> Callable[[Command], Command]:
+    flag, kind = shown.flag or f"--{name.replace('_', '-')}", _plain(field.annotation)
     text = f"{field.description}{_default(field.default)}"
-    keys: dict[str, Any] = {"help": text, "default": None, "metavar": look.metavar}
+    keys: dict[str, Any] = {"help": text, "default": None, "metavar": shown.metavar}
     if kind is bool:
         optional = NoneType in get_args(field.annotation)
         return click.option(f"{flag}/--no-{flag[2:]}" if optional else flag, PREFIX + name, is_flag=True, **keys)
     if get_origin(kind) is Literal:
         keys["type"] = click.Choice(get_args(kind))
     elif kind in (int, float):
-        keys["type"] = Number(Annotated[(field.annotation, look, *field.metadata)])
-    elif get_origin(kind) is tuple and not look.listed:
-        keys |= {"multiple": True, "help": f"{text} May be repeated."}
+        keys["type"] = Number(Annotated[(field.annotation, shown, *field.metadata)])
+    elif get_origin(kind) is tuple and not shown.listed:
+        keys |= {"multiple": True, "help": _repeatable(text)}
     elif get_origin(kind) is dict:
-        keys |= {"multiple": True, "callback": _mapping, "help": f"{text} May be repeated."}
+        keys |= {"multiple": True, "callback": _mapping, "help": _repeatable(text)}
     return click.option(flag, PREFIX + name, **keys)
 
 
 def _plain(annotation: Any) -> Any:
-    """A type without its bounds and without None."""
+    """A type without bounds and without None."""
     if get_origin(annotation) is Annotated:
         return _plain(get_args(annotation)[0])
     if get_origin(annotation) in (Union, UnionType):
@@ -64,10 +64,14 @@ def _plain(annotation: Any) -> Any:
 
 
 def _default(value: Any) -> str:
-    """A default as help shows it; nothing where it is false, empty or absent."""
+    """A default as shown in help; nothing if it is a bool, empty or None."""
     if isinstance(value, bool) or not isinstance(value, int | float | str | tuple) or value == ():
         return ""
     return f"  [default: {','.join(value) if isinstance(value, tuple) else value}]"
+
+
+def _repeatable(text: str) -> str:
+    return f"{text.removesuffix('.')} (repeatable)."
 
 
 def _mapping(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Plans, checks and finished artifacts as tables of at most 80 columns; computes nothing."""
+"""Prints plans, checks and artifacts as tables of at most 80 columns."""
 
 import shlex
 import shutil
@@ -24,13 +24,13 @@ SHOWN_UNUSED = 3
 
 
 def console() -> Console:
-    """stdout, never wider than 80 columns, so that a table looks the same in a file and on a screen."""
+    """stdout, at most 80 columns wide, so that tables are the same in files and terminals."""
     out = Console()
     return Console(width=min(out.width, WIDTH)) if out.width > WIDTH else out
 
 
 def show_plan(made: Plan) -> None:
-    """The bill as a table, then what stays unused, then warnings and problems."""
+    """Prints a plan as a table, then unused tensors, warnings and problems."""
     facts = made.to_dict()
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
@@ -52,7 +52,7 @@ def show_plan(made: Plan) -> None:
     for problem in made.problems:
         click.secho(f"cannot be built: {printable(problem)}", fg="red", err=True)
     if made.problems and not any("no weights" in problem for problem in made.problems):
-        click.secho("  hint: keep it virtual with `frankenmoe build --virtual`, or change the recipe", err=True)
+        click.secho("  hint: use `frankenmoe build --virtual`, or change the recipe", err=True)
 
 
 def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
@@ -73,13 +73,13 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         *(("" if at else "  as GGUF", line) for at, line in enumerate(_gguf_lines(made))),
         ("  KV cache", f"{memory['kv_per_token'] / 2**10:.1f} KiB per token (16 bit)"),
         ("tensors", f"{facts['writes']:,} to write, {len(facts['unused']):,} left unused in the sources"),
-        ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} too little'}"),
+        ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} short'}"),
         ("licences", ", ".join(licences) or "none declared"),
     ]
 
 
 def _gguf_lines(made: Plan) -> list[str]:
-    """Sizes of the files people ask for, and what a K-quant really is where the shape does not let it be one."""
+    """Sizes of common file types, with the actual type of the weights if the shape does not allow a K-quant."""
     rows, reason = forecast(made)
     if reason is not None:
         return [f"not possible: {reason}"]
@@ -99,36 +99,36 @@ def _unused_by_reason(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
 
 
 def warn(warnings: Sequence[str]) -> None:
-    """Warnings, a line each, on stderr."""
+    """Prints warnings to stderr, one per line."""
     for text in warnings:
         click.secho(f"warning: {printable(text)}", fg="yellow", err=True)
 
 
 def show_built(artifact: Artifact) -> None:
-    """Where the artifact is, how large, and what to do next."""
+    """Prints an artifact's folder and size, and a command to run next."""
     size = sum(file.stat().st_size for file in artifact.folder.iterdir())
     click.echo(f"{artifact.form} artifact in {artifact.folder} ({gib(size)})")
     click.echo(f"next: {command('chat', artifact.folder)}")
 
 
 def show_checks(folder: Path, checks: Sequence[Any]) -> None:
-    """A line per check that held."""
+    """Prints one line per passed check."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="green", no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
         table.add_row(f"ok  {check.what}", check.found)
     console().print(table)
-    click.echo(f"{folder} is what its recipe says")
+    click.echo(f"{folder} matches its recipe")
 
 
 def command(*words: object) -> str:
-    """A command of this program as a shell takes it, whatever is in its names."""
+    """A command of this program, quoted for a shell."""
     return f"{program()} {shlex.join(map(str, words))}"
 
 
 def program() -> str:
-    """How this program was called, so that a printed command can be run as it stands."""
+    """How this program was called, so that printed commands can be run unchanged."""
     if shutil.which("frankenmoe"):
         return "frankenmoe"
     name = Path(sys.argv[0]).name
@@ -136,13 +136,13 @@ def program() -> str:
 
 
 def expert_style(expert: int) -> str:
-    """How rich writes an expert's digit, in the colours that the audit's page has too."""
+    """rich's style for an expert's digit, with the colours of the audit page."""
     own = mark(expert)
     return f"bold {own.ink} on {own.colour}" if expert >= 0 else "dim"
 
 
 def gib(count: int) -> str:
-    """Bytes as a person reads them."""
+    """A number of bytes with a unit."""
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
@@ -150,5 +150,5 @@ def gib(count: int) -> str:
 
 
 def billions(count: int) -> str:
-    """A parameter count as people say it."""
+    """A parameter count in billions or millions."""
     return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"

@@ -1,4 +1,4 @@
-"""`frankenmoe train`: its options, and what it prints when it is done."""
+"""`frankenmoe train`: its options and its table of losses."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from frankenmoe.subject import open_subject
 )
 @click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--data", multiple=True, metavar="NAME=FILE", help="Text of an expert; may be repeated.")
+@click.option("--data", multiple=True, metavar="NAME=FILE", help="Text of an expert (repeatable).")
 @settings_options(TrainSettings)
 @click.option("--keep-anyway", is_flag=True, help="Write the result even if it is worse.")
-@click.option("--shard", is_flag=True, help="Spread weights over a launcher's processes (FSDP2).")
-@click.option("--report-to", multiple=True, help="wandb, tensorboard; may be repeated.")
-@dtype_option("Type that frozen weights compute in. Default: as stored.")
+@click.option("--shard", is_flag=True, help="Shard weights over the launcher's processes (FSDP2).")
+@click.option("--report-to", multiple=True, help="Tracker: wandb or tensorboard (repeatable).")
+@dtype_option("Type of frozen weights in memory; default: as stored.")
 @JSON
 @REMOTE
 def train_command(
@@ -48,10 +48,10 @@ def train_command(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Train the routers of an MoE, and more of it if asked, into OUT.
+    """Train the routers or other parts of an MoE, into OUT.
 
-    Frozen weights stay mapped from their sources. Held-out text decides which state is kept; a run that does not
-    improve it writes nothing. If interrupted or killed, the same command continues to the same losses.
+    Frozen weights stay mapped from their sources. The state with the lowest held-out loss is kept; if no state is
+    better than the first, nothing is written. If interrupted or killed, the same command continues to the same losses.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
     names = [expert.name for expert in subject.recipe.experts]
@@ -86,7 +86,7 @@ def train_command(
 
 
 def _show(report: Mapping[str, Any], folder: Path) -> None:
-    """Held-out loss before and after, per domain, then the load, then what to do next."""
+    """Prints held-out loss before and after per domain, the largest load, and a command to run next."""
     from rich.table import Table
 
     from frankenmoe.cli.show import command, console
@@ -104,8 +104,8 @@ def _show(report: Mapping[str, Any], folder: Path) -> None:
     table.add_row("largest load of an expert", f"{loads['before']:.0%}", f"{loads[kept]:.0%}", "")
     console().print(table)
     if not report["improved"]:
-        click.secho("warning: worse than it began, kept because of --keep-anyway", fg="yellow", err=True)
+        click.secho("warning: worse than before training, kept because of --keep-anyway", fg="yellow", err=True)
     elif report["best_step"] != report["steps"]:
-        click.echo(f"kept is step {report['best_step']} of {report['steps']}: later ones were not better")
-    click.echo(f"{report['parameters']:,} numbers learnt; artifact in {folder}")
+        click.echo(f"kept step {report['best_step']} of {report['steps']}; later steps were not better")
+    click.echo(f"{report['parameters']:,} trained parameters; artifact in {folder}")
     click.echo(f"next: {command('chat', folder)}")

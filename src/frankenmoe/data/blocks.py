@@ -86,6 +86,17 @@ def encode(document: Document, tokenizer: Any) -> Marked:
     return ids, [True] * len(ids)
 
 
+def check_vocabulary(ids: Iterable[int], vocabulary: int | None, tokenizer: Any, *, what: str) -> None:
+    """Raises SourceError for a token id outside the model's vocabulary (None: unknown); `what` names the text."""
+    highest = max(ids, default=0)
+    if vocabulary and highest >= vocabulary:
+        raise SourceError(
+            f"the tokenizer in {tokenizer.name_or_path} makes token {highest} from {what}, but the model has only "
+            f"{vocabulary} tokens",
+            hint="put the model's own tokenizer next to its weights",
+        )
+
+
 def _block(head: Sequence[int], ids: Sequence[int], learn: Sequence[bool]) -> Iterator[Block]:
     # without BOS, nothing predicts the first token of a block
     marks = [*[False] * len(head), *learn] if head else [False, *learn[1:]]

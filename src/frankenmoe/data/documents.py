@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypedDict
 
 from frankenmoe.checkpoint.hub import stream_rows
@@ -14,19 +13,17 @@ from frankenmoe.errors import SourceError
 
 PIECE = 2**20  # characters of a text file per document, so that files of any size are streamed
 # speakers in ShareGPT files and in chat `messages` -> role
-ROLES: Mapping[str, str] = MappingProxyType(
-    {
-        "human": "user",
-        "user": "user",
-        "gpt": "assistant",
-        "chatgpt": "assistant",
-        "bing": "assistant",
-        "bard": "assistant",
-        "assistant": "assistant",
-        "model": "assistant",
-        "system": "system",
-    }
-)
+ROLES: Mapping[str, str] = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+}
 
 
 class Turn(TypedDict):

@@ -7,7 +7,7 @@ path.
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from frankenmoe.checkpoint.hub import local_path
@@ -18,6 +18,8 @@ FILE_ENDINGS = (".txt", ".md", ".text", ".json", ".jsonl", ".csv", ".parquet", "
 
 Pair = tuple[str | None, str]
 """(label or None, value)"""
+Texts = Mapping[str, Sequence[str]]
+"""Name of an expert or a domain -> files or hub datasets."""
 
 
 def user_path(text: str, *, folder: Path) -> str:
@@ -29,6 +31,22 @@ def user_path(text: str, *, folder: Path) -> str:
     if DATASET.fullmatch(text) and not text.endswith(FILE_ENDINGS) and not os.path.exists(path):
         return text
     return str(path)
+
+
+def located(texts: object) -> dict[str, tuple[str, ...]]:
+    """The `data` argument of a stage with absolute paths; relative ones start at the working directory.
+
+    One text may stand for a list, and a Path for its text. Raises RecipeError for anything else.
+    """
+    if not isinstance(texts, Mapping):
+        raise RecipeError(
+            f"data must map the names of experts to files, found {type(texts).__name__}",
+            hint="write data={'maths': ['maths.txt']}",
+        )
+    return {
+        name: tuple(user_path(text, folder=Path.cwd()) for text in _texts(given, name=name))
+        for name, given in texts.items()
+    }
 
 
 def pairs(
@@ -71,3 +89,13 @@ def by_label(found: Iterable[Pair]) -> dict[str, list[str]]:
         if label is not None:
             grouped.setdefault(label, []).append(value)
     return grouped
+
+
+def _texts(given: object, *, name: object) -> tuple[str, ...]:
+    texts = [given] if isinstance(given, str | Path) else given
+    if not isinstance(texts, Sequence) or not all(isinstance(each, str | Path) for each in texts):
+        raise RecipeError(
+            f"data of {name!r} must be a list of files or hub datasets, found {given!r}"[:200],
+            hint="write data={'maths': ['maths.txt']}",
+        )
+    return tuple(map(str, texts))

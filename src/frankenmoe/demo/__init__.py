@@ -1,1 +1,1 @@
-"""The whole story on parents it makes itself; knows nothing of any file from elsewhere."""
+"""The demo: every stage, on small parents that it trains itself."""

@@ -1,7 +1,7 @@
-"""A small Llama base and one expert per kind of text, trained in a minute; knows nothing of mixtures or routers.
+"""Trains a small Llama base and one expert per domain of text, in about a minute.
 
-The experts start from the base and train their FFNs only, all else frozen, as FlexOlmo trains experts that are to share
-a backbone. An FFN merge keeps the base's backbone and the experts' FFNs, so it keeps all that these experts learnt.
+The experts start from the base and train only their FFNs, as FlexOlmo does for experts that share a backbone. An FFN
+merge keeps the base's backbone and the experts' FFNs, so it keeps everything that these experts learnt.
 
 Shapes: N rows in a batch, S tokens in a row, T tokens in a text, V vocabulary.
 """
@@ -10,9 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from frankenmoe.demo.text import DOMAINS, generate
 from frankenmoe.errors import ArtifactError
+from frankenmoe.progress import SILENT, Progress
 
 BASE = "base"
 PARENTS = (BASE, *DOMAINS)
 
-_VERSION = 1  # goes up when the training below changes, so that parents in a cache are made again
+_VERSION = 1  # increase it when the training below changes, so that cached parents are trained again
 _MARKER = "frankenmoe-demo.sha256"
 _BOS, _EOS = "<s>", "</s>"
 _CARD = """---
@@ -40,13 +40,10 @@ license: apache-2.0
 A toy of `frankenmoe demo`: {story}.
 """
 
-Progress = Callable[[str, int, int], None]
-OnStep = Callable[[int, int], None]
-
 
 @dataclass(frozen=True)
 class Settings:
-    """Size of the parents and length of their training; the defaults cost about 75 CPU seconds for all five."""
+    """Size and training of the parents. The defaults take about 75 CPU seconds for all five."""
 
     vocabulary: int = 768
     hidden: int = 128
@@ -56,24 +53,24 @@ class Settings:
     characters: int = 300_000  # of text per domain
     rows: int = 16
     row_tokens: int = 128
-    base_steps: int = 150  # short of convergence, so that the experts have something left to learn
+    base_steps: int = 150  # stops before convergence, so that the experts still have something to learn
     expert_steps: int = 50
     base_rate: float = 3e-3
-    expert_rate: float = 1.4e-3  # gentle: faster ones forget the other domains, and random gates then hurt
+    expert_rate: float = 1.4e-3  # with a higher rate the experts forget the other domains
 
 
 DEFAULTS = Settings()
 
 
 def make_parents(
-    folder: Path, *, on_progress: Progress, seed: int = 0, settings: Settings = DEFAULTS
+    folder: Path, *, progress: Progress = SILENT, seed: int = 0, settings: Settings = DEFAULTS
 ) -> dict[str, Path]:
-    """Train `base` and an expert per domain into subfolders of `folder`; returns the folder of each, base first.
+    """Trains `base` and an expert per domain into subfolders of `folder`. Returns each folder, base first.
 
-    Each is an ordinary bf16 Llama checkpoint with tokenizer and card. One that is there already and was made from the
-    same seed, settings and text is kept as it is; a run that is killed loses only the parent it was training.
-    `on_progress(parent, step, steps)` is called after every training step, so not at all when nothing is left to do.
-    ArtifactError if a folder of that name is there and was not made here.
+    Each is an ordinary bf16 Llama checkpoint with tokenizer and card. A parent that already exists with the same seed,
+    settings and text is kept. A killed run loses only the parent that it was training. `progress`
+    receives a stage "training PARENT" for each parent and one advance per step.
+    ArtifactError if a folder has a parent's name and was not made by this function.
     """
     folders = {parent: folder / parent for parent in PARENTS}
     for path in folders.values():
@@ -83,14 +80,15 @@ def make_parents(
     base = folders[BASE]
     digest = _base_digest(texts, seed=seed, settings=settings)
     if not _is_finished(base, digest=digest):
-        model, tokenizer = _train_base(texts, seed=seed, settings=settings, on_step=partial(on_progress, BASE))
+        progress.start(f"training {BASE}", settings.base_steps, "steps")
+        model, tokenizer = _train_base(texts, seed=seed, settings=settings, progress=progress)
         _write(base, model=model, tokenizer=tokenizer, digest=digest, story="a base trained on every kind of text")
     for domain, text in texts.items():
         expert = folders[domain]
         digest = _expert_digest(domain, base=base)
         if not _is_finished(expert, digest=digest):
-            on_step = partial(on_progress, domain)
-            model, tokenizer = _train_expert(base, text=text, seed=seed, settings=settings, on_step=on_step)
+            progress.start(f"training {domain}", settings.expert_steps, "steps")
+            model, tokenizer = _train_expert(base, text=text, seed=seed, settings=settings, progress=progress)
             _write(expert, model=model, tokenizer=tokenizer, digest=digest, story=f"its base, FFNs trained on {domain}")
     return folders
 
@@ -98,27 +96,27 @@ def make_parents(
 # ---- the parents -----------------------------------------------------------------------------------------------------
 
 
-def _train_base(texts: Mapping[str, str], *, seed: int, settings: Settings, on_step: OnStep) -> tuple[Any, Any]:
+def _train_base(texts: Mapping[str, str], *, seed: int, settings: Settings, progress: Progress) -> tuple[Any, Any]:
     tokenizer = _train_tokenizer(texts.values(), vocabulary=settings.vocabulary)
     model = _new_model(tokenizer, seed=seed, settings=settings)
     batches = _batches(tokenizer, list(texts.values()), seed=seed, settings=settings)
-    _train(model, batches, steps=settings.base_steps, rate=settings.base_rate, on_step=on_step)
+    _train(model, batches, steps=settings.base_steps, rate=settings.base_rate, progress=progress)
     return model, tokenizer
 
 
-def _train_expert(base: Path, *, text: str, seed: int, settings: Settings, on_step: OnStep) -> tuple[Any, Any]:
+def _train_expert(base: Path, *, text: str, seed: int, settings: Settings, progress: Progress) -> tuple[Any, Any]:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(base)
-    # from the bf16 file, not from memory: what stays frozen is then written back byte for byte
+    # from the bf16 file, so that frozen tensors are written back byte for byte
     model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".mlp." in name)
     batches = _batches(tokenizer, [text], seed=seed, settings=settings)
-    _train(model, batches, steps=settings.expert_steps, rate=settings.expert_rate, on_step=on_step)
+    _train(model, batches, steps=settings.expert_steps, rate=settings.expert_rate, progress=progress)
     return model, tokenizer
 
 
 def _train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Any:
-    """Byte-level BPE, digits one by one so that sums can be learnt; every text begins with the BOS token."""
+    """Byte-level BPE with one token per digit, so that sums can be learnt. Every text begins with the BOS token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -158,7 +156,7 @@ def _new_model(tokenizer: Any, *, seed: int, settings: Settings) -> Any:
 
 
 def _batches(tokenizer: Any, texts: Sequence[str], *, seed: int, settings: Settings) -> Iterator[Tensor]:
-    """Endless ids_NS: rows that begin with BOS and go on with a random stretch of one of `texts`, taken in turn."""
+    """Yields ids_NS without end. A row is BOS and a random stretch of one of `texts`; the texts take turns."""
     streams = [torch.tensor(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
     generator = torch.Generator().manual_seed(seed)
     stretch = settings.row_tokens - 1
@@ -172,21 +170,21 @@ def _batches(tokenizer: Any, texts: Sequence[str], *, seed: int, settings: Setti
         yield torch.cat([head_N1, torch.stack(rows)], dim=1)
 
 
-def _train(model: Any, batches: Iterator[Tensor], *, steps: int, rate: float, on_step: OnStep) -> None:
-    """AdamW on the parameters that ask for a gradient; the rate warms up over a tenth of the steps, then falls to 0."""
+def _train(model: Any, batches: Iterator[Tensor], *, steps: int, rate: float, progress: Progress) -> None:
+    """AdamW on the trainable parameters. The rate rises over the first tenth of the steps, then falls to 0."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps), 1.0)
     )
-    for step, ids_NS in enumerate(islice(batches, steps), start=1):
+    for ids_NS in islice(batches, steps):
         logits_NSV = model(input_ids=ids_NS, use_cache=False).logits
         loss = functional.cross_entropy(logits_NSV[:, :-1].flatten(0, 1), ids_NS[:, 1:].flatten())
         torch.autograd.backward(loss)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        on_step(step, steps)
+        progress.advance(1)
 
 
 # ---- the cache -------------------------------------------------------------------------------------------------------
@@ -198,7 +196,7 @@ def _base_digest(texts: Mapping[str, str], *, seed: int, settings: Settings) -> 
 
 
 def _expert_digest(domain: str, *, base: Path) -> str:
-    """Follows the base's bytes too: an expert of another base, even one equal in all settings, is not reused."""
+    """Depends on the base's bytes too, so that an expert of another base is not reused."""
     marker, weights = (base / _MARKER).read_bytes(), (base / "model.safetensors").read_bytes()
     return hashlib.sha256(domain.encode() + marker + weights).hexdigest()
 
@@ -210,13 +208,13 @@ def _is_finished(path: Path, *, digest: str) -> bool:
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not (path / _MARKER).is_file():
         raise ArtifactError(
-            f"{path} is where the demo keeps a parent: expected nothing or a folder with {_MARKER}, found neither.",
+            f"{path} is for one of the demo's parents: expected nothing or a folder with {_MARKER}, found neither",
             hint="choose another folder, or move this one away",
         )
 
 
 def _write(path: Path, *, model: Any, tokenizer: Any, digest: str, story: str) -> None:
-    """Write the checkpoint whole or not at all; a stale one of ours at `path` gives way."""
+    """Writes the checkpoint completely or not at all. Replaces an outdated one at `path`."""
     unfinished, stale = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.stale")
     for leftover in (unfinished, stale):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -1,6 +1,6 @@
-"""The whole story on parents made here: a recipe that asks for every stage, run; then what came of it, measured.
+"""Runs the demo: trains small parents, runs a recipe with every stage, and measures the results.
 
-Every stage is the one that users call; knows nothing of terminals.
+Every stage is the one that users call.
 """
 
 import json
@@ -32,16 +32,16 @@ from frankenmoe.subject import load, open_subject
 
 RANDOM_SEEDS = 3
 PROMPT = "def count_"
-# the rows of the loss table that are not dense models
+# the rows of the loss table after the dense models
 RANDOM, PROMPTED, FITTED, TRAINED, FORCED = (
     *("MoE, random gates", "MoE, prompt gates", "MoE, fitted gates", "MoE, trained gates", "MoE, own expert forced"),
 )
 REPLY_TOKENS = 24
-TEXT_CHARACTERS = 40_000  # of each domain, for fitting and training; the held-out text is another
+TEXT_CHARACTERS = 40_000  # of each domain, for fitting and training; held-out text is separate
 FIT_TOKENS = 4096
 TEXT_SEED = 1
 TRAIN_STEPS = 60
-# what a stage needs beside the plain installation -> the extra that brings it
+# stage -> (the module that it needs, the extra that installs it)
 NEEDS = {
     "train": ("accelerate", "train"),
     "audit": ("vl_convert", "audit"),
@@ -53,8 +53,8 @@ NEEDS = {
 class Story:
     """What the demo found.
 
-    `losses` is row name -> domain -> nats per token on held-out text, `quiz` model -> domain -> share of questions
-    answered right, `lacking` the stages that were left out -> the extra that brings them.
+    `losses`: row name -> domain -> nats per token on held-out text. `quiz`: model -> domain -> share of right answers.
+    `lacking`: stages that were skipped -> the extra that installs what they need.
     """
 
     folder: Path
@@ -78,7 +78,7 @@ class Story:
             "folder": str(self.folder),
             "recipe": str(self.recipe),
             "plan": self.plan.to_dict(),
-            "stages": {step.name: step.said for step in self.steps},
+            "stages": {step.name: step.summary for step in self.steps},
             "left_out": dict(self.lacking),
             "held_out_loss": {name: dict(row) | {"mean": mean(row.values())} for name, row in self.losses.items()},
             "quiz": {name: dict(row) for name, row in self.quiz.items()},
@@ -92,10 +92,9 @@ class Story:
 
 
 def tell(out: Path, *, progress: Progress = SILENT) -> Story:
-    """Runs the whole demo in the folder `out`; parents and results that are there already are used again.
+    """Runs the whole demo in the folder `out`. Reuses parents and results that are already there.
 
-    On one thread: for models this small two wait for each other longer than they compute, beside a busy neighbour most
-    of all.
+    Uses one thread, because threads wait longer than they compute on models of this size.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -107,7 +106,7 @@ def tell(out: Path, *, progress: Progress = SILENT) -> Story:
 
 def _tell(out: Path, progress: Progress) -> Story:
     with quiet_transformers():
-        parents = make_parents(out / "parents", on_progress=_parent_progress(progress))
+        parents = make_parents(out / "parents", progress=progress)
     lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
     write_texts(out / "text")
     file = write_recipe(out / "recipe.yml", parents, without=tuple(lacking))
@@ -136,7 +135,7 @@ def _tell(out: Path, progress: Progress) -> Story:
 
 
 def write_texts(folder: Path) -> None:
-    """Two files per domain: what routers are fitted and trained on, and what everything is measured on."""
+    """Writes two files per domain: one for fitting and training, one (held out) for measurements."""
     folder.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
         (folder / f"{domain}.txt").write_text(generate(domain, seed=TEXT_SEED, characters=TEXT_CHARACTERS))
@@ -144,7 +143,7 @@ def write_texts(folder: Path) -> None:
 
 
 def write_recipe(file: Path, parents: Mapping[str, Path], *, without: tuple[str, ...] = ()) -> Path:
-    """The demo's recipe: one expert per domain, and every stage but those in `without`."""
+    """Writes the demo's recipe: one expert per domain, and every stage except those in `without`."""
     experts = [
         {
             "source_model": f"parents/{domain}",
@@ -178,19 +177,10 @@ def write_recipe(file: Path, parents: Mapping[str, Path], *, without: tuple[str,
     return file
 
 
-def _parent_progress(progress: Progress) -> Any:
-    def on_progress(parent: str, step: int, steps: int) -> None:
-        if step == 1:
-            progress.start(f"training {parent}", steps, "steps")
-        progress.advance(1)
-
-    return on_progress
-
-
 def _losses(
     recipe: Recipe, parents: Mapping[str, Path], folder: Path, moe: MoE, progress: Progress
 ) -> Iterator[tuple[str, Mapping[str, float]]]:
-    """Row name -> loss per domain: the dense base and parents, then the MoE under different routers."""
+    """Yields (row name, loss per domain): the dense base and parents, then the MoE with different routers."""
     tokenizer = moe.tokenizer()
     fitted, trained = (folder / "work" / stage for stage in ("fit", "train"))
     progress.start("measuring", len(parents) + RANDOM_SEEDS + len(DOMAINS) + 2 + trained.is_dir(), "models")
@@ -220,7 +210,7 @@ def _losses(
 
 
 def _quiz(parents: Mapping[str, Path], moe: MoE) -> Mapping[str, Mapping[str, float]]:
-    """Base and MoE on questions made of the held-out text."""
+    """The dense base and the MoE on questions from the held-out text."""
     texts = {domain: held_out(domain) for domain in DOMAINS}
     with quiet_transformers():
         base = AutoModelForCausalLM.from_pretrained(parents["base"]).eval()
@@ -232,7 +222,7 @@ def _changed(recipe: Recipe, data: Mapping[str, Any]) -> Recipe:
 
 
 def _own_shares(moe: MoE) -> Mapping[str, float]:
-    """Per domain, the share of (token, layer) pairs whose first expert is the domain's own."""
+    """Domain -> share of (token, layer) pairs whose first expert is the domain's own."""
     tokenizer = moe.tokenizer()
     shares = {}
     for domain in DOMAINS:
@@ -245,7 +235,7 @@ def _own_shares(moe: MoE) -> Mapping[str, float]:
 
 
 def _stock_difference(built: Artifact) -> float:
-    """Largest difference between our logits of the built MoE and those in stock transformers, in fp32."""
+    """The largest difference between our logits of the built MoE and those of stock transformers, in fp32."""
     with quiet_transformers():
         stock = AutoModelForCausalLM.from_pretrained(built.folder, dtype=torch.float32).eval()
     ours = load(built, dtype="float32")

@@ -1,8 +1,8 @@
-"""Four kinds of text written by seeded templates, endlessly and offline; knows nothing of tokens or models.
+"""Generates four kinds of text from seeded templates, without a network. Does not import torch.
 
-A domain is a few functions from a random generator to one document without blank lines. Each has rules a tiny model can
-learn from little text (sums that add up, variables that come back, ingredients that get used, lines that rhyme) and
-enough free choices that two seeds do not write the same document.
+A domain is a few functions from a random generator to one document without blank lines. Each has rules that a tiny
+model can learn from little text: correct sums, repeated variables, ingredients that are used, lines that rhyme. It also
+has so many free choices that two seeds do not give the same document.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +15,7 @@ PROMPT_CHARACTERS = 120
 
 
 def generate(domain: str, *, seed: int, characters: int) -> str:
-    """Whole documents of `domain` parted by blank lines, just enough for at least `characters` characters.
+    """Whole documents of `domain` with blank lines between them: as few as reach `characters` characters.
 
     The same arguments give the same text on every machine, and a longer text begins with the shorter one.
     KeyError for a name not in `DOMAINS`.
@@ -24,19 +24,19 @@ def generate(domain: str, *, seed: int, characters: int) -> str:
 
 
 def held_out(domain: str) -> str:
-    """About 8,000 characters of `domain` that no seed of `generate` leads to; KeyError as there."""
+    """About 8,000 characters of `domain` that no seed of `generate` gives. KeyError for an unknown domain."""
     return _collect(_documents(domain, stream="held out"), characters=HELD_OUT_CHARACTERS)
 
 
 def prompts(domain: str) -> tuple[str, ...]:
-    """Eight openings of fresh documents of `domain`, at most 120 characters each; KeyError as in `generate`."""
+    """Eight openings of other documents of `domain`, at most 120 characters each. KeyError for an unknown domain."""
     openings = islice(_documents(domain, stream="prompts"), PROMPTS_PER_DOMAIN)
     return tuple(document[:PROMPT_CHARACTERS].rsplit(maxsplit=1)[0] for document in openings)
 
 
 def _documents(domain: str, *, stream: str) -> Iterator[str]:
     writers = _WRITERS[domain]
-    rng = Random(f"frankenmoe {domain} {stream}")  # a string seed is hashed with SHA-512: the same everywhere
+    rng = Random(f"frankenmoe {domain} {stream}")  # Python hashes a string seed with SHA-512, the same on every machine
     while True:
         yield rng.choice(writers)(rng)
 
@@ -44,7 +44,7 @@ def _documents(domain: str, *, stream: str) -> Iterator[str]:
 def _collect(documents: Iterator[str], *, characters: int) -> str:
     collected: list[str] = []
     length = 0
-    while length - 1 < characters:  # no blank line behind the last, but a newline
+    while length - 1 < characters:  # the last document ends with a newline, not a blank line
         collected.append(next(documents))
         length += len(collected[-1]) + 2
     return "\n\n".join(collected) + "\n"
@@ -59,7 +59,7 @@ def _pick_two(rng: Random, words: str) -> tuple[str, str]:
     return first, second
 
 
-# ---- maths: word problems, every step written out and right ----------------------------------------------------------
+# ---- maths: word problems with every step of the solution ------------------------------------------------------------
 
 _PEOPLE = (
     "Ada Ben Carla Dev Elif Farid Greta Hugo Ines Jonas Kemi Leo Mona Nadia Omar Priya Quinn Rosa Sami Tara Umar Vera "
@@ -162,7 +162,7 @@ _REPORTS = "orders players parcels sensors pupils tickets devices matches sample
 
 
 def _condition(rng: Random, name: str) -> tuple[str, str, str]:
-    """How a condition on the variable `name` reads in a function's name, in prose and in code."""
+    """A condition on the variable `name`: in a function's name, in prose and in code."""
     low = rng.randint(2, 99)
     high = low + rng.randint(5, 50)
     return rng.choice(
@@ -249,7 +249,7 @@ def _record_class(rng: Random) -> str:
 _PROGRAMS = (_sum_function, _list_function, _count_function, _check_function, _first_function, _record_class)
 
 
-# ---- recipes: what is listed is used, in order -----------------------------------------------------------------------
+# ---- recipes: every listed ingredient is used ------------------------------------------------------------------------
 
 _VEGETABLES = (
     "carrots leeks onions potatoes parsnips peppers tomatoes mushrooms courgettes beetroots turnips shallots radishes "
@@ -324,7 +324,7 @@ _DISHES = (_soup, _bake, _salad, _cake)
 
 # ---- verse: couplets whose lines rhyme -------------------------------------------------------------------------------
 
-_RHYMES = {  # the qualities that a family of rhymes goes with
+_RHYMES = {  # qualities -> a family of rhymes
     "silver holy": "night light sight flight knight",
     "stormy salty": "sea tree bee key quay",
     "dusty rolling": "rain lane grain chain plain train",

@@ -6,6 +6,7 @@ Shape suffixes: B blocks in a batch, T tokens.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from frankenmoe.data.blocks import Block, hold_out, text_blocks
 from frankenmoe.data.documents import read_documents
 from frankenmoe.errors import NumericsError
 from frankenmoe.evaluate.bootstrap import Interval, weighted
-from frankenmoe.evaluate.memory import Budget, ran_out
+from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.scorer import check_ids, scored
 from frankenmoe.evaluate.store import Store, request_key
 from frankenmoe.progress import SILENT, Progress
@@ -52,7 +53,7 @@ class Losses:
         """Nats per token."""
         return sum(self.nats) / sum(self.targets)
 
-    @property
+    @cached_property
     def interval(self) -> Interval:
         """Nats per token with a 95 % confidence interval over blocks."""
         return weighted([(self.nats, [float(count) for count in self.targets], 1.0)])
@@ -112,22 +113,15 @@ def _nats(
     order = sorted(set(range(len(blocks))) - set(nats), key=lambda at: len(blocks[at].ids))
     for length, group in groupby(order, key=lambda at: len(blocks[at].ids)):
         same = list(group)
-        budget.check(length)
         while same:
-            count = next(rows for rows in range(BATCH, 0, -1) if rows == 1 or budget.fits(rows, length, 0))
-            batch = same[:count]
-            try:
+            batch = same[: budget.most(min(BATCH, len(same)), length)]
+            with budget.shrinking(len(batch), length):
                 sums = _batch(model, [blocks[at] for at in batch], length, plain_head)
-            except Exception as error:
-                if not ran_out(error):
-                    raise
-                budget.shrink(len(batch), length)
-                continue
-            same = same[count:]
-            nats |= dict(zip(batch, sums, strict=True))
-            if store is not None:
-                store.add((keys[at], nats[at]) for at in batch)
-            progress.advance(len(batch))
+                same = same[len(batch) :]
+                nats |= dict(zip(batch, sums, strict=True))
+                if store is not None:
+                    store.add((keys[at], nats[at]) for at in batch)
+                progress.advance(len(batch))
     return [nats[at] for at in range(len(blocks))]
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from frankenmoe.errors import NumericsError
-from frankenmoe.evaluate.memory import Budget, ran_out
+from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.scorer import check_ids
 
 SLOTS_CPU = 8
@@ -78,34 +78,34 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
 
-@dataclass
-class _Slots:
-    """The length of each live slot; slots 0 .. live-1 are in use. A prompt is being read into slot `filling`."""
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids to continue, the stop strings, whether the left end was cut, and a name for errors."""
 
-    count: int
-    columns: int
-    lengths: list[int] = field(default_factory=list)
-    filling: int | None = None
+    tokens: tuple[int, ...]
+    stops: tuple[str, ...]
+    cut: bool = False
+    name: str = "a prompt"
 
 
 @dataclass
 class _Continuation:
-    """A prompt in work: its number, prompt and new tokens, and the index for guesses.
+    """A prompt in work: its number, all its tokens with the new ones, and the index for guesses.
 
     `after` maps the token sequences of each length in GRAMS to the place behind their latest occurrence in `tokens`.
     `reach` is the number of tokens guessed at once: two more after a pass with only right guesses, else one less.
     """
 
     number: int
-    tokens: list[int]
-    prompt: int
+    prompt: Prompt
+    tokens: list[int] = field(default_factory=list)
     reach: int = GUESSES // 2
     after: dict[tuple[int, ...], int] = field(default_factory=dict)
 
     @property
     def made(self) -> list[int]:
         """The new tokens."""
-        return self.tokens[self.prompt :]
+        return self.tokens[len(self.prompt.tokens) :]
 
     def add(self, tokens: Sequence[int]) -> None:
         """Appends tokens and updates `after`."""
@@ -126,14 +126,73 @@ class _Continuation:
         return []
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids to continue, the stop strings, whether the left end was cut, and a name for errors."""
+class _Slots:
+    """The continuations in work and the length of each of their slots; slots 0 .. live-1 are in use.
 
-    tokens: tuple[int, ...]
-    stops: tuple[str, ...]
-    cut: bool = False
-    name: str = "a prompt"
+    A prompt is being read into slot `filling`.
+    """
+
+    def __init__(self, model: Any, *, count: int, columns: int, plain_head: bool) -> None:
+        self.model, self.count, self.columns, self.plain_head = model, count, columns, plain_head
+        self.live: list[_Continuation] = []
+        self.lengths: list[int] = []
+        self.filling: int | None = None
+
+    def fill(self, cache: Cache, number: int, prompt: Prompt) -> None:
+        """Reads a prompt into the next free slot and adds its first new token."""
+        ids_BT = torch.tensor([list(prompt.tokens)], device=self.model.device)
+        self.filling = len(self.lengths)
+        out = self.model(
+            input_ids=ids_BT,
+            position_ids=torch.arange(len(prompt.tokens), device=self.model.device)[None],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.filling = None
+        text = _Continuation(number, prompt)
+        text.add([*prompt.tokens, *_best(out.logits[:, -1], [prompt.name])])
+        self.live.append(text)
+        self.lengths.append(len(prompt.tokens))
+
+    def step(self, cache: Cache, new_tokens: int) -> None:
+        """Adds tokens to every live slot: the right guesses and the model's own next token."""
+        device = self.model.device
+        guesses = [text.guess(new_tokens - len(text.made) - 1) for text in self.live]
+        width = 1 + max(map(len, guesses))
+        rows = [[text.tokens[-1], *guess] for text, guess in zip(self.live, guesses, strict=True)]
+        ids_ST = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        positions_ST = torch.tensor(self.lengths, device=device)[:, None] + torch.arange(width, device=device)
+        seen_STC = torch.arange(max(self.lengths) + width, device=device) <= positions_ST[..., None]
+        mask = torch.zeros(seen_STC.shape, dtype=self.model.dtype, device=device)
+        mask.masked_fill_(~seen_STC, torch.finfo(self.model.dtype).min)
+        inputs = {"position_ids": positions_ST, "attention_mask": mask[:, None], "past_key_values": cache}
+        # the head is expensive in a small model, so it does not run on padding
+        there = [(at, place) for at, row in enumerate(rows) for place in range(len(row))]
+        line_N, place_N = (torch.tensor(column, device=device) for column in zip(*there, strict=True))
+        if self.plain_head:
+            hidden_STD = self.model.base_model(input_ids=ids_ST, use_cache=True, **inputs).last_hidden_state
+            logits_NV = self.model.get_output_embeddings()(hidden_STD[line_N, place_N])
+        else:
+            logits_NV = self.model(input_ids=ids_ST, use_cache=True, **inputs).logits[line_N, place_N]
+        said = iter(_best(logits_NV, [self.live[at].prompt.name for at, _ in there]))
+        for at, (text, guess) in enumerate(zip(self.live, guesses, strict=True)):
+            own = list(islice(said, len(guess) + 1))
+            right = next((place for place, token in enumerate(guess) if token != own[place]), len(guess))
+            text.add(own[: right + 1])
+            self.lengths[at] += right + 1
+            if guess:
+                text.reach = min(GUESSES, text.reach + 2) if right == len(guess) else max(1, text.reach - 1)
+
+    def free(self, cache: Cache, at: int) -> None:
+        """Frees slot `at`; the last live slot moves into its place."""
+        last = len(self.live) - 1
+        if at != last:
+            for layer in cache.layers:
+                layer.move(last, at, self.lengths[last])
+            self.live[at], self.lengths[at] = self.live[last], self.lengths[last]
+        self.live.pop()
+        self.lengths.pop()
 
 
 def generate(
@@ -163,57 +222,37 @@ def generate(
     while order:
         longest = len(prompts[order[0]].tokens)
         columns = longest + new_tokens + GUESSES
-        slots = _Slots(_slot_count(budget, longest, columns, len(order), model.device.type), columns)
-        try:
-            _through_slots(
-                model,
-                tokenizer,
-                prompts,
-                list(order),
-                slots,
-                new_tokens=new_tokens,
-                end=end,
-                plain_head=plain_head,
-                on_text=on_done,
-            )
-        except Exception as error:
-            if not ran_out(error):
-                raise
-            budget.shrink(slots.count, columns)
+        count = _slot_count(budget, longest, columns, len(order), model.device.type)
+        slots = _Slots(model, count=count, columns=columns, plain_head=plain_head)
+        with budget.shrinking(count, columns):
+            _through_slots(slots, tokenizer, prompts, list(order), new_tokens=new_tokens, end=end, on_text=on_done)
         order = [number for number in order if number not in done]
 
 
 def _through_slots(
-    model: Any,
+    slots: _Slots,
     tokenizer: Any,
     prompts: Sequence[Prompt],
     order: list[int],
-    slots: _Slots,
     *,
     new_tokens: int,
     end: frozenset[int],
-    plain_head: bool,
     on_text: Callable[[int, str], None],
 ) -> None:
     cache = Cache(layer_class_to_replicate=lambda **_: _SlotLayer(slots))
-    live: list[_Continuation] = []
-    names = [prompt.name for prompt in prompts]
+    live = slots.live
     with torch.inference_mode():
         while order or live:
             while order and len(live) < slots.count:
                 number = order.pop(0)
-                text = _Continuation(number, [], len(prompts[number].tokens))
-                text.add(prompts[number].tokens)
-                text.add([_fill(model, cache, slots, prompts[number])])
-                live.append(text)
-                slots.lengths.append(text.prompt)
+                slots.fill(cache, number, prompts[number])
             for at in reversed(range(len(live))):
-                said = _finished(tokenizer, live[at].made, prompts[live[at].number].stops, new_tokens, end)
+                said = _finished(tokenizer, live[at].made, live[at].prompt.stops, new_tokens, end)
                 if said is not None:
                     on_text(live[at].number, said)
-                    _free(cache, slots, live, at)
+                    slots.free(cache, at)
             if live and not (order and len(live) < slots.count):
-                _step(model, cache, slots, live, names, new_tokens, plain_head)
+                slots.step(cache, new_tokens)
 
 
 def _slot_count(budget: Budget, longest: int, columns: int, prompts: int, device: str) -> int:
@@ -224,60 +263,6 @@ def _slot_count(budget: Budget, longest: int, columns: int, prompts: int, device
     most = SLOTS_CPU if device == "cpu" else SLOTS_GPU
     slot = columns * budget.sizes.kept
     return max(1, min(most, prompts, (budget.bytes - budget.cost(1, longest, 0)) // slot))
-
-
-def _fill(model: Any, cache: Cache, slots: _Slots, prompt: Prompt) -> int:
-    """Reads a prompt into the next free slot and returns its first new token."""
-    tokens = prompt.tokens
-    slots.filling = len(slots.lengths)
-    ids_BT = torch.tensor([list(tokens)], device=model.device)
-    out = model(
-        input_ids=ids_BT,
-        position_ids=torch.arange(len(tokens), device=model.device)[None],
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-    )
-    slots.filling = None
-    return _best(out.logits[:, -1], [prompt.name])[0]
-
-
-def _step(
-    model: Any,
-    cache: Cache,
-    slots: _Slots,
-    live: Sequence[_Continuation],
-    names: Sequence[str],
-    new_tokens: int,
-    plain_head: bool,
-) -> None:
-    """Adds tokens to every live slot: the right guesses and the model's own next token."""
-    device = model.device
-    guesses = [text.guess(new_tokens - len(text.made) - 1) for text in live]
-    width = 1 + max(map(len, guesses))
-    rows = [[text.tokens[-1], *guess] for text, guess in zip(live, guesses, strict=True)]
-    ids_ST = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-    positions_ST = torch.tensor(slots.lengths, device=device)[:, None] + torch.arange(width, device=device)
-    seen_STC = torch.arange(max(slots.lengths) + width, device=device) <= positions_ST[..., None]
-    mask = torch.zeros(seen_STC.shape, dtype=model.dtype, device=device)
-    mask.masked_fill_(~seen_STC, torch.finfo(model.dtype).min)
-    inputs = {"position_ids": positions_ST, "attention_mask": mask[:, None], "past_key_values": cache}
-    # the head is expensive in a small model, so it does not run on padding
-    there = [(at, place) for at, row in enumerate(rows) for place in range(len(row))]
-    line_N, place_N = (torch.tensor(column, device=device) for column in zip(*there, strict=True))
-    if plain_head:
-        hidden_STD = model.base_model(input_ids=ids_ST, use_cache=True, **inputs).last_hidden_state
-        logits_NV = model.get_output_embeddings()(hidden_STD[line_N, place_N])
-    else:
-        logits_NV = model(input_ids=ids_ST, use_cache=True, **inputs).logits[line_N, place_N]
-    said = iter(_best(logits_NV, [names[live[at].number] for at, _ in there]))
-    for at, (text, guess) in enumerate(zip(live, guesses, strict=True)):
-        own = list(islice(said, len(guess) + 1))
-        right = next((place for place, token in enumerate(guess) if token != own[place]), len(guess))
-        text.add(own[: right + 1])
-        slots.lengths[at] += right + 1
-        if guess:
-            text.reach = min(GUESSES, text.reach + 2) if right == len(guess) else max(1, text.reach - 1)
 
 
 def _best(logits_SV: torch.Tensor, names: Sequence[str]) -> list[int]:
@@ -291,17 +276,6 @@ def _best(logits_SV: torch.Tensor, names: Sequence[str]) -> list[int]:
             hint="check the model's weights; float16 may overflow",
         )
     return [int(token) for token in best_S.tolist()]
-
-
-def _free(cache: Cache, slots: _Slots, live: list[_Continuation], at: int) -> None:
-    """Frees slot `at`; the last live slot moves into its place."""
-    last = len(live) - 1
-    if at != last:
-        for layer in cache.layers:
-            layer.move(last, at, slots.lengths[last])
-        live[at], slots.lengths[at] = live[last], slots.lengths[last]
-    live.pop()
-    slots.lengths.pop()
 
 
 def _finished(

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
@@ -26,8 +27,7 @@ def model_digest(model: Any, *, progress: Progress = SILENT) -> str:
     hashed = hashlib.sha256("\n".join(map(str, facts)).encode())
     named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     seen: dict[tuple[Any, ...], str] = {}
-    places = {_place(tensor): tensor for _, tensor in named}
-    progress.start("hashing the model", sum(tensor.nbytes for tensor in places.values()), "B")
+    progress.start("hashing the model", memory_of(model), "B")
     for name, tensor in named:
         place = _place(tensor)
         if place not in seen:
@@ -38,9 +38,17 @@ def model_digest(model: Any, *, progress: Progress = SILENT) -> str:
 
 
 def memory_of(model: Any) -> int:
-    """Bytes of all weights. Shared weights count once."""
-    tensors = {_place(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    """Bytes of all weights and buffers. Shared ones count once."""
+    return sum(tensor.nbytes for tensor in _distinct([*model.parameters(), *model.buffers()]))
+
+
+def parameters_of(model: Any) -> int:
+    """The number of weights. Shared weights count once."""
+    return sum(tensor.numel() for tensor in _distinct(model.parameters()))
+
+
+def _distinct(tensors: Iterable[torch.Tensor]) -> Collection[torch.Tensor]:
+    return {_place(tensor): tensor for tensor in tensors}.values()
 
 
 def tokenizer_digest(tokenizer: Any) -> str:

@@ -1,13 +1,13 @@
 """lm-eval's LM interface over the scorer: tokenizes, reads and keeps stored answers, reports progress."""
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lm_eval import utils
 from lm_eval.api.instance import Instance
-from lm_eval.api.model import TemplateLM
+from lm_eval.api.model import LM
 
 from frankenmoe.errors import NumericsError, SourceError
 from frankenmoe.evaluate.generation import Prompt, cut, generate, generate_plainly
@@ -21,10 +21,9 @@ from frankenmoe.progress import SILENT, Progress
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
 DEFAULT_LENGTH = 2048  # lm-eval's, for a config without a length
 ENCODED = 64  # texts tokenized at once
-FLUSH = 32  # answers between two writes
 
 
-class PrefixLM(TemplateLM):  # type: ignore[misc]
+class PrefixLM(LM):  # type: ignore[misc]
     """A transformers causal model for lm-eval, without BOS, as the leaderboard ran it.
 
     Finished answers are kept in `folder`, if given. `rows` fixes the sequences in a pass. `memory` limits the bytes of
@@ -52,14 +51,8 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self._device = model.device
         self.max_length = max_length or _length(model.config.get_text_config())
         self.budget = budget(model, bytes_at_most=memory, rows=rows)
-        self.sharing = sharing(model, self.budget, capacity=_has_capacity(model))
-        self.scorer = Scorer(
-            model,
-            self.budget,
-            share_up_to=self.sharing.up_to,
-            plain_head=self.sharing.plain_head,
-            alone=self.sharing.alone,
-        )
+        self.sharing = sharing(model, self.budget)
+        self.scorer = Scorer(model, self.budget, self.sharing)
         self.digest = ""
         if folder is not None:
             self.digest = (
@@ -83,13 +76,9 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         found = self.tokenizer.bos_token_id
         return int(found) if found is not None else self.eot_token_id
 
-    @property
-    def tokenizer_name(self) -> str:
-        return str(self.tokenizer.name_or_path).replace("/", "__")
-
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, by default without special tokens."""
-        return list(self.tokenizer.encode(string, add_special_tokens=bool(add_special_tokens)))
+    def tok_encode(self, text: str) -> list[int]:
+        """Token ids without special tokens."""
+        return list(self.tokenizer.encode(text, add_special_tokens=False))
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy) of each (context, continuation).
@@ -112,7 +101,6 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                     f"{self.max_length} at most",
                     hint="this model cannot be asked this; leave the task out",
                 )
-        fresh: dict[str | None, list[tuple[str, Any]]] = defaultdict(list)
 
         def on_answer(number: int, answer: Answer) -> None:
             request = requests[waiting[number]]
@@ -123,12 +111,12 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             answers[waiting[number]] = (answer.loglikelihood, answer.greedy)
             cut = queries[number].cut
             self.counts["cut"] += cut
-            self._keep(fresh, stores, request, [[answer.loglikelihood, answer.greedy], cut])
+            self._keep(stores, request, [[answer.loglikelihood, answer.greedy], cut])
 
         try:
             self.scorer.score(queries, on_answer)
         finally:
-            self._flush(fresh, stores)
+            _flush(stores)
         return [answers[at] for at in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -145,7 +133,6 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
             if settings.get("do_sample"):
                 raise SourceError(f"{_named(requests[at])} asks for sampling", hint="only greedy texts are made here")
             together[context, int(settings["max_gen_toks"])].append(at)
-        fresh: dict[str | None, list[tuple[str, Any]]] = defaultdict(list)
         for new_tokens in sorted({tokens for _, tokens in together}):
             contexts = [context for context, tokens in together if tokens == new_tokens]
             room = self.max_length - new_tokens
@@ -170,7 +157,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                 for at in together[asked[0][number], asked[2]]:
                     answers[at] = cut(text, requests[at].args[1]["until"])
                     self.counts["cut"] += asked[1][number].cut
-                    self._keep(fresh, stores, requests[at], [answers[at], asked[1][number].cut])
+                    self._keep(stores, requests[at], [answers[at], asked[1][number].cut])
 
             try:
                 if self.sharing.up_to > max(len(prompt.tokens) for prompt in prompts) + new_tokens:
@@ -189,7 +176,7 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
                         self.model, self.tokenizer, prompts, new_tokens=new_tokens, end=end, on_text=on_text
                     )
             finally:
-                self._flush(fresh, stores)
+                _flush(stores)
         return [answers[at] for at in range(len(requests))]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -213,15 +200,6 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
 
         self.scorer.score(queries, on_answer)
         return sums
-
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
-        found: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
-
-        def on_answer(number: int, answer: Answer) -> None:
-            found[number] = (answer.loglikelihood, answer.greedy)
-
-        self.scorer.score([self._query(context, rest) for _, context, rest in requests], on_answer)
-        return found
 
     # ---- tokens ----
 
@@ -291,35 +269,19 @@ class PrefixLM(TemplateLM):  # type: ignore[misc]
         self.counts["known"] += len(answers)
         return answers, stores, waiting
 
-    def _keep(
-        self,
-        fresh: dict[str | None, list[tuple[str, Any]]],
-        stores: dict[str | None, Store],
-        request: Instance,
-        answer: Any,
-    ) -> None:
+    def _keep(self, stores: Mapping[str | None, Store], request: Instance, answer: Any) -> None:
         self.progress.advance(1)
         if request.task_name in stores:
-            group = fresh[request.task_name]
-            group.append((request_key(request.request_type, request.args), answer))
-            if len(group) >= FLUSH:
-                stores[request.task_name].add(group)
-                group.clear()
+            stores[request.task_name].keep(request_key(request.request_type, request.args), answer)
 
-    @staticmethod
-    def _flush(fresh: dict[str | None, list[tuple[str, Any]]], stores: dict[str | None, Store]) -> None:
-        for name, group in fresh.items():
-            if group:
-                stores[name].add(group)
-        fresh.clear()
+
+def _flush(stores: Mapping[str | None, Store]) -> None:
+    for store in stores.values():
+        store.flush()
 
 
 def _named(request: Instance) -> str:
     return f"document {request.doc_id} of {request.task_name}"
-
-
-def _has_capacity(model: Any) -> bool:
-    return any(getattr(module, "factor", None) is not None and hasattr(module, "policy") for module in model.modules())
 
 
 def _length(config: Any) -> int:

@@ -1,5 +1,7 @@
 """How many tokens fit into one forward pass, estimated from the model's sizes."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,6 +78,11 @@ class Budget:
         per_row = tokens * self.sizes.layer + tokens * seen * self.sizes.mask + self.sizes.logits
         return rows * (per_row + seen * self.sizes.layer // HIDDEN_COPIES) + seen * self.sizes.kept
 
+    def most(self, rows: int, tokens: int, shared: int = 0) -> int:
+        """How many of `rows` rows one pass may read. Raises PlanError if a single row does not fit."""
+        self.check(tokens, shared)
+        return next((count for count in range(1, rows) if not self.fits(count + 1, tokens, shared)), rows)
+
     def check(self, tokens: int, shared: int = 0) -> None:
         """Raises PlanError if a single row of `tokens` tokens behind `shared` ones does not fit."""
         if self.cost(1, tokens, shared) > self.bytes:
@@ -85,15 +92,24 @@ class Budget:
                 hint="allow more with --memory, load the model with --dtype bfloat16, or free memory",
             )
 
-    def shrink(self, rows: int, tokens: int) -> None:
-        """Halves the budget after a pass of that size ran out of memory. Raises PlanError for a single row."""
-        if rows <= 1:
-            raise PlanError(
-                f"too little memory for a single sequence of {tokens} tokens",
-                hint="free memory, load the model with --dtype bfloat16, or use a larger machine",
-            )
-        self.rows = max(1, rows // 2)
-        self.tokens = max(1, rows * tokens // 2)
+    @contextmanager
+    def shrinking(self, rows: int, tokens: int) -> Iterator[None]:
+        """Halves the budget if memory runs out in the block, which the caller then repeats with fewer rows.
+
+        Raises PlanError for a single row.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not ran_out(error):
+                raise
+            if rows <= 1:
+                raise PlanError(
+                    f"too little memory for a single sequence of {tokens} tokens",
+                    hint="free memory, load the model with --dtype bfloat16, or use a larger machine",
+                ) from error
+            self.rows = max(1, rows // 2)
+            self.tokens = max(1, rows * tokens // 2)
 
 
 def budget(model: Any, *, bytes_at_most: int | None = None, rows: int | None = None) -> Budget:

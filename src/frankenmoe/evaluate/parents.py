@@ -8,9 +8,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from frankenmoe.checkpoint.tensors import DTYPES, FLOATS
+from frankenmoe.checkpoint.tensors import FLOATS
 from frankenmoe.errors import SourceError
-from frankenmoe.moe.dense import as_tensor, load_dense, one_line, quiet_transformers, read_config
+from frankenmoe.moe.dense import (
+    as_tensor,
+    load_dense,
+    load_source,
+    one_line,
+    quiet_transformers,
+    read_config,
+    torch_dtype,
+)
 from frankenmoe.moe.linear import keep_stored
 from frankenmoe.moe.router import Router
 from frankenmoe.planning import Plan
@@ -32,16 +40,14 @@ def _key(source: Source) -> tuple[Path, Path | None]:
     return source.folder, source.adapter.folder if source.adapter else None
 
 
-def dense_model(source: Source, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+def dense_model(source: Source, *, dtype: torch.dtype | None) -> Any:
     """A parent as a dense model, with its adapter merged into the weights."""
     if source.adapter is None:
-        return stock_model(source.folder, dtype=dtype, trust_remote_code=trust_remote_code)
-    stored = _stored(source)
-    tensors = {write.name: as_tensor(write) for write in dense_writes(source, anatomy(source), dtype=stored)}
-    return _loaded(source, tensors, dtype=dtype or _torch(stored), trust_remote_code=trust_remote_code)
+        return stock_model(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
+    return load_source(source, stored=_stored(source), dtype=dtype)
 
 
-def average_model(sources: list[Source], *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:
+def average_model(sources: list[Source], *, dtype: torch.dtype | None) -> Any:
     """The mean of the parents' weights, computed in float32 and stored in the first parent's dtype.
 
     Raises SourceError if their tensors differ in name or shape.
@@ -63,26 +69,14 @@ def average_model(sources: list[Source], *, dtype: torch.dtype | None, trust_rem
             elif tensor.is_floating_point():
                 total[name] += tensor
     mean = {name: tensor / len(sources) if tensor.is_floating_point() else tensor for name, tensor in total.items()}
-    wanted = dtype or _torch(_stored(sources[0]))
-    return _loaded(sources[0], mean, dtype=wanted, trust_remote_code=trust_remote_code)
+    config = read_config(sources[0].folder, trust_remote_code=sources[0].trust_remote_code)
+    return load_dense(config, mean, dtype=dtype or torch_dtype(_stored(sources[0])))
 
 
 def _stored(source: Source) -> str:
     """The dtype of most of a source's floating-point bytes."""
     floats = [ref for ref in source.checkpoint.tensors.values() if ref.dtype in FLOATS]
     return max(floats, key=lambda ref: ref.nbytes).dtype
-
-
-def _torch(dtype: str) -> torch.dtype:
-    found = getattr(torch, DTYPES[dtype].name)
-    assert isinstance(found, torch.dtype)
-    return found
-
-
-def _loaded(source: Source, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype, trust_remote_code: bool) -> Any:
-    config = read_config(source.folder, trust_remote_code=trust_remote_code)
-    cast = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    return load_dense(config, cast, dtype=dtype)
 
 
 def stock_model(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: bool = False) -> Any:

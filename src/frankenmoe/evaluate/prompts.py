@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
-from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.evaluate.rows import LETTERS, TaskRow, arc_gold
@@ -274,6 +273,6 @@ _ALL = (
         name="gsm8k_no_colon_stop", title="GSM8K, not stopped at ':'", stops=("Question:", "Question"), counted=False
     ),
 )  # fmt: skip
-BENCHMARKS: Mapping[str, Benchmark] = MappingProxyType({benchmark.name: benchmark for benchmark in _ALL})
+BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
 
-SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType({"leaderboard-v1": tuple(BENCHMARKS)})
+SUITES: Mapping[str, tuple[str, ...]] = {"leaderboard-v1": tuple(BENCHMARKS)}

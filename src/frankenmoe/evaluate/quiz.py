@@ -43,17 +43,14 @@ def _halves(document: str) -> tuple[str, str] | None:
     return (document[:at], document[at:]) if at > 0 else None
 
 
-def quiz(
-    model: Any, tokenizer: Any, texts: Mapping[str, str], *, count: int = QUESTIONS, capacity: bool = False
-) -> dict[str, float]:
+def quiz(model: Any, tokenizer: Any, texts: Mapping[str, str], *, count: int = QUESTIONS) -> dict[str, float]:
     """Domain -> share of questions answered right, by log-likelihood per character. Chance is a quarter.
 
-    `capacity` says whether the model's experts have a capacity. Long endings are cut to half of the model's context.
+    Long endings are cut to half of the model's context.
     """
     asked = [(name, question) for name, text in texts.items() for question in questions(text, count=count)]
     allowed = budget(model)
-    found = sharing(model, allowed, capacity=capacity)
-    scorer = Scorer(model, allowed, share_up_to=found.up_to, plain_head=found.plain_head, alone=found.alone)
+    scorer = Scorer(model, allowed, sharing(model, allowed))
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048
     queries = [
         _query(tokenizer, question.beginning, ending, longest) for _, question in asked for ending in question.endings

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.checkpoint.hub import stream_rows
@@ -23,9 +22,8 @@ LAYOUT = "a data folder holds one folder per task, such as arc_challenge/test.js
 
 @dataclass(frozen=True)
 class DataSet:
-    """Where the rows of one benchmark are: in `folder` of a data folder, or in configuration `config` of `hub`."""
+    """Where the rows of one benchmark are on the hub: in configuration `config` of `hub`."""
 
-    folder: str
     hub: str
     config: str
     check: Check
@@ -117,43 +115,35 @@ def _gsm8k(row: TaskRow) -> str | None:
     return None if re.search(r"#### -?[0-9.,]", row["answer"]) else "has an `answer` without `#### number`"
 
 
-DATA_SETS: Mapping[str, DataSet] = MappingProxyType(
-    {
-        "arc_challenge": DataSet(
-            "arc_challenge",
-            "allenai/ai2_arc",
-            "ARC-Challenge",
-            _first_problem(_fields(question=str, choices=Mapping, answerKey=str), _arc),
-        ),
-        "hellaswag": DataSet(
-            "hellaswag",
-            "Rowan/hellaswag",
-            "default",
-            _first_problem(
-                _fields(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=(str, int)), _hellaswag
-            ),
-        ),
-        "mmlu": DataSet(
-            "mmlu",
-            "cais/mmlu",
-            "all",
-            _first_problem(_fields(question=str, subject=str, choices=list, answer=int), _mmlu),
-        ),
-        "truthfulqa": DataSet(
-            "truthfulqa",
-            "truthfulqa/truthful_qa",
-            "multiple_choice",
-            _first_problem(_fields(question=str, mc1_targets=Mapping, mc2_targets=Mapping), _truthfulqa),
-        ),
-        "winogrande": DataSet(
-            "winogrande",
-            "allenai/winogrande",
-            "winogrande_xl",
-            _first_problem(_fields(sentence=str, option1=str, option2=str, answer=str), _winogrande),
-        ),
-        "gsm8k": DataSet("gsm8k", "openai/gsm8k", "main", _first_problem(_fields(question=str, answer=str), _gsm8k)),
-    }
-)
+# by the name of the folder that holds them in a data folder
+DATA_SETS: Mapping[str, DataSet] = {
+    "arc_challenge": DataSet(
+        "allenai/ai2_arc",
+        "ARC-Challenge",
+        _first_problem(_fields(question=str, choices=Mapping, answerKey=str), _arc),
+    ),
+    "hellaswag": DataSet(
+        "Rowan/hellaswag",
+        "default",
+        _first_problem(_fields(activity_label=str, ctx_a=str, ctx_b=str, endings=list, label=(str, int)), _hellaswag),
+    ),
+    "mmlu": DataSet(
+        "cais/mmlu",
+        "all",
+        _first_problem(_fields(question=str, subject=str, choices=list, answer=int), _mmlu),
+    ),
+    "truthfulqa": DataSet(
+        "truthfulqa/truthful_qa",
+        "multiple_choice",
+        _first_problem(_fields(question=str, mc1_targets=Mapping, mc2_targets=Mapping), _truthfulqa),
+    ),
+    "winogrande": DataSet(
+        "allenai/winogrande",
+        "winogrande_xl",
+        _first_problem(_fields(sentence=str, option1=str, option2=str, answer=str), _winogrande),
+    ),
+    "gsm8k": DataSet("openai/gsm8k", "main", _first_problem(_fields(question=str, answer=str), _gsm8k)),
+}
 
 
 def read_rows(name: str, split: str, *, data_dir: Path | None) -> list[dict[str, Any]]:
@@ -168,7 +158,7 @@ def read_rows(name: str, split: str, *, data_dir: Path | None) -> list[dict[str,
             (f"row {number} of {origin}", row) for number, row in enumerate(_from_hub(found, split), 1)
         )
     else:
-        file = data_dir / found.folder / f"{split}.jsonl"
+        file = data_dir / name / f"{split}.jsonl"
         origin, numbered = str(file), _lines(file)
     rows = []
     for where, row in numbered:

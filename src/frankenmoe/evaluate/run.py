@@ -1,6 +1,6 @@
-"""Models by name -> a report: what they score, what they cost, and an MoE beside its parents; prints nothing.
+"""Models -> a report: scores, losses, memory and speed, and a comparison of an MoE with its parents.
 
-The library's and the CLI's way to evaluate. Models are loaded one after the other.
+Only one model is loaded at a time.
 """
 
 import gc
@@ -43,7 +43,7 @@ PACKAGES = ("frankenmoe", "lm_eval", "torch", "transformers", "tokenizers", "num
 
 @dataclass(frozen=True)
 class Contestant:
-    """A model that can be loaded: `load` gives it, `tokenizer` the folder of its tokenizer."""
+    """A model to evaluate. `load` loads it; `tokenizer` is the folder of its tokenizer."""
 
     name: str
     kind: str
@@ -54,7 +54,7 @@ class Contestant:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that was measured. `gains` are those of the MoE over each other model, in the order of `results`."""
+    """All results. `gains` are those of the MoE over each other model, in the order of `results`."""
 
     results: tuple[Result, ...]
     gains: tuple[Gains, ...] = ()
@@ -64,11 +64,11 @@ class Report:
 
     @property
     def errors(self) -> list[str]:
-        """What failed, by model."""
+        """Error messages, each with the model's name."""
         return [f"{result.name}: {error}" for result in self.results for error in result.errors]
 
     def to_report(self, **about: Any) -> EvalReport:
-        """The report as it is written; `about` says which artifact it is about."""
+        """The report to write to a file; `about` identifies the artifact."""
         found = {
             **about,
             **self.conditions,
@@ -90,12 +90,12 @@ def evaluate(
     progress: Progress = SILENT,
     **changes: Any,
 ) -> Report:
-    """Scores models on tasks and on texts (domain -> file), and compares them if asked to.
+    """Scores models on tasks and on texts (domain -> file), and compares an MoE with its parents.
 
-    A model is a subject, an artifact, a recipe, a folder or a hub id (with @revision). `changes` are settings by name.
-    Without `tasks` and `texts`, the texts are the held-out parts of an MoE's `experts[].data`; paths start at the
-    working directory. Answers found before are used again (`scoring.store`). Raises FrankenMoEError's children for
-    input that makes no sense, before anything is scored; a task that fails later is named in the report.
+    A model is a Subject, an artifact, a recipe, a folder or a hub id (with @revision). `changes` are settings by name.
+    Paths start at the working directory. Without `tasks` and `texts`, the texts are the held-out parts of the experts'
+    `data`. Cached answers in `scoring.store` are reused. Raises subclasses of FrankenMoEError for invalid input before
+    anything is scored; the report names tasks that fail later.
     """
     settings = settings_with(settings or EvalSettings(), changes)
     scoring = scoring or Scoring(store=cache_folder("scores"))
@@ -104,14 +104,13 @@ def evaluate(
     data_dir = Path(settings.data_dir) if settings.data_dir else None
     suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
-    subjects = [each for each in opened if isinstance(each, Subject) and each.plan_if_there]
+    subjects = [each for each in opened if isinstance(each, Subject) and each.plan_or_none]
     if settings.against_parents and (len(opened) != 1 or not subjects):
         raise PlanError(
-            "--against-parents compares one MoE with what it was made of, found "
-            + ", ".join(each.origin for each in opened),
-            hint="name one artifact or recipe; several models side by side need no such option",
+            "--against-parents compares one MoE with its parents, found " + ", ".join(each.origin for each in opened),
+            hint="give one artifact or recipe; several models are compared without this option",
         )
-    contestants = _told_apart([_contestant(each, dtype, progress) for each in opened])
+    contestants = _with_unique_names([_contestant(each, dtype, progress) for each in opened])
     skipped: dict[str, str] = {}
     if settings.against_parents:
         contestants = [*_ancestors(subjects[0].plan, contestants[0], dtype, skipped), contestants[0]]
@@ -121,7 +120,7 @@ def evaluate(
     if PERPLEXITY in names and not sources:
         raise SourceError(
             "there is no text to measure the loss on",
-            hint="give files with --text NAME=FILE, add `data` to the recipe's experts, or name --tasks",
+            hint="use --text NAME=FILE or --tasks, or add `data` to the recipe's experts",
         )
     results = _run_all(contestants, suite, sources, scoring, settings.limit, device, skipped, progress)
     conditions = _conditions(suite, sources, data_dir)
@@ -175,8 +174,8 @@ def _run_all(
     return results
 
 
-def _told_apart(contestants: Sequence[Contestant]) -> list[Contestant]:
-    """Models of one name in several folders, such as one/model and two/model, with as much of the path as differs."""
+def _with_unique_names(contestants: Sequence[Contestant]) -> list[Contestant]:
+    """The models with unique names: one/model and two/model get the parts of the path that differ."""
     paths = [(*Path(os.path.abspath(each.origin)).parts[1:-1], each.name) for each in contestants]
     found = []
     for each, path in zip(contestants, paths, strict=True):
@@ -192,12 +191,12 @@ def _placed(model: Any, device: str) -> Any:
     try:
         return model.to(chosen)
     except (RuntimeError, AssertionError) as error:
-        raise PlanError(f"the model cannot be put on {chosen}: {error}", hint="choose another --device") from error
+        raise PlanError(f"the model cannot be moved to {chosen}: {error}", hint="choose another --device") from error
 
 
 def _contestant(model: Subject | Dense, dtype: str | None, progress: Progress) -> Contestant:
-    """How a model is called and loaded."""
-    # of `.` and `..` the folder's own name
+    """The name of a model and how to load it."""
+    # abspath gives `.` and `..` the name of the folder
     if isinstance(model, Dense):
         path = Path(model.origin)
         name = Path(os.path.abspath(path)).name if path.exists() else path.name
@@ -218,10 +217,10 @@ def _contestant(model: Subject | Dense, dtype: str | None, progress: Progress) -
 def _ancestors(made: Plan, moe: Contestant, dtype: str | None, skipped: dict[str, str]) -> list[Contestant]:
     """Base, parents, the average of the parents, and the MoE with random gates."""
     as_dtype = getattr(torch, dtype) if dtype else None
-    folder, trusted = made.base.folder, made.trust_remote_code
+    folder = made.base.folder
 
     def dense(source: Any) -> Callable[[], Any]:
-        return lambda: dense_model(source, dtype=as_dtype, trust_remote_code=trusted)
+        return lambda: dense_model(source, dtype=as_dtype)
 
     found = [Contestant("base", BASE, str(made.base.name), dense(made.base), folder)]
     distinct = list(parents(made))
@@ -230,11 +229,11 @@ def _ancestors(made: Plan, moe: Contestant, dtype: str | None, skipped: dict[str
         sources = [source for _, source in distinct]
 
         def average() -> Any:
-            return average_model(sources, dtype=as_dtype, trust_remote_code=trusted)
+            return average_model(sources, dtype=as_dtype)
 
         found.append(Contestant("average", AVERAGE, ", ".join(str(source.name) for source in sources), average, folder))
     else:
-        skipped["average"] = "there are not two parents besides the base to average"
+        skipped["average"] = "there are fewer than two parents besides the base"
 
     def random() -> Any:
         return randomize_gates(moe.load(), seed=made.recipe.seed)
@@ -246,12 +245,12 @@ def _ancestors(made: Plan, moe: Contestant, dtype: str | None, skipped: dict[str
 
 
 def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainText]:
-    """Files that were given, whole; otherwise the held-out parts of what the experts are good at."""
+    """The given files, completely; by default the held-out parts of the experts' data."""
     if given:
         return [DomainText(name, (os.path.abspath(file),), Path.cwd(), held_out=False) for name, file in given.items()]
     found: dict[str, DomainText] = {}
     for recipe in recipes:
-        train = recipe.train  # what it trained on must be cut as it cut it
+        train = recipe.train  # the same cut as in training keeps trained text out
         for expert in leaves(recipe.experts):
             if expert.data and expert.name not in found:
                 found[expert.name] = DomainText(
@@ -287,7 +286,7 @@ def _conditions(suite: Suite, sources: Sequence[DomainText], data_dir: Path | No
 
 
 def draw(report: Report, file: Path) -> None:
-    """One plot of a comparison: quality against memory. PlanError where there is nothing to put on the axis."""
+    """Plots quality against memory for each model. PlanError if no model was scored."""
     check_plot(file)
     points = []
     for result in report.results:
@@ -315,5 +314,5 @@ def draw(report: Report, file: Path) -> None:
         memory = result.facts["memory_bytes"]
         points.append(Point(result.name, result.kind, memory, interval.value, interval.low, interval.high))
     if not points:
-        raise PlanError("nothing was scored, so there is nothing to plot", hint="see the errors above")
+        raise PlanError("no model was scored, so there is nothing to plot", hint="see the errors above")
     plot(points, file, quality=quality)

@@ -16,7 +16,7 @@ from lm_eval.evaluator import evaluate
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import FrankenMoEError, SourceError
 from frankenmoe.evaluate.domains import Losses, domain_losses
-from frankenmoe.evaluate.identity import memory_of
+from frankenmoe.evaluate.identity import memory_of, parameters_of
 from frankenmoe.evaluate.lm import PrefixLM
 from frankenmoe.evaluate.prompts import BENCHMARKS, GSM8K_TOKENS, Benchmark
 from frankenmoe.evaluate.samples import write_samples
@@ -179,7 +179,7 @@ def run(
             errors.append(f"loss: {in_a_line(error)}")
     facts = {
         "digest": lm.digest or None,
-        "parameters": _parameters(model),
+        "parameters": parameters_of(model),
         "memory_bytes": memory_of(model),
         "tokens_per_second": speed(model),
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -219,10 +219,12 @@ def _benchmarks(
     seconds = time.perf_counter() - began
     if settings.samples is not None:
         write_samples(settings.samples, found["samples"])
-    counts = {key: lm.counts[key] for key in ("requests", "known", "cut")}
-    counts["question_cut"] = _questions_cut(lm, tasks, suite.limit) if counts["cut"] else 0
-    names = {"requests": "requests", "known": "from_earlier_runs", "cut": "cut_on_the_left"}
-    counts = {names.get(key, key): value for key, value in counts.items()}
+    counts = {
+        "requests": lm.counts["requests"],
+        "from_earlier_runs": lm.counts["known"],
+        "cut_on_the_left": lm.counts["cut"],
+        "question_cut": _questions_cut(lm, tasks, suite.limit) if lm.counts["cut"] else 0,
+    }
     return {name: _outcome(BENCHMARKS[name], found, list(group), counts, seconds) for name, group in asked.items()}
 
 
@@ -270,12 +272,6 @@ def _pooled(errors: Sequence[Any]) -> float | None:
     if any(not isinstance(error, int | float) for error in errors):
         return None
     return math.sqrt(sum(float(error) ** 2 for error in errors)) / len(errors)
-
-
-def _parameters(model: Any) -> int:
-    """The number of weights. Shared weights count once."""
-    seen = {(tensor.data_ptr(), tuple(tensor.shape)): tensor.numel() for tensor in model.parameters()}
-    return sum(seen.values())
 
 
 def speed(model: Any) -> float:

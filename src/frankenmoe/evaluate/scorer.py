@@ -14,7 +14,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from frankenmoe.errors import SourceError
-from frankenmoe.evaluate.memory import Budget, ran_out
+from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.prefixcache import shared_cache
 from frankenmoe.evaluate.tree import Forest, Trunk, plan
 
@@ -71,29 +71,25 @@ class _Answers:
                 self.on_answer(query, Answer(self.sums[query], self.greedy[query]))
 
 
-class Scorer:
-    """Scores queries with one model.
+@dataclass(frozen=True)
+class Sharing:
+    """What a model allows (see sharing.py). Sequences longer than `up_to` are read without sharing, for `reason`.
 
-    Sequences longer than `share_up_to` are read without sharing (0: all, see sharing.py). `plain_head`: the logits are
-    the output embedding of the last hidden state. `alone`: one sequence per pass, as capacity limits demand.
+    `plain_head`: the logits are the output embedding of the last hidden state. `alone`: one sequence per pass, as
+    capacity limits demand.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        budget: Budget,
-        *,
-        share_up_to: int,
-        plain_head: bool,
-        alone: bool = False,
-        row_tokens: int = ROW_TOKENS,
-    ) -> None:
-        self.model = model
-        self.budget = budget
-        self.share_up_to = share_up_to
-        self.plain_head = plain_head
-        self.alone = alone
-        self.row_tokens = row_tokens
+    up_to: int
+    plain_head: bool
+    reason: str | None = None
+    alone: bool = False
+
+
+class Scorer:
+    """Scores queries with one model."""
+
+    def __init__(self, model: Any, budget: Budget, sharing: Sharing, *, row_tokens: int = ROW_TOKENS) -> None:
+        self.model, self.budget, self.sharing, self.row_tokens = model, budget, sharing, row_tokens
         self.tokens_read = 0
 
     def score(self, queries: Sequence[Query], on_answer: OnAnswer) -> None:
@@ -103,8 +99,8 @@ class Scorer:
         by_tokens: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for number, query in enumerate(queries):
             by_tokens[query.tokens].append(number)
-        shared = [tokens for tokens in by_tokens if len(tokens) <= self.share_up_to]
-        alone = [tokens for tokens in by_tokens if len(tokens) > self.share_up_to]
+        shared = [tokens for tokens in by_tokens if len(tokens) <= self.sharing.up_to]
+        alone = [tokens for tokens in by_tokens if len(tokens) > self.sharing.up_to]
         with torch.inference_mode():
             if shared:
                 asked = [[(number, queries[number]) for number in by_tokens[tokens]] for tokens in shared]
@@ -128,37 +124,21 @@ class Scorer:
             past = self._read_trunk(trunk, past, places, answers)
         rows = sorted(trunk.forests, key=lambda row: -len(row.tokens))
         while rows:
-            count = self._how_many(rows, length)
-            try:
+            longest = len(rows[0].tokens)
+            count = self.budget.most(len(rows), longest, length)
+            with self.budget.shrinking(count, longest):
                 self._read_rows(rows[:count], past, length, asked, answers)
-            except Exception as error:
-                if not ran_out(error):
-                    raise
-                self.budget.shrink(count, len(rows[0].tokens))
-                continue
-            rows = rows[count:]
+                rows = rows[count:]
         for below in trunk.trunks:
             self._trunk(below, past, asked, answers)
-
-    def _how_many(self, rows: Sequence[Forest], shared: int) -> int:
-        """How many of the rows, sorted by falling length, fit into one pass."""
-        longest, count = len(rows[0].tokens), 1
-        self.budget.check(longest, shared)
-        while count < len(rows) and self.budget.fits(count + 1, longest, shared):
-            count += 1
-        return count
 
     def _read_trunk(self, trunk: Trunk, past: Cache | None, places: list[Place], answers: _Answers) -> Cache:
         self.budget.check(len(trunk.tokens), trunk.start)
         cache = shared_cache(past, keep=True)
         ids_BT = self._tensor([trunk.tokens])
         positions_BT = torch.arange(trunk.start, trunk.start + len(trunk.tokens), device=ids_BT.device)[None]
-        try:
+        with self.budget.shrinking(1, trunk.start + len(trunk.tokens)):
             self._pass(ids_BT, places, answers, position_ids=positions_BT, past_key_values=cache, use_cache=True)
-        except Exception as error:
-            if not ran_out(error):
-                raise
-            self.budget.shrink(1, trunk.start + len(trunk.tokens))
         return cache
 
     def _read_rows(
@@ -213,32 +193,24 @@ class Scorer:
         order = sorted(range(len(sequences)), key=lambda at: -len(sequences[at]))
         for length, same in groupby(order, key=lambda at: len(sequences[at])):
             waiting = list(same)
-            self.budget.check(length)
             while waiting:
-                count = 1
-                while not self.alone and count < len(waiting) and self.budget.fits(count + 1, length, 0):
-                    count += 1
+                count = self.budget.most(1 if self.sharing.alone else len(waiting), length)
                 batch = waiting[:count]
                 places = [
                     place
                     for line, at in enumerate(batch)
                     for place in _places(asked[at], 0, range(line * length, (line + 1) * length))
                 ]
-                try:
+                with self.budget.shrinking(count, length):
                     self._pass(self._tensor([sequences[at] for at in batch]), places, answers, use_cache=False)
-                except Exception as error:
-                    if not ran_out(error):
-                        raise
-                    self.budget.shrink(count, length)
-                    continue
-                waiting = waiting[count:]
+                    waiting = waiting[count:]
 
     # ---- one pass ----
 
     def _pass(self, ids_BT: torch.Tensor, places: Sequence[Place], answers: _Answers, **inputs: Any) -> None:
         """Reads tokens and scores the places. Columns are numbered through all rows of the batch."""
         self.tokens_read += ids_BT.numel()
-        found = list(scored(self.model, ids_BT, places, plain_head=self.plain_head, **inputs))
+        found = list(scored(self.model, ids_BT, places, plain_head=self.sharing.plain_head, **inputs))
         for some, logprobs, greedy in found:  # only after the pass: one that ran out of memory is repeated
             answers.add(some, logprobs, greedy)
 

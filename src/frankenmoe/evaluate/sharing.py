@@ -4,13 +4,14 @@ First the config decides, then a few sequences are scored with and without shari
 is read separately, and the report says why.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from frankenmoe.evaluate.memory import Budget
-from frankenmoe.evaluate.scorer import Query, Scorer, scored
+from frankenmoe.evaluate.scorer import Query, Scorer, Sharing, scored
+from frankenmoe.moe.block import Capacity
 
 ANY_LENGTH = 2**62
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -26,20 +27,10 @@ IDS = 64  # distinct token ids in the sample: each loads pages of a mapped embed
 HALF_FLOOR = 2e-2  # the same in bfloat16 and float16
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """The longest sequence that may be shared (0: none), whether the head is plain, and the reason for a limit."""
-
-    up_to: int
-    plain_head: bool
-    reason: str | None = None
-    alone: bool = False
-
-
-def sharing(model: Any, budget: Budget, *, capacity: bool) -> Sharing:
-    """What may be shared in this model. `capacity`: its experts have one, so tokens depend on other sequences."""
+def sharing(model: Any, budget: Budget) -> Sharing:
+    """What may be shared in this model."""
     head = _plain_head(model)
-    if capacity:
+    if any(isinstance(module, Capacity) and module.factor is not None for module in model.modules()):
         return Sharing(0, head, "its experts have a capacity, so what a token gets depends on all others", alone=True)
     longest, reason = _from_config(model)
     if longest == 0:
@@ -94,13 +85,13 @@ def _proof(model: Any, budget: Budget, longest: int, plain_head: bool) -> str | 
 
         return keep
 
-    Scorer(model, budget, share_up_to=0, plain_head=plain_head, alone=True).score(queries, into(plain))
+    Scorer(model, budget, Sharing(0, plain_head, alone=True)).score(queries, into(plain))
     _padded(model, queries, other, plain_head)
     try:
         # the long ones in one row: a trunk that long would need the most memory of all
         for part, row_tokens in ((slice(LONG_ONES), LONG * LONG_ONES), (slice(LONG_ONES, None), PROOF_ROW)):
             found = shared[part]
-            scorer = Scorer(model, budget, share_up_to=longest, plain_head=plain_head, row_tokens=row_tokens)
+            scorer = Scorer(model, budget, Sharing(longest, plain_head), row_tokens=row_tokens)
             scorer.score(queries[part], into(found))
             shared[part] = found
     except Exception as error:  # a model that rejects our mask, cache or positions may raise anything

@@ -11,6 +11,8 @@ from typing import Any
 
 from frankenmoe.errors import ArtifactError
 
+FLUSH = 32  # answers between two writes
+
 
 def request_key(kind: str, arguments: Iterable[Any]) -> str:
     """SHA-256, in hex, of a request: its kind and its arguments, few-shot examples included."""
@@ -19,15 +21,31 @@ def request_key(kind: str, arguments: Iterable[Any]) -> str:
 
 
 class Store:
-    """The answers of one model to one version of one task. `add` appends whole lines to its file."""
+    """The answers of one model to one version of one task. `add` appends whole lines to its file.
+
+    `keep` writes only when FLUSH answers wait; `flush` writes the rest.
+    """
 
     def __init__(self, folder: Path, *, model: str, task: str, version: int) -> None:
         self.file = folder / model / f"{task}-v{version}.jsonl"
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             self.found = dict(_read(self.file))
+            self.waiting: list[tuple[str, Any]] = []
         except OSError as error:
             raise self._unusable(error) from error
+
+    def keep(self, key: str, answer: Any) -> None:
+        """Stores an answer soon."""
+        self.waiting.append((key, answer))
+        if len(self.waiting) >= FLUSH:
+            self.flush()
+
+    def flush(self) -> None:
+        """Stores the answers that wait."""
+        if self.waiting:
+            self.add(self.waiting)
+            self.waiting.clear()
 
     def add(self, answers: Iterable[tuple[str, Any]]) -> None:
         """Stores (key, answer) pairs."""

@@ -58,9 +58,7 @@ def plan(sequences: Sequence[Sequence[int]], *, row_tokens: int) -> Trunk:
     The root's own stretch is empty. Only a sequence that shares nothing makes a longer row. Every token of the prefix
     tree is read once, except stretches shorter than LEAST_TRUNK before branches that are too large for a row.
     """
-    order = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
-    shared = [0, *(_common(sequences[a], sequences[b]) for a, b in pairwise(order))]
-    return _trunk(sequences, order, shared, 0, len(order), depth=0, start=0, row_tokens=row_tokens)
+    return _Sorted(sequences, row_tokens).trunk(range(len(sequences)), depth=0, start=0)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:
@@ -77,70 +75,61 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return low
 
 
-def _trunk(
-    sequences: Sequence[Sequence[int]],
-    order: Sequence[int],
-    shared: Sequence[int],
-    low: int,
-    high: int,
-    *,
-    depth: int,
-    start: int,
-    row_tokens: int,
-) -> Trunk:
-    """The trunk from `start` to `depth` of order[low:high], which agree up to `depth`."""
-    families: list[tuple[int, int]] = []
-    trunks: list[Trunk] = []
-    waiting = list(_children(sequences, order, shared, low, high, depth))
-    while waiting:
-        first, last = waiting.pop()
-        size = _size(sequences, order, shared, first, last, depth)
-        if size == 0:  # a sequence that ends with the trunk
-            continue
-        if size <= row_tokens or last - first == 1:
-            families.append((first, last))
-            continue
-        common = min([len(sequences[order[first]]), *shared[first + 1 : last]])
-        if common - depth >= LEAST_TRUNK:
-            below = _trunk(sequences, order, shared, first, last, depth=common, start=depth, row_tokens=row_tokens)
-            trunks.append(below)
-        else:
-            waiting += _children(sequences, order, shared, first, last, common)
-    forests = tuple(
-        _forest(sequences, [order[at] for family in group for at in range(*family)], depth)
-        for group in _packed(
-            families, lambda each: _size(sequences, order, shared, each[0], each[1], depth), row_tokens
+class _Sorted:
+    """Sequences in lexical order. A range of places in it stands for the sequences there, which share a beginning."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]], row_tokens: int) -> None:
+        self.sequences, self.row_tokens = sequences, row_tokens
+        self.order = sorted(range(len(sequences)), key=lambda index: tuple(sequences[index]))
+        # how many tokens each shares with the one before
+        self.shared = [0, *(_common(sequences[a], sequences[b]) for a, b in pairwise(self.order))]
+
+    def trunk(self, places: range, *, depth: int, start: int) -> Trunk:
+        """The trunk from `start` to `depth` of sequences that agree up to `depth`."""
+        families: list[range] = []
+        trunks: list[Trunk] = []
+        waiting = list(self.children(places, depth))
+        while waiting:
+            some = waiting.pop()
+            size = self.size(some, depth)
+            if size == 0:  # a sequence that ends with the trunk
+                continue
+            if size <= self.row_tokens or len(some) == 1:
+                families.append(some)
+                continue
+            common = min([len(self.at(some[0])), *(self.shared[place] for place in some[1:])])
+            if common - depth >= LEAST_TRUNK:
+                trunks.append(self.trunk(some, depth=common, start=depth))
+            else:
+                waiting += self.children(some, common)
+        forests = tuple(
+            _forest(self.sequences, [self.order[place] for family in group for place in family], depth)
+            for group in _packed(families, lambda family: self.size(family, depth), self.row_tokens)
         )
-    )
-    through = tuple(order[low:high]) if depth > start else ()
-    tokens = tuple(sequences[order[low]][start:depth]) if depth > start else ()
-    return Trunk(start, tokens, forests, tuple(reversed(trunks)), through)
+        through = tuple(self.order[place] for place in places) if depth > start else ()
+        tokens = tuple(self.at(places[0])[start:depth]) if depth > start else ()
+        return Trunk(start, tokens, forests, tuple(reversed(trunks)), through)
+
+    def at(self, place: int) -> Sequence[int]:
+        return self.sequences[self.order[place]]
+
+    def children(self, places: range, depth: int) -> Iterator[range]:
+        """The ranges of sequences that agree beyond `depth`."""
+        first = places.start
+        for place in range(first + 1, places.stop + 1):
+            if place == places.stop or self.shared[place] <= depth:
+                yield range(first, place)
+                first = place
+
+    def size(self, places: range, depth: int) -> int:
+        """Tokens to read behind the first `depth`."""
+        rest = sum(len(self.at(place)) - max(self.shared[place], depth) for place in places[1:])
+        return len(self.at(places[0])) - depth + rest
 
 
-def _children(
-    sequences: Sequence[Sequence[int]], order: Sequence[int], shared: Sequence[int], low: int, high: int, depth: int
-) -> Iterator[tuple[int, int]]:
-    """Ranges of order[low:high] that agree beyond `depth`."""
-    first = low
-    for at in range(low + 1, high + 1):
-        if at == high or shared[at] <= depth:
-            yield first, at
-            first = at
-
-
-def _size(
-    sequences: Sequence[Sequence[int]], order: Sequence[int], shared: Sequence[int], low: int, high: int, depth: int
-) -> int:
-    """Tokens to read for order[low:high] behind the first `depth`."""
-    first = len(sequences[order[low]]) - depth
-    return first + sum(len(sequences[order[at]]) - max(shared[at], depth) for at in range(low + 1, high))
-
-
-def _packed(
-    families: Sequence[tuple[int, int]], size: Callable[[tuple[int, int]], int], row_tokens: int
-) -> list[list[tuple[int, int]]]:
+def _packed(families: Sequence[range], size: Callable[[range], int], row_tokens: int) -> list[list[range]]:
     """Families grouped into rows, the largest first, each in the first row with room."""
-    groups: list[list[tuple[int, int]]] = []
+    groups: list[list[range]] = []
     room: list[int] = []
     open_rows: list[int] = []
     for family in sorted(families, key=lambda each: -size(each)):

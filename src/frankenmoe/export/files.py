@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.artifact.folder import check_disk
+from frankenmoe.checkpoint.writer import partial_of
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.export.head import head_bytes
 from frankenmoe.export.quantize import require
 from frankenmoe.export.tokenizer import read_vocabulary
-from frankenmoe.export.write import Importance, Target, partial_of, write_files
+from frankenmoe.export.write import Importance, Target, write_files
 from frankenmoe.families.llamacpp import FILE_TYPES, FileType
 from frankenmoe.planning.gguf import GgufLayout, layout, suggestion
 from frankenmoe.planning.parts import Parts

@@ -1,6 +1,6 @@
-"""Artifact or recipe -> GGUF files; the library's and the CLI's way to export.
+"""Artifact or recipe -> GGUF files.
 
-Does not import torch unless a recipe's routers must first be made, or importance or a check needs the model to run.
+Imports torch only to make a recipe's routers, to measure importance, or to check files against the source.
 """
 
 import tempfile
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from frankenmoe.export.check import Checked
     from frankenmoe.export.importance import Measured
 
-IMATRIX_LENGTH = 512  # tokens of a block of calibration
+IMATRIX_LENGTH = 512  # tokens of a calibration block
 IMATRIX_BLOCKS = 128
 REPORT = "export.json"
-CHECKED_BY_ITSELF = 2 * 10**9  # bytes of a file
+SMALL_FILE = 2 * 10**9  # bytes; smaller files are checked by default
 CHECK_LENGTH = 128  # tokens of a text
 CHECK_BLOCKS = 8
-CHECK_POSITIONS = 24  # of every text
+CHECK_POSITIONS = 24  # per text
 
 
 def export_gguf(
@@ -46,11 +46,10 @@ def export_gguf(
     progress: Progress = SILENT,
     **changes: Any,
 ) -> list[GgufFile]:
-    """Writes GGUF files of an artifact of either form, or of a recipe, whose routers are then made first.
+    """Writes GGUF files of an artifact, or of a recipe after making its routers.
 
-    `changes` are settings by name, such as types=["q4_k_m"]. Without `types`: a q4 and a q5 that suit the shape.
-    Routers that only chance has set are refused unless `allow_random`. Raises FrankenMoEError's children; see
-    `export_files`.
+    `changes` are settings by name, such as types=["q4_k_m"]. The default types are a q4 and a q5 that fit the shape.
+    Random routers are rejected unless `allow_random`. Raises subclasses of FrankenMoEError; see `export_files`.
     """
     subject = open_subject(what)
     settings = settings_with(settings or ExportSettings(), changes)
@@ -78,42 +77,41 @@ def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progre
     length = min(IMATRIX_LENGTH, int(moe.model.config.max_position_embeddings))
     documents = read_documents(settings.imatrix, folder=Path.cwd())
     blocks = text_blocks(documents, moe.tokenizer(), length=length, limit=IMATRIX_BLOCKS)
-    progress.start("weighing columns", len(blocks), "blocks")
+    progress.start("measuring importance", len(blocks), "blocks")
     return measure(
         moe, layout(parts, pad256=settings.pad256), [block.ids for block in blocks], on_step=progress.advance
     )
 
 
 def starved_notes(parts: Parts, found: "Measured") -> tuple[str, ...]:
-    """A sentence about experts that the calibration text hardly reached, and what was done about them."""
+    """A sentence about experts that got too few tokens of the calibration text."""
     if not found.starved:
         return ()
     names = parts.experts
     shown = ", ".join(f"{names[expert]} in layer {layer} ({tokens})" for layer, expert, tokens in found.starved[:4])
     more = f" and {len(found.starved) - 4} more" if len(found.starved) > 4 else ""
     return (
-        f"of {found.tokens} tokens of calibration too few reached {shown}{more}; their columns were weighed on text "
-        "that every expert was made to read",
+        f"too few of {found.tokens} calibration tokens reached {shown}{more}; the importance of their columns was "
+        "measured with all text forced through them",
     )
-
-
-def files_to_check(files: Sequence[GgufFile], settings: ExportSettings) -> list[GgufFile]:
-    """The files that are compared with their source: as the settings say, by default those that are small."""
-    return [file for file in files if settings.check or (settings.check is None and file.bytes < CHECKED_BY_ITSELF)]
 
 
 def check_files(
     what: Subject | Recipe | Artifact | str | Path,
     files: Sequence[GgufFile],
     *,
-    texts: Sequence[str] = (),
+    settings: ExportSettings | None = None,
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> "list[Checked]":
-    """Runs every file in llama.cpp beside its source in transformers (float32) and compares what they say.
+    """Runs files in llama.cpp and their source in transformers (float32), and compares logits and replies.
 
-    `texts` are text files, JSONL files or hub datasets; without any, a few short texts of our own.
+    `settings` select the files, by default small ones, and the texts.
     """
+    settings = settings or ExportSettings()
+    files = [file for file in files if settings.check or (settings.check is None and file.bytes < SMALL_FILE)]
+    if not files:
+        return []
     from frankenmoe.data.blocks import text_blocks
     from frankenmoe.data.documents import Document, read_documents
     from frankenmoe.export.check import check, reference, steps
@@ -122,13 +120,14 @@ def check_files(
     moe = open_subject(what).load(dtype="float32", progress=progress)
     tokenizer = moe.tokenizer()
     length = min(CHECK_LENGTH, int(moe.model.config.max_position_embeddings))
-    if texts:
-        blocks = text_blocks(read_documents(texts, folder=Path.cwd()), tokenizer, length=length, limit=CHECK_BLOCKS)
+    if settings.texts:
+        documents = read_documents(settings.texts, folder=Path.cwd())
+        blocks = text_blocks(documents, tokenizer, length=length, limit=CHECK_BLOCKS)
     else:
         alone = [text_blocks([Document(text=text)], tokenizer, length=length, limit=1) for text in TEXTS]
         blocks = [block for found in alone for block in found]
     passages = [block.ids for block in blocks]
-    progress.start("asking the source", len(passages) + len(PROMPTS), "texts")
+    progress.start("running the source", len(passages) + len(PROMPTS), "texts")
     source = reference(moe, tokenizer, texts=passages, positions=CHECK_POSITIONS, on_step=progress.advance)
     found = []
     for file in files:
@@ -145,9 +144,9 @@ def write_report(
     what: Subject | Recipe | Artifact | str | Path,
     report: Path | None = None,
 ) -> Path:
-    """Writes export.json, by default beside the files: of which model they are, and how each compares with its source.
+    """Writes export.json, by default next to the files: the model, and each file with its comparison to the source.
 
-    Rows of earlier runs stay while their files are beside the report and are of the same model.
+    Entries of earlier exports are kept if their files are next to the report and of the same model.
     """
     report = report or files[0].path.parent / REPORT
     now = _about(open_subject(what))
@@ -163,7 +162,7 @@ def write_report(
 
 
 def _about(subject: Subject) -> dict[str, Any]:
-    """Which model a report is of. A recipe's routers are not kept, so they have no hash."""
+    """Identifies the model of a report. The routers of a recipe are not stored, so they have no hash."""
     if subject.artifact is None:
         return {"recipe_digest": subject.recipe.digest, "versions": versions()}
     return about(subject.artifact)
@@ -171,12 +170,12 @@ def _about(subject: Subject) -> dict[str, Any]:
 
 @contextmanager
 def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -> Iterator[Parts]:
-    """The parts of a subject with its gates; the routers of a recipe live in a temporary folder meanwhile."""
+    """The parts of a subject with its gates. The routers of a recipe are stored in a temporary folder."""
     if subject.built:
         _check_set(subject, allow_random=allow_random)
         yield subject.parts
         return
-    parts = gguf_parts(subject.plan)  # says what llama.cpp cannot before routers are made
+    parts = gguf_parts(subject.plan)  # raises what llama.cpp does not support before routers are made
     if subject.artifact is None:
         check_buildable(subject.plan, virtual=True, allow_identical=True)
     _check_set(subject, allow_random=allow_random or (subject.artifact is None and subject.plan.all_identical))
@@ -189,13 +188,13 @@ def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -
 
 
 def _check_set(subject: Subject, *, allow_random: bool) -> None:
-    """ArtifactError where only chance has set the gates: neither the gate mode nor a later stage."""
+    """Raises ArtifactError for random gates, which neither the gate mode nor a later stage has set."""
     stages = subject.artifact.record.get("stages") or [] if subject.artifact else []
     modes = [stage.get("gate_mode") for stage in stages] if subject.artifact else [subject.recipe.gate_mode]
     later = any(stage.get("stage") != "build" for stage in stages)
-    chance = not later and all(mode in RANDOM_MODES for mode in modes)
-    if chance and len(subject.parts.nodes) > 1 and not allow_random:
+    random = not later and all(mode in RANDOM_MODES for mode in modes)
+    if random and len(subject.parts.nodes) > 1 and not allow_random:
         raise ArtifactError(
-            f"the routers of {subject.origin} were never set: gate_mode random left them to chance",
-            hint="fit them first, or say --allow-random to export the MoE as it is",
+            f"the routers of {subject.origin} are random: gate_mode random, and no later fit or training",
+            hint="fit them first, or add --allow-random",
         )

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.checkpoint.header import parse_object
@@ -32,16 +31,14 @@ _TEKKEN = (
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 # (digits are split first, the regex, whole words are looked up before merging) -> llama.cpp's name
-PRE_TOKENIZERS: Mapping[tuple[bool, str, bool], str] = MappingProxyType(
-    {
-        (False, _GPT2, False): "gpt-2",
-        (True, _GPT2, False): "smollm",
-        (False, _LLAMA3, True): "llama-bpe",
-        (False, _LLAMA3, False): "smaug-bpe",
-        (False, _QWEN2, False): "qwen2",
-        (False, _TEKKEN, True): "tekken",
-    }
-)
+PRE_TOKENIZERS: Mapping[tuple[bool, str, bool], str] = {
+    (False, _GPT2, False): "gpt-2",
+    (True, _GPT2, False): "smollm",
+    (False, _LLAMA3, True): "llama-bpe",
+    (False, _LLAMA3, False): "smaug-bpe",
+    (False, _QWEN2, False): "qwen2",
+    (False, _TEKKEN, True): "tekken",
+}
 
 
 @dataclass(frozen=True)

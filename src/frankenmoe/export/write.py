@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from frankenmoe.checkpoint.cast import Bytes, Floats, decode
-from frankenmoe.checkpoint.copying import copy_run
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite, materialize
-from frankenmoe.checkpoint.writer import replacing, write_all
-from frankenmoe.errors import NumericsError
+from frankenmoe.checkpoint.writer import partial_of, replacing, write_all
+from frankenmoe.errors import NumericsError, SourceError
 from frankenmoe.export.quantize import quantize
 from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
 
 CHUNK = 2**17  # elements that one thread encodes at a time
+COPIED = 2**20  # bytes read at a time where nothing is computed
 AHEAD = 4  # chunks per thread that may wait to be written
 
 Importance = Mapping[str, Floats]
@@ -74,11 +74,6 @@ def write_files(
             _write_tensor(tensor, sinks, pool, threads * AHEAD, (importance or {}).get(tensor.name), on_bytes)
 
 
-def partial_of(path: Path) -> Path:
-    """The path of an unfinished file. A killed export leaves it behind."""
-    return path.with_name(f"{path.name}.partial")
-
-
 def _write_tensor(
     tensor: GgufTensor,
     sinks: Sequence[_Sink],
@@ -109,21 +104,31 @@ def _write_tensor(
 
 def _moved(sink: _Sink, tensor: GgufTensor, part: TensorWrite, key: object) -> bool:
     """Copies a part if it needs no encoding: from its source, or from an equal part in this file. Else False."""
-    silent: Callable[[int], None] = lambda amount: None  # noqa: E731
     if key in sink.kept:
-        copy_run(sink.fd, [_as_copy(sink.kept[key])], on_bytes=silent)
+        _copy(sink.fd, sink.kept[key])
         return True
     rows, columns = _matrix(part.shape)
     as_is = part.is_copy and tensor.factor == 1 and not tensor.heads and _matrix(_part_shape(tensor)) == (rows, columns)
     if not as_is or sink.target.types[tensor.name] != part.dtype:
         return False
     check_finite(part.inputs[0])
-    copy_run(sink.fd, [part], on_bytes=silent)
+    _copy(sink.fd, part.inputs[0])
     return True
 
 
-def _as_copy(ref: TensorRef) -> TensorWrite:
-    return TensorWrite(ref.name, ref.dtype, ref.shape, (ref,))
+def _copy(target: int, ref: TensorRef) -> None:
+    """Appends the bytes of a tensor to the open file `target`."""
+    left = ref.nbytes
+    with ref.file.open("rb", buffering=0) as source:
+        source.seek(ref.start)
+        while left and (data := source.read(min(left, COPIED))):
+            write_all(target, data)
+            left -= len(data)
+    if left:
+        raise SourceError(
+            f"{ref.file} ended {left} bytes before tensor {ref.name!r} was copied",
+            hint="the source changed meanwhile; start again",
+        )
 
 
 def _stored(sink: _Sink, tensor: GgufTensor, start: int) -> TensorRef:

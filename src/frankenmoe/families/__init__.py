@@ -2,6 +2,6 @@
 
 from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.formats import FORMATS, moe_config, rope
-from frankenmoe.families.spec import Config, Dims, Family, MoEFormat, Note
+from frankenmoe.families.spec import Family, MoEFormat
 
-__all__ = ["FAMILIES", "FORMATS", "Config", "Dims", "Family", "MoEFormat", "Note", "moe_config", "rope"]
+__all__ = ["FAMILIES", "FORMATS", "Family", "MoEFormat", "moe_config", "rope"]

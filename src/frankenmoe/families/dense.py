@@ -1,7 +1,6 @@
 """One table per dense family that can be built into a stock MoE."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.families.spec import Family, TensorSpec
@@ -56,72 +55,70 @@ def _defaults(**own: Any) -> Mapping[str, Any]:
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
     }
-    return MappingProxyType(common | own)
+    return common | own
 
 
-FAMILIES: Mapping[str, Family] = MappingProxyType(
-    {
-        family.model_type: family
-        for family in (
-            Family(
-                model_type="llama",
-                backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
-                ffn=FFN + FFN_BIAS,
-                defaults=_defaults(
-                    max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, attention_bias=False, mlp_bias=False
-                ),
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="llama",
+            backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
+            ffn=FFN + FFN_BIAS,
+            defaults=_defaults(
+                max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, attention_bias=False, mlp_bias=False
             ),
-            Family(
-                model_type="mistral",
-                backbone=ENDS + ATTENTION + PRE_NORMS,
-                ffn=FFN,
-                defaults=_defaults(
-                    max_position_embeddings=131072,
-                    num_key_value_heads=8,
-                    sliding_window=4096,
-                    bos_token_id=1,
-                    eos_token_id=2,
-                ),
+        ),
+        Family(
+            model_type="mistral",
+            backbone=ENDS + ATTENTION + PRE_NORMS,
+            ffn=FFN,
+            defaults=_defaults(
+                max_position_embeddings=131072,
+                num_key_value_heads=8,
+                sliding_window=4096,
+                bos_token_id=1,
+                eos_token_id=2,
             ),
-            Family(
-                model_type="qwen2",
-                backbone=ENDS + ATTENTION + _rows(LAYER + "self_attn.", QKV_BIAS) + PRE_NORMS,
-                ffn=FFN,
-                defaults=_defaults(max_position_embeddings=32768, num_key_value_heads=32),
-                window_switch="use_sliding_window",
+        ),
+        Family(
+            model_type="qwen2",
+            backbone=ENDS + ATTENTION + _rows(LAYER + "self_attn.", QKV_BIAS) + PRE_NORMS,
+            ffn=FFN,
+            defaults=_defaults(max_position_embeddings=32768, num_key_value_heads=32),
+            window_switch="use_sliding_window",
+        ),
+        Family(
+            model_type="qwen3",
+            backbone=ENDS
+            + ATTENTION
+            + ATTENTION_BIAS
+            + _rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
+            + PRE_NORMS,
+            ffn=FFN,
+            defaults=_defaults(
+                max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, attention_bias=False
             ),
-            Family(
-                model_type="qwen3",
-                backbone=ENDS
-                + ATTENTION
-                + ATTENTION_BIAS
-                + _rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
-                + PRE_NORMS,
-                ffn=FFN,
-                defaults=_defaults(
-                    max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, attention_bias=False
-                ),
-                window_switch="use_sliding_window",
+            window_switch="use_sliding_window",
+        ),
+        Family(
+            model_type="olmo2",
+            backbone=ENDS
+            + ATTENTION
+            + ATTENTION_BIAS
+            + _rows(LAYER + "self_attn.", {"q_norm.weight": ("query",), "k_norm.weight": ("kv",)})
+            + _rows(
+                LAYER,
+                {"post_attention_layernorm.weight": ("hidden",), "post_feedforward_layernorm.weight": ("hidden",)},
             ),
-            Family(
-                model_type="olmo2",
-                backbone=ENDS
-                + ATTENTION
-                + ATTENTION_BIAS
-                + _rows(LAYER + "self_attn.", {"q_norm.weight": ("query",), "k_norm.weight": ("kv",)})
-                + _rows(
-                    LAYER,
-                    {"post_attention_layernorm.weight": ("hidden",), "post_feedforward_layernorm.weight": ("hidden",)},
-                ),
-                ffn=FFN,
-                defaults=_defaults(
-                    max_position_embeddings=2048,
-                    rms_norm_eps=1e-5,
-                    pad_token_id=1,
-                    eos_token_id=50279,
-                    attention_bias=False,
-                ),
+            ffn=FFN,
+            defaults=_defaults(
+                max_position_embeddings=2048,
+                rms_norm_eps=1e-5,
+                pad_token_id=1,
+                eos_token_id=50279,
+                attention_bias=False,
             ),
-        )
-    }
-)
+        ),
+    )
+}

@@ -1,7 +1,6 @@
 """One table per MoE format that can be written, and the config.json it needs."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.families.dense import LAYER, QKV_BIAS
@@ -53,107 +52,105 @@ EXPERT = _as_is(LAYER + "mlp.experts.{expert}.")
 COUNTED = {"num_experts": "experts", "num_experts_per_tok": "experts_per_token"}
 QWEN = {"decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [], "use_sliding_window": False}
 
-FORMATS: Mapping[str, MoEFormat] = MappingProxyType(
-    {
-        fmt.name: fmt
-        for fmt in (
-            MoEFormat(
-                name="mixtral",
-                title="Mixtral",
-                model_type="mixtral",
-                architecture="MixtralForCausalLM",
-                families=("llama", "mistral"),
-                gate=LAYER + "block_sparse_moe.gate.weight",
-                expert={
-                    "gate_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w1.weight",
-                    "up_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w3.weight",
-                    "down_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w2.weight",
+FORMATS: Mapping[str, MoEFormat] = {
+    fmt.name: fmt
+    for fmt in (
+        MoEFormat(
+            name="mixtral",
+            title="Mixtral",
+            model_type="mixtral",
+            architecture="MixtralForCausalLM",
+            families=("llama", "mistral"),
+            gate=LAYER + "block_sparse_moe.gate.weight",
+            expert={
+                "gate_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w1.weight",
+                "up_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w3.weight",
+                "down_proj.weight": LAYER + "block_sparse_moe.experts.{expert}.w2.weight",
+            },
+            constants={"router_jitter_noise": 0.0},
+            counted={"num_local_experts": "experts", "num_experts_per_tok": "experts_per_token"},
+            rules=(ATTENTION_BIAS, EXPERT_BIAS),
+            rounds_weights=False,
+        ),
+        MoEFormat(
+            name="deepseek",
+            title="DeepSeek MoE",
+            model_type="deepseek",
+            architecture="DeepseekForCausalLM",
+            families=("llama", "mistral"),
+            gate=GATE,
+            expert=EXPERT,
+            shared=_as_is(LAYER + "mlp.shared_experts."),
+            max_shared=1,
+            constants={
+                "first_k_dense_replace": 0,
+                "moe_layer_freq": 1,
+                "scoring_func": "softmax",
+                "norm_topk_prob": True,
+                "auto_map": {
+                    "AutoConfig": "deepseek-ai/deepseek-moe-16b-base--configuration_deepseek.DeepseekConfig",
+                    "AutoModel": "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekModel",
+                    "AutoModelForCausalLM": (
+                        "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekForCausalLM"
+                    ),
                 },
-                constants={"router_jitter_noise": 0.0},
-                counted={"num_local_experts": "experts", "num_experts_per_tok": "experts_per_token"},
-                rules=(ATTENTION_BIAS, EXPERT_BIAS),
-                rounds_weights=False,
-            ),
-            MoEFormat(
-                name="deepseek",
-                title="DeepSeek MoE",
-                model_type="deepseek",
-                architecture="DeepseekForCausalLM",
-                families=("llama", "mistral"),
-                gate=GATE,
-                expert=EXPERT,
-                shared=_as_is(LAYER + "mlp.shared_experts."),
-                max_shared=1,
-                constants={
-                    "first_k_dense_replace": 0,
-                    "moe_layer_freq": 1,
-                    "scoring_func": "softmax",
-                    "norm_topk_prob": True,
-                    "auto_map": {
-                        "AutoConfig": "deepseek-ai/deepseek-moe-16b-base--configuration_deepseek.DeepseekConfig",
-                        "AutoModel": "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekModel",
-                        "AutoModelForCausalLM": (
-                            "deepseek-ai/deepseek-moe-16b-base--modeling_deepseek.DeepseekForCausalLM"
-                        ),
-                    },
-                },
-                counted={
-                    "n_routed_experts": "experts",
-                    "num_experts_per_tok": "experts_per_token",
-                    "n_shared_experts": "shared_experts",
-                    "moe_intermediate_size": "ffn",
-                },
-                rules=(EXPERT_BIAS, NO_WINDOW),
-                renormalizes_top1=False,
-                loads_in_transformers=False,
-                two_word_rope=True,
-                notes=(WEAKER,),
-            ),
-            MoEFormat(
-                name="qwen2_moe",
-                title="Qwen MoE",
-                model_type="qwen2_moe",
-                architecture="Qwen2MoeForCausalLM",
-                families=("qwen2", "llama", "mistral"),
-                gate=GATE,
-                expert=EXPERT,
-                shared=_as_is(LAYER + "mlp.shared_expert."),
-                shared_gate=LAYER + "mlp.shared_expert_gate.weight",
-                max_shared=1,
-                # 32 is the narrowest row that llama.cpp's quantizers take
-                inert_shared_ffn=32,
-                added=tuple(TensorSpec(LAYER + "self_attn." + name, shape) for name, shape in QKV_BIAS.items()),
-                constants=QWEN | {"qkv_bias": True},
-                counted=COUNTED | {"moe_intermediate_size": "ffn", "shared_expert_intermediate_size": "shared_ffn"},
-                rules=(ATTENTION_BIAS, EXPERT_BIAS, NO_WINDOW),
-                notes=(WEAKER, NO_LLAMA3),
-            ),
-            MoEFormat(
-                name="qwen3_moe",
-                title="Qwen3 MoE",
-                model_type="qwen3_moe",
-                architecture="Qwen3MoeForCausalLM",
-                families=("qwen3",),
-                gate=GATE,
-                expert=EXPERT,
-                constants=QWEN,
-                counted=COUNTED | {"moe_intermediate_size": "ffn"},
-                rules=(NO_WINDOW,),
-            ),
-            MoEFormat(
-                name="flex_olmo",
-                title="FlexOlmo",
-                model_type="flex_olmo",
-                architecture="FlexOlmoForCausalLM",
-                families=("olmo2",),
-                gate=GATE,
-                expert=EXPERT,
-                constants={"norm_topk_prob": True},
-                counted=COUNTED,
-            ),
-        )
-    }
-)
+            },
+            counted={
+                "n_routed_experts": "experts",
+                "num_experts_per_tok": "experts_per_token",
+                "n_shared_experts": "shared_experts",
+                "moe_intermediate_size": "ffn",
+            },
+            rules=(EXPERT_BIAS, NO_WINDOW),
+            renormalizes_top1=False,
+            loads_in_transformers=False,
+            two_word_rope=True,
+            notes=(WEAKER,),
+        ),
+        MoEFormat(
+            name="qwen2_moe",
+            title="Qwen MoE",
+            model_type="qwen2_moe",
+            architecture="Qwen2MoeForCausalLM",
+            families=("qwen2", "llama", "mistral"),
+            gate=GATE,
+            expert=EXPERT,
+            shared=_as_is(LAYER + "mlp.shared_expert."),
+            shared_gate=LAYER + "mlp.shared_expert_gate.weight",
+            max_shared=1,
+            # 32 is the narrowest row that llama.cpp's quantizers take
+            inert_shared_ffn=32,
+            added=tuple(TensorSpec(LAYER + "self_attn." + name, shape) for name, shape in QKV_BIAS.items()),
+            constants=QWEN | {"qkv_bias": True},
+            counted=COUNTED | {"moe_intermediate_size": "ffn", "shared_expert_intermediate_size": "shared_ffn"},
+            rules=(ATTENTION_BIAS, EXPERT_BIAS, NO_WINDOW),
+            notes=(WEAKER, NO_LLAMA3),
+        ),
+        MoEFormat(
+            name="qwen3_moe",
+            title="Qwen3 MoE",
+            model_type="qwen3_moe",
+            architecture="Qwen3MoeForCausalLM",
+            families=("qwen3",),
+            gate=GATE,
+            expert=EXPERT,
+            constants=QWEN,
+            counted=COUNTED | {"moe_intermediate_size": "ffn"},
+            rules=(NO_WINDOW,),
+        ),
+        MoEFormat(
+            name="flex_olmo",
+            title="FlexOlmo",
+            model_type="flex_olmo",
+            architecture="FlexOlmoForCausalLM",
+            families=("olmo2",),
+            gate=GATE,
+            expert=EXPERT,
+            constants={"norm_topk_prob": True},
+            counted=COUNTED,
+        ),
+    )
+}
 
 
 def rope(family: Family, config: Config) -> dict[str, Any]:

@@ -6,29 +6,26 @@ Source: src/llama-quant.cpp and src/models of llama.cpp b11549 (MIT licence, the
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 MAX_EXPERTS = 1024  # llama.cpp's LLAMA_MAX_EXPERTS
 WIDE_BLOCK = 256  # weights in a K-quant block
 
 # type -> (weights in a block, bytes of a block)
-BLOCKS: Mapping[str, tuple[int, int]] = MappingProxyType(
-    {
-        "F32": (1, 4),
-        "F16": (1, 2),
-        "BF16": (1, 2),
-        "Q8_0": (32, 34),
-        "Q4_0": (32, 18),
-        "Q4_1": (32, 20),
-        "Q5_0": (32, 22),
-        "Q5_1": (32, 24),
-        "Q4_K": (256, 144),
-        "Q5_K": (256, 176),
-        "Q6_K": (256, 210),
-    }
-)
+BLOCKS: Mapping[str, tuple[int, int]] = {
+    "F32": (1, 4),
+    "F16": (1, 2),
+    "BF16": (1, 2),
+    "Q8_0": (32, 34),
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+}
 # used where the row length is not a multiple of a K-quant's block
-FALLBACK: Mapping[str, str] = MappingProxyType({"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"})
+FALLBACK: Mapping[str, str] = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,30 +41,26 @@ class FileType:
         return BLOCKS[self.base][0] > 1
 
 
-FILE_TYPES: Mapping[str, FileType] = MappingProxyType(
-    {
-        kind.name: kind
-        for kind in (
-            FileType("f32", "F32", 0),
-            FileType("f16", "F16", 1),
-            FileType("bf16", "BF16", 32),
-            FileType("q8_0", "Q8_0", 7),
-            FileType("q6_k", "Q6_K", 18),
-            FileType("q5_k_m", "Q5_K", 17),
-            FileType("q5_k_s", "Q5_K", 16),
-            FileType("q5_1", "Q5_1", 9),
-            FileType("q5_0", "Q5_0", 8),
-            FileType("q4_k_m", "Q4_K", 15),
-            FileType("q4_k_s", "Q4_K", 14),
-            FileType("q4_1", "Q4_1", 3),
-            FileType("q4_0", "Q4_0", 2),
-        )
-    }
-)
+FILE_TYPES: Mapping[str, FileType] = {
+    kind.name: kind
+    for kind in (
+        FileType("f32", "F32", 0),
+        FileType("f16", "F16", 1),
+        FileType("bf16", "BF16", 32),
+        FileType("q8_0", "Q8_0", 7),
+        FileType("q6_k", "Q6_K", 18),
+        FileType("q5_k_m", "Q5_K", 17),
+        FileType("q5_k_s", "Q5_K", 16),
+        FileType("q5_1", "Q5_1", 9),
+        FileType("q5_0", "Q5_0", 8),
+        FileType("q4_k_m", "Q4_K", 15),
+        FileType("q4_k_s", "Q4_K", 14),
+        FileType("q4_1", "Q4_1", 3),
+        FileType("q4_0", "Q4_0", 2),
+    )
+}
 # the file type to use where K-quants do not fit the shape
-PLAIN: Mapping[str, str] = MappingProxyType(
-    {"q4_k_m": "q4_0", "q4_k_s": "q4_0", "q5_k_m": "q5_0", "q5_k_s": "q5_0", "q6_k": "q8_0"}
-)
+PLAIN: Mapping[str, str] = {"q4_k_m": "q4_0", "q4_k_s": "q4_0", "q5_k_m": "q5_0", "q5_k_s": "q5_0", "q6_k": "q8_0"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,37 +93,34 @@ ARCHS = (
 )  # fmt: skip
 
 # dense tensor name -> name in the GGUF file
-NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "model.embed_tokens.weight": "token_embd.weight",
-        "model.norm.weight": "output_norm.weight",
-        "lm_head.weight": "output.weight",
-    }
-    | {
-        f"model.layers.{{layer}}.{ours}": f"blk.{{layer}}.{theirs}"
-        for ours, theirs in {
-            "input_layernorm.weight": "attn_norm.weight",
-            "post_attention_layernorm.weight": "ffn_norm.weight",
-            "self_attn.q_proj.weight": "attn_q.weight",
-            "self_attn.k_proj.weight": "attn_k.weight",
-            "self_attn.v_proj.weight": "attn_v.weight",
-            "self_attn.o_proj.weight": "attn_output.weight",
-            "self_attn.q_proj.bias": "attn_q.bias",
-            "self_attn.k_proj.bias": "attn_k.bias",
-            "self_attn.v_proj.bias": "attn_v.bias",
-            "self_attn.q_norm.weight": "attn_q_norm.weight",
-            "self_attn.k_norm.weight": "attn_k_norm.weight",
-        }.items()
-    }
-)
+NAMES: Mapping[str, str] = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+} | {
+    f"model.layers.{{layer}}.{ours}": f"blk.{{layer}}.{theirs}"
+    for ours, theirs in {
+        "input_layernorm.weight": "attn_norm.weight",
+        "post_attention_layernorm.weight": "ffn_norm.weight",
+        "self_attn.q_proj.weight": "attn_q.weight",
+        "self_attn.k_proj.weight": "attn_k.weight",
+        "self_attn.v_proj.weight": "attn_v.weight",
+        "self_attn.o_proj.weight": "attn_output.weight",
+        "self_attn.q_proj.bias": "attn_q.bias",
+        "self_attn.k_proj.bias": "attn_k.bias",
+        "self_attn.v_proj.bias": "attn_v.bias",
+        "self_attn.q_norm.weight": "attn_q_norm.weight",
+        "self_attn.k_norm.weight": "attn_k_norm.weight",
+    }.items()
+}
 ROUTER = "blk.{layer}.ffn_gate_inp.weight"
 SHARED_ROUTER = "blk.{layer}.ffn_gate_inp_shexp.weight"
-EXPERTS: Mapping[str, str] = MappingProxyType(
-    {f"{which}_proj.weight": f"blk.{{layer}}.ffn_{which}_exps.weight" for which in ("gate", "up", "down")}
-)
-SHARED_EXPERT: Mapping[str, str] = MappingProxyType(
-    {f"{which}_proj.weight": f"blk.{{layer}}.ffn_{which}_shexp.weight" for which in ("gate", "up", "down")}
-)
+EXPERTS: Mapping[str, str] = {
+    f"{which}_proj.weight": f"blk.{{layer}}.ffn_{which}_exps.weight" for which in ("gate", "up", "down")
+}
+SHARED_EXPERT: Mapping[str, str] = {
+    f"{which}_proj.weight": f"blk.{{layer}}.ffn_{which}_shexp.weight" for which in ("gate", "up", "down")
+}
 
 
 def generic_name(name: str) -> tuple[int, str]:

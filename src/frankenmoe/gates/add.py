@@ -15,7 +15,7 @@ from frankenmoe.gates.statistics import Fitted, Moments, RouterText, statistics_
 from frankenmoe.gates.texts import read_texts
 from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED, gate_paths
+from frankenmoe.planning.layout import SHARED, gate_paths, router_names
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import FitSettings
 
@@ -71,7 +71,8 @@ def add_text(
 def _old_gates(plan: Plan, old: Mapping[str, torch.Tensor]) -> Gates:
     """All gates except the outer ones, which have one more row."""
     paths = [path for path in gate_paths(plan.nodes) if path != ()] + ([SHARED] if plan.gated_shared else [])
-    return {path: [old[each].float() for each in plan.router_names(path)] for path in paths}
+    names = {path: router_names(plan.fmt, layers=plan.layers, path=path) for path in paths}
+    return {path: [old[each].float() for each in names[path]] for path in paths}
 
 
 def _mapping(value: object) -> Mapping[str, object]:

@@ -5,7 +5,6 @@ Shape suffixes: E experts, D hidden.
 
 import math
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +44,7 @@ def uniform_rows(generator: np.random.Generator, experts: int, hidden: int) -> N
     return generator.uniform(-bound, bound, (experts, hidden)).astype(np.float32)
 
 
-RANDOM_ROWS: Mapping[str, Callable[[np.random.Generator, int, int], NDArray[np.float32]]] = MappingProxyType(
-    {"random": random_rows, "uniform_random": uniform_rows}
-)
+RANDOM_ROWS: Mapping[str, Callable[[np.random.Generator, int, int], NDArray[np.float32]]] = {
+    "random": random_rows,
+    "uniform_random": uniform_rows,
+}

@@ -7,7 +7,6 @@ Shape suffixes: U texts, C classes, D hidden.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 
@@ -61,9 +60,7 @@ def ridge(sums: Sums, *, penalty: float = RIDGE) -> torch.Tensor:
     return centred(torch.linalg.solve(shrunk(sums.second_DD, penalty), sums.means_CD.T).T)
 
 
-CLOSED: Mapping[str, Callable[[Sums], torch.Tensor]] = MappingProxyType(
-    {"centroid": centroid, "lda": lda, "ridge": ridge}
-)
+CLOSED: Mapping[str, Callable[[Sums], torch.Tensor]] = {"centroid": centroid, "lda": lda, "ridge": ridge}
 
 
 def shrunk(moment_DD: torch.Tensor, share: float) -> torch.Tensor:

@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from transformers import PreTrainedModel
@@ -32,7 +33,8 @@ Places = Mapping[RouterPath, Sequence[tuple[int, RouterText]]]
 """Path of a router -> the texts that it is fitted on: their index and its target for each."""
 Lost = Mapping[tuple[RouterPath, int], torch.Tensor]
 """(path of a router, number of a chunk) -> the loss of each token with each of its experts, [N, C]."""
-BY_STATES = ("logistic", "regret")
+# the methods that need single states; `regret` starts from logistic gates
+BY_STATES: Mapping[str, Callable[[States], torch.Tensor]] = MappingProxyType({"logistic": logistic})
 TINY = 1e-12
 CLOSED_START, LOGISTIC_START, REGRET_START = 4.0, 1.5, 1.0  # where the search for the scale starts
 TRIES = 6  # scales that the search usually tries, for the progress bar
@@ -102,14 +104,15 @@ def fit_gates(
     first = method if method in CLOSED else "ridge"
     closed_scale, gates = _scaled(model, own_texts, closed_gates(kept, first), progress, at=CLOSED_START)
     scale, made = closed_scale, closed_gates(everything, first)
-    if method in BY_STATES:
+    if method not in CLOSED:
+        by_states = BY_STATES.get(method, logistic)
         set_gates(model, gates)
         chunks = _states(model, texts, bos, progress)
         kept_chunks = [chunk for chunk in chunks if not chunk.held]
         steps = 2 * len(moe_blocks(model)) * len(places)
         progress.start("fitting", steps, "gates")
         unscaled, made = (
-            _gates_by_states(some, places, lambda path, _, data: _gate(path, logistic(data)), progress.advance)
+            _gates_by_states(some, places, lambda path, _, data: _gate(path, by_states(data)), progress.advance)
             for some in (kept_chunks, chunks)
         )
         scale, gates = _scaled(model, own_texts, unscaled, progress, at=LOGISTIC_START)

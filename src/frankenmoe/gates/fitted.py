@@ -1,4 +1,4 @@
-"""A plan and text -> routers fitted to it, with statistics and a report; does not know where either is kept."""
+"""Plan + text -> fitted routers, their statistics and a report."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from frankenmoe.gates.texts import OwnText, read_texts
 from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.moe.load import MoE, load_parts
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths
+from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths, router_names
 from frankenmoe.planning.parts import parts_of_plan, sharing_equal_experts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import FitSettings
@@ -28,7 +28,10 @@ DEFAULTS = FitSettings()
 
 @dataclass(frozen=True)
 class FittedRouters:
-    """Gates as an artifact stores them, the statistics file's bytes, and what was done as plain data."""
+    """Fitted gates as stored in an artifact, the bytes of the statistics file, and the report as plain data.
+
+    `better` is False if the gates do not lower the mean held-out loss of those that they were compared with.
+    """
 
     routers: Routers
     statistics: bytes
@@ -46,10 +49,10 @@ def fit_plan(
     settings: FitSettings = DEFAULTS,
     progress: Progress = SILENT,
 ) -> FittedRouters:
-    """Fits every router of a plan by `method`, a gate mode; see `read_texts` for the text.
+    """Fits every router of a plan by `method`, a gate mode. `data` and `folder` are those of `read_texts`.
 
-    `moe` is the plan's MoE with the routers it has so far, against which the new ones are measured; without it one is
-    loaded with gates of zeros and there is nothing to compare.
+    `moe` is the plan's MoE with its current routers, which the new ones are compared with. By default, an MoE with
+    gates of zeros is loaded and nothing is compared.
     """
     tokenizer = load_tokenizer(plan.base.folder)
     texts = read_texts(plan, tokenizer, data=data, folder=folder, tokens=settings.tokens, length=settings.block)
@@ -74,7 +77,7 @@ def fit_plan(
 
 
 def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
-    """Method, scale, the text by expert, and held-out losses (nats per token) before, after and with the own expert."""
+    """Method, scale, text by expert, and held-out losses (nats per token): before, after, own expert forced."""
     return {
         "method": made.method,
         "scale": made.scale,
@@ -97,7 +100,7 @@ def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
 
 
 def encoded_gates(plan: Plan, gates: Mapping[RouterPath, Sequence[torch.Tensor]], moe: MoE | None) -> Routers:
-    """Gates by name, as the plan stores them; those that were not fitted stay as they are in `moe`, or zero."""
+    """All gates in the plan's stored type. A gate of a shared expert that was not fitted keeps its value in `moe`."""
     rows = {name: np.zeros(shape, np.float32) for name, shape in plan.routers.items()}
     if plan.gated_shared and moe is not None and SHARED not in gates:
         rows |= _named(plan, SHARED, gates_of(moe.model, [SHARED])[SHARED])
@@ -107,11 +110,12 @@ def encoded_gates(plan: Plan, gates: Mapping[RouterPath, Sequence[torch.Tensor]]
 
 
 def _named(plan: Plan, path: RouterPath, layers: Sequence[torch.Tensor]) -> dict[str, Any]:
-    return {name: gate.float().numpy() for name, gate in zip(plan.router_names(path), layers, strict=True)}
+    names = router_names(plan.fmt, layers=plan.layers, path=path)
+    return {name: gate.float().numpy() for name, gate in zip(names, layers, strict=True)}
 
 
 def load_with_zeros(plan: Plan) -> MoE:
-    """The plan's MoE with gates of zeros, to be forced or fitted."""
+    """The plan's MoE with gates of zeros."""
     gates = {name: torch.zeros(shape) for name, shape in plan.routers.items()}
     name = computing_dtype(plan)
     dtype = getattr(torch, name) if name else None
@@ -119,15 +123,15 @@ def load_with_zeros(plan: Plan) -> MoE:
 
 
 def computing_dtype(plan: Plan) -> str | None:
-    """float32 where the weights take at most half of the free memory that way, else None: as they are stored.
+    """float32 if the weights then take at most half of the free memory, else None (as stored).
 
-    In 16 bits CPUs without such units are several times slower, and states are less exact.
+    16 bits are less exact, and several times slower on CPUs without 16-bit units.
     """
     size = plan.bill.memory_virtual * 4 // DTYPES[plan.dtype].itemsize
     return "float32" if size <= free_memory() // 2 else None
 
 
 def free_memory() -> int:
-    """Bytes that programs can still take without swapping."""
+    """Bytes of memory that are available without swapping."""
     lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     return next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")

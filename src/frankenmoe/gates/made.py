@@ -1,6 +1,6 @@
-"""Plan -> routers, by the recipe's gate mode: made once, then read from the user's cache.
+"""Plan -> routers, by the recipe's gate mode, from a file, or from the user's cache.
 
-Imports torch only where a mode needs it: random gates and cached ones do not.
+Imports torch only if gates are computed; random and cached ones need none.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,12 +17,12 @@ from frankenmoe.gates.chance import random_routers
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import Progress
-from frankenmoe.recipe.fields import FIT_MODES, RANDOM_MODES
+from frankenmoe.recipe.gatemodes import FIT_MODES, RANDOM_MODES
 
 
 @dataclass(frozen=True)
 class MadeRouters:
-    """Every gate, and the bytes of the statistics file where the gates were fitted."""
+    """Every gate, and for fitted gates the bytes of the statistics file."""
 
     routers: Routers
     statistics: bytes | None = None
@@ -32,39 +32,33 @@ RouterMaker = Callable[[Plan, Progress], MadeRouters]
 
 
 def make_routers(plan: Plan, progress: Progress, *, cache: bool = True) -> MadeRouters:
-    """Every gate of a plan by its gate mode, or from the file that the recipe names.
+    """Every gate of a plan: from the recipe's `routers` file, else by its gate mode.
 
-    With `cache`, gates that were fitted before for the same plan and text are read from the user's cache.
+    With `cache`, gates computed earlier for the same plan and text are read from the user's cache. Raises SourceError
+    if the file lacks a gate or has one of another shape, NumericsError if a gate is not finite.
     """
     if plan.routers_file is not None:
-        return MadeRouters(stored_routers(plan, plan.routers_file))
+        return MadeRouters(_read(plan.routers_file, plan.routers, dtype=plan.dtype))
     if plan.recipe.gate_mode in RANDOM_MODES:
         return MadeRouters(random_routers(plan))
     key = cached.key_of(plan) if cache else None
     folder = cached.find(key) if key else None
     if folder is not None:
-        with suppress(FrankenMoEError):  # a damaged entry is made again
+        with suppress(FrankenMoEError, OSError):  # a damaged or just removed entry is computed again
             return _read_folder(folder, plan.routers, dtype=plan.dtype)
-    made = _fit(plan, progress)
-    if key:
+    made = _compute(plan, progress)
+    # routers are not kept if plan or text changed while they were computed
+    if key and key == cached.key_of(plan) and plan.digest == plan.digest_now():
         cached.keep(key, made.routers, made.statistics, name=plan.recipe.name or Path(plan.recipe.origin).stem)
     return made
 
 
 def artifact_routers(artifact: Artifact, plan: Plan | None) -> MadeRouters:
-    """The routers of an artifact, with the statistics that they were fitted from; checked against `plan` if given."""
+    """The routers of an artifact, with their statistics if they were fitted. Checked against `plan` if given."""
     if plan is not None:
         return _read_folder(artifact.folder, plan.routers, dtype=plan.dtype)
     shapes = {name: (ref.shape[0], ref.shape[-1]) for name, ref in artifact.routers.items()}
     return _read_folder(artifact.folder, shapes, dtype=None)
-
-
-def stored_routers(plan: Plan, file: Path) -> Routers:
-    """The gates in a file, for every router of the plan, in the plan's type.
-
-    Raises SourceError where one is missing or has another shape, NumericsError where one is not finite.
-    """
-    return _read(file, plan.routers, dtype=plan.dtype)
 
 
 def _read_folder(folder: Path, shapes: Mapping[str, tuple[int, int]], *, dtype: str | None) -> MadeRouters:
@@ -75,18 +69,19 @@ def _read_folder(folder: Path, shapes: Mapping[str, tuple[int, int]], *, dtype: 
 
 
 def _read(file: Path, shapes: Mapping[str, tuple[int, int]], *, dtype: str | None) -> Routers:
+    """The gates in a file by name, converted to `dtype` (None: as stored)."""
     refs = read_routers(file, shapes)
     for ref in refs.values():
         check_finite(ref)
     kinds = {name: dtype or ref.dtype for name, ref in refs.items()}
-    # copies, since the file may be replaced while they are used
+    # copied, because the file may be replaced while the gates are in use
     return {
         name: (kinds[name], shape, materialize(TensorWrite(name, kinds[name], shape, (refs[name],))).copy())
         for name, shape in shapes.items()
     }
 
 
-def _fit(plan: Plan, progress: Progress) -> MadeRouters:
+def _compute(plan: Plan, progress: Progress) -> MadeRouters:
     mode = plan.recipe.gate_mode
     if mode in FIT_MODES:
         from frankenmoe.gates.fitted import fit_plan

@@ -4,7 +4,6 @@ Shape suffixes: L layers, T tokens, D hidden, V vocabulary, N all prompt tokens 
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
 
 import torch
 
@@ -24,9 +23,11 @@ def token_mean(states_LTD: torch.Tensor) -> torch.Tensor:
     return states_LTD.float().mean(dim=1)
 
 
-STATE_MODES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = MappingProxyType(
-    {"hidden": last_token, "hidden_last": last_token, "hidden_avg": token_mean}
-)
+STATE_MODES: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "hidden": last_token,
+    "hidden_last": last_token,
+    "hidden_avg": token_mean,
+}
 
 
 def prompt_mean(states: Iterable[torch.Tensor]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Plan -> routers: fills every gate of an MoE by the recipe's gate mode; does not know where routers are kept.
+"""Plan -> routers computed from the experts' prompts.
 
 Shape suffixes: L layers, D hidden.
 """
@@ -13,13 +13,15 @@ from numpy.typing import NDArray
 from frankenmoe.artifact.folder import Routers
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.checkpoint.values import check_finite
+from frankenmoe.data.blocks import check_vocabulary
 from frankenmoe.errors import NumericsError, RecipeError, SourceError
 from frankenmoe.gates.capture import encode, layer_inputs
 from frankenmoe.gates.chance import encoded
 from frankenmoe.gates.methods import STATE_MODES, direction, embedding_sum, prompt_mean
 from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, read_config
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED
+from frankenmoe.planning.layout import SHARED, router_names
+from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.sources import anatomy
 from frankenmoe.planning.tree import dense_writes
 from frankenmoe.progress import SILENT, Progress
@@ -27,42 +29,36 @@ from frankenmoe.recipe import Expert
 
 Prompts = tuple[tuple[str, ...], tuple[str, ...]]
 Side = Callable[[tuple[str, ...]], torch.Tensor]
-"""Prompts -> what they are worth in each layer, [L, D]."""
+"""Prompts -> their representation in each layer, [L, D]."""
 
 SHOWN = 40  # characters of a prompt in a message
 
 
 def prompted_routers(plan: Plan, progress: Progress = SILENT) -> Routers:
-    """Name -> (dtype, shape, bytes) of every gate, nested and shared ones too, by one of PROMPT_MODES.
+    """Every gate, nested and shared ones included, by the recipe's gate mode (one of PROMPT_MODES).
 
-    Progress counts sets of prompts.
-
-    Raises RecipeError for a prompt without tokens or with too many, NumericsError when the base computes no finite
-    states.
+    Raises RecipeError for a prompt with no or too many tokens, NumericsError if the base computes states that are not
+    finite.
     """
     side = _embedding_sides(plan) if plan.recipe.gate_mode == "cheap_embed" else _state_sides(plan)
     return encoded(plan, _prompted_gates(plan, side, progress))
 
 
 def _prompted_gates(plan: Plan, side: Side, progress: Progress) -> Mapping[str, NDArray[np.float32]]:
-    shared = plan.recipe.shared_experts if plan.gated_shared else ()
-    levels = dict(_levels(plan.recipe.experts))
-    wanted = [plan.recipe.prompts_of(expert) for experts in (*levels.values(), shared) for expert in experts]
+    # the path of a router -> the experts that it chooses among
+    levels: dict[tuple[int, ...], list[Expert]] = {}
+    for _, path, expert in named_experts(plan.recipe.experts):
+        levels.setdefault(path[:-1], []).append(expert)
+    if plan.gated_shared:
+        levels[SHARED] = list(plan.recipe.shared_experts)
+    wanted = [plan.recipe.prompts_of(expert) for experts in levels.values() for expert in experts]
     directions = _directions(plan, side, list(dict.fromkeys(wanted)), progress)
     rows: dict[str, NDArray[np.float32]] = {}
-    for path, experts in [*levels.items(), *([(SHARED, shared)] if shared else [])]:
+    for path, experts in levels.items():
         stack_LED = torch.stack([directions[plan.recipe.prompts_of(expert)] for expert in experts], dim=1)
-        names = plan.router_names(path)
+        names = router_names(plan.fmt, layers=plan.layers, path=path)
         rows |= {name: gate_ED.numpy() for name, gate_ED in zip(names, stack_LED, strict=True)}
     return rows
-
-
-def _levels(
-    experts: tuple[Expert, ...], path: tuple[int, ...] = ()
-) -> list[tuple[tuple[int, ...], tuple[Expert, ...]]]:
-    """Every router's path with the experts it chooses among."""
-    inner = [_levels(expert.experts, (*path, index)) for index, expert in enumerate(experts) if expert.experts]
-    return [(path, experts), *(level for levels in inner for level in levels)]
 
 
 def _directions(plan: Plan, side: Side, wanted: list[Prompts], progress: Progress) -> dict[Prompts, torch.Tensor]:
@@ -79,7 +75,7 @@ def _directions(plan: Plan, side: Side, wanted: list[Prompts], progress: Progres
 
 
 def _no_direction(plan: Plan, positive: tuple[str, ...]) -> NumericsError:
-    """Why the base computes no finite states: raises the error of a tensor to blame, or returns the overflow."""
+    """Explains states that are not finite: raises the error of a tensor that is not finite, or returns an overflow."""
     for ref in (ref for write in _base_writes(plan) for ref in write.sources):
         check_finite(ref)
     return NumericsError(
@@ -90,7 +86,7 @@ def _no_direction(plan: Plan, positive: tuple[str, ...]) -> NumericsError:
 
 
 def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
-    # of a weight: the file's first tensor may be a buffer of another type
+    # the dtype of a weight, because the first tensor of the file may be a buffer of another type
     stored = plan.backbone[0].inputs[0].dtype
     return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
 
@@ -122,9 +118,8 @@ def _embedding_sides(plan: Plan) -> Side:
 
 
 def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int | None = None) -> list[list[int]]:
-    """Token ids per prompt, all of which the base can read: at least one, at most `longest`, in its vocabulary."""
+    """Token ids per prompt. Raises an error for no tokens, more than `longest`, or tokens outside the vocabulary."""
     found = encode(tokenizer, prompts)
-    vocabulary = plan.base.config.get("vocab_size")
     for prompt, ids in zip(prompts, found, strict=True):
         if not ids or (longest and len(ids) > longest):
             raise RecipeError(
@@ -132,10 +127,5 @@ def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int |
                 f"{longest or 'any number'}",
                 hint="write another prompt",
             )
-        if vocabulary and max(ids) >= vocabulary:
-            raise SourceError(
-                f"the tokenizer in {plan.base.folder} makes token {max(ids)} of the prompt {prompt[:SHOWN]!r}, but the "
-                f"model has {vocabulary} tokens only",
-                hint="put the model's own tokenizer beside its weights",
-            )
+        check_vocabulary(ids, plan.base.config.get("vocab_size"), tokenizer, what=f"the prompt {prompt[:SHOWN]!r}")
     return found

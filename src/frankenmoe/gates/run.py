@@ -1,6 +1,6 @@
-"""Fits the routers of an artifact or a recipe, and adds experts to fitted ones; the library's and the CLI's way.
+"""Fits the routers of an artifact or a recipe, and adds experts to artifacts with fitted routers.
 
-An artifact's body is never touched: routers, statistics and record are replaced together or not at all.
+Never changes the weights of an artifact. Replaces routers, statistics and record together or not at all.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from frankenmoe.artifact.folder import (
 from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.artifact.reports import versions
 from frankenmoe.build.run import build
-from frankenmoe.data.given import user_path
+from frankenmoe.data.given import Texts, located
 from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.add import add_text
 from frankenmoe.gates.closed import CLOSED
@@ -33,18 +33,17 @@ from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.moe.load import gate_tensors
 from frankenmoe.planning import Plan
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import FIT_MODES, Expert, Recipe
-from frankenmoe.recipe.fields import FROM_DATA, FROM_PROMPTS
+from frankenmoe.recipe import FIT_MODES, Recipe
+from frankenmoe.recipe.gatemodes import FROM_DATA
+from frankenmoe.recipe.model import default_gate_mode
 from frankenmoe.recipe.sections import FitSettings
 from frankenmoe.recipe.settings import settings_with
-from frankenmoe.subject import Subject, open_subject, with_maker
-
-Data = Mapping[str, Sequence[str]]
+from frankenmoe.subject import Subject, open_subject
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """`replaced` says whether the artifact has the new routers now; `report` is what its record keeps of the fit."""
+    """`replaced` says whether the artifact has the new routers; `report` is the fit's entry in its record."""
 
     artifact: Artifact
     replaced: bool
@@ -59,7 +58,7 @@ def fit(
     what: Subject | Recipe | Artifact | str | Path,
     out: str | Path | None = None,
     *,
-    data: Data | None = None,
+    data: Texts | None = None,
     settings: FitSettings | None = None,
     keep_anyway: bool = False,
     progress: Progress = SILENT,
@@ -67,10 +66,10 @@ def fit(
 ) -> FitResult:
     """Fits every router to the experts' text: of an artifact in place, of a recipe into a virtual artifact `out`.
 
-    `data` maps experts' names to files or datasets, which replace the recipe's; relative paths start at the working
-    directory. `changes` are settings by name. The method is by default the recipe's gate mode if that fits, else regret
-    for data and logistic for prompts. An artifact keeps its old routers where the new ones do not lower the mean
-    held-out loss, unless `keep_anyway`, or unless the old ones were fitted to these held-out prompts.
+    `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
+    working directory. `changes` are settings by name. The default method is the recipe's gate mode if it fits routers,
+    else regret for data and logistic for prompts. An artifact keeps its old routers if the new ones do not lower the
+    mean held-out loss, unless `keep_anyway` is set or the old ones were fitted to these held-out prompts.
     """
     subject = open_subject(what)
     settings = settings_with(settings or FitSettings(), changes)
@@ -80,9 +79,9 @@ def fit(
         return _fit_recipe(subject, out, method=method, data=given, settings=settings, progress=progress)
     if out is not None:
         raise PlanError(
-            f"{subject.origin} is an artifact, whose routers are replaced in place, expected no second folder, "
+            f"{subject.origin} is an artifact, whose routers are replaced in place: expected no second folder, "
             f"found {out}",
-            hint="copy the artifact first if the old routers are still needed",
+            hint="copy the artifact first if you still need the old routers",
         )
     artifact = subject.artifact
     finish_replacing(artifact.folder)
@@ -101,39 +100,30 @@ def fit(
 
 
 def _fit_recipe(
-    subject: Subject, out: str | Path | None, *, method: str, data: Data, settings: FitSettings, progress: Progress
+    subject: Subject, out: str | Path | None, *, method: str, data: Texts, settings: FitSettings, progress: Progress
 ) -> FitResult:
     if out is None:
         raise PlanError(
-            f"{subject.origin} is a recipe, so its fitted MoE needs a folder, found none",
-            hint=f"say where: `frankenmoe fit {subject.origin} OUT`",
+            f"{subject.origin} is a recipe: expected a folder for the fitted MoE, found none",
+            hint=f"run `frankenmoe fit {subject.origin} OUT`",
         )
 
     def maker(made: Plan, progress: Progress) -> MadeRouters:
         fitted = fit_plan(made, method=method, data=data, folder=Path.cwd(), settings=settings, progress=progress)
         return MadeRouters(fitted.routers, fitted.statistics)
 
-    artifact = build(with_maker(subject, maker), out, virtual=True, progress=progress, stage="fit")
+    artifact = build(subject.with_maker(maker), out, virtual=True, progress=progress, stage="fit")
     return FitResult(artifact, True, artifact.record["stages"][-1]["fit"])
 
 
-def located(data: Data) -> dict[str, tuple[str, ...]]:
-    """Files by their full path, so that a record can name them from anywhere; hub datasets as they are."""
-    return {name: tuple(user_path(each, folder=Path.cwd()) for each in names) for name, names in data.items()}
-
-
-def _method(recipe: Recipe, data: Data) -> str:
+def _method(recipe: Recipe, data: Texts) -> str:
     if recipe.gate_mode in FIT_MODES:
         return str(recipe.gate_mode)
-    return FROM_DATA if data or _have_data(recipe.experts) else FROM_PROMPTS
-
-
-def _have_data(experts: Sequence[Expert]) -> bool:
-    return any(expert.data or _have_data(expert.experts) for expert in experts)
+    return FROM_DATA if data else default_gate_mode(recipe.experts)
 
 
 def _biased(artifact: Artifact, report: Mapping[str, Any]) -> bool:
-    """Whether the old routers were fitted to these held-out prompts, so that comparing them would mean nothing."""
+    """Whether the old routers were fitted to these held-out prompts, so that a comparison would be biased."""
     if not report["held_out_seen"] or not (artifact.folder / STATISTICS).is_file():
         return False
     return bool(load_statistics(artifact.folder / STATISTICS).facts.get("held_out_seen"))
@@ -150,10 +140,10 @@ def add_expert(
     progress: Progress = SILENT,
     **changes: Any,
 ) -> FitResult:
-    """A new artifact `out` like `what` with one expert more, its router fitted without the others' text.
+    """Writes a copy of an artifact with one more expert to `out`, and fits its routers without the other experts' text.
 
-    The kept statistics and those of the new expert's text give closed-form gates (by default ridge) of the scale that
-    was found before. Raises ArtifactError where the artifact has no statistics.
+    The new gates are computed in closed form (by default ridge) from the stored statistics and the new expert's text,
+    with the scale of the earlier fit. Raises ArtifactError if the artifact has no statistics.
     """
     subject = open_subject(what)
     settings = settings_with(settings or FitSettings(), changes)
@@ -166,7 +156,7 @@ def add_expert(
     if settings.method not in (None, *CLOSED):
         raise PlanError(
             f"method {settings.method} needs the text of every expert, expected one of {', '.join(CLOSED)}",
-            hint="leave --method out for ridge",
+            hint="omit --method to use ridge",
         )
     chosen = settings.method or str(known.facts["method"])
     chosen = chosen if chosen in CLOSED else "ridge"
@@ -177,7 +167,7 @@ def add_expert(
         added = add_text(made, known, name=name, method=chosen, old=old, settings=settings, progress=progress)
         return MadeRouters(added.routers, added.statistics)
 
-    larger = Subject(recipe, trust_remote_code=subject.trust_remote_code, maker=maker)
+    larger = Subject(recipe, dtype=subject.plan.dtype_name, trust_remote_code=subject.trust_remote_code, maker=maker)
     made = build(larger, out, virtual=not subject.built, progress=progress, stage="add-expert")
     return FitResult(made, True, made.record["stages"][-1]["fit"])
 
@@ -185,10 +175,10 @@ def add_expert(
 def _with_expert(
     recipe: Recipe, facts: Mapping[str, Any], *, source: str, name: str, data: Sequence[str], method: str
 ) -> Recipe:
-    """The recipe with one expert more; those without text in it get the data that they were fitted on."""
+    """The recipe with one more expert. Experts without text get the data that they were fitted on."""
     if any(expert.name == name for expert in recipe.experts):
-        raise RecipeError(f"there is an expert {name!r} already", hint="give the new one another name")
-    plain = {key: value for key, value in recipe.to_dict().items() if key != "routers"}  # of the experts before
+        raise RecipeError(f"there already is an expert {name!r}", hint="choose another name")
+    plain = {key: value for key, value in recipe.to_dict().items() if key != "routers"}  # the file lacks the new expert
     experts = []
     for expert, written in zip(recipe.experts, plain["experts"], strict=True):
         origin = facts["text"].get(expert.name, {}).get("from", [])

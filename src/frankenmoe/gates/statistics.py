@@ -109,7 +109,7 @@ def statistics_bytes(fitted: Fitted) -> bytes:
         key = _key(path)
         tensors[f"{key}.count"] = router.count_U.clone()
         tensors[f"{key}.mean"] = router.mean_ULD.clone()
-        rows, columns = _triangle(router.second_LDD.shape[-1])
+        rows, columns = torch.triu_indices(*router.second_LDD.shape[1:])
         tensors[f"{key}.second"] = router.second_LDD[:, rows, columns].contiguous()
         texts = [{"name": text.name, "target": text.target_C, "weight": text.weight} for text in router.texts]
         about.append({"path": path, "texts": texts})
@@ -151,16 +151,11 @@ def load_statistics(file: Path) -> Fitted:
 def _router(texts: Sequence[Mapping[str, Any]], tensor: Callable[[str], torch.Tensor], key: str) -> RouterStatistics:
     mean_ULD = tensor(f"{key}.mean")
     layers, hidden = mean_ULD.shape[1:]
-    rows, columns = _triangle(hidden)
+    rows, columns = torch.triu_indices(hidden, hidden)
     second_LDD = torch.zeros(layers, hidden, hidden, dtype=torch.float64)
     second_LDD[:, rows, columns] = second_LDD[:, columns, rows] = tensor(f"{key}.second")
     known = tuple(RouterText(each["name"], tuple(each["target"]), each["weight"]) for each in texts)
     return RouterStatistics(known, tensor(f"{key}.count"), mean_ULD, second_LDD)
-
-
-def _triangle(hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
-    rows, columns = torch.triu_indices(hidden, hidden)
-    return rows, columns
 
 
 def _key(path: Sequence[int]) -> str:

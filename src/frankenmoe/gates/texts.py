@@ -2,20 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.data.blocks import Block, hold_out, text_blocks
+from frankenmoe.data.blocks import Block, check_vocabulary, hold_out, text_blocks
 from frankenmoe.data.documents import Document, read_documents
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.gates.statistics import RouterText
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED, RouterPath
+from frankenmoe.planning.names import named_experts
 from frankenmoe.recipe import Expert
 from frankenmoe.suggest import did_you_mean
 
-LENGTH = 256  # tokens of a block
-TOKENS = 32_768  # tokens of data per expert
 HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
 PROMPTS = ("prompts",)  # the origin of text from prompts
 SHORTEST = 16  # tokens of the shortest blocks that `cut_again` makes
@@ -49,10 +49,10 @@ def read_texts(
     plan: Plan,
     tokenizer: Any,
     *,
+    tokens: int,
+    length: int,
     data: Mapping[str, Sequence[str]] | None = None,
     folder: Path | None = None,
-    tokens: int = TOKENS,
-    length: int = LENGTH,
     only: str | None = None,
 ) -> tuple[OwnText, ...]:
     """The text of every expert at every depth, and of a gated shared expert: its data, or else its prompts.
@@ -89,22 +89,16 @@ def read_texts(
         if expert.negative_prompts:
             found.append(_from_prompts(name, path, expert.negative_prompts, tokenizer, length, negative=True))
     for text in found:
-        _check_vocabulary(plan, text)
+        ids = chain.from_iterable(block.ids for block in (*text.kept, *text.held))
+        check_vocabulary(ids, plan.base.config.get("vocab_size"), tokenizer, what=f"the text of {text.name!r}")
     return tuple(found)
 
 
 def _named(plan: Plan) -> Iterator[tuple[str, tuple[RouterPath, Expert]]]:
-    yield from _below(plan.recipe.experts, (), "")
+    for name, path, expert in named_experts(plan.recipe.experts):
+        yield name, (path, expert)
     if plan.gated_shared:
         yield plan.recipe.shared_experts[0].name, (SHARED, plan.recipe.shared_experts[0])
-
-
-def _below(
-    experts: tuple[Expert, ...], path: RouterPath, prefix: str
-) -> Iterator[tuple[str, tuple[RouterPath, Expert]]]:
-    for index, expert in enumerate(experts):
-        yield prefix + expert.name, ((*path, index), expert)
-        yield from _below(expert.experts, (*path, index), f"{prefix}{expert.name}/")
 
 
 def _from_data(
@@ -133,17 +127,6 @@ def _from_prompts(
             ) from error
     kept, held = hold_out(blocks, share=HELD_OUT_PROMPTS)
     return OwnText(name, path, negative, PROMPTS, tuple(kept), tuple(held))
-
-
-def _check_vocabulary(plan: Plan, text: OwnText) -> None:
-    vocabulary = plan.base.config.get("vocab_size")
-    most = max(max(block.ids) for block in (*text.kept, *text.held))
-    if vocabulary and most >= vocabulary:
-        raise SourceError(
-            f"the tokenizer in {plan.base.folder} makes token {most} from the text of {text.name!r}, but the model has "
-            f"only {vocabulary} tokens",
-            hint="put the model's own tokenizer next to its weights",
-        )
 
 
 def router_texts(texts: Sequence[OwnText], path: RouterPath, classes: int) -> list[tuple[int, RouterText]]:

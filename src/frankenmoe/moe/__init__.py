@@ -1,1 +1,1 @@
-"""The MoE as torch modules: router, dispatch, block, adapters, trace, loading; writes nothing."""
+"""The running MoE as torch modules: router, dispatch, block, adapters, trace, loading. Writes nothing."""

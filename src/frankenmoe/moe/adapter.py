@@ -1,4 +1,4 @@
-"""Makes an expert out of a dense MLP and a LoRA without merging them; does not know adapter files or their names."""
+"""Adds LoRA adapters to linear layers and MLPs without merging them."""
 
 import copy
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ Lora = tuple[torch.Tensor, torch.Tensor, float]  # A_RI, B_OR, scale (alpha / R,
 
 
 class LoraLinear(nn.Module):
-    """base(x) + scale * B A x (arXiv 2106.09685, eq. 3), kept low-rank; base, A and B are taken without a copy.
+    """base(x) + scale * B A x (arXiv 2106.09685, eq. 3), kept low-rank. Base, A and B are not copied.
 
-    Computes in the adapter's dtype and answers in the base's, as PEFT does.
+    Computes in the adapter's dtype and returns the base's dtype, as PEFT does.
     Raises ArtifactError if the shapes do not fit.
     """
 
@@ -36,7 +36,7 @@ class LoraLinear(nn.Module):
         self.scale = scale
 
     def fits(self) -> bool:
-        """Whether A and B still have the shapes of the base and of each other, for code that reads memory."""
+        """Whether A and B still fit each other and the base. Compiled code asks before it reads their memory."""
         (outputs, inputs), rank = self.base.weight.shape, self.a.shape[0]
         return self.a.shape == (rank, inputs) and self.b.shape == (outputs, rank)
 
@@ -47,7 +47,7 @@ class LoraLinear(nn.Module):
     def update(self, hidden: torch.Tensor) -> torch.Tensor:
         """scale * B A x, [..., I] to [..., O], in the adapter's dtype, or in float32 where that is faster."""
         if _widens(self, hidden):
-            # autocast would round what was widened, for a product that takes longer
+            # autocast would round these to 16 bits again, for a slower product
             with torch.autocast(hidden.device.type, enabled=False):
                 a_RI, b_OR = self.a.float(), self.b.float()
                 return nn.functional.linear(self.scale * nn.functional.linear(hidden.float(), a_RI), b_OR)
@@ -58,7 +58,7 @@ class LoraLinear(nn.Module):
 
 
 def wrap_linear(model: nn.Module, name: str, a_RI: torch.Tensor, b_OR: torch.Tensor, scale: float) -> LoraLinear:
-    """Puts a LoraLinear in the place of the linear layer `name` of `model`, around it, and returns it."""
+    """Wraps the linear layer `name` of `model` in a LoraLinear, in place. Returns the LoraLinear."""
     owner, _, leaf = name.rpartition(".")
     wrapped = LoraLinear(_linear(model, name), a_RI, b_OR, scale)
     setattr(model.get_submodule(owner), leaf, wrapped)
@@ -68,15 +68,16 @@ def wrap_linear(model: nn.Module, name: str, a_RI: torch.Tensor, b_OR: torch.Ten
 def with_update(
     base: torch.Tensor, lora: LoraLinear | None, hidden: torch.Tensor, *, in_place: bool = False
 ) -> torch.Tensor:
-    """What the base made of `hidden`, [..., O], plus what the adapter adds, in the base's dtype; `base` without one.
+    """`base`, the base layer's output [..., O] for `hidden`, plus the adapter's update, in the dtype of `base`.
 
-    `in_place`: `base` may be overwritten.
+    Returns `base` itself if `lora` is None. `in_place`: `base` may be overwritten.
     """
     if lora is None:
         return base
     if base.dim() == 2 and base.dtype == hidden.dtype == lora.a.dtype and not _widens(lora, hidden):
-        # one pass over [T, O] in place of three
-        in_place = in_place and not torch.is_autocast_enabled(hidden.device.type)  # which does not cast what has an out
+        # one pass over [T, O] instead of three
+        # autocast does not cast where `out` is given
+        in_place = in_place and not torch.is_autocast_enabled(hidden.device.type)
         return torch.addmm(
             base, nn.functional.linear(hidden, lora.a), lora.b.T, alpha=lora.scale, out=base if in_place else None
         )
@@ -84,17 +85,17 @@ def with_update(
 
 
 def _widens(lora: LoraLinear, hidden: torch.Tensor) -> bool:
-    """On a CPU: where torch is slow at 16-bit products, and for one token, where it is slow at all small ones."""
+    """Whether float32 is faster: torch on a CPU is slow at 16-bit products, and at all small products of one token."""
     if hidden.device.type != "cpu" or (lora.a.dtype.itemsize > 2 and hidden.dtype.itemsize > 2):
         return False
     return hidden.shape[:-1].numel() == 1 or not torch_is_fast(hidden.shape, torch.bfloat16)
 
 
 def with_adapter(mlp: nn.Module, loras: Mapping[str, Lora]) -> nn.Module:
-    """A second expert that shares every parameter of `mlp`, its named `nn.Linear` submodules wrapped in a LoraLinear.
+    """A second expert that shares every parameter of `mlp` and wraps some of its `nn.Linear` in a LoraLinear.
 
-    `loras` maps a submodule's name ("up_proj") to (A_RI, B_OR, scale). `mlp` itself stays as it is.
-    Raises ArtifactError if a name is not a linear layer of `mlp` or the shapes do not fit.
+    `loras` maps a submodule's name ("up_proj") to (A_RI, B_OR, scale). `mlp` does not change.
+    Raises ArtifactError if a name is not a linear layer of `mlp`, or if the shapes do not fit.
     """
     expert = _twin(mlp)
     for name, (a_RI, b_OR, scale) in loras.items():
@@ -109,7 +110,7 @@ def with_adapter(mlp: nn.Module, loras: Mapping[str, Lora]) -> nn.Module:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """Another module with the same class, parameters and children, whose children can be swapped on their own."""
+    """A module with the same class, parameters and children. Its children can be replaced independently."""
     twin = copy.copy(module)
     # copy.copy shares torch's registries (parameters, children, hooks), so a child set on one would appear on the other
     vars(twin).update({name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, dict)})

@@ -1,4 +1,4 @@
-"""Stands where a dense layer's `mlp` stood and mixes experts instead; does not know its layer, its model or padding."""
+"""The module that replaces the `mlp` of a decoder layer: router, experts and an optional shared expert."""
 
 import math
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from frankenmoe.moe.router import Router, Routing
 
 
 class Capacity(nn.Module):
-    """Drops what exceeds an expert's capacity; a module so that its output, what the block finally used, can be hooked.
+    """Drops assignments over an expert's capacity. It is a module so that hooks can read the final routing.
 
     `factor` is None for no limit. Raises ArtifactError unless the factor is positive and finite and the policy known.
     """
@@ -39,7 +39,7 @@ class Capacity(nn.Module):
         self.policy: DropPolicy = policy
 
     def forward(self, routing: Routing) -> Routing:
-        """The same routing with the id -1 wherever an assignment is dropped; weights stay, and are not renormalised."""
+        """The same routing, with the id -1 for dropped assignments. Weights are not renormalised."""
         if self.factor is None:
             return routing
         ids_TK = apply_capacity(
@@ -56,13 +56,13 @@ class Capacity(nn.Module):
 
 
 class MoEBlock(nn.Module):
-    """sum_k weight_k * expert_k(x), plus shared(x) if there is a shared expert, times sigmoid(shared_gate x) if gated.
+    """sum_k weight_k * expert_k(x), plus shared(x), which a shared gate multiplies by sigmoid(shared_gate x).
 
-    `experts` are E modules from (N, D) to (N, D): an MLP, an adapter expert, another MoEBlock; one object may appear
-    several times. `shared_gate` (1, D) is that of Qwen2-MoE, taken without a copy.
-    Capacity is counted over all tokens of a call. A token whose assignments are all dropped gets zero from the experts,
-    so that only the residual (and the shared expert) carries it on.
-    Raises ArtifactError where the number of experts, the gate's shape or the capacity make no sense.
+    `experts` are E modules from (N, D) to (N, D): MLPs, adapter experts or other MoEBlocks. One object may appear
+    several times. `shared_gate` (1, D) is that of Qwen2-MoE; it is not copied.
+    Capacity counts all tokens of a call. A token whose assignments are all dropped gets zero from the experts; only the
+    residual and the shared expert remain.
+    Raises ArtifactError if the number of experts, the gate's shape or the capacity is invalid.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class MoEBlock(nn.Module):
 
     @property
     def groups(self) -> tuple[Group, ...]:
-        """The experts by what they share; a new tuple after a change within the experts."""
+        """The experts grouped by the weights they share. A new tuple after a change within the experts."""
         return self._grouping.of(self.experts)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -103,7 +103,7 @@ class MoEBlock(nn.Module):
         return out_TD.reshape(hidden.shape)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        # .to() and the like move every weight on its own, so the packed memory is no longer needed
+        # .to() and similar calls move each weight separately, so the packed memory is no longer needed
         self._packing, self._one_token = Packing(), OneToken()
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
         return self

@@ -1,4 +1,4 @@
-"""Dense transformers models over mapped tensors, and the `mlp` modules in them; knows nothing of experts or routers."""
+"""Loads dense transformers models from mapped tensors, and finds their `mlp` modules."""
 
 import copy
 import re
@@ -19,46 +19,55 @@ from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.linear import is_linear, keep_stored
+from frankenmoe.planning.sources import Source, anatomy
+from frankenmoe.planning.tree import dense_writes
 
-WRONG_CONFIG = "check that config.json is the one that was saved with these weights"
-LONGEST = 200  # characters of another library's message in ours
+WRONG_CONFIG = "check that config.json was saved with these weights"
+LONGEST = 200  # characters that are quoted of another library's message
 MLP_NAME = re.compile(r"(?:^|.*\.)(\d+)\.mlp$")
 
 
 def as_tensor(write: TensorWrite) -> torch.Tensor:
-    """A write as a torch tensor; the source's mapped pages themselves where the write is a plain copy."""
+    """A write as a torch tensor. A plain copy is a view of the source's mapped pages."""
     raw = torch.from_numpy(materialize(write))
-    return raw.view(getattr(torch, DTYPES[write.dtype].name)).view(write.shape)
+    return raw.view(torch_dtype(write.dtype)).view(write.shape)
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The torch type of a safetensors type such as BF16."""
+    found = getattr(torch, DTYPES[name].name)
+    assert isinstance(found, torch.dtype)
+    return found
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder; SourceError for a model type this transformers does not know."""
+    """The transformers config of a folder. SourceError if this transformers version cannot read it."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # its validators have classes of their own
         raise SourceError(
             f"transformers {transformers.__version__} cannot read {folder / 'config.json'}: {one_line(error)}",
-            hint="if it needs code of its own and you trust it, say --trust-remote-code; or update transformers",
+            hint="update transformers; if the model needs its own code and you trust it, use --trust-remote-code",
         ) from error
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, never with code of its own; SourceError where there is none that can be loaded."""
+    """The tokenizer in a folder, without remote code. SourceError if it cannot be loaded."""
     try:
         with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises a bare Exception for a file that it cannot parse
+    except Exception as error:  # tokenizers raises a plain Exception if it cannot parse a file
         raise SourceError(
             f"{folder} has no tokenizer that transformers can load: {one_line(error)}",
-            hint="put the tokenizer's files beside the base's weights, or fetch them again",
+            hint="put the tokenizer's files next to the base's weights, or fetch them again",
         ) from error
 
 
 def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype) -> PreTrainedModel:
-    """A dense causal language model whose parameters are the given tensors, not copies of them.
+    """A dense causal language model whose parameters are the given tensors, without copies.
 
-    Goes through `from_pretrained`, so that tied weights, buffers and renamed keys are transformers' business.
-    Raises SourceError if a parameter has no tensor, which transformers would otherwise fill with noise.
+    `from_pretrained` handles tied weights, buffers and renamed keys. Raises SourceError if a parameter has no tensor;
+    transformers would initialise it at random.
     """
     cls = causal_class(config)
     with quiet_transformers(), _explained(cls, config):
@@ -68,14 +77,21 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
         raise SourceError(
-            f"{len(lost)} parameters of {cls.__name__} have no tensor in the source, the first being {lost[0]}",
-            hint="config.json and weights are of two different models",
+            f"{len(lost)} parameters of {cls.__name__} have no tensor in the source, first {lost[0]}",
+            hint="config.json and the weights belong to different models",
         )
     return cast(PreTrainedModel, keep_stored(model.eval()))
 
 
+def load_source(source: Source, *, stored: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A source as a dense model with its adapter merged. Merged weights are rounded to `stored`, then to `dtype`."""
+    config = read_config(source.folder, trust_remote_code=source.trust_remote_code)
+    tensors = {write.name: as_tensor(write) for write in dense_writes(source, anatomy(source), dtype=stored)}
+    return load_dense(config, tensors, dtype=dtype or torch_dtype(stored))
+
+
 def causal_class(config: Any) -> Any:
-    """The causal language model class of a config; its own remote one only where the config itself came from such."""
+    """The causal language model class of a config. A remote class only if the config itself came from remote code."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     own = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
@@ -88,9 +104,9 @@ def causal_class(config: Any) -> Any:
 
 
 def mlp_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
-    """Layer -> (the layer, its `mlp`) of any transformers decoder whose `mlp` maps hidden states and nothing else.
+    """Layer -> (the layer, its `mlp`) of a transformers decoder.
 
-    SourceError for one that wants more, such as Bloom's, which adds the residual itself.
+    SourceError if an `mlp` takes more than hidden states. Bloom's, for example, adds the residual itself.
     """
     found = {}
     for name, module in model.named_modules():
@@ -101,39 +117,40 @@ def mlp_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
         wanted = [key for key, value in signature(mlp.forward).parameters.items() if value.default is Parameter.empty]
         if len(wanted) > 1:
             raise SourceError(
-                f"the `mlp` of {type(model).__name__} takes {' and '.join(wanted)}, expected hidden states alone",
-                hint="only decoders whose `mlp` maps hidden states to hidden states can give experts",
+                f"the `mlp` of {type(model).__name__} takes {' and '.join(wanted)}, expected only hidden states",
+                hint="an expert's `mlp` must map hidden states to hidden states; use another model",
             )
     return dict(sorted(found.items()))
 
 
 def skeleton(config: Any) -> dict[int, nn.Module]:
-    """Layer -> an `mlp` without weights, as this config's model has it."""
-    cls = causal_class(config)
-    with torch.device("meta"), quiet_transformers(), _explained(cls, config):
-        model = cls._from_config(config)
-    return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items()}
+    """Layer -> the `mlp` of this config's model, with parameters on the meta device."""
+    return {layer: mlp for layer, (_, mlp) in mlp_modules(_meta_model(config)).items()}
 
 
 def linear_names(config: Any) -> set[str]:
-    """Names of the linear layers of this config's model that share their weight with nothing: no tied head."""
-    cls = causal_class(config)
-    with torch.device("meta"), quiet_transformers(), _explained(cls, config):
-        model = cls._from_config(config)
+    """Names of the linear layers of this config's model, without a head that is tied to the embeddings."""
+    model = _meta_model(config)
     embeddings = model.get_input_embeddings().weight
     return {name for name, module in model.named_modules() if is_linear(module) and module.weight is not embeddings}
 
 
+def _meta_model(config: Any) -> Any:
+    cls = causal_class(config)
+    with torch.device("meta"), quiet_transformers(), _explained(cls, config):
+        return cls._from_config(config)
+
+
 def fill(pattern: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
     """A copy of an `mlp` whose parameters are the given tensors, by name within the `mlp`."""
-    # the memo lets deepcopy share the pattern's parameters, which are replaced at once, in place of copying them
+    # with this memo, deepcopy shares the pattern's parameters and does not copy them; they are replaced below
     module = copy.deepcopy(pattern, {id(tensor): tensor for tensor in (*pattern.parameters(), *pattern.buffers())})
     try:
         module.load_state_dict(dict(tensors), strict=True, assign=True)
     except RuntimeError as error:
         raise SourceError(
             f"the FFN tensors {', '.join(tensors)} do not fit {type(pattern).__name__}: {one_line(error)}",
-            hint="this family stores its FFN under other names than it computes with; it cannot give experts yet",
+            hint="this family stores its FFN under other names than its module uses, which is not supported yet",
         ) from error
     for parameter in module.parameters():
         parameter.requires_grad_(False)
@@ -144,17 +161,17 @@ def fill(pattern: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
 def _explained(cls: Any, config: Any) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # whatever a model's own code says of a config that makes no sense to it
+    except Exception as error:  # a model's code may raise anything for an invalid config
         where = Path(config._name_or_path) / "config.json" if config._name_or_path else "this config"
         raise SourceError(
-            f"transformers cannot make a {cls.__name__} of {where}: {type(error).__name__} {one_line(error)}",
+            f"transformers cannot make a {cls.__name__} from {where}: {type(error).__name__} {one_line(error)}",
             hint=WRONG_CONFIG,
         ) from error
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Holds back transformers' progress bars and reports while a model is put together here."""
+    """Hides transformers' progress bars and reports."""
     logging = transformers.utils.logging
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
@@ -168,6 +185,6 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line and not for ever."""
+    """An error's message on one line, at most LONGEST characters of it."""
     said = " ".join(str(error).split()) or type(error).__name__
     return said if len(said) <= LONGEST else f"{said[:LONGEST]} ..."

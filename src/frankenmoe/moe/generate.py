@@ -1,4 +1,4 @@
-"""A reply from an MoE and what its routers decided for it; knows nothing of terminals.
+"""Generates a reply with an MoE and records the routing of its tokens.
 
 Shape suffixes: T tokens.
 """
@@ -18,7 +18,7 @@ from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply: its text, prompt and reply tokens [T], what the routers decided for all but the last, tokens/s."""
+    """A reply: its text, the tokens of prompt and reply [T], the routing of all tokens but the last, and tokens/s."""
 
     text: str
     tokens: list[int]
@@ -27,7 +27,7 @@ class Reply:
 
     @property
     def layers(self) -> list[LayerTrace]:
-        """The outer routers, layer by layer."""
+        """The traces of the outer routers, layer by layer."""
         return [trace for trace in self.routing.layers if not trace.path]
 
 
@@ -40,13 +40,13 @@ def reply(
     temperature: float = 0.0,
     streamer: Any = None,
 ) -> Reply:
-    """Generates with a KV cache: old tokens are neither computed nor routed again. `temperature` 0 is greedy. It ends
-    where the model sees no further, whatever `max_new_tokens` says.
+    """Generates a reply with a KV cache, so earlier tokens are not computed or routed again.
 
-    `history` is a list of {"role", "content"}; `streamer` is a transformers one.
+    `history` is a list of {"role", "content"}. `temperature` 0 is greedy. `streamer` is a transformers streamer. The
+    reply ends at the model's maximum length, even before `max_new_tokens`.
     Raises SourceError for a prompt without tokens.
     """
-    ids = encode(tokenizer, history, moe.model.config)
+    ids = _encode(tokenizer, history, moe.model.config)
     limit = getattr(moe.model.config, "max_position_embeddings", None)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - ids.shape[-1])
     settings = moe.model.generation_config
@@ -69,20 +69,20 @@ def reply(
     return Reply(tokenizer.decode(made, skip_special_tokens=True), out.tolist(), concat(layers), len(made) / seconds)
 
 
-def encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> torch.Tensor:
-    """The conversation as ids [1, T]: through the chat template where there is one, otherwise the text itself.
+def _encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> torch.Tensor:
+    """The conversation as ids [1, T], formatted with the chat template if there is one.
 
-    SourceError where a model of this `config` cannot take it: no token, too many, or one it has no embedding for.
+    SourceError if it has no tokens, too many tokens for a model of this `config`, or ids without an embedding.
     """
     if tokenizer.chat_template:
         try:
             found = tokenizer.apply_chat_template(
                 list(history), add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-        except Exception as error:  # a template is a program of its author's
+        except Exception as error:  # a template is a program and may raise anything
             raise SourceError(
                 f"the chat template of the base fails: {one_line(error)}",
-                hint="mend chat_template.jinja (or the one in tokenizer_config.json), or remove it to go on from text",
+                hint="repair chat_template.jinja (or the one in tokenizer_config.json), or remove it to use plain text",
             ) from error
     else:
         found = tokenizer("".join(turn["content"] for turn in history), return_tensors="pt")
@@ -90,8 +90,8 @@ def encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> to
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and ids.shape[-1] >= limit:
         raise SourceError(
-            f"the conversation has {ids.shape[-1]} tokens, but the model sees {limit} at most, its reply included",
-            hint="say less, or start a new conversation",
+            f"the conversation has {ids.shape[-1]} tokens, but the model sees {limit} at most, including its reply",
+            hint="shorten the prompt, or start a new conversation",
         )
     if ids.numel() and int(ids.max()) >= config.vocab_size:
         raise SourceError(
@@ -105,7 +105,7 @@ def encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> to
 
 
 def weight_shares(traces: Sequence[LayerTrace], position: int) -> list[float]:
-    """Share of the routing weight that each expert has at one token, over all layers; sums to 1 if any was kept."""
+    """Each expert's share of the routing weight of one token, over all layers. Sums to 1 if any assignment was kept."""
     total_E = torch.zeros(traces[0].experts)
     for trace in traces:
         kept_K = trace.ids_TK[position] >= 0

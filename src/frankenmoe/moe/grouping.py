@@ -1,4 +1,4 @@
-"""Finds the experts of a block that share weights, and notices when that changes. Computes nothing with them."""
+"""Finds the experts of a block that share weights, and notices when that changes."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import nn
 from frankenmoe.moe.adapter import LoraLinear
 from frankenmoe.moe.linear import Linear, is_linear
 
-# the MLPs of transformers that are down(act(gate x) * up x) and nothing else; others may do more under the same names
+# the MLPs of transformers that compute exactly down(act(gate x) * up x); others with the same names may compute more
 GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP"})
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -17,7 +17,7 @@ REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backw
 
 @dataclass(frozen=True)
 class Gated:
-    """The one FFN under a group of adapter experts: down(act(gate x) * up x)."""
+    """The FFN under a group of adapter experts: down(act(gate x) * up x)."""
 
     gate_proj: Linear
     up_proj: Linear
@@ -27,10 +27,10 @@ class Gated:
 
 @dataclass(frozen=True)
 class Group:
-    """Experts that share the work.
+    """Experts that share work.
 
-    `members` are their ids. Without `base` they are all the same `module`. With it they are that FFN under the LoRAs
-    of `loras[i]`, by projection, for the i-th member.
+    `members` are their ids. Without `base`, all are the same `module`. With `base`, the i-th member is that FFN under
+    the LoRAs `loras[i]`, by projection.
     """
 
     members: tuple[int, ...]
@@ -40,14 +40,14 @@ class Group:
 
 
 class Transient:
-    """State that a copy of a block, or a block read from a file, does not inherit: it is about other modules."""
+    """State about the modules of one block. Copies of the block, and blocks read from a file, start without it."""
 
     def __reduce__(self) -> tuple[type["Transient"], tuple[()]]:
         return type(self), ()
 
 
 class Grouping(Transient):
-    """The groups of a block's experts, as long as nothing changes within the experts."""
+    """The groups of a block's experts, found again after a change within the experts."""
 
     def __init__(self) -> None:
         self._groups: tuple[Group, ...] = ()
@@ -55,7 +55,7 @@ class Grouping(Transient):
         self._watch = Watch([])
 
     def of(self, experts: nn.ModuleList) -> tuple[Group, ...]:
-        """The same tuple as before, or a new one if an expert, or anything that `Watch` sees within one, changed."""
+        """The same tuple as before, or a new one if an expert, or anything in it that `Watch` sees, changed."""
         now = tuple(map(id, experts))
         if self._experts != now or not self._watch.holds():
             self._experts, self._groups = now, group_experts(experts)
@@ -64,9 +64,9 @@ class Grouping(Transient):
 
 
 class Watch:
-    """What modules were like: parts, parameters, buffers, adapters' scales, and who listens.
+    """The former state of modules: submodules, parameters, buffers, adapters' scales, hooks and what is trained.
 
-    Numbers are not watched, nor where they lie in memory. `torch.compile` can trace `holds`.
+    Values of tensors and their addresses are not watched. `torch.compile` can trace `holds`.
     """
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
@@ -85,7 +85,7 @@ class Watch:
         self._scales = [(module, module.scale) for module in modules if isinstance(module, LoraLinear)]
 
     def holds(self) -> bool:
-        """Whether nothing was replaced, no hook came or went, and the same parameters learn."""
+        """Whether nothing was replaced, no hook was added or removed, and the same parameters are trained."""
         return (
             not any(self._silent)
             and all(self._heard)
@@ -96,7 +96,7 @@ class Watch:
 
 
 def group_experts(experts: Iterable[nn.Module]) -> tuple[Group, ...]:
-    """Every expert in one group, groups in the order of their first members."""
+    """Groups that contain every expert once, in the order of their first members."""
     found: dict[object, list[tuple[int, nn.Module]]] = {}
     for index, expert in enumerate(experts):
         found.setdefault(_key(expert), []).append((index, expert))
@@ -120,7 +120,7 @@ def _key(expert: nn.Module) -> object:
     if any("forward" in vars(module) for module in expert.modules()):  # accelerate fetches offloaded weights there
         return id(expert)
     bases = [_base(expert, name) for name in PROJECTIONS]
-    if bases[-1].bias is not None:  # it would have to be weighted too
+    if bases[-1].bias is not None:  # it would need a weight too
         return id(expert)
     return type(expert), id(expert.act_fn), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
 
@@ -132,7 +132,7 @@ def gated(expert: nn.Module) -> Gated:
 
 
 def listened(*modules: nn.Module) -> bool:
-    """Whether calling one of these does more than its class says: it has hooks, or a `forward` of its own."""
+    """Whether one of these modules has hooks or its own `forward`, so that a call does more than its class says."""
     return any(
         "forward" in vars(module) or any(vars(module)[registry] for registry in REGISTRIES) for module in modules
     )

@@ -1,7 +1,7 @@
-"""What adapter experts do between the matrices of their FFN, remembering little for backward; knows no router.
+"""Computes what adapter experts do between the matrices of their FFN, and stores little for backward.
 
-Left to itself autograd keeps every intermediate of every (token, expert). Kept here are the gate and up products, once
-for a token; activation, product and adapters are computed from them again, one expert at a time.
+Plain autograd keeps every intermediate of every (token, expert). This module keeps only the gate and up products, once
+per token. Backward computes activation, product and adapters again, one expert at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,26 +17,28 @@ from frankenmoe.moe.adapter import LoraLinear, with_update
 
 
 class Share(NamedTuple):
-    """One expert's part in a group's work: its LoRAs, its rows among the group's tokens, ascending, and its weights."""
+    """One expert's share of a group's work: its LoRAs, its rows among the group's tokens (ascending), its weights."""
 
     loras: Mapping[str, LoraLinear]
     row_M: torch.Tensor
     weight_M1: torch.Tensor
 
     def of(self, tensor_N: torch.Tensor) -> torch.Tensor:
-        """Its rows of what the group has for every token."""
+        """Its rows of a tensor that has one row per token of the group."""
         return tensor_N.index_select(0, self.row_M)
 
     def add(self, part_M: torch.Tensor, to: torch.Tensor | None, *, like: torch.Tensor) -> torch.Tensor:
-        """`part_M` added to its rows of `to`, which is None before the first."""
+        """`to` with `part_M` added to its rows. `to` is None before the first share."""
         return (torch.zeros_like(like) if to is None else to).index_add_(0, self.row_M, part_M.to(like.dtype))
 
 
 def mix(
     hidden_ND: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, shares: Sequence[Share], *, act: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(mixed_NF, update_ND): the weighted sum over experts of act(gate x) * (up x), with their adapters on both, and of
-    what their adapters on `down` make of it; None where there is none of them.
+    """(mixed_NF, update_ND), two weighted sums over experts.
+
+    `mixed_NF` sums act(gate x) * (up x), with the adapters on gate and up. `update_ND` sums what the adapters on `down`
+    make of that; None if there are none.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _mix(hidden_ND, gate_NF, up_NF, shares, act=act)
@@ -68,8 +70,8 @@ def _one(
     weight_M1: torch.Tensor,
     act: nn.Module,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One expert's weighted inner_MF, and what its adapter on `down` makes of it."""
-    reuse = not torch.is_grad_enabled()  # what backward does not need is overwritten: fresh memory is dear
+    """One expert's weighted inner_MF, and what its adapter on `down` makes of it (or None)."""
+    reuse = not torch.is_grad_enabled()  # without backward it can be overwritten; allocating memory is slow
     gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD, in_place=reuse)
     up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD, in_place=reuse)
     inner_MF, weight_M1 = act(gate_MF), weight_M1.to(gate_MF.dtype)
@@ -78,7 +80,7 @@ def _one(
 
 
 class _Mix(torch.autograd.Function):
-    """`mix` with a backward of its own: each expert again, by autograd, on its rows alone."""
+    """`mix` with its own backward, which runs autograd for one expert at a time, on its rows only."""
 
     @staticmethod
     def forward(ctx: Any, act: nn.Module, shares: Sequence[Share], *tensors: torch.Tensor) -> Any:
@@ -124,7 +126,7 @@ class _Mix(torch.autograd.Function):
 def _gradients(
     made: Sequence[torch.Tensor | None], d_made: Sequence[torch.Tensor | None], inputs: Sequence[torch.Tensor]
 ) -> list[torch.Tensor | None]:
-    """The gradient of every input; None where it needs none or nothing that was made depends on it."""
+    """The gradient of every input. None if it needs none, or if no output depends on it."""
     pairs = [
         (tensor, given.to(tensor.dtype))
         for tensor, given in zip(made, d_made, strict=True)
@@ -139,6 +141,6 @@ def _gradients(
 
 
 def _learning(shares: Sequence[Share]) -> list[nn.Parameter]:
-    """Every parameter of their adapters that learns, once."""
+    """Every trained parameter of the adapters, once."""
     loras = [lora for share in shares for lora in share.loras.values()]
     return list(dict.fromkeys(part for lora in loras for part in (lora.a, lora.b) if part.requires_grad))

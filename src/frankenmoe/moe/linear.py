@@ -1,7 +1,7 @@
-"""Products with weights that stay in 16 bits or int8 and are widened to float32 on the way; does not know any model.
+"""Linear layers with 16-bit or int8 weights on a CPU, which are widened to float32 as they are read.
 
-torch multiplies 16-bit matrices on a CPU without such instructions several times slower than float32 ones. What is here
-reads the weights as they are stored and sums in float32, so results are those of torch to rounding.
+On a CPU without 16-bit instructions, torch multiplies 16-bit matrices several times slower than float32 ones. The
+products here read the weights as they are stored and sum in float32. Results equal torch's up to rounding.
 """
 
 from functools import cache
@@ -19,12 +19,12 @@ from frankenmoe.progress import SILENT, Progress
 
 KINDS = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.int8: "int8"}  # of weights
 LOW_KINDS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}  # of adapters
-# what a CPU must have to multiply a type by itself, as torch.cpu.get_capabilities() calls it
+# CPU features for products in a type, under the names of torch.cpu.get_capabilities()
 INSTRUCTIONS = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("amx_fp16", "avx512_fp16", "fp16")}
-FEW = 4  # tokens below which memory decides, and no instruction helps
-SMALL = 1 << 16  # multiplications that take less time than choosing how to do them
-SHORT = 64  # inputs below which widening a matrix first costs less than it saves
-CHUNK = 1 << 18  # numbers of a widened matrix at a time: they stay in the cache
+FEW = 4  # with fewer tokens, memory bandwidth is the limit and instructions do not help
+SMALL = 1 << 16  # fewer multiplications take less time than the choice of a method
+SHORT = 64  # with fewer inputs, it is faster to widen the matrix first
+CHUNK = 1 << 18  # numbers that are widened at a time, so that they stay in the cache
 
 
 class StoredLinear(nn.Linear):
@@ -35,7 +35,7 @@ class StoredLinear(nn.Linear):
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weight is int8 with one float32 scale for each output; it has nothing to train."""
+    """A linear layer with an int8 weight and one float32 scale per output. It has no trainable parameters."""
 
     int8: torch.Tensor
     scale: torch.Tensor
@@ -44,14 +44,14 @@ class Int8Linear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
         weight_OI, scale_O = quantized(layer.weight.detach())
-        self.register_buffer("int8", weight_OI)  # saved as "weight" it would be loaded without its scale
+        self.register_buffer("int8", weight_OI)  # as "weight", an nn.Linear would load it without its scale
         self.register_buffer("scale", scale_O)
         self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
         self.out_features, self.in_features = weight_OI.shape
 
     @property
     def weight(self) -> torch.Tensor:
-        """To read alone: tie_weights() must not put another in its place."""
+        """Read-only, so that tie_weights() cannot replace it."""
         return self.int8
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -59,7 +59,7 @@ class Int8Linear(nn.Module):
         return _product(hidden, self.weight, self.scale, self.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "Int8Linear":
-        """Moves, but does not round the scale: half() and to(dtype) pass by what they take for integers."""
+        """Moves the scale without rounding it: half() and to(dtype) skip integers, so it is viewed as integers."""
         self.scale = self.scale.view(torch.int32)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scale = self.scale.view(torch.float32)
@@ -73,20 +73,20 @@ Linear = nn.Linear | Int8Linear
 
 
 def is_linear(module: object) -> TypeGuard[Linear]:
-    """Whether a module is a linear layer and nothing more."""
+    """Whether a module is exactly an nn.Linear, StoredLinear or Int8Linear. Other subclasses may compute more."""
     return type(module) in (nn.Linear, StoredLinear, Int8Linear)
 
 
 def keep_stored(module: nn.Module) -> nn.Module:
-    """The same module; its linear layers, and itself if it is one, compute with `linear` from now on."""
+    """Makes every nn.Linear in `module` (or `module` itself) compute with `linear`. Returns the same module."""
     for part in module.modules():
         if type(part) is nn.Linear:
-            part.__class__ = StoredLinear  # the same object, so that hooks, tied weights and references to it stay
+            part.__class__ = StoredLinear  # keeps the object, with its hooks, tied weights and references
     return module
 
 
 def to_int8(model: nn.Module, progress: Progress = SILENT) -> None:
-    """Puts an Int8Linear in the place of every linear layer but those of one output; shared ones stay shared."""
+    """Replaces every linear layer with more than one output by an Int8Linear. Shared layers stay shared."""
     places = [
         (module, name, layer)
         for module in model.modules()
@@ -103,7 +103,7 @@ def to_int8(model: nn.Module, progress: Progress = SILENT) -> None:
 
 
 def quantized(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(int8 weight [O, I], float32 scale [O]): each row's largest number becomes 127, the others the nearest step."""
+    """(int8 weight [O, I], float32 scale [O]). A row's largest number becomes 127; others go to the nearest step."""
     int8_OI = torch.empty_like(weight_OI, dtype=torch.int8)
     scale_O = weight_OI.new_empty(len(weight_OI), dtype=torch.float32)
     for rows in _chunks(weight_OI):
@@ -115,7 +115,7 @@ def quantized(weight_OI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def linear(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """What `torch.nn.functional.linear` gives, [..., I] to [..., O]; sooner for a frozen 16-bit weight on a CPU."""
+    """`torch.nn.functional.linear`, [..., I] to [..., O], but faster for a frozen 16-bit weight on a CPU."""
     if not _is_ours(hidden, weight_OI, bias_O):
         return nn.functional.linear(hidden, weight_OI, bias_O)
     return _product(hidden, weight_OI, None, bias_O)
@@ -137,10 +137,10 @@ def _is_ours(hidden: torch.Tensor, weight_OI: torch.Tensor, bias_O: torch.Tensor
 
 
 def have_addresses(*tensors: torch.Tensor | None) -> bool:
-    """Whether compiled code may read their numbers now: none is sharded, traced or stands for another tensor."""
+    """Whether compiled code may read these tensors' memory now: none is sharded, traced or a wrapper."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
         return False
-    if torch._C._len_torch_dispatch_stack():  # a mode counts what torch does, or makes tensors without numbers
+    if torch._C._len_torch_dispatch_stack():  # a mode may count operations or make tensors without data
         return False
     return all(
         tensor.is_cpu and type(tensor) in (torch.Tensor, nn.Parameter) and not is_functorch_wrapped_tensor(tensor)
@@ -150,7 +150,7 @@ def have_addresses(*tensors: torch.Tensor | None) -> bool:
 
 
 def torch_is_fast(shape: torch.Size, dtype: torch.dtype) -> bool:
-    """Whether torch itself is fast on this CPU at products of hidden states of a shape [..., I] in a type."""
+    """Whether torch is fast on this CPU at products in `dtype` with hidden states of `shape` [..., I]."""
     if dtype not in INSTRUCTIONS:
         return True
     if shape[:-1].numel() < FEW:
@@ -161,7 +161,7 @@ def torch_is_fast(shape: torch.Size, dtype: torch.dtype) -> bool:
 def _product(
     hidden: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None, bias_O: torch.Tensor | None
 ) -> torch.Tensor:
-    """hidden @ (scale * weight).T + bias, [..., I] to [..., O], in the weight's dtype or, for int8, the inputs'."""
+    """hidden @ (scale * weight).T + bias, [..., I] to [..., O], in the weight's dtype (int8: the input's)."""
     if torch.is_grad_enabled() and hidden.requires_grad:
         found: torch.Tensor = _Product.apply(hidden, weight_OI, scale_O, bias_O)  # type: ignore[no-untyped-call]
         return found
@@ -173,7 +173,7 @@ def _product(
 
 
 class _Product(torch.autograd.Function):
-    """`_product` with a gradient for `hidden`; keeps only the weights for backward."""
+    """`_product` with a gradient for `hidden`. Keeps only the weights for backward."""
 
     @staticmethod
     def forward(
@@ -220,7 +220,7 @@ def _sums(wide_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor 
 
 
 def _readable(wide_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Tensor | None) -> bool:
-    """Whether the kernels can compute this product, and are of any use."""
+    """Whether the kernels can compute this product, and are faster."""
     return (
         len(wide_TI) > 0
         and SHORT <= wide_TI.shape[1] == weight_OI.shape[1]
@@ -231,16 +231,16 @@ def _readable(wide_TI: torch.Tensor, weight_OI: torch.Tensor, scale_O: torch.Ten
 
 
 def is_row(scale_O: torch.Tensor, weight_OI: torch.Tensor) -> bool:
-    """Whether there is one float32 number for each output, contiguous."""
+    """Whether `scale_O` is contiguous and holds one float32 number per output."""
     return scale_O.shape == weight_OI.shape[:1] and scale_O.dtype == torch.float32 and scale_O.is_contiguous()
 
 
 def _widened(weight_OI: torch.Tensor) -> Any:
-    """(rows, the same rows in float32) from the first to the last, all in one buffer."""
+    """Yields (rows, the same rows in float32) from first to last. All use one buffer."""
     buffer: torch.Tensor | None = None
     for rows in _chunks(weight_OI):
         part = weight_OI[rows]
-        if buffer is None:  # fresh memory is dear
+        if buffer is None:  # allocating memory is slow
             buffer = torch.empty_like(part, dtype=torch.float32)
         yield rows, buffer[: len(part)].copy_(part)
 
@@ -252,13 +252,13 @@ def _chunks(weight_OI: torch.Tensor) -> Any:
 
 
 def prepare_kernels(model: nn.Module, progress: Progress = SILENT) -> bool:
-    """Compiles what a model will want on this CPU, once on a machine; False if it would want it and numba lacks."""
+    """Compiles the kernels that a model needs on this CPU, once per machine. False if it needs them without numba."""
     weights = (part.weight for part in model.modules() if is_linear(part))
     kinds = {KINDS[each.dtype] for each in weights if each.dtype in KINDS and each.is_cpu and each.numel() >= SMALL}
     compiled = kernels() if kinds else None  # a model without such weights need not wait for them
     if compiled is None:
         return not kinds
-    progress.start("compiling for this CPU", len(kinds) + 2, "kernels")
+    progress.start("compiling CPU kernels", len(kinds) + 2, "kernels")
     for compile_one in compiled.compilers(sorted(kinds)):
         compile_one()
         progress.advance(1)
@@ -267,7 +267,7 @@ def prepare_kernels(model: nn.Module, progress: Progress = SILENT) -> bool:
 
 @cache
 def kernels() -> ModuleType | None:
-    """The compiled kernels, or None where numba (the extra `cpu`) or OpenMP is missing or unfit: torch does it then."""
+    """The compiled kernels. None if numba (the extra `cpu`) or OpenMP cannot be used; torch computes then."""
     try:
         from frankenmoe.moe.cpu import compiled
     except ImportError:
@@ -277,6 +277,6 @@ def kernels() -> ModuleType | None:
 
 @cache
 def _has_instructions(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies numbers of a 16-bit type itself."""
+    """Whether this CPU has instructions for products in a 16-bit type."""
     found = torch.cpu.get_capabilities()
     return any(found.get(name, False) for name in INSTRUCTIONS[dtype])

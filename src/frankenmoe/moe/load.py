@@ -1,6 +1,6 @@
-"""An MoE that runs: a dense transformers model whose `mlp` modules are ours, in the virtual and the built form alike.
+"""Loads a running MoE: a dense transformers model with an MoEBlock in place of every `mlp`.
 
-Does not make routers and writes nothing.
+The virtual and the built form load the same way. Writes nothing.
 """
 
 import math
@@ -45,8 +45,11 @@ OUTSIDE_MLP = ("_token_id", "dtype", "_version", "architectures", "use_cache", "
 
 @dataclass(frozen=True)
 class MoE:
-    """A running MoE. `model` is a transformers PreTrainedModel (forward, generate); `experts` are the experts' names,
-    `folder` is where its tokenizer lies."""
+    """A running MoE.
+
+    `model` is a transformers PreTrainedModel (forward, generate). `experts` are the experts' names. `folder` contains
+    the tokenizer.
+    """
 
     model: PreTrainedModel
     experts: tuple[str, ...]
@@ -59,12 +62,12 @@ class MoE:
         return out, concat(layers)
 
     def tokenizer(self) -> Any:
-        """The base's tokenizer; SourceError where it has none."""
+        """The base's tokenizer. SourceError if it has none."""
         return load_tokenizer(self.folder)
 
 
 def gate_tensors(routers: Routers) -> Gates:
-    """Gates as an artifact stores them, as tensors."""
+    """An artifact's stored gates as tensors."""
     return {
         name: torch.from_numpy(raw.copy()).view(getattr(torch, checkpoint.DTYPES[kind].name)).view(shape)
         for name, (kind, shape, raw) in routers.items()
@@ -72,17 +75,17 @@ def gate_tensors(routers: Routers) -> Gates:
 
 
 def check_loadable(plan: Plan) -> None:
-    """SourceError for sources of which transformers can make no model that generates. Reads configs only."""
+    """SourceError if transformers cannot make a generating model from the sources. Reads configs only."""
     for folder in {source.folder: None for source in plan.sources}:
         skeleton(read_config(folder, trust_remote_code=plan.trust_remote_code))
     _generation_config(plan.base.folder)
 
 
 def load_parts(parts: Parts, gates: Gates, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
-    """A running MoE from parts and gates (name -> [experts, hidden]); weights stay mapped unless `dtype` converts them.
+    """A running MoE from parts and gates (name -> [experts, hidden]).
 
-    `options` are MoEBlock's: capacity_factor, drop_policy. Raises SourceError, ArtifactError or NumericsError for
-    sources, tensors or gates that cannot be used.
+    Weights stay memory-mapped unless `dtype` converts them. `options` are MoEBlock's: capacity_factor, drop_policy.
+    Raises SourceError, ArtifactError or NumericsError for sources, tensors or gates that cannot be used.
     """
     configs = {folder: read_config(folder, trust_remote_code=parts.trust_remote_code) for folder in parts.sources}
     config = configs.get(parts.folder) or AutoConfig.for_model(
@@ -102,7 +105,7 @@ def _assemble(
     dtype: torch.dtype | None,
     **options: Any,
 ) -> MoE:
-    """Loads the backbone as a dense model and puts an MoEBlock in the place of every `mlp`."""
+    """Loads the backbone as a dense model, then replaces every `mlp` by an MoEBlock."""
     tensor = _tensor_cache(dtype)
     first = next(parts.nodes[0].leaves())
     backbone, loras = low_rank(config, parts.backbone)
@@ -127,10 +130,10 @@ def _assemble(
 
 
 def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    """Copies what the head reads.
+    """Copies the head's input into contiguous memory.
 
-    For the last token's slice of a long prompt and a frozen weight, torch would otherwise choose a batched product, for
-    which it copies the weights of the whole vocabulary: half of a prefill's time.
+    Otherwise torch computes a batched product for the last token of a long prompt. That copies the weights of the whole
+    vocabulary and takes half of the prefill's time.
     """
     return (inputs[0].clone(memory_format=torch.contiguous_format), *inputs[1:])
 
@@ -138,9 +141,9 @@ def _plain_strides(head: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[t
 def low_rank(
     config: Any, backbone: tuple[TensorWrite, ...]
 ) -> tuple[tuple[TensorWrite, ...], Mapping[str, checkpoint.LowRank]]:
-    """The backbone's writes without the adapter terms that can stay beside a linear layer, and these, by its name.
+    """(the backbone's writes without adapter terms, these terms by the name of their linear layer).
 
-    What is not a linear layer of its own, such as tied embeddings, keeps its term and gets it folded in.
+    Tensors that are not the weight of one linear layer, such as tied embeddings, keep their term: it is merged.
     """
     terms = {
         write.name.removesuffix(".weight"): step
@@ -159,7 +162,7 @@ def low_rank(
 
 
 def _lora(lora: checkpoint.LowRank, base: torch.dtype, *, factor: float = 1.0) -> Lora:
-    """In the adapter's type or that of its base, whichever holds more: exact, and no wider than that needs."""
+    """The adapter's tensors, without rounding, in the smallest dtype that holds both its own and the base's."""
     stored = (as_tensor(TensorWrite(ref.name, ref.dtype, ref.shape, (ref,))) for ref in (lora.a, lora.b))
     a_RI, b_OR = (tensor.to(torch.promote_types(tensor.dtype, base)) for tensor in stored)
     return a_RI, b_OR, lora.scale * factor
@@ -169,7 +172,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / "generation_config.json"
     try:
         return GenerationConfig.from_pretrained(folder) if file.is_file() else None
-    except Exception as error:  # of many classes, since the values are used before they are checked
+    except Exception as error:  # of many classes: transformers uses the values before it checks them
         raise SourceError(
             f"transformers cannot read {file}: {one_line(error)}",
             hint="fetch the file again, or remove it to generate with the defaults",
@@ -177,7 +180,7 @@ def _generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def _tensor_cache(dtype: torch.dtype | None) -> Callable[[TensorWrite], torch.Tensor]:
-    """Equal writes give one tensor, so that a source used by many experts is held, and converted, once."""
+    """Write -> tensor. Equal writes give one tensor, so a shared source is loaded and converted once."""
 
     @cache
     def tensor(write: TensorWrite) -> torch.Tensor:
@@ -195,7 +198,7 @@ def _block_maker(
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
 ) -> Callable[[int], MoEBlock]:
-    """Layer -> its MoEBlock. `pattern` gives the `mlp` modules of a source; experts of equal content share a module."""
+    """Layer -> its MoEBlock. `pattern` gives the `mlp` modules of a source. Experts of equal content share a module."""
     dense: dict[object, nn.Module] = {}
 
     def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
@@ -204,7 +207,7 @@ def _block_maker(
         if found is None:
             if path == SHARED:
                 return None
-            raise ArtifactError(f"{parts.folder} has lost its router {name}", hint=ROUTERS_AGAIN)
+            raise ArtifactError(f"{parts.folder} has no router {name}", hint=ROUTERS_AGAIN)
         hidden = parts.config["hidden_size"]
         if not found.is_floating_point() or found.dim() != 2 or found.shape[1] != hidden:
             raise ArtifactError(
@@ -212,12 +215,12 @@ def _block_maker(
                 hint=ROUTERS_AGAIN,
             )
         if not found.isfinite().all():
-            raise NumericsError(f"router {name} holds numbers that are not finite", hint=ROUTERS_AGAIN)
+            raise NumericsError(f"router {name} contains numbers that are not finite", hint=ROUTERS_AGAIN)
         return found.to(dtype) if dtype is not None else found
 
     def leaf(node: ExpertNode, layer: int) -> nn.Module:
         row, modules = node.ffn[layer], pattern(node.source.folder if node.source else None)
-        key = (id(modules), layer, tuple(row.values()))  # equal weights under another activation are another FFN
+        key = (id(modules), layer, tuple(row.values()))  # equal weights with another activation are another FFN
         if key not in dense:
             tensors = {suffix: tensor(write) for suffix, write in row.items()}
             dense[key] = fill(modules[layer], tensors)
@@ -250,9 +253,9 @@ def _block_maker(
 def _patterns(
     config: Any, configs: Mapping[Path, Any], own: Mapping[int, nn.Module]
 ) -> Callable[[Path | None], Mapping[int, nn.Module]]:
-    """Source folder -> `mlp` modules of that source's own config, to be copied with other weights.
+    """Source folder -> the `mlp` modules of that source's config, to be copied with other weights.
 
-    Those of the dense model, `own`, serve wherever the configs agree; another activation needs a model of its own.
+    These are the dense model's modules, `own`, if the configs agree. Another activation, for example, needs others.
     """
 
     def pattern(folder: Path | None) -> Mapping[int, nn.Module]:
@@ -263,10 +266,10 @@ def _patterns(
 
 
 def _of_mlp(config: Any) -> dict[str, Any]:
-    """The fields of a config that may change what an `mlp` is: all but those that never do."""
+    """The fields of a config that may affect an `mlp`: all except those that never do."""
     return {key: value for key, value in config.to_dict().items() if not key.endswith(OUTSIDE_MLP)}
 
 
 def residual_scale(write: TensorWrite) -> float:
-    """What a write multiplies its weights by, which an adapter kept beside them must be multiplied by too."""
+    """The factor by which a write scales its weights. Adapters on these weights need the same factor."""
     return math.prod(step.factor for step in write.steps if isinstance(step, Scale))

@@ -1,4 +1,4 @@
-"""Scores experts for each token and picks the top-k; does not know what an expert is, nor of capacity."""
+"""Scores the experts for each token and chooses the top k."""
 
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from frankenmoe.errors import ArtifactError
 class Routing(NamedTuple):
     """What a router decided for T tokens.
 
-    `weights_TK` scale the chosen experts' outputs, `ids_TK` (int64) name these experts by descending weight, with -1
-    where an assignment was dropped, and `logits_TE` are the raw scores in the dtype of the gate.
+    `weights_TK` scale the outputs of the chosen experts. `ids_TK` (int64) are these experts by descending weight, with
+    -1 for a dropped assignment. `logits_TE` are the raw scores in the dtype of the gate.
     """
 
     weights_TK: torch.Tensor
@@ -23,11 +23,11 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """A linear gate, then softmax over all experts and top-k in float32; the gate (E, D) is taken without a copy.
+    """A linear gate, then softmax over all experts and top-k in float32. The gate (E, D) is not copied.
 
-    `renormalize` divides the K weights by their sum (Mixtral), else they are used as they are (Qwen2-MoE).
+    `renormalize` divides the K weights by their sum (Mixtral); otherwise they stay as they are (Qwen2-MoE).
     `round_weights` rounds the weights to the dtype of the gate, as transformers does for Qwen2-MoE, Qwen3-MoE and
-    FlexOlmo but not for Mixtral; it changes nothing in float32 and makes lower precisions agree with the stock class.
+    FlexOlmo but not for Mixtral. It changes nothing in float32.
     Raises ArtifactError unless the gate is a matrix and 1 <= top_k <= E.
     """
 
@@ -50,11 +50,11 @@ class Router(nn.Module):
         self.round_weights = round_weights
 
     def forward(self, hidden_TD: torch.Tensor) -> Routing:
-        """Route T tokens; NaN in `hidden_TD` or the gate shows as NaN weights, it is not looked for here."""
+        """Routes T tokens. NaN in `hidden_TD` or in the gate gives NaN weights, without an error."""
         return self.choose(nn.functional.linear(hidden_TD, self.weight), top_k=self.top_k)
 
     def choose(self, logits_TE: torch.Tensor, *, top_k: int) -> Routing:
-        """What follows from the gate's scores."""
+        """The routing that follows from the gate's scores."""
         probs_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
         weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
         if self.renormalize:

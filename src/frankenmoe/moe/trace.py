@@ -1,4 +1,4 @@
-"""Writes down what every router of a model decided and sums it up; does not know tokens' text or how experts work."""
+"""Records what every router of a model decided."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,11 +17,11 @@ from frankenmoe.moe.router import Routing
 
 @dataclass(frozen=True)
 class LayerTrace:
-    """What one router decided for the T tokens it saw, batch and position flattened; tensors are detached.
+    """What one router decided for the T tokens it saw. Batch and position are flattened, tensors are detached.
 
-    `path` is "" for a layer's outer router, "2" for the one nested in its expert 2, "2.0" one level deeper. Row n of
-    path "2" is the n-th token of path "" that has 2 among its ids. A dropped assignment has the id -1 and keeps the
-    weight it would have had.
+    `path` is "" for a layer's outer router, "2" for the router nested in its expert 2, "2.0" for one level deeper. Row
+    n of path "2" is the n-th token of path "" that has 2 among its ids. A dropped assignment has the id -1 and keeps
+    its weight.
     """
 
     layer: int
@@ -39,7 +39,7 @@ class RoutingTrace:
     layers: tuple[LayerTrace, ...]
 
     def layer(self, layer: int, *, path: str = "") -> LayerTrace:
-        """The trace of one router; raises ArtifactError if it has none."""
+        """The trace of one router. Raises ArtifactError if there is none."""
         for trace in self.layers:
             if (trace.layer, trace.path) == (layer, path):
                 return trace
@@ -58,8 +58,8 @@ Sink = Callable[[LayerTrace, torch.Tensor], None]
 def record(model: nn.Module) -> Iterator[list[LayerTrace]]:
     """Within the context, every forward appends one LayerTrace per router that ran, in the order they ran.
 
-    Layers are the MoEBlocks whose name in `model` has an index ("model.layers.3.mlp"); other blocks are left alone.
-    Raises ArtifactError if there is none, or if one block stands in two places: its traces could not be told apart.
+    Layers are the MoEBlocks whose name in `model` has an index ("model.layers.3.mlp"); other blocks are ignored.
+    Raises ArtifactError if there is none, or if one block is in two places: its traces could not be told apart.
     """
     traces: list[LayerTrace] = []
     with stream(model, lambda trace, _: traces.append(trace)):
@@ -68,9 +68,10 @@ def record(model: nn.Module) -> Iterator[list[LayerTrace]]:
 
 @contextmanager
 def stream(model: nn.Module, sink: Sink) -> Iterator[None]:
-    """Within the context, `sink(trace, hidden_TD)` is called for every router that ran, with what that router read.
+    """Within the context, calls `sink(trace, hidden_TD)` for every router that ran. `hidden_TD` is the router's input.
 
-    Nothing is kept here, so memory does not grow with the text. Routers and errors are those of `record`.
+    Keeps nothing, so memory does not grow with the text. Records the same routers as `record`, and raises the same
+    errors.
     """
     with ExitStack() as hooks:
         for layer, path, block in blocks(model):
@@ -81,7 +82,7 @@ def stream(model: nn.Module, sink: Sink) -> Iterator[None]:
 
 
 def concat(traces: Iterable[LayerTrace]) -> RoutingTrace:
-    """One LayerTrace per router, successive forwards joined along T; routers in the order they first ran."""
+    """Joins successive forwards along T: one LayerTrace per router, in the order in which routers first ran."""
     by_router: dict[tuple[int, str], list[LayerTrace]] = {}
     for trace in traces:
         by_router.setdefault((trace.layer, trace.path), []).append(trace)
@@ -89,41 +90,14 @@ def concat(traces: Iterable[LayerTrace]) -> RoutingTrace:
 
 
 def load(trace: LayerTrace) -> torch.Tensor:
-    """load_E: share of the kept assignments that each expert got; sums to 1, or is all zero if none was kept."""
+    """load_E: each expert's share of the kept assignments. Sums to 1, or is all zero if none was kept."""
     kept = trace.ids_TK[trace.ids_TK != DROPPED]
     counts_E = torch.bincount(kept, minlength=trace.experts)
     return counts_E / counts_E.sum().clamp(min=1)
 
 
-def mean_probs(trace: LayerTrace) -> torch.Tensor:
-    """probs_E: the router's softmax over all experts, averaged over tokens; sums to 1."""
-    return _probs(trace).mean(dim=0)
-
-
-def switch_balance(trace: LayerTrace) -> float:
-    """E * sum_e f_e P_e (Switch Transformer, arXiv 2101.03961, eq. 4 without alpha): 1 when balanced, at most E.
-
-    P is `mean_probs`, f the share of the router's choices before any is dropped, as in eq. 5: a capacity must not make
-    a router look balanced. All K choices count and f sums to 1, where transformers' `load_balancing_loss_func` lets f
-    sum to K, so that its balanced value is K; it also pools all layers, so that unbalanced layers can cancel.
-    """
-    probs_TE = _probs(trace)
-    chosen_TK = probs_TE.topk(trace.ids_TK.shape[1], dim=-1).indices
-    share_E = torch.bincount(chosen_TK.flatten(), minlength=trace.experts) / chosen_TK.numel()
-    return float(trace.experts * share_E @ probs_TE.mean(dim=0))
-
-
-def dropped_share(trace: LayerTrace) -> float:
-    """Share of the T * K assignments that were dropped, 0 to 1."""
-    return float((trace.ids_TK == DROPPED).float().mean())
-
-
-def _probs(trace: LayerTrace) -> torch.Tensor:
-    return trace.logits_TE.softmax(dim=-1, dtype=torch.float32)
-
-
 def blocks(model: nn.Module) -> list[tuple[int, str, MoEBlock]]:
-    """Every block with its layer and path, outer blocks before those nested in them; errors are those of `record`."""
+    """Every block with its layer and path, outer blocks before nested ones. Raises the same errors as `record`."""
     named = {name: part for name, part in model.named_modules(remove_duplicate=False) if isinstance(part, MoEBlock)}
     places = [(*place, block) for name, block in named.items() if (place := _place(name, outer=_outer(name, named)))]
     if not places:
@@ -134,13 +108,13 @@ def blocks(model: nn.Module) -> list[tuple[int, str, MoEBlock]]:
     if len({id(block) for *_, block in places}) < len(places):
         raise ArtifactError(
             f"a {type(model).__name__} has one MoEBlock in two places, expected a block of its own in each",
-            hint="share the experts inside the block rather than the block",
+            hint="share the experts inside a block, not the block itself",
         )
     return places
 
 
 def _outer(name: str, blocks: Iterable[str]) -> str:
-    """The name of the outermost block that holds the block `name`, or is it."""
+    """The name of the outermost block that contains the block `name`, or is that block."""
     return next(block for block in blocks if name == block or name.startswith(f"{block}." if block else ""))
 
 
@@ -153,7 +127,7 @@ def _place(name: str, *, outer: str) -> tuple[int, str] | None:
 
 
 def _hooks(sink: Sink, layer: int, path: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """A hook for what a router reads and one for what its block finally uses, which gives both to the sink."""
+    """A hook that keeps a router's input, and one that gives it with the block's final routing to the sink."""
     read: list[torch.Tensor] = []
 
     def before(_module: nn.Module, inputs: tuple[torch.Tensor]) -> None:

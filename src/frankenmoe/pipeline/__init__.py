@@ -1,4 +1,4 @@
-"""One recipe, every stage that it asks for; knows in which order and when again, not how a stage does its work."""
+"""Runs every stage that a recipe asks for, in order."""
 
 from frankenmoe.pipeline.run import Done, Finished, run
 

@@ -1,4 +1,4 @@
-"""A recipe on its way to a folder, and what a stage is; does not know which stages there are."""
+"""One run of a recipe, and what a stage of it consists of."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -10,19 +10,19 @@ from frankenmoe.data.given import user_path
 from frankenmoe.pipeline.state import files_below
 from frankenmoe.planning import Plan
 from frankenmoe.progress import Progress
-from frankenmoe.recipe import Expert, Recipe
+from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import BuildSettings
 from frankenmoe.subject import Subject, open_subject, same_plan
 
 MODEL = "model"
-WORK = "work"  # what later steps stand on: virtual artifacts, megabytes
+WORK = "work"  # virtual artifacts that later stages start from (megabytes), scratch folders and cached answers
 REPORTS = "reports"
 BODY = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "recipe.yml")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe on its way to a folder."""
+    """A recipe and the folder that its run writes to."""
 
     subject: Subject
     out: Path
@@ -33,8 +33,12 @@ class Job:
         return self.subject.recipe
 
     @property
+    def plan(self) -> Plan:
+        return self.subject.plan
+
+    @property
     def model(self) -> Path:
-        """The artifact that is handed over in the end."""
+        """The folder of the finished model."""
         return self.out / MODEL
 
     @property
@@ -42,21 +46,20 @@ class Job:
         return self.model / REPORTS
 
     @property
-    def plan(self) -> Plan:
-        """What the recipe becomes."""
-        return self.subject.plan
-
-    @property
-    def build(self) -> BuildSettings:
-        return self.recipe.build or BuildSettings()
-
-    @property
     def artifact(self) -> Artifact:
         """The finished model."""
         return open_artifact(self.model)
 
+    def settings(self, stage: str) -> Any:
+        """The recipe's section of a stage; None where it has none. `build` has defaults."""
+        return getattr(self.recipe, stage, None) or (BuildSettings() if stage == "build" else None)
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage that makes an artifact puts it."""
+        return self.model if stage == "build" else self.out / WORK / stage
+
     def open(self, folder: Path) -> Subject:
-        """An artifact that an earlier stage made; its plan is not made again where the recipe is the same."""
+        """An artifact that an earlier stage made. A plan of the same recipe is reused."""
         artifact = open_artifact(folder)
         known = self._opened.get(folder)
         if known is None or known.artifact is None or known.artifact.record != artifact.record:
@@ -68,44 +71,36 @@ class Job:
 
 @dataclass(frozen=True)
 class Stage:
-    """A step. `inputs` and `outputs` are files whose content counts, `settings` plain data that does.
+    """A stage. It runs again if the recipe's model, its section `name` or the content of its `inputs` has changed.
 
-    Outputs are what a later run checks before it skips the step. `act` does the work, `said` is its line in the
-    summary, read from disk. `folder` is given where the result is a folder that appears whole.
+    `run` does the work. `summary` is one line about the result, read from disk. A later run skips the stage only if
+    its `outputs` are unchanged; without `outputs`, the result is the artifact in `job.folder(name)`. `check` raises
+    what can be known to fail before the first stage.
     """
 
     name: str
-    settings: Callable[[Job], Any]
     inputs: Callable[[Job], Iterable[Path]]
-    outputs: Callable[[Job], Iterable[Path]]
-    act: Callable[[Job, Progress], None]
-    said: Callable[[Job], str]
-    folder: Callable[[Job], Path] | None = None
+    run: Callable[[Job, Progress], None]
+    summary: Callable[[Job], str]
+    outputs: Callable[[Job], Iterable[Path]] | None = None
     check: Callable[[Job], None] = lambda job: None
 
 
 def sources(job: Job) -> Iterator[Path]:
-    """What the recipe's sources hold: weights, configs, tokenizers."""
+    """The files of the recipe's sources: weights, configs, tokenizers."""
     yield from job.plan.source_files
     yield from (source.folder / "config.json" for source in job.plan.sources)
     yield from job.plan.small_files
 
 
 def texts(job: Job, names: Iterable[str]) -> Iterator[Path]:
-    """Those of the names that are files; what lies on the hub is named by its name."""
+    """The local files among files and hub datasets; a dataset gives a path that does not exist."""
     for name in names:
         file = Path(user_path(name, folder=job.recipe.folder))
         yield from files_below(file) if file.is_dir() else [file]
 
 
-def expert_data(experts: Iterable[Expert]) -> Iterator[str]:
-    """The data of all experts, nested ones too."""
-    for expert in experts:
-        yield from expert.data
-        yield from expert_data(expert.experts)
-
-
 def artifact_files(folder: Path) -> Iterator[Path]:
-    """What makes an artifact the model it is: not its card, reports and exports."""
+    """The files that define an artifact's model: not its card, reports and exports."""
     for pattern in BODY:
         yield from folder.glob(pattern)

@@ -1,18 +1,20 @@
-"""The executor: goes through the steps a recipe asks for, does those that changed, remembers each; decides no more."""
+"""Recipe -> a folder with the model, its reports and exports. Runs the stages in order and skips unchanged ones."""
 
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from frankenmoe.artifact.folder import Artifact, clear_building, open_artifact, partial_folder
+from frankenmoe.artifact.folder import Artifact, clear_building, partial_folder
 from frankenmoe.errors import ArtifactError
-from frankenmoe.pipeline.job import MODEL, Job, Stage
-from frankenmoe.pipeline.stages import check, stages_of
+from frankenmoe.pipeline.after import AFTER
+from frankenmoe.pipeline.job import Job, Stage, artifact_files
+from frankenmoe.pipeline.model import MAKING
 from frankenmoe.pipeline.state import State, Step, claimed, digest_of, is_done, prints, read_state, write_state
+from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.subject import Subject, open_subject
@@ -20,17 +22,17 @@ from frankenmoe.subject import Subject, open_subject
 
 @dataclass(frozen=True)
 class Done:
-    """One step in the summary: what it left in words, how long it took, and whether it was done now or before."""
+    """A stage of a run: one line about its result, how long it took, and whether this run did it (or skipped it)."""
 
     name: str
-    said: str
+    summary: str
     seconds: float
     now: bool
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A whole run: the artifact that came of it, and its steps in order."""
+    """A finished run: the model and the stages in order."""
 
     artifact: Artifact
     steps: tuple[Done, ...]
@@ -43,72 +45,92 @@ def run(
     progress: Progress = SILENT,
     on_step: Callable[[Done], None] = lambda done: None,
 ) -> Finished:
-    """Does every stage that a recipe asks for, in order, in the folder `out`; the model is in `out`/model.
+    """Runs every stage that a recipe asks for, in order, in the folder `out`; the model is in `out`/model.
 
-    A step whose recipe section, texts and earlier results are what they were, by content, is not done again. Killed at
-    any moment, the same call goes on with the step that was being done, which itself goes on where it can. `on_step`
-    hears of each step as it ends. Raises FrankenMoEError's children, for bad input before the first step.
+    A stage is skipped if its recipe section, texts and inputs have the same content as before. If killed, the same call
+    continues with the unfinished stage, and within it where the stage can resume. `on_step` is called after each stage.
+    Raises subclasses of FrankenMoEError, for bad input before the first stage.
     """
     out = Path(os.path.realpath(out))
     subject = open_subject(what)
     if subject.artifact is not None:
-        raise ArtifactError(f"{subject.origin} is an artifact, expected a recipe", hint="name the recipe's file")
+        raise ArtifactError(f"{subject.origin} is an artifact, expected a recipe", hint="give the recipe's file")
     job = Job(subject, out)
     stages = stages_of(job)
-    check(job, stages)
+    _check(job, stages)
     with claimed(out):
         done = []
         for number, stage in enumerate(stages, 1):
             found = _step(job, stage, numbered(progress, f"{number}/{len(stages)} {stage.name}"))
             done.append(found)
             on_step(found)
-        return Finished(open_artifact(out / MODEL), tuple(done))
+        return Finished(job.artifact, tuple(done))
+
+
+def stages_of(job: Job) -> tuple[Stage, ...]:
+    """The stages that the recipe asks for, in order. Training without `fit` starts from the stage `virtual`."""
+    wanted = {stage.name for stage in (*MAKING, *AFTER) if job.settings(stage.name)}
+    if "train" in wanted and "fit" not in wanted:
+        wanted.add("virtual")
+    return tuple(stage for stage in (*MAKING, *AFTER) if stage.name in wanted)
+
+
+def _check(job: Job, stages: Iterable[Stage]) -> None:
+    """Raises what can be known to fail before the first stage."""
+    build = job.settings("build")
+    trained = job.recipe.train is not None
+    check_buildable(job.plan, virtual=build.virtual, allow_identical=build.allow_identical or trained)
+    for stage in stages:
+        stage.check(job)
 
 
 def _step(job: Job, stage: Stage, progress: Progress) -> Done:
-    """One step, skipped if it can be; its result is remembered before the next begins."""
+    """Runs one stage or skips it. Its result is in the state file before the next stage starts."""
     state = read_state(job.out)
-    digest = digest_of(stage.name, stage.settings(job), prints(stage.inputs(job), root=job.out))
+    settings = job.settings(stage.name)
+    facts = [job.recipe.digest, settings and settings.model_dump(mode="json")]
+    digest = digest_of(stage.name, facts, prints(stage.inputs(job), root=job.out))
     before = state.steps.get(stage.name)
     if before is not None and is_done(before, digest=digest, out=job.out):
-        return Done(stage.name, before.said, before.seconds, now=False)
+        return Done(stage.name, before.summary, before.seconds, now=False)
     began = time.perf_counter()
-    folder = stage.folder(job) if stage.folder else None
+    folder = None if stage.outputs else job.folder(stage.name)
     name, of, replacing = state.doing or ("", "", 0)
     begun = (name, of) == (stage.name, digest)
-    # killed between the rename that made the folder whole and the line that says so
+    # the earlier run was killed after the folder was complete, before the state file recorded it
     adopted = begun and folder is not None and inode(folder) not in (0, replacing)
     if adopted and folder is not None:
         clear_building(folder)
     else:
         if folder and not begun:
-            shutil.rmtree(partial_folder(folder), ignore_errors=True)  # begun from something that has changed since
+            shutil.rmtree(partial_folder(folder), ignore_errors=True)  # started from inputs that have changed since
         others = {name: step for name, step in state.steps.items() if name != stage.name}
         old = (inode(folder) or inode(aside(folder))) if folder else 0
         with replaced(folder) if folder else nullcontext():
-            # from here on the old result must not look new
+            # recorded first, so that the old result no longer counts as done
             state = State(others, (stage.name, digest, old))
             write_state(job.out, state)
-            stage.act(job, progress)
-    said = stage.said(job)
-    step = Step(digest, prints(stage.outputs(job), root=job.out), said, round(time.perf_counter() - began, 3))
+            stage.run(job, progress)
+    summary = stage.summary(job)
+    outputs = stage.outputs(job) if stage.outputs else artifact_files(job.folder(stage.name))
+    step = Step(digest, prints(outputs, root=job.out), summary, round(time.perf_counter() - began, 3))
     write_state(job.out, State({**state.steps, stage.name: step}))
-    return Done(stage.name, said, step.seconds, now=True)
+    return Done(stage.name, summary, step.seconds, now=True)
 
 
 def aside(folder: Path) -> Path:
-    """Where the old folder is while a new one is made."""
+    """Where the old folder is kept while a new one is made."""
     return folder.with_name(f"{folder.name}.old")
 
 
 def inode(folder: Path) -> int:
-    """What tells a folder from another that takes its name; 0 where there is none."""
+    """Identifies a folder, even if another one takes its name later; 0 if there is none."""
     return folder.stat().st_ino if folder.is_dir() else 0
 
 
 @contextmanager
 def replaced(folder: Path) -> Iterator[None]:
-    """For making a folder anew: the old one is out of the way meanwhile, and comes back if that fails."""
+    """Moves the old folder aside while a new one is made, and back if that fails."""
     old = aside(folder)
     if folder.is_dir():
         shutil.rmtree(old, ignore_errors=True)
@@ -123,5 +145,5 @@ def replaced(folder: Path) -> Iterator[None]:
 
 
 def numbered(progress: Progress, prefix: str) -> Progress:
-    """The same listener, which hears which step is at work as well."""
+    """The same progress, with `prefix` before the name of each activity."""
     return replace(progress, start=lambda stage, total, unit: progress.start(f"{prefix}: {stage}", total, unit))

@@ -1,6 +1,7 @@
-"""What a run remembers: which step was done from what, and what it left; does not know what a step is for.
+"""The state of a run: which stages were done, from which inputs, with which outputs.
 
-The file is rewritten whole after every step, so that a kill loses one step at most. Contents decide, not times.
+The file is rewritten as a whole after every stage, so that a kill loses one stage at most. Files are compared by
+content, not by time.
 """
 
 import hashlib
@@ -8,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,24 @@ from frankenmoe.errors import ArtifactError
 STATE = "run.json"
 LOCK = "run.lock"
 VERSION = 1
-WHOLE = 2**24  # bytes up to which a file is read whole
-BLOCK, BLOCKS = 2**12, 256  # of larger files
+WHOLE = 2**24  # bytes; smaller files are read completely
+BLOCK, BLOCKS = 2**12, 256  # read of larger files
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step that was done: the digest of all it came from, its files with their prints, its line in the summary."""
+    """A finished stage: the digest of its settings and inputs, path -> hash of its outputs, a line about its result."""
 
     digest: str
     outputs: Mapping[str, str]
-    said: str
+    summary: str
     seconds: float
 
 
 def content_print(file: Path) -> str:
-    """32 hexadecimal digits that name a file's content: all of it, or of a large file its size and 256 blocks.
+    """A hash (32 hexadecimal digits) of a file's content; of a large file, its size and 256 blocks.
 
-    It notices another model, text or training run; a few bytes changed in a large file it does not.
+    It detects another model, text or training run, but not a few changed bytes in a large file.
     """
     status = file.stat()
     return _print(os.path.realpath(file), status.st_size, status.st_mtime_ns)
@@ -56,7 +57,7 @@ def _print(file: str, size: int, mtime_ns: int) -> str:
 
 
 def prints(files: Iterable[Path], *, root: Path) -> dict[str, str]:
-    """Path from `root` (or absolute, outside of it) -> print, of files that are there."""
+    """Path (relative to `root`, absolute outside of it) -> hash, for the files that exist."""
     found = {}
     for file in sorted(set(files)):
         if file.is_file():
@@ -66,49 +67,56 @@ def prints(files: Iterable[Path], *, root: Path) -> dict[str, str]:
 
 
 def digest_of(*facts: Any) -> str:
-    """Names plain data."""
+    """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Every file of a folder."""
+    """Every file of a folder, at any depth."""
     return (file for file in folder.rglob("*") if file.is_file())
 
 
 @dataclass(frozen=True)
 class State:
-    """The steps that were done, and the one begun since: name, digest, inode of the folder it replaces."""
+    """The finished stages, and the one in progress: (name, digest, inode of the folder that it replaces)."""
 
     steps: Mapping[str, Step]
     doing: tuple[str, str, int] | None = None
 
 
 def read_state(out: Path) -> State:
-    """What is remembered in a run's folder; nothing in a new one. ArtifactError where it is not ours."""
+    """Reads the state in a run's folder; a new folder has an empty one. ArtifactError for an invalid file."""
     file = out / STATE
     if not file.is_file():
         return State({})
     try:
         data = json.loads(file.read_bytes())
         if data["version"] != VERSION:
-            raise ValueError(f"it is of version {data['version']}, this frankenmoe reads version {VERSION}")
+            raise ValueError(f"it has version {data['version']}, expected version {VERSION}")
         doing = data["doing"]
-        return State({name: Step(**step) for name, step in data["steps"].items()}, tuple(doing) if doing else None)
+        steps = {
+            name: Step(step["digest"], step["outputs"], step["said"], step["seconds"])
+            for name, step in data["steps"].items()
+        }
+        return State(steps, tuple(doing) if doing else None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(
             f"{file} is not the state of a run: {error}",
-            hint="choose another folder, or remove that file to start over",
+            hint="choose another folder, or remove that file to start again",
         ) from error
 
 
 def write_state(out: Path, state: State) -> None:
-    """Puts the state down, whole."""
-    steps = {name: asdict(step) for name, step in state.steps.items()}
+    """Writes the state atomically."""
+    steps = {
+        name: {"digest": step.digest, "outputs": step.outputs, "said": step.summary, "seconds": step.seconds}
+        for name, step in state.steps.items()
+    }
     write_json(out / STATE, {"version": VERSION, "doing": state.doing, "steps": steps})
 
 
 def is_done(step: Step | None, *, digest: str, out: Path) -> bool:
-    """Whether a step need not be done again: it came from the same, and what it left is there unchanged."""
+    """Whether a stage can be skipped: same settings and inputs, and its outputs exist unchanged."""
     if step is None or step.digest != digest:
         return False
     return all((out / name).is_file() and content_print(out / name) == was for name, was in step.outputs.items())
@@ -116,16 +124,16 @@ def is_done(step: Step | None, *, digest: str, out: Path) -> bool:
 
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """Holds a run's folder against a second run; ArtifactError where it is taken, or is not a run's."""
+    """Locks a run's folder. ArtifactError if another process holds it, or if it is no folder of a run."""
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / LOCK).exists())):
         raise ArtifactError(
-            f"{out} exists and is not the folder of a run, expected a new, empty or earlier one",
+            f"{out} exists and is not the folder of a run, expected a new or empty folder, or that of an earlier run",
             hint="choose another folder",
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ArtifactError(f"{out} cannot be made: {error.strerror}", hint="choose another folder") from error
-    busy = ArtifactError(f"another process is running {out}", hint="wait for it to end")
+        raise ArtifactError(f"{out} cannot be created: {error.strerror}", hint="choose another folder") from error
+    busy = ArtifactError(f"another process is using {out}", hint="wait for it to end")
     with lock_file(out / LOCK, busy=busy):
         yield

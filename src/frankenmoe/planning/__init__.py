@@ -1,7 +1,6 @@
 """Recipe and headers -> plan and bill. Does not import torch and writes nothing."""
 
-from frankenmoe.planning.bill import Bill
 from frankenmoe.planning.plan import Plan, plan
 from frankenmoe.planning.tree import ExpertNode
 
-__all__ = ["Bill", "ExpertNode", "Plan", "plan"]
+__all__ = ["ExpertNode", "Plan", "plan"]

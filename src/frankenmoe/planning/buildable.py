@@ -1,27 +1,26 @@
-"""Whether a plan can become the form that was asked for. Does not import torch."""
+"""Checks that a plan can become a virtual or built artifact. Does not import torch."""
 
 from frankenmoe.errors import PlanError
 from frankenmoe.planning.plan import Plan
 
 
 def check_buildable(made: Plan, *, virtual: bool, allow_identical: bool) -> None:
-    """PlanError when this plan cannot become the form asked for, or only a model that no router can change."""
+    """Raises PlanError if the plan cannot be built (or be virtual), or if routers would make no difference."""
     lacking = [str(source.name) for source in made.sources if not source.checkpoint.has_weights]
     if lacking:
         raise PlanError(
-            f"{', '.join(lacking)} has a config but no weights, which is enough for the bill and not for a model",
-            hint="put the safetensors files beside config.json, or name the source by its hub id",
+            f"{', '.join(lacking)} has a config but no weights: enough for a plan, not for a model",
+            hint="put the safetensors files next to config.json, or use the source's hub id",
         )
     if made.problems and not virtual:
         target = made.fmt.title if made.fmt else "a checkpoint"
         raise PlanError(
             f"this recipe cannot be built as {target}: {'; '.join(made.problems)}",
-            hint="keep it virtual with --virtual: frankenmoe runs it as it is",
+            hint="use --virtual: frankenmoe runs the virtual form",
         )
     if made.all_identical and not allow_identical:
         raise PlanError(
             f"all {made.experts} experts hold the same weights"
-            f"{' in every block compared' if made.identical_sampled else ''}, so no router can make a difference",
-            hint="set noise_relative (0.01, say) or give them adapters; --allow-identical builds it anyway, to be "
-            "trained later",
+            f"{' in every block compared' if made.identical_sampled else ''}, so routers make no difference",
+            hint="set noise_relative (such as 0.01) or add adapters; --allow-identical builds it anyway, for training",
         )

@@ -1,7 +1,4 @@
-"""How large an MoE will be as GGUF, type by type, and what each type becomes on its shape; writes nothing.
-
-Reads the tokenizer's file for its part of the size; knows nothing of torch or of the gguf package.
-"""
+"""Plan -> the sizes of its GGUF files by type. Does not import torch or gguf."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +15,7 @@ from frankenmoe.planning.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class Forecast:
-    """A file that could be written: bytes, bits per weight of the model, weights by type, bytes with --pad256."""
+    """A possible file: its size, bits per weight, number of weights by type, and its size with --pad256."""
 
     type: str
     bytes: int
@@ -32,7 +29,7 @@ class Forecast:
 
 
 def forecast(made: Plan) -> tuple[tuple[Forecast, ...], str | None]:
-    """(a forecast per type, None), or (nothing, why llama.cpp cannot say this MoE)."""
+    """(a forecast per type, None), or ((), the reason why llama.cpp does not support this MoE)."""
     try:
         model = gguf_parts(made)
         plain = layout(model)
@@ -61,23 +58,23 @@ def forecast(made: Plan) -> tuple[tuple[Forecast, ...], str | None]:
 
 
 def gguf_parts(made: Plan) -> Parts:
-    """The parts of a plan that can become a GGUF file; PlanError where llama.cpp cannot express it, with the reasons.
+    """The parts of a plan for a GGUF file. PlanError with the reasons if llama.cpp does not support it.
 
-    Missing weights are no reason: sizes need none.
+    The sources may lack weights, which sizes do not need.
     """
     problems = [problem for problem in made.problems if not problem.startswith("no weights in")]
     if made.fmt is None or made.base.family is None or problems:
         raise PlanError(
-            f"llama.cpp cannot say this MoE: {'; '.join(problems) or 'no stock format holds it'}",
-            hint="chat, audit and evaluation run it as it is; only GGUF needs a stock format",
+            f"llama.cpp does not support this MoE: {'; '.join(problems) or 'it fits no stock format'}",
+            hint="chat, audit and eval run it; only GGUF needs a stock format",
         )
     return parts_of_plan(made)
 
 
 def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:
-    """About how large the head of a GGUF file is: the vocabulary and merges of `folder`, and a line per tensor.
+    """The approximate size of a GGUF file's metadata: vocabulary and merges in `folder`, and an entry per tensor.
 
-    A tokenizer that cannot be read counts for nothing: whoever needs it will say so.
+    A tokenizer that cannot be read counts as empty; export reports it.
     """
     try:
         words, rest = _vocabulary(json.loads((folder / "tokenizer.json").read_bytes())["model"], vocab)
@@ -88,7 +85,7 @@ def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:
 
 
 def _vocabulary(model: Mapping[str, Any], vocab: int) -> tuple[list[str], int]:
-    """The tokens, and the bytes of what stands beside them: scores, or else merges."""
+    """The tokens, and the bytes of their scores or merges."""
     tokens = model.get("vocab") or {}
     words = [str(word) for word in tokens] if isinstance(tokens, dict) else [str(piece[0]) for piece in tokens]
     if model.get("byte_fallback"):

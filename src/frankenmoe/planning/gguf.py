@@ -1,6 +1,6 @@
-"""What an MoE becomes as GGUF: the architecture that can say it, every tensor of the file, its types and its size.
+"""Parts -> the layout of a GGUF file: architecture, tensors, types and sizes.
 
-Reads configs and tokenizer files only; knows nothing of torch, of the gguf package or of how values are computed.
+Reads no weights. Does not import torch or gguf.
 """
 
 import math
@@ -32,21 +32,21 @@ from frankenmoe.families.llamacpp import (
 )
 from frankenmoe.planning.parts import Parts
 
-ALIGNMENT = 32  # bytes; where the tensors of a GGUF file begin
+ALIGNMENT = 32  # bytes, of each tensor in a GGUF file
 SCALINGS = ("default", "linear", "yarn", "llama3")
 OWN_YARN = (
     "attention_factor",
     "mscale",
     "mscale_all_dim",
-)  # instead of the attention factor that follows from `factor`
+)  # these override the attention factor computed from `factor`
 
 
 @dataclass(frozen=True, slots=True)
 class GgufTensor:
-    """A tensor of the file: `parts` stacked along the first of `shape` (numpy order), each padded with zeros to it.
+    """A tensor of the file: `parts` stacked along the first axis of `shape` (numpy order), padded with zeros.
 
-    `heads` > 0: rows are reordered so that rotary pairs are neighbours. `factor` multiplies the values; `values` stands
-    in for parts that no checkpoint holds.
+    If `heads` > 0, rows are reordered so that rotary pairs are adjacent. `factor` multiplies the values. `values` are
+    the content of a tensor without parts.
     """
 
     name: str
@@ -59,9 +59,9 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufLayout:
-    """Everything about the file but its types: `arch`, `tensors` in order, the mix's facts, what a reader should know.
+    """A GGUF file without its types. `tensors` are in order, `facts` decide types in mixed files.
 
-    `hidden` and `ffn` are the file's own sizes, wider than the model's where it is padded; `notes` are sentences.
+    `hidden` and `ffn` are the sizes in the file, larger than the model's if padded. `notes` are sentences for users.
     """
 
     arch: Arch
@@ -74,7 +74,7 @@ class GgufLayout:
 
     @cached_property
     def weights(self) -> int:
-        """Parameters of the model itself, without padding."""
+        """The number of parameters, without padding."""
         return sum(math.prod(write.shape) for tensor in self.tensors for write in tensor.parts)
 
     def types(self, kind: FileType, *, imatrix: bool = False) -> dict[str, str]:
@@ -83,12 +83,12 @@ class GgufLayout:
         return {tensor.name: tensor_type(tensor.name, tensor.shape, kind, facts) for tensor in self.tensors}
 
     def tensor_bytes(self, kind: FileType, *, imatrix: bool = False) -> int:
-        """Bytes of all tensors, each aligned."""
+        """Bytes of all tensors, with alignment."""
         types = self.types(kind, imatrix=imatrix)
         return sum(aligned(nbytes(tensor.shape, types[tensor.name])) for tensor in self.tensors)
 
     def weights_by_type(self, types: Mapping[str, str]) -> dict[str, int]:
-        """How many of the model's weights each type holds, most first."""
+        """Type -> number of weights stored in it, largest first."""
         held: dict[str, int] = {}
         for tensor in self.tensors:
             name = types[tensor.name]
@@ -96,31 +96,31 @@ class GgufLayout:
         return dict(sorted(held.items(), key=lambda item: -item[1]))
 
     def survives(self, kind: FileType) -> bool:
-        """Whether most weights of a file of this kind have the type that gives it its name."""
+        """Whether most weights of such a file have the type in its name."""
         held = self.weights_by_type(self.types(kind))
         return 2 * held.get(kind.base, 0) > self.weights
 
 
 def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
-    """The GGUF file of an MoE; PlanError naming what llama.cpp cannot say, and why.
+    """The GGUF layout of an MoE. Raises PlanError with the reasons if llama.cpp does not support it.
 
-    `pad256` widens hidden and FFN to multiples of 256 with zeros. That is exact: a norm over d' numbers, d' - d of them
-    zero, divides by sqrt(d / d') too little, which its weights and its epsilon make up for.
+    `pad256` pads hidden and FFN sizes to multiples of 256 with zeros. This is exact: a norm over d' numbers, of which
+    d' - d are zero, is off by sqrt(d / d'), which its weights and its epsilon correct.
     """
     reasons, notes = _cannot(model)
     arch, odd = choose_arch(model)
     if reasons or arch is None:
         raise PlanError(
-            f"llama.cpp cannot say this MoE: {'; '.join((*reasons, *odd))}",
-            hint="chat, audit and evaluation run it as it is; `frankenmoe build` writes it for transformers and vLLM",
+            f"llama.cpp does not support this MoE: {'; '.join((*reasons, *odd))}",
+            hint="chat, audit and eval run it; `frankenmoe build` writes it for transformers and vLLM",
         )
     family = model.stock[1]
     dims = family.dims(model.config)
     wide = {"hidden": _up(dims.hidden), "ffn": _up(dims.ffn)} if pad256 else {"hidden": dims.hidden, "ffn": dims.ffn}
     if pad256 and not arch.free_heads:
         raise PlanError(
-            f"--pad256 widens the hidden size, and llama.cpp's {arch.name} has heads that must fill it",
-            hint="leave --pad256 out",
+            f"--pad256 changes the hidden size, which in llama.cpp's {arch.name} must equal heads x head size",
+            hint="omit --pad256",
         )
     tensors = tuple(_tensors(model, arch, wide))
     if pad256:
@@ -143,7 +143,7 @@ def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
 
 
 def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
-    """The first architecture that computes exactly this MoE, or None and the reasons."""
+    """The first architecture that computes exactly this MoE, or None with the reasons."""
     names = {write.name.rpartition("self_attn.")[2] for write in model.backbone if "self_attn." in write.name}
     qk_norm, bias = "q_norm.weight" in names, any(name.endswith(".bias") for name in names)
     dims = model.stock[1].dims(model.config)
@@ -156,17 +156,17 @@ def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
             and (arch.free_heads or dims.heads * dims.head_dim == dims.hidden)
         ):
             return arch, ()
-    weights = "whose weights sum to one" if model.normalizes else "whose weights are left as the softmax gives them"
+    weights = "with weights that sum to one" if model.normalizes else "with plain softmax weights"
     norms = ", a norm on q and k" if qk_norm else ""
     return None, (
-        f"no architecture of it has top-{model.top_k} experts {weights}, "
+        f"none of its architectures has top-{model.top_k} experts {weights}, "
         f"{'no' if model.shared_kind == 'none' else f'a {model.shared_kind}'} shared expert{norms}"
         f"{' and attention biases' if bias else ''} together",
     )
 
 
 def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(reasons why no architecture will do, notes on what is lost without changing a reply)."""
+    """(reasons why no architecture fits, notes about harmless differences)."""
 
     fmt, family = model.stock
 
@@ -175,11 +175,11 @@ def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     reasons, notes = [], []
     if fmt.name == "flex_olmo":
-        reasons.append("it has no FlexOlmo (norms behind attention and experts)")
+        reasons.append("it lacks FlexOlmo (norms after attention and experts)")
     if value("hidden_act") != "silu":
-        reasons.append(f"its experts know silu only, these have {value('hidden_act')}")
+        reasons.append(f"its experts support only silu, found {value('hidden_act')}")
     if len(model.nodes) > MAX_EXPERTS:
-        reasons.append(f"it allows {MAX_EXPERTS} experts, these are {len(model.nodes)}")
+        reasons.append(f"it allows {MAX_EXPERTS} experts, found {len(model.nodes)}")
     odd = [write.name for write in model.backbone if gguf_name(write.name) is None]
     if odd and fmt.name != "flex_olmo":
         reasons.append(f"it has no place for {odd[0]}")
@@ -189,15 +189,17 @@ def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if rotary["rope_type"] == "yarn":
         reasons += [f"its yarn has no {key} {rotary[key]!r}" for key in OWN_YARN if rotary.get(key) is not None]
         if rotary.get("truncate") is False:
-            reasons.append("its yarn has no range that is left unrounded (truncate: false)")
+            reasons.append("its yarn always rounds its range (truncate: false is not supported)")
     window = value("sliding_window")
     if window is not None and window < (model.config.get("max_position_embeddings") or window):
-        notes.append(f"llama.cpp has no sliding window here: beyond {window} tokens it attends to more than the source")
+        notes.append(
+            f"llama.cpp has no sliding window here: beyond {window} tokens it attends to more tokens than the source"
+        )
     return tuple(reasons), tuple(notes)
 
 
 def _tensors(model: Parts, arch: Arch, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
-    """Embedding, head and norm, then layer by layer; dense rows from the family's table, experts stacked."""
+    """Embedding, head and norm, then layer by layer, with the experts stacked."""
     family = model.stock[1]
     dims = family.dims(model.config)
     factor = math.sqrt(dims.hidden / wide["hidden"])
@@ -252,9 +254,9 @@ def _experts(model: Parts, layer: int, wide: Mapping[str, int]) -> Iterator[Gguf
 
 
 def llama3_factors(rotary: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
-    """What llama.cpp divides each rotary frequency by: 1 for short wavelengths, `factor` for long, smooth between.
+    """The divisor of each rotary frequency: 1 for short wavelengths, `factor` for long ones, interpolated in between.
 
-    The formula is that of Llama 3.1, as transformers' `llama3` rope type has it.
+    The formula is that of Llama 3.1 (transformers' rope type `llama3`).
     """
     factor, low = float(rotary["factor"]), float(rotary.get("low_freq_factor", 1.0))
     high = float(rotary.get("high_freq_factor", 4.0))
@@ -278,7 +280,7 @@ def nbytes(shape: tuple[int, ...], kind: str) -> int:
 
 
 def aligned(size: int) -> int:
-    """A size rounded up to where the next tensor may begin."""
+    """A size rounded up to the alignment."""
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
@@ -287,11 +289,11 @@ def _up(size: int) -> int:
 
 
 def suggestion(found: GgufLayout, kind: FileType) -> str | None:
-    """A sentence for a K-quant file of which little is K-quants, naming what to take instead; else None."""
+    """Advice for a K-quant file with few K-quants, naming a better type; else None."""
     if kind.name not in PLAIN or found.survives(kind):
         return None
     mostly = list(found.weights_by_type(found.types(kind)))[:2]
     return (
         f"{kind.name} is mostly {' and '.join(mostly)} on this shape: K-quants need rows of a multiple of "
-        f"{WIDE_BLOCK}, these have {found.hidden} and {found.ffn}; take {PLAIN[kind.name]}, or --pad256"
+        f"{WIDE_BLOCK}, found {found.hidden} and {found.ffn}; use {PLAIN[kind.name]}, or --pad256"
     )

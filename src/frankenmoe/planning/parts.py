@@ -1,7 +1,4 @@
-"""An MoE as tensors: what loading, exporting and training read, from a plan or from a built artifact's own files.
-
-Does not import torch.
-"""
+"""The tensors of an MoE under dense names, from a plan or from a built artifact. Does not import torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -23,11 +20,11 @@ HALF = Scale(0.5)
 
 @dataclass(frozen=True)
 class Parts:
-    """The tensor writes of an MoE under dense names, its gates by name, and what its routers do.
+    """What loading, exporting, extracting and training need to know of an MoE.
 
-    `config` is the dense base's. `folder` holds tokenizer and generation settings. `sources` are the folders whose
-    configs say which activation an expert has; empty for a built artifact. `gates` are zeros until routers are made.
-    `about` goes into the metadata of an exported file.
+    `config` is that of the dense base. `folder` holds the tokenizer and generation settings. `sources` are the folders
+    whose configs give the experts' activations; empty for a built artifact. `gates` are zeros until routers are made.
+    `about` goes into the metadata of exported files.
     """
 
     name: str
@@ -54,19 +51,19 @@ class Parts:
 
     @property
     def stock(self) -> tuple[MoEFormat, Family]:
-        """The stock format and the dense family; PlanError where the MoE has none."""
+        """The stock format and the dense family. PlanError if the MoE has none."""
         if self.fmt is None or self.family is None:
-            raise PlanError(f"no stock format holds {self.name}", hint="use the virtual form")
+            raise PlanError(f"{self.name} fits no stock format", hint="use the virtual form")
         return self.fmt, self.family
 
     @property
     def renormalizes(self) -> bool:
-        """Whether the weights of the chosen experts are scaled to sum to one."""
+        """Whether the weights of the selected experts are scaled to sum to one."""
         return self.top_k > 1 or self.fmt is None or self.fmt.renormalizes_top1
 
     @property
     def normalizes(self) -> bool | None:
-        """The same; None where every expert is chosen, so that both ways give equal weights."""
+        """The same; None if every expert is selected, because then both ways give equal weights."""
         return None if self.top_k == len(self.nodes) else self.renormalizes
 
     @property
@@ -79,16 +76,16 @@ class Parts:
         return "gated" if self.shared and self.gated_shared else "plain" if self.shared else "none"
 
     def router_names(self, path: tuple[int, ...]) -> tuple[str, ...]:
-        """Per layer, the name of the router at a path among nested experts; SHARED is the shared expert's gate."""
+        """Per layer, the name of the router at a path of nested experts; SHARED is the gate of the shared expert."""
         return router_names(self.fmt, layers=self.layers, path=path)
 
     def with_gates(self, refs: Mapping[str, TensorRef]) -> "Parts":
-        """The same MoE with the gates that `refs` stores; ArtifactError where one is missing."""
+        """The same MoE with the gates stored in `refs`. ArtifactError if one is missing."""
         return replace(self, gates={name: stored(refs, name, name) for name in self.gates})
 
 
 def parts_of_plan(plan: Plan) -> Parts:
-    """The parts of a plan, its gates still zeros. Weights may be missing: sizes need none."""
+    """The parts of a plan, with gates of zeros. The sources may lack weights, which sizes do not need."""
     return Parts(
         name=plan.recipe.name or Path(plan.recipe.origin).stem or "moe",
         fmt=plan.fmt,
@@ -112,12 +109,12 @@ def parts_of_plan(plan: Plan) -> Parts:
 
 
 def sharing_equal_experts(parts: Parts, plan: Plan) -> Parts:
-    """The same parts, in which experts that are equal in every byte are read from one source's tensors."""
+    """The same parts, with experts that are equal in every byte read from the same tensors."""
     return replace(parts, nodes=one_for_all(parts.nodes, plan.identical_experts))
 
 
 def parts_of_built(artifact: Artifact) -> Parts:
-    """The parts of a built artifact. ArtifactError where its record or its tensors are damaged."""
+    """The parts of a built artifact. ArtifactError if its record or its tensors are damaged."""
     record, tensors = artifact.record, open_checkpoint(artifact.folder).tensors
     config = record["base_config"]
     fmt, family = FORMATS.get(record["format"]), FAMILIES.get(str(config.get("model_type")))
@@ -127,8 +124,8 @@ def parts_of_built(artifact: Artifact) -> Parts:
         layers = 0
     if fmt is None or family is None or not layers:
         raise ArtifactError(
-            f"the record of {artifact.folder} names a format or base_config that no artifact is built with",
-            hint="it was edited: build the artifact again",
+            f"the record of {artifact.folder} has an unknown format or an invalid base_config",
+            hint="the record was edited; build the artifact again",
         )
 
     gated = fmt.shared_gate is not None and fmt.shared_gate.format(layer=0) in artifact.routers
@@ -144,7 +141,7 @@ def parts_of_built(artifact: Artifact) -> Parts:
             for layer in range(layers)
         )
         if path[: len(SHARED)] == SHARED and fmt.shared_gate is not None and not gated:
-            # stored doubled, to make up for a constant gate of one half
+            # the stored values are doubled, because the constant gate is one half
             rows = tuple(
                 {key: replace(write, steps=(HALF,)) if key.startswith("down") else write for key, write in row.items()}
                 for row in rows
@@ -171,15 +168,15 @@ def parts_of_built(artifact: Artifact) -> Parts:
 
 
 def stored(tensors: Mapping[str, TensorRef], stored_name: str, name: str) -> TensorWrite:
-    """The tensor stored under one name as a write under another; ArtifactError where it is missing."""
+    """The tensor stored as `stored_name`, as a write with another name. ArtifactError if it is missing."""
     if stored_name not in tensors:
-        raise ArtifactError(f"the artifact has lost its tensor {stored_name}", hint="build the artifact again")
+        raise ArtifactError(f"the artifact has no tensor {stored_name}", hint="build the artifact again")
     ref = tensors[stored_name]
     return TensorWrite(name, ref.dtype, ref.shape, (ref,))
 
 
 def _licence(plan: Plan) -> str | None:
-    """The licence that a file may name: what the author declares, or what all sources share."""
+    """The licence for exported files: the one in the recipe's card, else the one that all sources share."""
     folders = [source.folder for source in plan.sources]
     folders += [source.adapter.folder for source in plan.sources if source.adapter is not None]
     declared = plan.recipe.card.license if plan.recipe.card else None

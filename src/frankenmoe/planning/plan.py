@@ -1,6 +1,6 @@
 """Recipe + headers -> Plan: every tensor to write, what stays unused and why, the bill and the warnings.
 
-Reads config.json and safetensors headers only; knows nothing of torch, and writes nothing.
+Reads config.json and safetensors headers only. Writes nothing. Does not import torch.
 """
 
 import hashlib
@@ -34,7 +34,6 @@ from frankenmoe.planning.layout import (
     choose_format,
     expert_conflicts,
     format_notes,
-    router_names,
     router_shapes,
 )
 from frankenmoe.planning.sources import (
@@ -54,13 +53,11 @@ from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe becomes. `problems` are the reasons why it cannot be built (a virtual MoE may still be made).
+    """What a recipe becomes. `problems` are reasons why it cannot be built; it may still be virtual.
 
-    `trust_remote_code` says whether code that a source brings along may run.
-
-    `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all the rest, `groups` the
-    built body in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` where
-    identical experts (or base) are so large that blocks of them were compared and not every byte.
+    `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors, `groups` the
+    built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
+    True if some identical experts (or the base) are so large that only blocks of them were compared.
     """
 
     recipe: Recipe
@@ -83,7 +80,11 @@ class Plan:
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
-    trust_remote_code: bool = False
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether Python code found in a source may run."""
+        return self.base.trust_remote_code
 
     @property
     def experts(self) -> int:
@@ -91,7 +92,7 @@ class Plan:
 
     @property
     def all_identical(self) -> bool:
-        """True where no router can make a difference: all experts hold the same numbers."""
+        """Whether all experts have the same weights, so that routers make no difference."""
         return self.experts > 1 and any(len(group) == self.experts for group in self.identical_experts)
 
     @cached_property
@@ -101,12 +102,12 @@ class Plan:
 
     @property
     def dtype_name(self) -> str:
-        """torch's name of the type that floats are stored in."""
+        """torch's name of the stored dtype."""
         return {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[self.dtype]
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json of the built MoE; PlanError where no format can say it."""
+        """config.json of the built MoE. PlanError if it fits no format."""
         if self.fmt is None or self.base.family is None:
             raise PlanError(f"this MoE cannot be built: {'; '.join(self.problems)}", hint="use the virtual form")
         return moe_config(
@@ -121,7 +122,7 @@ class Plan:
 
     @cached_property
     def bill(self) -> Bill:
-        """Parameters and bytes; loading asks for none of it."""
+        """Parameters and bytes."""
         fitted = self.recipe.gate_mode in FIT_MODES and self.recipe.routers is None
         return make_bill(
             backbone=self.backbone,
@@ -137,19 +138,15 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """Names this plan: recipe, stored type, layout and every source file as it was when first asked for."""
+        """Identifies the plan: recipe, dtype, layout and source files, as they were at the first call."""
         return self.digest_now()
 
     def digest_now(self) -> str:
-        """The digest with weight files by size and time, small files by content, as they are at this moment."""
+        """The digest of the current files: weight files by size and time, small files by content."""
         given = () if self.routers_file is None else (self.routers_file,)
         files = states(self.source_files, (*self.deciding_files, *given))
         facts = [LAYOUT_VERSION, self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-    def router_names(self, path: tuple[int, ...]) -> tuple[str, ...]:
-        """Per layer, the name of the router at a path among nested experts; SHARED is the shared expert's gate."""
-        return router_names(self.fmt, layers=self.layers, path=path)
 
     @property
     def source_files(self) -> tuple[Path, ...]:
@@ -161,12 +158,12 @@ class Plan:
 
     @property
     def routers_file(self) -> Path | None:
-        """Where the recipe says that the routers are, if it says so."""
+        """The file named by the recipe's `routers`, if any."""
         return None if self.recipe.routers is None else local_path(self.recipe.routers, folder=self.recipe.folder)
 
     @property
     def small_files(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template and generation settings of the base, which come along unchanged."""
+        """Tokenizer, chat template and generation settings of the base, which are copied unchanged."""
         return small_files(self.base)
 
     @property
@@ -200,7 +197,7 @@ class Plan:
         }
 
     def __str__(self) -> str:
-        """A few lines for a notebook; the CLI prints a full table."""
+        """A summary of a few lines, for notebooks."""
         bill = self.bill
         return (
             f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, {self.layers} layers, "
@@ -212,9 +209,9 @@ class Plan:
 
 
 def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, trust_remote_code: bool = False) -> Plan:
-    """Plans a recipe. `dtype` overrides the recipe's; `weights=True` fetches and demands weights, not just configs.
+    """Plans a recipe. `dtype` overrides the recipe's. `weights=True` downloads and requires weights, not only configs.
 
-    Raises RecipeError, SourceError or PlanError where not even a virtual MoE could come of it.
+    Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
     """
     opened = {
         (str(name), adapter): with_own_head(
@@ -237,7 +234,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     base_parts = parts[(str(recipe.base_model), None)][1]
     if len(recipe.shared_experts) > 1:
         raise PlanError(
-            f"the recipe asks for {len(recipe.shared_experts)} shared experts, expected one at most",
+            f"the recipe has {len(recipe.shared_experts)} shared experts, expected at most one",
             hint="make the others routed experts",
         )
     stored = _stored_dtype(dtype or recipe.dtype or base.dtype)
@@ -250,7 +247,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
         problems = (*problems, *expert_conflicts(base, nodes, shared))
     lacking = [str(source.name) for source in opened.values() if not source.checkpoint.has_weights]
     if lacking:
-        problems = (*problems, f"no weights in {', '.join(lacking)} (enough for the bill, not for a model)")
+        problems = (*problems, f"no weights in {', '.join(lacking)} (enough for a plan, not for a model)")
 
     prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
     can_gate = fmt is not None and fmt.shared_gate is not None
@@ -299,21 +296,20 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
         ),
         trained=tuple(trained.values()),
         problems=problems,
-        trust_remote_code=trust_remote_code,
     )
     return _with_warnings(made, others)
 
 
 def _stored_dtype(name: str) -> str:
-    """The safetensors type of a name like bfloat16; PlanError for one that no MoE is stored in."""
+    """The safetensors type of a name such as bfloat16. PlanError for an unsupported one."""
     try:
         found = safetensors_dtype(name)
     except ValueError:
         found = name
     if found not in ("F32", "F16", "BF16"):
         raise PlanError(
-            f"dtype {name} is not one an MoE can be stored in, expected float32, float16 or bfloat16",
-            hint="say dtype: bfloat16 in the recipe",
+            f"an MoE cannot be stored with dtype {name}, expected float32, float16 or bfloat16",
+            hint="write dtype: bfloat16 in the recipe",
         )
     return found
 
@@ -330,8 +326,8 @@ def _identity_warnings(made: Plan) -> list[str]:
         computes = "its base" if made.equals_base else "one dense model"
         return [
             f"all {made.experts} experts are {same}: this MoE computes {'' if made.identical_sampled else 'exactly '}"
-            f"{computes}, whatever its routers say and however they are trained; break the symmetry with "
-            "noise_relative (0.01, say) or adapters, then train"
+            f"{computes}, whatever its routers are, even trained ones; break the symmetry with "
+            "noise_relative (such as 0.01) or adapters, then train"
         ]
     return [
         f"experts {', '.join(map(str, group))} are {same} and count as one for routing"
@@ -349,14 +345,14 @@ def _own_warnings(made: Plan) -> list[str]:
         )
     if made.base.own_head:
         found.append(
-            f"{made.base.name} says tie_word_embeddings, but its stored lm_head.weight differs from its embeddings; "
-            "the stored head is used, as transformers does, and the MoE is untied"
+            f"{made.base.name} sets tie_word_embeddings, but its stored lm_head.weight differs from its embeddings; "
+            "the stored head is used, as in transformers, and the MoE is untied"
         )
     if made.fmt is not None and made.base.family is not None:
         found.extend(format_notes(made.fmt, made.base, made.base.family, experts=made.experts, recipe=recipe))
     if made.shared and all(expert.residual_scale is None for expert in (*recipe.experts, *recipe.shared_experts)):
         found.append(
-            "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all of them evens it out"
+            "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all experts corrects this"
         )
     if recipe.experts_per_token == 1 and made.experts > 1 and (made.fmt is None or made.fmt.renormalizes_top1):
         found.append(
@@ -380,7 +376,7 @@ def _beside_experts(
     backbone: tuple[TensorWrite, ...],
     shared: tuple[ExpertNode, ...],
 ) -> list[TensorWrite]:
-    """Writes that are neither backbone nor routed experts: the shared expert and the zeros a format wants."""
+    """Writes that are neither backbone nor routed experts: the shared expert and zeros that a format requires."""
     if fmt is None:
         return [write for node in shared for leaf in node.leaves() for row in leaf.ffn for write in row.values()]
     inside = {write.name for write in backbone}

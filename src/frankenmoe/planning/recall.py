@@ -1,4 +1,4 @@
-"""The plan an artifact was made from, made again from its record; knows nothing of how artifacts are written."""
+"""Artifact -> its recipe and plan, from the record. Checks that the sources have not changed."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +14,9 @@ from frankenmoe.recipe import Recipe
 
 
 def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code: bool = False) -> Plan:
-    """Plans the recorded recipe against its sources as they are now; ArtifactError if they are not what they were.
+    """Plans the recorded recipe. ArtifactError if its sources have changed or are missing.
 
-    `known` is a plan of the same recipe and type, which is used instead where its files have not changed since.
+    `known` is a plan of the same recipe and dtype, which is used again if its files have not changed.
     """
     recipe = recipe_of(artifact)
     if known is not None and known.digest_now() == known.digest:
@@ -27,15 +27,15 @@ def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code:
         made = plan(recipe, dtype=artifact.record["dtype"], weights=True, trust_remote_code=trust_remote_code)
     except SourceError as error:
         raise ArtifactError(
-            f"{artifact.folder} cannot find or use its sources any more: {error.message}",
-            hint=f"its relative paths start at {recipe.folder}; bring the sources back there, or build it again",
+            f"the sources of {artifact.folder} cannot be used any more: {error.message}",
+            hint=f"relative paths start at {recipe.folder}; restore the sources there, or build the artifact again",
         ) from error
     check_sources(artifact, made)
     return made
 
 
 def facts(made: Plan) -> dict[str, Any]:
-    """What a record says of the MoE itself besides its recipe, so that a built one loads without its sources."""
+    """The facts in a record with which a built artifact loads without its sources."""
     return {
         "dtype": made.dtype_name,
         "format": made.fmt.name if made.fmt else None,
@@ -47,7 +47,7 @@ def facts(made: Plan) -> dict[str, Any]:
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
-    """The recipe in an artifact's record; relative paths start where they did, or where artifact and sources moved."""
+    """The recipe in an artifact's record. If its folder is gone, paths are relative to the moved artifact."""
     record = artifact.record
     folder = Path(record["recipe_folder"])
     if not folder.is_dir():
@@ -60,32 +60,33 @@ def recipe_of(artifact: Artifact) -> Recipe:
 
 
 def check_sources(artifact: Artifact, made: Plan) -> None:
-    """ArtifactError when the plan's files are not, in order, those of the record: weights by fingerprint, configs and
-    tokenizer by SHA-256."""
+    """Raises ArtifactError if the plan's files are not those in the record.
+
+    Compares weights by fingerprint, configs and tokenizer by SHA-256.
+    """
     recorded = artifact.record["sources"]
     if len(recorded) != len(made.source_files):
         raise ArtifactError(
-            f"{artifact.folder} was made from {len(recorded)} weight files, now there are {len(made.source_files)}",
+            f"{artifact.folder} was made from {len(recorded)} weight files, found {len(made.source_files)}",
             hint="a source has changed; build the artifact again",
         )
     for file, was in zip(made.source_files, recorded, strict=True):
         if fingerprint(file) != was["fingerprint"]:
             raise ArtifactError(
-                f"{file} is not what {artifact.folder} was made from (it was {was['bytes']} bytes, fingerprint "
-                f"{was['fingerprint']})",
-                hint="a source has changed; bring the old one back, or build the artifact again",
+                f"{file} changed since {artifact.folder} was made: expected {was['bytes']} bytes with fingerprint "
+                f"{was['fingerprint']}",
+                hint="a source has changed; restore it, or build the artifact again",
             )
     configs = artifact.record["configs"]
     now = [file.name for file in made.deciding_files]
     if [Path(was["file"]).name for was in configs] != now:
         raise ArtifactError(
-            f"{artifact.folder} was made from other configs and tokenizer files than the sources have now: "
-            f"{', '.join(now)}",
-            hint="a source has changed; bring its files back, or build the artifact again",
+            f"the configs and tokenizer files of {artifact.folder} changed since it was made: found {', '.join(now)}",
+            hint="a source has changed; restore its files, or build the artifact again",
         )
     for file, was in zip(made.deciding_files, configs, strict=True):
         if sha256(file) != was["sha256"]:
             raise ArtifactError(
-                f"{file} is not what {artifact.folder} was made from: its SHA-256 was {was['sha256']}",
-                hint="a source has changed; bring the old one back, or build the artifact again",
+                f"{file} changed since {artifact.folder} was made: expected SHA-256 {was['sha256']}",
+                hint="a source has changed; restore it, or build the artifact again",
             )

@@ -85,11 +85,15 @@ class Anatomy:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened dense checkpoint. Its headers have been read and checked, its weights have not."""
+    """An opened dense checkpoint. Its headers have been read and checked, its weights have not.
+
+    `trust_remote_code` allows Python code in its folder to run.
+    """
 
     name: SourceName
     checkpoint: Checkpoint
     adapter: Adapter | None = None
+    trust_remote_code: bool = False
     # the config ties head and embeddings, but the weights differ: see planning/heads.py
     own_head: bool = False
 
@@ -135,13 +139,14 @@ def open_source(
             f"{name} is a {model_type!r} model with Python code of its own, which is not run",
             hint="read that code; if you trust it, add --trust-remote-code",
         )
-    check_config(Source(name, checkpoint))
+    source = Source(name, checkpoint, trust_remote_code=trust_remote_code)
+    check_config(source)
     path, revision = (adapter, None) if adapter else (name.adapter, name.adapter_revision)
     if path is None:
-        return Source(name, checkpoint)
+        return source
     if adapter and "@" in adapter and not os.path.exists(local_path(adapter, folder=folder)):
         path, revision = adapter.rsplit("@", 1)
-    return Source(name, checkpoint, open_adapter(resolve(path, revision=revision, folder=folder, weights=True)))
+    return replace(source, adapter=open_adapter(resolve(path, revision=revision, folder=folder, weights=True)))
 
 
 @cache

@@ -132,7 +132,7 @@ def _head(facts: Facts, evidence: Evidence) -> tuple[str, dict[str, str]]:
 
     wanted = facts.settings
     parents = facts.parents
-    base_model = _distinct(wanted.base_model or [name for parent in parents for name in parent.hub])
+    base_model = _distinct(wanted.base_model or [parent.hub for parent in parents if parent.hub])
     languages = _distinct(wanted.language or [name for parent in parents for name in parent.languages])
     datasets = _distinct(wanted.datasets or [name for parent in parents for name in parent.datasets])
     scores, origin = head_scores(evidence)
@@ -189,23 +189,17 @@ def _distinct(values: Sequence[str]) -> list[str]:
 def check(text: str, facts: Facts) -> None:
     """Parses the card as the hub's client does; ArtifactError where the hub would not accept it."""
     from huggingface_hub import ModelCard
+    from huggingface_hub.utils import validate_repo_id
 
     try:
         data = ModelCard(text, ignore_metadata_errors=False).data
-        names = [*(data.base_model or []), *(data.datasets or [])]
-        _check_ids(names)
+        for name in [*(data.base_model or []), *(data.datasets or [])]:
+            validate_repo_id(name)
     except ValueError as error:
         raise ArtifactError(
             f"the card of {facts.artifact.folder} would not be accepted by the hub: {' '.join(str(error).split())}",
             hint="correct `card:` in the recipe, or the report it quotes",
         ) from error
-
-
-def _check_ids(names: Sequence[str]) -> None:
-    from huggingface_hub.utils import validate_repo_id
-
-    for name in names:
-        validate_repo_id(name)
 
 
 def signed(text: str) -> str:

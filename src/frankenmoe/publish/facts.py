@@ -3,14 +3,13 @@
 Everything is looked up in the record and in the sources' own files; what is not there is not said.
 """
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from frankenmoe.artifact.folder import Artifact
-from frankenmoe.checkpoint.hub import is_hub_id
+from frankenmoe.checkpoint.hub import is_folder, is_hub_id
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.families import FORMATS, MoEFormat
 from frankenmoe.planning import Plan
@@ -28,7 +27,7 @@ class Parent:
     """One source: its name in the recipe, its hub id if it came from the hub, and what its own card declares."""
 
     name: str
-    hub: tuple[str, ...]
+    hub: str | None
     licence: str | None
     languages: tuple[str, ...]
     datasets: tuple[str, ...]
@@ -147,7 +146,7 @@ def _parents(plan: Plan, names: LocalNames) -> Iterator[Parent]:
         declared = card_head(source.folder)
         yield Parent(
             name=names.short(name.path),
-            hub=_hub_ids([name.path], folder=plan.recipe.folder),
+            hub=_hub_id(name.path, folder=plan.recipe.folder),
             licence=licence(source.folder),
             languages=_strings(declared.get("language")),
             datasets=_strings(declared.get("datasets")),
@@ -156,16 +155,16 @@ def _parents(plan: Plan, names: LocalNames) -> Iterator[Parent]:
             path = own_adapter or name.adapter or str(source.adapter.folder)
             yield Parent(
                 name=f"{names.short(path)} (adapter)",
-                hub=_hub_ids([path.split("@")[0]], folder=plan.recipe.folder),
+                hub=_hub_id(path.split("@")[0], folder=plan.recipe.folder),
                 licence=licence(source.adapter.folder),
                 languages=(),
                 datasets=(),
             )
 
 
-def _hub_ids(paths: Sequence[str], *, folder: Path) -> tuple[str, ...]:
-    """The paths that are hub ids. A name that is also a local folder is not one."""
-    return tuple(path for path in paths if is_hub_id(path) and not os.path.isdir(folder / os.path.expanduser(path)))
+def _hub_id(path: str, *, folder: Path) -> str | None:
+    """The path if it is a hub id; a name that is also a local folder is not one."""
+    return path if is_hub_id(path) and not is_folder(path, folder=folder) else None
 
 
 def _strings(value: object) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 A section without evidence returns the reason. Bad results are reported as plainly as good ones.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from frankenmoe.artifact.reports import AuditReport, EvalReport, EvaluatedModel, ExportReport, SamplesReport
@@ -148,22 +149,16 @@ def samples(facts: Facts, evidence: Evidence) -> str | Missing:
     asked = said.settings
     how = "greedy" if asked.temperature == 0 else f"temperature {asked.temperature:g}, seed {asked.seed}"
     parts = [f"Unedited and complete; {how}, at most {asked.max_new_tokens} new tokens."]
-    parts += [f"> {_quoted(plain(item.prompt))}\n\n{_fenced(item.reply)}" for item in said.samples]
+    for item in said.samples:
+        quoted = "\n> ".join(plain(item.prompt).splitlines())
+        parts.append(f"> {quoted}\n\n{_fenced(item.reply)}")
     return "\n\n".join(parts)
 
 
-def _quoted(text: str) -> str:
-    return "\n> ".join(text.splitlines())
-
-
 def _fenced(text: str) -> str:
-    longest = max((len(run) for run in _ticks(text)), default=0)
+    longest = max(map(len, re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}text\n{text}\n{fence}"
-
-
-def _ticks(text: str) -> list[str]:
-    return [run for run in "".join(c if c == "`" else " " for c in text).split() if run]
 
 
 def limits(facts: Facts, evidence: Evidence) -> str | Missing:

@@ -6,7 +6,6 @@ The names are those of the leaderboard's own pull requests, so that scores can b
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_HALF_UP, Decimal
-from types import MappingProxyType
 from typing import Any, Self
 
 from pydantic import model_validator
@@ -33,29 +32,25 @@ class Task:
     documents: int
 
 
-TASKS: Mapping[str, Task] = MappingProxyType(
-    {
-        "arc_challenge": Task(
-            "AI2 Reasoning Challenge (25-Shot)",
-            "ai2_arc",
-            "ARC-Challenge",
-            "test",
-            25,
-            "acc_norm",
-            "normalized accuracy",
-            1172,
-        ),
-        "hellaswag": Task(
-            "HellaSwag (10-Shot)", "hellaswag", None, "validation", 10, "acc_norm", "normalized accuracy", 10042
-        ),
-        "mmlu": Task("MMLU (5-Shot)", "cais/mmlu", "all", "test", 5, "acc", "accuracy", 14042),
-        "truthfulqa": Task("TruthfulQA (0-shot)", "truthful_qa", "multiple_choice", "validation", 0, "mc2", None, 817),
-        "winogrande": Task(
-            "Winogrande (5-shot)", "winogrande", "winogrande_xl", "validation", 5, "acc", "accuracy", 1267
-        ),
-        "gsm8k": Task("GSM8k (5-shot)", "gsm8k", "main", "test", 5, "acc", "accuracy", 1319),
-    }
-)
+TASKS: Mapping[str, Task] = {
+    "arc_challenge": Task(
+        "AI2 Reasoning Challenge (25-Shot)",
+        "ai2_arc",
+        "ARC-Challenge",
+        "test",
+        25,
+        "acc_norm",
+        "normalized accuracy",
+        1172,
+    ),
+    "hellaswag": Task(
+        "HellaSwag (10-Shot)", "hellaswag", None, "validation", 10, "acc_norm", "normalized accuracy", 10042
+    ),
+    "mmlu": Task("MMLU (5-Shot)", "cais/mmlu", "all", "test", 5, "acc", "accuracy", 14042),
+    "truthfulqa": Task("TruthfulQA (0-shot)", "truthful_qa", "multiple_choice", "validation", 0, "mc2", None, 817),
+    "winogrande": Task("Winogrande (5-shot)", "winogrande", "winogrande_xl", "validation", 5, "acc", "accuracy", 1267),
+    "gsm8k": Task("GSM8k (5-shot)", "gsm8k", "main", "test", 5, "acc", "accuracy", 1319),
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,68 +1,24 @@
 """What the sources' licences mean for a model made of them. This is no legal advice."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from frankenmoe.planning.compare import shared_licence
 
-# what a licence asks of whoever shares something made from it, by the hub's names for licences
-NO_DERIVATIVES = frozenset({"cc-by-nd-4.0", "cc-by-nc-nd-3.0", "cc-by-nc-nd-4.0"})
-NO_COMMERCE = frozenset(
-    {
-        "cc-by-nc-2.0",
-        "cc-by-nc-3.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-nc-nd-3.0",
-        "cc-by-nc-nd-4.0",
-        "fair-noncommercial-research-license",
-        "intel-research",
-    }
+# what a licence asks of whoever shares something made from it, by patterns of the hub's names for licences
+NO_DERIVATIVES = re.compile(r"cc-by-(nc-)?nd-.*")
+NO_COMMERCE = re.compile(r"cc-by-nc-.*|fair-noncommercial-research-license|intel-research")
+SHARE_ALIKE = re.compile(r"cc-by-(nc-)?sa-.*|a?gpl(-\d\.0)?")
+FREE = re.compile(
+    r"cc|cc-by-\d\.\d|cc0-1\.0|cdla-permissive-\d\.0|odc-by|pddl|mit|isc|ncsa|zlib|unlicense|wtfpl|ms-pl"
+    r"|apache-2\.0|bsd|bsd-2-clause|bsd-3-clause(-clear)?|bsl-1\.0|afl-3\.0|artistic-2\.0"
 )
-SHARE_ALIKE = frozenset(
-    {
-        "agpl-3.0",
-        "cc-by-nc-sa-2.0",
-        "cc-by-nc-sa-3.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-sa-3.0",
-        "cc-by-sa-4.0",
-        "gpl",
-        "gpl-2.0",
-        "gpl-3.0",
-    }
-)
-FREE = frozenset(
-    {
-        "afl-3.0",
-        "apache-2.0",
-        "artistic-2.0",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "bsd-3-clause-clear",
-        "bsl-1.0",
-        "cc",
-        "cc-by-2.0",
-        "cc-by-2.5",
-        "cc-by-3.0",
-        "cc-by-4.0",
-        "cc0-1.0",
-        "cdla-permissive-1.0",
-        "cdla-permissive-2.0",
-        "isc",
-        "mit",
-        "ms-pl",
-        "ncsa",
-        "odc-by",
-        "pddl",
-        "unlicense",
-        "wtfpl",
-        "zlib",
-    }
-)
+TERMS: Mapping[re.Pattern[str], str] = {
+    NO_DERIVATIVES: "forbids passing on changed versions, and a mixture is one",
+    NO_COMMERCE: "forbids commercial use, which then holds for the whole mixture",
+    SHARE_ALIKE: "asks that what is made from it be passed on under the same licence",
+}
 
 
 @dataclass(frozen=True)
@@ -92,7 +48,7 @@ def weigh(by_source: Sequence[tuple[str, str | None]], *, declared: str | None =
         listed = "; ".join(f"{licence} ({', '.join(names)})" for licence, names in sorted(holders.items()))
         findings.append(f"the sources are under different licences: {listed}")
     findings += [text for licence, names in sorted(holders.items()) for text in _terms(licence, names)]
-    copyleft = sorted(holders.keys() & SHARE_ALIKE)
+    copyleft = sorted(filter(SHARE_ALIKE.fullmatch, holders))
     if len(copyleft) > 1:
         findings.append(f"{' and '.join(copyleft)} each ask to be the licence of the whole, and only one can be")
     if silent:
@@ -107,12 +63,7 @@ def weigh(by_source: Sequence[tuple[str, str | None]], *, declared: str | None =
 
 def _terms(licence: str, names: Sequence[str]) -> list[str]:
     who = f"{licence} ({', '.join(names)})"
-    rules: Mapping[frozenset[str], str] = {
-        NO_DERIVATIVES: "forbids passing on changed versions, and a mixture is one",
-        NO_COMMERCE: "forbids commercial use, which then holds for the whole mixture",
-        SHARE_ALIKE: "asks that what is made from it be passed on under the same licence",
-    }
-    found = [f"{who} {words}" for group, words in rules.items() if licence in group]
-    if not found and licence not in FREE:
+    found = [f"{who} {words}" for pattern, words in TERMS.items() if pattern.fullmatch(licence)]
+    if not found and not FREE.fullmatch(licence):
         found.append(f"{who} has terms of its own: read them before you use or pass on the mixture")
     return found

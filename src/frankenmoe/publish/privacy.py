@@ -21,8 +21,8 @@ from frankenmoe.publish.rewrite import Rewriter
 
 RECIPE_FOLDER = "recipe-folder"
 LABELLED = re.compile(r"([^/~=]*=)((?:/|~|\.\./).*)", re.DOTALL)  # EXPERT=FILE
-# a known path is only found where no longer name goes on before or after it
-BEFORE, AFTER = r"(?<![\w.-])", r"(?![\w-]|\.\w)"
+# a known path is only found where no longer name goes on before or after it; \n before it is a line's end, as in JSON
+BEFORE, AFTER = r"(?:(?<![\w.-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
 HEAD = 2**26  # bytes; vocabularies and metadata of GGUF files are smaller, and what follows are numbers
 # names that say nothing about who or where one is
 COMMON = frozenset(

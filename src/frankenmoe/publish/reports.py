@@ -83,7 +83,7 @@ def _list_of_files(file: Path) -> dict[str, object] | None:
     """What `frankenmoe export --json` prints: the files of a report alone."""
     try:
         data = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return {"files": data} if isinstance(data, list) else None
 

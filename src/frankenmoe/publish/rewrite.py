@@ -5,6 +5,7 @@ Fields are those of records, recipes, reports, configs and the metadata of safet
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -59,7 +60,7 @@ class Rewriter:
             if file.suffix != ".json" or file.name in VOCABULARIES:
                 return None
             value = json.loads(file.read_bytes())
-        except (ValueError, yaml.YAMLError):
+        except (ValueError, RecursionError, yaml.YAMLError):
             return None
         if path == RECORD:
             return _bytes(value, self._record(value, file.parent), _as_json)
@@ -114,6 +115,13 @@ class Rewriter:
             new = self.file(folder / name, path=name) if (folder / name).is_file() else None
             if new is not None:
                 hashes[name] = hashlib.sha256(new).hexdigest()
+        # configs of adapters that lie in the artifact are published with it
+        for was, config in zip(record.get("configs", ()), changed.get("configs", ()), strict=True):
+            inside = os.path.relpath(was["file"], record["recipe_folder"])
+            there = not inside.startswith("..") and (folder / inside).is_file()
+            new = self.file(folder / inside, path=inside) if there else None
+            if new is not None:
+                config["sha256"] = hashlib.sha256(new).hexdigest()
         return changed | {"files": hashes}
 
     def _safetensors(self, file: Path) -> bytes | None:
@@ -124,14 +132,14 @@ class Rewriter:
         except (ValueError, FrankenMoEError):
             return None
         old = header.get("__metadata__") or {}
-        new = {key: self._metadata(value, key) for key, value in old.items()}
+        new = {key: self._metadata(value) for key, value in old.items()}
         if new == old:
             return None
         head = json.dumps(header | {"__metadata__": new}, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % PREFIX)
         return len(head).to_bytes(PREFIX, "little") + head + file.read_bytes()[PREFIX + len(raw) :]
 
-    def _metadata(self, text: str, key: str) -> str:
+    def _metadata(self, text: str) -> str:
         """A value of the metadata, which often is JSON itself."""
         try:
             value = json.loads(text)

@@ -1,4 +1,4 @@
-"""Artifact and prompts -> samples.json: the replies of the model, for its card."""
+"""Artifact + prompts -> samples.json: the model's replies, for its card."""
 
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from frankenmoe.recipe.sections import CardSettings
 from frankenmoe.subject import Subject, open_subject
 
 REPORT = "reports/samples.json"
-TRACED = 32  # tokens of a sample whose way is kept
+TRACED = 32  # tokens of a sample with recorded experts
 
 
 def sample(
@@ -24,14 +24,14 @@ def sample(
     *,
     progress: Progress = SILENT,
 ) -> Path:
-    """Gives the model every prompt in a conversation of its own, and writes reports/samples.json into the artifact.
+    """Sends each prompt in a new conversation, and writes the replies to reports/samples.json in the artifact.
 
-    The seed is set before each prompt, so that one sample does not depend on the others.
+    The seed is set again for each prompt, so that samples do not depend on one another.
     """
     subject = open_subject(what)
     artifact = subject.artifact
     if artifact is None:
-        raise PlanError(f"{subject.origin} is a recipe, and samples are of an artifact", hint="build it first")
+        raise PlanError(f"{subject.origin} is a recipe, expected an artifact", hint="build it first")
     moe = subject.load(progress=progress)
     tokenizer = moe.tokenizer()
     rows = []
@@ -58,7 +58,7 @@ def sample(
 
 
 def _trace(made: Reply, tokenizer: Any) -> list[dict[str, Any]]:
-    """The first expert of every layer for the first tokens, prompt and reply; -1 where a choice was dropped."""
+    """The first tokens with their first expert in each layer; -1 if the assignment was dropped."""
     seen = min(len(made.layers[0].ids_TK), TRACED)
     return [
         {

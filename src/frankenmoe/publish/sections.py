@@ -14,25 +14,13 @@ from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, Trai
 from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipe.gatemodes import GATE_MODES
 from frankenmoe.recipe.sections import SECTIONS
 
 GIB = 2**30
 LOCAL = "folder/of/this/repository"
 # formats that vLLM's list of supported models names
 IN_VLLM = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "deepseek"})
-GATE_WORDS = {
-    "hidden": "from the base's states before each layer, at the last token of every prompt",
-    "hidden_last": "from the base's states before each layer, at the last token of every prompt",
-    "hidden_avg": "from the base's states before each layer, averaged over every prompt",
-    "cheap_embed": "from the embeddings of the prompts' tokens",
-    "centroid": "in closed form at the routers' own inputs, to the mean of each expert's text",
-    "lda": "in closed form at the routers' own inputs, by linear discriminant analysis of the experts' texts",
-    "ridge": "in closed form at the routers' own inputs, by ridge regression on the experts' texts",
-    "logistic": "at the routers' own inputs, by logistic regression on the experts' texts",
-    "regret": "at the routers' own inputs, to what every expert would lose on each token of the experts' texts",
-    "random": "by chance",
-    "uniform_random": "by chance",
-}
 
 
 @dataclass(frozen=True)
@@ -112,7 +100,7 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
 def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
     if stage.get("fit"):
         return _fitted("The gates of every layer were fitted", stage["fit"])
-    made = GATE_WORDS.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
+    made = GATE_MODES.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
     return f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`)."
 
 
@@ -122,7 +110,7 @@ def _fitted(start: str, entry: Mapping[str, Any]) -> str:
     tokens = sum(text.tokens for text in fit.text.values())
     before = f"{fit.before:.4f} nats per token before, " if fit.before is not None else ""
     return (
-        f"{start} {GATE_WORDS.get(fit.method, fit.method)} (`{fit.method}`), on {tokens:,} tokens for {len(fit.text)} "
+        f"{start} {GATE_MODES.get(fit.method, fit.method)} (`{fit.method}`), on {tokens:,} tokens for {len(fit.text)} "
         f"experts. On text held out from the fit the mean loss is {before}{fit.after:.4f} nats per token with these "
         f"routers and {fit.own_expert:.4f} where every text goes to its own expert."
     )

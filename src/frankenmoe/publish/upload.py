@@ -6,7 +6,6 @@ Nothing is sent that was not listed. The login is huggingface_hub's own.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from types import MappingProxyType
 from typing import Any
 
 from frankenmoe.artifact.folder import UNFINISHED, Artifact
@@ -18,15 +17,16 @@ from frankenmoe.suggest import did_you_mean
 
 CARD = "README.md"
 # a group's files, as patterns below the artifact's folder; a file belongs to the first group that matches it
-GROUPS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "card": (CARD, "routing.png"),
-        "weights": ("*.safetensors", "*.safetensors.index.json", "config.json", "frankenmoe.json", "recipe.yml"),
-        "gguf": ("*.gguf", "gguf/*.gguf"),
-        "reports": ("reports/**/*", "training.json"),
-        "tokenizer": ("*.json", "*.model", "*.txt", "*.jinja"),
-    }
-)
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "card": (CARD, "routing.png"),
+    "weights": (
+        *("*.safetensors", "*.safetensors.index.json", "config.json", "frankenmoe.json", "recipe.yml"),
+        "adapters/**/*",  # of a virtual artifact that was trained
+    ),
+    "gguf": ("*.gguf", "gguf/*.gguf"),
+    "reports": ("reports/**/*", "training.json"),
+    "tokenizer": ("*.json", "*.model", "*.txt", "*.jinja"),
+}
 LEFTOVERS = (".partial", ".lock", ".tmp")
 
 
@@ -70,14 +70,6 @@ class Shipment:
         }
 
 
-@dataclass(frozen=True)
-class Sent:
-    """A finished push: the repository's page and the commit's."""
-
-    page: str
-    commit: str
-
-
 def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Sequence[str] | None = None) -> Shipment:
     """Lists what would be sent; reads local files only. `groups` are names in GROUPS, None for all.
 
@@ -87,6 +79,8 @@ def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Seq
     for group in groups or ():
         if group not in GROUPS:
             raise ArtifactError(f"{group!r} is not a kind of file to push", hint=did_you_mean(group, GROUPS))
+    if groups is not None and not groups:  # nothing is no short way to say everything
+        raise ArtifactError("no kind of file to push is named", hint=f"choose from {', '.join(GROUPS)}")
     wanted = groups or tuple(GROUPS)
     items = tuple(item for item in list_files(artifact.folder) if item.group in wanted)
     empty = [group for group in groups or () if not any(item.group == group for item in items)]
@@ -116,15 +110,13 @@ def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Seq
 
 def list_files(folder: Path) -> Iterator[Item]:
     """Every file of an artifact that belongs to a group, by path; links out of the folder are refused."""
-    root = folder.resolve()
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    root, groups = folder.resolve(), dict[Path, str]()
+    for group, patterns in GROUPS.items():
+        for file in (file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
+            groups.setdefault(file, group)
+    for file, group in sorted(groups.items()):
         path = PurePosixPath(file.relative_to(folder).as_posix())
-        group = next((name for name, patterns in GROUPS.items() if _matches(path, patterns)), None)
-        if (
-            group is None
-            or path.name.endswith((*LEFTOVERS, UNFINISHED))
-            or any(part.startswith(".") for part in path.parts)
-        ):
+        if path.name.endswith((*LEFTOVERS, UNFINISHED)) or any(part.startswith(".") for part in path.parts):
             continue
         if not str(path).isprintable():
             raise ArtifactError(f"the hub takes no file name such as {str(path)!a}", hint="give the file another name")
@@ -133,16 +125,6 @@ def list_files(folder: Path) -> Iterator[Item]:
                 f"{file} is a link to {file.resolve()}, outside the artifact", hint="put the file itself there"
             )
         yield Item(str(path), file, file.stat().st_size, group)
-
-
-def _matches(path: PurePosixPath, patterns: Sequence[str]) -> bool:
-    for pattern in patterns:
-        head, deep, _ = pattern.partition("/**/")
-        if deep and path.parts[0] == head and len(path.parts) > 1:
-            return True
-        if not deep and len(path.parts) == len(PurePosixPath(pattern).parts) and path.match(pattern):
-            return True
-    return False
 
 
 def _warnings(
@@ -157,11 +139,12 @@ def _warnings(
         yield "a virtual artifact holds only recipe and routers: to run it, one needs its sources as well"
 
 
-def send(shipment: Shipment, *, message: str, bars: bool = False) -> Sent:
+def send(shipment: Shipment, *, message: str, bars: bool = False) -> str:
     """Creates the repository where it is new, and sends everything as one commit: all of it or nothing.
 
     After an interruption the same call resumes: files that the hub has received are not sent again. `bars` lets
-    huggingface_hub draw its progress bars. Raises ArtifactError with what to do where the hub refuses.
+    huggingface_hub draw its progress bars. Returns the address of the repository's page. Raises ArtifactError with what
+    to do where the hub refuses.
     """
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -175,12 +158,12 @@ def send(shipment: Shipment, *, message: str, bars: bool = False) -> Sent:
             huggingface_hub.CommitOperationAdd(item.path, as_published(item.file, path=item.path, names=shipment.names))
             for item in shipment.items
         ]
-        done = api.create_commit(shipment.repo, operations, commit_message=message)
+        api.create_commit(shipment.repo, operations, commit_message=message)
     except FrankenMoEError:
         raise
     except Exception as error:  # whichever HTTP library the client uses this year, each with errors of its own
         raise explained(error, repo=shipment.repo) from error
-    return Sent(str(page), str(done.commit_url))
+    return str(page)
 
 
 def check_repo_name(repo: str) -> None:

@@ -2,21 +2,18 @@
 
 import json
 from collections.abc import Callable, Mapping
-from typing import Annotated, Final
+from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticKnownError
 
+from frankenmoe.recipe.gatemodes import FIT_MODES, GATE_MODES
 from frankenmoe.recipe.refusals import found, refusal
 from frankenmoe.recipe.yaml import Location
 from frankenmoe.suggest import did_you_mean
 
-FITS = ["centroid", "lda", "ridge", "logistic", "regret"]
-MODES = ["hidden", "hidden_avg", "hidden_last", "cheap_embed", "random", "uniform_random", *FITS]
-PROMPT_MODES, RANDOM_MODES, FIT_MODES = frozenset(MODES[:4]), frozenset(MODES[4:6]), frozenset(FITS)
-# the modes that measured best on such text, see benchmarks/routers.py
-FROM_PROMPTS: Final = "logistic"
-FROM_DATA: Final = "regret"
+MODES = list(GATE_MODES)
+FITS = [mode for mode in MODES if mode in FIT_MODES]
 LARGEST = 10**6  # far above any useful rate, weight or deviation
 MOST = 2**31 - 1  # of anything that is counted
 COLDEST, HOTTEST = 0.001, 1000
@@ -117,8 +114,15 @@ PARTS = ("routers", "adapters", "norms", "attention", "experts", "embeddings")
 
 
 def _listed(value: object) -> object:
-    """`routers,norms` as well as a list of them."""
+    """A text with commas as a list."""
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _some(value: object) -> object:
+    """The same; at least one name if a text is given."""
+    if isinstance(value, str) and not _listed(value):
+        raise refusal(f"must name at least one, found {found(value)}", hint="leave it out to use the default")
+    return _listed(value)
 
 
 def _in_order(value: tuple[str, ...]) -> tuple[str, ...]:
@@ -131,6 +135,8 @@ Rate = Annotated[float, Field(gt=0, le=LARGEST, allow_inf_nan=False), BeforeVali
 Steps = Annotated[int, Field(ge=0, le=MOST), BeforeValidator(_not_bool)]
 BlockLength = Annotated[int, Field(ge=4, le=MOST), BeforeValidator(_not_bool)]
 HeldShare = Annotated[float, Field(gt=0, le=0.5), BeforeValidator(_not_bool)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_some, json_schema_input_type=str | list[str])]
+"""A list of names, or one text with commas between them."""
 Part = Annotated[str, BeforeValidator(_one_of(*PARTS)), WithJsonSchema({"enum": list(PARTS), "type": "string"})]
 Parts = Annotated[
     tuple[Part, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), AfterValidator(_in_order)

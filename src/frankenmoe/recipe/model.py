@@ -11,11 +11,6 @@ from pydantic.json_schema import GenerateJsonSchema
 
 from frankenmoe.recipe.expert import Context, Expert, Experts, SourceField, named
 from frankenmoe.recipe.fields import (
-    FIT_MODES,
-    FROM_DATA,
-    FROM_PROMPTS,
-    PROMPT_MODES,
-    RANDOM_MODES,
     Backbone,
     Count,
     Dtype,
@@ -23,24 +18,23 @@ from frankenmoe.recipe.fields import (
     Seed,
     Text,
 )
+from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, PROMPT_MODES, RANDOM_MODES
 from frankenmoe.recipe.refusals import recipe_error, refusal
 from frankenmoe.recipe.sections import (
     SECTIONS,
-    AuditSection,
-    BuildSection,
-    CardSection,
-    EvalSection,
-    ExportSection,
-    FitSection,
-    TrainSection,
+    AuditSettings,
+    BuildSettings,
+    CardSettings,
+    EvalSettings,
+    ExportSettings,
+    FitSettings,
+    Section,
     with_bare_sections,
 )
 from frankenmoe.recipe.settings import Closed
-from frankenmoe.recipe.sourcename import SourceName
 from frankenmoe.recipe.text import check_blank, check_prompts, check_text, prompts_of
+from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.recipe.yaml import Location, YamlFile, parse_yaml, read_text
-
-__all__ = ["FIT_MODES", "PROMPT_MODES", "RANDOM_MODES", "Expert", "Recipe", "SourceName", "schema"]
 
 # keys found in mergekit files; mergekit-moe ignores them too
 IGNORED_KEYS: Mapping[str, str] = {
@@ -79,12 +73,12 @@ class Recipe(Closed):
     backbone: Backbone = Field(
         "base", description="`base`: the base model's backbone. `average`: the mean of all parents' backbones."
     )
-    build: BuildSection = Field(None, description="Options of the build in `frankenmoe run`.")
-    fit: FitSection = Field(None, description="`frankenmoe run` fits the routers in closed form.")
-    audit: AuditSection = Field(None, description="`frankenmoe run` audits the routing.")
-    eval: EvalSection = Field(None, description="`frankenmoe run` evaluates the model.")
-    export: ExportSection = Field(None, description="`frankenmoe run` writes GGUF files.")
-    card: CardSection = Field(None, description="`frankenmoe run` writes a model card with these settings.")
+    build: Section[BuildSettings] = Field(None, description="Options of the build in `frankenmoe run`.")
+    fit: Section[FitSettings] = Field(None, description="`frankenmoe run` fits the routers before it builds.")
+    audit: Section[AuditSettings] = Field(None, description="`frankenmoe run` audits the routing.")
+    eval: Section[EvalSettings] = Field(None, description="`frankenmoe run` evaluates the model.")
+    export: Section[ExportSettings] = Field(None, description="`frankenmoe run` writes GGUF files.")
+    card: Section[CardSettings] = Field(None, description="`frankenmoe run` writes a model card with these settings.")
 
     routers: Text | None = Field(
         None, description="A safetensors file with the routers, instead of those of gate_mode."
@@ -92,7 +86,7 @@ class Recipe(Closed):
     trained: Text | None = Field(
         None, description="A safetensors file with trained tensors that replace those of the sources."
     )
-    train: TrainSection = Field(None, description="Settings of `frankenmoe train` for this MoE.")
+    train: Section[TrainSettings] = Field(None, description="Settings of `frankenmoe train` for this MoE.")
 
     _context: Context = PrivateAttr()
 
@@ -159,7 +153,7 @@ class Recipe(Closed):
     def _best_mode(cls, value: object) -> object:
         if not isinstance(value, dict) or value.get("gate_mode") is not None:
             return value
-        return {**value, "gate_mode": _mode_for(value.get("experts"))}
+        return {**value, "gate_mode": default_gate_mode(value.get("experts"))}
 
     @model_validator(mode="after")
     def _routable(self) -> Self:
@@ -194,14 +188,14 @@ def _notes(file: YamlFile) -> Iterator[str]:
             case _:
                 continue
         yield f"{file.origin}:{line}: {key} is ignored, because {reason}"
-    if "gate_mode" not in file.data:
+    # recipes of mergekit-moe have no data
+    if "gate_mode" not in file.data and not _has_data(file.data.get("experts")):
         yield (
-            f"{file.origin} has no gate_mode, so routers are fitted by {_mode_for(file.data.get('experts'))} "
-            "(mergekit-moe would take hidden)"
+            f"{file.origin} has no gate_mode, so routers are fitted by {FROM_PROMPTS} (mergekit-moe would take hidden)"
         )
 
 
-def _mode_for(experts: object) -> str:
+def default_gate_mode(experts: object) -> str:
     """The default gate mode: the best one in benchmarks/routers.py for the text at hand."""
     return FROM_DATA if _has_data(experts) else FROM_PROMPTS
 

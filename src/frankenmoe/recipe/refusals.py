@@ -16,6 +16,7 @@ _EXPECTED: Mapping[str, str] = {
     "list_type": "a list",
     "dict_type": "a mapping of keys to values",
     "bool_type": "true or false",
+    "bool_parsing": "true or false",
     "model_type": "a mapping of keys to values",
     "int_type": "a whole number",
     "int_parsing": "a whole number",
@@ -36,6 +37,7 @@ _HINTS: Mapping[str, str] = {
     "model_type": "write `key: value` lines, indented below it",
     "too_short": "write one entry per line, each after '- '",
 }
+_ANY_LINE = "write such a value on this line, or delete the line to use the default"
 
 
 def refusal(text: str, *, hint: str, at: Location = ()) -> PydanticCustomError:
@@ -92,7 +94,10 @@ def first_problem(error: ValidationError) -> str:
 def setting_error(error: ValidationError, *, where: str) -> RecipeError:
     """The first thing wrong with settings that came from the command line or from Python; `where` is the stage."""
     problem = error.errors(include_url=False)[0]
-    return RecipeError(f"{where}: {first_problem(error)}", hint=in_words(problem)[1])
+    hint = in_words(problem)[1]
+    return RecipeError(
+        f"{where}: {first_problem(error)}", hint="leave it out to use the default" if hint == _ANY_LINE else hint
+    )
 
 
 def _label(location: Location) -> str:
@@ -114,6 +119,4 @@ def in_words(problem: ErrorDetails) -> tuple[str, str]:
         return "is missing, expected a value, found none", "add a line with this key"
     # pydantic has a hundred more error types; for those its own message is used
     expected = _EXPECTED[kind].format(**context) if kind in _EXPECTED else f"valid ({problem['msg']})"
-    return f"must be {expected}, found {found(problem['input'])}", _HINTS.get(
-        kind, "write such a value on this line, or delete the line to use the default"
-    )
+    return f"must be {expected}, found {found(problem['input'])}", _HINTS.get(kind, _ANY_LINE)

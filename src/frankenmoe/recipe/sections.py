@@ -1,26 +1,37 @@
 """The settings of every stage: sections of a recipe, options of a command and arguments in Python alike."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, GetCoreSchemaHandler
+from pydantic_core import CoreSchema, core_schema
 
-from frankenmoe.recipe.fields import Count, FitBlock, FitMode, FitTokens, Prompts, Seed, Strings, Temperature, Text
-from frankenmoe.recipe.settings import NO_OPTION, Closed, Names, Option
-from frankenmoe.recipe.train import TrainSettings
+from frankenmoe.recipe.fields import (
+    Count,
+    FitBlock,
+    FitMode,
+    FitTokens,
+    Names,
+    Prompts,
+    Seed,
+    Strings,
+    Temperature,
+    Text,
+)
+from frankenmoe.recipe.settings import NO_OPTION, Closed, Option
 
 
 class BuildSettings(Closed):
     """How the model itself is written."""
 
-    virtual: bool = Field(False, description="Write recipe, hashes and routers only (megabytes).")
+    virtual: bool = Field(False, description="Write only recipe, hashes and routers (megabytes).")
     allow_identical: bool = Field(False, description="Build even if all experts are equal, to train them later.")
 
 
 class FitSettings(Closed):
-    """How routers are fitted in closed form."""
+    """How routers are fitted."""
 
-    method: FitMode | None = Field(None, description="Fitting method. Default: the recipe's gate_mode.")
+    method: FitMode | None = Field(None, description="Fitting method; default: the recipe's gate_mode.")
     tokens: FitTokens = Field(32768, description="Most tokens of data per expert.")
     block: FitBlock = Field(256, description="Tokens read at once.")
 
@@ -29,23 +40,23 @@ class AuditSettings(Closed):
     """What an audit reads and shows."""
 
     data: Annotated[Strings, NO_OPTION] = Field(
-        (), description="Texts, as EXPERT=FILE or FILE. Default: the experts' data, else their prompts."
+        (), description="Texts, as EXPERT=FILE or FILE; default: the experts' data, else their prompts."
     )
-    prompt: Text | None = Field(None, description="Show these tokens one by one. Default: the start of each text.")
+    prompt: Text | None = Field(None, description="Show these tokens one by one; default: the start of each text.")
     tokens: Count = Field(8192, description="Most tokens of each text.")
 
 
 class EvalSettings(Closed):
-    """What is measured; without tasks the loss on held-out text."""
+    """What is measured; by default the loss on held-out text."""
 
     tasks: Annotated[Names, Option(listed=True, metavar="TASK,...")] = Field(
-        (), description="leaderboard-v1, or names such as arc_challenge, mmlu; ppl is the loss on text."
+        (), description="Tasks: leaderboard-v1, arc_challenge, mmlu, ppl (loss on text) ..."
     )
-    data_dir: Text | None = Field(None, description="Folder with the tasks' rows as JSONL. Default: the hub.")
+    data_dir: Text | None = Field(None, description="Folder with the tasks' rows as JSONL; default: the hub.")
     texts: Annotated[dict[str, Text], NO_OPTION] = Field(
-        default_factory=dict, description="Domain -> text file to measure the loss on. Default: the experts' data."
+        default_factory=dict, description="Domain -> text file to measure the loss on; default: the experts' data."
     )
-    limit: Count | None = Field(None, description="Most documents of a task and blocks of a text. Default: all.")
+    limit: Count | None = Field(None, description="Most documents of a task and blocks of a text; default: all.")
     against_parents: bool = Field(False, description="Compare an MoE with its base, parents and their average.")
 
 
@@ -53,30 +64,28 @@ class ExportSettings(Closed):
     """What is written for llama.cpp."""
 
     types: Annotated[Names, Option(listed=True, metavar="TYPE,...")] = Field(
-        (), description="Types such as f16, q8_0, q5_k_m, q4_0. Default: a q4 and a q5 for the shape."
+        (), description="Types such as f16, q8_0, q5_k_m, q4_0; default: a q4 and a q5 for the shape."
     )
     imatrix: Annotated[Strings, Option(metavar="DATA")] = Field(
-        (), description="Calibration text: weighs columns by their activations."
+        (), description="Calibration text for the importance of columns."
     )
-    pad256: bool = Field(False, description="Pad rows with zeros to multiples of 256, so that K-quants fit. Exact.")
-    check: bool | None = Field(None, description="Compare each file with its source. Default: files under 2 GB.")
+    pad256: bool = Field(False, description="Pad rows with zeros to multiples of 256 for K-quants; exact.")
+    check: bool | None = Field(None, description="Compare each file with its source; default: files under 2 GB.")
     texts: Annotated[Strings, Option("--text", metavar="DATA")] = Field(
-        (), description="Text to compare on. Default: a few short ones."
+        (), description="Text to compare on; default: a few short ones."
     )
-    allow_random: bool = Field(False, description="Export even if only chance has set the routers.")
+    allow_random: bool = Field(False, description="Export even if the routers are random.")
 
 
 class CardSettings(Closed):
     """What the model card says beyond what was measured."""
 
     description: Text | None = Field(None, description="First paragraph of the card, in the author's words.")
-    repo: Annotated[Text | None, Option(metavar="ORG/NAME")] = Field(
-        None, description="Where the model will be on the hub."
-    )
-    license: Text | None = Field(None, description="Licence. Default: the one that all sources share.")
-    language: Strings = Field((), description="Language codes such as en. Default: those of the sources.")
+    repo: Annotated[Text | None, Option(metavar="ORG/NAME")] = Field(None, description="The model's name on the hub.")
+    license: Text | None = Field(None, description="Licence; default: the one that all sources share.")
+    language: Strings = Field((), description="Language codes such as en; default: those of the sources.")
     base_model: Strings = Field((), description="Hub ids of the parents, if the sources are folders.")
-    datasets: Strings = Field((), description="Hub ids of the training data. Default: those of the sources.")
+    datasets: Strings = Field((), description="Hub ids of the training data; default: those of the sources.")
     tags: Strings = Field((), description="Tags besides merge, moe and frankenmoe.")
     prompts: Annotated[Prompts, Option("--prompt")] = Field((), description="Prompt for the card's samples.")
     max_new_tokens: Count = Field(120, description="Longest sample, in tokens.")
@@ -84,37 +93,27 @@ class CardSettings(Closed):
     seed: Seed = Field(0, description="Seed of the samples.")
 
 
-def _asked_for(value: object) -> object:
-    """`audit: true` and a bare `audit:` ask for a stage with its defaults, `audit: false` does not."""
-    return {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
-
-
 def with_bare_sections(data: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe's data in which a section with nothing behind its colon is an empty one."""
+    """A recipe's data, with an empty section for a key without a value."""
     return {key: {} if value is None and key in SECTIONS else value for key, value in data.items()}
 
 
-BuildSection = Annotated[
-    BuildSettings | None, BeforeValidator(_asked_for, json_schema_input_type=BuildSettings | bool | None)
-]
-FitSection = Annotated[
-    FitSettings | None, BeforeValidator(_asked_for, json_schema_input_type=FitSettings | bool | None)
-]
-TrainSection = Annotated[
-    TrainSettings | None, BeforeValidator(_asked_for, json_schema_input_type=TrainSettings | bool | None)
-]
-AuditSection = Annotated[
-    AuditSettings | None, BeforeValidator(_asked_for, json_schema_input_type=AuditSettings | bool | None)
-]
-EvalSection = Annotated[
-    EvalSettings | None, BeforeValidator(_asked_for, json_schema_input_type=EvalSettings | bool | None)
-]
-ExportSection = Annotated[
-    ExportSettings | None, BeforeValidator(_asked_for, json_schema_input_type=ExportSettings | bool | None)
-]
-CardSection = Annotated[
-    CardSettings | None, BeforeValidator(_asked_for, json_schema_input_type=CardSettings | bool | None)
-]
+def _switch(value: object) -> object:
+    """`audit: true` means defaults, `audit: false` no such stage."""
+    return {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
 
-# the sections that say what is done with a model; the model itself is the same without them
+
+class _OrYesOrNo:
+    """Makes a section's type accept true and false as well, also in the JSON schema."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        settings = handler(source)
+        given = core_schema.union_schema([settings, core_schema.bool_schema()])
+        return core_schema.no_info_before_validator_function(_switch, settings, json_schema_input_schema=given)
+
+
+Settings = TypeVar("Settings")
+Section = Annotated[Settings | None, _OrYesOrNo()]
+
+# the sections for stages; they do not change the model itself
 SECTIONS = ("build", "fit", "train", "audit", "eval", "export", "card")

@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from frankenmoe.recipe.refusals import refuse_unknown_keys, setting_error
+from frankenmoe.errors import RecipeError
+from frankenmoe.recipe.refusals import found, refuse_unknown_keys, setting_error
 
 
 class Closed(BaseModel):
@@ -47,17 +48,15 @@ class Option:
 NO_OPTION = Option(hidden=True)
 
 
-def _listed(value: object) -> object:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-Names = Annotated[tuple[str, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str])]
-"""A list of names, or one text with commas between them."""
 Settings = TypeVar("Settings", bound=Closed)
 
 
 def settings_with(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """The same settings with some changed by name; RecipeError for one that is unknown or out of range."""
+    if not isinstance(settings, Closed):
+        raise RecipeError(
+            f"settings must be the settings of a stage, found {found(settings)}", hint="give settings by name instead"
+        )
     if not changes:
         return settings
     try:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from frankenmoe.data.blocks import Block, hold_out, text_blocks
+from frankenmoe.data.blocks import Block, check_vocabulary, hold_out, text_blocks
 from frankenmoe.data.documents import read_documents
 from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.recipe.train import TrainSettings
@@ -70,12 +71,8 @@ def read_domains(
                 "and one to measure on",
                 hint="give more text, or use shorter blocks (--block)",
             )
-        highest = max(max(block.ids) for block in blocks)
-        if highest >= vocab:
-            raise SourceError(
-                f"the tokenizer makes token {highest} of the data of {name}, but the model has {vocab} tokens",
-                hint="put the model's own tokenizer next to the base model's weights",
-            )
+        ids = chain.from_iterable(block.ids for block in blocks)
+        check_vocabulary(ids, vocab, tokenizer, what=f"the data of {name}")
         kept, held = hold_out(blocks, share=settings.hold_out)
         owner = experts.index(name) if name in experts else -1
         found.append(Domain(name, owner, weight, tuple(kept), tuple(held[: settings.guard_blocks])))

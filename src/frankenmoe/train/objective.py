@@ -37,9 +37,8 @@ def part_loss(
 
     `targets` counts the tokens that the whole batch learns. `head` is that of `train.head.summed`.
     """
-    with seen_routings(blocks) as seen, context():
+    with seen_routings(blocks) as routings, context():
         tokens = _token_loss(model, inputs, settings=settings, head=head) * processes / max(1, targets)
-    routings = [each.routing for each in seen if each.outer]
     return tokens + _router_loss(routings, inputs, settings=settings, processes=processes) / settings.accumulate
 
 

@@ -3,9 +3,8 @@
 Shape suffixes: T tokens, D hidden, E experts, K top-k.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -65,14 +64,6 @@ class LearningCapacity(Capacity):
         return found
 
 
-@dataclass(frozen=True)
-class Seen:
-    """One router's decision in one forward pass, with its graph. `outer`: the layer's own router, not a nested one."""
-
-    outer: bool
-    routing: Routing
-
-
 def prepare_routers(
     blocks: dict[int, MoEBlock],
     *,
@@ -94,19 +85,14 @@ def prepare_routers(
 
 
 @contextmanager
-def seen_routings(blocks: dict[int, MoEBlock]) -> Iterator[list[Seen]]:
-    """Collects the decisions of all routers that run within the context, in order."""
-    found: list[Seen] = []
+def seen_routings(blocks: Mapping[int, MoEBlock]) -> Iterator[list[Routing]]:
+    """Collects the decisions of the layers' own routers within the context, in order, with their graphs."""
+    found: list[Routing] = []
 
-    def hook(outer: bool) -> object:
-        def append(_module: nn.Module, _inputs: object, routing: Routing) -> None:
-            found.append(Seen(outer, routing))
-
-        return append
+    def append(_module: nn.Module, _inputs: object, routing: Routing) -> None:
+        found.append(routing)
 
     with ExitStack() as hooks:
-        for outer in blocks.values():
-            for block in [module for module in outer.modules() if isinstance(module, MoEBlock)]:
-                handle = block.router.register_forward_hook(hook(block is outer))  # type: ignore[arg-type]
-                hooks.callback(handle.remove)
+        for block in blocks.values():
+            hooks.callback(block.router.register_forward_hook(append).remove)
         yield found

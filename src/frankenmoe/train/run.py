@@ -1,8 +1,4 @@
-"""Artifact or recipe -> an artifact that was trained; the library's and the CLI's way to train.
-
-Reads the text, hands a running MoE to `train.run`, and writes what came of it. Killed at any moment, the same call goes
-on from the last checkpoint.
-"""
+"""Artifact or recipe -> a trained artifact. If killed, the same call continues from the last checkpoint."""
 
 import hashlib
 import json
@@ -36,7 +32,7 @@ from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.record import record_of
 from frankenmoe.checkpoint.fingerprint import fingerprint
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.data.given import user_path
+from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
@@ -52,12 +48,11 @@ from frankenmoe.train.parts import blocks
 from frankenmoe.train.save import new_routers, write_parts
 
 REPORT = "training.json"
-Data = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run: the artifact, and what training found, as plain data (losses, looks of the guard, speed)."""
+    """A finished training: the artifact, and the report as plain data (losses, held-out measurements, speed)."""
 
     artifact: Artifact
     report: Mapping[str, Any]
@@ -67,7 +62,7 @@ def train(
     what: Subject | Recipe | Artifact | str | Path,
     out: str | Path,
     *,
-    data: Data | None = None,
+    data: Texts | None = None,
     settings: TrainSettings | None = None,
     keep_anyway: bool = False,
     dtype: str | None = None,
@@ -76,13 +71,13 @@ def train(
     progress: Progress = SILENT,
     **changes: Any,
 ) -> Trained:
-    """Trains an MoE on text and writes it to `out`, in the form it had (a recipe becomes a virtual artifact).
+    """Trains an MoE on text and writes it to `out` in the same form (a recipe becomes a virtual artifact).
 
-    `data` maps the name of a domain, best that of the expert it belongs to, to files or hub datasets; by default it is
-    that of the recipe's experts. `settings` is by default the recipe's `train`, `changes` are settings by name. `dtype`
-    is what frozen weights compute in, by default as they are stored. `shard` spreads weights over the processes of a
-    launcher (FSDP2). The result is what the guard measured best on text held out; raises PlanError where that is where
-    it began, unless `keep_anyway`.
+    `data` maps domains, preferably named after their experts, to files or hub datasets with paths from the working
+    directory; by default it is the recipe's. `settings` is by default the recipe's `train`; `changes` are settings by
+    name. `dtype` is the type of frozen weights in memory, by default as stored. `shard` shards weights over the
+    launcher's processes (FSDP2). Keeps the state with the lowest held-out loss. Raises PlanError if that is the first
+    one, unless `keep_anyway`.
     """
     out = Path(os.path.realpath(out))
     main = int(os.environ.get("RANK", "0")) == 0
@@ -90,7 +85,7 @@ def train(
         refuse_occupied(out)
     subject = open_subject(what)
     settings = settings_with(settings or subject.recipe.train or TrainSettings(), changes)
-    data = data or _recipes_data(subject.recipe.experts)
+    data = located(data) if data else _recipes_data(subject.recipe.experts)
     body = _prints(subject.artifact.folder) if subject.artifact and subject.built else ()
     plan = None if subject.built else subject.plan
     if subject.artifact is None:
@@ -113,36 +108,36 @@ def train(
     origin = plan.digest if plan else list(body)
     digest = _digest(origin, routers, settings, data, folder=subject.recipe.folder, dtype=dtype)
     with _folder(out, digest=digest, main=main) as partial:
-        job = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard)
+        run = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard)
         try:
-            outcome: RunResult | FrankenMoEError = train_loop(job, progress=progress)
-        except ArtifactError as error:  # a checkpoint could not be written: what there is stays for the next try
-            outcome = error
-        # what a run stopped at is no state to keep, whoever asks
-        if isinstance(outcome, RunResult) and main and (outcome.improved or (keep_anyway and not outcome.stopped)):
-            weights = outcome.weights if outcome.improved else outcome.last
-            report = _report(subject, settings, data, outcome)
+            result: RunResult | FrankenMoEError = train_loop(run, progress=progress)
+        except ArtifactError as error:  # a checkpoint could not be written; the folder is kept for the next try
+            result = error
+        # the last state of a stopped run is never kept
+        if isinstance(result, RunResult) and main and (result.improved or (keep_anyway and not result.stopped)):
+            weights = result.weights if result.improved else result.last
+            report = _report(subject, settings, data, result)
             _write(subject, routers, weights, report, partial, body=body, out=out, progress=progress)
-    if isinstance(outcome, FrankenMoEError):
-        raise outcome
-    if outcome.stopped:
-        raise _stopped(outcome, out)
-    if not (outcome.improved or keep_anyway):
-        raise _worse(outcome, out)
+    if isinstance(result, FrankenMoEError):
+        raise result
+    if result.stopped:
+        raise _stopped(result, out)
+    if not (result.improved or keep_anyway):
+        raise _worse(result, out)
     if dist.is_initialized():
         dist.barrier()
     artifact = open_artifact(out)
     return Trained(artifact, TrainingReport.read(out / REPORT).to_dict())
 
 
-def _recipes_data(experts: tuple[Expert, ...]) -> Data:
+def _recipes_data(experts: tuple[Expert, ...]) -> Texts:
     return {expert.name: expert.data for expert in experts if expert.data}
 
 
 def _digest(
-    origin: str | list[str], routers: Routers, settings: TrainSettings, data: Data, *, folder: Path, dtype: str | None
+    origin: str | list[str], routers: Routers, settings: TrainSettings, data: Texts, *, folder: Path, dtype: str | None
 ) -> str:
-    """Names the run: what it starts from, the settings, and the files of text as they are now."""
+    """Identifies the run: the starting weights, the settings and the text files with their size and time."""
     gates = hashlib.sha256(b"".join(raw.tobytes() for _, _, raw in routers.values())).hexdigest()
     texts = []
     for name in sorted(data):
@@ -155,13 +150,13 @@ def _digest(
 
 
 def _prints(folder: Path) -> tuple[str, ...]:
-    """Fingerprints of a built body's files."""
+    """Fingerprints of a built artifact's weight files."""
     return tuple(fingerprint(file) for file in sorted(folder.glob("model-0*.safetensors")))
 
 
 @contextmanager
 def _folder(out: Path, *, digest: str, main: bool) -> Iterator[Path]:
-    """Where the artifact grows; only the first process of several holds it."""
+    """The partial folder of the artifact; of several processes, only the first one locks it."""
     if main:
         with growing(out, digest=digest) as partial:
             yield partial
@@ -169,17 +164,17 @@ def _folder(out: Path, *, digest: str, main: bool) -> Iterator[Path]:
         yield partial_folder(out)
 
 
-def _report(subject: Subject, settings: TrainSettings, data: Data, outcome: RunResult) -> TrainingReport:
-    history = outcome.history
-    first, best, last = history.looks[0], outcome.best, history.looks[-1]
+def _report(subject: Subject, settings: TrainSettings, data: Texts, result: RunResult) -> TrainingReport:
+    history = result.history
+    first, best, last = history.looks[0], result.best, history.looks[-1]
     found = {
         "from": subject.origin,
         "settings": settings.to_dict(),
         "data": {name: list(files) for name, files in data.items()},
-        "parameters": outcome.parameters,
+        "parameters": result.parameters,
         "steps": history.step,
         "best_step": history.best,
-        "improved": outcome.improved,
+        "improved": result.improved,
         "held_out_loss": {"before": first.loss, "best": best.loss, "after": last.loss},
         "mean_held_out_loss": {"before": first.mean, "best": best.mean, "after": last.mean},
         "largest_load": {"before": first.largest, "best": best.largest, "after": last.largest},
@@ -203,18 +198,18 @@ def _write(
     """Turns the partial folder into the finished artifact."""
     write_routers(partial, new_routers(routers, weights))
     report.write(partial / REPORT)
-    said = report.to_dict()
+    facts = report.to_dict()
     stage = {
         "stage": "train",
-        **{key: said[key] for key in ("from", "settings", "data", "best_step", "mean_held_out_loss")},
+        **{key: facts[key] for key in ("from", "settings", "data", "best_step", "mean_held_out_loss")},
         "versions": versions(),
     }
     source = subject.artifact
     if source and subject.built:
         _link_body(source.folder, partial)
         record = dict(source.record)
-        if _prints(partial) != body:  # those of before the first step
-            raise ArtifactError(f"the body of {source.folder} changed while it was trained", hint="build it again")
+        if _prints(partial) != body:  # taken before the first step
+            raise ArtifactError(f"the weights of {source.folder} changed during training", hint="build it again")
     else:
         record = _virtual_record(subject, weights, partial, out=out, progress=progress)
     earlier = source.record["stages"] if source else [{"stage": "routers", "gate_mode": subject.recipe.gate_mode}]
@@ -231,7 +226,7 @@ def _virtual_record(
     text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
     write_atomic(partial / "recipe.yml", text.encode())
     copy_small_files(subject.plan, partial)
-    # planned where it lies now, beside where it will lie: relative paths mean the same from both
+    # planned in the partial folder, which is next to `out`, so relative paths are valid in both
     trained = Recipe.load(partial / "recipe.yml")
     made = Subject(trained, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code).plan
     known = subject.artifact.record["sources"] if subject.artifact else []
@@ -250,7 +245,7 @@ def _virtual_record(
 
 
 def _link_body(source: Path, folder: Path) -> None:
-    """Everything but record, routers and report, by hard link where the disk allows it, else as a copy."""
+    """Hard links (or copies) of all files except record, routers and report."""
     for file in source.iterdir():
         target = folder / file.name
         if file.name in (RECORD, ROUTERS, REPORT) or target.exists() or not file.is_file():
@@ -261,25 +256,25 @@ def _link_body(source: Path, folder: Path) -> None:
             shutil.copy2(file, target)
 
 
-def _stopped(outcome: RunResult, out: Path) -> NumericsError:
-    assert outcome.stopped is not None
+def _stopped(result: RunResult, out: Path) -> NumericsError:
+    assert result.stopped is not None
     kept = (
-        f"{out} holds the best state before it, of step {outcome.history.best}"
-        if outcome.improved
-        else "nothing before it was better than the beginning, so nothing was written"
+        f"{out} has the best earlier state, of step {result.history.best}"
+        if result.improved
+        else "no earlier state was better than the first, so nothing was written"
     )
-    hint = outcome.stopped.hint if outcome.improved else f"{outcome.stopped.hint}; {_other_settings(out)}"
-    return NumericsError(f"{outcome.stopped.message}, so training stopped there; {kept}", hint=hint)
+    hint = result.stopped.hint if result.improved else f"{result.stopped.hint}; {_other_settings(out)}"
+    return NumericsError(f"{result.stopped.message}, so training stopped; {kept}", hint=hint)
 
 
-def _worse(outcome: RunResult, out: Path) -> PlanError:
-    first, last = outcome.history.looks[0], outcome.history.looks[-1]
+def _worse(result: RunResult, out: Path) -> PlanError:
+    first, last = result.history.looks[0], result.history.looks[-1]
     worst = max(last.loss, key=lambda name: last.loss[name] - first.loss[name])
     return PlanError(
-        f"the run ended worse than it began: mean held-out loss {first.mean:.4f} before, {last.mean:.4f} after "
-        f"{outcome.history.step} steps (most on {worst}, {first.loss[worst]:.4f} to {last.loss[worst]:.4f}), and no "
-        f"look in between was better; {out} was not written",
-        hint="lower --rate and --router-rate or give more text; --keep-anyway writes the last state all the same; "
+        f"training made the model worse: mean held-out loss {first.mean:.4f} before, {last.mean:.4f} after "
+        f"{result.history.step} steps (most on {worst}, {first.loss[worst]:.4f} to {last.loss[worst]:.4f}), and no "
+        f"state in between was better; {out} was not written",
+        hint="lower --rate and --router-rate or give more text; --keep-anyway writes the last state anyway; "
         + _other_settings(out),
     )
 

@@ -14,10 +14,8 @@ from safetensors.torch import load_file, save
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import PlanError
-from frankenmoe.moe.dense import as_tensor, load_dense, read_config
+from frankenmoe.moe.dense import load_source
 from frankenmoe.planning import Plan
-from frankenmoe.planning.sources import anatomy
-from frankenmoe.planning.tree import dense_writes
 from frankenmoe.train.data import Domain
 
 KEPT = 32  # most likely tokens whose probability is kept; the sum of the others follows
@@ -64,9 +62,7 @@ def _parent(plan: Plan, domain: Domain, *, dtype: torch.dtype | None) -> Any:
             f"expert {domain.name} is itself an MoE, so it has no single parent to distil from",
             hint="leave out distill, or name the data after experts that are FFNs",
         )
-    tensors = {write.name: as_tensor(write) for write in dense_writes(source, anatomy(source), dtype=plan.dtype)}
-    kind = dtype or next(iter(tensors.values())).dtype
-    return load_dense(read_config(source.folder), {key: value.to(kind) for key, value in tensors.items()}, dtype=kind)
+    return load_source(source, stored=plan.dtype, dtype=dtype)
 
 
 def _batches(domain: Domain) -> list[Sequence[Block]]:

@@ -5,18 +5,17 @@ result in the user's cache folder.
 """
 
 import ctypes
-import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
 
+from frankenmoe.cache import cache_folder
 from frankenmoe.moe.cpu import kernels
 
 # T tokens, I inputs, O outputs, R rank
@@ -156,17 +155,11 @@ def _compiled(kernel: Callable[[Any], None]) -> Any:
     with _lock:  # numba.config is one for all threads
         before = numba.config.CACHE_DIR
         try:
-            numba.config.CACHE_DIR = str(_folder())
+            numba.config.CACHE_DIR = str(cache_folder("kernels"))
             return numba.cfunc(TASK, cache=True, **kernels.PLAIN)(kernel)
         except Exception:  # of many classes: unpickling, writing, finding a home
             with suppress(OSError, RuntimeError):
-                shutil.rmtree(_folder())
+                shutil.rmtree(cache_folder("kernels"))
             return numba.cfunc(TASK, **kernels.PLAIN)(kernel)
         finally:
             numba.config.CACHE_DIR = before
-
-
-def _folder() -> Path:
-    """`frankenmoe/kernels` in the user's cache. A relative XDG_CACHE_HOME is ignored, as its specification says."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (cache_home if cache_home.is_absolute() else Path.home() / ".cache") / "frankenmoe" / "kernels"

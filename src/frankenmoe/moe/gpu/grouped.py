@@ -1,4 +1,4 @@
-"""Tokens through packed experts without a question from the host to the device; does not know how they were packed."""
+"""Computes packed experts on a GPU. The host never waits for the device."""
 
 from typing import NamedTuple
 
@@ -10,16 +10,16 @@ from frankenmoe.moe.gpu.packing import Adapted, Distinct, LowRank, Packed, stack
 # T tokens, D hidden, F ffn, E experts, K top-k, R rank, I inputs, O outputs
 # A = T * K assignments: by token, then by choice, or sorted by expert
 
-# Up to so many assignments each gets a copy of its expert's weights and a product of its own. Above, they are sorted,
-# and each expert's weights are read once. Where the two cross on a GPU was not measured for want of one.
+# Up to this many assignments, each gets a copy of its expert's weights and its own product. Above, assignments are
+# sorted and each expert's weights are read once. The break-even point on a GPU has not been measured.
 FEW = 8
 
 
 class Rows(NamedTuple):
-    """The assignments in the order of computing: where each lay before, its token and its expert's place.
+    """The assignments in the order of computation: former position, token and row of the expert's weights.
 
-    `back_A` takes them back to where they lay, and `end_E` is where each expert's rows end; both are None where there
-    are so few that they stay where they were.
+    `back_A` restores the former order. `end_E` is where each expert's rows end. Both are None for at most FEW
+    assignments, which are not sorted.
     """
 
     order_A: torch.Tensor
@@ -30,11 +30,11 @@ class Rows(NamedTuple):
 
 
 def takes(packed: Packed, hidden_TD: torch.Tensor, ids_TK: torch.Tensor) -> bool:
-    """Whether `mix` can do this without waiting for the device; if not, the experts are computed one after another.
+    """Whether `mix` can compute this without waiting for the device. If not, the experts run one after another.
 
-    torch's grouped product does not wait on a GPU of compute capability 9 or 10 in bfloat16; in other dtypes or on
-    other GPUs it asks for the offsets, and it needs rows of a multiple of 16 bytes. A few assignments need none of it.
-    Under autocast to the type of the weights, as in training, tokens may be float32: its products would round them too.
+    torch's grouped product does not wait in bfloat16 on a GPU of compute capability 9 or 10. In other dtypes or on
+    other GPUs it reads the offsets back. Its rows must be a multiple of 16 bytes. Up to FEW assignments do without.
+    Under autocast to the dtype of the weights, as in training, tokens may be float32: autocast would round them too.
     """
     like = packed.like
     casts = torch.is_autocast_enabled(like.device.type)
@@ -47,13 +47,13 @@ def takes(packed: Packed, hidden_TD: torch.Tensor, ids_TK: torch.Tensor) -> bool
 
 
 def mix(hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, packed: Packed) -> torch.Tensor:
-    """out_TD: for each token, the sum of its experts' outputs times their weights, in the dtype of `hidden_TD`.
+    """out_TD: for each token, the weighted sum of its experts' outputs, in the dtype of `hidden_TD`.
 
-    Every shape follows from those of the arguments alone. Ids are 0 .. E-1, or -1 for a dropped assignment: it is
-    computed as if it went to expert 0 and then left out. A token's sum is taken at once, in float32 within torch.
+    All shapes depend only on the shapes of the arguments. Ids are 0 .. E-1, or -1 for a dropped assignment, which is
+    computed as if it went to expert 0 and is then masked. Each token's sum is one reduction, in float32 within torch.
     """
     like = packed.like
-    with torch.autocast(like.device.type, enabled=False):  # what it would do is done here at once
+    with torch.autocast(like.device.type, enabled=False):  # the next line casts instead
         hidden = hidden_TD.to(like.dtype)
         if isinstance(packed, Distinct):
             return _distinct(hidden, weights_TK, ids_TK, packed).to(hidden_TD.dtype)
@@ -73,7 +73,7 @@ def _distinct(
 
 
 def _adapted(hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, packed: Adapted) -> torch.Tensor:
-    """The base's gate and up once for a token, its down once for the weighted sum over experts (see dispatch)."""
+    """Gate and up of the base once per token, down once for the weighted sum over experts (see moe/experts.py)."""
     base, low_rank = packed.group.base, stacked(packed)
     assert base is not None
     rows = _rows(ids_TK.clamp(min=0), experts=len(packed.group.members))
@@ -99,7 +99,7 @@ def _rows(place_TK: torch.Tensor, *, experts: int) -> Rows:
         return Rows(line_A, line_A // top_k, place_A, None, None)
     place_A, order_A = place_A.sort(stable=True)
     back_A = torch.empty_like(order_A).scatter_(0, order_A, line_A)
-    # not bincount, which asks the device for the largest
+    # not bincount, which reads the maximum from the device
     places_E = torch.arange(experts, device=place_A.device)
     end_E = torch.searchsorted(place_A, places_E, right=True, out_int32=True)
     return Rows(order_A, order_A // top_k, place_A, back_A, end_E)
@@ -119,8 +119,10 @@ def _update(x_AI: torch.Tensor, lora: LowRank, rows: Rows) -> torch.Tensor:
 
 
 def _reached(weight_EOI: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """Weights that learn, with a gradient of zero for experts without rows, to which a grouped product on Blackwell
-    gives what lies in memory (pytorch issue 172439)."""
+    """Trained weights, with zero gradients for experts without rows.
+
+    On Blackwell a grouped product leaves these gradients uninitialised (pytorch issue 172439).
+    """
     if rows.end_E is None or not weight_EOI.requires_grad:
         return weight_EOI
     rows_E = rows.end_E.diff(prepend=rows.end_E.new_zeros(1))
@@ -128,9 +130,9 @@ def _reached(weight_EOI: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 
 def _kept(out_AO: torch.Tensor, rows: Rows, ids_TK: torch.Tensor) -> torch.Tensor:
-    """out_TKO: the rows where they lay before, with zero for what was dropped.
+    """out_TKO: the rows in their former order, with zeros for dropped assignments.
 
-    They are laid back and summed, not added into place, which on a GPU would be in another order every time.
+    The caller sums over K. Adding the rows in place would use a random order on a GPU.
     """
     if rows.back_A is not None:
         out_AO = out_AO.index_select(0, rows.back_A)

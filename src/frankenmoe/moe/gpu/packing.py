@@ -1,4 +1,4 @@
-"""Lays a layer's experts side by side in memory, as grouped products on a GPU want them; multiplies nothing itself."""
+"""Packs the experts of a layer into a few large tensors, which grouped products on a GPU need."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,18 +13,18 @@ from frankenmoe.moe.linear import is_linear
 
 # E experts, D hidden, F ffn, R rank, I inputs, O outputs
 
-DEVICES = frozenset({"cuda"})  # elsewhere experts are computed one after another, each from where it lies
-OFTEN = 8
+DEVICES = frozenset({"cuda"})  # on other devices the experts run one after another, unpacked
+OFTEN = 8  # times that a block packs the same experts
 MOVED = (
-    f"the weights of an MoE block were moved or replaced {OFTEN} times, so its experts are no longer packed for the "
-    "GPU and are computed one after another, which is slower"
+    f"the weights of an MoE block were moved or replaced {OFTEN} times. Its experts are no longer packed for the GPU; "
+    "they run one after another, which is slower"
 )
-ALIGNMENT = 16  # bytes that rows of a grouped product must be a multiple of
+ALIGNMENT = 16  # rows of a grouped product must be a multiple of this many bytes
 
 
 @dataclass(frozen=True)
 class Distinct:
-    """Experts with weights of their own and no bias; `place_E` says where an id's expert lies, None: at its id."""
+    """Experts with different weights and no bias. `place_E` maps ids to rows of the tensors; None if they are equal."""
 
     gate_up_EOI: torch.Tensor
     down_EOI: torch.Tensor
@@ -33,18 +33,18 @@ class Distinct:
 
     @property
     def like(self) -> torch.Tensor:
-        """A weight; the others have its dtype and device."""
+        """One of the weights. All have the same dtype and device."""
         return self.down_EOI
 
     @property
     def aligned(self) -> bool:
-        """Whether a grouped product can take these sizes."""
+        """Whether a grouped product can compute these sizes."""
         return all(size * self.like.itemsize % ALIGNMENT == 0 for size in self.like.shape[1:])
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The adapters of all experts on one projection, narrow ranks and missing ones filled up with zeros."""
+    """The adapters of all experts on one projection. Zeros fill up smaller ranks and missing adapters."""
 
     a_ERI: torch.Tensor
     b_EOR: torch.Tensor
@@ -53,7 +53,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapted:
-    """Adapters over one FFN, by projection; `low_rank` is None where they learn: then A and B are stacked anew."""
+    """Adapters over one FFN, by projection. `low_rank` is None in training: A and B are then stacked in every call."""
 
     group: Group
     scales: Mapping[str, torch.Tensor]
@@ -61,13 +61,13 @@ class Adapted:
 
     @property
     def like(self) -> torch.Tensor:
-        """A weight; the others have its dtype and device."""
+        """One of the weights. All have the same dtype and device."""
         assert self.group.base is not None
         return self.group.base.down_proj.weight
 
     @property
     def aligned(self) -> bool:
-        """Whether a grouped product can take these sizes."""
+        """Whether a grouped product can compute these sizes."""
         return all(size * self.like.itemsize % ALIGNMENT == 0 for size in self.like.shape)
 
 
@@ -75,7 +75,7 @@ Packed = Distinct | Adapted
 
 
 class Packing(Transient):
-    """What a block's experts were packed into."""
+    """The packed experts of a block."""
 
     def __init__(self) -> None:
         self._first: Group | None = None  # of the groups that are packed
@@ -85,11 +85,11 @@ class Packing(Transient):
         self._packed: Packed | None = None
 
     def of(self, groups: Sequence[Group], hidden_TD: torch.Tensor) -> Packed | None:
-        """These groups packed; None if they cannot be packed or `hidden_TD` is not on a GPU.
+        """The packed groups. None if they cannot be packed or `hidden_TD` is not on a GPU.
 
-        `groups` must be a new object when anything within the experts was replaced, got a hook or began to learn.
-        Weights that were moved are packed again, without a question to the device, but at most OFTEN times: two blocks
-        that share an expert would pack it in turns.
+        `groups` must be a new object after anything within the experts was replaced, got a hook or became trainable.
+        Weights that moved are packed again, without waiting for the device. This happens at most OFTEN times, because
+        two blocks that share an expert would otherwise pack it in turns.
         """
         if hidden_TD.device.type not in DEVICES:
             return None
@@ -101,7 +101,7 @@ class Packing(Transient):
                 return None
             if not same:
                 self._times = 0
-            self._packed = None  # first, so that its memory can be used again
+            self._packed = None  # frees its memory before the next packing
             self._packed = pack(groups) if self._times < OFTEN else None
             if self._times == OFTEN:
                 warnings.warn(MOVED, stacklevel=2)
@@ -112,15 +112,15 @@ class Packing(Transient):
 
 
 def pack(groups: Sequence[Group]) -> Packed | None:
-    """Moves the weights of these groups into few large tensors, of which the modules keep views; None if they stay.
+    """Moves the weights of these groups into a few large tensors; the modules keep views. None if nothing moves.
 
-    They stay where experts differ in shape, type or activation, have biases, learn, are listened to by a hook or are
-    blocks themselves; where adapters have another dtype than their base; where only some are adapters; among several
-    processes, which may gather and free weights as they see fit (FSDP). So do equal experts, which are one product.
+    Nothing moves if experts differ in shape, dtype or activation, have biases or hooks, are trained, or are blocks; if
+    adapters have another dtype than their base; or if only some experts are adapters. Equal experts stay too: they are
+    one product. In distributed runs nothing moves, because FSDP may gather and free weights at any time.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return None
-    with torch.inference_mode(False), torch.no_grad():  # what is packed while generating may be trained through later
+    with torch.inference_mode(False), torch.no_grad():  # the tensors may be used in training later
         if len(groups) == 1:
             return None if groups[0].base is None else _pack_adapted(groups[0])
         if any(group.base is not None for group in groups):
@@ -129,7 +129,7 @@ def pack(groups: Sequence[Group]) -> Packed | None:
 
 
 def stacked(packed: Adapted) -> Mapping[str, LowRank]:
-    """The adapters by projection, with a gradient for those that learn."""
+    """The adapters by projection. Trained adapters get gradients."""
     if packed.low_rank is not None:
         return packed.low_rank
     return {name: _stack(packed.group, name, scale_E) for name, scale_E in packed.scales.items()}
@@ -146,7 +146,7 @@ def _pack_distinct(groups: Sequence[Group]) -> Distinct | None:
     ffn, hidden = weights[0][0].shape
     gate_up_EOI = weights[0][0].new_empty(len(experts), 2 * ffn, hidden)
     down_EOI = weights[0][0].new_empty(len(experts), hidden, ffn)
-    for place, (gate, up, down) in enumerate(weights):  # one after another, so that the memory of each is free at once
+    for place, (gate, up, down) in enumerate(weights):  # one by one, which frees each weight's memory at once
         _move(gate, gate_up_EOI[place, :ffn])
         _move(up, gate_up_EOI[place, ffn:])
         _move(down, down_EOI[place])
@@ -180,7 +180,7 @@ def _scales(group: Group, name: str) -> torch.Tensor:
     found = [loras.get(name) for loras in group.loras]
     like = next(lora for lora in found if lora is not None).a
     scales = [0.0 if lora is None else lora.scale for lora in found]
-    # in 16 bits a scale would be off by up to 0.4 %, the same way for every token
+    # in 16 bits the error of a scale would be up to 0.4 %, with the same sign for every token
     return torch.tensor(scales, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
@@ -196,9 +196,9 @@ def _stack(group: Group, name: str, scale_E: torch.Tensor) -> LowRank:
 
 
 def _move(weight: torch.Tensor, to: torch.Tensor) -> None:
-    """The same parameter with its numbers elsewhere, so that whoever holds it sees them."""
+    """Moves a parameter's data into `to`. The parameter object stays, so every reference sees the new data."""
     to.copy_(weight)
-    if weight.is_cuda:  # on another stream than this one its memory must not be used before it is copied
+    if weight.is_cuda:  # no other stream may reuse its memory before it is copied
         weight.record_stream(torch.cuda.current_stream(weight.device))
     weight.data = to
 
@@ -208,7 +208,7 @@ def _is_captured(hidden: torch.Tensor) -> bool:
 
 
 def _is_plain(expert: nn.Module) -> bool:
-    """down(act(gate x) * up x) of frozen, unbiased linear layers to which nobody listens."""
+    """Whether an expert is down(act(gate x) * up x) of frozen linear layers without biases and hooks."""
     if type(expert).__name__ not in GATED_MLPS or not isinstance(expert.act_fn, nn.Module):
         return False
     if listened(expert, expert.act_fn):
@@ -226,7 +226,7 @@ def _is_plain(expert: nn.Module) -> bool:
 
 
 def _kind(expert: nn.Module) -> object:
-    """Equal for experts that one grouped product can take."""
+    """Equal for experts that one grouped product can compute."""
     return tuple(
         (weight.shape, weight.dtype, weight.device) for weight in (_weight(expert, name) for name in PROJECTIONS)
     )
@@ -239,13 +239,13 @@ def _weight(expert: nn.Module, name: str) -> torch.Tensor:
 
 
 def _same(act: nn.Module, other: nn.Module) -> bool:
-    """Whether two activations are certainly the same function."""
+    """Whether two activations are the same function. False in case of doubt."""
     if act is other:
         return True
     if type(act) is not type(other) or act._parameters or act._buffers or act._modules:
         return False
     mine, theirs = (
-        # transformers marks some modules, and not their like, with private names
+        # transformers sets private attributes on some modules only
         {name: value for name, value in vars(each).items() if not name.startswith("_") and name != "training"}
         for each in (act, other)
     )
@@ -253,7 +253,7 @@ def _same(act: nn.Module, other: nn.Module) -> bool:
 
 
 def _weights(groups: Sequence[Group]) -> Sequence[torch.Tensor]:
-    """All weights of gated FFNs and their adapters."""
+    """All weights of the groups' experts, adapters included, except the base under adapters."""
     own: list[torch.Tensor] = [weight for group in groups for weight in group.module.parameters() if group.base is None]
     return own + [
         weight for group in groups for row in group.loras for lora in row.values() for weight in (lora.a, lora.b)

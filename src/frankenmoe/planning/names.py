@@ -1,0 +1,26 @@
+"""Walks over experts at every depth, in a recipe or in a plan. Does not import torch."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+from frankenmoe.planning.tree import ExpertNode
+from frankenmoe.recipe import Expert, Recipe
+
+Node = TypeVar("Node", Expert, ExpertNode)
+
+
+def named_experts(
+    experts: Sequence[Node], *, path: tuple[int, ...] = (), prefix: str = ""
+) -> Iterator[tuple[str, tuple[int, ...], Node]]:
+    """(name, path, expert) of every expert, groups before their members; a nested one is named "group/leaf"."""
+    for index, expert in enumerate(experts):
+        name, place = f"{prefix}{expert.name}", (*path, index)
+        yield name, place, expert
+        inner: Any = expert.experts if isinstance(expert, Expert) else expert.children
+        yield from named_experts(inner, path=place, prefix=f"{name}/")
+
+
+def expert_data(recipe: Recipe) -> list[str]:
+    """The `data` of every expert at every depth, shared ones included."""
+    experts = (*recipe.experts, *recipe.shared_experts)
+    return [text for _, _, expert in named_experts(experts) for text in expert.data]
