@@ -14,6 +14,7 @@ from pathlib import Path
 KINDS = ("routers", "scores", "kernels")  # fitted routers, answers scored by `eval`, compiled CPU kernels
 NAME = "name.txt"  # file in an entry with its name for `frankenmoe cache`
 PARTIAL = ".partial"  # suffix of an entry that is being written
+SHOWN = 12  # characters of an entry's file name, if it has no other name
 ABANDONED = 24 * 3600  # seconds; an older partial entry is left from a killed run
 
 
@@ -65,19 +66,20 @@ def clear(kind: str) -> int:
 
 
 def _paths(kind: str) -> list[Path]:
-    """What lies in the folder of a kind; nothing where it is missing or cannot be read."""
+    """The entries of a kind, an empty list if there are none or if they cannot be read. All kernels are one entry."""
+    folder = cache_folder(kind)
     try:
-        return list(cache_folder(kind).iterdir())
+        found = list(folder.iterdir())
     except OSError:
         return []
+    return [folder] if found and kind == "kernels" else found
 
 
 def _entry(kind: str, path: Path) -> Entry:
     name = path / NAME
     size = sum(file.stat().st_size for file in _files(path))
-    return Entry(
-        kind, path, name.read_text(errors="replace") if name.is_file() else path.name, size, path.stat().st_mtime
-    )
+    label = name.read_text(errors="replace") if name.is_file() else path.name[:SHOWN]
+    return Entry(kind, path, label, size, path.stat().st_mtime)
 
 
 def _files(path: Path) -> Iterator[Path]:
