@@ -48,6 +48,12 @@ class Subject:
     def artifact(self) -> Artifact | None:
         return self.what if isinstance(self.what, Artifact) else None
 
+    def need_artifact(self, *, hint: str) -> Artifact:
+        """The artifact. Raises PlanError with this hint for a recipe."""
+        if not isinstance(self.what, Artifact):
+            raise PlanError(f"{self.origin} is a recipe, expected an artifact", hint=hint)
+        return self.what
+
     @property
     def built(self) -> bool:
         """Whether this is a built artifact, which does not need its sources."""
@@ -183,7 +189,7 @@ class Subject:
 
 
 def _stored(dtype: str) -> str:
-    """The safetensors name of a type; PlanError for one that no MoE has."""
+    """The safetensors name of a type. PlanError for a type that cannot be stored."""
     try:
         return safetensors_dtype(dtype)
     except (ValueError, TypeError):

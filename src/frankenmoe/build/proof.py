@@ -19,10 +19,10 @@ from transformers.core_model_loading import revert_weight_conversion
 from frankenmoe.artifact.folder import Artifact, small_hashes
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
-from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
-from frankenmoe.errors import ArtifactError, PlanError
-from frankenmoe.moe.dense import causal_class, quiet_transformers
+from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.dense import causal_class, quiet_transformers, torch_dtype
 from frankenmoe.planning import Plan
 from frankenmoe.planning.recall import facts
 from frankenmoe.progress import SILENT, Progress
@@ -49,9 +49,7 @@ def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT
     Returns the passed checks. Raises ArtifactError or NumericsError for the first failure, PlanError for a recipe.
     """
     subject = open_subject(what)
-    artifact, made = subject.artifact, subject.plan
-    if artifact is None:
-        raise PlanError(f"{subject.origin} is a recipe, expected an artifact", hint="give an artifact's folder")
+    artifact, made = subject.need_artifact(hint="give an artifact's folder"), subject.plan
     for key, value in facts(made).items():
         if artifact.record.get(key) != value:
             raise ArtifactError(
@@ -207,7 +205,7 @@ def _compare_class(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
-    ours = {name: (_torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
+    ours = {name: (torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ArtifactError(
@@ -231,12 +229,6 @@ def _read_ahead(tensors: Iterable[TensorRef]) -> None:
         with file.open("rb") as opened:
             for ref in refs:
                 os.posix_fadvise(opened.fileno(), ref.start, min(SAMPLE, ref.nbytes), os.POSIX_FADV_WILLNEED)
-
-
-def _torch_dtype(dtype: str) -> torch.dtype:
-    found = getattr(torch, DTYPES[dtype].name)
-    assert isinstance(found, torch.dtype)
-    return found
 
 
 def _compare_bytes(write: TensorWrite, ref: TensorRef, *, sampled: bool, on_bytes: Listener) -> int:

@@ -93,7 +93,7 @@ def fit(
         stage = {"stage": "fit", "fit": fitted.report, "versions": versions()}
         record = {**artifact.record, "stages": [*artifact.record["stages"], stage]}
         files = {STATISTICS: fitted.statistics, ROUTERS: routers_bytes(fitted.routers)}
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         record["files"] = {**artifact.record["files"], **hashes}
         replace_files(artifact.folder, {**files, RECORD: record_bytes(record)})
     return FitResult(open_artifact(artifact.folder), replaced, fitted.report)
@@ -147,12 +147,8 @@ def add_expert(
     """
     subject = open_subject(what)
     settings = settings_with(settings or FitSettings(), changes)
-    if subject.artifact is None:
-        raise PlanError(
-            f"{subject.origin} is a recipe, expected an artifact with fitted routers",
-            hint="add the expert to the recipe, or make an artifact with `frankenmoe fit` first",
-        )
-    known = load_statistics(subject.artifact.folder / STATISTICS)
+    artifact = subject.need_artifact(hint="add the expert to the recipe, or run `frankenmoe fit` first")
+    known = load_statistics(artifact.folder / STATISTICS)
     if settings.method not in (None, *CLOSED):
         raise PlanError(
             f"method {settings.method} needs the text of every expert, expected one of {', '.join(CLOSED)}",

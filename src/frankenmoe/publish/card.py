@@ -214,8 +214,8 @@ def is_ours(text: str) -> bool:
 
 
 def write_card(what: Subject | Artifact | str | Path, card: Card, *, overwrite: bool = False) -> Path:
-    """Writes README.md and its picture into the artifact. ArtifactError where a person wrote or edited README.md."""
-    folder = Path(open_subject(what).origin)
+    """Writes README.md and its picture into the artifact. ArtifactError if a person wrote or edited README.md."""
+    folder = open_subject(what).need_artifact(hint="build it first").folder
     file = folder / README
     if file.is_file() and not overwrite and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
         raise ArtifactError(

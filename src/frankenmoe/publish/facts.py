@@ -1,6 +1,6 @@
-"""What a card says about where an artifact came from: experts, parents, bill, licences. Reads no reports.
+"""The facts in a card about an artifact's origin: experts, parents, bill, licences. Reads no reports.
 
-Everything is looked up in the record and in the sources' own files; what is not there is not said.
+Everything comes from the record and from the sources' own files.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.checkpoint.hub import is_folder, is_hub_id
-from frankenmoe.errors import ArtifactError, PlanError
+from frankenmoe.errors import ArtifactError
 from frankenmoe.families import FORMATS, MoEFormat
 from frankenmoe.planning import Plan
 from frankenmoe.planning.compare import card_head, licence
@@ -45,8 +45,8 @@ class ExpertRow:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about an artifact. Where its sources cannot be read, `plan` is None, `parents` is empty and `lost`
-    says why."""
+    """The known facts about an artifact. If its sources cannot be read, `plan` is None, `parents` is empty and `lost`
+    is the reason."""
 
     artifact: Artifact
     names: LocalNames
@@ -80,13 +80,11 @@ class Facts:
 
 
 def gather(subject: Subject, *, settings: CardSettings | None = None) -> Facts:
-    """Everything a card can say without a report. `settings` replaces the recipe's own `card:` section.
+    """Gathers the facts. `settings` replaces the recipe's own `card:` section.
 
-    PlanError for a recipe: a card is of an artifact.
+    Raises PlanError for a recipe.
     """
-    artifact, recipe = subject.artifact, subject.recipe
-    if artifact is None:
-        raise PlanError(f"{subject.origin} is a recipe, and a card is of an artifact", hint="build it first")
+    artifact, recipe = subject.need_artifact(hint="build it first"), subject.recipe
     record = artifact.record
     wanted = settings or recipe.card or CardSettings()
     plan, lost = None, None

@@ -8,7 +8,6 @@ import torch
 
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.artifact.reports import SamplesReport, about
-from frankenmoe.errors import PlanError
 from frankenmoe.moe.generate import Reply, reply
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import CardSettings
@@ -29,9 +28,7 @@ def sample(
     The seed is set again for each prompt, so that samples do not depend on one another.
     """
     subject = open_subject(what)
-    artifact = subject.artifact
-    if artifact is None:
-        raise PlanError(f"{subject.origin} is a recipe, expected an artifact", hint="build it first")
+    artifact = subject.need_artifact(hint="build it first")
     moe = subject.load(progress=progress)
     tokenizer = moe.tokenizer()
     rows = []
