@@ -17,10 +17,11 @@ from frankenmoe.artifact.folder import ROUTERS, STATISTICS, open_artifact
 from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import ArtifactError, FrankenMoEError, PlanError, RecipeError, SourceError
-from frankenmoe.gates.forcing import forced, moe_blocks
+from frankenmoe.gates.forcing import forced
 from frankenmoe.gates.states import mean_loss, next_losses, watch_inputs
 from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.gates.texts import cut_again, read_texts, router_texts
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.bill import statistics_bytes
 
 Parents = dict[str, list[Path]]
@@ -108,11 +109,11 @@ def test_what_is_captured_is_what_the_mlp_receives(parents: Parents, tmp_path: P
 def test_forcing_ends_with_its_context(parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     moe = fm.load(tiny.write_recipe(tmp_path / "r.yml", base, [one, two]))
-    before = [each.router for each in moe_blocks(moe.model)]
+    before = [each.router for each in outer_blocks(moe.model).values()]
     with suppress(KeyError), forced(moe.model, (0,), except_for=True):
-        assert [each.router.chosen for each in moe_blocks(moe.model)] == [(1,), (1,)]
+        assert [each.router.chosen for each in outer_blocks(moe.model).values()] == [(1,), (1,)]
         raise KeyError
-    assert all(each.router is router for each, router in zip(moe_blocks(moe.model), before, strict=True))
+    assert all(each.router is router for each, router in zip(outer_blocks(moe.model).values(), before, strict=True))
 
 
 def test_a_recipe_is_fitted_and_routes_text_to_its_own_expert(fitted: Path) -> None:
@@ -220,7 +221,7 @@ def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents,
     gates = {name: ref.shape for name, ref in artifact.routers.items()}
     assert gates == dict(made.routers)
     moe = fm.load(artifact)
-    for layer in moe_blocks(moe.model):
+    for layer in outer_blocks(moe.model).values():
         inner_block = layer.experts[0]
         assert float(inner_block.router.weight.abs().max()) > 0
         assert layer.shared_gate is not None

@@ -16,13 +16,14 @@ from transformers import PreTrainedModel
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import NumericsError
 from frankenmoe.gates.closed import CLOSED, spread, sums_of
-from frankenmoe.gates.forcing import forced, moe_blocks, set_gates
+from frankenmoe.gates.forcing import forced, set_gates
 from frankenmoe.gates.logistic import States, logistic
 from frankenmoe.gates.regret import regret
 from frankenmoe.gates.scale import search
 from frankenmoe.gates.states import Advance, OnStates, mean_loss, next_losses, silent, watch_inputs
 from frankenmoe.gates.statistics import Moments, RouterStatistics, RouterText, start, with_text
 from frankenmoe.gates.texts import OwnText, cut_again, router_texts
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.progress import SILENT, Progress
 
@@ -109,7 +110,7 @@ def fit_gates(
         set_gates(model, gates)
         chunks = _states(model, texts, bos, progress)
         kept_chunks = [chunk for chunk in chunks if not chunk.held]
-        steps = 2 * len(moe_blocks(model)) * len(places)
+        steps = 2 * len(outer_blocks(model)) * len(places)
         progress.start("fitting", steps, "gates")
         unscaled, made = (
             _gates_by_states(some, places, lambda path, _, data: _gate(path, by_states(data)), progress.advance)
@@ -161,8 +162,8 @@ def _statistics(
 
 def sizes(model: PreTrainedModel) -> tuple[int, int]:
     """(layers, hidden) of the routers."""
-    blocks = moe_blocks(model)
-    return len(blocks), blocks[0].router.weight.shape[1]
+    routers = [block.router for block in outer_blocks(model).values()]
+    return len(routers), routers[0].weight.shape[1]
 
 
 def unseen(text: OwnText) -> list[Block]:

@@ -1,4 +1,4 @@
-"""Replaces routers for a while: every token goes to the expert at a path. Also reads and sets gates.
+"""Replaces routers temporarily: every token goes to the expert at a path. Also reads and sets gates.
 
 Shape suffixes: T tokens, K chosen experts, E experts.
 """
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from frankenmoe.moe.block import MoEBlock
-from frankenmoe.moe.dense import mlp_modules
 from frankenmoe.moe.router import Routing
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.layout import SHARED, RouterPath
 
 
@@ -31,11 +31,6 @@ class Forced(nn.Module):
         return Routing(weights_TK, ids_TK, torch.zeros(tokens, self.experts, device=device))
 
 
-def moe_blocks(model: nn.Module) -> list[MoEBlock]:
-    """The outer block of every layer, in order."""
-    return [mlp for _, mlp in mlp_modules(model).values() if isinstance(mlp, MoEBlock)]
-
-
 def block_at(block: MoEBlock, path: RouterPath) -> MoEBlock:
     """The block that chooses among the experts below `path`."""
     for index in path:
@@ -53,7 +48,7 @@ def forced(model: nn.Module, path: RouterPath, *, except_for: bool = False) -> I
     `except_for` uses all siblings of the expert at `path` equally instead, or that expert if it has none.
     """
     with _replaced(
-        (block, chosen) for outer in moe_blocks(model) for block, chosen in _choices(outer, path, except_for)
+        (block, chosen) for outer in outer_blocks(model).values() for block, chosen in _choices(outer, path, except_for)
     ):
         yield
 
@@ -94,7 +89,7 @@ def set_gates(model: nn.Module, rows: Mapping[RouterPath, Sequence[torch.Tensor]
     because they may be mapped pages of a file.
     """
     for path, gates in rows.items():
-        for outer, gate_ED in zip(moe_blocks(model), gates, strict=True):
+        for outer, gate_ED in zip(outer_blocks(model).values(), gates, strict=True):
             if path == SHARED:
                 assert outer.shared_gate is not None
                 outer.shared_gate.weight = _like(gate_ED, outer.shared_gate.weight)
@@ -110,7 +105,7 @@ def gates_of(model: nn.Module, paths: Sequence[RouterPath]) -> dict[RouterPath, 
         shared = path == SHARED
         found[path] = [
             (outer.shared_gate if shared else block_at(outer, path).router).weight.detach()  # type: ignore[union-attr]
-            for outer in moe_blocks(model)
+            for outer in outer_blocks(model).values()
         ]
     return found
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from frankenmoe.data.blocks import Block
-from frankenmoe.gates.forcing import moe_blocks
+from frankenmoe.moe.trace import outer_blocks
 
 BATCH_TOKENS = 2048
 OnStates = Callable[[int, torch.Tensor], None]
@@ -38,7 +38,7 @@ def watch_inputs(
     for batch in batches(blocks):
         ids_BT, mask_BT = padded([block.ids for block in batch])
         with ExitStack() as hooks:
-            for layer, moe_block in enumerate(moe_blocks(model)):
+            for layer, moe_block in enumerate(outer_blocks(model).values()):
                 hooks.callback(moe_block.register_forward_pre_hook(_listener(layer, mask_BT, on_states)).remove)
             decoder(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         on_tokens(sum(len(block.ids) for block in batch))

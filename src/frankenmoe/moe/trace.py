@@ -9,6 +9,7 @@ from torch import nn
 
 from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.block import MoEBlock
+from frankenmoe.moe.dense import mlp_modules
 from frankenmoe.moe.experts import DROPPED
 from frankenmoe.moe.router import Routing
 
@@ -94,6 +95,11 @@ def load(trace: LayerTrace) -> torch.Tensor:
     kept = trace.ids_TK[trace.ids_TK != DROPPED]
     counts_E = torch.bincount(kept, minlength=trace.experts)
     return counts_E / counts_E.sum().clamp(min=1)
+
+
+def outer_blocks(model: nn.Module) -> dict[int, MoEBlock]:
+    """Layer -> its outer block, in order."""
+    return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items() if isinstance(mlp, MoEBlock)}
 
 
 def blocks(model: nn.Module) -> list[tuple[int, str, MoEBlock]]:

@@ -1,7 +1,7 @@
 """Checkpoints of a run: one folder that appears whole, without pickle, the same for any number of processes.
 
-`checkpoint-N/` holds `trained.safetensors` (what learns, as `weight:NAME`, and AdamW's state, as `exp_avg:NAME` and so
-on, unsharded) and `history.json`.
+`checkpoint-N/` holds `history.json` and `trained.safetensors`: the trained parameters as `weight:NAME`, and AdamW's
+state as `exp_avg:NAME`, `exp_avg_sq:NAME` and `step:NAME`, all unsharded.
 """
 
 import json
@@ -51,12 +51,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def whole_weights(slots: Slots) -> dict[str, torch.Tensor]:
-    """What learns, by name, unsharded."""
+    """The trained parameters by name, unsharded."""
     return {name: whole(slot.parameter) for name, slot in slots.items()}
 
 
 def state_of(slots: Slots, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """What learns and the optimizer's state of it; an expert that no token ever chose has no state."""
+    """The trained parameters and the optimizer's state. An expert that never got a token has no state."""
     found = {f"weight:{name}": tensor for name, tensor in whole_weights(slots).items()}
     for name, slot in slots.items():
         state: Mapping[str, Any] = optimizer.state.get(slot.parameter, {})
@@ -66,7 +66,7 @@ def state_of(slots: Slots, optimizer: torch.optim.Optimizer) -> dict[str, torch.
 
 @torch.no_grad()
 def restore(folder: Path, slots: Slots, optimizer: torch.optim.Optimizer) -> None:
-    """Puts a checkpoint's tensors back, sharded as the parameters are."""
+    """Restores a checkpoint's tensors, sharded as the parameters are."""
     for key, value in load_file(folder / WEIGHTS).items():
         kind, _, name = key.partition(":")
         parameter = slots[name].parameter

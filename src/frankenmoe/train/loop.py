@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from frankenmoe.errors import NumericsError
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.load import MoE
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning import Plan
 from frankenmoe.progress import Progress
 from frankenmoe.recipe.train import TrainSettings
@@ -36,7 +37,7 @@ from frankenmoe.train.guard import Look, look
 from frankenmoe.train.head import is_direct
 from frankenmoe.train.objective import part_loss
 from frankenmoe.train.optimizer import make_optimizer, set_rates
-from frankenmoe.train.parts import Slots, blocks, gate_modules, make_learnable
+from frankenmoe.train.parts import Slots, gate_modules, make_learnable
 from frankenmoe.train.processes import reducing, spread, start_accelerator
 from frankenmoe.train.routing import prepare_routers
 from frankenmoe.train.teachers import Teachers, cache_teachers, open_teachers
@@ -118,7 +119,7 @@ class _Loop:
         self.loss = partial(
             part_loss,
             settings=settings,
-            blocks=blocks(model),
+            blocks=outer_blocks(model),
             context=self.context,
             head=self.head,
             processes=self.accelerator.num_processes,
@@ -260,7 +261,7 @@ def _prepare(run: Run) -> Slots:
     """Routers that learn, and weights of its own for everything else that does."""
     settings, model = run.settings, run.moe.model
     prepare_routers(
-        blocks(model),
+        outer_blocks(model),
         top_k=settings.experts_per_token,
         noise=settings.noise,
         jitter=settings.jitter,

@@ -17,7 +17,7 @@ from torch import nn
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.adapter import LoraLinear, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
-from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.tree import tensor_seed
@@ -101,21 +101,16 @@ def gate_modules(model: nn.Module, names: Callable[[tuple[int, ...]], tuple[str,
             if isinstance(expert, MoEBlock):
                 visit(expert, (*path, index), layer)
 
-    for layer, block in blocks(model).items():
+    for layer, block in outer_blocks(model).items():
         visit(block, (), layer)
         if block.shared_gate is not None:
             found[block.shared_gate] = names(SHARED)[layer]
     return found
 
 
-def blocks(model: nn.Module) -> dict[int, MoEBlock]:
-    """Layer -> its outer MoEBlock."""
-    return {layer: mlp for layer, (_, mlp) in mlp_modules(model).items() if isinstance(mlp, MoEBlock)}
-
-
 def expert_places(model: nn.Module, plan: Plan) -> Iterator[ExpertPlace]:
     """Every FFN of every layer, including nested and shared ones."""
-    for layer, block in blocks(model).items():
+    for layer, block in outer_blocks(model).items():
         yield from _places(block, plan.nodes, layer)
         if plan.shared and block.shared is not None:
             yield ExpertPlace(plan.shared[0], layer, block.shared, _setter(block, "shared"))

@@ -34,6 +34,7 @@ from frankenmoe.checkpoint.fingerprint import fingerprint
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Expert, Recipe
@@ -44,7 +45,6 @@ from frankenmoe.train import traps
 from frankenmoe.train.checkpoint import remove_scaffold
 from frankenmoe.train.data import read_domains
 from frankenmoe.train.loop import Run, RunResult, train_loop
-from frankenmoe.train.parts import blocks
 from frankenmoe.train.save import new_routers, write_parts
 
 REPORT = "training.json"
@@ -95,7 +95,7 @@ def train(
     routers = subject.routers(progress).routers
     moe = subject.load(dtype=dtype)
     if plan is None:
-        traps.check_experts(block.experts for block in blocks(moe.model).values())
+        traps.check_experts(block.experts for block in outer_blocks(moe.model).values())
     domains = read_domains(
         data,
         moe.tokenizer(),
