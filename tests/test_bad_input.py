@@ -239,7 +239,7 @@ def test_a_real_disk_that_is_too_small(recipe: Path, tmp_path: Path, size: str, 
 
 def test_an_output_folder_that_is_a_disk_itself(recipe: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", size="8m") as disk:
-        facts = (str(disk), "is where a disk is mounted")
+        facts = (str(disk), "is the mount point of a disk")
         refused("build", recipe, disk, inside=tmp_path, facts=facts, hint=str(disk / "moe"))
         assert cli("build", recipe, disk / "moe").code == 0
 

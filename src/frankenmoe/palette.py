@@ -1,6 +1,6 @@
-"""How the experts of an MoE are told apart: a colour, a pattern and a label each; knows nothing of terminals or pages.
+"""The mark of each expert: a colour, a pattern and a label.
 
-Colour is never alone: eight colours that colour-blind eyes tell apart, times eight patterns, and a label on everything.
+Eight colours that colour-blind people can distinguish, times eight patterns. Every mark also has a label.
 """
 
 from dataclasses import dataclass
@@ -10,13 +10,13 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F
 PATTERNS = ("plain", "rising", "falling", "level", "upright", "dotted", "crossed", "edged")
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ@#"
 DROPPED = "-"  # a choice that reached no expert
-BEYOND = "+"  # experts past the last digit; their names tell them apart
+BEYOND = "+"  # experts after the last digit, which only their names distinguish
 DARK, LIGHT = "#000000", "#FFFFFF"
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One expert's: `ink` is the text colour that reads best on `colour`, `digit` a single character, unique to 64."""
+    """The mark of one expert. `ink` is the most readable text colour on `colour`; `digit` is unique up to 64 experts."""
 
     colour: str
     ink: str

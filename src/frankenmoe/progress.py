@@ -1,4 +1,4 @@
-"""How a stage tells how far it is; does not know who listens, or whether anybody does."""
+"""How stages report their progress."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """A listener: `start(stage, total, unit)` begins a stage (unit "B" for bytes), `advance(amount)` moves it, `note`
-    says something about it in a few words."""
+    """Callbacks: `start(stage, total, unit)` starts an activity (unit "B" for bytes), `advance(amount)` adds to what is
+    done, `note(text)` shows a few words about it."""
 
     start: Callable[[str, int, str], None] = lambda stage, total, unit: None
     advance: Callable[[int], None] = lambda amount: None

@@ -313,7 +313,7 @@ def test_a_mixture_of_mixtures_is_described(parents: dict[str, list[Path]], tmp_
     (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
     text = make_card(build(tmp_path / "r.yml", tmp_path / "out", virtual=True)).text
     assert "a mixture of its own" in text
-    assert "what chance made them" in text
+    assert "neither fitted nor trained" in text
     assert str(tmp_path.parent) not in text
 
 

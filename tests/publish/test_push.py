@@ -1,4 +1,4 @@
-"""Pushing with the real huggingface_hub to a hub on this machine: what is sent, what is refused, what goes on."""
+"""Pushing with the real huggingface_hub to a hub on this machine: what is sent, what is rejected, what is resumed."""
 
 import hashlib
 import json
@@ -94,7 +94,7 @@ def test_after_a_broken_upload_only_the_rest_is_sent(artifact: Artifact, hub: Hu
     hub.uploads_left = 1
     with pytest.raises(ArtifactError, match="sending to me/moe failed") as caught:
         sent_with(artifact)
-    assert "goes on" in str(caught.value)
+    assert "continues from here" in str(caught.value)
     assert hub.commits == []  # half a model is not shown
     there = set(hub.objects)
     assert len(there) == 1
@@ -192,7 +192,7 @@ def test_offline_is_said(artifact: Artifact, hub: Hub, monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("repo", ["moe", "me/moe/too", "me/a b", "/moe", ""])
 def test_a_name_the_hub_would_not_take(artifact: Artifact, repo: str) -> None:
-    with pytest.raises(ArtifactError, match="no name for a repository"):
+    with pytest.raises(ArtifactError, match="not a valid name for a repository"):
         prepare(artifact, repo)
 
 
@@ -219,7 +219,7 @@ def test_names_of_files_are_kept_or_refused(artifact: Artifact, hub: Hub, name: 
         sent_with(artifact)
         assert f"reports/{name}" in hub.repos["me/moe"]
     else:
-        with pytest.raises(ArtifactError, match=r"no file name such as 'reports/a\\"):
+        with pytest.raises(ArtifactError, match=r"does not accept the file name 'reports/a\\"):
             sent_with(artifact)
 
 

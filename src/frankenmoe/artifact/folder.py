@@ -172,7 +172,7 @@ def _worth_keeping(partial: Path, error: Exception) -> bool:
     if fault or not shards:
         return False
     if isinstance(error, FrankenMoEError):
-        error.hint = f"{error.hint}; the same command then goes on from {shards} finished shards in {partial}"
+        error.hint = f"{error.hint}; the same command then continues from {shards} finished shards in {partial}"
     return True
 
 
@@ -197,7 +197,7 @@ def refuse_occupied(out: Path) -> None:
         )
     if os.path.ismount(out):
         raise ArtifactError(
-            f"{out} is where a disk is mounted, expected a folder that can appear whole by a rename",
+            f"{out} is the mount point of a disk, expected a folder that can be replaced by a rename",
             hint=f"choose a folder on that disk, such as {out / 'moe'}",
         )
 
@@ -207,10 +207,10 @@ def _refuse_foreign(partial: Path) -> None:
     names = {file.name for file in partial.iterdir()}
     foreign = sorted(names - {LOCK, f"{UNFINISHED}.partial"})
     if foreign and UNFINISHED not in names:
-        if not partial.exists():  # whoever had it has finished while we looked
+        if not partial.exists():  # the process that had it has just finished
             raise FileNotFoundError(partial)
         raise ArtifactError(
-            f"{partial}, where the build is to grow, holds {foreign[0]} and no {UNFINISHED}, so it is not ours",
+            f"{partial} is needed for the unfinished build, but it contains {foreign[0]} and no {UNFINISHED}",
             hint="choose another output folder, or move that one away",
         )
 

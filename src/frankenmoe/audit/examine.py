@@ -28,7 +28,7 @@ PROBE = 128  # tokens of a passage on which outputs are compared
 
 @dataclass(frozen=True)
 class DomainText:
-    """The text of one domain: blocks of token ids as a stream, and where they come from.
+    """The text of one domain: a stream of blocks of token ids, and their origin.
 
     `own` is the index of the expert that the domain belongs to; None for text without a label.
     """
@@ -57,8 +57,8 @@ def examine(
     window: int,
     progress: Progress = SILENT,
 ) -> Audit:
-    """Audits an MoE. `plan` is what it was made from, None if its sources are gone. `subject` is copied into the
-    report: what was audited, its record, its recipe.
+    """Audits an MoE. `plan` is None if the sources are missing. `subject` is copied into the report: what was audited,
+    its record, its recipe.
 
     Reads at most `limit` tokens per domain. Raises SourceError for a text without tokens, NumericsError for a router
     with logits that are not finite.

@@ -9,7 +9,6 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from frankenmoe.artifact.folder import open_artifact
 from frankenmoe.cli.options import example, json_option
 from frankenmoe.cli.show import console, gib, warn
 
@@ -37,7 +36,7 @@ def push_command(
     from frankenmoe.publish.upload import prepare, send
 
     groups = [part.strip() for part in files.split(",") if part.strip()] if files is not None else None
-    shipment = prepare(open_artifact(folder), repo, private=private, groups=groups)
+    shipment = prepare(folder, repo, private=private, groups=groups)
     if as_json:
         click.echo(json.dumps(shipment.to_dict(), indent=2, ensure_ascii=False))
     else:

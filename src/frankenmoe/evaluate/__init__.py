@@ -1,1 +1,1 @@
-"""How good a model is on text; knows nothing of how it was made."""
+"""Measures how good a model is on tasks and text."""

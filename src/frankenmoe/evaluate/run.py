@@ -104,8 +104,8 @@ def evaluate(
     data_dir = Path(settings.data_dir) if settings.data_dir else None
     suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
-    subjects = [each for each in opened if isinstance(each, Subject) and each.plan_or_none]
-    if settings.against_parents and (len(opened) != 1 or not subjects):
+    moes = [each for each in opened if isinstance(each, Subject)]
+    if settings.against_parents and (len(opened) != 1 or not moes):
         raise PlanError(
             "--against-parents compares one MoE with its parents, found " + ", ".join(each.origin for each in opened),
             hint="give one artifact or recipe; several models are compared without this option",
@@ -113,10 +113,10 @@ def evaluate(
     contestants = _with_unique_names([_contestant(each, dtype, progress) for each in opened])
     skipped: dict[str, str] = {}
     if settings.against_parents:
-        contestants = [*_ancestors(subjects[0].plan, contestants[0], dtype, skipped), contestants[0]]
+        contestants = [*_ancestors(moes[0].plan, contestants[0], dtype, skipped), contestants[0]]
     check_names([each.name for each in contestants])
     wanted = PERPLEXITY in names or settings.texts or settings.against_parents
-    sources = _texts(settings.texts, [each.recipe for each in subjects]) if wanted else []
+    sources = _texts(settings.texts, [each.recipe for each in moes]) if wanted else []
     if PERPLEXITY in names and not sources:
         raise SourceError(
             "there is no text to measure the loss on",

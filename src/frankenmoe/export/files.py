@@ -1,4 +1,4 @@
-"""Subject -> GGUF files of the types asked for."""
+"""Parts -> GGUF files of the requested types."""
 
 import os
 import re

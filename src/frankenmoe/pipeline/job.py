@@ -51,7 +51,7 @@ class Job:
         return open_artifact(self.model)
 
     def settings(self, stage: str) -> Any:
-        """The recipe's section of a stage; None where it has none. `build` has defaults."""
+        """The recipe's section of a stage, None if there is none. `build` has defaults."""
         return getattr(self.recipe, stage, None) or (BuildSettings() if stage == "build" else None)
 
     def folder(self, stage: str) -> Path:

@@ -34,11 +34,8 @@ from frankenmoe.planning.parts import Parts
 
 ALIGNMENT = 32  # bytes, of each tensor in a GGUF file
 SCALINGS = ("default", "linear", "yarn", "llama3")
-OWN_YARN = (
-    "attention_factor",
-    "mscale",
-    "mscale_all_dim",
-)  # these override the attention factor computed from `factor`
+# these override the attention factor computed from `factor`
+OWN_YARN = ("attention_factor", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +164,6 @@ def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
 
 def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """(reasons why no architecture fits, notes about harmless differences)."""
-
     fmt, family = model.stock
 
     def value(key: str) -> Any:

@@ -1,6 +1,6 @@
 """Facts and reports -> README.md, the model card: a head that the hub accepts, then sections in words.
 
-A section without evidence is left out and listed at the end. The card says nothing that no file on disk says.
+A section without evidence is left out and listed at the end. All facts come from files on disk.
 """
 
 import hashlib
@@ -68,8 +68,8 @@ def make_card(
 ) -> Card:
     """Makes the card of an artifact from the files in its folder and the reports given. Writes nothing.
 
-    `settings` replaces the recipe's own `card:`.
-    Raises ArtifactError for a report that cannot be read, or where the hub's own check refuses the head.
+    `settings` replaces the recipe's own `card:`. Raises ArtifactError for a report that cannot be read, or a head that
+    the hub would not accept.
     """
     facts = gather(open_subject(what), settings=settings)
     artifact = facts.artifact
@@ -187,7 +187,7 @@ def _distinct(values: Sequence[str]) -> list[str]:
 
 
 def check(text: str, facts: Facts) -> None:
-    """Parses the card as the hub's client does; ArtifactError where the hub would not accept it."""
+    """Parses the card as the hub's client does. ArtifactError if the hub would not accept it."""
     from huggingface_hub import ModelCard
     from huggingface_hub.utils import validate_repo_id
 

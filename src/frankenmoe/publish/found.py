@@ -179,12 +179,9 @@ def _limits(facts: Facts, evidence: Evidence) -> Iterator[str]:
         # licences have a section of their own
         yield from (text for text in facts.plan.warnings if "licence" not in text)
     if left_to_chance(facts):
-        yield "its routers are what chance made them: nothing has taught them which expert is good at what"
+        yield "its routers are random: they were neither fitted nor trained"
     elif prompted(facts):
-        yield (
-            "its routers were set from a few prompts and never trained together with the experts, which somebody "
-            "ought to do"
-        )
+        yield ("its routers were set from a few prompts and never trained together with the experts")
     seen = evidence.get(AuditReport)
     if seen is not None:
         yield from (answer.sentence for answer in seen.answers if answer.level in ("bad", "mind"))

@@ -25,7 +25,7 @@ IN_VLLM = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "deepseek
 
 @dataclass(frozen=True)
 class Missing:
-    """Why a section is left out, and what would fill it."""
+    """The reason why a section is left out, and the command that would fill it."""
 
     reason: str
 
@@ -68,8 +68,8 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
     used = made.recipe.experts_per_token
     return (
         f"{markdown(('', ''), rows)}\n\n{count} models of {billions(dense)} would be {billions(count * dense)}. This "
-        f"one is {billions(costs.total)}, since everything but the FFNs is there once. A token meets {used} of {count} "
-        f"experts in each layer and so computes like a dense model of {billions(costs.active)}, not of "
+        f"one is {billions(costs.total)}, since it has everything but the FFNs only once. A token uses {used} of "
+        f"{count} experts in each layer and so computes like a dense model of {billions(costs.active)}, not of "
         f"{billions(used * dense)}; but all parameters must be in memory, as the next token may need any of them."
     )
 
@@ -84,7 +84,7 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
         if name == "fit":
             lines.append(_fitted("They were fitted again", stage["fit"]))
         elif name == "add-expert":
-            lines.append("An expert was added, and its row of the gates fitted, without touching the others' text.")
+            lines.append("An expert was added, and its row of the gates was fitted without the other experts' text.")
         elif name == "train" and training is None:
             lines.append("They were then trained together with the experts.")
     if training:
@@ -117,7 +117,7 @@ def _fitted(start: str, entry: Mapping[str, Any]) -> str:
 
 
 def files(facts: Facts, evidence: Evidence) -> str | Missing:
-    """A row per GGUF file, with its difference from the unquantized model where that was measured."""
+    """A row per GGUF file, with its difference from the unquantized model if that was measured."""
     exported = evidence.get(ExportReport)
     if exported is None or not exported.files:
         return Missing("no GGUF files were made; `frankenmoe export` makes them")
@@ -190,7 +190,7 @@ def licences(facts: Facts, evidence: Evidence) -> str | Missing:
     if not findings and facts.licences.chosen:
         findings = [f"All sources are under {facts.licences.chosen}, and so is this model."]
     if facts.licences.chosen is None:
-        findings.append("This card therefore declares no licence: the author has to.")
+        findings.append("So this card declares no licence; the author must choose one.")
     return text + "".join(f"\n\n{finding}" for finding in findings)
 
 
@@ -209,8 +209,8 @@ def primer(facts: Facts, evidence: Evidence) -> str | Missing:
             "An auxiliary loss (`aux_loss` in transformers) evens that out, and a capacity limits how many tokens one "
             "expert may process; what is over it passes by. Mixtures overfit more easily than dense models when they "
             "are fine-tuned.",
-            "In a mixture merged from finished models the router has not grown up with its experts. How this one's "
-            "came about is said above.",
+            "In a mixture merged from finished models, the routers were not trained together with the experts. How "
+            "these routers were made is described above.",
         )
     )
 

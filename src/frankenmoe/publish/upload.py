@@ -12,7 +12,7 @@ from frankenmoe.artifact.folder import UNFINISHED, Artifact
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 from frankenmoe.publish.facts import gather
 from frankenmoe.publish.privacy import LocalNames, as_published, first_leak
-from frankenmoe.subject import open_subject
+from frankenmoe.subject import Subject, open_subject
 from frankenmoe.suggest import did_you_mean
 
 CARD = "README.md"
@@ -70,16 +70,20 @@ class Shipment:
         }
 
 
-def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Sequence[str] | None = None) -> Shipment:
-    """Lists what would be sent; reads local files only. `groups` are names in GROUPS, None for all.
+def prepare(
+    what: Subject | Artifact | str | Path, repo: str, *, private: bool = False, groups: Sequence[str] | None = None
+) -> Shipment:
+    """Lists the files of an artifact to send; reads local files only. `groups` are names in GROUPS, None for all.
 
-    Raises ArtifactError for an unknown group, a name that is no org/name, or a choice without files.
+    Raises ArtifactError for an unknown group, an invalid `repo`, groups without files, or a file with a private path.
     """
     check_repo_name(repo)
+    subject = open_subject(what)
+    artifact = subject.need_artifact(hint="build it first")
     for group in groups or ():
         if group not in GROUPS:
             raise ArtifactError(f"{group!r} is not a kind of file to push", hint=did_you_mean(group, GROUPS))
-    if groups is not None and not groups:  # nothing is no short way to say everything
+    if groups is not None and not groups:  # an empty choice does not mean all groups
         raise ArtifactError("no kind of file to push is named", hint=f"choose from {', '.join(GROUPS)}")
     wanted = groups or tuple(GROUPS)
     items = tuple(item for item in list_files(artifact.folder) if item.group in wanted)
@@ -89,12 +93,12 @@ def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Seq
             f"{artifact.folder} has no files of the kind {', '.join(empty) or 'asked for'}",
             hint="`frankenmoe export` writes gguf, `frankenmoe card` the card, `frankenmoe audit` and `eval` reports",
         )
-    facts = gather(open_subject(artifact))
+    facts = gather(subject)
     for item in items:
         leak = first_leak(item.file, path=item.path, names=facts.names)
         if leak:
             raise ArtifactError(
-                f"{item.path} names {leak}, which tells about this machine",
+                f"{item.path} names {leak}, which is private to this machine",
                 hint="remove it from that file, or leave files of that kind out with --files",
             )
     return Shipment(
@@ -109,7 +113,7 @@ def prepare(artifact: Artifact, repo: str, *, private: bool = False, groups: Seq
 
 
 def list_files(folder: Path) -> Iterator[Item]:
-    """Every file of an artifact that belongs to a group, by path; links out of the folder are refused."""
+    """Every file of an artifact that belongs to a group, by path. ArtifactError for a link out of the folder."""
     root, groups = folder.resolve(), dict[Path, str]()
     for group, patterns in GROUPS.items():
         for file in (file for pattern in patterns for file in folder.glob(pattern) if file.is_file()):
@@ -119,7 +123,9 @@ def list_files(folder: Path) -> Iterator[Item]:
         if path.name.endswith((*LEFTOVERS, UNFINISHED)) or any(part.startswith(".") for part in path.parts):
             continue
         if not str(path).isprintable():
-            raise ArtifactError(f"the hub takes no file name such as {str(path)!a}", hint="give the file another name")
+            raise ArtifactError(
+                f"the hub does not accept the file name {str(path)!a}", hint="give the file another name"
+            )
         if not file.resolve().is_relative_to(root) and group != "gguf":
             raise ArtifactError(
                 f"{file} is a link to {file.resolve()}, outside the artifact", hint="put the file itself there"
@@ -136,15 +142,15 @@ def _warnings(
     if lost:
         yield f"the sources' licences cannot be read: {lost}"
     if artifact.form == "virtual" and "weights" in groups:
-        yield "a virtual artifact holds only recipe and routers: to run it, one needs its sources as well"
+        yield "a virtual artifact has only recipe and routers; to run it, its sources are needed too"
 
 
 def send(shipment: Shipment, *, message: str, bars: bool = False) -> str:
-    """Creates the repository where it is new, and sends everything as one commit: all of it or nothing.
+    """Creates the repository if it is new, and sends everything as one commit: all of it or nothing.
 
     After an interruption the same call resumes: files that the hub has received are not sent again. `bars` lets
-    huggingface_hub draw its progress bars. Returns the address of the repository's page. Raises ArtifactError with what
-    to do where the hub refuses.
+    huggingface_hub draw its progress bars. Returns the address of the repository's page. Raises ArtifactError
+    with a hint if the hub rejects it.
     """
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
@@ -161,13 +167,13 @@ def send(shipment: Shipment, *, message: str, bars: bool = False) -> str:
         api.create_commit(shipment.repo, operations, commit_message=message)
     except FrankenMoEError:
         raise
-    except Exception as error:  # whichever HTTP library the client uses this year, each with errors of its own
+    except Exception as error:  # the HTTP libraries below the client have errors of their own
         raise explained(error, repo=shipment.repo) from error
     return str(page)
 
 
 def check_repo_name(repo: str) -> None:
-    """ArtifactError where the hub would not accept the repository's name, or where it names no owner."""
+    """ArtifactError for a name that the hub would not accept, or that has no owner."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -177,11 +183,13 @@ def check_repo_name(repo: str) -> None:
     except HFValidationError as error:
         problem = str(error).splitlines()[0]
     if problem:
-        raise ArtifactError(f"{repo!r} is no name for a repository on the hub: {problem}", hint="write it as org/name")
+        raise ArtifactError(
+            f"{repo!r} is not a valid name for a repository on the hub: {problem}", hint="write it as org/name"
+        )
 
 
 def explained(error: BaseException, *, repo: str) -> ArtifactError:
-    """An error of the hub's client as one sentence with a hint."""
+    """An error of the hub's client as an ArtifactError with a hint."""
     from huggingface_hub import errors
 
     status = next((code for cause in _causes(error) if (code := _status(cause)) is not None), None)
@@ -193,7 +201,7 @@ def explained(error: BaseException, *, repo: str) -> ArtifactError:
         case _, 401:
             said, hint = (
                 f"the hub does not accept this machine's login for {repo}: its token has expired or was revoked",
-                "log in again with `hf auth login` (HF_TOKEN, where set, goes before it)",
+                "log in again with `hf auth login` (if HF_TOKEN is set, it is used instead)",
             )
         case _, 403:
             said, hint = (
@@ -201,22 +209,22 @@ def explained(error: BaseException, *, repo: str) -> ArtifactError:
                 "push to a name of your own, or use a token that may write there",
             )
         case _, 404:
-            said, hint = f"the hub knows no {repo} that this login may see", "check the spelling of org/name"
+            said, hint = f"the hub has no {repo} that this login can see", "check the spelling of org/name"
         case _, 413 | 507:
             said, hint = f"{repo} has no room for this: {_first_line(error)}", "send less with --files, or ask for room"
         case _, 429:
-            said, hint = "the hub asks to slow down", "wait some minutes; the same command goes on from here"
+            said, hint = "the hub asks to slow down", "wait some minutes; the same command then continues from here"
         case ValueError(), _ if "metadata" in str(error).lower():
             said, hint = (
                 f"the hub does not accept the head of {CARD}: {' '.join(str(error).split())}",
                 "write it again with `frankenmoe card`",
             )
         case _ if status is not None and status >= 500:
-            said, hint = f"the hub failed (HTTP {status})", "try again later; the same command goes on from here"
+            said, hint = f"the hub failed (HTTP {status})", "try again later; the same command continues from here"
         case _:
             said, hint = (
                 f"sending to {repo} failed: {_first_line(error)}",
-                "check the network; the same command goes on from here",
+                "check the network; the same command continues from here",
             )
     return ArtifactError(said, hint=hint)
 

@@ -119,7 +119,7 @@ def _listed(value: object) -> object:
 
 
 def _some(value: object) -> object:
-    """The same; at least one name if a text is given."""
+    """A text with commas as a list of at least one name."""
     if isinstance(value, str) and not _listed(value):
         raise refusal(f"must name at least one, found {found(value)}", hint="leave it out to use the default")
     return _listed(value)

@@ -10,14 +10,7 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_
 from pydantic.json_schema import GenerateJsonSchema
 
 from frankenmoe.recipe.expert import Context, Expert, Experts, SourceField, named
-from frankenmoe.recipe.fields import (
-    Backbone,
-    Count,
-    Dtype,
-    GateMode,
-    Seed,
-    Text,
-)
+from frankenmoe.recipe.fields import Backbone, Count, Dtype, GateMode, Seed, Text
 from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, PROMPT_MODES, RANDOM_MODES
 from frankenmoe.recipe.refusals import recipe_error, refusal
 from frankenmoe.recipe.sections import (
@@ -125,12 +118,12 @@ class Recipe(Closed):
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the model's definition: not of layout, comments, folder or the sections of `run`."""
-        said = {key: value for key, value in self.to_dict().items() if key not in SECTIONS}
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+        model = {key: value for key, value in self.to_dict().items() if key not in SECTIONS}
+        return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
     def prompts_of(expert: Expert) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Positive and negative prompts; for nested experts without any of their own, those of all experts within."""
+        """Positive and negative prompts; for nested experts without prompts, those of all inner experts."""
         return prompts_of(expert)
 
     def to_dict(self) -> dict[str, Any]:
@@ -196,7 +189,7 @@ def _notes(file: YamlFile) -> Iterator[str]:
 
 
 def default_gate_mode(experts: object) -> str:
-    """The default gate mode: the best one in benchmarks/routers.py for the text at hand."""
+    """The default gate mode: the best one in benchmarks/routers.py for this kind of text."""
     return FROM_DATA if _has_data(experts) else FROM_PROMPTS
 
 

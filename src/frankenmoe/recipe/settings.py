@@ -1,4 +1,4 @@
-"""What all settings of a stage have in common: the recipe's section, the command line and Python share one model."""
+"""The base of all settings: a recipe's section, the command line and Python use the same model."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,10 +33,10 @@ class Closed(BaseModel):
 
 @dataclass(frozen=True)
 class Option:
-    """How a setting looks on the command line, where that does not follow from its name and type.
+    """The option of a setting, if it does not follow from the setting's name and type.
 
-    `flag` is by default the name with dashes, `metavar` click's own. A `listed` setting takes one text with commas in
-    place of an option that is repeated. A `hidden` one has no option.
+    `flag` is by default the name with dashes, `metavar` that of click. A `listed` setting takes one text with commas
+    and is not repeated. A `hidden` setting has no option.
     """
 
     flag: str | None = None
