@@ -75,7 +75,7 @@ def test_the_machines_fault_in_a_first_run_keeps_finished_shards(
     assert finished
     assert f"model-{LAST:05d}" not in "".join(finished)
     if isinstance(caught.value, FrankenMoEError):
-        assert f"the same command then goes on from {len(finished)} finished shards in {partial}" in str(
+        assert f"the same command then continues from {len(finished)} finished shards in {partial}" in str(
             caught.value.hint
         )
     out = fm.build(recipe, tmp_path / "out", shard_size=SHARD).folder
@@ -106,7 +106,7 @@ def test_a_real_full_disk_keeps_finished_shards(recipe: Path, tmp_path: Path, mo
             outcome = cli("build", recipe, disk / "out", "--shard-size", "20K")
         assert outcome.code == 2
         assert "does not fit" in outcome.stderr
-        assert "the same command then goes on from" in outcome.stderr
+        assert "the same command then continues from" in outcome.stderr
         finished = list((disk / "out.partial").glob("model-0*"))
         assert finished
         (disk / "else").unlink()

@@ -16,7 +16,7 @@ DARK, LIGHT = "#000000", "#FFFFFF"
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """The mark of one expert. `ink` is the most readable text colour on `colour`; `digit` is unique up to 64 experts."""
+    """The mark of one expert. `ink` is the best text colour on `colour`; `digit` is unique for 64 experts."""
 
     colour: str
     ink: str

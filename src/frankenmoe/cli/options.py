@@ -66,7 +66,6 @@ class Size(click.ParamType[int]):
 
 
 COUNT, SEED, TEMPERATURE = Number(fields.Count), Number(fields.Seed), Number(fields.Temperature)
-FIT_TOKENS, FIT_BLOCK = Number(fields.FitTokens), Number(fields.FitBlock)
 SIZE = Size()
 
 REMOTE = click.option("--trust-remote-code", is_flag=True, help="Run Python code found in a source; read it first.")
