@@ -40,7 +40,7 @@ def can_draw() -> bool:
 
 
 def check_drawing() -> None:
-    """PlanError where the drawing library is missing."""
+    """PlanError if the drawing library is missing."""
     if not can_draw():
         raise PlanError("drawing needs the library 'vl_convert', which is not installed", hint=EXTRA)
 

@@ -112,7 +112,7 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
 
 
 def _locked(partial: Path, out: Path) -> IO[str]:
-    """The open lock of a partial folder; ArtifactError where another process has it or the folder is not ours."""
+    """The open lock of a partial folder; ArtifactError if another process has it or the folder is not ours."""
     busy = ArtifactError(f"another process is building {out}, or has just done so", hint="wait for it to end")
     try:
         _refuse_foreign(partial)
@@ -184,7 +184,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 def refuse_occupied(out: Path) -> None:
-    """ArtifactError where `out` exists and is not an empty folder."""
+    """ArtifactError if `out` exists and is not an empty folder."""
     if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
         raise ArtifactError(
             f"{out} exists and is not empty, expected a new or empty folder",
@@ -268,7 +268,7 @@ def whole_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def check_disk(folder: Path, *, need: int, hint: str, spare: int = 0) -> None:
-    """ArtifactError where the disk of `folder`, which need not exist yet, has less than `need` bytes free.
+    """ArtifactError if the disk of `folder`, which need not exist yet, has less than `need` bytes free.
 
     `spare` are bytes in use now that will be free by then.
     """

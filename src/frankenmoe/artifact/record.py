@@ -72,7 +72,7 @@ class Record(BaseModel):
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """The record in `file` as plain data; ArtifactError where it cannot be read or is not complete."""
+    """The record in `file` as plain data; ArtifactError if it cannot be read or is not complete."""
     try:
         record = parse_object(file.read_bytes())
     except OSError as error:

@@ -30,7 +30,7 @@ def _none_for_nan(value: Any) -> Any:
 
 
 Measure = Annotated[float | None, BeforeValidator(_none_for_nan)]
-"""A number, or None where it was not measured."""
+"""A number, or None if it was not measured."""
 
 
 class ReportPart(BaseModel):
@@ -52,7 +52,7 @@ class StageReport(ReportPart):
 
     @classmethod
     def read(cls, file: Path) -> Self:
-        """The report in a file; ArtifactError where it is no such report, or one of another version."""
+        """The report in a file; ArtifactError for another kind or version of report."""
         return cls.parse(read_object(file), file=file)
 
     @classmethod
@@ -148,7 +148,7 @@ class AuditAnswer(ReportPart):
 
 
 class AuditReport(StageReport):
-    """audit.json: who gets the tokens, and what is wrong with that."""
+    """audit.json: which experts get the tokens, and what is wrong with that."""
 
     name = "audit"
 
@@ -195,7 +195,7 @@ class AuditReport(StageReport):
 
 
 class TaskScore(ReportPart):
-    """The score of one task as a share, with its standard error. `value` is None where the task failed."""
+    """The score of one task as a share, with its standard error. `value` is None if the task failed."""
 
     value: Measure = None
     stderr: Measure = None
@@ -260,7 +260,7 @@ class FileCheck(ReportPart):
 
 
 class ExportedFile(ReportPart):
-    """One GGUF file. `path` is its name beside the report; `check` is None where it was not compared."""
+    """One GGUF file. `path` is its name beside the report; `check` is None if it was not compared."""
 
     path: AnyText
     type: AnyText
@@ -283,7 +283,7 @@ class ExportReport(StageReport):
 
 
 class TraceStep(ReportPart):
-    """A token and its first expert in every layer; -1 where a choice was dropped."""
+    """A token and its first expert in every layer; -1 if a choice was dropped."""
 
     token: AnyText
     experts: tuple[int, ...]
@@ -304,7 +304,7 @@ class SampleSettings(ReportPart):
 
 
 class SamplesReport(StageReport):
-    """samples.json: what the model says."""
+    """samples.json: the model's replies to prompts."""
 
     name = "samples"
 
@@ -314,7 +314,7 @@ class SamplesReport(StageReport):
 
 
 class BeforeAndAfter(ReportPart):
-    """A value before training, in the best state and in the last one."""
+    """A value before training, in the best state and in the last state."""
 
     model_config = ConfigDict(allow_inf_nan=True)
 
@@ -366,7 +366,7 @@ class FitReport(ReportPart):
 
     @property
     def before(self) -> float | None:
-        """The mean held-out loss with the routers that were there before."""
+        """The mean held-out loss with the earlier routers."""
         losses = self.held_out_loss.before
         return mean(losses.values()) if losses else None
 

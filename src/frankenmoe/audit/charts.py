@@ -43,7 +43,7 @@ class Chart:
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart: name, colour (a CSS value) and a value per layer, None where it is unknown."""
+    """One line of a chart: name, colour (a CSS value) and a value per layer, None if it is unknown."""
 
     name: str
     colour: str

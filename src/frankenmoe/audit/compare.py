@@ -8,7 +8,7 @@ OTHER_TEXT = "The two audits read different text, which may explain the differen
 
 
 def difference(one: Facts, two: Facts) -> dict[str, Any]:
-    """Per outer layer that both have, measure -> [first, second, second - first]; None where one lacks it."""
+    """Per outer layer that both have, measure -> [first, second, second - first]; None if one lacks it."""
     return {
         "same_recipe": one["recipe_digest"] == two["recipe_digest"],
         "same_text": same_text(one, two),

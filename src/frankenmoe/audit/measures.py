@@ -21,8 +21,8 @@ class Measure:
     """One column of the reports.
 
     `read` takes the value from a router's facts; None means that nothing can be measured. `title` heads the column on
-    the page (without one it is not on the page), `short` in the terminal. `shown` says where its question's table has
-    it, `compared` where the comparison of two audits has it.
+    the page (without one it is not on the page), `short` in the terminal. `shown` says where its question's table shows
+    it, `compared` where the comparison of two audits shows it.
     """
 
     key: str

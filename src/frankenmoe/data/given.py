@@ -62,7 +62,7 @@ def pairs(
 
     With `folder`, values are files or datasets and come back as from `user_path`. With `unlabelled`, a text without
     `=` and a text that names an existing file are values without a label. Any other text is split at an `=`: at the
-    last one whose left side is in `names`, else at the first. Raises RecipeError where label or value is missing.
+    last one whose left side is in `names`, else at the first. Raises RecipeError if label or value is missing.
     """
     found: list[Pair] = []
     for text in texts:

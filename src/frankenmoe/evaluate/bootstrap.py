@@ -25,7 +25,7 @@ class Interval:
 
     @property
     def sign(self) -> int:
-        """1 or -1 where the interval excludes zero, else 0."""
+        """1 or -1 if the interval excludes zero, else 0."""
         return 1 if self.low > 0 else -1 if self.high < 0 else 0
 
     def to_dict(self) -> dict[str, float]:

@@ -130,7 +130,7 @@ def generic_name(name: str) -> tuple[int, str]:
 
 
 def gguf_name(name: str) -> str | None:
-    """The GGUF name of a dense backbone tensor; None where llama.cpp has no such tensor."""
+    """The GGUF name of a dense backbone tensor; None if llama.cpp has no such tensor."""
     layer, generic = generic_name(name)
     return NAMES[generic].format(layer=layer) if generic in NAMES else None
 

@@ -57,7 +57,7 @@ class Family:
     window_switch: str | None = None
 
     def value(self, config: Config, field_name: str) -> Any:
-        """A config field, or the default of the family's own config class; None where the family has no such field."""
+        """A config field, or the default of the family's own config class; None if the family has no such field."""
         if field_name == "sliding_window" and self.window_switch and not config.get(self.window_switch):
             return None
         if config.get(field_name) is None and not (field_name in config and field_name in MAY_BE_NULL):

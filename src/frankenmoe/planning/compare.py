@@ -176,7 +176,7 @@ def licence(folder: Path) -> str | None:
 
 
 def shared_licence(by_source: Sequence[str | None]) -> str | None:
-    """The licence that all sources share; None where they differ, or where one is missing or unnamed."""
+    """The licence that all sources share; None if they differ, or if one is missing or unnamed."""
     found = set(by_source)
     (only, *others) = found or {None}
     if others or only is None or "," in only or (only == "other" and len(by_source) > 1):

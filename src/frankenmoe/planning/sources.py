@@ -107,7 +107,7 @@ class Source:
 
     @property
     def family(self) -> Family | None:
-        """The table of this source's family; None where only a virtual MoE is possible."""
+        """The table of this source's family; None if only a virtual MoE is possible."""
         return FAMILIES.get(str(self.config.get("model_type")))
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> TensorRef:

@@ -98,7 +98,7 @@ def rounded(percent: float | Decimal) -> Decimal:
 
 
 def average(scores: Mapping[str, float]) -> Decimal | None:
-    """`Avg.`: the plain mean of all six, in percent; None where one is missing."""
+    """`Avg.`: the plain mean of all six, in percent; None if one is missing."""
     if set(scores) != set(TASKS):
         return None
     return rounded(sum((Decimal(str(scores[task])) for task in TASKS), Decimal()) / len(TASKS))

@@ -1,4 +1,4 @@
-"""What the sources' licences mean for a model made of them. This is no legal advice."""
+"""What the sources' licences mean for a model made of them. This is not legal advice."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from frankenmoe.planning.compare import shared_licence
 
-# what a licence asks of whoever shares something made from it, by patterns of the hub's names for licences
+# what a licence demands from those who share derived works, by patterns of the hub's names for licences
 NO_DERIVATIVES = re.compile(r"cc-by-(nc-)?nd-.*")
 NO_COMMERCE = re.compile(r"cc-by-nc-.*|fair-noncommercial-research-license|intel-research")
 SHARE_ALIKE = re.compile(r"cc-by-(nc-)?sa-.*|a?gpl(-\d\.0)?")

@@ -1,7 +1,7 @@
-"""What of this machine an artifact's files name: paths, user and host. Gives paths a public name, finds what is left.
+"""Finds private names in an artifact's files: local paths, user and host. Replaces paths with public names.
 
-A path in a field is shortened. In running text only paths that some field names are shortened: a prompt that happens to
-speak of /etc/passwd stays as it is.
+A path in a field is shortened. In running text, only paths that also occur in a field are shortened: a prompt that
+happens to mention /etc/passwd stays unchanged.
 """
 
 import getpass
@@ -21,10 +21,10 @@ from frankenmoe.publish.rewrite import Rewriter
 
 RECIPE_FOLDER = "recipe-folder"
 LABELLED = re.compile(r"([^/~=]*=)((?:/|~|\.\./).*)", re.DOTALL)  # EXPERT=FILE
-# a known path is only found where no longer name goes on before or after it; \n before it is a line's end, as in JSON
+# a known path is only found if no name continues before or after it; \n before it is a line end, as in JSON
 BEFORE, AFTER = r"(?:(?<![\w.-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
 HEAD = 2**26  # bytes; vocabularies and metadata of GGUF files are smaller, and what follows are numbers
-# names that say nothing about who or where one is
+# names that do not identify a person or a place
 COMMON = frozenset(
     {
         *("admin", "app", "data", "home", "jovyan", "model", "models", "nobody", "root", "runner"),
@@ -35,10 +35,10 @@ COMMON = frozenset(
 
 @dataclass(frozen=True)
 class LocalNames:
-    """Absolute local path -> its public name. `folder` is where the recipe's relative paths start.
+    """Absolute local path -> its public name. The recipe's relative paths start at `folder`.
 
     `roots` are folders inside which names are kept, the longest first: the sources and the artifact. `spelled` are
-    paths as they were written where that differs, such as ../models/base.
+    paths as they were written if that differs, such as ../models/base.
     """
 
     folder: Path
@@ -48,7 +48,7 @@ class LocalNames:
 
     @property
     def rewriter(self) -> Rewriter:
-        """What replaces local paths in files and plain data."""
+        """Replaces local paths in files and plain data."""
         return Rewriter(self.folder, self.short, self.text)
 
     def short(self, path: str) -> str:
@@ -65,11 +65,11 @@ class LocalNames:
         return self.known[root] + whole.removeprefix(root) if root else os.path.basename(whole)
 
     def text(self, text: str) -> str:
-        """Running text with every known path in it shortened, also where it is escaped as in JSON or HTML."""
+        """Shortens every known path in running text, also if it is escaped as in JSON or HTML."""
         return self._pattern.sub(self._shortened, text)
 
     def leaks(self, data: bytes) -> Iterator[tuple[str, int]]:
-        """(what is named, where in the bytes) for every local path, home folder, user and host that they name."""
+        """(description, position in bytes) of every local path, home folder, user and host in `data`."""
         for what, needle, pattern in self._needles:
             match = pattern.search(data) if needle in data else None
             if match:
@@ -100,7 +100,7 @@ class LocalNames:
 
     @cached_property
     def _needles(self) -> tuple[tuple[str, bytes, re.Pattern[bytes]], ...]:
-        """What must not be named, a piece to look for first, and the pattern that decides."""
+        """(description, bytes to look for first, pattern that decides) of everything that must not be published."""
         before, after = BEFORE.encode(), AFTER.encode()
         user, host = _user(), platform.node().split(".")[0]
         paths = [path for path in self._spellings if path.startswith("/") and path.strip("/").count("/")]
@@ -133,7 +133,7 @@ def _user() -> str:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path says where it is on this machine: it is absolute, or leaves the recipe's folder."""
+    """Whether a path is private to this machine: it is absolute, or leaves the recipe's folder."""
     return path.startswith(("/", "~")) or os.path.normpath(path).split("/")[0] == ".."
 
 
@@ -143,7 +143,7 @@ def whole_path(path: str, *, folder: Path) -> str:
 
 
 def local_names(artifact: Artifact) -> LocalNames:
-    """Every local path that the artifact's own files name, with the name that stands for it in public."""
+    """Every local path in the artifact's files, with its public name."""
     record, own = artifact.record, artifact.folder.resolve()
     folder = Path(record["recipe_folder"])
     roots = (str(own), *(str(Path(source["file"]).parent) for source in record["sources"]))
@@ -166,7 +166,7 @@ def local_names(artifact: Artifact) -> LocalNames:
 
 
 def _unlike(name: str, taken: Collection[str]) -> str:
-    """A name that no other path has: model, model-2 ..."""
+    """A name that is not taken: model, model-2 ..."""
     numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
     return name if name not in taken else next(each for each in numbered if each not in taken)
 
@@ -195,7 +195,7 @@ def as_published(file: Path, *, path: str, names: LocalNames) -> str | bytes:
 
 
 def first_leak(file: Path, *, path: str, names: LocalNames) -> str | None:
-    """What of this machine the published form of a file still names, and in which field; None where nothing."""
+    """What the published form of a file still reveals about this machine, and in which field; None if nothing."""
     sent = as_published(file, path=path, names=names)
     data = sent if isinstance(sent, bytes) else _looked_at(file)
     for what, at in names.leaks(data):

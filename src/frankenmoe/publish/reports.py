@@ -13,7 +13,7 @@ from frankenmoe.publish.leaderboard import LeaderboardReport
 
 FOLDER = "reports"
 TRAINING = "training.json"
-# where stages leave theirs by themselves: training in the artifact, `frankenmoe export` beside the files it wrote
+# where stages write reports by default: training into the artifact, `frankenmoe export` next to its files
 BESIDE = (TRAINING, "export.json", "gguf/export.json")
 KINDS: Mapping[str, type[StageReport]] = {**REPORTS, LeaderboardReport.name: LeaderboardReport}
 
@@ -71,7 +71,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _read(file: Path) -> StageReport | None:
-    """The report in a file; None where it is of no kind that a card quotes."""
+    """The report in a file; None if it is of a kind that cards do not quote."""
     data = _list_of_files(file) or read_object(file)
     kind = str(data.get("kind") or file.stem).removeprefix("frankenmoe ")
     if {"harness", "models"} <= data.keys():  # `frankenmoe eval --json FILE` may give the file any name

@@ -47,7 +47,7 @@ class Rewriter:
     on_text: OnText
 
     def file(self, file: Path, *, path: str) -> bytes | None:
-        """The new bytes of the file at `path` in an artifact; None where nothing in it changes."""
+        """The new bytes of the file at `path` in an artifact; None if nothing in it changes."""
         if file.suffix == ".safetensors":
             return self._safetensors(file)
         if path.endswith(".md") or (file.suffix in TEXT_SUFFIXES and REPORT.fullmatch(path)):

@@ -142,7 +142,7 @@ def _warnings(
     if lost:
         yield f"the sources' licences cannot be read: {lost}"
     if artifact.form == "virtual" and "weights" in groups:
-        yield "a virtual artifact has only recipe and routers; to run it, its sources are needed too"
+        yield "a virtual artifact has only recipe and routers, and needs its sources to run"
 
 
 def send(shipment: Shipment, *, message: str, bars: bool = False) -> str:

@@ -1,6 +1,6 @@
-"""One run of training: look at held-out text, step, look again, keep the best weights and a checkpoint to resume from.
+"""The training loop: steps, measurements on held-out text, the best weights, and checkpoints to resume from.
 
-Is given a running MoE and a folder to work in; does not read or write artifacts.
+Takes a running MoE and a folder for checkpoints. Does not read or write artifacts.
 """
 
 import math
@@ -43,7 +43,7 @@ from frankenmoe.train.routing import prepare_routers
 from frankenmoe.train.teachers import Teachers, cache_teachers, open_teachers
 from frankenmoe.train.traps import check_gradient
 
-LONGEST = 1.0  # norm of the gradient of all that learns, above which it is scaled down
+LONGEST = 1.0  # largest norm of the whole gradient; above it, the gradient is scaled down
 RECENT = 20  # steps whose mean loss is shown
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -51,7 +51,7 @@ Context = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is given. `folder` is for checkpoints, `gate_names` are the plan's; `plan` is None if built."""
+    """The input of a run. `folder` is for checkpoints, `gate_names` are the plan's; `plan` is None if built."""
 
     moe: MoE
     plan: Plan | None
@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What a run found: the best weights by name, what happened, and the error that stopped it early, if any.
+    """The result of a run: the best weights by name, the history, and the error that stopped it early, if any.
 
     `weights` are those of the look with the lowest mean held-out loss, `last` those at the end; `improved` is whether
     training lowered that loss at all.
@@ -86,7 +86,7 @@ class RunResult:
 
     @property
     def parameters(self) -> int:
-        """How many numbers learnt."""
+        """The number of trained parameters."""
         return sum(tensor.numel() for tensor in self.weights.values())
 
 
@@ -101,7 +101,7 @@ def train_loop(run: Run, *, progress: Progress) -> RunResult:
 
 
 class _Loop:
-    """The model spread over its devices, the optimizer, and what happened so far."""
+    """The model spread over its devices, the optimizer, and the history."""
 
     def __init__(self, run: Run, progress: Progress) -> None:
         settings, model = run.settings, run.moe.model

@@ -1,7 +1,7 @@
-"""Finds the parts of a running MoE that are to learn, and gives them float32 weights of their own.
+"""Finds the parts of a running MoE that will be trained, and gives them their own float32 weights.
 
-Frozen weights stay mapped from their source. Mapped pages are shared by the whole process, so everything that learns is
-copied first. Every learning tensor has a name that says what it is:
+Frozen weights stay mapped from their source. Mapped pages are shared by the whole process, so trained weights are
+copied first. Every trained tensor has a name:
 `router/NAME`, `norm/NAME`, `embedding/NAME`, `attention/LINEAR/a|b`, `adapter/PATH/LINEAR/a|b`, `expert/PATH/NAME`.
 """
 
@@ -27,7 +27,7 @@ from frankenmoe.planning.tree import tensor_seed
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a learning tensor is: an attribute of a module. Sharding replaces the tensor, but not the attribute."""
+    """Where a trained tensor is: an attribute of a module. Sharding replaces the tensor, but not the attribute."""
 
     module: nn.Module
     attribute: str

@@ -1,6 +1,6 @@
 """Runs the CPU kernels on torch's own OpenMP threads. Takes addresses and sizes. Does not import torch.
 
-Raises ImportError where numba or OpenMP is missing. numba compiles a kernel when it is first used, and keeps the
+Raises ImportError if numba or OpenMP is missing. numba compiles a kernel when it is first used, and keeps the
 result in the user's cache folder.
 """
 
