@@ -141,12 +141,12 @@ def _is_moe(whole: Whole) -> Answer:
             "choose.",
         )  # fmt: skip
     if number is None:
-        told = (
+        sentence = (
             f"Every token uses all {first['experts']} experts. The routers weigh experts but do not choose."
             if first["experts"] > 1
             else "There is only one expert, so the routers have nothing to choose."
         )
-        return Answer(*asked, "no choice", MIND, None, CHANGE, told)
+        return Answer(*asked, "no choice", MIND, None, CHANGE, sentence)
     same = "; ".join(" = ".join(group) for group in whole.identical)
     pairs = _by_layer(whole, "apart", "median")
     weights = f"The distance between experts is {_span(pairs, _two)}, relative to the {_norm_of(first)}"
@@ -154,8 +154,8 @@ def _is_moe(whole: Whole) -> Answer:
     nats = f", and predictions by {whole.divergence:.2f} nats per token" if whole.divergence is not None else ""
     level = BAD if max(moved)[0] < MOVED else MIND if same or number < MOVED else GOOD
     verdict = {GOOD: "yes", MIND: "in part", BAD: "hardly"}[level]
-    told = f" Experts with the same weights: {same}." if same else ""
-    return Answer(*asked, verdict, level, number, CHANGE, f"{weights}. {outputs}{nats}.{told}")
+    equal = f" Experts with the same weights: {same}." if same else ""
+    return Answer(*asked, verdict, level, number, CHANGE, f"{weights}. {outputs}{nats}.{equal}")
 
 
 def _norm_of(facts: Facts) -> str:
@@ -229,9 +229,11 @@ def _domain(whole: Whole) -> Answer:
     if chance == 1:
         return Answer(*asked, "no choice", OPEN, None, "of tokens", "There is only one expert.")
     shares = [(own_share(layer) or 0.0, layer["layer"]) for layer in whole.routers]
-    told = _by_layer(whole, "domains", "information")
+    information = _by_layer(whole, "domains", "information")
     most = whole.routers[0]["domains"]["most_information"]
-    bits = f" Its information about the domain is {_span(told, _two)}, of {most:.2f} bits possible." if most else ""
+    bits = (
+        f" Its information about the domain is {_span(information, _two)}, of {most:.2f} bits possible." if most else ""
+    )
     worst = min(shares)
     enough = min(2 * chance, (1 + chance) / 2)  # with two experts, twice chance would be all tokens
     level = GOOD if worst[0] >= enough else MIND if max(shares)[0] >= 1.2 * chance else BAD

@@ -16,7 +16,7 @@ Facts = Mapping[str, Any]
 WIDE, HALF, NARROW = 500, 200, 240  # pixels of plot: a column on a screen, half of one, a phone
 DASHES = ([1, 0], [6, 3], [2, 2], [8, 3, 2, 3])
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross")
-TOLD_CELLS = 1000  # more cells get no text for screen readers; the tables have the same numbers
+DESCRIBED_CELLS = 1000  # more cells get no text for screen readers; the tables have the same numbers
 LABELLED_CELLS = 260  # more cells leave no room for numbers
 LOOK: Spec = {
     "background": "transparent",
@@ -161,12 +161,12 @@ def _lines(
             "mark": {"type": "point", "size": 46, "filled": True, "opacity": 1, "strokeWidth": 0},
             "encoding": {
                 "shape": {"field": "line", "scale": scale(SHAPES), "sort": names},
-                "description": {"field": "told"},
+                "description": {"field": "description"},
             },
         },
     ]
     for row in rows:
-        row["told"] = f"layer {row['layer']}, {row['line']}: {row['value']:.3g}"
+        row["description"] = f"layer {row['layer']}, {row['line']}: {row['value']:.3g}"
     if rule is not None:
         layered.append(
             {
@@ -203,7 +203,7 @@ def _heat(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str
     rows = [
         {
             "layer": facts["layer"], "expert": f"{index} {name}", "share": share,
-            "told": f"layer {facts['layer']}, {name}: {share:.1%} of assignments",
+            "description": f"layer {facts['layer']}, {name}: {share:.1%} of assignments",
             "short": "dead" if index in facts["load"]["dead"] else f"{100 * share:.0f}",
         }
         for facts in routers
@@ -217,14 +217,14 @@ def _heat(layers: Sequence[int], routers: Sequence[Facts], experts: Sequence[str
         rect: Spec = {
             "mark": {
                 "type": "rect", "fill": "var(--heat)", "stroke": "var(--card)", "strokeWidth": 1,
-                "aria": len(rows) <= TOLD_CELLS,
+                "aria": len(rows) <= DESCRIBED_CELLS,
             },
             "encoding": {
                 "fillOpacity": {
                     "field": "share", "type": "quantitative", "legend": None,
                     "scale": {"domainMin": 0, "range": [0.03, 0.6]},
                 },
-                "description": {"field": "told"},
+                "description": {"field": "description"},
             },
         }  # fmt: skip
         room = width / len(layers) >= 26 and len(rows) <= LABELLED_CELLS

@@ -39,7 +39,7 @@ WIDEST_STRIP = 26  # layers shown per token
 @click.argument("first", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("second", metavar="[ARTIFACT|RECIPE]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--data", "data", metavar="EXPERT=FILE", multiple=True,
+    "--data", metavar="EXPERT=FILE", multiple=True,
     help="Text to route, as file or hub dataset; default: the recipe's data or prompts (repeatable).",
 )  # fmt: skip
 @settings_options(AuditSettings)

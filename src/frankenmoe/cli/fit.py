@@ -20,6 +20,9 @@ from frankenmoe.subject import open_subject
 if TYPE_CHECKING:
     from frankenmoe.gates.run import FitResult
 
+# key in the report -> heading of the table's column
+COLUMNS = {"before": "before", "after": "fitted", "own_expert": "own expert forced"}
+
 
 @click.command(
     "fit",
@@ -149,6 +152,3 @@ def loss_table(losses: Mapping[str, Any]) -> Table:
     if len(losses["after"]) > 1:
         table.add_row("mean", *(f"{mean(values.values()):.3f}" for values in columns.values()), style="bold")
     return table
-
-
-COLUMNS = {"before": "before", "after": "fitted", "own_expert": "own expert forced"}

@@ -97,7 +97,7 @@ def _show(report: Mapping[str, Any], folder: Path) -> None:
     for name in ("before", "kept", "change"):
         table.add_column(name, justify="right")
     kept = "best" if report["improved"] else "after"
-    rows = {**{name: (losses["before"][name], losses[kept][name]) for name in losses["before"]}}
+    rows = {name: (losses["before"][name], losses[kept][name]) for name in losses["before"]}
     rows["mean"] = (means["before"], means[kept])
     for name, (before, after) in rows.items():
         table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")

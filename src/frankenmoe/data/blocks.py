@@ -127,7 +127,7 @@ def _reply_span(turns: Sequence[Turn], at: int, text: str, tokenizer: Any) -> tu
     after = _rendered(turns[: at + 1], tokenizer)
     if not (text.startswith(after) and after.startswith(before)):
         raise SourceError(
-            "the chat template changes earlier turns when later ones follow, so replies cannot be told from the rest",
+            "the chat template changes earlier turns when later ones follow, so replies cannot be found in the text",
             hint="split such conversations so that each ends with the reply to learn",
         )
     return len(before), len(after)

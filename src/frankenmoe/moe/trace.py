@@ -60,7 +60,7 @@ def record(model: nn.Module) -> Iterator[list[LayerTrace]]:
     """Within the context, every forward appends one LayerTrace per router that ran, in the order they ran.
 
     Layers are the MoEBlocks whose name in `model` has an index ("model.layers.3.mlp"); other blocks are ignored.
-    Raises ArtifactError if there is none, or if one block is in two places: its traces could not be told apart.
+    Raises ArtifactError if there is none, or if one block is in two places: its traces could not be distinguished.
     """
     traces: list[LayerTrace] = []
     with stream(model, lambda trace, _: traces.append(trace)):

@@ -97,9 +97,8 @@ def _step(job: Job, stage: Stage, progress: Progress) -> Done:
     folder = None if stage.outputs else job.folder(stage.name)
     name, of, replacing = state.doing or ("", "", 0)
     begun = (name, of) == (stage.name, digest)
-    # the earlier run was killed after the folder was complete, before the state file recorded it
-    adopted = begun and folder is not None and inode(folder) not in (0, replacing)
-    if adopted and folder is not None:
+    if folder and begun and inode(folder) not in (0, replacing):
+        # the earlier run was killed after the folder was complete, before the state file recorded it
         clear_building(folder)
     else:
         if folder and not begun:
