@@ -1,6 +1,6 @@
-"""The folder of an artifact, and its way from unfinished to finished. Does not import torch.
+"""The folder of an artifact, unfinished and finished. Does not import torch.
 
-While it is made, an artifact `out` is the folder `out.partial` beside it; one rename makes it whole. Partial folders,
+An unfinished artifact `out` is the folder `out.partial` next to it; one rename finishes it. Partial folders,
 locks and checks of disk space of every other stage are here too.
 """
 
@@ -55,7 +55,7 @@ class Artifact:
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """Opens a finished artifact; ArtifactError for a folder that is none, is unfinished, or is of a later version."""
+    """Opens a finished artifact. ArtifactError for a folder that is none, is unfinished, or has a later version."""
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder, expected an artifact", hint=_hint_unfinished(folder))
     file = folder / RECORD
@@ -85,9 +85,9 @@ def partial_folder(out: Path) -> Path:
 def growing(out: Path, *, digest: str) -> Iterator[Path]:
     """The locked partial folder of `out`. The caller fills it and gives it to `finish` or `become`.
 
-    A partial folder that a killed run of the same plan (`digest`) left is resumed; one of another plan is refused.
-    After an error, what this run began is removed, unless it has finished shards and the machine was at fault (a full
-    disk, for example): then the same command resumes from them.
+    A partial folder that a killed run of the same plan (`digest`) left is resumed; one of another plan is rejected.
+    After an error, a folder that this run made is removed, unless it has finished shards and the cause was the machine
+    (a full disk, for example). Then the same command resumes from them.
     """
     refuse_occupied(out)
     partial = partial_folder(out)
@@ -126,7 +126,7 @@ def _locked(partial: Path, out: Path) -> IO[str]:
 
 
 def lock_file(file: Path, *, busy: ArtifactError) -> IO[str]:
-    """Opens and locks `file`; the lock is held until the result is closed. Raises `busy` where another process has it.
+    """Opens and locks `file`; the lock is held until the result is closed. Raises `busy` if another process has it.
 
     The process that had it before may move or remove the file after we open it and before we lock it. Then it is busy.
     """

@@ -21,9 +21,9 @@ from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.scorer import check_ids, scored
 from frankenmoe.evaluate.store import Store, request_key
 from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe.train import TrainSettings
 
-BLOCK = 128
-SHARE = 0.1
+TRAINING = TrainSettings()  # by default the same cut as in training, which keeps trained text out
 MOST_BLOCKS = 200  # per domain, unless a limit says otherwise
 BATCH = 8
 
@@ -36,8 +36,8 @@ class DomainText:
     files: tuple[str, ...]
     folder: Path
     held_out: bool
-    block: int = BLOCK
-    share: float = SHARE
+    block: int = TRAINING.block
+    share: float = TRAINING.hold_out
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from frankenmoe.data.blocks import Block
 from frankenmoe.errors import FrankenMoEError, PlanError, SourceError
 from frankenmoe.evaluate import bootstrap
 from frankenmoe.evaluate.compare import AVERAGE, BASE, MODEL, MOE, PARENT, RANDOM, Gains, gains, verdict
-from frankenmoe.evaluate.domains import BLOCK, SHARE, DomainText, read_domain
+from frankenmoe.evaluate.domains import TRAINING, DomainText, read_domain
 from frankenmoe.evaluate.identity import tokenizer_digest
 from frankenmoe.evaluate.parents import average_model, dense_model, parents, randomize_gates, stock_model
 from frankenmoe.evaluate.plot import Point, check_plot, plot
@@ -250,7 +250,7 @@ def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainTe
         return [DomainText(name, (os.path.abspath(file),), Path.cwd(), held_out=False) for name, file in given.items()]
     found: dict[str, DomainText] = {}
     for recipe in recipes:
-        train = recipe.train  # the same cut as in training keeps trained text out
+        train = recipe.train or TRAINING  # the same cut as in training keeps trained text out
         for expert in leaves(recipe.experts):
             if expert.data and expert.name not in found:
                 found[expert.name] = DomainText(
@@ -258,8 +258,8 @@ def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainTe
                     expert.data,
                     recipe.folder,
                     held_out=True,
-                    block=train.block if train else BLOCK,
-                    share=train.hold_out if train else SHARE,
+                    block=train.block,
+                    share=train.hold_out,
                 )
     return list(found.values())
 

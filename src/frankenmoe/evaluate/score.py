@@ -1,4 +1,4 @@
-"""Scores one model on tasks and texts. A task that fails is named in the report, and the other tasks go on."""
+"""Scores one model on tasks and texts. A task that fails is named in the report; the others continue."""
 
 import logging
 import math
