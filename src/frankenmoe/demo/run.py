@@ -33,9 +33,8 @@ from frankenmoe.subject import load, open_subject
 RANDOM_SEEDS = 3
 PROMPT = "def count_"
 # the rows of the loss table after the dense models
-RANDOM, PROMPTED, FITTED, TRAINED, FORCED = (
-    *("MoE, random gates", "MoE, prompt gates", "MoE, fitted gates", "MoE, trained gates", "MoE, own expert forced"),
-)
+RANDOM, PROMPTED, FITTED, TRAINED = (f"MoE, {made} gates" for made in ("random", "prompt", "fitted", "trained"))
+FORCED = "MoE, own expert forced"
 REPLY_TOKENS = 24
 TEXT_CHARACTERS = 40_000  # of each domain, for fitting and training; held-out text is separate
 FIT_TOKENS = 4096
@@ -51,7 +50,7 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Story:
-    """What the demo found.
+    """The demo's results.
 
     `losses`: row name -> domain -> nats per token on held-out text. `quiz`: model -> domain -> share of right answers.
     `lacking`: stages that were skipped -> the extra that installs what they need.

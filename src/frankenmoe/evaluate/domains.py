@@ -65,7 +65,10 @@ class Losses:
 
 
 def read_domain(source: DomainText, tokenizer: Any, *, limit: int | None) -> list[Block]:
-    """The blocks of a domain. Of an expert's own data, only those held out from fitting and training."""
+    """The blocks of a domain. Of an expert's own data, only those that training holds out.
+
+    A fit with another block length holds out other blocks, so some of these may have been fitted to.
+    """
     most = limit or MOST_BLOCKS
     enough = math.ceil(most / source.share) + 1 if source.held_out else most
     blocks = text_blocks(

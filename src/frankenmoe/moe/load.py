@@ -30,6 +30,7 @@ from frankenmoe.moe.dense import (
     one_line,
     read_config,
     skeleton,
+    torch_dtype,
 )
 from frankenmoe.moe.router import Router
 from frankenmoe.moe.trace import RoutingTrace, concat, record
@@ -69,7 +70,7 @@ class MoE:
 def gate_tensors(routers: Routers) -> Gates:
     """An artifact's stored gates as tensors."""
     return {
-        name: torch.from_numpy(raw.copy()).view(getattr(torch, checkpoint.DTYPES[kind].name)).view(shape)
+        name: torch.from_numpy(raw.copy()).view(torch_dtype(kind)).view(shape)
         for name, (kind, shape, raw) in routers.items()
     }
 
