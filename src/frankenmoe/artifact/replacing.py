@@ -26,7 +26,7 @@ def replace_files(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def finish_replacing(folder: Path) -> None:
-    """Completes a replacement that a kill interrupted; does nothing where there is none."""
+    """Completes a replacement that a kill interrupted; does nothing if there is none."""
     staged = folder / STAGED
     if not staged.is_dir():
         return

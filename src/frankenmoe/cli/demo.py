@@ -10,9 +10,10 @@ from rich.table import Table
 
 from frankenmoe.cli.chat import show_trace
 from frankenmoe.cli.progress import bars
-from frankenmoe.cli.show import billions, console, program
+from frankenmoe.cli.show import console, program
 from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, RANDOM, TRAINED, Story, tell
 from frankenmoe.demo.text import DOMAINS
+from frankenmoe.planning.bill import billions
 
 
 def demo(out: Path, *, as_json: bool) -> None:

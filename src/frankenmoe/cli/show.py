@@ -16,6 +16,7 @@ from frankenmoe.artifact.folder import Artifact
 from frankenmoe.cli.text import printable
 from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
+from frankenmoe.planning.bill import billions
 from frankenmoe.planning.forecast import forecast
 
 WIDTH = 80
@@ -147,8 +148,3 @@ def gib(count: int) -> str:
         if count >= size:
             return f"{count / size:.2f} {unit}"
     return f"{count} B"
-
-
-def billions(count: int) -> str:
-    """A parameter count in billions or millions."""
-    return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"

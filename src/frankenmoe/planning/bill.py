@@ -143,3 +143,8 @@ def kv_numbers(base: Source) -> int:
         return 2 * dims.layers * dims.kv_heads * dims.head_dim
     head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
     return 2 * int(config["num_hidden_layers"]) * odd_heads(config) * head_dim
+
+
+def billions(count: int) -> str:
+    """A parameter count such as 3.43B or 160.00M."""
+    return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"

@@ -32,7 +32,7 @@ def read_routers(file: Path, wanted: Mapping[str, tuple[int, int]]) -> Mapping[s
         if ref is None:
             odd = f"lacks {name}, a router of this MoE"
         elif shape is None:
-            odd = f"holds {name}, which is no router of this MoE"
+            odd = f"holds {name}, which is not a router of this MoE"
         elif ref.shape != shape or ref.dtype not in FLOATS:
             odd = f"holds {name} as {ref.dtype} {list(ref.shape)}, expected floats {list(shape)}"
         else:
@@ -86,7 +86,7 @@ def check_used(
     for name, ref in trained.items():
         if ref not in used:
             raise SourceError(
-                f"{ref.file} holds {name}, which is no tensor of {recipe.origin}",
+                f"{ref.file} holds {name}, which is not a tensor of {recipe.origin}",
                 hint="this file belongs to another MoE; use the one beside its own recipe",
             )
 

@@ -15,6 +15,7 @@ from frankenmoe.artifact.reports import AuditReport, EvalReport
 from frankenmoe.charts import EXTRA, can_draw
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
+from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import Facts, gather
 from frankenmoe.publish.found import PICTURE, limits, results, routing, samples
 from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, Origin, eval_results
@@ -24,7 +25,6 @@ from frankenmoe.publish.sections import (
     LOCAL,
     Missing,
     bill,
-    billions,
     files,
     licences,
     merged,

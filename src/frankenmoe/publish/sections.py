@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
+from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
@@ -251,11 +252,6 @@ def plain(text: str) -> str:
 def code(text: str) -> str:
     """Text as Markdown's code."""
     return "`" + text.replace("`", "'") + "`"
-
-
-def billions(count: int) -> str:
-    """A parameter count such as 3.43B or 160.00M."""
-    return f"{count / 1e9:.2f}B" if count >= 10**9 else f"{count / 1e6:.2f}M"
 
 
 def gigabytes(count: int) -> str:

@@ -1,4 +1,4 @@
-"""The gate modes: one row per mode, with the words that a model card has for it."""
+"""The gate modes: one row per mode, with its description in a model card."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -10,7 +10,7 @@ _PROMPTED = {
     "hidden_last": "from the base's states before each layer, at the last token of every prompt",
     "cheap_embed": "from the embeddings of the prompts' tokens",
 }
-_RANDOM = {"random": "by chance", "uniform_random": "by chance"}
+_RANDOM = {"random": "at random", "uniform_random": "at random"}
 # fitted to data or prompts; gates/closed.py and gates/fit.py have a function for each
 _FITTED = {
     "centroid": "in closed form at the routers' own inputs, to the mean of each expert's text",
