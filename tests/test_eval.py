@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -227,6 +228,19 @@ def test_the_library_reports_too(place: Path) -> None:
     (result,) = found.results
     assert result.losses["one"].mean == pytest.approx(result.mean_loss)
     assert torch.get_num_threads() == found.conditions["threads"]
+
+
+def test_a_built_artifact_without_sources_has_a_loss_but_no_parents(place: Path) -> None:
+    for index in range(3):
+        tiny.make_parent(place / f"p{index}", "llama", seed=index)
+    recipe = tiny.write_recipe(place / "own.yml", place / "p0", [place / "p1", place / "p2"])
+    recipe.write_text(recipe.read_text().replace("name: e0", "name: e0\n  data: [one.txt]"))
+    fm.build(recipe, place / "built")
+    shutil.rmtree(place / "p1")
+    run("built --limit 2 --json out.json", place)
+    assert list(report(place)["models"][0]["domains"]) == ["e0"]
+    failed = run("built --against-parents --limit 2", place, code=2)
+    assert "the sources of built cannot be used any more" in failed.stderr
 
 
 def test_a_busy_moment_does_not_make_a_model_slow() -> None:

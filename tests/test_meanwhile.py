@@ -140,7 +140,10 @@ def test_routers_in_a_file_that_changes_between_two_runs(
     ("change", "fact"),
     [
         (lambda gates: gates.clear(), "lacks model.layers.0.block_sparse_moe.gate.weight"),
-        (lambda gates: gates.update(x=next(iter(gates.values())).clone()), "holds x, which is not a router of this MoE"),
+        (
+            lambda gates: gates.update(x=next(iter(gates.values())).clone()),
+            "holds x, which is not a router of this MoE",
+        ),
         (lambda gates: gates.update({key: gate[:2] for key, gate in gates.items()}), "F32 [2, 32], expected floats [3"),
         (lambda gates: gates.update({key: gate.int() for key, gate in gates.items()}), "I32 [3, 32], expected floats"),
         (None, "is not a file"),
