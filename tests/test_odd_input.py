@@ -94,7 +94,7 @@ def test_somebody_elses_folder_in_the_place_of_an_unfinished_build(recipe: Path,
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "thesis.tex").write_text("mine")
-    facts = (str(partial), "holds thesis.tex", "not ours")
+    facts = (str(partial), "contains thesis.tex", "no build.json")
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="move that one away")
 
 
