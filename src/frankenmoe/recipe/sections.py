@@ -18,6 +18,7 @@ from frankenmoe.recipe.fields import (
     Temperature,
     Text,
 )
+from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.settings import NO_OPTION, Closed, Option
 
 
@@ -31,7 +32,9 @@ class BuildSettings(Closed):
 class FitSettings(Closed):
     """How routers are fitted."""
 
-    method: FitMode | None = Field(None, description="Fitting method; default: the recipe's gate_mode.")
+    method: Annotated[FitMode | None, Option(metavar="METHOD")] = Field(
+        None, description=f"{', '.join(sorted(FIT_MODES))}; default: the recipe's gate_mode."
+    )
     tokens: FitTokens = Field(32768, description="Most tokens of data per expert.")
     block: FitBlock = Field(256, description="Tokens read at once.")
 
