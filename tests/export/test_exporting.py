@@ -293,6 +293,12 @@ def test_bytes_that_are_no_text_are_told_to_whoever_chats_with_a_file(f16: Path)
     assert "must be UTF-8" in said.stderr
 
 
+def test_an_engine_can_be_dropped_as_soon_as_it_is_loaded(f16: Path) -> None:
+    drop = "for _ in range(60): Engine(Path(sys.argv[1]), context=64)"
+    code = f"import sys; from pathlib import Path; from frankenmoe.export.llama import Engine\n{drop}"
+    subprocess.run([sys.executable, "-c", code, str(f16)], check=True, timeout=300)  # a hang, not a slow machine
+
+
 def test_a_file_with_one_token_twice_is_refused_before_llama_cpp_aborts(f16: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(f16.read_bytes().replace(b"</s>", "Ġqu".encode(), 1))  # as long, and there already

@@ -55,6 +55,7 @@ class Engine:
         params.n_gpu_layers = 0
         params.warmup = False
         params.verbosity = QUIET
+        params.endpoint_metrics = True
         count = threads or (len(os.sched_getaffinity(0)) if file.stat().st_size > SMALL else 1)
         for part in (params.cpuparams, params.cpuparams_batch):
             part.n_threads = count
@@ -71,6 +72,8 @@ class Engine:
                     self.reads_template = False
                     params.chat_template = STAND_IN
                     self._server = xllamacpp.Server(params)
+                # A server that is destroyed before its thread runs never ends. This answer comes from that thread.
+                self._server.handle_metrics()
         except Exception as error:
             raise ArtifactError(
                 f"llama.cpp cannot load {file}: {error}",
