@@ -210,7 +210,7 @@ def test_a_file_put_into_the_output_folder_meanwhile(
         patched.setattr(building, "finish", finish)
         with pytest.raises(ArtifactError, match=r"cannot become .*not empty") as caught:
             fm.build(recipe, out, virtual=virtual)
-    assert "move away" in str(caught.value.hint)
+    assert "to another folder" in str(caught.value.hint)
     assert (out / "notes.txt").read_text() == "mine"
     (out / "notes.txt").unlink()
     assert fm.verify(fm.build(recipe, out, virtual=virtual).folder)

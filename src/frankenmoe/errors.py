@@ -31,3 +31,8 @@ class ArtifactError(FrankenMoEError):
 
 class NumericsError(FrankenMoEError):
     """A value is NaN, infinite, or out of range of the type it is stored in."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its class if it has none."""
+    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -541,6 +541,7 @@ def test_learning_adapters_and_equal_experts_never_wait() -> None:
     learning(hidden)
     with NoWaits():
         learning(hidden).pow(2).sum().backward()
+    assert loras
     assert all(weight.grad is not None for weight in loras)
     with NoWaits():
         block_of([make_mlp()] * 4)(hidden)

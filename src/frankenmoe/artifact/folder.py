@@ -222,7 +222,7 @@ def _claim(partial: Path, *, digest: str) -> None:
     elif file.read_bytes() != claim:
         raise ArtifactError(
             f"{partial} was begun from another recipe, dtype or shard size, or its sources have changed since",
-            hint=f"remove {partial} to start over, or bring recipe and sources back to finish it",
+            hint=f"remove {partial} to start over, or restore the original recipe and sources to finish it",
         )
 
 
@@ -242,7 +242,7 @@ def become(partial: Path, out: Path) -> None:
     except OSError as error:
         raise ArtifactError(
             f"{partial} is whole but cannot become {out}: {error.strerror}",
-            hint=f"move away what has been put into {out} meanwhile",
+            hint=f"move the files that were added to {out} to another folder",
         ) from error
     # only now: without them a run killed before the rename could not be finished
     clear_building(out)

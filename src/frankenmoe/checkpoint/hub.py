@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.errors import SourceError
+from frankenmoe.errors import SourceError, first_line
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
@@ -96,12 +96,8 @@ def _explained(error: Exception, *, name: str, revision: str | None) -> SourceEr
         case errors.LocalEntryNotFoundError():
             reason, hint = "cannot be downloaded and is not in the cache", "check the network, or name a local folder"
         case _:
-            reason, hint = f"cannot be downloaded: {_first_line(error)}", "check the network and the free disk space"
+            reason, hint = f"cannot be downloaded: {first_line(error)}", "check the network and the free disk space"
     return SourceError(f"{which} {reason}", hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def stream_rows(name: str, *, revision: str | None, config: str | None, split: str) -> Iterator[dict[str, Any]]:
@@ -123,7 +119,7 @@ def stream_rows(name: str, *, revision: str | None, config: str | None, split: s
         raise
     except Exception as error:  # of the hub's client, of fsspec, of pyarrow
         raise SourceError(
-            f"{which} cannot be read: {_first_line(error)}",
+            f"{which} cannot be read: {first_line(error)}",
             hint="check the spelling and the network, and write org/name:config:split where it has several",
         ) from error
 

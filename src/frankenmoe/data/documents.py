@@ -188,7 +188,7 @@ def _whole(text: str, *, where: str) -> str:
     except UnicodeEncodeError as error:
         raise SourceError(
             f"{where} holds half a character, \\u{ord(text[error.start]):04x} without its other half",
-            hint="the text was cut there: mend or remove it",
+            hint="the text is truncated there: repair or remove it",
         ) from error
     return text
 
@@ -201,7 +201,7 @@ def _turns(entries: Sequence[Any], *, speaker: str, said: str, where: str) -> tu
         if not isinstance(text, str) or not isinstance(who, str) or who not in ROLES:
             raise SourceError(
                 f"{where} has a turn {str(entry)[:60]!r}, expected `{speaker}` and `{said}`",
-                hint=f"mend or remove that conversation; speakers are {', '.join(ROLES)}",
+                hint=f"repair or remove that conversation; speakers are {', '.join(ROLES)}",
             )
         turns.append(Turn(role=ROLES[who], content=_whole(text, where=where)))
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):

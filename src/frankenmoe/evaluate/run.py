@@ -17,6 +17,7 @@ import torch
 
 from frankenmoe.artifact.reports import EvalReport
 from frankenmoe.cache import cache_folder
+from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import FrankenMoEError, PlanError, SourceError
 from frankenmoe.evaluate import bootstrap
@@ -247,7 +248,10 @@ def _ancestors(made: Plan, moe: Contestant, dtype: str | None, skipped: dict[str
 def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainText]:
     """The given files, completely; by default the held-out parts of the experts' data."""
     if given:
-        return [DomainText(name, (os.path.abspath(file),), Path.cwd(), held_out=False) for name, file in given.items()]
+        return [
+            DomainText(name, (str(local_path(file, folder=Path.cwd())),), Path.cwd(), held_out=False)
+            for name, file in given.items()
+        ]
     found: dict[str, DomainText] = {}
     for recipe in recipes:
         train = recipe.train or TRAINING  # the same cut as in training keeps trained text out

@@ -15,7 +15,7 @@ from frankenmoe.pipeline.model import training_report
 from frankenmoe.pipeline.state import files_below
 from frankenmoe.planning.names import expert_data
 from frankenmoe.progress import Progress
-from frankenmoe.publish.card import README, is_ours, make_card, write_card
+from frankenmoe.publish.card import README, is_by_hand, make_card, write_card
 from frankenmoe.publish.found import PICTURE
 from frankenmoe.publish.reports import TRAINING
 from frankenmoe.publish.sections import gigabytes
@@ -192,7 +192,7 @@ def _card_inputs(job: Job) -> Iterator[Path]:
 def _check_card(job: Job) -> None:
     """Raises ArtifactError for a README.md written by hand, which this stage would have to replace."""
     file = job.model / README
-    if file.is_file() and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
+    if is_by_hand(file):
         raise ArtifactError(
             f"{file} was written or changed by hand, and `card:` in {job.recipe.origin} would replace it",
             hint="move it away, and put its text into `card: description` in the recipe",

@@ -213,11 +213,16 @@ def is_ours(text: str) -> bool:
     return bool(mark) and text == signed(body)
 
 
+def is_by_hand(file: Path) -> bool:
+    """Whether a README.md exists that a person wrote or changed."""
+    return file.is_file() and not is_ours(file.read_text(encoding="utf-8", errors="replace"))
+
+
 def write_card(what: Subject | Artifact | str | Path, card: Card, *, overwrite: bool = False) -> Path:
     """Writes README.md and its picture into the artifact. ArtifactError if a person wrote or edited README.md."""
     folder = open_subject(what).need_artifact(hint="build it first").folder
     file = folder / README
-    if file.is_file() and not overwrite and not is_ours(file.read_text(encoding="utf-8", errors="replace")):
+    if not overwrite and is_by_hand(file):
         raise ArtifactError(
             f"{file} was written or changed by hand",
             hint="use --overwrite to replace it, or put its text under `card: description` in the recipe",

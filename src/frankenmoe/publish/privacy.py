@@ -17,6 +17,7 @@ from pathlib import Path
 
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.checkpoint.header import PREFIX
+from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.publish.rewrite import Rewriter
 
 RECIPE_FOLDER = "recipe-folder"
@@ -139,7 +140,7 @@ def is_local(path: str) -> bool:
 
 def whole_path(path: str, *, folder: Path) -> str:
     """A path as an absolute one; relative paths start at `folder`."""
-    return os.path.normpath(folder / os.path.expanduser(path))
+    return str(local_path(path, folder=folder))
 
 
 def local_names(artifact: Artifact) -> LocalNames:

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from frankenmoe.artifact.folder import UNFINISHED, Artifact
-from frankenmoe.errors import ArtifactError, FrankenMoEError
+from frankenmoe.errors import ArtifactError, FrankenMoEError, first_line
 from frankenmoe.publish.facts import gather
 from frankenmoe.publish.privacy import LocalNames, as_published, first_leak
 from frankenmoe.subject import Subject, open_subject
@@ -211,7 +211,7 @@ def explained(error: BaseException, *, repo: str) -> ArtifactError:
         case _, 404:
             said, hint = f"the hub has no {repo} that this login can see", "check the spelling of org/name"
         case _, 413 | 507:
-            said, hint = f"{repo} has no room for this: {_first_line(error)}", "send less with --files, or ask for room"
+            said, hint = f"{repo} has no room for this: {first_line(error)}", "send less with --files, or ask for room"
         case _, 429:
             said, hint = "the hub asks to slow down", "wait some minutes; the same command then continues from here"
         case ValueError(), _ if "metadata" in str(error).lower():
@@ -223,7 +223,7 @@ def explained(error: BaseException, *, repo: str) -> ArtifactError:
             said, hint = f"the hub failed (HTTP {status})", "try again later; the same command continues from here"
         case _:
             said, hint = (
-                f"sending to {repo} failed: {_first_line(error)}",
+                f"sending to {repo} failed: {first_line(error)}",
                 "check the network; the same command continues from here",
             )
     return ArtifactError(said, hint=hint)
@@ -240,7 +240,3 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _status(error: BaseException) -> int | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -33,8 +33,11 @@ _barrier = types.ExternalFunction("GOMP_barrier", types.void())
 
 
 def widened(number: Any) -> Any:
-    """The float32 value of a stored number: uint16 holds the bits of a bf16, int16 those of an fp16."""
-    raise NotImplementedError("for compiled code")
+    """The float32 value of a stored number: uint16 holds the bits of a bf16, int16 those of an fp16.
+
+    Only compiled code can call it: numba puts what `_widened` chooses in its place.
+    """
+    raise TypeError("only compiled code can call widened")
 
 
 @overload(widened)
