@@ -15,6 +15,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import RESULTS, Row, log, publish, workspace
@@ -59,8 +60,7 @@ def main() -> None:
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     kept.write_text(json.dumps({"seconds": time.perf_counter() - begun, "rows": rows}, indent=2))
                 if kept.exists():
-                    for row in json.loads(kept.read_text())["rows"]:
-                        table.append(Row(**{**row, "what": f"{name}: {row['what']}"}))
+                    table += named(name, json.loads(kept.read_text())["rows"])
         table += medians(table)
         publish("real", table, options=options, work=work)
     for row in table:
@@ -106,6 +106,12 @@ def parents(name: str, *, jobs: int) -> Parents:
     make(wanted, jobs)
     folders: Mapping[str, Path] = {each.domain: root / each.name for each in wanted}
     return Parents(name, root / "base", folders, dict.fromkeys(folders, root / "texts"))
+
+
+def named(name: str, rows: list[dict[str, Any]]) -> list[Row]:
+    """Rows of a set of parents. Only those of near parents have something to reach; the others are reported."""
+    free = {} if name.startswith("near") else {"limit": None, "at_least": None}
+    return [Row(**{**row, **free, "what": f"{name}: {row['what']}"}) for row in rows]
 
 
 def medians(table: list[Row]) -> list[Row]:
