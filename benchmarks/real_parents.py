@@ -63,10 +63,20 @@ def plan(only: Sequence[str] | None = None, *, seeds: int = 1) -> list[Wanted]:
 
 
 def make(wanted: Sequence[Wanted], jobs: int = 2, logfile: Path | None = None) -> None:
-    """Makes all of `wanted`, `jobs` at a time, and says how many are left and for how long."""
-    from frankenmoe.demo.real import make_base, real_folder
+    """Makes those of `wanted` that are not there, `jobs` at a time; says how many are left and for how long."""
+    from real_text import texts
 
-    make_base(real_folder() / "base")
+    from frankenmoe.demo.real import TUNINGS, is_made, make_base, real_folder
+
+    root = real_folder()
+    base, known = make_base(root / "base"), texts(root / "texts")
+    wanted = [
+        each
+        for each in wanted
+        if not is_made(
+            root / each.name, base=base, text=known[each.domain], tuning=TUNINGS[each.strength], seed=each.seed
+        )
+    ]
     begun, done = time.monotonic(), 0
 
     def run(each: Wanted) -> None:

@@ -138,17 +138,27 @@ def make_tuned(
     Weights are trained in float32 under bf16 autocast and stored in bf16 (adapters in float32). ArtifactError if the
     result is no better than the base on held-out text, and then nothing is kept.
     """
-    facts = {
+    facts = _facts(base=base, text=text, tuning=tuning, seed=seed)
+    if not _is_finished(folder, facts=facts):
+        _tune(folder, base=base, text=text, tuning=tuning, seed=seed, facts=facts, progress=progress)
+    found = json.loads((folder / _MARKER).read_text())["found"]
+    return Made(folder, found["base_loss"], found["loss"], found["distances"], found["seconds"])
+
+
+def is_made(folder: Path, *, base: Path, text: Text, tuning: Tuning, seed: int = 0) -> bool:
+    """Whether `make_tuned` with the same arguments has nothing to do."""
+    return _is_finished(folder, facts=_facts(base=base, text=text, tuning=tuning, seed=seed))
+
+
+def _facts(*, base: Path, text: Text, tuning: Tuning, seed: int) -> Mapping[str, Any]:
+    """All that a fine-tune depends on."""
+    return {
         "version": _VERSION,
         "tuning": asdict(tuning),
         "seed": seed,
         "text": sha256(text.train.encode()).hexdigest(),
         "base": json.loads((base / _MARKER).read_text())["facts"],
     }
-    if not _is_finished(folder, facts=facts):
-        _tune(folder, base=base, text=text, tuning=tuning, seed=seed, facts=facts, progress=progress)
-    found = json.loads((folder / _MARKER).read_text())["found"]
-    return Made(folder, found["base_loss"], found["loss"], found["distances"], found["seconds"])
 
 
 # ---- training --------------------------------------------------------------------------------------------------------
