@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import RESULTS, Row, log, publish, workspace
 from real_bed import SCALES, SHARED, Bed, Parents
-from real_parents import DOMAINS, Wanted, make
+from real_parents import DOMAINS, Wanted, far_domains, make
 from real_peers import PEERS
 from real_rows import ROWS
 from real_text import texts
@@ -102,7 +102,8 @@ def parents(name: str, *, jobs: int) -> Parents:
         strength, which = name, ""
     seed = int(which) if which in ("1", "2") else 0
     count = int(which) if which == "8" else DOMAINS
-    wanted = [Wanted(strength, domain, seed) for domain in domains[:count]]
+    chosen = far_domains(domains) if strength.startswith("far") else domains[:count]
+    wanted = [Wanted(strength, domain, seed) for domain in chosen]
     make(wanted, jobs)
     folders: Mapping[str, Path] = {each.domain: root / each.name for each in wanted}
     return Parents(name, root / "base", folders, dict.fromkeys(folders, root / "texts"))
