@@ -13,7 +13,7 @@ from frankenmoe.cli.chat import show_trace
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, program
 from frankenmoe.demo import kits
-from frankenmoe.demo.real import real_folder
+from frankenmoe.demo.real import check_available, real_folder
 from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, RANDOM, TRAINED, Story, tell
 from frankenmoe.demo.text import DOMAINS
 from frankenmoe.planning.bill import billions
@@ -23,6 +23,8 @@ QUESTIONS = 8  # of each task, with --real
 
 def demo(out: Path, *, real: bool = False, rows: Path | None = None, as_json: bool) -> None:
     """Runs the demo in `out` and prints its results."""
+    if real:
+        check_available()
     where = real_folder() if real else out / "parents"
     click.echo(f"making a base and {len(DOMAINS)} experts in {where} (once), then an MoE of them ...", err=True)
     kit = kits.real(tasks=QUESTIONS if rows else 0, rows=rows) if real else kits.TOY

@@ -106,6 +106,12 @@ def package_file() -> Path:
     return files[0]
 
 
+def check_available() -> None:
+    """SourceError if the base is neither in the cache nor in an installed package."""
+    if not (real_folder() / "base" / _MARKER).is_file():
+        package_file()
+
+
 def make_base(folder: Path) -> Path:
     """SmolLM2-135M-Instruct as a bf16 checkpoint with tokenizer in `folder`, 270 MB, in about ten seconds."""
     facts = {"version": _BASE_VERSION, "base": PACKAGE}
