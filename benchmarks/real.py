@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from common import RESULTS, Row, log, publish, workspace
 from real_bed import SCALES, SHARED, Bed, Parents
+from real_costs import COSTS
 from real_parents import DOMAINS, Wanted, far_domains, make
 from real_peers import PEERS
 from real_rows import ROWS
@@ -27,7 +27,7 @@ from real_text import texts
 
 from frankenmoe.demo.real import real_folder
 
-GROUPS = {**ROWS, **PEERS}
+GROUPS = {**ROWS, **COSTS, **PEERS}
 # set of parents -> the groups of rows that are measured on it
 QUICK = {"near": ("dense", "backbones", "routers")}
 WHOLE = {
@@ -53,7 +53,12 @@ def main() -> None:
             for group in options.only.split(",") if options.only else wanted[name]:
                 kept = options.runs / f"{options.scale}-{name}-{group}.json"
                 if not kept.exists() and not options.kept:
-                    bed = bed or Bed(parents(name, jobs=options.jobs), SCALES[options.scale], work)
+                    bed = bed or Bed(
+                        parents(name, jobs=options.jobs),
+                        SCALES[options.scale],
+                        work,
+                        options.runs / f"{options.scale}-{name}",
+                    )
                     log(f"  {name}: {group}")
                     begun = time.perf_counter()
                     rows = [asdict(row) for row in GROUPS[group](bed)]
@@ -143,4 +148,4 @@ def medians(table: list[Row]) -> list[Row]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,16 +1,19 @@
 """What the rows of benchmarks/real.py share: parents, held-out text, losses by block, merges, recipes."""
 
+import json
+import re
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from common import REPOSITORY
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import frankenmoe as fm
@@ -25,7 +28,6 @@ SHARED = REPOSITORY.parent / "shared"
 PROMPTS, PROMPT_TOKENS = 2, 48  # per expert, as in recipes that people publish
 Losses = dict[str, list[float]]
 """Nats of every block of held-out text, by domain."""
-Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,14 @@ class Parents:
 
 
 class Bed:
-    """Measures models on the held-out text of a set of parents. Dense losses are computed once and kept."""
+    """Measures models on the held-out text of a set of parents. Losses are measured once and kept in `kept_in`."""
 
-    def __init__(self, parents: Parents, scale: Scale, work: Path) -> None:
-        self.parents, self.scale, self.work = parents, scale, work
+    def __init__(self, parents: Parents, scale: Scale, work: Path, kept_in: Path) -> None:
+        self.parents, self.scale, self.work, self.kept_in = parents, scale, work, kept_in
         self.domains = tuple(parents.folders)
         with quiet_transformers():
             self.tokenizer = AutoTokenizer.from_pretrained(parents.base)
         self.blocks = {domain: self.read(parents.text(domain, "heldout"), scale.held_out) for domain in self.domains}
-        self.made: dict[str, Losses] = {}
 
     def read(self, text: str, tokens: int) -> list[Block]:
         """The first `tokens` tokens of a text, in whole blocks."""
@@ -91,15 +92,29 @@ class Bed:
                 found |= self.losses(moe.model, (domain,))
         return found
 
-    @cached_property
-    def base(self) -> Losses:
-        return self.losses(dense(self.parents.base, self.parents.dtype))
+    def known(self, name: str, measure: Callable[[], Losses]) -> Losses:
+        """What `measure` gives; kept as a file, so that a killed run does not measure it again."""
+        file = self.kept_in / f"{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
+        if not file.exists():
+            found = measure()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(found))
+        kept: Losses = json.loads(file.read_text())
+        return kept
 
-    @cached_property
+    @property
+    def base(self) -> Losses:
+        return self.known("base", lambda: self.losses(dense(self.parents.base, self.parents.dtype)))
+
+    @property
     def own(self) -> Losses:
         """Every parent on its own domain."""
+
+        def one(domain: str, folder: Path) -> Losses:
+            return self.losses(dense(folder, self.parents.dtype, base=self.parents.base), (domain,))
+
         return {
-            domain: self.losses(dense(folder, self.parents.dtype, base=self.parents.base), (domain,))[domain]
+            domain: self.known(f"parent {domain}", partial(one, domain, folder))[domain]
             for domain, folder in self.parents.folders.items()
         }
 
@@ -133,22 +148,23 @@ class Bed:
 
     # ---- dense merges, written out here so that they are a check of the product's ------------------------------------
 
-    @cached_property
-    def states(self) -> tuple[Tensors, list[Tensors]]:
-        """The base's tensors and the parents', in float32."""
-        load = lambda folder: _state(dense(folder, "float32", base=self.parents.base))  # noqa: E731
-        return load(self.parents.base), [load(folder) for folder in self.parents.folders.values()]
-
     def dense_merge(self, method: str) -> Losses:
         """The losses of a dense merge of all parents: a key of MERGES."""
-        if method not in self.made:
-            base, parents = self.states
-            model = dense(self.parents.base, "float32")
-            merged = {name: MERGES[method](value, [parent[name] for parent in parents]) for name, value in base.items()}
-            model.load_state_dict(merged, strict=False)
-            model.tie_weights()
-            self.made[method] = self.losses(model.to(getattr(torch, self.parents.dtype)))
-        return self.made[method]
+        return self.known(f"dense {method}", lambda: self.losses(self._merged(method)))
+
+    @torch.no_grad()
+    def _merged(self, method: str) -> Any:
+        """The merge, one tensor after the other: only one model is in memory."""
+        model = dense(self.parents.base, self.parents.dtype)
+        with ExitStack() as stack:
+            files = [
+                stack.enter_context(safe_open(folder / "model.safetensors", "pt"))
+                for folder in (self.parents.base, *self.parents.folders.values())
+            ]
+            for name, parameter in model.named_parameters():
+                base, *parents = (file.get_tensor(name).float() for file in files)
+                parameter.copy_(MERGES[method](base, parents))
+        return model
 
     def best_merge(self) -> tuple[str, Losses]:
         """The dense merge with the lowest mean loss."""
@@ -158,10 +174,10 @@ class Bed:
 
     # ---- recipes -----------------------------------------------------------------------------------------------------
 
-    def recipe(self, experts: Mapping[str, Mapping[str, Any]] | None = None, **keys: Any) -> fm.Recipe:
-        """An MoE of the parents, top-2. `experts` adds keys to each. A None among `keys` removes one."""
+    def recipe(self, more: Mapping[str, Mapping[str, Any]] | None = None, /, **keys: Any) -> fm.Recipe:
+        """An MoE of the parents, top-2. `more` adds keys to each expert; `keys` are the recipe's."""
         rows = [
-            {"source_model": str(folder), "name": domain, **(experts or {}).get(domain, {})}
+            {"source_model": str(folder), "name": domain, **(more or {}).get(domain, {})}
             for domain, folder in self.parents.folders.items()
         ]
         table = {
@@ -171,7 +187,6 @@ class Bed:
             "experts_per_token": 2,
             "experts": rows,
         } | keys
-        table = {key: value for key, value in table.items() if value is not None}
         return fm.Recipe.parse(yaml.safe_dump(table), folder=self.work, origin="real.py")
 
     def prompts(self) -> dict[str, dict[str, list[str]]]:
@@ -222,10 +237,6 @@ def dense(folder: Path, dtype: str, *, base: Path | None = None) -> Any:
 
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         return PeftModel.from_pretrained(model, folder).merge_and_unload().to(getattr(torch, dtype)).eval()
-
-
-def _state(model: Any) -> Tensors:
-    return {name: value.detach() for name, value in model.named_parameters()}
 
 
 # ---- merges of one tensor --------------------------------------------------------------------------------------------

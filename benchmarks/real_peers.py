@@ -9,7 +9,7 @@ import torch
 import yaml
 from common import Row, log
 from real_bed import Bed, dense, folder_for
-from real_rows import _measured, _row
+from real_parts import attempted, make_row
 
 import frankenmoe as fm
 from frankenmoe.moe.dense import as_tensor, quiet_transformers
@@ -33,7 +33,7 @@ def mergekit(bed: Bed) -> Iterator[Row]:
     """The largest difference of our merged tensors from mergekit's, in units of bf16 of the tensor's own values."""
     for name, (theirs, ours) in METHODS.items():
         what = f"{name}: units of bf16 from mergekit"
-        with _measured(what) as rows, folder_for(bed, "mergekit") as out:
+        with attempted(what) as rows, folder_for(bed, "mergekit") as out:
             folders = list(bed.parents.folders.values())[: 2 if ours["method"] == "slerp" else None]
             peer = _mergekit(theirs, folders, bed, out)
             plan = fm.plan(_merge_recipe(bed, ours, folders))
@@ -42,7 +42,7 @@ def mergekit(bed: Bed) -> Iterator[Row]:
             differ = 100 * statistics.fmean(share for _, share in units.values())
             note = f"worst: {worst}; {differ:.3f} % of the values differ at all"
             log(f"    {what}: {units[worst][0]:.0f}, {note}")
-            rows.append(_row(what, units[worst][0], "", limit=1.0, note=note))
+            rows.append(make_row(what, units[worst][0], "", limit=1.0, note=note))
         yield from rows
 
 

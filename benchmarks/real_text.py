@@ -8,6 +8,7 @@ import gzip
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from unicodedata import normalize
@@ -45,8 +46,8 @@ def texts(folder: Path) -> dict[str, Text]:
 
 def _first() -> Mapping[str, Callable[[], Text | None]]:
     if not SHARED.is_dir():
-        return {domain: lambda domain=domain: _generated(domain) for domain in generated.DOMAINS}
-    return {domain: lambda domain=domain: _shared(domain) for domain in FIRST}
+        return {domain: partial(_generated, domain) for domain in generated.DOMAINS}
+    return {domain: partial(_shared, domain) for domain in FIRST}
 
 
 def _shared(domain: str) -> Text:
