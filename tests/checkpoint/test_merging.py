@@ -356,7 +356,7 @@ def test_empty_tensors(save: Callable[..., dict[str, TensorRef]]) -> None:
 
 
 GROWTH = """
-import sys
+import sys, threading
 from pathlib import Path
 from frankenmoe.checkpoint import merging, values
 from frankenmoe.checkpoint.header import read_header
@@ -370,12 +370,23 @@ one, two = refs["one"], refs["two"]
 if sys.argv[2] == "small blocks":
     values.BLOCK, merging._CHUNK = 2**15, 2**14
 start = peak = anonymous()
+done = threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+watcher = threading.Thread(target=watch)
+watcher.start()
 for method, needs_base in MERGES.items():
     inner = TensorWrite("inner", "BF16", one.shape, (two, one), (Merge("ties", (1.0,), density=0.5),))
     parents = (one, inner) if sys.argv[2] == "small blocks" else (one, two)
     inputs = (one, *parents) if needs_base else parents
     for _ in values.blocks(TensorWrite("out", "BF16", one.shape, inputs, (Merge(method, (1.0, 1.0), density=0.5),))):
-        peak = max(peak, anonymous())
+        pass
+done.set()
+watcher.join()
 print((peak - start) // 1024)
 """
 
