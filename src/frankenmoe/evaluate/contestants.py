@@ -103,9 +103,7 @@ def _dense(made: Plan, distinct: Sequence[tuple[str, Source]], dtype: str | None
         yield Contestant(name, PARENT, str(source.name), loader(source), folder)
 
 
-def _merged(
-    made: Plan, sources: Sequence[Source], dtype: str | None, skipped: dict[str, str]
-) -> Iterator[Contestant]:
+def _merged(made: Plan, sources: Sequence[Source], dtype: str | None, skipped: dict[str, str]) -> Iterator[Contestant]:
     if len(sources) < 2:
         skipped["dense merges"] = "there are fewer than two parents besides the base"
         return
@@ -135,5 +133,6 @@ def _routed(made: Plan, moe: Contestant, skipped: dict[str, str]) -> Iterator[Co
 def own_parents(made: Plan) -> dict[str, str]:
     """Expert -> the name of its parent as `rivals` calls it. A domain has the name of its expert."""
     names = {source_key(source): name for name, source in parents(made)}
-    leaves = [leaf for node in made.nodes for leaf in node.leaves() if leaf.source is not None]
-    return {leaf.name: names[key] for leaf in leaves if (key := source_key(leaf.source)) in names}
+    leaves = ((leaf.name, leaf.source) for node in made.nodes for leaf in node.leaves())
+    keys = {name: source_key(source) for name, source in leaves if source is not None}
+    return {name: names[key] for name, key in keys.items() if key in names}

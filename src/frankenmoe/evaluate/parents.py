@@ -8,8 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from frankenmoe.checkpoint.merging import needs_base
-from frankenmoe.checkpoint.tensors import FLOATS, Merge, TensorWrite
+from frankenmoe.checkpoint.tensors import FLOATS, MERGES, Merge, TensorWrite
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.dense import (
     as_tensor,
@@ -81,7 +80,7 @@ def _merged(base: TensorWrite, parents: Sequence[TensorWrite], merge: Merge) -> 
     """One tensor of the merge. Integer buffers stay the base's."""
     if base.dtype not in FLOATS:
         return base
-    inputs = (base, *parents) if needs_base(merge.method) else tuple(parents)
+    inputs = (base, *parents) if MERGES[merge.method] else tuple(parents)
     return TensorWrite(base.name, base.dtype, base.shape, inputs, (merge,))
 
 
