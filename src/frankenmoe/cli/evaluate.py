@@ -223,21 +223,25 @@ def _several(report: "Report") -> Table:
 
 def _losses(report: "Report") -> Table:
     """Loss per domain, memory and speed. Bits per byte if tokenizers differ."""
+    from frankenmoe.evaluate.domains import GENERAL
+
     one_tokenizer = len({result.facts["tokenizer_digest"] for result in report.results}) == 1
-    domains = list(dict.fromkeys(name for result in report.results for name in result.losses))
+    domains = list(dict.fromkeys(name for result in report.results for name in result.domains))
+    general = any(GENERAL in result.losses for result in report.results)
     shown = domains if len(domains) <= MOST_DOMAINS else []
     table = Table(box=None, pad_edge=False)
     table.add_column("nats per token" if one_tokenizer else "bits per byte", overflow="fold")
-    for name in (*shown, "mean", "MB", "token/s"):
+    for name in (*shown, "mean", *(["general"] if general else []), "MB", "token/s"):
         table.add_column(escape(name), justify="right", no_wrap=True)
     for result in report.results:
         values = {
             name: losses.mean if one_tokenizer else losses.bits_per_byte for name, losses in result.losses.items()
         }
-        mean = f"{sum(values.values()) / len(values):.3f}" if values else "-"
-        cells = [f"{values[name]:.3f}" if name in values else "-" for name in shown]
+        mean = f"{sum(values[name] for name in result.domains) / len(result.domains):.3f}" if result.domains else "-"
+        cells = [f"{values[name]:.3f}" if name in values else "-" for name in (*shown, *([GENERAL] if general else []))]
+        cells.insert(len(shown), mean)
         cost = (f"{result.facts['memory_bytes'] / 1e6:.0f}", f"{result.facts['tokens_per_second']:.0f}")
-        table.add_row(escape(result.name), *cells, mean, *cost, style="bold" if result.kind == "moe" else "")
+        table.add_row(escape(result.name), *cells, *cost, style="bold" if result.kind == "moe" else "")
     return table
 
 

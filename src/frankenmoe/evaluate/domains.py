@@ -26,6 +26,8 @@ from frankenmoe.recipe.train import TrainSettings
 TRAINING = TrainSettings()  # by default the same cut as in training, which keeps trained text out
 MOST_BLOCKS = 200  # per domain, unless a limit says otherwise
 BATCH = 8
+GENERAL = "general text"  # text that no parent was tuned on; it does not count in means over domains
+GENERAL_FILE = Path(__file__).with_name("general.txt")
 
 
 @dataclass(frozen=True)
