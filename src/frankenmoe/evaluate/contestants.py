@@ -10,7 +10,7 @@ import torch
 
 from frankenmoe.checkpoint.tensors import Merge
 from frankenmoe.evaluate.compare import BASE, FORCED, MERGE, MODEL, MOE, PARENT, RANDOM
-from frankenmoe.evaluate.parents import dense_model, merged_model, parents, randomize_gates, source_key, stock_model
+from frankenmoe.evaluate.parents import dense_model, merged_model, parents, randomize_gates, stock_model
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import RouterPath
 from frankenmoe.planning.sources import Source
@@ -132,7 +132,7 @@ def _routed(made: Plan, moe: Contestant, skipped: dict[str, str]) -> Iterator[Co
 
 def own_parents(made: Plan) -> dict[str, str]:
     """Expert -> the name of its parent as `rivals` calls it. A domain has the name of its expert."""
-    names = {source_key(source): name for name, source in parents(made)}
+    names = {source.key: name for name, source in parents(made)}
     leaves = ((leaf.name, leaf.source) for node in made.nodes for leaf in node.leaves())
-    keys = {name: source_key(source) for name, source in leaves if source is not None}
+    keys = {name: source.key for name, source in leaves if source is not None}
     return {name: names[key] for name, key in keys.items() if key in names}
