@@ -24,7 +24,18 @@ from frankenmoe.planning.tree import (
     with_lora,
 )
 from frankenmoe.recipe import Recipe
-from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, WITHOUT_BASE, MergeSettings
+from frankenmoe.recipe.backbone import (
+    AUTO,
+    AVERAGE,
+    BASE,
+    GROUPS,
+    METHODS,
+    REGMEAN,
+    SLERP,
+    WITHOUT_BASE,
+    Groups,
+    MergeSettings,
+)
 
 FALLBACK = MergeSettings(method="task_arithmetic", scale=0.7)
 """What `auto` takes where nothing can be measured: the best of the issue's real parents without text."""
@@ -122,6 +133,25 @@ def _automatic(
 def whole(method: str, why: str) -> Choice:
     """A choice of one method without settings for all groups."""
     return Choice(dict.fromkeys(GROUPS, MergeSettings(method=method)), why)
+
+
+def kept_beside(choice: Choice, expert: str) -> MergeSettings | Groups:
+    """The same backbone in a recipe with one more expert, which gets the weight 0. PlanError for slerp.
+
+    Routers that were fitted before stay right only if the states that they read stay the same.
+    """
+    groups = {}
+    for group, settings in choice.by_group.items():
+        if settings.method == SLERP:
+            raise PlanError(
+                "slerp has exactly two parents, so no expert can be added to this backbone",
+                hint="make a new recipe with backbone: average or task_arithmetic",
+            )
+        weighted = "weights" in METHODS[settings.method]
+        weights = {"weights": {**settings.weights, expert: 0.0}} if weighted else {}
+        groups[group] = MergeSettings.model_validate(settings.to_dict() | weights)
+    first = groups[GROUPS[0]]
+    return first if all(each == first for each in groups.values()) else Groups.model_validate(groups)
 
 
 def lost_differences(choice: Choice, distances: Sequence[Distance]) -> list[str]:
