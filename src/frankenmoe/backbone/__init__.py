@@ -1,0 +1,1 @@
+"""The backbone of an MoE, chosen by measurement or merged with statistics of text."""
