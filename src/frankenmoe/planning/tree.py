@@ -251,7 +251,7 @@ def backbone_writes(
     loras = adapter_steps(base, parts)
     refuse_strange_keys(base, re.compile(""))
     donors = [leaf.source for node in nodes for leaf in node.leaves() if leaf.source is not None]
-    averaged = recipe.backbone == "average"
+    averaged = recipe.backbone_for("attention").method == "average"
     if averaged and loras:
         raise PlanError(
             f"backbone: average takes nothing from the base, so the adapter on base_model {base.name} would be lost",
