@@ -138,9 +138,14 @@ class Recipe(Closed):
         """Whether the whole backbone is the base's."""
         return all(self.backbone_for(group).method == BASE for group in GROUPS)
 
-    def with_backbone(self, backbone: MergeSettings | Groups | str) -> Self:
-        """The same recipe with this backbone written out. Raises RecipeError if it does not fit the experts."""
+    def with_backbone(self, backbone: MergeSettings | Groups | str, *, trained: Path | None = None) -> Self:
+        """The same recipe with this backbone written out, and with another `trained` file if one is given.
+
+        Raises RecipeError if the backbone does not fit the experts.
+        """
         data = self.to_dict() | {"backbone": backbone if isinstance(backbone, str) else backbone.to_data()}
+        if trained is not None:
+            data["trained"] = str(trained)
         try:
             return type(self).model_validate(data, context=self._context)
         except ValidationError as error:
