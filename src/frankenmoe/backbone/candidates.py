@@ -20,35 +20,21 @@ from frankenmoe.moe.dense import as_tensor, torch_dtype
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
 from frankenmoe.planning.plan import plan as plan_recipe
-from frankenmoe.recipe.backbone import ATTENTION, AVERAGE, BASE, GROUPS, REGMEAN, Groups, MergeSettings
+from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS, Groups, MergeSettings
 
 LEAST_BUDGET = 2**30  # bytes of Grams and sums
 
 
-def planned(made: Plan, backbone: MergeSettings | Groups, *, trained: Path | None = None) -> Plan:
-    """The plan of the same recipe with this backbone, and with the tensors of a file in place of some of it."""
-    recipe = made.recipe.with_backbone(backbone, trained=trained)
+def planned(made: Plan, by_group: Mapping[str, MergeSettings], *, trained: Path | None = None) -> Plan:
+    """The plan of the same recipe with an explicit backbone, and with the tensors of a file in place of some of it."""
+    recipe = made.recipe.with_backbone(explicit(by_group), trained=trained)
     return plan_recipe(recipe, dtype=made.dtype_name, weights=True, trust_remote_code=made.trust_remote_code)
 
 
-def needs_grams(backbone: MergeSettings | Groups) -> bool:
-    """Whether RegMean is asked for."""
-    return settings_for(backbone, ATTENTION).method == REGMEAN
-
-
-def settings_for(backbone: MergeSettings | Groups, group: str) -> MergeSettings:
-    """The merge of one group of tensors."""
-    return backbone.settings(group) if isinstance(backbone, Groups) else backbone
-
-
-def closed(backbone: MergeSettings | Groups) -> MergeSettings | Groups:
-    """The same backbone with an average in place of RegMean, which then replaces what it can."""
-    if not needs_grams(backbone):
-        return backbone
-    average = MergeSettings(method=AVERAGE)
-    if isinstance(backbone, MergeSettings):
-        return average
-    return Groups(**{group: average if group == ATTENTION else backbone.settings(group) for group in GROUPS})
+def explicit(by_group: Mapping[str, MergeSettings]) -> MergeSettings | Groups:
+    """The backbone of a recipe: one merge if all groups have the same."""
+    first, *others = by_group.values()
+    return Groups(**by_group) if any(each != first for each in others) else first
 
 
 def own_texts(made: Plan, texts: Sequence[OwnText]) -> list[OwnText]:
@@ -66,8 +52,7 @@ def regmean_tensors(
     will read (as in RegMean++, arXiv 2508.03121, but for the layers below, which are those of `made`). Sums beyond a
     quarter of the free memory are made in turns, each with a reading of its own.
     """
-    base = _weights(planned(made, MergeSettings(method=BASE)), 0)
-    average = planned(made, MergeSettings(method=AVERAGE))
+    base, average = (_planned_whole(made, method) for method in (BASE, AVERAGE))
     leaves = [leaf.path for node in made.nodes for leaf in node.leaves()]
     linears = backbone_linears(moe.model, [write.name for write in average.backbone])
     shapes = {name: tuple(moe.model.get_submodule(name).weight.shape) for name in linears}
@@ -81,7 +66,7 @@ def regmean_tensors(
             yield grams(moe.model, blocks, group, path=text.path, on_tokens=on_tokens), own
 
     for group in in_turns(linears, shapes, budget=max(LEAST_BUDGET, free_memory() // 4)):
-        found |= merged(parents(group), base, alpha=alpha)
+        found |= merged(parents(group), _weights(base, 0), alpha=alpha)
     return {f"{name}.weight": tensor.to(stored[f"{name}.weight"]) for name, tensor in found.items()}
 
 
@@ -90,6 +75,10 @@ def write_trained(file: Path, tensors: Mapping[str, torch.Tensor], made: Plan) -
     earlier = {name: tensor for file in {ref.file for ref in made.trained} for name, tensor in load_file(file).items()}
     found = {name: tensor.contiguous() for name, tensor in (dict(tensors) | earlier).items()}
     write_atomic(file, save(found, metadata={"format": "pt"}))
+
+
+def _planned_whole(made: Plan, method: str) -> Plan:
+    return planned(made, dict.fromkeys(GROUPS, MergeSettings(method=method)))
 
 
 def _weights(made: Plan, index: int) -> Callable[[str], torch.Tensor]:

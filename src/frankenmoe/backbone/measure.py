@@ -4,8 +4,9 @@ So routers, which are made later, do not matter. Differences are paired by block
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from transformers import PreTrainedModel
 
@@ -20,7 +21,7 @@ SHARE = 1 / 3  # of the text that is held out, so twice as much is left for RegM
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats per token of every block of every expert's text."""
+    """Nats per token of every block that was read, by expert. A candidate that was given up has fewer blocks."""
 
     blocks: Mapping[str, tuple[float, ...]]
 
@@ -35,20 +36,29 @@ class Losses:
         found = self.by_expert.values()
         return math.fsum(found) / len(found)
 
+    def behind(self, other: "Losses") -> float:
+        """This mean minus the other one, over the blocks that both have."""
+        return math.fsum(math.fsum(each) / len(each) for each in self._pairs(other)) / len(self.blocks)
 
-def noise(one: Losses, two: Losses) -> float:
-    """The standard error of the difference of two means, from its spread over blocks of the same text.
+    def noise(self, other: "Losses") -> float:
+        """The standard error of `behind`, from the spread of differences over each expert's blocks.
 
-    An expert with one block counts as if that block's difference had no error; its spread is unknown.
-    """
-    variance = 0.0
-    for name, found in one.blocks.items():
-        differences = [first - second for first, second in zip(found, two.blocks[name], strict=True)]
-        count = len(differences)
-        mean = math.fsum(differences) / count
-        if count > 1:
-            variance += math.fsum((each - mean) ** 2 for each in differences) / (count - 1) / count
-    return math.sqrt(variance) / len(one.blocks)
+        A single block, whose spread is unknown, counts as exact.
+        """
+        variance = 0.0
+        for found in self._pairs(other):
+            count, mean = len(found), math.fsum(found) / len(found)
+            if count > 1:
+                variance += math.fsum((each - mean) ** 2 for each in found) / (count - 1) / count
+        return math.sqrt(variance) / len(self.blocks)
+
+    def __add__(self, more: "Losses") -> "Losses":
+        """The losses of further blocks of the same texts appended."""
+        return Losses({name: (*found, *more.blocks.get(name, ())) for name, found in self.blocks.items()})
+
+    def _pairs(self, other: "Losses") -> Iterator[list[float]]:
+        for name, found in self.blocks.items():
+            yield [first - second for first, second in zip(found, other.blocks[name], strict=False)]
 
 
 def divided(text: OwnText) -> OwnText:
@@ -59,16 +69,21 @@ def divided(text: OwnText) -> OwnText:
     return OwnText(text.name, text.path, text.negative, text.origin, tuple(kept), tuple(held))
 
 
-def measure(model: PreTrainedModel, texts: Sequence[OwnText], *, on_tokens: Advance = silent) -> Losses:
-    """The losses of a model on held-out text, each with its own expert forced in every layer."""
+def measure(
+    model: PreTrainedModel, texts: Sequence[OwnText], *, part: slice = slice(None), on_tokens: Advance = silent
+) -> Losses:
+    """The losses of a model on a part of every text's held-out blocks, each with its own expert forced."""
     found = {}
     for text in texts:
-        # `next_losses` reads blocks by length
-        blocks = sorted(text.held, key=lambda block: len(block.ids))
+        # in the order in which `next_losses` reads them
+        blocks = sorted(text.held, key=lambda block: len(block.ids))[part]
+        if not blocks:
+            continue
         with forced(model, text.path):
-            losses_N = next_losses(model, blocks, on_tokens=on_tokens).double()
-        sums = [float(part.sum()) for part in losses_N.split([len(block.ids) for block in blocks])]
+            losses_N = next_losses(model, blocks, on_tokens=on_tokens)
+        ends = list(accumulate(len(block.ids) for block in blocks))
+        parts = losses_N.double().tensor_split(ends[:-1])
         found[text.name] = tuple(
-            total / max(1, sum(block.learn[1:])) for total, block in zip(sums, blocks, strict=True)
+            float(losses.sum()) / max(1, sum(block.learn[1:])) for losses, block in zip(parts, blocks, strict=True)
         )
     return Losses(found)
