@@ -18,7 +18,7 @@ LAYERS = (
     {"errors", "suggest", "progress", "palette", "cache", "charts"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
-    {"moe", "gates", "subject"},
+    {"moe", "gates", "backbone", "subject"},
     {"build", "gates.run", "train", "audit", "evaluate", "export", "publish"},
     {"pipeline"},
     {"cli", "demo"},

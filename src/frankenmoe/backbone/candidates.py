@@ -20,21 +20,15 @@ from frankenmoe.moe.dense import as_tensor, torch_dtype
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
 from frankenmoe.planning.plan import plan as plan_recipe
-from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS, Groups, MergeSettings
+from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS, MergeSettings, backbone_of
 
 LEAST_BUDGET = 2**30  # bytes of Grams and sums
 
 
 def planned(made: Plan, by_group: Mapping[str, MergeSettings], *, trained: Path | None = None) -> Plan:
     """The plan of the same recipe with an explicit backbone, and with the tensors of a file in place of some of it."""
-    recipe = made.recipe.with_backbone(explicit(by_group), trained=trained)
+    recipe = made.recipe.with_backbone(backbone_of(by_group), trained=trained)
     return plan_recipe(recipe, dtype=made.dtype_name, weights=True, trust_remote_code=made.trust_remote_code)
-
-
-def explicit(by_group: Mapping[str, MergeSettings]) -> MergeSettings | Groups:
-    """The backbone of a recipe: one merge if all groups have the same."""
-    first, *others = by_group.values()
-    return Groups(**by_group) if any(each != first for each in others) else first
 
 
 def own_texts(made: Plan, texts: Sequence[OwnText]) -> list[OwnText]:

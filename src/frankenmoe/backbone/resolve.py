@@ -3,10 +3,10 @@
 The key of an entry is a digest of plan and text. Imports torch only to measure.
 """
 
+import atexit
 import json
 import shutil
 import tempfile
-import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +20,7 @@ from frankenmoe.gates.cached import key_of
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.trained import TRAINED
 from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe.backbone import ATTENTION, AUTO, backbone_of
 
 KIND = "backbones"
 VERSION = 1  # increase it when a change of the code gives another backbone for the same plan and text
@@ -27,13 +28,15 @@ RESULT = "backbone.json"
 
 
 def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> Plan:
-    """The same plan with an explicit backbone: `auto` is measured and `regmean` computed, on the experts' text.
+    """The plan of the same recipe with an explicit backbone: `auto` measured, `regmean` computed from text.
 
-    A plan that is not open is returned unchanged. With `cache`, what was found earlier for the same plan and text is
-    read from the user's cache. Raises RecipeError or SourceError for text that cannot be read.
+    Where nothing must be measured, the recipe only says what `auto` means. With `cache`, what was found earlier for the
+    same plan and text is read from the user's cache. Raises RecipeError or SourceError for text that cannot be read.
     """
     if not made.backbone_open:
-        return made
+        written = made.recipe.backbone_for(ATTENTION).method
+        explicit = made.recipe.with_backbone(backbone_of(made.choice.by_group)) if written == AUTO else made.recipe
+        return replace(made, recipe=explicit)
     key = key_of(made, version=VERSION) if cache else None
     folder = store.find(KIND, key, needs=RESULT) if key else None
     if folder is not None:
@@ -55,7 +58,7 @@ def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> P
         raise
     # RegMean's file outside the cache lives as long as the process
     if resolved.recipe.trained and Path(resolved.recipe.trained).parent == scratch:
-        weakref.finalize(resolved, shutil.rmtree, scratch, ignore_errors=True)
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     else:
         shutil.rmtree(scratch, ignore_errors=True)
     return resolved

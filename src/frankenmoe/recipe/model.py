@@ -138,12 +138,15 @@ class Recipe(Closed):
         """Whether the whole backbone is the base's."""
         return all(self.backbone_for(group).method == BASE for group in GROUPS)
 
-    def with_backbone(self, backbone: MergeSettings | Groups | str, *, trained: Path | None = None) -> Self:
+    def with_backbone(
+        self, backbone: MergeSettings | Groups | Mapping[str, Any] | str, *, trained: Path | None = None
+    ) -> Self:
         """The same recipe with this backbone written out, and with another `trained` file if one is given.
 
         Raises RecipeError if the backbone does not fit the experts.
         """
-        data = self.to_dict() | {"backbone": backbone if isinstance(backbone, str) else backbone.to_data()}
+        plain = backbone.to_data() if isinstance(backbone, MergeSettings | Groups) else backbone
+        data = self.to_dict() | {"backbone": plain}
         if trained is not None:
             data["trained"] = str(trained)
         try:
