@@ -21,6 +21,7 @@ from frankenmoe.recipe.sections import (
     EvalSettings,
     ExportSettings,
     FitSettings,
+    HealSettings,
     Section,
     with_bare_sections,
 )
@@ -67,6 +68,9 @@ class Recipe(Closed):
         "base", description="`base`: the base model's backbone. `average`: the mean of all parents' backbones."
     )
     build: Section[BuildSettings] = Field(None, description="Options of the build in `frankenmoe run`.")
+    heal: Section[HealSettings] = Field(
+        None, description="`frankenmoe run` refits the experts to the backbone before it fits the routers."
+    )
     fit: Section[FitSettings] = Field(None, description="`frankenmoe run` fits the routers before it builds.")
     audit: Section[AuditSettings] = Field(None, description="`frankenmoe run` audits the routing.")
     eval: Section[EvalSettings] = Field(None, description="`frankenmoe run` evaluates the model.")
