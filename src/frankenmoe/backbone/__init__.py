@@ -1,1 +1,1 @@
-"""The backbone of an MoE, chosen by measurement or merged with statistics of text."""
+"""What of a parent lies outside its FFNs: backbones by merge or measurement, and experts that make up for them."""

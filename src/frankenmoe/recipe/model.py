@@ -31,6 +31,7 @@ from frankenmoe.recipe.sections import (
     EvalSettings,
     ExportSettings,
     FitSettings,
+    HealSettings,
     Section,
     with_bare_sections,
 )
@@ -79,6 +80,9 @@ class Recipe(Closed):
         "Default: auto, or base with mergekit's gate modes.",
     )
     build: Section[BuildSettings] = Field(None, description="Options of the build in `frankenmoe run`.")
+    heal: Section[HealSettings] = Field(
+        None, description="`frankenmoe run` refits the experts to the backbone before it fits the routers."
+    )
     fit: Section[FitSettings] = Field(None, description="`frankenmoe run` fits the routers before it builds.")
     audit: Section[AuditSettings] = Field(None, description="`frankenmoe run` audits the routing.")
     eval: Section[EvalSettings] = Field(None, description="`frankenmoe run` evaluates the model.")
