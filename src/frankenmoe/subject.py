@@ -95,6 +95,11 @@ class Subject:
             self.__dict__["plan"] = self._resolve(progress)  # where cached_property keeps it
         return self
 
+    @property
+    def settled(self) -> bool:
+        """Whether `plan` is known, or can be made without running a model."""
+        return "plan" in self.__dict__ or not self.planned.backbone_open
+
     def _resolve(self, progress: Progress) -> Plan:
         _ = self._text if self.planned.backbone_open else None
         made = resolve_backbone(self.planned, cache=self.cache, progress=progress)
@@ -270,6 +275,8 @@ def open_subject(
 def same_plan(artifact: Artifact, like: Subject) -> bool:
     """Whether an artifact was made from the recipe of a subject, with the same dtype."""
     record = artifact.record
+    if not like.settled:
+        return False
     recipe = like.recipe if like.artifact else like.plan.recipe  # which says what `backbone: auto` means
     return bool(record["recipe_digest"] == recipe.digest and record["dtype"] == like.plan.dtype_name)
 
