@@ -24,7 +24,7 @@ from frankenmoe.planning.tree import (
     with_lora,
 )
 from frankenmoe.recipe import Recipe
-from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, WITHOUT_BASE, MergeSettings
+from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, WITHOUT_BASE, MergeSettings, spelled
 
 FALLBACK = MergeSettings(method="task_arithmetic", scale=0.7)
 """What `auto` takes where nothing can be measured: the best of the issue's real parents without text."""
@@ -59,9 +59,7 @@ class Choice:
 
     def __str__(self) -> str:
         """Such as `task_arithmetic, lambda 0.7`, or each group with its own."""
-        spelled = {group: str(settings) for group, settings in self.by_group.items()}
-        same = len(set(spelled.values())) == 1
-        return spelled[GROUPS[0]] if same else "; ".join(f"{group}: {words}" for group, words in spelled.items())
+        return spelled(self.by_group)
 
 
 def choose(

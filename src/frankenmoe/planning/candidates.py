@@ -4,12 +4,15 @@ from frankenmoe.planning.backbone import FALLBACK, distinct_parents
 from frankenmoe.planning.plan import Plan
 from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, Groups, MergeSettings
 
-MANY = 5  # parents; at lambda 1 the sum of that many differences goes too far
-FEW_LAMBDA, MANY_LAMBDA = 1.0, 0.4
+MANY = 5  # parents; at lambda 0.7 the sum of that many differences goes too far
+MANY_LAMBDA = 0.4
+_AVERAGE, _SUM = MergeSettings(method=AVERAGE), MergeSettings(method=FALLBACK.method, scale=1.0)
+ROWS = Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=_SUM, head=_SUM)
+"""Embeddings by sum: a fine-tune moves the rows of its own tokens, which an average would divide among all parents."""
 
 
 def candidates(plan: Plan) -> tuple[MergeSettings | Groups, ...]:
-    """What `auto` chooses from on the experts' data; just the recipe's own backbone if that is not `auto`."""
+    """From the simplest, what `auto` chooses from; the recipe's own backbone if that is not `auto`."""
     written = plan.recipe.backbone
     if plan.recipe.backbone_for(GROUPS[0]).method != AUTO:
         return (written or MergeSettings(method=BASE),)
@@ -17,8 +20,8 @@ def candidates(plan: Plan) -> tuple[MergeSettings | Groups, ...]:
     return (
         MergeSettings(method=BASE),
         MergeSettings(method=AVERAGE),
-        FALLBACK,
-        MergeSettings(method=FALLBACK.method, scale=FEW_LAMBDA if few else MANY_LAMBDA),
+        FALLBACK if few else MergeSettings(method=FALLBACK.method, scale=MANY_LAMBDA),
+        ROWS,
         MergeSettings(method="ties", density=0.5),
         MergeSettings(method=REGMEAN),
     )
