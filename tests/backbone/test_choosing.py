@@ -140,7 +140,7 @@ def test_a_recipe_without_data_is_planned_by_rule(case: tuple[Path, Path, list[P
     file = backbone_cases.recipe(root, base, parents)
     table = yaml.safe_load(file.read_text())
     for expert in table["experts"]:
-        expert["positive_prompts"] = [expert.pop("data")[0][:20]]
+        expert["positive_prompts"] = [expert.pop("data")[0][-9:]]
     file.write_text(yaml.safe_dump(table | {"gate_mode": "logistic"}))
     made = open_subject(file).plan
 
