@@ -9,7 +9,11 @@ import torch
 from safetensors.torch import load_file, save
 
 from frankenmoe.artifact.folder import ROUTERS, Routers
-from frankenmoe.build.derived import (
+from frankenmoe.checkpoint.cast import encode
+from frankenmoe.checkpoint.tensors import LowRank
+from frankenmoe.checkpoint.values import values
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.moe.written import (
     ADAPTERS,
     Terms,
     adapter_names,
@@ -18,10 +22,6 @@ from frankenmoe.build.derived import (
     source_path,
     write_adapter,
 )
-from frankenmoe.checkpoint.cast import encode
-from frankenmoe.checkpoint.tensors import LowRank
-from frankenmoe.checkpoint.values import values
-from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import TRAINED, trained_name
 
