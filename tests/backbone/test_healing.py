@@ -98,7 +98,7 @@ def test_experts_follow_their_parents(near: Path, tmp_path: Path) -> None:
     for part in found.report.experts:
         assert part.parent < part.after < part.before
         assert max(part.left) < 0.8
-    assert HealReport.read(tmp_path / "out" / "heal.json") == found.report
+    assert HealReport.read(tmp_path / "out" / "heal.json").experts == found.report.experts
     stages = found.artifact.record["stages"]
     assert [stage["stage"] for stage in stages] == ["heal", "routers"]
     assert stages[0]["kept"] == ["e0", "e1"]
