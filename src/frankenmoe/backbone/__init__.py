@@ -1,1 +1,1 @@
-"""What of a parent lies outside its FFNs: merged backbones, and experts that make up for them."""
+"""What of a parent lies outside its FFNs: backbones by merge or measurement, and experts that make up for them."""

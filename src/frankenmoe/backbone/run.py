@@ -26,6 +26,7 @@ from frankenmoe.artifact.healing import HealReport
 from frankenmoe.artifact.reports import versions
 from frankenmoe.backbone.healed import Patient, heal_all, patients_of
 from frankenmoe.build.derived import virtual_record
+from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Texts, located, user_path
@@ -67,7 +68,7 @@ def heal(
     """
     out = Path(os.path.realpath(out))
     refuse_occupied(out)
-    subject, settings, patients, digest = _prepared(what, settings, changes, data)
+    subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, changes, data)
     with growing(out, digest=digest) as partial:
         table, report = heal_all(subject.plan, patients, settings, partial, out=out, progress=progress)
         _finish(subject, table, report, partial, out=out, progress=progress)
@@ -79,7 +80,7 @@ def heal_recipe(
 ) -> HealReport:
     """Like `heal`, but `out` holds only recipe.yml and the tensors that it names, so no routers are made."""
     out = Path(os.path.realpath(out))
-    subject, settings, patients, digest = _prepared(what, settings, {}, None)
+    subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, {}, None)
     with growing(out, digest=f"{digest}/recipe") as partial:
         table, report = heal_all(subject.plan, patients, settings, partial, out=out, progress=progress)
         _write_recipe(table, partial)
@@ -148,5 +149,5 @@ def _finish(
     if subject.artifact:
         stages = [*subject.artifact.record["stages"], stage]
     else:
-        stages = [stage, {**record["stages"][-1], "stage": "routers"}]
+        stages = [*backbone_stage(subject.plan), stage, {**record["stages"][-1], "stage": "routers"}]
     finish(partial, out, record=record | {"stages": stages, "files": small_hashes(partial)})

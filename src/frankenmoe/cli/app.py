@@ -100,7 +100,7 @@ def build_command(
     # the plan comes first, so that mistakes in the recipe are reported before torch is imported
     subject = open_subject(what, dtype=dtype, cache=not no_cache, trust_remote_code=trust_remote_code)
     if subject.artifact is None:
-        warn(subject.plan.warnings)
+        warn(subject.planned.warnings)
 
     from frankenmoe.build.run import build
 
@@ -181,7 +181,7 @@ def chat_command(
         )
     subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
     if subject.artifact is None:
-        warn(subject.plan.warnings)
+        warn(subject.planned.warnings)
 
     from frankenmoe.cli.chat import Settings, chat
 

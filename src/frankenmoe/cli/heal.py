@@ -50,7 +50,7 @@ def heal_command(
     names = [expert.name for expert in subject.recipe.experts]
     named = by_label(pairs(data, flag="--data", names=names, folder=Path.cwd()))
     if subject.artifact is None:
-        warn(subject.plan.warnings)
+        warn(subject.planned.warnings)
 
     from frankenmoe.backbone.run import heal
 

@@ -28,6 +28,7 @@ from frankenmoe.artifact.folder import (
 )
 from frankenmoe.artifact.reports import TrainingReport, versions
 from frankenmoe.build.derived import virtual_record
+from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import fingerprint
 from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
@@ -84,9 +85,9 @@ def train(
     settings = settings_with(settings or subject.recipe.train or TrainSettings(), changes)
     data = located(data) if data else _recipes_data(subject.recipe.experts)
     body = _prints(subject.artifact.folder) if subject.artifact and subject.built else ()
-    plan = None if subject.built else subject.plan
     if subject.artifact is None:
-        check_buildable(subject.plan, virtual=True, allow_identical=True)
+        check_buildable(subject.planned, virtual=True, allow_identical=True)
+    plan = None if subject.built else subject.resolved(progress).plan
     parts = subject.parts
     traps.check(settings, plan=plan, top_k=parts.top_k, renormalize=parts.renormalizes, experts=parts.experts)
     routers = subject.routers(progress).routers
@@ -211,7 +212,8 @@ def _write(
         record = virtual_record(
             subject, write_parts(subject.plan, weights, partial, out=out), partial, out=out, progress=progress
         )
-    earlier = source.record["stages"] if source else [{"stage": "routers", "gate_mode": subject.recipe.gate_mode}]
+    made_first = {"stage": "routers", "gate_mode": subject.recipe.gate_mode}
+    earlier = source.record["stages"] if source else [*backbone_stage(subject.plan), made_first]
     record["stages"] = [*earlier, stage]
     record.pop("version", None)
     remove_scaffold(partial)
