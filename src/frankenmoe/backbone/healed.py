@@ -26,11 +26,12 @@ from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.texts import OwnText, read_texts
 from frankenmoe.moe.dense import load_tokenizer, torch_dtype
 from frankenmoe.moe.load import residual_scale
-from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, moved_recipe, source_path, write_adapter
+from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, source_path, write_adapter
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.trained import TRAINED, trained_name
 from frankenmoe.progress import Progress
+from frankenmoe.recipe.moved import moved_recipe
 from frankenmoe.recipe.sections import HealSettings
 from frankenmoe.suggest import did_you_mean
 

@@ -1,12 +1,9 @@
-"""Writes what was changed of an MoE: PEFT adapters, and the recipe that names the new files."""
+"""Writes what was changed of experts or of the backbone as adapters in PEFT's format."""
 
 import json
-import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -15,7 +12,6 @@ from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.planning import Plan
 from frankenmoe.planning.tree import PEFT_PREFIX
-from frankenmoe.recipe import Expert, Recipe, SourceName
 
 ADAPTERS = "adapters"
 BACKBONE = "backbone"  # the adapter on the base
@@ -80,46 +76,3 @@ def write_adapter(folder: Path, terms: Terms, *, base: str) -> None:
     }
     write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
-
-
-def moved_recipe(recipe: Recipe, *, out: Path, adapters: Mapping[tuple[int, ...] | None, str]) -> dict[str, Any]:
-    """The recipe with paths relative to `out`, and with new adapters instead of old ones."""
-
-    def there(path: str) -> str:
-        known = not os.path.isabs(path) and os.path.exists(recipe.folder / path)
-        return os.path.relpath(recipe.folder / path, out) if known else path
-
-    def source(name: SourceName, adapter: str | None) -> Any:
-        own = name.adapter if name.adapter is None else there(name.adapter)
-        moved = replace(name, path=there(name.path), adapter=own)
-        if adapter is not None:
-            moved = replace(moved, adapter=adapter, adapter_revision=None)
-        return moved.to_data()
-
-    def expert(entry: Expert, table: dict[str, Any], path: tuple[int, ...]) -> dict[str, Any]:
-        new = dict(table)
-        if entry.experts:
-            inner = zip(entry.experts, table["experts"], strict=True)
-            new["experts"] = [expert(each, row, (*path, index)) for index, (each, row) in enumerate(inner)]
-        if entry.merge is not None:
-            models = [source(name, None) for name in entry.merge.models]
-            base = {} if entry.merge.base is None else {"base": source(entry.merge.base, None)}
-            new["merge"] = {**table["merge"], "models": models, **base}
-        if entry.source_model is not None:
-            plain = replace(entry.source_model, adapter=None, adapter_revision=None)
-            new["source_model"] = source(plain if path in adapters else entry.source_model, None)
-        if path in adapters:
-            new["adapter"] = adapters[path]
-        elif entry.adapter is not None:
-            new["adapter"] = there(entry.adapter)
-        if entry.data:
-            new["data"] = [there(name) for name in entry.data]
-        return new | {"name": entry.name}
-
-    data = recipe.to_dict()
-    data["base_model"] = source(recipe.base_model, adapters.get(None))
-    for key, entries, start in (("experts", recipe.experts, ()), ("shared_experts", recipe.shared_experts, (-1,))):
-        if key in data:
-            rows = zip(entries, data[key], strict=True)
-            data[key] = [expert(each, row, (*start, index)) for index, (each, row) in enumerate(rows)]
-    return data

@@ -17,13 +17,13 @@ from frankenmoe.moe.written import (
     ADAPTERS,
     Terms,
     adapter_names,
-    moved_recipe,
     scales_of,
     source_path,
     write_adapter,
 )
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import TRAINED, trained_name
+from frankenmoe.recipe.moved import moved_recipe
 
 Weights = Mapping[str, torch.Tensor]
 
