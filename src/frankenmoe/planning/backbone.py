@@ -31,8 +31,11 @@ from frankenmoe.recipe.backbone import (
     EMBEDDINGS,
     GROUPS,
     HEAD,
+    METHODS,
     REGMEAN,
+    SLERP,
     WITHOUT_BASE,
+    Groups,
     MergeSettings,
     spelled,
 )
@@ -150,6 +153,25 @@ def far_embeddings(distances: Sequence[Distance]) -> bool:
 def whole(method: str, why: str) -> Choice:
     """A choice of one method without settings for all groups."""
     return Choice(dict.fromkeys(GROUPS, MergeSettings(method=method)), why)
+
+
+def kept_beside(choice: Choice, expert: str) -> MergeSettings | Groups:
+    """The same backbone in a recipe with one more expert, which gets the weight 0. PlanError for slerp.
+
+    Routers that were fitted before stay right only if the states that they read stay the same.
+    """
+    groups = {}
+    for group, settings in choice.by_group.items():
+        if settings.method == SLERP:
+            raise PlanError(
+                "slerp has exactly two parents, so no expert can be added to this backbone",
+                hint="make a new recipe with backbone: average or task_arithmetic",
+            )
+        weighted = "weights" in METHODS[settings.method]
+        weights = {"weights": {**settings.weights, expert: 0.0}} if weighted else {}
+        groups[group] = MergeSettings.model_validate(settings.to_dict() | weights)
+    first = groups[GROUPS[0]]
+    return first if all(each == first for each in groups.values()) else Groups.model_validate(groups)
 
 
 def lost_differences(choice: Choice, distances: Sequence[Distance]) -> list[str]:
