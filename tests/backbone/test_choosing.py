@@ -63,6 +63,7 @@ def test_auto_finds_the_average_where_it_wrote_the_text(
     assert min(means, key=means.__getitem__) == "average"
     for each in first["tried"]:
         assert set(each["held_out_loss"]) == {"a", "b"}
+        assert each["behind"] >= 0
         assert each["mean"] == pytest.approx(sum(each["held_out_loss"].values()) / 2)
     assert 0 < first["forward_passes"] < 4
 
