@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from frankenmoe.artifact.folder import Artifact
+    from frankenmoe.backbone.run import heal
     from frankenmoe.build.extraction import extract
     from frankenmoe.build.proof import verify
     from frankenmoe.build.run import build
@@ -31,6 +32,7 @@ _HOMES = {
     "export_gguf": "frankenmoe.export.run",
     "extract": "frankenmoe.build.extraction",
     "fit": "frankenmoe.gates.run",
+    "heal": "frankenmoe.backbone.run",
     "load": "frankenmoe.subject",
     "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
@@ -52,6 +54,7 @@ __all__ = [
     "export_gguf",
     "extract",
     "fit",
+    "heal",
     "load",
     "open",
     "plan",

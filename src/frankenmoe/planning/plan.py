@@ -52,7 +52,8 @@ class Plan:
 
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors, `groups` the
     built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
-    True if some identical experts (or the base) are so large that only blocks of them were compared.
+    True if some identical experts (or the base) are so large that only blocks of them were compared. `measured` is the
+    report on how the backbone was chosen, if it was by measurement.
     """
 
     recipe: Recipe
@@ -75,6 +76,7 @@ class Plan:
     choice: Choice
     distances: tuple[Distance, ...] = ()
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
+    measured: Mapping[str, Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
