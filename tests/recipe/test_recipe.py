@@ -97,7 +97,8 @@ def test_defaults_are_mergekits_but_for_the_routers() -> None:
     )
     assert (recipe.gate_mode, recipe.experts_per_token, recipe.dtype, recipe.seed) == ("logistic", 2, None, 0)
     assert "no gate_mode" in recipe.notes[0]
-    assert (recipe.backbone, recipe.architecture, recipe.name, recipe.shared_experts) == ("base", None, None, ())
+    assert (recipe.backbone, recipe.architecture, recipe.name, recipe.shared_experts) == (None, None, None, ())
+    assert str(recipe.backbone_for("attention")) == "auto"
 
 
 PROMPTED = (

@@ -58,7 +58,7 @@ def test_a_misspelt_key_is_refused_with_the_right_one(wrong: str, right: str, me
         ("gate_mode: zzz", "7: gate_mode must be one of hidden, ", "choose one of hidden, hidden_avg, "),
         ("gate_mode: [hidden]", "7: gate_mode must be one of ", "hidden"),
         ("dtype: bfloat61", "7: dtype must be one of float32, float16, bfloat16, found", "did you mean 'bfloat16'?"),
-        ("backbone: bass", "7: backbone must be one of base, average, found the text 'bass'", "did you mean 'base'?"),
+        ("backbone: bass", "7: backbone must be one of base, average, task_arithmetic, ", "did you mean 'base'?"),
         ("experts_per_token: 3", "7: experts_per_token must be at most 2, the number of", "experts_per_token: 2"),
         ("experts_per_token: 0", "7: experts_per_token must be at least 1, found 0", "such a value"),
         ("experts_per_token: true", "7: experts_per_token must be a number, found true", "such a value"),

@@ -87,7 +87,7 @@ def _no_direction(plan: Plan, positive: tuple[str, ...]) -> NumericsError:
 
 def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
     # the dtype of a weight, because the first tensor of the file may be a buffer of another type
-    stored = plan.backbone[0].inputs[0].dtype
+    stored = plan.backbone[0].sources[0].dtype
     return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
 
 

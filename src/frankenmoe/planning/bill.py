@@ -103,7 +103,7 @@ def distinct_bytes(static: Iterable[TensorWrite], leaves: Iterable[ExpertNode]) 
     """Bytes of a virtual MoE in memory: each source tensor once, and each computed tensor."""
     writes = [*static, *(write for leaf in leaves for row in leaf.ffn for write in row.values())]
     loras = [lora for leaf in leaves for row in leaf.loras for lora in row.values()]
-    copied = (write.inputs[0] if write.is_copy else write for write in writes)
+    copied = (write.copied or write for write in writes)
     # a reference without weights has no bytes, but the write that copies it knows how many there will be
     sizes = {_place(each): write.nbytes for each, write in zip(copied, writes, strict=True)}
     return sum((sizes | {_place(ref): ref.nbytes for lora in loras for ref in (lora.a, lora.b)}).values())

@@ -229,7 +229,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     parts = {key: (source, anatomy(source)) for key, source in opened.items()}
     for source, found in parts.values():
         check_tensors(source, found)
-    averaged = recipe.backbone == "average"
+    averaged = recipe.backbone_for("attention").method == "average"
     check_anatomies(parts[(str(recipe.base_model), None)], parts.values(), averaged=averaged)
     base_parts = parts[(str(recipe.base_model), None)][1]
     if len(recipe.shared_experts) > 1:
@@ -265,7 +265,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
     whole = fmt is None or fmt.renormalizes_top1 or recipe.experts_per_token > 1
-    equals_base = whole and not shared and recipe.backbone == "base" and _equals_base(nodes, base_node)
+    equals_base = whole and not shared and recipe.from_base and _equals_base(nodes, base_node)
     made = Plan(
         recipe=recipe,
         fmt=fmt,

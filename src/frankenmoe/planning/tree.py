@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from frankenmoe.checkpoint.reader import Adapter
-from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Mean, Noise, Scale, Step, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.planning.sources import Anatomy, Source
 from frankenmoe.recipe import Expert, Recipe
@@ -251,7 +251,7 @@ def backbone_writes(
     loras = adapter_steps(base, parts)
     refuse_strange_keys(base, re.compile(""))
     donors = [leaf.source for node in nodes for leaf in node.leaves() if leaf.source is not None]
-    averaged = recipe.backbone == "average"
+    averaged = recipe.backbone_for("attention").method == "average"
     if averaged and loras:
         raise PlanError(
             f"backbone: average takes nothing from the base, so the adapter on base_model {base.name} would be lost",
@@ -260,7 +260,7 @@ def backbone_writes(
     writes = []
     for name, shape in parts.backbone.items():
         inputs = tuple(donor.tensor(name, shape) for donor in donors) if averaged else (base.tensor(name, shape),)
-        steps: tuple[Step, ...] = (Mean(),) if averaged else ()
+        steps: tuple[Step, ...] = (Merge("average", (1.0,) * len(inputs)),) if averaged else ()
         write = TensorWrite(name=name, dtype=_stored_as(inputs[0], dtype), shape=shape, inputs=inputs, steps=steps)
         writes.append(with_lora(write, loras[name]) if name in loras else write)
     return tuple(writes)

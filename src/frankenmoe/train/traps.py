@@ -131,7 +131,7 @@ def _check_identical(settings: TrainSettings, plan: Plan) -> None:
 
 
 def _check_backbone(settings: TrainSettings, plan: Plan) -> None:
-    if "attention" in settings.what and plan.recipe.backbone == "average":
+    if "attention" in settings.what and plan.recipe.backbone_for("attention").method == "average":
         raise PlanError(
             "an attention adapter is stored on the base model, but this recipe's backbone is the parents' average",
             hint="use backbone: base, or leave attention out of --what",
