@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from frankenmoe.artifact.folder import Artifact
     from frankenmoe.build.extraction import extract
+    from frankenmoe.build.lora import extract_lora
     from frankenmoe.build.proof import verify
     from frankenmoe.build.run import build
     from frankenmoe.errors import FrankenMoEError
@@ -30,6 +31,7 @@ _HOMES = {
     "build": "frankenmoe.build.run",
     "export_gguf": "frankenmoe.export.run",
     "extract": "frankenmoe.build.extraction",
+    "extract_lora": "frankenmoe.build.lora",
     "fit": "frankenmoe.gates.run",
     "load": "frankenmoe.subject",
     "open": "frankenmoe.subject",
@@ -51,6 +53,7 @@ __all__ = [
     "build",
     "export_gguf",
     "extract",
+    "extract_lora",
     "fit",
     "load",
     "open",
