@@ -11,7 +11,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-KINDS = ("routers", "scores", "kernels")  # fitted routers, answers scored by `eval`, compiled CPU kernels
+# fitted routers, answers scored by `eval`, distances of parents from their base, compiled CPU kernels
+KINDS = ("routers", "scores", "distances", "kernels")
 NAME = "name.txt"  # file in an entry with its name for `frankenmoe cache`
 PARTIAL = ".partial"  # suffix of an entry that is being written
 SHOWN = 12  # characters of an entry's file name, if it has no other name

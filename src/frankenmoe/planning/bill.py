@@ -7,6 +7,7 @@ from typing import Any
 
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
+from frankenmoe.families.spec import MoEFormat
 from frankenmoe.planning.sources import Source, odd_heads
 from frankenmoe.planning.tree import ExpertNode
 
@@ -85,6 +86,19 @@ def make_bill(
         memory_q5_0=gguf_bytes(shapes, "Q5_0", experts=len(nodes)),
         kv_per_token=kv_numbers * KV_BYTES,
     )
+
+
+def beside_experts(
+    fmt: MoEFormat | None,
+    groups: tuple[tuple[TensorWrite, ...], ...],
+    backbone: tuple[TensorWrite, ...],
+    shared: tuple[ExpertNode, ...],
+) -> list[TensorWrite]:
+    """Writes that are neither backbone nor routed experts: the shared expert and zeros that a format requires."""
+    if fmt is None:
+        return [write for node in shared for leaf in node.leaves() for row in leaf.ffn for write in row.values()]
+    inside = {write.name for write in backbone}
+    return [write for group in groups for write in group if write.name not in inside and ".experts." not in write.name]
 
 
 def expert_parameters(node: ExpertNode) -> int:

@@ -96,13 +96,12 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
     family = base.family
     assert family is not None
     for leaf in (leaf for node in (*nodes, *shared) for leaf in node.leaves()):
-        source = leaf.source
-        assert source is not None
-        for key in ("hidden_act", "mlp_bias"):
+        assert leaf.source is not None
+        for source, key in ((source, key) for source in leaf.source.singles for key in ("hidden_act", "mlp_bias")):
             ours, theirs = family.value(base.config, key), family.value(source.config, key)
             if (ours or False) != (theirs or False):
                 found.append(f"expert {leaf.name} has {key} {theirs}, the base {ours}; a built MoE has one for all")
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, recipe: Recipe) -> list[str]:

@@ -16,7 +16,8 @@ from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
-from frankenmoe.planning.bill import Bill, kv_numbers, make_bill, statistics_bytes
+from frankenmoe.planning.backbone import Choice, backbone_writes, choose
+from frankenmoe.planning.bill import Bill, beside_experts, kv_numbers, make_bill, statistics_bytes
 from frankenmoe.planning.compare import (
     COMPARE_LIMIT,
     compared_whole,
@@ -25,6 +26,7 @@ from frankenmoe.planning.compare import (
     same_expert,
     source_warnings,
 )
+from frankenmoe.planning.distance import Distance, distances
 from frankenmoe.planning.files import check_small_files, deciding_files, small_files, states
 from frankenmoe.planning.heads import with_own_head
 from frankenmoe.planning.layout import (
@@ -36,17 +38,10 @@ from frankenmoe.planning.layout import (
     format_notes,
     router_shapes,
 )
-from frankenmoe.planning.sources import (
-    Source,
-    anatomy,
-    check_anatomies,
-    check_siblings,
-    check_tensors,
-    open_source,
-    sources_of,
-)
+from frankenmoe.planning.siblings import check_ffns, check_siblings
+from frankenmoe.planning.sources import Source, anatomy, check_tensors, open_source, sources_of
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
-from frankenmoe.planning.tree import ExpertNode, backbone_writes, expert_nodes, ffn_writes
+from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
@@ -77,6 +72,8 @@ class Plan:
     equals_base: bool
     identical_sampled: bool
     unused: tuple[tuple[str, str, str], ...] = field(repr=False)
+    choice: Choice
+    distances: tuple[Distance, ...] = ()
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -85,6 +82,11 @@ class Plan:
     def trust_remote_code(self) -> bool:
         """Whether Python code found in a source may run."""
         return self.base.trust_remote_code
+
+    @property
+    def backbone_open(self) -> bool:
+        """Whether text and a running model must decide how the backbone is made, before the MoE is."""
+        return self.choice.open
 
     @property
     def experts(self) -> int:
@@ -127,7 +129,7 @@ class Plan:
         return make_bill(
             backbone=self.backbone,
             nodes=self.nodes,
-            extra=_beside_experts(self.fmt, self.groups, self.backbone, self.shared),
+            extra=beside_experts(self.fmt, self.groups, self.backbone, self.shared),
             routers=self.routers,
             top_k=self.recipe.experts_per_token,
             itemsize=4 if self.dtype == "F32" else 2,
@@ -146,6 +148,8 @@ class Plan:
         given = () if self.routers_file is None else (self.routers_file,)
         files = states(self.source_files, (*self.deciding_files, *given))
         facts = [LAYOUT_VERSION, self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
+        if not self.choice.from_base:
+            facts.append(str(self.choice))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -229,9 +233,9 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     parts = {key: (source, anatomy(source)) for key, source in opened.items()}
     for source, found in parts.values():
         check_tensors(source, found)
-    averaged = recipe.backbone_for("attention").method == "average"
-    check_anatomies(parts[(str(recipe.base_model), None)], parts.values(), averaged=averaged)
-    base_parts = parts[(str(recipe.base_model), None)][1]
+    base_pair = parts[(str(recipe.base_model), None)]
+    base_parts = base_pair[1]
+    check_ffns(base_pair, parts.values())
     if len(recipe.shared_experts) > 1:
         raise PlanError(
             f"the recipe has {len(recipe.shared_experts)} shared experts, expected at most one",
@@ -252,7 +256,10 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
     can_gate = fmt is not None and fmt.shared_gate is not None
     gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)
-    backbone = with_trained(backbone_writes(recipe, base, base_parts, nodes=nodes, dtype=stored), trained)
+    apart = distances(base_pair, nodes)
+    choice = choose(recipe, base_pair, nodes, apart)
+    writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
+    backbone = with_trained(writes, trained)
     check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
     groups: tuple[tuple[TensorWrite, ...], ...] = ()
     if fmt is not None and base.family is not None:
@@ -265,7 +272,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
     whole = fmt is None or fmt.renormalizes_top1 or recipe.experts_per_token > 1
-    equals_base = whole and not shared and recipe.from_base and _equals_base(nodes, base_node)
+    equals_base = whole and not shared and choice.from_base and _equals_base(nodes, base_node)
     made = Plan(
         recipe=recipe,
         fmt=fmt,
@@ -289,12 +296,14 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
         unused=unused_tensors(
             parts.values(),
             base=base,
-            averaged=averaged,
+            by_group=choice.by_group,
             trained=bool(trained),
             nodes=(*nodes, *shared),
             backbone=backbone,
         ),
         trained=tuple(trained.values()),
+        choice=choice,
+        distances=apart,
         problems=problems,
     )
     return _with_warnings(made, others)
@@ -368,19 +377,6 @@ def _own_warnings(made: Plan) -> list[str]:
     if silent:
         found.append(f"no licence is declared in {', '.join(silent)}")
     return found
-
-
-def _beside_experts(
-    fmt: MoEFormat | None,
-    groups: tuple[tuple[TensorWrite, ...], ...],
-    backbone: tuple[TensorWrite, ...],
-    shared: tuple[ExpertNode, ...],
-) -> list[TensorWrite]:
-    """Writes that are neither backbone nor routed experts: the shared expert and zeros that a format requires."""
-    if fmt is None:
-        return [write for node in shared for leaf in node.leaves() for row in leaf.ffn for write in row.values()]
-    inside = {write.name for write in backbone}
-    return [write for group in groups for write in group if write.name not in inside and ".experts." not in write.name]
 
 
 def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:

@@ -57,7 +57,7 @@ ClosedMethod = Annotated[
 ]
 
 
-class Merge(Closed):
+class AnyMerge(Closed):
     """The settings that all merges share, with the meanings and defaults of mergekit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
@@ -88,7 +88,7 @@ class Merge(Closed):
                 )
 
 
-class MergeSettings(Merge):
+class MergeSettings(AnyMerge):
     """How the parents' tensors become one. `weights` are by expert, 1 by default."""
 
     weights: dict[str, Weight] = Field(
@@ -221,7 +221,7 @@ def check_sum(method: str, weights: Sequence[float], *, at: Location) -> None:
         )
 
 
-class ExpertMerge(Merge):
+class ExpertMerge(AnyMerge):
     """Several models that are merged into the parent of one expert."""
 
     method: ClosedMethod = Field(description="How the models are merged.")

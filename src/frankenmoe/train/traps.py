@@ -7,6 +7,7 @@ from torch import nn
 
 from frankenmoe.errors import PlanError
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.recipe.backbone import ATTENTION, AVERAGE, BASE
 from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.suggest import did_you_mean
 from frankenmoe.train.data import Domain
@@ -131,9 +132,11 @@ def _check_identical(settings: TrainSettings, plan: Plan) -> None:
 
 
 def _check_backbone(settings: TrainSettings, plan: Plan) -> None:
-    if "attention" in settings.what and plan.recipe.backbone_for("attention").method == "average":
+    merge = plan.choice.by_group[ATTENTION]
+    if "attention" in settings.what and merge.method != BASE:
+        words = "the parents' average" if merge.method == AVERAGE else f"merged from the parents' ({merge})"
         raise PlanError(
-            "an attention adapter is stored on the base model, but this recipe's backbone is the parents' average",
+            f"an attention adapter is stored on the base model, but this recipe's backbone is {words}",
             hint="use backbone: base, or leave attention out of --what",
         )
     if plan.experts < 2 and settings.what == ("routers",):
