@@ -19,7 +19,6 @@ from frankenmoe.planning.difference import (
     Layer,
     by_group,
     checked_pair,
-    group_of,
     left_out,
     linear_layers,
     write_adapter,
@@ -108,7 +107,6 @@ def extract_lora(
     ours, theirs = (_opened(name, what, trust=trust_remote_code) for name, what in ((model, "model"), (base, "base")))
     parts, _ = checked_pair(ours, theirs)
     names = linear_layers(parts)
-    groups = {name: group_of(name, shape, parts) for name, shape in names.items()}
     files = states([*ours.checkpoint.files, *theirs.checkpoint.files], [])
     facts = [settings.model_dump(mode="json"), seed, files]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -117,9 +115,7 @@ def extract_lora(
         # twice, because the factors are spooled before their file is written
         need = 2 * adapter_bytes(list(names.values()), rank=settings.every_rank or 1, dtype="BF16")
         check_disk(partial, need=need, hint="choose a folder on another disk, or a smaller rank")
-        layers = write_adapter(
-            ours, theirs, names, partial, groups=groups, settings=settings, seed=seed, progress=progress
-        )
+        layers = write_adapter(ours, theirs, names, partial, settings=settings, seed=seed, progress=progress)
         losses = _losses(ours, theirs, partial, blocks, progress) if blocks else {}
         made = ExtractedLora(out, str(ours.name), str(theirs.name), layers, left_out(ours, theirs, parts), losses)
         write_json(partial / REPORT, made.to_dict())

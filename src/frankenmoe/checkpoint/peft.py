@@ -17,10 +17,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SPOOL = f"{WEIGHTS}.spool"  # the factors in the order they came, until their header is known
 
 
-def adapter_config(ranks: Mapping[str, int], *, base: str, about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def adapter_config(ranks: Mapping[str, int], *, base: str | None) -> dict[str, Any]:
     """The content of adapter_config.json for layers of these ranks, with scale 1 in every layer.
 
-    `about` are further keys, which PEFT ignores.
+    `base` is the name or path of the model that the adapter belongs to.
     """
     sizes = list(ranks.values())
     common = max(sorted(set(sizes)), key=sizes.count)
@@ -41,7 +41,6 @@ def adapter_config(ranks: Mapping[str, int], *, base: str, about: Mapping[str, A
         "target_modules": sorted(ranks),
         "use_dora": False,
         "use_rslora": False,
-        **(about or {}),
     }
 
 
@@ -77,13 +76,13 @@ class AdapterWriter:
         self._ranks[module] = a_RI.shape[0]
         return sum(write.nbytes for write in self._writes[-2:])
 
-    def finish(self, *, base: str, about: Mapping[str, Any] | None = None) -> None:
+    def finish(self, *, base: str | None) -> None:
         """Writes adapter_model.safetensors, then adapter_config.json. Raises NumericsError for NaN or infinity."""
         self._file.close()
         write_shard(
             self._folder / WEIGHTS, self._writes, metadata={"format": "pt"}, on_bytes=lambda amount: None, scanned=set()
         )
-        config = adapter_config(self._ranks, base=base, about=about)
+        config = adapter_config(self._ranks, base=base)
         write_atomic(self._folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 

@@ -13,21 +13,17 @@ from frankenmoe.checkpoint.lowrank import Difference, energies, low_rank
 from frankenmoe.checkpoint.peft import AdapterWriter
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
 from frankenmoe.errors import SourceError
-from frankenmoe.planning.sources import (
-    Anatomy,
-    Source,
-    anatomy,
-    check_anatomies,
-    check_siblings,
-    check_tensors,
-)
+from frankenmoe.planning.groups import FFN
+from frankenmoe.planning.groups import group_of as group_of_name
+from frankenmoe.planning.siblings import check_backbones, check_ffns, check_siblings
+from frankenmoe.planning.sources import Anatomy, Source, anatomy, check_tensors
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.asadapter import AdapterSettings
+from frankenmoe.recipe.backbone import ATTENTION, GROUPS
 
-FFN, ATTENTION, NORMS, BIASES, EMBEDDINGS, HEAD = "ffn", "attention", "norms", "biases", "embeddings", "head"
+BIASES = "biases"
 LINEAR = (FFN, ATTENTION)
-IN_LAYER = re.compile(r"\.\d+\.")
-HEADS = re.compile(r"(lm_head|embed_out|output)\.weight$")
+IN_LAYER = re.compile(r"\.\d+\..*\.weight$")
 # families whose layers store their weights transposed, which LoRAs for linear layers do not fit
 TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
@@ -67,44 +63,43 @@ def checked_pair(model: Source, base: Source) -> tuple[Anatomy, Anatomy]:
             )
         if not source.checkpoint.has_weights:
             raise SourceError(f"{source.name} has no weights in {source.folder}", hint="download the weights too")
+    check_linear(base)
+    check_siblings(base, [model])
+    ours, theirs = anatomy(model), anatomy(base)
+    check_tensors(base, theirs)
+    check_tensors(model, ours)
+    check_ffns((base, theirs), [(model, ours)])
+    check_backbones((base, theirs), [(model, ours)], groups=GROUPS)
+    return ours, theirs
+
+
+def check_linear(base: Source) -> None:
+    """Raises SourceError for a family whose layers PEFT's LoRAs for linear layers do not fit."""
     if base.config.get("model_type") in TRANSPOSED:
         raise SourceError(
             f"{base.name} is a {base.config.get('model_type')} model, whose layers are stored transposed, expected "
             "linear layers",
             hint="adapters of such models are not supported; use the model itself as an expert",
         )
-    check_siblings(base, [model])
-    ours, theirs = anatomy(model), anatomy(base)
-    check_tensors(base, theirs)
-    check_tensors(model, ours)
-    check_anatomies((base, theirs), [(model, ours)], averaged=True)
-    return ours, theirs
 
 
-def group_of(name: str, shape: tuple[int, ...], parts: Anatomy) -> str:
+def group_of(name: str, shape: tuple[int, ...]) -> str:
     """The group of a tensor: ffn and attention are linear layers of the decoder, the others have no low rank."""
-    if IN_LAYER.search(name) and len(shape) == 2 and name.endswith(".weight"):
-        return FFN if name in parts.ffn_shapes else ATTENTION
-    if len(shape) > 1:
-        return HEAD if HEADS.search(name) else EMBEDDINGS
-    return BIASES if name.endswith("bias") else NORMS
+    group = group_of_name(name)
+    return BIASES if group in LINEAR and not (len(shape) == 2 and IN_LAYER.search(name)) else group
 
 
 def linear_layers(parts: Anatomy, groups: Iterable[str] = LINEAR) -> dict[str, tuple[int, int]]:
     """Name -> shape [O, I] of the weights in these groups, in the model's order."""
     wanted = set(groups)
-    return {
-        name: (shape[0], shape[1])
-        for name, shape in parts.shapes.items()
-        if len(shape) == 2 and group_of(name, shape, parts) in wanted
-    }
+    return {name: (shape[0], shape[1]) for name, shape in parts.shapes.items() if group_of(name, shape) in wanted}
 
 
 def left_out(model: Source, base: Source, parts: Anatomy) -> dict[str, float]:
     """Group -> relative difference (Frobenius norm over that of the base) of all that is no linear layer."""
     sums: dict[str, list[float]] = {}
     for name, shape in parts.shapes.items():
-        group = group_of(name, shape, parts)
+        group = group_of(name, shape)
         ours, theirs = model.checkpoint.tensors[name], base.checkpoint.tensors[name]
         if group not in LINEAR and {ours.dtype, theirs.dtype} <= FLOATS:
             total = sums.setdefault(group, [0.0, 0.0])
@@ -119,28 +114,29 @@ def write_adapter(
     names: Mapping[str, tuple[int, int]],
     folder: Path,
     *,
-    groups: Mapping[str, str],
     settings: AdapterSettings,
     seed: int = 0,
+    named: bool = True,
     progress: Progress = SILENT,
 ) -> tuple[Layer, ...]:
     """Writes the difference of these weights as a PEFT LoRA into `folder`, one layer at a time.
 
-    Stored in the model's own type. Raises SourceError if no weight differs, NumericsError for NaN and infinity.
+    Stored in the model's own type. `named`: the adapter names its base. Raises SourceError if no weight differs,
+    NumericsError for NaN and infinity.
     """
     found = []
     progress.start("decomposing", sum(rows * columns for rows, columns in names.values()), "")
     with AdapterWriter(folder) as writer:
         for name, shape in names.items():
             ours, theirs = model.checkpoint.tensors[name], base.checkpoint.tensors[name]
-            found.append(_layer(writer, ours, theirs, shape, group=groups[name], settings=settings, seed=seed))
+            found.append(_layer(writer, ours, theirs, shape, group=group_of(name, shape), settings=settings, seed=seed))
             progress.advance(shape[0] * shape[1])
         if not any(layer.rank for layer in found):
             raise SourceError(
                 f"{model.name} has the same linear layers as {base.name}, so there is nothing to extract",
                 hint="check that the two names are of a fine-tune and of the model it was tuned from",
             )
-        writer.finish(base=base.name.path)
+        writer.finish(base=base.name.path if named else None)
     return tuple(found)
 
 
