@@ -28,21 +28,17 @@ from frankenmoe.planning.tree import dense_writes
 
 def parents(made: Plan) -> Iterator[tuple[str, Source]]:
     """(name, source) of every distinct parent except the base. The name is that of its first expert."""
-    seen = {_key(made.base)}
+    seen = {made.base.key}
     for node in made.nodes:
         for leaf in node.leaves():
-            if leaf.source is not None and _key(leaf.source) not in seen:
-                seen.add(_key(leaf.source))
+            if leaf.source is not None and leaf.source.key not in seen:
+                seen.add(leaf.source.key)
                 yield leaf.name, leaf.source
 
 
-def _key(source: Source) -> tuple[Path, Path | None]:
-    return source.folder, source.adapter.folder if source.adapter else None
-
-
 def dense_model(source: Source, *, dtype: torch.dtype | None) -> Any:
-    """A parent as a dense model, with its adapter merged into the weights."""
-    if source.adapter is None:
+    """A parent as a dense model, with its adapter merged into the weights; or the merge that is the parent."""
+    if source.adapter is None and source.merged is None:
         return stock_model(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
     return load_source(source, stored=_stored(source), dtype=dtype)
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from frankenmoe.checkpoint.tensors import FLOATS, Merge, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.planning.distance import Distance
+from frankenmoe.planning.distance import SAME, Distance
 from frankenmoe.planning.groups import group_of
 from frankenmoe.planning.names import expert_data, named_leaves
 from frankenmoe.planning.siblings import backbone_shapes, check_backbones
@@ -28,6 +29,8 @@ from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, WIT
 FALLBACK = MergeSettings(method="task_arithmetic", scale=0.7)
 """What `auto` takes where nothing can be measured: the best of the issue's real parents without text."""
 
+SHOWN = 4  # names in a sentence
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -45,6 +48,14 @@ class Choice:
     def from_base(self) -> bool:
         """Whether the whole backbone is the base's."""
         return all(settings.method == BASE for settings in self.by_group.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as `frankenmoe plan --json` prints it."""
+        return {
+            "groups": {group: settings.to_data() for group, settings in self.by_group.items()},
+            "why": self.why,
+            "open": self.open,
+        }
 
     def __str__(self) -> str:
         """Such as `task_arithmetic, lambda 0.7`, or each group with its own."""
@@ -87,9 +98,10 @@ def _automatic(
     base: tuple[Source, Anatomy], nodes: tuple[ExpertNode, ...], distances: Sequence[Distance], *, has_data: bool
 ) -> Choice:
     sources = distinct_parents(nodes)
-    lacking = [str(each.name) for source in (base[0], *sources) for each in source.singles if not _has_weights(each)]
-    if lacking:
-        return whole(BASE, f"auto: decided once the weights of {lacking[0]} are here")
+    files = (single for source in (base[0], *sources) for single in source.singles)
+    lacking = next((single for single in files if not single.checkpoint.has_weights), None)
+    if lacking is not None:
+        return whole(BASE, f"auto: decided once the weights of {lacking.name} are here")
     if adapter_steps(*base):
         return whole(BASE, "auto: the base has an adapter of its own")
     odd = _odd_parent(base, sources)
@@ -101,7 +113,9 @@ def _automatic(
     if len(sources) == 1:
         return whole(AVERAGE, "auto: all experts have one parent, so its backbone is theirs")
     if has_data:
-        return Choice(dict.fromkeys(GROUPS, FALLBACK), "auto: measured on the experts' data when made", open=True)
+        return Choice(
+            dict.fromkeys(GROUPS, FALLBACK), "auto: measured on the experts' data when the MoE is made", open=True
+        )
     return Choice(dict.fromkeys(GROUPS, FALLBACK), "auto: the parents differ outside their FFNs, and there is no data")
 
 
@@ -110,8 +124,32 @@ def whole(method: str, why: str) -> Choice:
     return Choice(dict.fromkeys(GROUPS, MergeSettings(method=method)), why)
 
 
-def _has_weights(source: Source) -> bool:
-    return source.checkpoint.has_weights and source.merged is None
+def lost_differences(choice: Choice, distances: Sequence[Distance]) -> list[str]:
+    """A warning if parents differ from the base in groups that the base alone gives."""
+    taken = [group for group in GROUPS if choice.by_group[group].method == BASE]
+    lost = {
+        (each.expert, group): far
+        for each in distances
+        for group in taken
+        if (far := each.groups.get(group, 0.0)) is None or far > SAME
+    }
+    if not lost:
+        return []
+    names = list(dict.fromkeys(expert for expert, _ in lost))
+    most = max((far for far in lost.values() if far is not None), default=None)
+    size = "" if most is None else f" by up to {most:.2%} of a group's norm"
+    what = "outside their FFNs" if len(taken) == len(GROUPS) else f"in {' and '.join(taken)}"
+    one = len(names) == 1
+    return [
+        f"{_listed(names)} {'differs' if one else 'differ'} from the base {what}{size}, and the base's backbone loses "
+        "that; `backbone: auto` chooses a merge that keeps most of it"
+    ]
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > SHOWN:
+        return f"{', '.join(names[:SHOWN])} and {len(names) - SHOWN} more"
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _odd_parent(base: tuple[Source, Anatomy], sources: Sequence[Source]) -> str | None:
@@ -127,11 +165,8 @@ def _odd_parent(base: tuple[Source, Anatomy], sources: Sequence[Source]) -> str 
 
 def distinct_parents(nodes: tuple[ExpertNode, ...]) -> list[Source]:
     """The parents of the routed experts, each once."""
-    found: list[Source] = []
-    for _, leaf in named_leaves(nodes):
-        if leaf.source is not None and leaf.source not in found:
-            found.append(leaf.source)
-    return found
+    found = {leaf.source.key: leaf.source for _, leaf in named_leaves(nodes) if leaf.source is not None}
+    return list(found.values())
 
 
 def backbone_writes(

@@ -98,7 +98,7 @@ def _named_sources(nodes: tuple[ExpertNode, ...]) -> list[Named]:
     return [
         (name, single, anatomy(single))
         for name, leaf in named_leaves(nodes)
-        for single in (leaf.source.singles if leaf.source else ())
+        for single in (leaf.source.models if leaf.source else ())
     ]
 
 

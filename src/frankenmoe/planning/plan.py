@@ -18,7 +18,7 @@ from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
 from frankenmoe.planning.asadapter import Extracted, extracted_adapters, savings
-from frankenmoe.planning.backbone import Choice, backbone_writes, choose
+from frankenmoe.planning.backbone import Choice, backbone_writes, choose, lost_differences
 from frankenmoe.planning.bill import Bill, beside_experts, kv_numbers, make_bill, statistics_bytes
 from frankenmoe.planning.compare import (
     COMPARE_LIMIT,
@@ -197,6 +197,7 @@ class Plan:
             **self.bill.to_dict(),
             "identical_experts": [list(group) for group in self.identical_experts],
             "equals_base": self.equals_base,
+            "backbone": self.choice.to_dict() | {"distances": [each.to_dict() for each in self.distances]},
             "identical_sampled": self.identical_sampled,
             "as_adapter": savings(self.extracted, (*self.nodes, *self.shared)),
             "warnings": list(self.warnings),
@@ -294,7 +295,7 @@ def plan(
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
     whole = fmt is None or fmt.renormalizes_top1 or recipe.experts_per_token > 1
-    equals_base = whole and not shared and choice.from_base and _equals_base(nodes, base_node)
+    equals_base = whole and not shared and choice.from_base and backbone == writes and _equals_base(nodes, base_node)
     made = Plan(
         recipe=recipe,
         fmt=fmt,
@@ -355,6 +356,8 @@ def _identity_warnings(made: Plan) -> list[str]:
 
 def _own_warnings(made: Plan) -> list[str]:
     recipe, found = made.recipe, list(made.recipe.notes)
+    if not made.trained:  # training, or regmean, has replaced tensors of the backbone
+        found.extend(lost_differences(made.choice, made.distances))
     if made.fmt is not None and not made.fmt.loads_in_transformers:
         found.append(f"{made.fmt.title} loads in vLLM, llama.cpp and frankenmoe; transformers needs remote code for it")
     if made.fmt is not None and made.fmt.inert_shared_ffn and not made.shared:

@@ -76,11 +76,17 @@ class Anatomy:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """How several sources become one parent. `inputs` are the base, for methods that take one, and then the models."""
+    """How several sources become one parent. `base` is None for methods that take nothing from one."""
 
     settings: ExpertMerge
-    inputs: tuple["Source", ...]
+    base: "Source | None"
+    models: tuple["Source", ...]
     seed: int
+
+    @property
+    def inputs(self) -> tuple["Source", ...]:
+        """The base, if there is one, and then the models."""
+        return self.models if self.base is None else (self.base, *self.models)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +106,21 @@ class Source:
     merged: Merged | None = None
 
     @property
+    def models(self) -> tuple["Source", ...]:
+        """Itself, or the models that are merged, without their base."""
+        return (self,) if self.merged is None else self.merged.models
+
+    @property
     def singles(self) -> tuple["Source", ...]:
         """The checkpoints that it is made from: itself, or those that are merged."""
         return (self,) if self.merged is None else self.merged.inputs
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What identifies a parent: the folders of model and adapter, or what is merged and how."""
+        if self.merged is not None:
+            return str(self.merged.settings.to_dict()), *(single.key for single in self.singles)
+        return self.folder, self.adapter.folder if self.adapter else None
 
     @property
     def folder(self) -> Path:
@@ -262,13 +280,13 @@ def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
         if expert.as_adapter is not None and expert.adapter is not None:
             yield recipe.base_model, expert.adapter
         if expert.merge is not None:
-            yield from ((name, None) for name in merge_inputs(recipe, expert.merge))
+            base = merge_base(recipe, expert.merge)
+            yield from ((name, None) for name in (*expert.merge.models, *((base,) if base else ())))
 
 
-def merge_inputs(recipe: Recipe, merge: ExpertMerge) -> tuple[SourceName, ...]:
-    """The sources of a merged expert: the base, for methods that take one, and then the models."""
-    base = () if merge.method in WITHOUT_BASE else (merge.base or recipe.base_model,)
-    return (*base, *merge.models)
+def merge_base(recipe: Recipe, merge: ExpertMerge) -> SourceName | None:
+    """The base of a merged expert; None for methods that take nothing from one."""
+    return None if merge.method in WITHOUT_BASE else merge.base or recipe.base_model
 
 
 def leaves(experts: Iterable[Expert]) -> Iterator[Expert]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
-from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_inputs
+from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
 PEFT_PREFIX = "base_model.model."
@@ -141,10 +141,11 @@ def _parent(
     """The source of an expert, or the merge of several as one source."""
     if expert.merge is None:
         return sources[(str(expert.source_model), expert.adapter if expert.as_adapter is None else None)]
-    inputs = tuple(sources[(str(name), None)][0] for name in merge_inputs(recipe, expert.merge))
-    first, parts = sources[(str(expert.merge.models[0]), None)]
-    name = SourceName(str(expert.merge))
-    return replace(first, name=name, adapter=None, merged=Merged(expert.merge, inputs, recipe.seed)), parts
+    base = merge_base(recipe, expert.merge)
+    models = tuple(sources[(str(name), None)][0] for name in expert.merge.models)
+    merged = Merged(expert.merge, sources[(str(base), None)][0] if base else None, models, recipe.seed)
+    parts = sources[(str(expert.merge.models[0]), None)][1]
+    return replace(models[0], name=SourceName(str(expert.merge)), adapter=None, merged=merged), parts
 
 
 def ffn_writes(

@@ -15,6 +15,7 @@ from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS
 from frankenmoe.recipe.gatemodes import GATE_MODES
 from frankenmoe.recipe.sections import SECTIONS
 
@@ -34,13 +35,25 @@ class Missing:
 def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per expert."""
     rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
-    average = facts.recipe.get("backbone") == "average"
-    backbone = "is the average of all parents'" if average else f"is that of {code(facts.names.short(facts.base))}"
     table = markdown(("expert", "made of", "prompts", "data"), rows)
     return (
         f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
-        f"attention, norms, head) {backbone}."
+        f"attention, norms, head) {_backbone(facts)}."
     )
+
+
+def _backbone(facts: Facts) -> str:
+    """Where the backbone comes from, in words; a group of tensors at a time if the recipe names groups."""
+    base = f"is that of {code(facts.names.short(facts.base))}"
+    methods = facts.backbone
+    if set(methods.values()) <= {BASE}:
+        return base
+    if set(methods.values()) == {AVERAGE}:
+        return "is the average of all parents'"
+    if len(set(methods.values())) == 1:
+        return f"is a merge of all parents' ({plain(methods[GROUPS[0]])})"
+    parts = (f"{group} {'the same model' if how == BASE else plain(how)}" for group, how in methods.items())
+    return f"is made group by group, from {code(facts.names.short(facts.base))} and all parents: {', '.join(parts)}"
 
 
 def _expert_rows(experts: Sequence[ExpertRow], *, shared: bool = False) -> Iterator[tuple[str, ...]]:

@@ -74,6 +74,12 @@ class AnyMerge(Closed):
         written: dict[str, Any] = self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
         return written
 
+    @property
+    def words(self) -> str:
+        """Method and settings, such as `task_arithmetic, lambda 0.7`."""
+        written = {key: value for key, value in self.to_dict().items() if key in SETTINGS and value not in ({}, [])}
+        return ", ".join((self.method, *(f"{key} {_spelled(value)}" for key, value in written.items())))
+
     def refuse_unused(self, method: str) -> None:
         """Rejects settings that the method does not have."""
         written = self.to_dict()
@@ -107,9 +113,7 @@ class MergeSettings(AnyMerge):
         return self.method if set(written) == {"method"} else written
 
     def __str__(self) -> str:
-        """Such as `task_arithmetic, lambda 0.7`."""
-        written = {key: value for key, value in self.to_dict().items() if key != "method" and value != {}}
-        return ", ".join((self.method, *(f"{key} {_spelled(value)}" for key, value in written.items())))
+        return self.words
 
 
 class Groups(Closed):
@@ -150,6 +154,8 @@ class Groups(Closed):
 def _spelled(value: object) -> str:
     if isinstance(value, dict):
         return " ".join(f"{key}={number:g}" for key, number in value.items())
+    if isinstance(value, list):
+        return " ".join(f"{number:g}" for number in value)
     return f"{value:g}" if isinstance(value, int | float) else str(value)
 
 
@@ -256,8 +262,8 @@ class ExpertMerge(AnyMerge):
         return self
 
     def __str__(self) -> str:
-        """Such as `ties of org/a, org/b`."""
-        return f"{self.method} of {', '.join(map(str, self.models))}"
+        """Such as `ties, density 0.5 of org/a, org/b`."""
+        return f"{self.words} of {', '.join(map(str, self.models))}"
 
     @property
     def every_weight(self) -> tuple[float, ...]:

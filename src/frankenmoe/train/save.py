@@ -187,6 +187,10 @@ def _moved(recipe: Recipe, *, out: Path, adapters: Mapping[tuple[int, ...] | Non
         if entry.experts:
             inner = zip(entry.experts, table["experts"], strict=True)
             new["experts"] = [expert(each, row, (*path, index)) for index, (each, row) in enumerate(inner)]
+        if entry.merge is not None:
+            models = [source(name, None) for name in entry.merge.models]
+            base = {} if entry.merge.base is None else {"base": source(entry.merge.base, None)}
+            new["merge"] = {**table["merge"], "models": models, **base}
         if entry.source_model is not None:
             plain = replace(entry.source_model, adapter=None, adapter_revision=None)
             new["source_model"] = source(plain if path in adapters else entry.source_model, None)

@@ -23,6 +23,7 @@ def check(settings: TrainSettings, *, plan: Plan | None, top_k: int, renormalize
     _check_straight_through(settings, plan, k=k, renormalize=renormalize)
     if plan is not None:
         _check_nested(settings, plan)
+        _check_merged(settings, plan)
         _check_identical(settings, plan)
         _check_backbone(settings, plan)
 
@@ -121,6 +122,17 @@ def _mixtures(nodes: Sequence[ExpertNode]) -> Iterator[ExpertNode]:
         if node.children:
             yield node
         yield from _mixtures(node.children)
+
+
+def _check_merged(settings: TrainSettings, plan: Plan) -> None:
+    """An adapter is saved beside the model it belongs to, and a merge is no model on disk."""
+    leaves = (leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves())
+    merged = next((leaf for leaf in leaves if leaf.source is not None and leaf.source.merged is not None), None)
+    if merged is not None and "adapters" in settings.what:
+        raise PlanError(
+            f"expert {merged.name} is a merge of several models, and an adapter needs one model",
+            hint="train whole experts: --what routers,experts; or merge first and name the result as source_model",
+        )
 
 
 def _check_identical(settings: TrainSettings, plan: Plan) -> None:
