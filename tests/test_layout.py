@@ -18,8 +18,8 @@ LAYERS = (
     {"errors", "suggest", "progress", "palette", "cache", "charts"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
-    {"moe", "gates", "subject"},
-    {"build", "gates.run", "train", "audit", "evaluate", "export", "publish"},
+    {"moe", "gates", "backbone", "subject"},
+    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish"},
     {"pipeline"},
     {"cli", "demo"},
 )

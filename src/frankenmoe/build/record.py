@@ -55,8 +55,16 @@ def record_of(
         "configs": [
             {"file": str(copied_to(file, extracted, out)), "sha256": sha256(file)} for file in made.deciding_files
         ],
-        "stages": [{"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()}],
+        "stages": [
+            *backbone_stage(made),
+            {"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()},
+        ],
     }
+
+
+def backbone_stage(made: Plan) -> list[dict[str, Any]]:
+    """The entry of the measurement that chose the backbone; none if there was no measurement."""
+    return [] if made.measured is None else [{"stage": "backbone", **made.measured, "versions": versions()}]
 
 
 def _fit_report(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from frankenmoe.artifact.folder import (
     small_hashes,
     write_routers,
 )
+from frankenmoe.build.backbone import moved_record, with_own_backbone
 from frankenmoe.build.body import compose, copy_small_files
 from frankenmoe.build.record import record_of
 from frankenmoe.checkpoint.fingerprint import sha256
@@ -67,8 +68,9 @@ def build(
         folder = subject.artifact.folder
         raise ArtifactError(f"{folder} is already built", hint=f"its recipe is {folder / 'recipe.yml'}")
     settings = settings_with(settings or BuildSettings(), changes)
-    virtual, made, given = settings.virtual, subject.plan, subject.artifact
-    check_buildable(made, virtual=virtual, allow_identical=settings.allow_identical)
+    virtual, given = settings.virtual, subject.artifact
+    check_buildable(subject.planned, virtual=virtual, allow_identical=settings.allow_identical)
+    made = subject.resolved(progress).plan
     digest = (
         f"{made.digest}/{'virtual' if virtual else shard_size}{f'/{sha256(given.folder / ROUTERS)}' if given else ''}"
     )
@@ -86,10 +88,12 @@ def build(
             compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))
             ahead.result()
             _prove(made, partial)
-        text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+        table = with_own_backbone(made, partial, out=out)
+        text = yaml.safe_dump(table or made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
         try:
             record = record_of(made, out, folder=partial, virtual=virtual, progress=progress, stage=stage)
+            record |= moved_record(record, made, table, out=out) if table else {}
             record["files"] = small_hashes(partial)
             same = made.digest_now() == made.digest
         except FileNotFoundError:

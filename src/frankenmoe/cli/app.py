@@ -15,6 +15,7 @@ from frankenmoe.cli.card import card_command
 from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
 from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
+from frankenmoe.cli.heal import heal_command
 from frankenmoe.cli.lora import extract_lora_command
 from frankenmoe.cli.options import COUNT, DTYPE, JSON, NO_CACHE, REMOTE, SEED, SIZE, TEMPERATURE, example, json_option
 from frankenmoe.cli.progress import bars
@@ -30,7 +31,7 @@ from frankenmoe.recipe.sections import BuildSettings
 from frankenmoe.subject import kind_of, open_subject
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
-RESUMING = {"build", "train", "eval", "run", "push"}
+RESUMING = {"build", "heal", "train", "eval", "run", "push"}
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
@@ -100,7 +101,7 @@ def build_command(
     # the plan comes first, so that mistakes in the recipe are reported before torch is imported
     subject = open_subject(what, dtype=dtype, cache=not no_cache, trust_remote_code=trust_remote_code)
     if subject.artifact is None:
-        warn(subject.plan.warnings)
+        warn(subject.planned.warnings)
 
     from frankenmoe.build.run import build
 
@@ -181,7 +182,7 @@ def chat_command(
         )
     subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
     if subject.artifact is None:
-        warn(subject.plan.warnings)
+        warn(subject.planned.warnings)
 
     from frankenmoe.cli.chat import Settings, chat
 
@@ -223,6 +224,7 @@ def schema_command() -> None:
 
 for command in (
     fit_command,
+    heal_command,
     add_expert_command,
     extract_command,
     extract_lora_command,

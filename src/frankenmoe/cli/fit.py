@@ -58,7 +58,7 @@ def fit_command(
     names = [expert.name for expert in subject.recipe.experts]
     named = by_label(pairs(data, flag="--data", names=names, folder=Path.cwd()))
     if subject.artifact is None:
-        warn(subject.plan.warnings)
+        warn(subject.planned.warnings)
 
     from frankenmoe.gates.run import fit
 

@@ -31,7 +31,7 @@ def run_command(recipe: Path, out: Path, no_cache: bool, as_json: bool, trust_re
     """
     # the plan comes first, so that mistakes in the recipe are reported before torch is imported
     subject = open_subject(Recipe.load(recipe), cache=not no_cache, trust_remote_code=trust_remote_code)
-    warn(subject.plan.warnings)
+    warn(subject.planned.warnings)
 
     from frankenmoe.pipeline import run
 

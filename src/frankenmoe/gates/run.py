@@ -112,7 +112,7 @@ def _fit_recipe(
         fitted = fit_plan(made, method=method, data=data, folder=Path.cwd(), settings=settings, progress=progress)
         return MadeRouters(fitted.routers, fitted.statistics)
 
-    artifact = build(subject.with_maker(maker), out, virtual=True, progress=progress, stage="fit")
+    artifact = build(subject.resolved(progress).with_maker(maker), out, virtual=True, progress=progress, stage="fit")
     return FitResult(artifact, True, artifact.record["stages"][-1]["fit"])
 
 

@@ -34,7 +34,8 @@ class Job:
 
     @property
     def plan(self) -> Plan:
-        return self.subject.plan
+        """The plan. Until the first stage that measures, an open backbone is left open."""
+        return self.subject.plan if self.subject.settled else self.subject.planned
 
     @property
     def model(self) -> Path:
@@ -88,7 +89,7 @@ class Stage:
 
 def sources(job: Job) -> Iterator[Path]:
     """The files of the recipe's sources: weights, configs, tokenizers."""
-    yield from job.plan.source_files
+    yield from job.subject.planned.source_files  # what was measured depends on these and on texts
     yield from (source.folder / "config.json" for source in job.plan.sources)
     yield from job.plan.small_files
 

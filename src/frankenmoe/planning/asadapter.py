@@ -81,13 +81,13 @@ def extracted_adapters(
     recipe: Recipe,
     sources: Sources,
     *,
-    weights: bool,
+    may: bool,
     inside: Path | None = None,
     progress: Progress = SILENT,
 ) -> dict[NodePath, Extracted]:
     """Path of an expert in the plan -> its LoRA, for every expert whose difference is to be extracted.
 
-    `inside` is an artifact with extracted LoRAs. Without `weights` nothing is extracted: what is not there yet has a
+    `inside` is an artifact with extracted LoRAs. Unless it `may`, nothing is extracted: what is not there yet has a
     size only. Raises SourceError or PlanError if a parent has no difference or cannot be decomposed.
     """
     found = {}
@@ -105,7 +105,7 @@ def extracted_adapters(
         place: Path | None = inside / INSIDE / folder if inside else None
         if place is None or not (place / CONFIG).is_file():
             whole = model.checkpoint.has_weights and base.checkpoint.has_weights
-            place = _cached(model, base, names, settings, name=name, may=weights, progress=progress) if whole else None
+            place = _cached(model, base, names, settings, name=name, may=may, progress=progress) if whole else None
         adapter = open_adapter(place) if place else _sizes(model, names, settings)
         certain = place is not None or settings.every_rank is not None
         found[path] = Extracted(name, folder, adapter, place is not None, certain)
@@ -118,6 +118,13 @@ def _asked(recipe: Recipe) -> Iterator[tuple[str, NodePath, Expert]]:
     for name, path, expert in (*named_experts(recipe.experts), *shared):
         if expert.as_adapter is not None and expert.adapter is None:
             yield name, path, expert
+
+
+def on_base(recipe: Recipe, path: NodePath) -> bool:
+    """Whether the expert at a path is an adapter on the base's FFNs, and not on those of its source."""
+    shared = named_experts(recipe.shared_experts, path=SHARED)
+    found = {place: expert for _, place, expert in (*named_experts(recipe.experts), *shared)}
+    return found[path].as_adapter is not None
 
 
 def folder_of(name: str) -> str:

@@ -25,6 +25,7 @@ from frankenmoe.planning.compare import (
     compared_whole,
     identical_groups,
     licence,
+    licence_warnings,
     same_expert,
     source_warnings,
 )
@@ -56,7 +57,8 @@ class Plan:
 
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors, `groups` the
     built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
-    True if some identical experts (or the base) are so large that only blocks of them were compared.
+    True if some identical experts (or the base) are so large that only blocks of them were compared. `measured` is the
+    report on how the backbone was chosen, if it was by measurement.
     """
 
     recipe: Recipe
@@ -80,6 +82,7 @@ class Plan:
     distances: tuple[Distance, ...] = ()
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     extracted: Mapping[tuple[int, ...], Extracted] = field(default_factory=dict, repr=False)
+    measured: Mapping[str, Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -101,6 +104,11 @@ class Plan:
     def all_identical(self) -> bool:
         """Whether all experts have the same weights, so that routers make no difference."""
         return self.experts > 1 and any(len(group) == self.experts for group in self.identical_experts)
+
+    @property
+    def all_extracted(self) -> bool:
+        """Whether every adapter that `as_adapter` asks for is there."""
+        return all(each.there for each in self.extracted.values())
 
     @cached_property
     def writes(self) -> tuple[TensorWrite, ...]:
@@ -165,7 +173,7 @@ class Plan:
         files = [file for source in self.sources for file in source.checkpoint.files]
         files += [ref.file for adapter in adapters for ref in adapter.tensors.values()]
         # one for each expert, also if two have equal ones, as an artifact has a copy for each
-        extracted = [file for each in self.extracted.values() for file in each.files]
+        extracted = (file for each in self.extracted.values() for file in each.files)
         return (*dict.fromkeys(files), *extracted, *dict.fromkeys(ref.file for ref in self.trained))
 
     @property
@@ -229,13 +237,14 @@ def plan(
     dtype: str | None = None,
     weights: bool = False,
     trust_remote_code: bool = False,
+    extract: bool = True,
     inside: Path | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
     """Plans a recipe. `dtype` overrides the recipe's. `weights=True` downloads and requires weights, not only configs.
 
-    With weights, adapters of `as_adapter` experts are extracted into the user's cache, unless the artifact `inside` or
-    the cache has them. Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
+    With weights and `extract`, adapters of `as_adapter` experts are extracted into the user's cache, unless it or the
+    artifact `inside` has them. Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
     """
     opened = {
         (str(name), adapter): with_own_head(
@@ -263,7 +272,7 @@ def plan(
         )
     stored = stored_dtype(dtype or recipe.dtype or base.dtype)
     trained = open_trained(recipe)
-    extracted = extracted_adapters(recipe, parts, weights=weights, inside=inside, progress=progress)
+    extracted = extracted_adapters(recipe, parts, may=weights and extract, inside=inside, progress=progress)
     adapters = {path: each.adapter for path, each in extracted.items()}
     made_of = partial(expert_nodes, recipe, sources=parts, dtype=stored, extracted=adapters)
     nodes = nodes_with_trained(made_of(experts=recipe.experts), trained)
@@ -380,15 +389,7 @@ def _own_warnings(made: Plan) -> list[str]:
             "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
         )
     found += [each.warning for each in made.extracted.values() if not each.certain]
-    declared = {str(source.name): licence(source.folder) for source in made.sources}
-    adapters = [source.adapter.folder for source in made.sources if source.adapter is not None]
-    declared |= {f"the adapter {folder}": licence(folder) for folder in adapters}
-    named = {str(value) for value in declared.values() if value}
-    if len(named) > 1:
-        found.append(f"the sources are under different licences: {', '.join(sorted(named))}")
-    silent = [name for name, value in declared.items() if value is None]
-    if silent:
-        found.append(f"no licence is declared in {', '.join(silent)}")
+    found += licence_warnings(made.sources)
     return found
 
 

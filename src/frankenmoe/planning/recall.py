@@ -21,7 +21,7 @@ def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code:
     """
     recipe = recipe_of(artifact)
     if known is not None and known.digest_now() == known.digest:
-        made = replace(known, recipe=recipe)
+        made = replace(known, recipe=recipe, measured=None)
         check_sources(artifact, made)
         return made
     try:

@@ -186,6 +186,12 @@ Backbone = Annotated[
 Groups.model_rebuild()
 
 
+def backbone_of(by_group: Mapping[str, MergeSettings]) -> MergeSettings | Groups:
+    """The backbone of a recipe that makes every group so: a single merge if all have the same."""
+    first, *others = by_group.values()
+    return Groups(**by_group) if any(each != first for each in others) else first
+
+
 def default_backbone(gate_mode: str) -> str:
     """The method of a recipe without `backbone`: mergekit's with mergekit's own gate modes."""
     return BASE if gate_mode in PROMPT_MODES | RANDOM_MODES else AUTO

@@ -31,6 +31,7 @@ from frankenmoe.recipe.sections import (
     EvalSettings,
     ExportSettings,
     FitSettings,
+    HealSettings,
     Section,
     with_bare_sections,
 )
@@ -79,6 +80,9 @@ class Recipe(Closed):
         "Default: auto, or base with mergekit's gate modes.",
     )
     build: Section[BuildSettings] = Field(None, description="Options of the build in `frankenmoe run`.")
+    heal: Section[HealSettings] = Field(
+        None, description="`frankenmoe run` refits the experts to the backbone before it fits the routers."
+    )
     fit: Section[FitSettings] = Field(None, description="`frankenmoe run` fits the routers before it builds.")
     audit: Section[AuditSettings] = Field(None, description="`frankenmoe run` audits the routing.")
     eval: Section[EvalSettings] = Field(None, description="`frankenmoe run` evaluates the model.")
@@ -138,9 +142,17 @@ class Recipe(Closed):
         """Whether the whole backbone is the base's."""
         return all(self.backbone_for(group).method == BASE for group in GROUPS)
 
-    def with_backbone(self, backbone: MergeSettings | Groups | str) -> Self:
-        """The same recipe with this backbone written out. Raises RecipeError if it does not fit the experts."""
-        data = self.to_dict() | {"backbone": backbone if isinstance(backbone, str) else backbone.to_data()}
+    def with_backbone(
+        self, backbone: MergeSettings | Groups | Mapping[str, Any] | str, *, trained: Path | None = None
+    ) -> Self:
+        """The same recipe with this backbone written out, and with another `trained` file if one is given.
+
+        Raises RecipeError if the backbone does not fit the experts.
+        """
+        plain = backbone.to_data() if isinstance(backbone, MergeSettings | Groups) else backbone
+        data = self.to_dict() | {"backbone": plain}
+        if trained is not None:
+            data["trained"] = str(trained)
         try:
             return type(self).model_validate(data, context=self._context)
         except ValidationError as error:

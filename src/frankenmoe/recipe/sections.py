@@ -13,6 +13,7 @@ from frankenmoe.recipe.fields import (
     FitTokens,
     Names,
     Prompts,
+    Rate,
     Seed,
     Strings,
     Temperature,
@@ -37,6 +38,17 @@ class FitSettings(Closed):
     )
     tokens: FitTokens = Field(32768, description="Most tokens of data per expert.")
     block: FitBlock = Field(256, description="Tokens read at once.")
+
+
+class HealSettings(Closed):
+    """How experts are refitted to the backbone."""
+
+    tokens: FitTokens = Field(32768, description="Most tokens of data per expert.")
+    block: FitBlock = Field(256, description="Tokens read at once.")
+    ridge: Rate | None = Field(
+        None, description="Ridge, times the mean square of an input; default: chosen for each layer on held-out text."
+    )
+    rank: Count | None = Field(None, description="Store the changes as adapters of this rank; default: whole matrices.")
 
 
 class AuditSettings(Closed):
@@ -119,4 +131,4 @@ Settings = TypeVar("Settings")
 Section = Annotated[Settings | None, _OrYesOrNo()]
 
 # the sections for stages; they do not change the model itself
-SECTIONS = ("build", "fit", "train", "audit", "eval", "export", "card")
+SECTIONS = ("build", "heal", "fit", "train", "audit", "eval", "export", "card")

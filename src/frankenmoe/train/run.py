@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from frankenmoe.artifact.folder import (
     RECORD,
@@ -28,10 +27,9 @@ from frankenmoe.artifact.folder import (
     write_routers,
 )
 from frankenmoe.artifact.reports import TrainingReport, versions
-from frankenmoe.build.body import copy_small_files
-from frankenmoe.build.record import record_of
+from frankenmoe.build.derived import virtual_record
+from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import fingerprint
-from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
 from frankenmoe.moe.trace import outer_blocks
@@ -87,9 +85,9 @@ def train(
     settings = settings_with(settings or subject.recipe.train or TrainSettings(), changes)
     data = located(data) if data else _recipes_data(subject.recipe.experts)
     body = _prints(subject.artifact.folder) if subject.artifact and subject.built else ()
-    plan = None if subject.built else subject.plan
     if subject.artifact is None:
-        check_buildable(subject.plan, virtual=True, allow_identical=True)
+        check_buildable(subject.planned, virtual=True, allow_identical=True)
+    plan = None if subject.built else subject.resolved(progress).plan
     parts = subject.parts
     traps.check(settings, plan=plan, top_k=parts.top_k, renormalize=parts.renormalizes, experts=parts.experts)
     routers = subject.routers(progress).routers
@@ -211,37 +209,15 @@ def _write(
         if _prints(partial) != body:  # taken before the first step
             raise ArtifactError(f"the weights of {source.folder} changed during training", hint="build it again")
     else:
-        record = _virtual_record(subject, weights, partial, out=out, progress=progress)
-    earlier = source.record["stages"] if source else [{"stage": "routers", "gate_mode": subject.recipe.gate_mode}]
+        record = virtual_record(
+            subject, write_parts(subject.plan, weights, partial, out=out), partial, out=out, progress=progress
+        )
+    made_first = {"stage": "routers", "gate_mode": subject.recipe.gate_mode}
+    earlier = source.record["stages"] if source else [*backbone_stage(subject.plan), made_first]
     record["stages"] = [*earlier, stage]
     record.pop("version", None)
     remove_scaffold(partial)
     finish(partial, out, record=record | {"files": small_hashes(partial)})
-
-
-def _virtual_record(
-    subject: Subject, weights: Mapping[str, torch.Tensor], partial: Path, *, out: Path, progress: Progress
-) -> dict[str, Any]:
-    table = write_parts(subject.plan, weights, partial, out=out)
-    text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
-    write_atomic(partial / "recipe.yml", text.encode())
-    copy_small_files(subject.plan, partial)
-    # planned in the partial folder, which is next to `out`, so relative paths are valid in both
-    trained = Recipe.load(partial / "recipe.yml")
-    made = Subject(trained, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code).plan
-    known = subject.artifact.record["sources"] if subject.artifact else []
-    record = record_of(
-        made,
-        out,
-        folder=partial,
-        virtual=True,
-        progress=progress,
-        known={each["fingerprint"]: each["sha256"] for each in known},
-    )
-    inside, final = f"{partial}{os.sep}", f"{out}{os.sep}"
-    for each in (*record["sources"], *record["configs"]):
-        each["file"] = final + each["file"].removeprefix(inside) if each["file"].startswith(inside) else each["file"]
-    return record | {"recipe_folder": str(out), "recipe_folder_from_here": "."}
 
 
 def _link_body(source: Path, folder: Path) -> None:
