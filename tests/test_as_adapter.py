@@ -15,6 +15,8 @@ import tiny
 from frankenmoe.cache import cache_folder
 from frankenmoe.moe.adapter import LoraLinear
 from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.train import TrainSettings
+from frankenmoe.train.run import train
 from refusals import cli, copy_of, refused, spoil
 
 Parents = dict[str, list[Path]]
@@ -258,3 +260,29 @@ def test_true_means_the_default_rank(parents: Parents, tmp_path: Path) -> None:
     made = fm.plan(Recipe.load(recipe))
     assert made.to_dict()["as_adapter"][0]["rank"] == [32, 32]
     assert Recipe.load(recipe).to_dict()["experts"][0]["as_adapter"] == {}
+
+
+def test_training_goes_on_from_the_extracted_adapter(parents: Parents, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 200)
+    recipe = two(tmp_path / "r.yml", parents["llama"], {"rank": 3})
+    fm.build(recipe, tmp_path / "virtual", virtual=True)
+    for what, path in (("routers", "extracted-e0"), ("adapters", "e0")):
+        out = tmp_path / f"trained-{what}"
+        train(
+            tmp_path / "virtual", out, settings=TrainSettings(what=(what,), steps=2, block=32, batch=2, rate=1e-4),
+            keep_anyway=True,
+            data={name: [str(tmp_path / "text.txt")] for name in ("e0", "e1")},
+        )  # fmt: skip
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        before, after = (logits(fm.load(folder).model) for folder in (tmp_path / "virtual", out))
+        assert not torch.equal(before, after)
+        assert torch.allclose(before, after, atol=0.5)
+        assert (out / "adapters" / path / "adapter_config.json").is_file()
+        assert cli("verify", out).code == 0
+    rows = json.loads((out / "frankenmoe.json").read_text())["recipe"]["experts"]
+    assert [(row["adapter"], row["as_adapter"]) for row in rows] == [
+        ("adapters/e0", {"rank": 3}),
+        ("adapters/e1", {"rank": 3}),
+    ]
+    config = json.loads((out / "adapters" / "e0" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(parents["llama"][0])

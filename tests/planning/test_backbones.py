@@ -88,9 +88,7 @@ def lora_term(folder: Path, name: str) -> Any:
         ({"method": "ties", "lambda": 0.5}, lambda base, one, two: base + 0.5 * elected(one - base, two - base)),
     ],
 )
-def test_a_backbone_is_what_its_formula_gives(
-    written: Any, formula: Any, parents: Parents, tmp_path: Path
-) -> None:
+def test_a_backbone_is_what_its_formula_gives(written: Any, formula: Any, parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     made = planned(tiny.write_recipe(tmp_path / "r.yml", base, [one, two], backbone=written))
     found, sides = backbone(made), [weights(folder) for folder in (base, one, two)]
@@ -104,9 +102,7 @@ def elected(one: Any, two: Any) -> Any:
     return (kept * np.stack([one, two])).sum(0) / np.maximum(kept.sum(0), 1)
 
 
-def test_the_settings_reach_the_merge_and_every_tensor_has_a_seed_of_its_own(
-    parents: Parents, tmp_path: Path
-) -> None:
+def test_the_settings_reach_the_merge_and_every_tensor_has_a_seed_of_its_own(parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     asked = {"method": "dare_ties", "lambda": 0.9, "density": 0.3, "weights": {"e1": 2}}
     steps = []
@@ -211,9 +207,7 @@ def with_merge(recipe: Path, base: Path, merge: dict[str, Any], other: Path, **k
 
 
 @pytest.mark.parametrize("how", ["base", "task_arithmetic"])
-def test_a_merged_expert_is_the_model_that_one_would_merge_by_hand(
-    how: str, parents: Parents, tmp_path: Path
-) -> None:
+def test_a_merged_expert_is_the_model_that_one_would_merge_by_hand(how: str, parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     tuned(two, tmp_path / "a", ["up_proj", "q_proj"])
     merge = {
