@@ -7,6 +7,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from frankenmoe.artifact.folder import Artifact
+    from frankenmoe.backbone.run import heal
     from frankenmoe.build.extraction import extract
     from frankenmoe.build.lora import extract_lora
     from frankenmoe.build.proof import verify
@@ -33,6 +34,7 @@ _HOMES = {
     "extract": "frankenmoe.build.extraction",
     "extract_lora": "frankenmoe.build.lora",
     "fit": "frankenmoe.gates.run",
+    "heal": "frankenmoe.backbone.run",
     "load": "frankenmoe.subject",
     "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
@@ -55,6 +57,7 @@ __all__ = [
     "extract",
     "extract_lora",
     "fit",
+    "heal",
     "load",
     "open",
     "plan",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from frankenmoe.artifact.folder import RECORD, ROUTERS, Artifact, open_artifact
-from frankenmoe.backbone.resolve import resolve as resolve_backbone
+from frankenmoe.backbone import resolve as backbone
 from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.checkpoint.tensors import safetensors_dtype
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
@@ -111,7 +111,7 @@ class Subject:
                 trust_remote_code=self.trust_remote_code,
                 progress=progress,
             )
-        made = resolve_backbone(made, cache=self.cache, progress=progress)
+        made = backbone.resolve(made, cache=self.cache, progress=progress)
         _ = made.digest  # asked for now, so that a later change of the sources is noticed
         return made
 
@@ -183,12 +183,12 @@ class Subject:
     def _fresh(self, planned: Plan) -> bool:
         """Whether the files of the plan have not changed, nor the text that its backbone was measured on."""
         measured = planned.backbone_open and "plan" in self.__dict__
-        return planned.digest_now() == planned.digest and (not measured or key_of(planned) == self._text)
+        return planned.digest_now() == planned.digest and (not measured or backbone.key_of(planned) == self._text)
 
     @cached_property
     def _text(self) -> str | None:
         """The state of plan and text when the backbone was measured."""
-        return key_of(self.planned)
+        return backbone.key_of(self.planned)
 
     def _make(self, progress: Progress) -> MadeRouters:
         if self.maker is not None:

@@ -4,7 +4,7 @@ Every text is read with its own expert forced, so routers, which are made later,
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -117,12 +117,13 @@ def choose(made: Plan, folder: Path, *, progress: Progress = SILENT) -> tuple[Pl
     progress.start("choosing the backbone", held * len(listed) + _kept(texts), "tokens")
     # the base's, which is the simplest and seldom the best, last: most of it need not be read then
     for rank, each in reversed(closed):
-        search.measure(rank, _title(each), planned(made, _by_group(each)))
+        plan = planned(made, _by_group(each))
+        search.measure(rank, str(plan.choice), plan)
     for rank, each in listed:
-        if _method(each) == REGMEAN:
+        if isinstance(each, MergeSettings) and each.method == REGMEAN:
             best = search.best
             plan = _with_regmean(best.plan, _averaged(best.plan.choice.by_group), search, folder)
-            search.measure(rank, f"regmean; other tensors: {best.title}", plan)
+            search.measure(rank, str(replace(plan.choice, by_group={**plan.choice.by_group, ATTENTION: each})), plan)
     chosen = search.simplest
     if chosen.plan.recipe.trained != str(folder / TRAINED):
         (folder / TRAINED).unlink(missing_ok=True)
@@ -167,10 +168,6 @@ def _by_group(backbone: MergeSettings | Groups) -> ByGroup:
 
 def _method(backbone: MergeSettings | Groups) -> str:
     return _by_group(backbone)[ATTENTION].method
-
-
-def _title(backbone: MergeSettings | Groups) -> str:
-    return str(backbone)
 
 
 def _report(search: Search, chosen: str) -> dict[str, Any]:

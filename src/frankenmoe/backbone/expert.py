@@ -63,7 +63,8 @@ def alone(plan: Plan, leaf: ExpertNode) -> MoE:
     rows = tuple({suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in enumerate(leaf.ffn))
     node = replace(leaf, path=(0,), ffn=rows, loras=tuple({} for _ in rows))
     parts = replace(parts_of_plan(plan), nodes=(node,), top_k=1)
-    shapes = plan.routers | dict.fromkeys(parts.router_names(()), (1, plan.hidden))
+    shapes = dict(plan.routers)
+    shapes.update(dict.fromkeys(parts.router_names(()), (1, plan.hidden)))
     gates = {name: torch.zeros(shape, dtype=torch_dtype(plan.dtype)) for name, shape in shapes.items()}
     return load_parts(parts, gates)
 

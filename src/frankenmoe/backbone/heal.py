@@ -9,9 +9,11 @@ Shape suffixes: N tokens, I inputs, O outputs, R rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
+PARTS = 4  # of a Gram matrix's rows, computed one after the other
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 SAME = 1e-12  # mean squared error, relative to the states, of states that are equal up to rounding
 
@@ -29,10 +31,19 @@ class Moments:
         """Adds tokens. Computes in float32."""
         root_N1 = weights_N.float().sqrt()[:, None]
         scaled_NI, scaled_NO = inputs_NI.float() * root_N1, errors_NO.float() * root_N1
-        self.gram_II.addmm_(scaled_NI.T, scaled_NI)
+        self._add_gram(scaled_NI)
         self.cross_OI.addmm_(scaled_NO.T, scaled_NI)
         self.error += float(scaled_NO.double().pow(2).sum())
         self.tokens += len(inputs_NI)
+
+    def _add_gram(self, inputs_NI: torch.Tensor) -> None:
+        """Adds to the lower half and its mirror image, by blocks of rows: 5/8 of the work of the whole product."""
+        size = inputs_NI.shape[1]
+        edges = [size * part // PARTS for part in range(PARTS + 1)]
+        for start, end in pairwise(edges):
+            rows_PI = inputs_NI[:, start:end].T @ inputs_NI[:, :end]
+            self.gram_II[start:end, :end] += rows_PI
+            self.gram_II[:start, start:end] += rows_PI[:, :start].T
 
     def error_after(self, change_OI: torch.Tensor) -> float:
         """sum_n w_n |e_n - D a_n|^2 for a change D of the matrix."""

@@ -13,28 +13,31 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from frankenmoe.artifact.reports import HealedPart, HealReport, versions
+from frankenmoe.artifact.healing import HealedPart, HealReport
+from frankenmoe.artifact.reports import versions
 from frankenmoe.backbone.expert import HealedExpert, cost, down_suffix, heal_expert
 from frankenmoe.backbone.heal import RIDGES
-from frankenmoe.build.derived import ADAPTERS, Terms, adapter_names, moved_recipe, source_path, write_adapter
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.tensors import LowRank, Noise, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import materialize, values
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
 from frankenmoe.data.given import Texts
-from frankenmoe.errors import PlanError
+from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.texts import OwnText, read_texts
 from frankenmoe.moe.dense import load_tokenizer, torch_dtype
 from frankenmoe.moe.load import residual_scale
+from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, source_path, write_adapter
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.trained import TRAINED, trained_name
 from frankenmoe.progress import Progress
+from frankenmoe.recipe.moved import moved_recipe
 from frankenmoe.recipe.sections import HealSettings
+from frankenmoe.suggest import did_you_mean
 
 REPORT = "heal.json"
 SCAFFOLD = "healing"  # the finished experts of a run that has not ended
-LEAST = 8  # blocks of text
+LEAST = 16  # blocks of text, of which two choose
 NO_DATA = "it has no data"
 
 
@@ -55,6 +58,11 @@ def patients_of(plan: Plan, settings: HealSettings, *, data: Texts) -> tuple[Pat
     """
     tokenizer = load_tokenizer(plan.base.folder)
     entries = {name: expert for name, _, expert in named_experts(plan.recipe.experts)}
+    for name in data:
+        if name not in entries:
+            raise RecipeError(
+                f"data is given for {name!r}, but there is no expert {name!r}", hint=did_you_mean(name, entries)
+            )
     found = []
     for name, _, node in named_experts(plan.nodes):
         if node.children:
@@ -143,7 +151,7 @@ def _cost(patient: Patient) -> int:
 
 
 def _stem(patient: Patient) -> str:
-    return ".".join(map(str, patient.leaf.path)) + "-"
+    return "-".join(map(str, patient.leaf.path))
 
 
 def _heal_one(

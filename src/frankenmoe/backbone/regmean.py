@@ -45,7 +45,8 @@ def shrunk(gram_II: torch.Tensor, *, alpha: float) -> torch.Tensor:
     """The Gram with its off-diagonal multiplied by `alpha` (section 4.2 of the paper), and a small ridge.
 
     With alpha < 1 it has full rank even if the text has fewer tokens than the layer has inputs. The ridge does the same
-    for inputs that are always zero and for alpha = 1; along such inputs the result is the mean of the parents.
+    for inputs that are always zero and for alpha = 1; along these the result is a mean of the parents, weighted by the
+    size of their inputs.
     """
     diagonal_I = gram_II.diagonal()
     ridge = RIDGE * diagonal_I.mean().clamp_min(torch.finfo(gram_II.dtype).tiny)

@@ -16,8 +16,9 @@ from typing import Any
 from frankenmoe.artifact import store
 from frankenmoe.artifact.folder import write_json
 from frankenmoe.errors import FrankenMoEError
-from frankenmoe.gates.cached import key_of
+from frankenmoe.gates.cached import digest_of, text_states
 from frankenmoe.planning import Plan, plan
+from frankenmoe.planning.files import states
 from frankenmoe.planning.trained import TRAINED
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.backbone import ATTENTION, AUTO, backbone_of
@@ -25,6 +26,7 @@ from frankenmoe.recipe.backbone import ATTENTION, AUTO, backbone_of
 KIND = "backbones"
 VERSION = 1  # increase it when a change of the code gives another backbone for the same plan and text
 RESULT = "backbone.json"
+DECIDING = ("base_model", "experts", "shared_experts", "backbone", "seed", "trained")  # keys of a recipe
 
 
 def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> Plan:
@@ -37,7 +39,7 @@ def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> P
         written = made.recipe.backbone_for(ATTENTION).method
         explicit = made.recipe.with_backbone(backbone_of(made.choice.by_group)) if written == AUTO else made.recipe
         return replace(made, recipe=explicit)
-    key = key_of(made, version=VERSION) if cache else None
+    key = key_of(made) if cache else None
     folder = store.find(KIND, key, needs=RESULT) if key else None
     if folder is not None:
         with suppress(FrankenMoEError, OSError, ValueError, KeyError, TypeError):  # damaged or just removed
@@ -49,7 +51,7 @@ def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> P
         found, report = choose(made, scratch, progress=progress)
         write_json(scratch / RESULT, {"backbone": found.recipe.to_dict()["backbone"], "report": report})
         # nothing is kept if plan or text changed while they were read
-        if key and key == key_of(made, version=VERSION) and made.digest == made.digest_now():
+        if key and key == key_of(made) and made.digest == made.digest_now():
             name = made.recipe.name or Path(made.recipe.origin).stem
             folder = store.keep(KIND, key, lambda into: _copy(scratch, into), name=name)
         resolved = _read(made, folder or scratch)
@@ -62,6 +64,17 @@ def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> P
     else:
         shutil.rmtree(scratch, ignore_errors=True)
     return resolved
+
+
+def key_of(made: Plan) -> str | None:
+    """The digest of everything that the choice depends on: not of how routers are made. None as in `gates.cached`."""
+    texts = text_states(made)
+    if texts is None:
+        return None
+    recipe = {key: made.recipe.to_dict().get(key) for key in DECIDING}
+    files = states(made.source_files, made.deciding_files)
+    length = made.recipe.fit.block if made.recipe.fit else None
+    return digest_of(VERSION, recipe, made.dtype, length, files, texts)
 
 
 def _copy(scratch: Path, folder: Path) -> None:

@@ -22,7 +22,8 @@ from frankenmoe.artifact.folder import (
     small_hashes,
     write_routers,
 )
-from frankenmoe.artifact.reports import HealReport, versions
+from frankenmoe.artifact.healing import HealReport
+from frankenmoe.artifact.reports import versions
 from frankenmoe.backbone.healed import Patient, heal_all, patients_of
 from frankenmoe.build.derived import virtual_record
 from frankenmoe.build.record import backbone_stage

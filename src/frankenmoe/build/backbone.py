@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from frankenmoe.artifact.folder import ROUTERS
-from frankenmoe.build.derived import moved_recipe
 from frankenmoe.checkpoint.writer import partial_of
 from frankenmoe.planning import Plan
 from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.moved import moved_recipe
 
 BACKBONE = "backbone.safetensors"  # other programs take every `model*.safetensors` for a part of a built model
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.artifact.folder import STATISTICS
+from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import versions
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.planning import Plan
@@ -64,7 +65,7 @@ def record_of(
 
 def backbone_stage(made: Plan) -> list[dict[str, Any]]:
     """The entry of the measurement that chose the backbone; none if there was no measurement."""
-    return [] if made.measured is None else [{"stage": "backbone", **made.measured, "versions": versions()}]
+    return [] if made.measured is None else [{"stage": BACKBONE, **made.measured, "versions": versions()}]
 
 
 def _fit_report(folder: Path) -> dict[str, Any]:

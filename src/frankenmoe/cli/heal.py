@@ -15,7 +15,7 @@ from frankenmoe.recipe.sections import HealSettings
 from frankenmoe.subject import open_subject
 
 if TYPE_CHECKING:
-    from frankenmoe.artifact.reports import HealReport
+    from frankenmoe.artifact.healing import HealReport
 
 
 @click.command(

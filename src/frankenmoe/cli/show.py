@@ -26,6 +26,7 @@ WIDTH = 80
 GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
 SHOWN_UNUSED = 3
 SHOWN_DISTANCES = 16
+NAME_WIDTH = 30  # columns of an expert's name beside its distances
 MINUTE = 1e-4  # a share that percents with two digits still show
 
 
@@ -114,7 +115,7 @@ def show_distances(distances: Sequence[Distance]) -> None:
     groups = [group for group in ALL_GROUPS if any(group in each.groups for each in rows)]
     sampled = ", from blocks of large tensors" if any(each.sampled for each in rows) else ""
     table = Table(box=None, pad_edge=False)
-    table.add_column("expert", overflow="ellipsis", no_wrap=True)
+    table.add_column("expert", overflow="ellipsis", no_wrap=True, max_width=NAME_WIDTH)
     for group in groups:
         table.add_column("FFN" if group == FFN else group, justify="right", no_wrap=True)
     for each in rows[:SHOWN_DISTANCES]:

@@ -18,16 +18,22 @@ KIND = "routers"
 VERSION = 2  # increase it when a change of the code gives other gates for the same plan and text
 
 
-def key_of(plan: Plan, *, version: int = VERSION) -> str | None:
-    """The digest of plan and text; None if some text is not a local file, because its changes would go unnoticed.
+def key_of(plan: Plan) -> str | None:
+    """The digest of plan and text; None if some text is not a local file, because its changes would go unnoticed."""
+    states = text_states(plan)
+    return None if states is None else digest_of(VERSION, plan.digest, states)
 
-    `version` is that of the code which computes something from them.
-    """
+
+def text_states(plan: Plan) -> list[tuple[str, int, int]] | None:
+    """(path, size, time of change) of every text of the experts; None if some is not a local file."""
     texts = [Path(user_path(name, folder=plan.recipe.folder)) for name in expert_data(plan.recipe)]
     if not all(text.is_absolute() and text.is_file() for text in texts):
         return None
-    states = [(str(text), text.stat().st_size, text.stat().st_mtime_ns) for text in texts]
-    facts = [version, plan.digest, states]
+    return [(str(text), text.stat().st_size, text.stat().st_mtime_ns) for text in texts]
+
+
+def digest_of(*facts: object) -> str:
+    """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -4,7 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from frankenmoe.artifact.folder import open_artifact
-from frankenmoe.artifact.reports import FitReport, HealReport, TrainingReport
+from frankenmoe.artifact.healing import HealReport
+from frankenmoe.artifact.reports import FitReport, TrainingReport
 from frankenmoe.build.run import build
 from frankenmoe.pipeline.job import Job, Stage, artifact_files, sources, texts
 from frankenmoe.planning.names import expert_data
@@ -93,8 +94,8 @@ def _build(job: Job, progress: Progress) -> None:
 
 def _heal_summary(job: Job) -> str:
     found = HealReport.read(job.folder("heal") / "heal.json")
-    losses = found.means
-    return f"{len(found.kept)} of {len(found.experts)} experts: held-out loss {losses['before']:.4f} to {losses['after']:.4f}"
+    change = f"held-out loss {found.means['before']:.4f} to {found.means['after']:.4f}"
+    return f"{len(found.kept)} of {len(found.experts)} experts: {change}"
 
 
 def _fit_summary(job: Job) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
@@ -38,7 +39,22 @@ def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     table = markdown(("expert", "made of", "prompts", "data"), rows)
     return (
         f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
-        f"attention, norms, head) {_backbone(facts)}."
+        f"attention, norms, head) {_backbone(facts)}.{_measured(facts)}"
+    )
+
+
+def _measured(facts: Facts) -> str:
+    """What was tried for the backbone and what each gave; empty if it was not measured."""
+    tried = [row for stage in facts.stages if stage.get("stage") == BACKBONE for row in stage.get("tried", ())]
+    if not tried:
+        return ""
+    best = sorted((row for row in tried if not row.get("given_up")), key=lambda row: row["mean"])
+    given_up = [plain(row["backbone"]) for row in tried if row.get("given_up")]
+    rows = ", ".join(f"{plain(row['backbone'])} {row['mean']:.4f}" for row in best)
+    rest = f" Far behind after a quarter of that text: {'; '.join(given_up)}." if given_up else ""
+    return (
+        " It was chosen by the loss on held-out text of the experts, with each text's own expert in every layer (nats "
+        f"per token): {rows}.{rest}"
     )
 
 
@@ -91,7 +107,7 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
 def routers(facts: Facts, evidence: Evidence) -> str | Missing:
     """How the gates were first set, then every stage that changed them."""
     training = evidence.get(TrainingReport)
-    first, *later = facts.stages or ({},)
+    first, *later = [stage for stage in facts.stages if stage.get("stage") != BACKBONE] or ({},)
     lines = [_began(facts, first)]
     for stage in later:
         name = stage.get("stage")

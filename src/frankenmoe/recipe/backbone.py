@@ -145,6 +145,10 @@ class Groups(Closed):
         data: dict[str, Any] = self.model_dump(mode="json", exclude_none=True)
         return data
 
+    def __str__(self) -> str:
+        """Such as `attention, norms: average; embeddings, head: base`."""
+        return spelled({group: self.settings(group) for group in GROUPS})
+
     def settings(self, group: str) -> MergeSettings:
         """The merge of one group."""
         given: MergeSettings | None = getattr(self, group)
@@ -157,6 +161,16 @@ def _spelled(value: object) -> str:
     if isinstance(value, list):
         return " ".join(f"{number:g}" for number in value)
     return f"{value:g}" if isinstance(value, int | float) else str(value)
+
+
+def spelled(by_group: Mapping[str, MergeSettings]) -> str:
+    """How each group is made, in words; the merge alone if all groups have the same."""
+    groups: dict[str, list[str]] = {}
+    for group, settings in by_group.items():
+        groups.setdefault(str(settings), []).append(group)
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{', '.join(names)}: {words}" for words, names in groups.items())
 
 
 def _with_name(value: object) -> object:
