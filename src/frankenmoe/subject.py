@@ -90,28 +90,41 @@ class Subject:
         return self._resolve(SILENT)
 
     def resolved(self, progress: Progress = SILENT) -> "Subject":
-        """This subject, after whatever needs a running model before the plan is known: `backbone` auto and regmean."""
+        """This subject, after what takes time before the plan is known: `as_adapter`, `backbone` auto and regmean."""
         if "plan" not in self.__dict__:
             self.__dict__["plan"] = self._resolve(progress)  # where cached_property keeps it
         return self
 
     @property
     def settled(self) -> bool:
-        """Whether `plan` is known, or can be made without running a model."""
-        return "plan" in self.__dict__ or not self.planned.backbone_open
+        """Whether `plan` is known, or can be made without running a model and without extracting adapters."""
+        return "plan" in self.__dict__ or not (self.planned.backbone_open or not self.planned.all_extracted)
 
     def _resolve(self, progress: Progress) -> Plan:
         _ = self._text if self.planned.backbone_open else None
-        made = backbone.resolve(self.planned, cache=self.cache, progress=progress)
+        made = self.planned
+        if not made.all_extracted:
+            made = plan(
+                made.recipe,
+                dtype=made.dtype_name,
+                weights=True,
+                trust_remote_code=self.trust_remote_code,
+                progress=progress,
+            )
+        made = backbone.resolve(made, cache=self.cache, progress=progress)
         _ = made.digest  # asked for now, so that a later change of the sources is noticed
         return made
 
     @cached_property
     def planned(self) -> Plan:
-        """The plan of the recipe as written. Runs no model, so its backbone may be open."""
+        """The plan of the recipe as written. Runs no model and extracts nothing, so its backbone may be open."""
         if isinstance(self.what, Recipe):
             made = self.known or plan(
-                self.what, dtype=self.dtype, weights=True, trust_remote_code=self.trust_remote_code
+                self.what,
+                dtype=self.dtype,
+                weights=True,
+                trust_remote_code=self.trust_remote_code,
+                extract=False,
             )
         else:
             self._check_dtype(self.what)

@@ -16,6 +16,7 @@ from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
 from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
 from frankenmoe.cli.heal import heal_command
+from frankenmoe.cli.lora import extract_lora_command
 from frankenmoe.cli.options import COUNT, DTYPE, JSON, NO_CACHE, REMOTE, SEED, SIZE, TEMPERATURE, example, json_option
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
@@ -226,6 +227,7 @@ for command in (
     heal_command,
     add_expert_command,
     extract_command,
+    extract_lora_command,
     train_command,
     audit_command,
     eval_command,

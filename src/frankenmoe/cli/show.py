@@ -77,6 +77,7 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("  active per token", f"{counts['active']:,} ({billions(counts['active'])})"),
         ("  shared by all", f"{counts['shared']:,}"),
         ("  per expert", f"{counts['per_expert']:,}"),
+        *(("" if at else "as adapters", line) for at, line in enumerate(_adapter_lines(facts["as_adapter"]))),
         ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
         ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
         *(("" if at else "  as GGUF", line) for at, line in enumerate(_gguf_lines(made))),
@@ -85,6 +86,17 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} short'}"),
         ("licences", ", ".join(licences) or "none declared"),
     ]
+
+
+def _adapter_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Per expert that is a low-rank adapter on the base's FFNs: its rank and what it saves in the virtual form."""
+    lines = []
+    for row in rows:
+        low, high = row["rank"]
+        rank = f"{low}" if low == high else f"{low} to {high}"
+        about = "" if row["certain"] else "at most "
+        lines.append(f"{row['expert']}: rank {rank}, {about}{gib(row['bytes'])} instead of {gib(row['instead_of'])}")
+    return lines
 
 
 def _backbone(made: Plan) -> str:
