@@ -1,0 +1,107 @@
+"""The processes that torchrun started: who am I, split work, add up, gather. Without a launcher there is one process.
+
+Every process runs the same program; the functions that talk to the others must be called by all of them, in the same
+order. Does not import torch before that is needed, so that a command can ask for its rank early.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what every launcher sets
+PATIENCE = timedelta(days=7)  # a process waits for a slower one; the launcher ends all if one dies
+
+
+def world() -> int:
+    """The number of processes."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in LAUNCHED) else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(os.environ["RANK"]) if world() > 1 else 0
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is also that of its GPU."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes files."""
+    return rank() == 0
+
+
+def split(items: Sequence[T]) -> list[T]:
+    """This process's share of `items`: every world-th one, so that sorted items give equal shares."""
+    return list(items[rank() :: world()])
+
+
+def gather(own: Sequence[T]) -> list[T]:
+    """All processes' results, in the order that `split` took the items from. Each of `own` belongs to one item."""
+    if world() == 1:
+        return list(own)
+    _join()
+    import torch.distributed as dist
+
+    shares: list[list[T]] = [[] for _ in range(world())]
+    dist.all_gather_object(shares, list(own))
+    total = sum(map(len, shares))
+    return [shares[at % len(shares)][at // len(shares)] for at in range(total)]
+
+
+def all_reduce(tensor: "torch.Tensor") -> "torch.Tensor":
+    """`tensor`, replaced in place by its sum over the processes, which is the same on all of them."""
+    if world() > 1:
+        _join()
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def from_main(value: T) -> T:
+    """The main process's value, for what only it may decide or read."""
+    if world() == 1:
+        return value
+    _join()
+    import torch.distributed as dist
+
+    held = [value]
+    dist.broadcast_object_list(held)
+    return held[0]
+
+
+def wait() -> None:
+    """Waits until all processes are here."""
+    from_main(None)
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """The main process runs the block first, the others after it: what the first one caches, they read."""
+    if not is_main():
+        wait()
+    yield
+    if is_main():
+        wait()
+
+
+def _join() -> None:
+    """Joins the process group, once. Tensors on the CPU go through gloo, those on GPUs through NCCL."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
