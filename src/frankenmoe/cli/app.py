@@ -15,7 +15,20 @@ from frankenmoe.cli.card import card_command
 from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
 from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
-from frankenmoe.cli.options import COUNT, DTYPE, JSON, NO_CACHE, REMOTE, SEED, SIZE, TEMPERATURE, example, json_option
+from frankenmoe.cli.options import (
+    COUNT,
+    DEVICE,
+    DTYPE,
+    JSON,
+    NO_CACHE,
+    REMOTE,
+    SEED,
+    SIZE,
+    TEMPERATURE,
+    example,
+    json_option,
+    placed,
+)
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
@@ -25,7 +38,7 @@ from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.cli.train import train_command
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.recipe import Recipe
-from frankenmoe.recipe.sections import BuildSettings
+from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.subject import kind_of, open_subject
 
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
@@ -80,7 +93,11 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 @click.argument("out", type=click.Path(path_type=Path))
 @settings_options(BuildSettings)
 @DTYPE
-@click.option("--shard-size", type=SIZE, default="4GB", show_default=True, help="Largest size of one weight file.")
+@click.option(
+    "--shard-size", type=SIZE, default=SHARD_SIZE, show_default=f"{SHARD_SIZE // 10**9}GB",
+    help="Largest size of one weight file.",
+)  # fmt: skip
+@DEVICE
 @NO_CACHE
 @REMOTE
 def build_command(
@@ -88,6 +105,7 @@ def build_command(
     out: Path,
     dtype: str | None,
     shard_size: int,
+    device: str,
     no_cache: bool,
     trust_remote_code: bool,
     **options: Any,
@@ -104,7 +122,7 @@ def build_command(
     from frankenmoe.build.run import build
 
     with bars() as progress:
-        artifact = build(subject, out, shard_size=shard_size, progress=progress, **given(options))
+        artifact = build(subject, out, shard_size=shard_size, device=device, progress=progress, **given(options))
     show_built(artifact)
 
 
@@ -139,6 +157,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed for sampling.")
 @click.option("--trace", is_flag=True, help="Show the experts of each token.")
 @click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, slightly inexact.")
+@placed
 @json_option("Print reply and trace as JSON; needs --prompt.")
 @NO_CACHE
 @REMOTE
@@ -150,6 +169,8 @@ def chat_command(
     seed: int,
     trace: bool,
     int8: bool,
+    device: str,
+    dtype: str | None,
     as_json: bool,
     no_cache: bool,
     trust_remote_code: bool,
@@ -168,6 +189,8 @@ def chat_command(
 
         if int8:
             raise click.UsageError("--int8 needs an artifact or a recipe; `export` quantizes GGUF files")
+        if device != "auto" or dtype is not None:
+            raise click.UsageError("--device and --dtype need an artifact or a recipe; llama.cpp reads GGUF files here")
         if trace:
             raise click.UsageError("--trace needs an artifact or a recipe; llama.cpp does not report experts")
         return chat_gguf(
@@ -187,7 +210,15 @@ def chat_command(
     chat(
         subject,
         prompt=prompt,
-        settings=Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, trace=trace, int8=int8),
+        settings=Settings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            trace=trace,
+            int8=int8,
+            device=device,
+            dtype=dtype,
+        ),
         as_json=as_json,
     )
 

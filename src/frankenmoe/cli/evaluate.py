@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cache import cache_folder
-from frankenmoe.cli.options import REMOTE, SIZE, dtype_option, example
+from frankenmoe.cli.options import REMOTE, SIZE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.data.given import pairs
@@ -45,10 +45,7 @@ SHORT = {
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Text to measure the loss on (repeatable).")
 @click.option("--batch-size", default="auto", show_default=True, help="Sequences at once; `auto` depends on memory.")
 @click.option("--memory", type=SIZE, help="Memory of one pass; default: a share of the free memory.")
-@dtype_option("Type to compute in; default: as stored.")
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...; `auto` uses a GPU if there is one."
-)
+@placed
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file; - for stdout."
 )
@@ -64,8 +61,8 @@ def eval_command(
     texts: tuple[str, ...],
     batch_size: str,
     memory: int | None,
-    dtype: str | None,
     device: str,
+    dtype: str | None,
     json_file: Path | None,
     log_samples: Path | None,
     plot_file: Path | None,

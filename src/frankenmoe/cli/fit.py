@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from frankenmoe.cli.options import JSON, REMOTE, example
+from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import command, console, warn
@@ -38,6 +38,7 @@ COLUMNS = {"before": "before", "after": "fitted", "own_expert": "own expert forc
 )  # fmt: skip
 @settings_options(FitSettings)
 @click.option("--keep-anyway", is_flag=True, help="Replace the routers even if the new ones are worse.")
+@placed
 @JSON
 @REMOTE
 def fit_command(
@@ -45,6 +46,8 @@ def fit_command(
     out: Path | None,
     data: tuple[str, ...],
     keep_anyway: bool,
+    device: str,
+    dtype: str | None,
     as_json: bool,
     trust_remote_code: bool,
     **options: Any,
@@ -63,7 +66,16 @@ def fit_command(
     from frankenmoe.gates.run import fit
 
     with bars() as progress:
-        result = fit(subject, out, data=named, keep_anyway=keep_anyway, progress=progress, **given(options))
+        result = fit(
+            subject,
+            out,
+            data=named,
+            keep_anyway=keep_anyway,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            **given(options),
+        )
     show(result, as_json=as_json)
 
 
@@ -78,6 +90,7 @@ def fit_command(
 @click.option("--name", required=True, help="Name of the expert.")
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Text of the new expert (repeatable).")
 @settings_options(FitSettings)
+@placed
 @JSON
 @REMOTE
 def add_expert_command(
@@ -86,6 +99,8 @@ def add_expert_command(
     source: str,
     name: str,
     data: tuple[str, ...],
+    device: str,
+    dtype: str | None,
     as_json: bool,
     trust_remote_code: bool,
     **options: Any,
@@ -99,7 +114,17 @@ def add_expert_command(
 
     subject = open_subject(folder, trust_remote_code=trust_remote_code)
     with bars() as progress:
-        result = add_expert(subject, out, source=source, name=name, data=data, progress=progress, **given(options))
+        result = add_expert(
+            subject,
+            out,
+            source=source,
+            name=name,
+            data=data,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            **given(options),
+        )
     show(result, as_json=as_json)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from frankenmoe.errors import PlanError
+from frankenmoe.moe.device import free_memory
 
 CPU_TOKENS = 512  # more are no faster on a CPU and take more memory
 GPU_TOKENS = 16384
@@ -46,15 +47,6 @@ def sizes(model: Any) -> Sizes:
         mask=width,
         logits=2 * 4 * config.vocab_size,
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes on a device."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserved
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 @dataclass

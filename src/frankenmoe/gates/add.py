@@ -14,6 +14,7 @@ from frankenmoe.gates.states import mean_loss
 from frankenmoe.gates.statistics import Fitted, Moments, RouterText, statistics_bytes, with_text
 from frankenmoe.gates.texts import read_texts
 from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.moe.device import AUTO
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED, gate_paths, router_names
 from frankenmoe.progress import SILENT, Progress
@@ -28,6 +29,8 @@ def add_text(
     method: str,
     old: Mapping[str, torch.Tensor],
     settings: FitSettings,
+    device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
 ) -> FittedRouters:
     """Routers for a plan whose last expert, `name`, is new. `known` are the statistics without it, `old` the gates.
@@ -38,7 +41,7 @@ def add_text(
     tokenizer = load_tokenizer(plan.base.folder)
     texts = read_texts(plan, tokenizer, tokens=settings.tokens, length=settings.block, only=name)
     (text,) = (each for each in texts if not each.negative)
-    moe = load_with_zeros(plan)
+    moe = load_with_zeros(plan, device=device, dtype=dtype)
     gates = _old_gates(plan, old)
     set_gates(moe.model, gates)
     progress.start("reading", sum(len(block.ids) for block in (*text.kept, *text.held)), "tokens")

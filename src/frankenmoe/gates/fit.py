@@ -242,7 +242,7 @@ def _states(model: PreTrainedModel, texts: Sequence[OwnText], bos: int | None, p
 
 
 def _collector(seen: list[list[torch.Tensor]]) -> OnStates:
-    return lambda layer, states_ND: seen[layer].append(states_ND)
+    return lambda layer, states_ND: seen[layer].append(states_ND.cpu())
 
 
 def _lost(

@@ -16,7 +16,7 @@ from frankenmoe.moe.trace import outer_blocks
 
 BATCH_TOKENS = 2048
 OnStates = Callable[[int, torch.Tensor], None]
-"""Called with (layer, states_ND), once per batch and layer."""
+"""Called with (layer, states_ND), once per batch and layer; the states are on the model's device."""
 Advance = Callable[[int], None]
 """Called with the number of tokens that were just done."""
 
@@ -36,7 +36,7 @@ def watch_inputs(
     """
     decoder = model.get_decoder()
     for batch in batches(blocks):
-        ids_BT, mask_BT = padded([block.ids for block in batch])
+        ids_BT, mask_BT = padded([block.ids for block in batch], device=model.device)
         with ExitStack() as hooks:
             for layer, moe_block in enumerate(outer_blocks(model).values()):
                 hooks.callback(moe_block.register_forward_pre_hook(_listener(layer, mask_BT, on_states)).remove)
@@ -61,21 +61,21 @@ def mean_loss(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Adv
 
 @torch.no_grad()
 def next_losses(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> torch.Tensor:
-    """losses_N: for every token, in the order of `watch_inputs`, the loss of the next token.
+    """losses_N, on the CPU: for every token, in the order of `watch_inputs`, the loss of the next token.
 
     Zero if there is no next token, or if it is not learnt.
     """
     found = []
     for batch in batches(blocks):
-        ids_BT, mask_BT = padded([block.ids for block in batch])
+        ids_BT, mask_BT = padded([block.ids for block in batch], device=model.device)
         logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
         for row, block in enumerate(batch):
             length = len(block.ids)
             losses = functional.cross_entropy(
                 logits[row, : length - 1].float(), ids_BT[row, 1:length], reduction="none"
             )
-            learn = torch.tensor(block.learn[1:])
-            found.append(functional.pad(losses * learn, (0, 1)))
+            learn = torch.tensor(block.learn[1:], device=losses.device)
+            found.append(functional.pad(losses * learn, (0, 1)).cpu())
         on_tokens(sum(len(block.ids) for block in batch))
     return torch.cat(found)
 
@@ -92,9 +92,9 @@ def batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-def padded(batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(batch: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """ids_BT, padded on the right with token 0, and mask_BT (bool), True for real tokens."""
     longest = max(map(len, batch))
-    ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch])
+    ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch], device=device)
     mask_BT = torch.arange(longest)[None] < torch.tensor([len(ids) for ids in batch])[:, None]
-    return ids_BT, mask_BT
+    return ids_BT, mask_BT.to(device)

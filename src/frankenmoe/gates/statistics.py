@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.device import in_float64
 
 VERSION = 1
 
@@ -27,11 +28,11 @@ class Moments:
         self.second_LDD = torch.zeros(layers, hidden, hidden, dtype=torch.float64)
 
     def add(self, layer: int, states_ND: torch.Tensor) -> None:
-        """Adds a batch of states. The split into batches makes no difference."""
-        states_ND = states_ND.double()
+        """Adds a batch of states, on any device. The split into batches makes no difference."""
+        states_ND = in_float64(states_ND)
         self.count_L[layer] += len(states_ND)
-        self.sum_LD[layer] += states_ND.sum(dim=0)
-        self.second_LDD[layer] += states_ND.T @ states_ND
+        self.sum_LD[layer] += states_ND.sum(dim=0).cpu()
+        self.second_LDD[layer] += (states_ND.T @ states_ND).cpu()
 
 
 @dataclass(frozen=True)

@@ -44,26 +44,35 @@ def _build_files(job: Job) -> Iterator[Path]:
 
 
 def _make_virtual(job: Job, progress: Progress) -> None:
-    build(job.subject, job.folder("virtual"), virtual=True, allow_identical=True, progress=progress)
+    build(
+        job.subject,
+        job.folder("virtual"),
+        virtual=True,
+        allow_identical=True,
+        device=job.device,
+        progress=progress,
+    )
 
 
 def _fit(job: Job, progress: Progress) -> None:
     from frankenmoe.gates.run import fit
 
-    fit(job.subject, job.folder("fit"), settings=job.recipe.fit, progress=progress)
+    fit(job.subject, job.folder("fit"), settings=job.recipe.fit, progress=progress, **job.place)
 
 
 def _train(job: Job, progress: Progress) -> None:
     from frankenmoe.train.run import train
 
-    train(job.open(_before_training(job)), job.folder("train"), settings=job.recipe.train, progress=progress)
+    before = job.open(_before_training(job))
+    train(before, job.folder("train"), settings=job.recipe.train, progress=progress, **job.place)
 
 
 def _build(job: Job, progress: Progress) -> None:
     before = _before_build(job)
     subject = job.open(before) if before else job.subject
     # identical experts were checked before the first stage
-    build(subject, job.model, settings=job.settings("build"), allow_identical=True, progress=progress)
+    settings = job.settings("build")
+    build(subject, job.model, settings=settings, allow_identical=True, device=job.device, progress=progress)
 
 
 def _fit_summary(job: Job) -> str:
