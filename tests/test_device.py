@@ -239,6 +239,30 @@ def test_an_evaluation_there_is_the_same(recipe: Path, there: torch.device) -> N
             assert elsewhere[name].losses[domain].nats == pytest.approx(losses.nats, abs=1e-4)
 
 
+@pytest.mark.gpu
+def test_stages_on_a_real_gpu(recipe: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from frankenmoe.evaluate.run import evaluate
+    from frankenmoe.evaluate.score import Scoring
+
+    gpu = {"device": "cuda", "dtype": "float32"}
+    replies, losses, heldout = [], [], []
+    for number, place in enumerate((HERE, gpu)):
+        moe = fm.load(recipe, **place)
+        assert moe.model.device.type == place["device"]
+        made = reply(moe, moe.tokenizer(), [{"role": "user", "content": "ABC"}], max_new_tokens=5)
+        replies.append(made.tokens)
+        (found,) = evaluate([recipe], scoring=Scoring(store=None), **place).results
+        losses.append(found.mean_loss)
+        heldout.append(
+            fm.fit(recipe, tmp_path / str(number), method="regret", block=32, **place).report["held_out_loss"]
+        )
+        look(recipe, tokens=64, **place)
+    assert replies[0] == replies[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert heldout[1]["own_expert"] == pytest.approx(heldout[0]["own_expert"], rel=1e-3)
+
+
 def gates(artifact: Path) -> dict[str, list[list[float]]]:
     """Every gate of an artifact."""
     from frankenmoe.moe.load import gate_tensors

@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,14 @@ from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
 from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.cli.train import train_command
-from frankenmoe.errors import FrankenMoEError
+from frankenmoe.errors import FrankenMoEError, PlanError
+from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.subject import kind_of, open_subject
 
+TOGETHER = {"train", "eval"}  # commands that several processes of a launcher can share
+GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 RESUMING = {"build", "train", "eval", "run", "push"}
 
@@ -58,6 +65,12 @@ def app() -> None:
     A recipe names a base model, experts and a way to route tokens. `plan` shows its size, `chat` runs it without
     writing a model, `build` writes a standard checkpoint.
     """
+    asked = click.get_current_context().invoked_subcommand
+    if world() > 1 and asked not in TOGETHER:
+        raise PlanError(
+            f"`{asked}` runs in one process, found {world()} started by a launcher",
+            hint=f"run it without torchrun; {' and '.join(sorted(TOGETHER))} use several processes",
+        )
 
 
 @app.command("plan", epilog=example("frankenmoe plan recipes/raiden-16x3.43b.yml --json"))
@@ -129,13 +142,14 @@ def build_command(
 @app.command("verify", epilog=example("frankenmoe verify out/"))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @JSON
-def verify_command(folder: Path, as_json: bool) -> None:
+@REMOTE
+def verify_command(folder: Path, as_json: bool, trust_remote_code: bool) -> None:
     """Compare every byte of ARTIFACT with its sources.
 
     Also compares names, shapes and types with the model class, and checks that all values are finite. Exits with code
     2 at the first difference.
     """
-    subject = open_subject(folder)
+    subject = open_subject(folder, trust_remote_code=trust_remote_code)
 
     from frankenmoe.build.proof import verify
 
@@ -267,12 +281,27 @@ for command in (
     app.add_command(command)
 
 
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Only the first of a launcher's processes prints. Another one that fails alone says why, a little later."""
+    if is_main():
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+            yield
+    except Exception:
+        time.sleep(GRACE)
+        raise
+
+
 def main() -> None:
     """Runs a command. Errors are printed as one sentence and a hint; the exit code is then 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
-        app(standalone_mode=False)
+        with _one_voice():
+            app(standalone_mode=False)
     except FrankenMoEError as error:
         click.echo(f"error: {printable(error.message)}", err=True)
         if error.hint:

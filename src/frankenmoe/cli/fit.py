@@ -132,7 +132,8 @@ def add_expert_command(
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--expert", required=True, help="Name, group/name if nested, or number from 0.")
-def extract_command(folder: Path, out: Path, expert: str) -> None:
+@REMOTE
+def extract_command(folder: Path, out: Path, expert: str, trust_remote_code: bool) -> None:
     """Write one expert as a dense checkpoint.
 
     The checkpoint is the MoE's backbone with that expert's FFN in every layer. Stock transformers loads it.
@@ -140,7 +141,7 @@ def extract_command(folder: Path, out: Path, expert: str) -> None:
     from frankenmoe.build.extraction import extract
 
     with bars() as progress:
-        made = extract(folder, out, expert=expert, progress=progress)
+        made = extract(open_subject(folder, trust_remote_code=trust_remote_code), out, expert=expert, progress=progress)
     click.echo(f"dense checkpoint in {made}")
 
 

@@ -9,6 +9,7 @@ import torch
 
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.device import free_memory
+from frankenmoe.moe.processes import neighbours
 
 CPU_TOKENS = 512  # more are no faster on a CPU and take more memory
 GPU_TOKENS = 16384
@@ -107,7 +108,9 @@ class Budget:
 def budget(model: Any, *, bytes_at_most: int | None = None, rows: int | None = None) -> Budget:
     """A share of the free memory of the model's device, or `bytes_at_most`. `rows` fixes the rows of a pass instead."""
     device = model.device
-    allowed = bytes_at_most if bytes_at_most is not None else int(free_memory(device) * SHARE.get(device.type, 0.5))
+    together = neighbours() if device.type == "cpu" else 1  # processes that share this memory
+    share = SHARE.get(device.type, 0.5) / together
+    allowed = bytes_at_most if bytes_at_most is not None else int(free_memory(device) * share)
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     return Budget(sizes(model), allowed, tokens, rows)
 

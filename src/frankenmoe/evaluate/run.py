@@ -32,6 +32,7 @@ from frankenmoe.evaluate.tasks import PERPLEXITY, task_names
 from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
 from frankenmoe.moe.load import weights_of
+from frankenmoe.moe.processes import main_first
 from frankenmoe.planning import Plan
 from frankenmoe.planning.sources import leaves
 from frankenmoe.progress import SILENT, Progress
@@ -97,9 +98,9 @@ def evaluate(
 
     A model is a Subject, an artifact, a recipe, a folder or a hub id (with @revision). `changes` are settings by name.
     Paths start at the working directory. Without `tasks` and `texts`, the texts are the held-out parts of the experts'
-    `data`. Models run on `device` in `dtype`, by default as stored. Cached answers in `scoring.store` are reused.
-    Raises subclasses of FrankenMoEError for invalid input before anything is scored; the report names tasks that fail
-    later.
+    `data`. Models run on `device` in `dtype`, by default as stored. Several processes of torchrun share the documents;
+    all of them get the report. Cached answers in `scoring.store` are reused. Raises subclasses of FrankenMoEError for
+    invalid input before anything is scored; the report names tasks that fail later.
     """
     settings = settings_with(settings or EvalSettings(), changes)
     chosen = resolve(device)
@@ -107,7 +108,8 @@ def evaluate(
     names = task_names(",".join(settings.tasks)) if settings.tasks else (PERPLEXITY,)
     tasks = [name for name in names if name != PERPLEXITY]
     data_dir = Path(settings.data_dir) if settings.data_dir else None
-    suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
+    with main_first():  # which downloads the rows
+        suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
     moes = [each for each in opened if isinstance(each, Subject)]
     for each in moes:

@@ -14,6 +14,7 @@ from frankenmoe.checkpoint.values import check_finite, materialize
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.gates import cached
 from frankenmoe.gates.chance import random_routers
+from frankenmoe.moe.processes import from_main, is_main
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import Progress
@@ -42,13 +43,13 @@ def make_routers(plan: Plan, progress: Progress, *, cache: bool = True, device: 
     if plan.recipe.gate_mode in RANDOM_MODES:
         return MadeRouters(random_routers(plan))
     key = cached.key_of(plan) if cache else None
-    folder = cached.find(key) if key else None
+    folder = from_main(cached.find(key) if key else None)  # all processes of a launcher must decide alike
     if folder is not None:
         with suppress(FrankenMoEError, OSError):  # a damaged or just removed entry is computed again
             return _read_folder(folder, plan.routers, dtype=plan.dtype)
     made = _compute(plan, progress, device)
     # routers are not kept if plan or text changed while they were computed
-    if key and key == cached.key_of(plan) and plan.digest == plan.digest_now():
+    if is_main() and key and key == cached.key_of(plan) and plan.digest == plan.digest_now():
         cached.keep(key, made.routers, made.statistics, name=plan.recipe.name or Path(plan.recipe.origin).stem)
     return made
 

@@ -23,6 +23,7 @@ from frankenmoe.artifact.folder import (
 from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.artifact.reports import versions
 from frankenmoe.build.run import build
+from frankenmoe.checkpoint.hub import is_folder, local_path
 from frankenmoe.data.given import Texts, located
 from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.add import add_text
@@ -207,9 +208,9 @@ def _with_expert(
         origin = facts["text"].get(expert.name, {}).get("from", [])
         taken = {} if expert.data or expert.positive_prompts or expert.experts else {"data": list(origin)}
         experts.append({**written, "name": expert.name, **taken})
-    path = Path(source).expanduser()
+    here = Path.cwd()
     new = {
-        "source_model": str(path.absolute()) if path.exists() else source,
+        "source_model": str(local_path(source, folder=here)) if is_folder(source, folder=here) else source,
         "name": name,
         "data": list(located({name: data})[name]),
     }

@@ -5,15 +5,18 @@ order. Does not import torch before that is needed, so that a command can ask fo
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
+
+from frankenmoe.errors import FrankenMoEError
 
 if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+R = TypeVar("R")
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")  # what every launcher sets
 PATIENCE = timedelta(days=7)  # a process waits for a slower one; the launcher ends all if one dies
 
@@ -33,6 +36,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0")) if world() > 1 else 0
 
 
+def neighbours() -> int:
+    """The number of processes on this machine, this one included: they share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world() > 1 else 1
+
+
 def is_main() -> bool:
     """Whether this process prints and writes files."""
     return rank() == 0
@@ -45,15 +53,40 @@ def split(items: Sequence[T]) -> list[T]:
 
 def gather(own: Sequence[T]) -> list[T]:
     """All processes' results, in the order that `split` took the items from. Each of `own` belongs to one item."""
+    shares = _from_all(list(own))
+    total = sum(map(len, shares))
+    return [shares[at % len(shares)][at // len(shares)] for at in range(total)]
+
+
+def share_out(items: Sequence[T], work: Callable[[list[T]], Sequence[R]]) -> list[R]:
+    """The results of `work` for all items, in their order. Every process works on its share only.
+
+    `work` gives one result per item. An error that one process meets is raised on all of them, so that none waits.
+    """
+    own: list[R] = []
+    failed: FrankenMoEError | None = None
+    try:
+        own = list(work(split(items)))
+    except FrankenMoEError as error:
+        if world() == 1:
+            raise
+        failed = error
+    errors = [error for error in _from_all(failed) if error is not None]
+    if errors:
+        raise errors[0]
+    return gather(own)
+
+
+def _from_all(value: T) -> list[T]:
+    """Every process's value, in order of rank."""
     if world() == 1:
-        return list(own)
+        return [value]
     _join()
     import torch.distributed as dist
 
-    shares: list[list[T]] = [[] for _ in range(world())]
-    dist.all_gather_object(shares, list(own))
-    total = sum(map(len, shares))
-    return [shares[at % len(shares)][at // len(shares)] for at in range(total)]
+    found = [value] * world()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def all_reduce(tensor: "torch.Tensor") -> "torch.Tensor":
