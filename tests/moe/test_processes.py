@@ -62,6 +62,38 @@ def test_the_main_process_goes_first(tmp_path: object) -> None:
     assert [each.stdout for each in done] == ["written\n", "written\n"]
 
 
+FAILING = """
+from frankenmoe.errors import FrankenMoEError, NumericsError
+from frankenmoe.moe import processes as p
+
+def work(own):
+    if p.rank() == 1:
+        raise NumericsError("item 1 is bad", hint="mend it")
+    return own
+
+try:
+    p.share_out([10, 11, 12], work)
+except NumericsError as error:
+    print("shared:", error.message, error.hint)
+print(p.share_out([10, 11, 12], lambda own: [item + 1 for item in own]))
+if p.rank() == 1:
+    sys.exit(5)
+try:
+    p.wait()
+    p.wait()
+except FrankenMoEError as error:
+    print("ended:", error.message)
+"""
+
+
+def test_an_error_reaches_all_processes() -> None:
+    first, second = run_together(FAILING)
+
+    said = "shared: item 1 is bad mend it\n[11, 12, 13]\n"
+    assert first.stdout == f"{said}ended: another of the launcher's 2 processes ended, so this one cannot go on\n"
+    assert (second.stdout, second.returncode) == (said, 5)
+
+
 def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "4")  # a cluster's variable alone is no launcher
     monkeypatch.delenv("RANK", raising=False)

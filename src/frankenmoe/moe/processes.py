@@ -8,9 +8,9 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from frankenmoe.errors import FrankenMoEError
+from frankenmoe.errors import FrankenMoEError, PlanError
 
 if TYPE_CHECKING:
     import torch
@@ -81,21 +81,17 @@ def _from_all(value: T) -> list[T]:
     """Every process's value, in order of rank."""
     if world() == 1:
         return [value]
-    _join()
-    import torch.distributed as dist
-
     found = [value] * world()
-    dist.all_gather_object(found, value)
+    with _talking() as dist:
+        dist.all_gather_object(found, value)
     return found
 
 
 def all_reduce(tensor: "torch.Tensor") -> "torch.Tensor":
     """`tensor`, replaced in place by its sum over the processes, which is the same on all of them."""
     if world() > 1:
-        _join()
-        import torch.distributed as dist
-
-        dist.all_reduce(tensor)
+        with _talking() as dist:
+            dist.all_reduce(tensor)
     return tensor
 
 
@@ -103,11 +99,9 @@ def from_main(value: T) -> T:
     """The main process's value, for what only it may decide or read."""
     if world() == 1:
         return value
-    _join()
-    import torch.distributed as dist
-
     held = [value]
-    dist.broadcast_object_list(held)
+    with _talking() as dist:
+        dist.broadcast_object_list(held)
     return held[0]
 
 
@@ -124,6 +118,21 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         wait()
+
+
+@contextmanager
+def _talking() -> Iterator[Any]:
+    """torch.distributed, once this process has joined. PlanError if another process has ended meanwhile."""
+    _join()
+    import torch.distributed as dist
+
+    try:
+        yield dist
+    except RuntimeError as error:
+        raise PlanError(
+            f"another of the launcher's {world()} processes ended, so this one cannot go on",
+            hint="see what that process says",
+        ) from error
 
 
 def _join() -> None:
