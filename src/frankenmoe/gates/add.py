@@ -7,12 +7,13 @@ from collections.abc import Mapping
 
 import torch
 
-from frankenmoe.gates.fit import Gates, add_moments, closed_gates, fitted_blocks, sizes, times
+from frankenmoe.gates.fit import Gates, closed_gates, times
 from frankenmoe.gates.fitted import FittedRouters, encoded_gates, load_with_zeros
 from frankenmoe.gates.forcing import forced, set_gates
+from frankenmoe.gates.own import read_moments
 from frankenmoe.gates.states import mean_loss
-from frankenmoe.gates.statistics import Fitted, Moments, RouterText, statistics_bytes, with_text
-from frankenmoe.gates.texts import read_texts
+from frankenmoe.gates.statistics import Fitted, RouterText, statistics_bytes, with_text
+from frankenmoe.gates.texts import fitted_blocks, read_texts
 from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.moe.device import AUTO
 from frankenmoe.planning import Plan
@@ -45,9 +46,7 @@ def add_text(
     gates = _old_gates(plan, old)
     set_gates(moe.model, gates)
     progress.start("reading", sum(len(block.ids) for block in (*text.kept, *text.held)), "tokens")
-    layers, hidden = sizes(moe.model)
-    moments = Moments(layers=layers, hidden=hidden)
-    add_moments(moments, moe.model, text, fitted_blocks(text), progress.advance)
+    moments = read_moments(moe.model, text, fitted_blocks(text), on_tokens=progress.advance)
     onehot = tuple(float(index == text.path[0]) for index in range(plan.experts))
     statistics = {**known.routers, (): with_text(known.routers[()], RouterText(name, onehot), moments)}
     scale = float(str(known.facts["closed_scale"]))
