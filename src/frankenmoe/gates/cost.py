@@ -35,14 +35,12 @@ class Cost:
 class Meter:
     """Adds up the tokens that a model reads, by step, and reports them as progress.
 
-    One forward pass is every token of the text, fitted and held out, through the whole model once. A reading that stops
-    before the head counts as the part of a token's multiplications that it does: the weights of the layers as a share
-    of the weights of layers and head. Of every MoE block the chosen experts count.
+    `planning.fitting` defines a forward pass. `layers` is the share of the layers, which a reading without head costs.
     """
 
     def __init__(self, model: PreTrainedModel, *, text: int, progress: Progress) -> None:
         self.text = text
-        self._layers = 1 - head_share(model)
+        self.layers = 1 - head_share(model)
         self._progress = progress
         self._steps: dict[str, float] = {}
 
@@ -50,7 +48,7 @@ class Meter:
         """A callback for the readings of `states`: counts the tokens of a step, which are read with or without head."""
         self._progress.note(step)
         self._steps.setdefault(step, 0.0)  # also if all of its batches are read by other processes
-        part = 1.0 if head else self._layers
+        part = 1.0 if head else self.layers
 
         def advance(tokens: int) -> None:
             self._steps[step] += part * tokens

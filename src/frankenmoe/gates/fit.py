@@ -21,7 +21,8 @@ from frankenmoe.gates.regret import regret
 from frankenmoe.gates.samples import Lost, Samples, read_losses, read_samples, solved
 from frankenmoe.gates.scale import search
 from frankenmoe.gates.states import mean_loss
-from frankenmoe.gates.texts import OwnText, router_texts, unseen
+from frankenmoe.gates.texts import OwnText, router_texts, size_of, unseen
+from frankenmoe.planning.fitting import BEFORE, ROUGH, SCALE, fit_steps
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.progress import SILENT, Progress
 
@@ -33,7 +34,6 @@ Make = Callable[[RouterPath, int, States, torch.Tensor], torch.Tensor]
 BY_STATES: Mapping[str, Callable[[States], torch.Tensor]] = MappingProxyType({"logistic": logistic})
 TINY = 1e-12
 CLOSED_START, LOGISTIC_START, REGRET_START = 4.0, 1.5, 1.0  # where the search for the scale starts
-ROUGH = 2  # the scale of gates that others follow is searched on every ROUGH-th held-out block
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,12 @@ def fit_gates(
     them call this, and get the gates that one process would. Raises NumericsError if states are not finite.
     """
     places = {path: router_texts(texts, path, count) for path, count in classes.items()}
-    tokens = sum(len(block.ids) for text in texts for block in (*text.kept, *text.held))
-    meter = Meter(model, text=tokens, progress=progress)
+    sizes = [size_of(text) for text in texts]
+    meter = Meter(model, text=round(sum(size.kept + size.held for size in sizes)), progress=progress)
+    steps = fit_steps(method, sizes, classes, layers=meter.layers, compare=compare)
+    progress.start("fitting", round(sum(steps.values())), "tokens")
     job = Job(model, texts, places, meter, together)
-    before = _losses(job, "held-out loss before") if compare else None
+    before = _losses(job, BEFORE) if compare else None
     own = read_own(model, texts, places, meter=meter, together=together)
     first, closed_only = (method, True) if method in CLOSED else ("ridge", False)
     unscaled = made = closed_gates(own.kept, first)
@@ -221,7 +223,7 @@ def _scaled(job: Job, gates: Gates, *, at: float, rough: bool = False) -> tuple[
 
     def loss(scale: float) -> float:
         set_gates(job.model, times(gates, scale))
-        found[scale] = _losses(job, "held-out loss by scale", every=every)
+        found[scale] = _losses(job, SCALE, every=every)
         return found[scale].mean
 
     tokens = sum(block.targets for text in job.own_texts for block in text.held[::every])

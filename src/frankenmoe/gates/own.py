@@ -13,6 +13,7 @@ from frankenmoe.gates.states import Advance, mean_of, next_losses, silent, watch
 from frankenmoe.gates.statistics import Moments, RouterStatistics, RouterText, start, with_text
 from frankenmoe.gates.texts import OwnText, unseen
 from frankenmoe.moe.trace import outer_blocks
+from frankenmoe.planning.fitting import OWN_LOSS, STATISTICS
 from frankenmoe.planning.layout import RouterPath
 
 Statistics = dict[RouterPath, RouterStatistics]
@@ -39,7 +40,7 @@ def read_own(
     everything = dict(kept) if more else kept
     losses = {}
     for index, text in enumerate(texts):
-        on_tokens = meter.reading("statistics, own expert forced", head=False)
+        on_tokens = meter.reading(STATISTICS, head=False)
         moments = read_moments(model, text, text.kept, together=together, on_tokens=on_tokens)
         _add(kept, places, index, moments)
         rest, loss = _read_held(model, text, meter=meter, together=together)
@@ -81,17 +82,17 @@ def _read_held(
     """(moments of the held-out blocks that the final gates are fitted to, the loss of all held-out blocks)."""
     blocks = unseen(text)
     if text.negative:
-        on_tokens = meter.reading("statistics, own expert forced", head=False)
+        on_tokens = meter.reading(STATISTICS, head=False)
         return (read_moments(model, text, blocks, together=together, on_tokens=on_tokens) if blocks else None), None
     moments = Moments(*sizes(model)) if len(blocks) == len(text.held) else None
     on_states = moments.add if moments else None
-    on_tokens = meter.reading("held-out loss, own expert forced")
+    on_tokens = meter.reading(OWN_LOSS)
     with forced(model, text.path):
         losses_N = next_losses(model, text.held, on_states=on_states, together=together, on_tokens=on_tokens)
     if moments:
         _checked(moments, text, together=together)
     elif blocks:  # some held-out prompts are also kept
-        on_tokens = meter.reading("statistics, own expert forced", head=False)
+        on_tokens = meter.reading(STATISTICS, head=False)
         moments = read_moments(model, text, blocks, together=together, on_tokens=on_tokens)
     return moments, mean_of(losses_N, text.held)
 

@@ -19,13 +19,13 @@ from frankenmoe.gates.states import OnStates, next_losses, own_batches, watch_in
 from frankenmoe.gates.statistics import RouterText
 from frankenmoe.gates.texts import OwnText, mixed_cuts, unseen
 from frankenmoe.moe.processes import gather, gather_rows, rank, world
+from frankenmoe.planning.fitting import LOSSES, ONE_IN, STATES
 from frankenmoe.planning.layout import SHARED, RouterPath
 
 Make = Callable[[int, States, torch.Tensor], torch.Tensor]
 """(layer, one router's states, their rows among all) -> its gate."""
 STATES_BYTES = 400 * 2**20  # of all states in memory
 GOLDEN = 0.6180339887498949  # multiples of it modulo one fill an interval evenly
-ONE_IN = 3  # of the blocks that `read_losses` reads with every expert
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def read_samples(
     own = [_own_rows(chunk, together=together) for chunk in chunks]
     rows_N = torch.cat(own)
     states = [torch.empty(len(rows_N), hidden, dtype=dtype) for _ in range(layers)]
-    on_tokens, filled = meter.reading("states under closed-form gates", head=False), 0
+    on_tokens, filled = meter.reading(STATES, head=False), 0
     for chunk, mine in zip(chunks, own, strict=True):
         into = _collector(states, filled)
         watch_inputs(model, chunk.blocks, into, keep_N=chunk.keep_N, together=together, on_tokens=on_tokens)
@@ -144,7 +144,7 @@ def read_losses(
     classes: Mapping[RouterPath, int], *, meter: Meter,
 ) -> Mapping[RouterPath, Lost]:  # fmt: skip
     """Reads one block in ONE_IN of every text with each expert of each router forced. Negative text loses nothing."""
-    on_tokens = meter.reading("losses with every expert")
+    on_tokens = meter.reading(LOSSES)
     count = sum(chunk.size for chunk in samples.chunks)
     found = {}
     for path, placed in places.items():

@@ -11,12 +11,12 @@ from frankenmoe.data.documents import Document, read_documents
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.gates.statistics import RouterText
 from frankenmoe.planning import Plan
+from frankenmoe.planning.fitting import HELD_OUT_DATA, HELD_OUT_PROMPTS, TextSize
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.planning.names import named_experts
 from frankenmoe.recipe import Expert
 from frankenmoe.suggest import did_you_mean
 
-HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
 PROMPTS = ("prompts",)  # the origin of text from prompts
 SHORTEST = 16  # tokens of the shortest pieces that `mixed_cuts` makes
 
@@ -169,6 +169,12 @@ def unseen(text: OwnText) -> list[Block]:
 def fitted_blocks(text: OwnText) -> list[Block]:
     """The blocks that the final gates are fitted to."""
     return [*text.kept, *unseen(text)]
+
+
+def size_of(text: OwnText) -> TextSize:
+    """The tokens of a text, for a forecast."""
+    kept, held, rest = (sum(len(block.ids) for block in blocks) for blocks in (text.kept, text.held, unseen(text)))
+    return TextSize(text.path, kept, held, rest, text.negative)
 
 
 def mixed_cuts(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block, ...]]:
