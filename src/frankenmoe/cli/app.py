@@ -43,10 +43,10 @@ from frankenmoe.cli.train import train_command
 from frankenmoe.errors import FrankenMoEError, PlanError
 from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
-from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
+from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings, FitSettings
 from frankenmoe.subject import kind_of, open_subject
 
-TOGETHER = {"train", "eval"}  # commands that several processes of a launcher can share
+TOGETHER = {"train", "eval", "fit"}  # commands that several processes of a launcher can share
 GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 RESUMING = {"build", "train", "eval", "run", "push"}
@@ -90,11 +90,14 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
     if made.routers_file is not None:
         read_routers(made.routers_file, made.routers)
     if as_json:
+        from frankenmoe.planning.fitting import fit_forecast
         from frankenmoe.planning.forecast import forecast
 
         rows, reason = forecast(made)
         gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
-        click.echo(json.dumps(made.to_dict() | {"gguf": gguf}, indent=2, ensure_ascii=False))
+        cost = fit_forecast(made, made.recipe.fit or FitSettings())
+        facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict()}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         show_plan(made)
 

@@ -54,8 +54,9 @@ def fit_command(
 ) -> None:
     """Fit routers to the experts' data or prompts.
 
-    No training: the text is read once with each expert forced and once with the new routers, and a line search finds
-    their scale. An artifact gets the new routers if they lower the held-out loss. A recipe becomes a virtual artifact.
+    No training: the text is read once with its own expert forced and once with closed-form routers; regret also reads
+    a third of it with every expert. A search on held-out text finds the scale. An artifact gets the new routers if they
+    lower the held-out loss. A recipe becomes a virtual artifact.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
     names = [expert.name for expert in subject.recipe.experts]
@@ -154,6 +155,9 @@ def show(result: "FitResult", *, as_json: bool) -> None:
     out = console()
     out.print(f"{report['method']} gates, scale {report['scale']:.3g}; held-out loss, nats per token:", highlight=False)
     out.print(loss_table(report["held_out_loss"]))
+    if "cost" in report:
+        cost = report["cost"]
+        click.echo(f"cost: {cost['forward_passes']:.2f} forward passes over {cost['tokens']:,} tokens of text")
     folder = result.artifact.folder
     if result.replaced:
         click.echo(f"routers in {folder}")

@@ -17,7 +17,9 @@ from frankenmoe.cli.text import printable
 from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
 from frankenmoe.planning.bill import billions
+from frankenmoe.planning.fitting import fit_forecast
 from frankenmoe.planning.forecast import forecast
+from frankenmoe.recipe.sections import FitSettings
 
 WIDTH = 80
 GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
@@ -65,6 +67,7 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
         ("shape", f"{made.layers} layers x {made.experts} experts, {made.recipe.experts_per_token} per token"),
         ("routers", f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {len(made.routers)} gates"),
+        *_fit_lines(made),
         ("parameters", f"{counts['total']:,} ({billions(counts['total'])})"),
         ("  active per token", f"{counts['active']:,} ({billions(counts['active'])})"),
         ("  shared by all", f"{counts['shared']:,}"),
@@ -77,6 +80,13 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} short'}"),
         ("licences", ", ".join(licences) or "none declared"),
     ]
+
+
+def _fit_lines(made: Plan) -> list[tuple[str, str]]:
+    cost = fit_forecast(made, made.recipe.fit or FitSettings())
+    if cost is None:
+        return []
+    return [("  fit", f"{cost.method}: {cost.forward_passes:.1f} forward passes over about {cost.tokens:,} tokens")]
 
 
 def _gguf_lines(made: Plan) -> list[str]:

@@ -20,7 +20,7 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.names import expert_data
 
 KIND = "routers"
-VERSION = 2  # increase it when a change of the code gives other gates for the same plan and text
+VERSION = 3  # increase it when a change of the code gives other gates for the same plan and text
 LIMIT = 2**30  # bytes of all entries
 SUMS = "sha256.json"  # name -> SHA-256 of the files of an entry
 

@@ -99,6 +99,7 @@ def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
             "after": dict(made.after.by_expert),
             "own_expert": dict(made.own.by_expert),
         },
+        "cost": made.cost.to_dict(),
     }
 
 
