@@ -15,8 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 DEVICE = torch.device("mps")  # a type that this torch has no code for
 KINDS = ("is_cpu", "is_cuda", "is_mps", "device")
-# what may take tensors from both devices: copies, and indices that are on the CPU
-MEETING = {torch.Tensor.copy_, torch.Tensor.__getitem__, torch.Tensor.__setitem__}
+COPIES = {torch.Tensor.copy_, torch.Tensor.__setitem__}  # may take tensors of both devices
 AWAY = {torch.Tensor.numpy, torch.Tensor.__array__}
 
 
@@ -53,7 +52,9 @@ class _Mode(TorchFunctionMode):
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
         there = [each for each in given if isinstance(each, Elsewhere)]
         strangers = [each for each in given if not isinstance(each, Elsewhere) and each.dim()]
-        if there and (func in AWAY or (strangers and not (func in MEETING and isinstance(args[0], Elsewhere)))):
+        # indices may be on the CPU, what they index may not
+        indexed = func is torch.Tensor.__getitem__ and isinstance(args[0], Elsewhere)
+        if there and (func in AWAY or (strangers and not indexed and func not in COPIES)):
             raise RuntimeError(f"{func} met tensors on {DEVICE} and on cpu, of shapes {[each.shape for each in given]}")
         wrap = bool(there)
         if kwargs.get("device") is not None:

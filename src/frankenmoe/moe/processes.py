@@ -99,18 +99,17 @@ def gather_rows(tensor: "torch.Tensor") -> "torch.Tensor":
     """All processes' rows, one process after another. Their numbers may differ, type and width may not."""
     if world() == 1:
         return tensor
-    _join()
     import torch
-    import torch.distributed as dist
 
-    count = torch.tensor([len(tensor)], device=tensor.device)
-    counts = [torch.zeros_like(count) for _ in range(world())]
-    dist.all_gather(counts, count)
-    sizes = [int(each) for each in counts]
-    sent = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
-    sent[: len(tensor)] = tensor
-    parts = [torch.empty_like(sent) for _ in sizes]
-    dist.all_gather(parts, sent)
+    with _talking() as dist:
+        count = torch.tensor([len(tensor)], device=tensor.device)
+        counts = [torch.zeros_like(count) for _ in range(world())]
+        dist.all_gather(counts, count)
+        sizes = [int(each) for each in counts]
+        sent = tensor.new_zeros((max(sizes), *tensor.shape[1:]))
+        sent[: len(tensor)] = tensor
+        parts = [torch.empty_like(sent) for _ in sizes]
+        dist.all_gather(parts, sent)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
