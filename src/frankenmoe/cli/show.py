@@ -19,8 +19,10 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.bill import billions
 from frankenmoe.planning.candidates import candidates
 from frankenmoe.planning.distance import ALL_GROUPS, Distance
+from frankenmoe.planning.fitting import fit_forecast
 from frankenmoe.planning.forecast import forecast
 from frankenmoe.planning.groups import FFN
+from frankenmoe.recipe.sections import FitSettings
 
 WIDTH = 80
 GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
@@ -72,6 +74,7 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
         ("shape", f"{made.layers} layers x {made.experts} experts, {made.recipe.experts_per_token} per token"),
         ("routers", f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {len(made.routers)} gates"),
+        *_fit_lines(made),
         ("backbone", _backbone(made)),
         ("parameters", f"{counts['total']:,} ({billions(counts['total'])})"),
         ("  active per token", f"{counts['active']:,} ({billions(counts['active'])})"),
@@ -129,6 +132,13 @@ def show_distances(distances: Sequence[Distance]) -> None:
 
 def _percent(share: float | None) -> str:
     return "?" if share is None else "0" if not share else f"{share:.2%}" if share >= MINUTE else f"{share:.0e}"
+
+
+def _fit_lines(made: Plan) -> list[tuple[str, str]]:
+    cost = fit_forecast(made, made.recipe.fit or FitSettings())
+    if cost is None:
+        return []
+    return [("  fit", f"{cost.method}: {cost.forward_passes:.1f} forward passes over about {cost.tokens:,} tokens")]
 
 
 def _gguf_lines(made: Plan) -> list[str]:

@@ -24,13 +24,16 @@ from frankenmoe.evaluate import bootstrap
 from frankenmoe.evaluate.compare import BASE, MERGE, PARENT, Gains, best_of_parents, gains, kept
 from frankenmoe.evaluate.contestants import Contestant, contestant, own_parents, rivals, with_unique_names
 from frankenmoe.evaluate.domains import GENERAL, GENERAL_FILE, TRAINING, DomainText, read_domain
-from frankenmoe.evaluate.identity import tokenizer_digest
+from frankenmoe.evaluate.identity import memory_of, tokenizer_digest
 from frankenmoe.evaluate.plot import Point, check_plot, plot
 from frankenmoe.evaluate.prompts import SEED
 from frankenmoe.evaluate.score import Result, Scoring, Suite, check_names, load_suite, run
 from frankenmoe.evaluate.tasks import PERPLEXITY, task_names
 from frankenmoe.evaluate.verdict import verdict
 from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
+from frankenmoe.moe.load import weights_of
+from frankenmoe.moe.processes import main_first
 from frankenmoe.planning.sources import leaves
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
@@ -80,7 +83,7 @@ def evaluate(
     *,
     settings: EvalSettings | None = None,
     dtype: str | None = None,
-    device: str = "auto",
+    device: str = AUTO,
     scoring: Scoring | None = None,
     progress: Progress = SILENT,
     **changes: Any,
@@ -89,17 +92,22 @@ def evaluate(
 
     A model is a Subject, an artifact, a recipe, a folder or a hub id (with @revision). `changes` are settings by name.
     Paths start at the working directory. Without `tasks` and `texts`, the texts are the held-out parts of the experts'
-    `data`. Cached answers in `scoring.store` are reused. Raises subclasses of FrankenMoEError for invalid input before
-    anything is scored; the report names tasks that fail later.
+    `data`. Models run on `device` in `dtype`, by default as stored. Several processes of torchrun share the documents;
+    all of them get the report. Cached answers in `scoring.store` are reused. Raises subclasses of FrankenMoEError for
+    invalid input before anything is scored; the report names tasks that fail later.
     """
     settings = settings_with(settings or EvalSettings(), changes)
+    chosen = resolve(device)
     scoring = scoring or Scoring(store=cache_folder("scores"))
     names = task_names(",".join(settings.tasks)) if settings.tasks else (PERPLEXITY,)
     tasks = [name for name in names if name != PERPLEXITY]
     data_dir = Path(settings.data_dir) if settings.data_dir else None
-    suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
+    with main_first():  # which downloads the rows
+        suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
     moes = [each for each in opened if isinstance(each, Subject)]
+    for each in moes:
+        check_room(weights_of(each.parts), chosen, dtype=getattr(torch, dtype) if dtype else None)
     if settings.against_parents and (len(opened) != 1 or not moes):
         raise PlanError(
             "--against-parents compares one MoE with its parents, found " + ", ".join(each.origin for each in opened),
@@ -119,7 +127,7 @@ def evaluate(
         )
     if settings.against_parents:
         sources.append(_general(settings.general_text))
-    results = _run_all(contestants, suite, sources, scoring, settings.limit, device, skipped, progress)
+    results = _run_all(contestants, suite, sources, scoring, settings.limit, chosen, skipped, progress)
     conditions = _conditions(suite, sources, data_dir)
     if not settings.against_parents:
         return Report(tuple(results), skipped=skipped, conditions=conditions)
@@ -145,7 +153,7 @@ def _run_all(
     sources: Sequence[DomainText],
     scoring: Scoring,
     limit: int | None,
-    device: str,
+    device: torch.device,
     skipped: dict[str, str],
     progress: Progress,
 ) -> list[Result]:
@@ -157,7 +165,9 @@ def _run_all(
         if digest not in blocks:
             blocks[digest] = {source.name: read_domain(source, tokenizer, limit=limit) for source in sources}
         try:
-            model = _placed(each.load(), device)
+            model = each.load()
+            check_room(Weights(memory_of(model), model.dtype), device)
+            model = place(model, device)
         except FrankenMoEError as error:
             if each.kind not in (MERGE, PARENT):
                 raise
@@ -181,14 +191,6 @@ def _run_all(
         del model
         gc.collect()
     return results
-
-
-def _placed(model: Any, device: str) -> Any:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        return model.to(chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise PlanError(f"the model cannot be moved to {chosen}: {error}", hint="choose another --device") from error
 
 
 def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainText]:

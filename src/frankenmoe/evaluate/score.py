@@ -23,6 +23,7 @@ from frankenmoe.evaluate.samples import write_samples
 from frankenmoe.evaluate.store import Store
 from frankenmoe.evaluate.tasks import LeaderboardTask, load_tasks
 from frankenmoe.gates.forcing import forced
+from frankenmoe.moe.processes import from_main, is_main
 from frankenmoe.planning.layout import RouterPath
 from frankenmoe.progress import SILENT, Progress
 
@@ -183,7 +184,7 @@ def run(
         "digest": lm.digest or None,
         "parameters": parameters_of(model),
         "memory_bytes": memory_of(model),
-        "tokens_per_second": speed(model),
+        "tokens_per_second": from_main(speed(model) if is_main() else 0.0),  # the others wait meanwhile
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "max_length": lm.max_length,
@@ -256,7 +257,7 @@ def _benchmarks(
     except FrankenMoEError as error:
         return {name: Outcome(BENCHMARKS[name], error=in_a_line(error)) for name in asked}
     seconds = time.perf_counter() - began
-    if settings.samples is not None:
+    if settings.samples is not None and is_main():
         write_samples(settings.samples, found["samples"])
     counts = {
         "requests": lm.counts["requests"],

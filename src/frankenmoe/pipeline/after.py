@@ -79,6 +79,7 @@ def _audit(job: Job, progress: Progress) -> None:
             data=_labelled(job, settings.data),
             settings=settings,
             progress=progress,
+            **job.place,
         )
         _move(made, job.reports)
 
@@ -109,6 +110,7 @@ def _eval(job: Job, progress: Progress) -> None:
         texts={name: _located(job, file) for name, file in settings.texts.items()},
         scoring=Scoring(store=job.out / WORK / "answers"),
         progress=progress,
+        **job.place,
     )
     job.reports.mkdir(parents=True, exist_ok=True)
     report.to_report(**about(job.artifact)).write(job.reports / "eval.json")
@@ -169,7 +171,7 @@ def _card(job: Job, progress: Progress) -> None:
     if settings.prompts:
         from frankenmoe.publish.samples import sample
 
-        sample(subject, settings, progress=progress)
+        sample(subject, settings, progress=progress, **job.place)
     if job.recipe.train is not None:
         # next to the other reports, so that it is pushed with them
         job.reports.mkdir(exist_ok=True)

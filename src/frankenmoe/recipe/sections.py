@@ -22,6 +22,8 @@ from frankenmoe.recipe.fields import (
 from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.settings import NO_OPTION, Closed, Option
 
+SHARD_SIZE = 4 * 10**9  # bytes of one weight file at most; it does not change the model, so it is no setting
+
 
 class BuildSettings(Closed):
     """How the model itself is written."""
