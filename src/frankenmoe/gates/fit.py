@@ -125,7 +125,7 @@ def fit_gates(
         set_gates(model, gates)
         samples = read_samples(model, texts, bos=bos, meter=meter, together=together)
         unscaled, made = _by_states(job, samples, own.kept, BY_STATES.get(method, logistic))
-        scale, gates, after = _scaled(job, unscaled, at=LOGISTIC_START)
+        scale, gates, after = _scaled(job, unscaled, at=LOGISTIC_START, rough=method == "regret")
     if method == "regret":
         set_gates(model, gates)
         lost = read_losses(model, texts, samples, places, classes, meter=meter)

@@ -18,6 +18,7 @@ from frankenmoe.artifact.folder import (
     Artifact,
     open_artifact,
     record_bytes,
+    refuse_occupied,
     routers_bytes,
 )
 from frankenmoe.artifact.replacing import finish_replacing, replace_files
@@ -33,6 +34,7 @@ from frankenmoe.gates.made import MadeRouters
 from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.moe.device import AUTO, resolve
 from frankenmoe.moe.load import gate_tensors
+from frankenmoe.moe.processes import is_main, main_first, wait, world
 from frankenmoe.planning import Plan
 from frankenmoe.planning.backbone import kept_beside
 from frankenmoe.progress import SILENT, Progress
@@ -91,18 +93,31 @@ def fit(
             hint="copy the artifact first if you still need the old routers",
         )
     artifact = subject.artifact
-    finish_replacing(artifact.folder)
+    with main_first():
+        if is_main():
+            finish_replacing(artifact.folder)
     made = subject.plan
     moe = subject.load(dtype=dtype or computing_dtype(made, resolve(device)), device=device)
-    fitted = fit_plan(made, method=method, moe=moe, data=given, folder=Path.cwd(), settings=settings, progress=progress)
+    fitted = fit_plan(
+        made,
+        method=method,
+        moe=moe,
+        data=given,
+        folder=Path.cwd(),
+        settings=settings,
+        together=world() > 1,
+        progress=progress,
+    )
     replaced = fitted.better or keep_anyway or _biased(artifact, fitted.report)
-    if replaced:
+    wait()  # all of them have read what is now replaced
+    if replaced and is_main():
         stage = {"stage": "fit", "fit": fitted.report, "versions": versions()}
         record = {**artifact.record, "stages": [*artifact.record["stages"], stage]}
         files = {STATISTICS: fitted.statistics, ROUTERS: routers_bytes(fitted.routers)}
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         record["files"] = {**artifact.record["files"], **hashes}
         replace_files(artifact.folder, {**files, RECORD: record_bytes(record)})
+    wait()
     return FitResult(open_artifact(artifact.folder), replaced, fitted.report)
 
 
@@ -124,11 +139,28 @@ def _fit_recipe(
 
     def maker(made: Plan, progress: Progress) -> MadeRouters:
         fitted = fit_plan(
-            made, method=method, data=data, folder=Path.cwd(), settings=settings, progress=progress, **place
+            made,
+            method=method,
+            data=data,
+            folder=Path.cwd(),
+            settings=settings,
+            together=world() > 1,
+            progress=progress,
+            **place,
         )
         return MadeRouters(fitted.routers, fitted.statistics)
 
-    artifact = build(subject.resolved(progress).with_maker(maker), out, virtual=True, progress=progress, stage="fit")
+    with main_first():  # which measures the backbone, for the others to find it in the cache
+        subject = subject.resolved(progress)
+    if world() > 1:  # all processes fit, then the first one writes
+        refuse_occupied(Path(out).resolve())
+        routers = maker(subject.plan, progress)
+        if is_main():
+            build(subject.with_maker(lambda *_: routers), out, virtual=True, progress=progress, stage="fit")
+        wait()
+        artifact = open_artifact(Path(out))
+    else:
+        artifact = build(subject.with_maker(maker), out, virtual=True, progress=progress, stage="fit")
     return FitResult(artifact, True, artifact.record["stages"][-1]["fit"])
 
 

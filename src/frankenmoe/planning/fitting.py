@@ -26,7 +26,7 @@ LOSSES = "losses with every expert"
 STATES_MODES = frozenset({"logistic", "regret"})  # these need single states; the others only sums
 HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
 TRIES, ROUGH_TRIES = 4, 3  # usual tries of the scale, and where it need not be exact
-ROUGH = 2  # the scale of gates that others follow is searched on every ROUGH-th held-out block
+ROUGH = 3  # the scale of gates that others follow is searched on every ROUGH-th held-out block
 ONE_IN = 3  # of the blocks that `regret` reads with every expert
 CHARACTERS = 4  # a token has about as many
 
@@ -65,9 +65,9 @@ def fit_steps(
     steps = {BEFORE: held if compare else 0, STATISTICS: layers * sum(text.kept for text in texts), OWN_LOSS: held}
     if method not in STATES_MODES:
         return steps | {SCALE: TRIES * held}
-    steps |= {SCALE: (ROUGH_TRIES / ROUGH + TRIES) * held, STATES: layers * fitted}
+    followed = 2 if method == "regret" else 1  # gates that others follow
+    steps |= {SCALE: (followed * ROUGH_TRIES / ROUGH + TRIES) * held, STATES: layers * fitted}
     if method == "regret":
-        steps[SCALE] += TRIES * held
         steps[LOSSES] = sum(
             experts * (text.kept + text.unseen) / ONE_IN
             for path, experts in routers.items()
