@@ -183,7 +183,7 @@ def test_a_killed_run_goes_on(place: Path) -> None:
         ("recipe.yml --text one.txt --json rows", "is a folder"),
         ("recipe.yml --text one.txt --log-samples one.txt", "not a folder"),
         ("recipe.yml --text one.txt --memory 1KB", "too little memory"),
-        ("recipe.yml --text one.txt --device moon", "cannot be moved to moon"),
+        ("recipe.yml --text one.txt --device moon", "there is no device 'moon'"),
         ("recipe.yml --text one.txt --text one=two.txt", "two texts are named"),
     ],
 )
