@@ -18,10 +18,10 @@ LAYERS = (
     {"errors", "suggest", "progress", "palette", "cache", "charts"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
-    {"moe", "gates", "subject"},
-    {"build", "gates.run", "train", "audit", "evaluate", "export", "publish"},
+    {"moe", "gates", "backbone", "subject"},
+    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish"},
     {"pipeline"},
-    {"cli", "demo"},
+    {"cli", "demo", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # independent of one another; all of them may use build, which makes artifacts

@@ -7,7 +7,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from frankenmoe.artifact.folder import Artifact
+    from frankenmoe.backbone.run import heal
     from frankenmoe.build.extraction import extract
+    from frankenmoe.build.lora import extract_lora
     from frankenmoe.build.proof import verify
     from frankenmoe.build.run import build
     from frankenmoe.errors import FrankenMoEError
@@ -30,7 +32,9 @@ _HOMES = {
     "build": "frankenmoe.build.run",
     "export_gguf": "frankenmoe.export.run",
     "extract": "frankenmoe.build.extraction",
+    "extract_lora": "frankenmoe.build.lora",
     "fit": "frankenmoe.gates.run",
+    "heal": "frankenmoe.backbone.run",
     "load": "frankenmoe.subject",
     "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
@@ -51,7 +55,9 @@ __all__ = [
     "build",
     "export_gguf",
     "extract",
+    "extract_lora",
     "fit",
+    "heal",
     "load",
     "open",
     "plan",

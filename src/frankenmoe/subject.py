@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from frankenmoe.artifact.folder import RECORD, ROUTERS, Artifact, open_artifact
+from frankenmoe.backbone import resolve as backbone
 from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.checkpoint.tensors import safetensors_dtype
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
@@ -82,10 +83,48 @@ class Subject:
 
     @cached_property
     def plan(self) -> Plan:
-        """The plan. Raises ArtifactError if an artifact's sources are missing or have changed."""
+        """The plan, with an explicit backbone; `resolved` shows progress if that must be measured first.
+
+        Raises ArtifactError if an artifact's sources are missing or have changed.
+        """
+        return self._resolve(SILENT)
+
+    def resolved(self, progress: Progress = SILENT) -> "Subject":
+        """This subject, after what takes time before the plan is known: `as_adapter`, `backbone` auto and regmean."""
+        if "plan" not in self.__dict__:
+            self.__dict__["plan"] = self._resolve(progress)  # where cached_property keeps it
+        return self
+
+    @property
+    def settled(self) -> bool:
+        """Whether `plan` is known, or can be made without running a model and without extracting adapters."""
+        return "plan" in self.__dict__ or not (self.planned.backbone_open or not self.planned.all_extracted)
+
+    def _resolve(self, progress: Progress) -> Plan:
+        _ = self._text if self.planned.backbone_open else None
+        made = self.planned
+        if not made.all_extracted:
+            made = plan(
+                made.recipe,
+                dtype=made.dtype_name,
+                weights=True,
+                trust_remote_code=self.trust_remote_code,
+                progress=progress,
+            )
+        made = backbone.resolve(made, cache=self.cache, progress=progress)
+        _ = made.digest  # asked for now, so that a later change of the sources is noticed
+        return made
+
+    @cached_property
+    def planned(self) -> Plan:
+        """The plan of the recipe as written. Runs no model and extracts nothing, so its backbone may be open."""
         if isinstance(self.what, Recipe):
             made = self.known or plan(
-                self.what, dtype=self.dtype, weights=True, trust_remote_code=self.trust_remote_code
+                self.what,
+                dtype=self.dtype,
+                weights=True,
+                trust_remote_code=self.trust_remote_code,
+                extract=False,
             )
         else:
             self._check_dtype(self.what)
@@ -112,12 +151,17 @@ class Subject:
             return parts_of_built(self.what)
         return parts_of_plan(self.plan).with_gates(self.what.routers)
 
-    def routers(self, progress: Progress = SILENT) -> MadeRouters:
-        """Every gate: read from the artifact, or made as the recipe says; again if its file or text has changed."""
+    def routers(self, progress: Progress = SILENT, *, device: str = "auto") -> MadeRouters:
+        """Every gate: read from the artifact, or made as the recipe says; again if its file or text has changed.
+
+        A model that must run for them runs on `device`.
+        """
+        if not self.built:
+            self.resolved(progress)
         state = self._state_of_routers()
         if state not in self._made:
             self._made.clear()
-            self._made[state] = self._make(progress)
+            self._made[state] = self._make(progress, device)
         return self._made[state]
 
     def _state_of_routers(self) -> object:
@@ -134,45 +178,67 @@ class Subject:
         if isinstance(what, Artifact):
             now = open_artifact(what.folder)
             what = what if now.record == what.record else now
-        planned = self.__dict__.get("plan")
-        if what is self.what and (planned is None or planned.digest_now() == planned.digest):
+        planned = self.__dict__.get("planned")
+        if what is self.what and (planned is None or self._fresh(planned)):
             return self
         return replace(self, what=what, known=None)
 
-    def _make(self, progress: Progress) -> MadeRouters:
+    def _fresh(self, planned: Plan) -> bool:
+        """Whether the files of the plan have not changed, nor the text that its backbone was measured on."""
+        measured = planned.backbone_open and "plan" in self.__dict__
+        return planned.digest_now() == planned.digest and (not measured or backbone.key_of(planned) == self._text)
+
+    @cached_property
+    def _text(self) -> str | None:
+        """The state of plan and text when the backbone was measured."""
+        return backbone.key_of(self.planned)
+
+    def _make(self, progress: Progress, device: str) -> MadeRouters:
         if self.maker is not None:
             return self.maker(self.plan, progress)
         if isinstance(self.what, Artifact):
             return artifact_routers(self.what, None if self.built else self.plan)
-        return make_routers(self.plan, progress, cache=self.cache)
+        return make_routers(self.plan, progress, cache=self.cache, device=device)
 
     def load(
-        self, *, dtype: str | None = None, int8: bool = False, progress: Progress = SILENT, **options: Any
+        self,
+        *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        int8: bool = False,
+        progress: Progress = SILENT,
+        **options: Any,
     ) -> "MoE":
         """A running MoE. Makes a recipe's routers first; writes nothing except the cache of routers.
 
-        `dtype` (float32, bfloat16, float16) converts the weights; by default they stay mapped as stored. `int8` rounds
-        every linear layer to 8 bits in memory, for inference: half the memory of 16 bits, slightly different logits.
-        `options` are those of MoEBlock: capacity_factor, drop_policy.
+        `dtype` (float32, bfloat16, float16) converts the weights; by default they stay mapped as stored. `device` is a
+        name of torch's, or auto for a GPU if there is one. `int8` rounds every linear layer to 8 bits in memory, for
+        inference: half the memory of 16 bits, slightly different logits. `options` are those of MoEBlock:
+        capacity_factor, drop_policy. Raises PlanError if there is no such device or its memory is too small.
         """
         if dtype is not None:
             _stored(dtype)
         if not isinstance(self.what, Artifact):
-            check_buildable(self.plan, virtual=True, allow_identical=True)
+            check_buildable(self.planned, virtual=True, allow_identical=True)
+            self.resolved(progress)
         import torch
 
         from frankenmoe.moe.dense import as_tensor
+        from frankenmoe.moe.device import CPU, check_room, place, resolve
         from frankenmoe.moe.linear import to_int8
-        from frankenmoe.moe.load import gate_tensors, load_parts
+        from frankenmoe.moe.load import gate_tensors, load_parts, weights_of
 
+        chosen, wanted = resolve(device), getattr(torch, dtype) if dtype else None
         parts = self.parts if self.built else sharing_equal_experts(self.parts, self.plan)
+        check_room(weights_of(parts), chosen, dtype=wanted, int8=int8)
         if self.artifact and self.maker is None:
             gates = {name: as_tensor(write) for name, write in parts.gates.items()}
         else:
-            gates = dict(gate_tensors(self.routers(progress).routers))
-        moe = load_parts(parts, gates, dtype=getattr(torch, dtype) if dtype else None, **options)
+            gates = dict(gate_tensors(self.routers(progress, device=device).routers))
+        moe = load_parts(parts, gates, dtype=wanted, device=CPU if int8 else chosen, **options)
         if int8:
             to_int8(moe.model, progress)
+            place(moe.model, chosen)
         return moe
 
     def with_maker(self, maker: RouterMaker) -> "Subject":
@@ -236,7 +302,10 @@ def open_subject(
 def same_plan(artifact: Artifact, like: Subject) -> bool:
     """Whether an artifact was made from the recipe of a subject, with the same dtype."""
     record = artifact.record
-    return bool(record["recipe_digest"] == like.recipe.digest and record["dtype"] == like.plan.dtype_name)
+    if not like.settled:
+        return False
+    recipe = like.recipe if like.artifact else like.plan.recipe  # which says what `backbone: auto` means
+    return bool(record["recipe_digest"] == recipe.digest and record["dtype"] == like.plan.dtype_name)
 
 
 def open_model(what: str | Path, *, cache: bool = True, trust_remote_code: bool = False) -> Subject | Dense:
@@ -262,9 +331,10 @@ def load(
     what: "Subject | Recipe | Artifact | str | Path",
     *,
     dtype: str | None = None,
+    device: str = "cpu",
     int8: bool = False,
     progress: Progress = SILENT,
     **options: Any,
 ) -> "MoE":
-    """A running MoE from a recipe or an artifact; see Subject.load."""
-    return open_subject(what).load(dtype=dtype, int8=int8, progress=progress, **options)
+    """A running MoE from a recipe or an artifact, by default on the CPU, as transformers loads it; see Subject.load."""
+    return open_subject(what).load(dtype=dtype, device=device, int8=int8, progress=progress, **options)

@@ -21,7 +21,7 @@ from frankenmoe.checkpoint.tensors import (
     DTYPES,
     Constant,
     LowRank,
-    Mean,
+    Merge,
     Noise,
     Scale,
     Step,
@@ -169,7 +169,7 @@ def test_steps_against_float64(
     file = tmp_path_factory.mktemp("steps") / "w.safetensors"
     save_file(tensors, file)
     refs = read_header(file)
-    steps = (Mean(), LowRank(refs["a"], refs["b"], 0.25), Scale(-3.0))
+    steps = (Merge("average", (1.0,) * count), LowRank(refs["a"], refs["b"], 0.25), Scale(-3.0))
     write = TensorWrite("out", "F32", (rows, columns), tuple(refs[f"w{i}"] for i in range(count)), steps)
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     mean = sum(wide[f"w{i}"] for i in range(count)) / count
@@ -183,12 +183,14 @@ def test_steps_against_float64(
 def test_mean_of_equal_tensors_changes_no_bit(save) -> None:
     tensor = torch.randn(50).bfloat16()
     ref = save({"w": tensor})["w"]
-    assert torch.equal(written(TensorWrite("out", "BF16", (50,), (ref,) * 3, (Mean(),))), tensor)
+    assert torch.equal(written(TensorWrite("out", "BF16", (50,), (ref,) * 3, (Merge("average", (1.0,) * 3),))), tensor)
 
 
 def test_mean_of_large_numbers_does_not_overflow(save) -> None:
     ref = save({"w": torch.tensor([3e38])})["w"]
-    assert written(TensorWrite("out", "F32", (1,), (ref, ref), (Mean(),))).item() == pytest.approx(3e38)
+    assert written(
+        TensorWrite("out", "F32", (1,), (ref, ref), (Merge("average", (1.0, 1.0)),))
+    ).item() == pytest.approx(3e38)
 
 
 def test_steps_do_not_write_into_the_mapped_source(save) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import pytest
@@ -11,8 +12,13 @@ from hypothesis import strategies as st
 
 from frankenmoe.errors import RecipeError
 from frankenmoe.recipe import FIT_MODES, IGNORED_KEYS, PROMPT_MODES, RANDOM_MODES, Recipe, SourceName, schema
+from frankenmoe.recipe.backbone import GROUPS
 
 ROOT = Path(__file__).parents[2]
+MINIMAL: dict[str, Any] = {
+    "base_model": "a/b",
+    "experts": [{"source_model": f"a/{name}", "positive_prompts": [name]} for name in "xy"],
+}
 MIXTRAL = """
 base_model: mistralai/Mistral-7B-v0.1@main
 gate_mode: hidden
@@ -97,7 +103,8 @@ def test_defaults_are_mergekits_but_for_the_routers() -> None:
     )
     assert (recipe.gate_mode, recipe.experts_per_token, recipe.dtype, recipe.seed) == ("logistic", 2, None, 0)
     assert "no gate_mode" in recipe.notes[0]
-    assert (recipe.backbone, recipe.architecture, recipe.name, recipe.shared_experts) == ("base", None, None, ())
+    assert (recipe.backbone, recipe.architecture, recipe.name, recipe.shared_experts) == (None, None, None, ())
+    assert str(recipe.backbone_for("attention")) == "auto"
 
 
 PROMPTED = (
@@ -235,6 +242,21 @@ LEAVES = st.fixed_dictionaries(
         "data": TEXT | st.lists(TEXT, max_size=2),
     },
 )
+SHARES = st.floats(0.01, 1)
+DIFFERENCES = st.fixed_dictionaries(
+    {"method": st.sampled_from(["ties", "dare_ties", "dare_linear"])},
+    optional={"lambda": st.floats(0, 10), "density": SHARES},
+)
+AVERAGES = st.just({"method": "average"})
+MERGES = st.builds(
+    dict.__or__, DIFFERENCES | AVERAGES, st.fixed_dictionaries({"models": st.lists(SOURCES, min_size=1, max_size=3)})
+)
+MERGED = st.fixed_dictionaries({"merge": MERGES}, optional={"noise_relative": SCALES, "data": TEXT})
+BACKBONES = (
+    st.sampled_from(["base", "average", "auto", "regmean", "task_arithmetic"])
+    | DIFFERENCES
+    | st.dictionaries(st.sampled_from(GROUPS), st.sampled_from(["base", "average"]) | DIFFERENCES, min_size=1)
+)
 MIXTURES = st.fixed_dictionaries(
     {"experts": st.lists(LEAVES, min_size=1, max_size=3), "experts_per_token": st.just(1)},
     optional={"positive_prompts": st.lists(TEXT, min_size=1, max_size=2)},
@@ -242,7 +264,7 @@ MIXTURES = st.fixed_dictionaries(
 RECIPES = st.fixed_dictionaries(
     {
         "base_model": SOURCES,
-        "experts": st.lists(LEAVES | MIXTURES, min_size=2, max_size=4),
+        "experts": st.lists(LEAVES | MIXTURES | MERGED, min_size=2, max_size=4),
         "gate_mode": st.sampled_from(sorted(RANDOM_MODES)),
     },
     optional={
@@ -251,7 +273,7 @@ RECIPES = st.fixed_dictionaries(
         "dtype": st.sampled_from(["fp16", "torch.float32", "bfloat16"]),
         "name": TEXT,
         "seed": st.integers(0, 2**63 - 1),
-        "backbone": st.sampled_from(["base", "average"]),
+        "backbone": BACKBONES,
         "architecture": TEXT,
     },
 )
@@ -278,3 +300,47 @@ def test_the_schema_describes_every_key() -> None:
     assert set(Recipe.model_fields) | set(IGNORED_KEYS) == set(body["properties"])
     for properties in (body["properties"], body["$defs"]["Expert"]["properties"]):
         assert all(each["description"].endswith(".") for each in properties.values())
+
+
+@pytest.mark.parametrize(
+    ("written", "group", "settings"),
+    [
+        ("average", "norms", ("average", 1.0, 1.0)),
+        ({"method": "ties", "lambda": 0.7, "density": 0.5}, "head", ("ties", 0.7, 0.5)),
+        ({"attention": {"method": "ties", "density": 0.5}}, "attention", ("ties", 1.0, 0.5)),
+        ({"attention": "average"}, "embeddings", ("base", 1.0, 1.0)),
+        ("auto", "norms", ("auto", 1.0, 1.0)),
+    ],
+)
+def test_a_backbone_is_a_method_settings_or_either_by_group(
+    written: Any, group: str, settings: tuple[str, float, float]
+) -> None:
+    recipe = parse(yaml.safe_dump({**MINIMAL, "backbone": written}))
+    found = recipe.backbone_for(group)
+    assert (found.method, found.scale, found.density) == settings
+    assert parse(yaml.safe_dump(recipe.to_dict())) == recipe
+    assert recipe.to_dict()["backbone"] == written
+
+
+def test_the_default_backbone_depends_on_the_gate_mode() -> None:
+    ours, mergekits = parse(yaml.safe_dump(MINIMAL)), parse(yaml.safe_dump({**MINIMAL, "gate_mode": "hidden"}))
+    assert (str(ours.backbone_for("head")), str(mergekits.backbone_for("head"))) == ("auto", "base")
+    # the default may change, so it is written out; a recipe from before there was a choice keeps its digest
+    assert ours.to_dict()["backbone"] == "auto"
+    assert mergekits.digest == parse(yaml.safe_dump({**MINIMAL, "gate_mode": "hidden", "backbone": "base"})).digest
+    assert ours.with_backbone("average").to_dict()["backbone"] == "average"
+    assert ours.with_backbone("average").digest != ours.digest
+    with pytest.raises(RecipeError, match="backbone"):
+        ours.with_backbone("bass")
+
+
+def test_a_merged_expert_has_a_name_and_settings() -> None:
+    merge = {"method": "ties", "lambda": 0.5, "models": ["a/x@v1", "b/y+c/z"], "weights": [1, 2], "base": "a/b"}
+    data = {**MINIMAL, "experts": [{"merge": merge, "positive_prompts": ["p"]}, *MINIMAL["experts"]]}
+    recipe = parse(yaml.safe_dump(data))
+    found = recipe.experts[0].merge
+    assert found is not None
+    assert recipe.experts[0].name == "x-y"
+    assert (found.scale, found.every_weight, str(found.models[1])) == (0.5, (1.0, 2.0), "b/y+c/z")
+    assert parse(yaml.safe_dump(recipe.to_dict())) == recipe
+    assert str(found) == "ties, lambda 0.5, weights 1 2 of a/x@v1, b/y+c/z"

@@ -11,6 +11,7 @@ from frankenmoe.recipe.refusals import first_problem, found, refusal
 
 RECORD_VERSION = 1
 FORMS = ("virtual", "built")
+BACKBONE = "backbone"  # the stage that says how the backbone was chosen; it comes first
 
 Form = Literal["virtual", "built"]
 

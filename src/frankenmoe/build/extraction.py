@@ -1,7 +1,6 @@
 """Artifact -> a dense checkpoint of one expert: the MoE's backbone with that expert's FFN in every layer."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
@@ -32,8 +31,7 @@ def extract(
     writes = _writes(parts, expert, parts.folder if subject.built else Path(subject.origin))
     small = [file for name in TOKENIZER_FILES if (file := parts.folder / name).is_file()]
     need = sum(write.nbytes for write in writes)
-    facts = [(write.name, [(str(ref.file), ref.name, ref.start) for ref in write.inputs]) for write in writes]
-    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    digest = hashlib.sha256(repr(writes).encode()).hexdigest()
     with growing(out, digest=f"{digest}/extract") as partial:
         check_disk(partial, need=need, hint="choose a folder on another disk")
         progress.start("writing", need, "B")

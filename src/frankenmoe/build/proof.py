@@ -250,6 +250,6 @@ def _compare_bytes(write: TensorWrite, ref: TensorRef, *, sampled: bool, on_byte
 def _blocks(write: TensorWrite, *, sampled: bool) -> Iterator[np.ndarray[tuple[int], np.dtype[np.uint8]]]:
     if not sampled:
         return blocks(write)
-    if write.is_copy:
-        return iter([map_bytes(write.inputs[0])[:SAMPLE]])
+    if write.copied is not None:
+        return iter([map_bytes(write.copied)[:SAMPLE]])
     return islice(blocks(write), 1)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.artifact.folder import STATISTICS
+from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import versions
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.planning import Plan
+from frankenmoe.planning.asadapter import copied_to
 from frankenmoe.planning.recall import facts
 from frankenmoe.progress import Progress
 
@@ -27,7 +29,7 @@ def record_of(
 
     `folder` is the unfinished artifact. `known` maps fingerprints of files that were hashed before to their SHA-256.
     """
-    files, known = made.source_files, known or {}
+    files, known, extracted = made.source_files, known or {}, made.extracted.values()
     if virtual:
         wanted = (file for file in files if fingerprint(file) not in known)
         progress.start("hashing sources", sum(file.stat().st_size for file in wanted), "B")
@@ -42,7 +44,7 @@ def record_of(
         **facts(made),
         "sources": [
             {
-                "file": str(file),
+                "file": str(copied_to(file, extracted, out)),
                 "bytes": file.stat().st_size,
                 "fingerprint": fingerprint(file),
                 "sha256": (known.get(fingerprint(file)) or sha256(file, on_bytes=progress.advance))
@@ -51,9 +53,19 @@ def record_of(
             }
             for file in files
         ],
-        "configs": [{"file": str(file), "sha256": sha256(file)} for file in made.deciding_files],
-        "stages": [{"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()}],
+        "configs": [
+            {"file": str(copied_to(file, extracted, out)), "sha256": sha256(file)} for file in made.deciding_files
+        ],
+        "stages": [
+            *backbone_stage(made),
+            {"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()},
+        ],
     }
+
+
+def backbone_stage(made: Plan) -> list[dict[str, Any]]:
+    """The entry of the measurement that chose the backbone; none if there was no measurement."""
+    return [] if made.measured is None else [{"stage": BACKBONE, **made.measured, "versions": versions()}]
 
 
 def _fit_report(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from frankenmoe.artifact.folder import (
     small_hashes,
     write_routers,
 )
+from frankenmoe.build.backbone import moved_record, with_own_backbone
 from frankenmoe.build.body import compose, copy_small_files
 from frankenmoe.build.record import record_of
 from frankenmoe.checkpoint.fingerprint import sha256
@@ -34,11 +35,10 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import RANDOM_MODES, Recipe
-from frankenmoe.recipe.sections import BuildSettings
+from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
 
-SHARD_SIZE = 4 * 10**9
 SWITCH_INTERVAL = 2e-4  # seconds; see torch_ahead
 
 
@@ -49,6 +49,7 @@ def build(
     settings: BuildSettings | None = None,
     dtype: str | None = None,
     shard_size: int = SHARD_SIZE,
+    device: str = "auto",
     progress: Progress = SILENT,
     stage: str = "build",
     **changes: Any,
@@ -56,8 +57,8 @@ def build(
     """Writes an artifact to `out`: a built one (a standard checkpoint) or a virtual one (megabytes).
 
     A virtual artifact is built with its own routers. `changes` are settings by name, such as virtual=True. `dtype` is
-    the type to store weights in, by default the recipe's. `stage` is the name of the entry in the record. If killed,
-    the same call continues where it stopped. Raises subclasses of FrankenMoEError.
+    the type to store weights in, by default the recipe's. Routers are fitted on `device`. `stage` is the name of the
+    entry in the record. If killed, the same call continues where it stopped. Raises subclasses of FrankenMoEError.
     """
     # resolves a link to an empty folder on another disk
     out = Path(os.path.realpath(out))
@@ -67,8 +68,9 @@ def build(
         folder = subject.artifact.folder
         raise ArtifactError(f"{folder} is already built", hint=f"its recipe is {folder / 'recipe.yml'}")
     settings = settings_with(settings or BuildSettings(), changes)
-    virtual, made, given = settings.virtual, subject.plan, subject.artifact
-    check_buildable(made, virtual=virtual, allow_identical=settings.allow_identical)
+    virtual, given = settings.virtual, subject.artifact
+    check_buildable(subject.planned, virtual=virtual, allow_identical=settings.allow_identical)
+    made = subject.resolved(progress).plan
     digest = (
         f"{made.digest}/{'virtual' if virtual else shard_size}{f'/{sha256(given.folder / ROUTERS)}' if given else ''}"
     )
@@ -78,7 +80,7 @@ def build(
         if virtual:
             _check_sources(made, progress)
         if not (partial / ROUTERS).exists():
-            _write_routers(partial, subject.routers(progress))
+            _write_routers(partial, subject.routers(progress, device=device))
         if virtual:
             copy_small_files(made, partial)
         else:
@@ -86,10 +88,12 @@ def build(
             compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))
             ahead.result()
             _prove(made, partial)
-        text = yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
+        table = with_own_backbone(made, partial, out=out)
+        text = yaml.safe_dump(table or made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomic(partial / "recipe.yml", text.encode())
         try:
             record = record_of(made, out, folder=partial, virtual=virtual, progress=progress, stage=stage)
+            record |= moved_record(record, made, table, out=out) if table else {}
             record["files"] = small_hashes(partial)
             same = made.digest_now() == made.digest
         except FileNotFoundError:

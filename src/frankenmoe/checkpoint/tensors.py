@@ -35,6 +35,8 @@ DTYPES: Mapping[str, DType] = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """The types that can be computed with and cast into one another."""
 
+_SMALLEST_SUM = 1e-8  # of the weights of an average; mergekit's limit for sums that it divides by
+
 _ALIASES: Mapping[str, str] = (
     {dtype.name: key for key, dtype in DTYPES.items()}
     | {key.lower(): key for key in DTYPES}
@@ -74,9 +76,57 @@ class TensorRef:
         return math.prod(self.shape)
 
 
+MERGES: Mapping[str, bool] = {
+    "average": False,
+    "task_arithmetic": True,
+    "ties": True,
+    "dare_linear": True,
+    "dare_ties": True,
+    "slerp": False,
+}
+"""Method -> whether its first input is the base, which the parents are compared with."""
+
+
 @dataclass(frozen=True, slots=True)
-class Mean:
-    """The elementwise mean of all inputs; required as the first step if there are several."""
+class Merge:
+    """Merge all inputs elementwise; required as the first step if there are several. See `checkpoint.merging`.
+
+    `weights` has one number per parent; the base has none. `scale` (lambda) multiplies the merged difference from the
+    base. `density` is the share of each difference that is kept (ties, dare). `t` is the place between the two parents
+    of slerp: 0 is the first, 1 the second. `seed` (0 to 2**64 - 1) is dare's; every tensor needs its own.
+    Methods ignore the settings that are not theirs. Slerp ignores its two weights.
+    Raises ValueError for an unknown method and for settings out of range.
+    """
+
+    method: str
+    weights: tuple[float, ...]
+    scale: float = 1.0
+    density: float = 1.0
+    t: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in MERGES:
+            raise ValueError(f"unknown merge method {self.method!r}, expected one of {', '.join(MERGES)}")
+        if not self.weights or not all(map(math.isfinite, self.weights)):
+            raise ValueError(f"{self.method}: weights are {self.weights}, expected one finite number per parent")
+        if self.method == "average" and abs(sum(self.weights)) < _SMALLEST_SUM:
+            raise ValueError(f"average: weights add up to {sum(self.weights):g}, expected another sum than zero")
+        if self.method == "slerp" and len(self.weights) != 2:
+            raise ValueError(f"slerp: {len(self.weights)} parents, expected 2")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"{self.method}: scale is {self.scale}, expected a finite number")
+        if not 0 < self.density <= 1:
+            raise ValueError(f"{self.method}: density is {self.density}, expected more than 0 and at most 1")
+        if not 0 <= self.t <= 1:
+            raise ValueError(f"{self.method}: t is {self.t}, expected 0 to 1")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"{self.method}: seed is {self.seed}, expected 0 to 2**64 - 1")
+
+    @property
+    def count(self) -> int:
+        """The number of inputs: the parents, and the base if the method needs one."""
+        return len(self.weights) + MERGES[self.method]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,32 +165,36 @@ class Constant:
     value: float
 
 
-Step = Mean | LowRank | Noise | Scale | Constant
+Step = Merge | LowRank | Noise | Scale | Constant
 
 
 @dataclass(frozen=True, slots=True)
 class TensorWrite:
     """A tensor to be written: `inputs` after `steps` in order, stored as `dtype`.
 
-    Inputs may have another shape than the output, with as many elements. Raises ValueError for invalid combinations,
-    such as two inputs without a Mean.
+    Inputs may have another shape than the output, with as many elements. An input may itself be a write, such as a
+    parent with an adapter: its numbers are computed block by block and not rounded to its own `dtype`.
+    Raises ValueError for invalid combinations, such as two inputs without a Merge.
     """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    inputs: tuple[TensorRef, ...]
+    inputs: tuple["TensorRef | TensorWrite", ...]
     steps: tuple[Step, ...] = ()
 
     def __post_init__(self) -> None:
         first = self.steps[0] if self.steps else None
         if isinstance(first, Constant) == bool(self.inputs):
             raise ValueError(f"{self.name}: a write has either inputs or a Constant as its first step")
-        if len(self.inputs) > 1 and not isinstance(first, Mean):
-            raise ValueError(f"{self.name}: {len(self.inputs)} inputs need a Mean as their first step")
-        if any(isinstance(step, Mean | Constant) for step in self.steps[1:]):
-            raise ValueError(f"{self.name}: Mean and Constant can only be the first step")
-        if any(ref.numel != self.numel for ref in self.inputs):
+        if len(self.inputs) > 1 and not isinstance(first, Merge):
+            raise ValueError(f"{self.name}: {len(self.inputs)} inputs need a Merge as their first step")
+        if isinstance(first, Merge) and len(self.inputs) != first.count:
+            parents = f"{len(first.weights)} parents{' and the base' if MERGES[first.method] else ''}"
+            raise ValueError(f"{self.name}: {first.method} of {parents} with {len(self.inputs)} inputs")
+        if any(isinstance(step, Merge | Constant) for step in self.steps[1:]):
+            raise ValueError(f"{self.name}: Merge and Constant can only be the first step")
+        if any(each.numel != self.numel for each in self.inputs):
             raise ValueError(f"{self.name}: every input must have the {self.numel} elements of {list(self.shape)}")
         for step in self.steps:
             if isinstance(step, LowRank):
@@ -163,10 +217,25 @@ class TensorWrite:
     @property
     def is_copy(self) -> bool:
         """Whether the output has the bytes of its only input."""
-        return len(self.inputs) == 1 and not self.steps and self.inputs[0].dtype == self.dtype
+        return self.copied is not None
+
+    @property
+    def copied(self) -> TensorRef | None:
+        """The tensor whose bytes the output has; None if they are computed."""
+        if len(self.inputs) != 1 or self.steps:
+            return None
+        (only,) = self.inputs
+        return only if isinstance(only, TensorRef) and only.dtype == self.dtype else None
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:
-        """Every tensor this write reads: its inputs and the factors of its low-rank terms."""
-        factors = (ref for step in self.steps if isinstance(step, LowRank) for ref in (step.a, step.b))
-        return (*self.inputs, *factors)
+        """Every tensor this write reads, at any depth: its inputs and the factors of its low-rank terms."""
+        inputs = (each.sources if isinstance(each, TensorWrite) else (each,) for each in self.inputs)
+        own = (ref for step in self.steps if isinstance(step, LowRank) for ref in (step.a, step.b))
+        return (*(ref for refs in inputs for ref in refs), *own)
+
+    @property
+    def factors(self) -> tuple[TensorRef, ...]:
+        """The factors of its low-rank terms, at any depth."""
+        inner = (ref for each in self.inputs if isinstance(each, TensorWrite) for ref in each.factors)
+        return (*inner, *(ref for step in self.steps if isinstance(step, LowRank) for ref in (step.a, step.b)))

@@ -5,19 +5,20 @@ Shape suffixes: N elements of one block, O rows (out) and I columns (in) of a ma
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
 
 from frankenmoe.checkpoint.cast import BITS, Bytes, Floats, decode, encode, first_nonfinite
+from frankenmoe.checkpoint.merging import Blocks, merged
 from frankenmoe.checkpoint.reader import map_bytes
 from frankenmoe.checkpoint.tensors import (
     DTYPES,
     FLOATS,
     Constant,
     LowRank,
-    Mean,
+    Merge,
     Noise,
     Scale,
     Step,
@@ -44,11 +45,11 @@ def blocks(write: TensorWrite) -> Iterator[Bytes]:
     Raises while iterating: SourceError for types that are not floats, NumericsError for NaN or infinity in a source and
     for results out of the range of `write.dtype`.
     """
-    if write.is_copy:
-        yield from _copied_blocks(write)
+    if write.copied is not None:
+        yield from _copied_blocks(write, write.copied)
         return
     _require_castable(write)
-    for number, block_N in enumerate(_floats(write, write.steps)):
+    for number, block_N in enumerate(_numbers(write)()):
         raw = encode(block_N, dtype=write.dtype)
         bad = first_nonfinite(raw, dtype=write.dtype)
         if bad is not None:
@@ -61,8 +62,8 @@ def materialize(write: TensorWrite) -> Bytes:
 
     A copy is the mapped source itself, unread and unchecked (see `check_finite`).
     """
-    if write.is_copy:
-        return map_bytes(write.inputs[0])
+    if write.copied is not None:
+        return map_bytes(write.copied)
     out = np.empty(write.nbytes, np.uint8)
     cursor = 0
     for raw in blocks(write):
@@ -86,8 +87,7 @@ def check_finite(ref: TensorRef) -> None:
         )
 
 
-def _copied_blocks(write: TensorWrite) -> Iterator[Bytes]:
-    source = write.inputs[0]
+def _copied_blocks(write: TensorWrite, source: TensorRef) -> Iterator[Bytes]:
     raw = map_bytes(source)
     for start in range(0, write.numel, BLOCK):
         block = _elements(raw, start, start + BLOCK, dtype=write.dtype)
@@ -114,46 +114,58 @@ def _require_float(ref: TensorRef) -> None:
         )
 
 
-def _floats(write: TensorWrite, steps: Sequence[Step]) -> Iterator[Floats]:
-    """The blocks of `write` after `steps`, a prefix of its steps."""
-    stages = [_stage(write, number) for number in range(len(steps))]
-    inputs = [(map_bytes(ref), ref.dtype) for ref in write.inputs]
-    for number, start in enumerate(range(0, write.numel, BLOCK)):
-        stop = min(start + BLOCK, write.numel)
-        decoded = [decode(_elements(raw, start, stop, dtype=dtype), dtype=dtype) for raw, dtype in inputs]
-        block_N = _mean(decoded) if decoded else np.empty(stop - start, np.float32)
-        yield _apply(stages, block_N=block_N, number=number)
+def _numbers(what: TensorRef | TensorWrite) -> Blocks:
+    """The numbers of a tensor before they are rounded to its type; may be read again and again.
+
+    What a step needs of the whole tensor is computed here, once.
+    """
+    if isinstance(what, TensorRef):
+        return partial(_decoded, what)
+    inputs = [_numbers(each) for each in what.inputs]
+    match what.steps[:1]:
+        case (Merge() as merge,):
+            numbers, steps = merged(merge, inputs), what.steps[1:]
+        case (Constant(value),):
+            numbers, steps = partial(_constant, value, what.numel), what.steps[1:]
+        case _:
+            (numbers,), steps = inputs, what.steps
+    for step in steps:
+        numbers = _after(numbers, _stage(step, numbers))
+    return numbers
 
 
-@np.errstate(over="ignore", invalid="ignore")  # the result is checked, where the element is known
-def _apply(stages: Sequence[Stage], *, block_N: Floats, number: int) -> Floats:
-    for stage in stages:
-        block_N = stage(block_N, number)
-    return block_N
+def _decoded(ref: TensorRef) -> Iterator[Floats]:
+    raw = map_bytes(ref)
+    for start in range(0, ref.numel, BLOCK):
+        yield decode(_elements(raw, start, start + BLOCK, dtype=ref.dtype), dtype=ref.dtype)
 
 
-def _mean(decoded: Sequence[Floats]) -> Floats:
-    if len(decoded) == 1:
-        return decoded[0]
-    total_N = decoded[0].astype(np.float64)
-    for block_N in decoded[1:]:
-        total_N += block_N
-    return (total_N / len(decoded)).astype(np.float32)
+def _constant(value: float, numel: int) -> Iterator[Floats]:
+    for start in range(0, numel, BLOCK):
+        yield np.full(min(BLOCK, numel - start), value, np.float32)
 
 
-def _stage(write: TensorWrite, number: int) -> Stage:
-    match write.steps[number]:
-        case Mean():  # done while decoding
-            return lambda block_N, _: block_N
-        case Constant(value):
-            return lambda block_N, _: np.full_like(block_N, value)
+def _after(before: Blocks, stage: Stage) -> Blocks:
+    """The numbers after a prepared step."""
+
+    def start() -> Iterator[Floats]:
+        for number, block_N in enumerate(before()):
+            with np.errstate(over="ignore", invalid="ignore"):  # the result is checked, where the element is known
+                after_N = stage(block_N, number)
+            yield after_N
+
+    return start
+
+
+def _stage(step: Step, before: Blocks) -> Stage:
+    match step:
         case Scale(factor):
             return lambda block_N, _: block_N * np.float32(factor)
         case Noise(std, relative, seed):
-            unit = _std(write, write.steps[:number]) if relative else 1.0
-            return partial(_add_noise, std=std * unit, seed=seed)
+            return partial(_add_noise, std=std * (_std(before) if relative else 1.0), seed=seed)
         case LowRank(a, b, scale):
-            return partial(_add_low_rank, b_OR=values(b), a_RI=values(a) * np.float32(scale))
+            return partial(_add_low_rank, b=b, a_RI=values(a) * np.float32(scale))
+    raise AssertionError(f"{step} is a first step")
 
 
 def _add_noise(block_N: Floats, number: int, *, std: float, seed: int) -> Floats:
@@ -162,20 +174,20 @@ def _add_noise(block_N: Floats, number: int, *, std: float, seed: int) -> Floats
     return block_N + np.float32(std) * generator.standard_normal(block_N.size, np.float32)
 
 
-def _add_low_rank(block_N: Floats, number: int, *, b_OR: Floats, a_RI: Floats) -> Floats:
-    """Add the part of `b_OR @ a_RI` that a block covers, computing only the rows that it touches."""
-    columns = a_RI.shape[1]
-    start = number * BLOCK
-    first_row, skipped = divmod(start, columns)
-    last_row = math.ceil((start + block_N.size) / columns)
-    rows = b_OR[first_row:last_row] @ a_RI
+def _add_low_rank(block_N: Floats, number: int, *, b: TensorRef, a_RI: Floats) -> Floats:
+    """Add the part of `b @ a` that a block covers, computing only the rows that it touches."""
+    rank, columns = a_RI.shape
+    first_row, skipped = divmod(number * BLOCK, columns)
+    last_row = math.ceil((number * BLOCK + block_N.size) / columns)
+    raw = _elements(map_bytes(b), first_row * rank, last_row * rank, dtype=b.dtype)
+    rows = decode(raw, dtype=b.dtype).reshape(-1, rank) @ a_RI
     return block_N + rows.ravel()[skipped : skipped + block_N.size]
 
 
-def _std(write: TensorWrite, steps: Sequence[Step]) -> float:
-    """The population standard deviation of `write` after `steps`, in one pass (Chan, Golub and LeVeque 1979)."""
+def _std(numbers: Blocks) -> float:
+    """The population standard deviation, in one pass (Chan, Golub and LeVeque 1979)."""
     count, mean, squares = 0, 0.0, 0.0
-    for block_N in _floats(write, steps):
+    for block_N in numbers():
         wide_N = block_N.astype(np.float64)
         block_mean = float(wide_N.mean())
         shift = block_mean - mean

@@ -13,7 +13,7 @@ from frankenmoe.checkpoint.cast import first_nonfinite
 from frankenmoe.checkpoint.direct import Appender, appending, create
 from frankenmoe.checkpoint.header import header_bytes
 from frankenmoe.checkpoint.reading import Reader, reading
-from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, LowRank, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError, SourceError
 
@@ -39,7 +39,7 @@ def write_shard(
     """
     header = header_bytes([(write.name, write.dtype, write.shape) for write in writes], metadata=metadata)
     size = len(header) + sum(write.nbytes for write in writes)
-    uses = Counter(ref for write in writes for ref in write.inputs)
+    uses = Counter(ref for write in writes for ref in write.sources)
     with (
         reading() as sources,
         replacing(path, size=size, opened=create) as target,
@@ -49,8 +49,8 @@ def write_shard(
         on_bytes(len(header))
         shard = _Shard(partial_of(path), out, sources, uses=uses, scanned=scanned, on_bytes=on_bytes)
         for write in writes:
-            if write.is_copy:
-                shard.copy(write.inputs[0])
+            if write.copied is not None:
+                shard.copy(write.copied)
             else:
                 shard.compute(write)
 
@@ -113,7 +113,7 @@ class _Shard:
         if known is not None and known.end <= self._out.readable():
             self.copy(known)
             return
-        for factor in (ref for step in write.steps if isinstance(step, LowRank) for ref in (step.a, step.b)):
+        for factor in write.factors:
             if factor not in self._scanned:  # the product may hide a NaN of its factors
                 check_finite(factor)
         start = self._out.position

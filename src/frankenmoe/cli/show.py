@@ -17,11 +17,19 @@ from frankenmoe.cli.text import printable
 from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
 from frankenmoe.planning.bill import billions
+from frankenmoe.planning.candidates import candidates
+from frankenmoe.planning.distance import ALL_GROUPS, Distance
+from frankenmoe.planning.fitting import fit_forecast
 from frankenmoe.planning.forecast import forecast
+from frankenmoe.planning.groups import FFN
+from frankenmoe.recipe.sections import FitSettings
 
 WIDTH = 80
 GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
 SHOWN_UNUSED = 3
+SHOWN_DISTANCES = 16
+NAME_WIDTH = 30  # columns of an expert's name beside its distances
+MINUTE = 1e-4  # a share that percents with two digits still show
 
 
 def console() -> Console:
@@ -40,6 +48,7 @@ def show_plan(made: Plan) -> None:
         table.add_row(name, escape(printable(value)))
     out = console()
     out.print(table)
+    show_distances(made.distances)
     reasons = _unused_by_reason(facts["unused"])
     for reason, names in reasons.items():
         more = f" and {len(names) - SHOWN_UNUSED} more" if len(names) > SHOWN_UNUSED else ""
@@ -65,10 +74,13 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
         ("shape", f"{made.layers} layers x {made.experts} experts, {made.recipe.experts_per_token} per token"),
         ("routers", f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {len(made.routers)} gates"),
+        *_fit_lines(made),
+        ("backbone", _backbone(made)),
         ("parameters", f"{counts['total']:,} ({billions(counts['total'])})"),
         ("  active per token", f"{counts['active']:,} ({billions(counts['active'])})"),
         ("  shared by all", f"{counts['shared']:,}"),
         ("  per expert", f"{counts['per_expert']:,}"),
+        *(("" if at else "as adapters", line) for at, line in enumerate(_adapter_lines(facts["as_adapter"]))),
         ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
         ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
         *(("" if at else "  as GGUF", line) for at, line in enumerate(_gguf_lines(made))),
@@ -77,6 +89,56 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} short'}"),
         ("licences", ", ".join(licences) or "none declared"),
     ]
+
+
+def _adapter_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Per expert that is a low-rank adapter on the base's FFNs: its rank and what it saves in the virtual form."""
+    lines = []
+    for row in rows:
+        low, high = row["rank"]
+        rank = f"{low}" if low == high else f"{low} to {high}"
+        about = "" if row["certain"] else "at most "
+        lines.append(f"{row['expert']}: rank {rank}, {about}{gib(row['bytes'])} instead of {gib(row['instead_of'])}")
+    return lines
+
+
+def _backbone(made: Plan) -> str:
+    if not made.backbone_open:
+        return f"{made.choice} ({made.choice.why})"
+    tried = candidates(made)
+    among = f"; candidates: {'; '.join(map(str, tried))}" if len(tried) > 1 else ""
+    return f"{made.choice.why}{among}"
+
+
+def show_distances(distances: Sequence[Distance]) -> None:
+    """Prints how far every parent is from the base, group by group; nothing if none differs."""
+    rows = list({each.source: each for each in reversed(distances)}.values())[::-1]
+    if not any(each.differs or each.groups.get(FFN) for each in rows):
+        return
+    groups = [group for group in ALL_GROUPS if any(group in each.groups for each in rows)]
+    sampled = ", from blocks of large tensors" if any(each.sampled for each in rows) else ""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("expert", overflow="ellipsis", no_wrap=True, max_width=NAME_WIDTH)
+    for group in groups:
+        table.add_column("FFN" if group == FFN else group, justify="right", no_wrap=True)
+    for each in rows[:SHOWN_DISTANCES]:
+        table.add_row(escape(printable(each.expert)), *(_percent(each.groups.get(group)) for group in groups))
+    out = console()
+    out.print(f"distance of the parents to the base, of its norm{sampled}", style="bold", highlight=False)
+    out.print(table)
+    if len(rows) > SHOWN_DISTANCES:
+        out.print(f"and {len(rows) - SHOWN_DISTANCES} more", style="dim")
+
+
+def _percent(share: float | None) -> str:
+    return "?" if share is None else "0" if not share else f"{share:.2%}" if share >= MINUTE else f"{share:.0e}"
+
+
+def _fit_lines(made: Plan) -> list[tuple[str, str]]:
+    cost = fit_forecast(made, made.recipe.fit or FitSettings())
+    if cost is None:
+        return []
+    return [("  fit", f"{cost.method}: {cost.forward_passes:.1f} forward passes over about {cost.tokens:,} tokens")]
 
 
 def _gguf_lines(made: Plan) -> list[str]:

@@ -21,6 +21,7 @@ from frankenmoe.demo.kits import TOY, Kit
 from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
 from frankenmoe.evaluate.quiz import quiz
+from frankenmoe.gates.forcing import forced
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.generate import Reply, reply
 from frankenmoe.moe.load import MoE
@@ -112,7 +113,7 @@ def _tell(out: Path, kit: Kit, progress: Progress) -> Story:
     finished = run(subject, out / "run", progress=progress)
     built = finished.artifact
     moe = load(built)
-    losses = dict(_losses(recipe, parents, out / "run", moe, kit.random_seeds, progress))
+    losses = dict(_losses(subject.plan.recipe, parents, out / "run", moe, kit.random_seeds, progress))
     return Story(
         folder=out,
         parents=parents["base"].parent,
@@ -205,14 +206,15 @@ def _losses(
     drawn = [row(load(_changed(recipe, plain | {"gate_mode": "random", "seed": seed})).model) for seed in range(seeds)]
     yield RANDOM, {domain: mean(found[domain] for found in drawn) for domain in DOMAINS}
     yield PROMPTED, row(load(_changed(recipe, plain | {"gate_mode": "hidden_avg"})).model)
-    yield FITTED, row(load(fitted).model)
+    model = load(fitted).model
+    yield FITTED, row(model)
     if trained.is_dir():
         yield TRAINED, row(load(trained).model)
-    forced: dict[str, float] = {}
-    for expert in plain["experts"]:
-        alone = plain | {"experts": [expert], "experts_per_token": 1, "gate_mode": "random"}
-        forced |= row(load(_changed(recipe, alone)).model, (expert["name"],))
-    yield FORCED, forced
+    own: dict[str, float] = {}
+    for index, expert in enumerate(plain["experts"]):
+        with forced(model, (index,)):
+            own |= row(model, (expert["name"],))
+    yield FORCED, own
 
 
 def _quiz(parents: Mapping[str, Path], moe: MoE) -> Mapping[str, Mapping[str, float]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frankenmoe.artifact.folder import ROUTERS, Artifact, write_routers
+from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import ExportReport, about, versions
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
@@ -175,13 +176,14 @@ def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -
         _check_set(subject, allow_random=allow_random)
         yield subject.parts
         return
-    parts = gguf_parts(subject.plan)  # raises what llama.cpp does not support before routers are made
+    gguf_parts(subject.planned)  # raises what llama.cpp does not support before routers are made
     if subject.artifact is None:
-        check_buildable(subject.plan, virtual=True, allow_identical=True)
-    _check_set(subject, allow_random=allow_random or (subject.artifact is None and subject.plan.all_identical))
+        check_buildable(subject.planned, virtual=True, allow_identical=True)
+    _check_set(subject, allow_random=allow_random or (subject.artifact is None and subject.planned.all_identical))
     if subject.artifact is not None:
         yield subject.parts
         return
+    parts = gguf_parts(subject.resolved(progress).plan)
     with tempfile.TemporaryDirectory() as folder:
         write_routers(Path(folder), subject.routers(progress).routers)
         yield parts.with_gates(read_header(Path(folder) / ROUTERS))
@@ -190,10 +192,11 @@ def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -
 def _check_set(subject: Subject, *, allow_random: bool) -> None:
     """Raises ArtifactError for random gates, which neither the gate mode nor a later stage has set."""
     stages = subject.artifact.record.get("stages") or [] if subject.artifact else []
+    stages = [stage for stage in stages if stage.get("stage") != BACKBONE]
     modes = [stage.get("gate_mode") for stage in stages] if subject.artifact else [subject.recipe.gate_mode]
     later = any(stage.get("stage") != "build" for stage in stages)
     random = not later and all(mode in RANDOM_MODES for mode in modes)
-    if random and len(subject.parts.nodes) > 1 and not allow_random:
+    if random and len(subject.recipe.experts) > 1 and not allow_random:
         raise ArtifactError(
             f"the routers of {subject.origin} are random: gate_mode random, and no later fit or training",
             hint="fit them first, or add --allow-random",

@@ -108,11 +108,11 @@ def _moved(sink: _Sink, tensor: GgufTensor, part: TensorWrite, key: object) -> b
         _copy(sink.fd, sink.kept[key])
         return True
     rows, columns = _matrix(part.shape)
-    as_is = part.is_copy and tensor.factor == 1 and not tensor.heads and _matrix(_part_shape(tensor)) == (rows, columns)
-    if not as_is or sink.target.types[tensor.name] != part.dtype:
+    as_is = tensor.factor == 1 and not tensor.heads and _matrix(_part_shape(tensor)) == (rows, columns)
+    if part.copied is None or not as_is or sink.target.types[tensor.name] != part.dtype:
         return False
-    check_finite(part.inputs[0])
-    _copy(sink.fd, part.inputs[0])
+    check_finite(part.copied)
+    _copy(sink.fd, part.copied)
     return True
 
 

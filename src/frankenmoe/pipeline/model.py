@@ -4,16 +4,28 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from frankenmoe.artifact.folder import open_artifact
+from frankenmoe.artifact.healing import HealReport
 from frankenmoe.artifact.reports import FitReport, TrainingReport
 from frankenmoe.build.run import build
 from frankenmoe.pipeline.job import Job, Stage, artifact_files, sources, texts
 from frankenmoe.planning.names import expert_data
 from frankenmoe.progress import Progress
+from frankenmoe.subject import Subject, open_subject
 
 
 def training_report(job: Job) -> Path:
     """The report of the stage `train`, which exists if the recipe has that section."""
     return job.folder("train") / "training.json"
+
+
+def _healed(job: Job) -> Subject:
+    """What routers are made for: the recipe, with healed experts if it asks for them."""
+    if job.recipe.heal is None:
+        return job.subject
+    like = job.subject
+    return open_subject(
+        job.folder("heal") / "recipe.yml", dtype=like.dtype, cache=like.cache, trust_remote_code=like.trust_remote_code
+    )
 
 
 def _before_training(job: Job) -> Path:
@@ -27,8 +39,15 @@ def _before_build(job: Job) -> Path | None:
     return job.folder(last) if last else None
 
 
+def _heal_files(job: Job) -> Iterator[Path]:
+    yield from sources(job)
+    yield from texts(job, expert_data(job.recipe))
+
+
 def _recipe_files(job: Job) -> Iterator[Path]:
     """The files that an artifact made from the recipe depends on."""
+    if job.recipe.heal:
+        yield from artifact_files(job.folder("heal"))
     yield from sources(job)
     yield from texts(job, expert_data(job.recipe))
 
@@ -43,27 +62,49 @@ def _build_files(job: Job) -> Iterator[Path]:
     return artifact_files(before) if before else _recipe_files(job)
 
 
+def _heal(job: Job, progress: Progress) -> None:
+    from frankenmoe.backbone.run import heal_recipe
+
+    assert job.recipe.heal is not None
+    heal_recipe(job.subject, job.folder("heal"), settings=job.recipe.heal, progress=progress)
+
+
 def _make_virtual(job: Job, progress: Progress) -> None:
-    build(job.subject, job.folder("virtual"), virtual=True, allow_identical=True, progress=progress)
+    build(
+        _healed(job),
+        job.folder("virtual"),
+        virtual=True,
+        allow_identical=True,
+        device=job.device,
+        progress=progress,
+    )
 
 
 def _fit(job: Job, progress: Progress) -> None:
     from frankenmoe.gates.run import fit
 
-    fit(job.subject, job.folder("fit"), settings=job.recipe.fit, progress=progress)
+    fit(_healed(job), job.folder("fit"), settings=job.recipe.fit, progress=progress, **job.place)
 
 
 def _train(job: Job, progress: Progress) -> None:
     from frankenmoe.train.run import train
 
-    train(job.open(_before_training(job)), job.folder("train"), settings=job.recipe.train, progress=progress)
+    before = job.open(_before_training(job))
+    train(before, job.folder("train"), settings=job.recipe.train, progress=progress, **job.place)
 
 
 def _build(job: Job, progress: Progress) -> None:
     before = _before_build(job)
-    subject = job.open(before) if before else job.subject
+    subject = job.open(before) if before else _healed(job)
     # identical experts were checked before the first stage
-    build(subject, job.model, settings=job.settings("build"), allow_identical=True, progress=progress)
+    settings = job.settings("build")
+    build(subject, job.model, settings=settings, allow_identical=True, device=job.device, progress=progress)
+
+
+def _heal_summary(job: Job) -> str:
+    found = HealReport.read(job.folder("heal") / "heal.json")
+    change = f"held-out loss {found.means['before']:.4f} to {found.means['after']:.4f}"
+    return f"{len(found.kept)} of {len(found.experts)} experts: {change}"
 
 
 def _fit_summary(job: Job) -> str:
@@ -83,6 +124,7 @@ def _build_summary(job: Job) -> str:
 
 
 MAKING = (
+    Stage("heal", _heal_files, _heal, _heal_summary),
     Stage("virtual", _recipe_files, _make_virtual, lambda job: f"routers by {job.recipe.gate_mode}"),
     Stage("fit", _recipe_files, _fit, _fit_summary),
     Stage("train", _training_files, _train, _train_summary),

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
+from frankenmoe.families.spec import MoEFormat
 from frankenmoe.planning.sources import Source, odd_heads
 from frankenmoe.planning.tree import ExpertNode
 
@@ -87,6 +88,19 @@ def make_bill(
     )
 
 
+def beside_experts(
+    fmt: MoEFormat | None,
+    groups: tuple[tuple[TensorWrite, ...], ...],
+    backbone: tuple[TensorWrite, ...],
+    shared: tuple[ExpertNode, ...],
+) -> list[TensorWrite]:
+    """Writes that are neither backbone nor routed experts: the shared expert and zeros that a format requires."""
+    if fmt is None:
+        return [write for node in shared for leaf in node.leaves() for row in leaf.ffn for write in row.values()]
+    inside = {write.name for write in backbone}
+    return [write for group in groups for write in group if write.name not in inside and ".experts." not in write.name]
+
+
 def expert_parameters(node: ExpertNode) -> int:
     """Parameters of all FFNs below a node, without its routers."""
     return sum(write.numel for leaf in node.leaves() for row in leaf.ffn for write in row.values())
@@ -103,10 +117,11 @@ def distinct_bytes(static: Iterable[TensorWrite], leaves: Iterable[ExpertNode]) 
     """Bytes of a virtual MoE in memory: each source tensor once, and each computed tensor."""
     writes = [*static, *(write for leaf in leaves for row in leaf.ffn for write in row.values())]
     loras = [lora for leaf in leaves for row in leaf.loras for lora in row.values()]
-    copied = (write.inputs[0] if write.is_copy else write for write in writes)
+    copied = (write.copied or write for write in writes)
     # a reference without weights has no bytes, but the write that copies it knows how many there will be
     sizes = {_place(each): write.nbytes for each, write in zip(copied, writes, strict=True)}
-    return sum((sizes | {_place(ref): ref.nbytes for lora in loras for ref in (lora.a, lora.b)}).values())
+    factors = (ref for lora in loras for ref in (lora.a, lora.b))
+    return sum((sizes | {_place(ref): ref.numel * DTYPES[ref.dtype].itemsize for ref in factors}).values())
 
 
 def _place(what: TensorRef | TensorWrite) -> object:

@@ -12,7 +12,7 @@ import yaml
 
 from frankenmoe.checkpoint.fingerprint import same_place, same_values
 from frankenmoe.checkpoint.header import parse_object
-from frankenmoe.checkpoint.tensors import TensorRef
+from frankenmoe.checkpoint.tensors import LowRank, TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
 
@@ -67,9 +67,15 @@ def one_for_all(nodes: Sequence[ExpertNode], identical: Iterable[Sequence[int]])
 
 def _outline(node: ExpertNode) -> object:
     """Everything about an expert but its tensors: its nesting, and per matrix the steps and the adapter's scale."""
-    ffn = [sorted((suffix, len(write.inputs), write.steps) for suffix, write in row.items()) for row in node.ffn]
+    ffn = [{suffix: _recipe(write) for suffix, write in row.items()} for row in node.ffn]
     loras = [sorted((suffix, lora.scale) for suffix, lora in row.items()) for row in node.loras]
     return node.top_k, ffn, loras, [_outline(child) for child in node.children]
+
+
+def _recipe(write: TensorWrite) -> object:
+    """How a tensor is computed, without the tensors it is computed from."""
+    inputs = [_recipe(each) if isinstance(each, TensorWrite) else None for each in write.inputs]
+    return inputs, [("low rank", step.scale) if isinstance(step, LowRank) else step for step in write.steps]
 
 
 def _ref_pairs(one: ExpertNode, two: ExpertNode) -> Iterator[tuple[TensorRef, TensorRef]]:
@@ -79,7 +85,7 @@ def _ref_pairs(one: ExpertNode, two: ExpertNode) -> Iterator[tuple[TensorRef, Te
 
 
 def _refs(leaf: ExpertNode) -> list[TensorRef]:
-    written = [ref for row in leaf.ffn for suffix in sorted(row) for ref in row[suffix].inputs]
+    written = [ref for row in leaf.ffn for suffix in sorted(row) for ref in row[suffix].sources]
     return written + [ref for row in leaf.loras for suffix in sorted(row) for ref in (row[suffix].a, row[suffix].b)]
 
 
@@ -111,6 +117,21 @@ def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
                     f"{other.name} was trained with {key} {other.config[key]}, the base has {base.config[key]}; "
                     "the base decides"
                 )
+    return found
+
+
+def licence_warnings(sources: Iterable[Source]) -> list[str]:
+    """A sentence if the sources and their adapters are under different licences, and one if some declare none."""
+    found, sources = [], list(sources)
+    declared = {str(source.name): licence(source.folder) for source in sources}
+    adapters = [source.adapter.folder for source in sources if source.adapter is not None]
+    declared |= {f"the adapter {folder}": licence(folder) for folder in adapters}
+    named = {str(value) for value in declared.values() if value}
+    if len(named) > 1:
+        found.append(f"the sources are under different licences: {', '.join(sorted(named))}")
+    silent = [name for name, value in declared.items() if value is None]
+    if silent:
+        found.append(f"no licence is declared in {', '.join(silent)}")
     return found
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite
+from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import FAMILIES, FORMATS, Family, MoEFormat, rope
 from frankenmoe.families.formats import FFN_SUFFIXES
@@ -96,13 +96,12 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
     family = base.family
     assert family is not None
     for leaf in (leaf for node in (*nodes, *shared) for leaf in node.leaves()):
-        source = leaf.source
-        assert source is not None
-        for key in ("hidden_act", "mlp_bias"):
+        assert leaf.source is not None
+        for source, key in ((source, key) for source in leaf.source.singles for key in ("hidden_act", "mlp_bias")):
             ours, theirs = family.value(base.config, key), family.value(source.config, key)
             if (ours or False) != (theirs or False):
                 found.append(f"expert {leaf.name} has {key} {theirs}, the base {ours}; a built MoE has one for all")
-    return tuple(found)
+    return tuple(dict.fromkeys(found))
 
 
 def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, recipe: Recipe) -> list[str]:
@@ -233,3 +232,17 @@ def _named(write: TensorWrite, name: str, doubled: bool) -> TensorWrite:
 
 def _zeros(name: str, shape: tuple[int, ...], dtype: str) -> TensorWrite:
     return TensorWrite(name=name, dtype=dtype, shape=shape, inputs=(), steps=(Constant(0.0),))
+
+
+def stored_dtype(name: str) -> str:
+    """The safetensors type of a name such as bfloat16. PlanError for an unsupported one."""
+    try:
+        found = safetensors_dtype(name)
+    except ValueError:
+        found = name
+    if found not in ("F32", "F16", "BF16"):
+        raise PlanError(
+            f"an MoE cannot be stored with dtype {name}, expected float32, float16 or bfloat16",
+            hint="write dtype: bfloat16 in the recipe",
+        )
+    return found

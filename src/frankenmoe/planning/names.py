@@ -24,3 +24,8 @@ def expert_data(recipe: Recipe) -> list[str]:
     """The `data` of every expert at every depth, shared ones included."""
     experts = (*recipe.experts, *recipe.shared_experts)
     return [text for _, _, expert in named_experts(experts) for text in expert.data]
+
+
+def named_leaves(nodes: Sequence[ExpertNode]) -> Iterator[tuple[str, ExpertNode]]:
+    """(name, expert) of every expert that is not a mixture itself; a nested one is named "group/leaf"."""
+    return ((name, node) for name, _, node in named_experts(nodes) if not node.children)

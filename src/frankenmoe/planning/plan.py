@@ -8,23 +8,28 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from frankenmoe.checkpoint.hub import local_path
-from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
+from frankenmoe.checkpoint.peft import CONFIG
+from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
-from frankenmoe.planning.bill import Bill, kv_numbers, make_bill, statistics_bytes
+from frankenmoe.planning.asadapter import Extracted, extracted_adapters, savings
+from frankenmoe.planning.backbone import Choice, backbone_writes, choose, lost_differences
+from frankenmoe.planning.bill import Bill, beside_experts, kv_numbers, make_bill, statistics_bytes
 from frankenmoe.planning.compare import (
     COMPARE_LIMIT,
     compared_whole,
     identical_groups,
     licence,
+    licence_warnings,
     same_expert,
     source_warnings,
 )
+from frankenmoe.planning.distance import Distance, distances
 from frankenmoe.planning.files import check_small_files, deciding_files, small_files, states
 from frankenmoe.planning.heads import with_own_head
 from frankenmoe.planning.layout import (
@@ -35,19 +40,14 @@ from frankenmoe.planning.layout import (
     expert_conflicts,
     format_notes,
     router_shapes,
+    stored_dtype,
 )
-from frankenmoe.planning.sources import (
-    Source,
-    anatomy,
-    check_anatomies,
-    check_siblings,
-    check_tensors,
-    open_source,
-    sources_of,
-)
+from frankenmoe.planning.siblings import check_ffns, check_siblings
+from frankenmoe.planning.sources import Source, anatomy, check_tensors, open_source, sources_of
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
-from frankenmoe.planning.tree import ExpertNode, backbone_writes, expert_nodes, ffn_writes
+from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
+from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
 
@@ -57,7 +57,8 @@ class Plan:
 
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors, `groups` the
     built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
-    True if some identical experts (or the base) are so large that only blocks of them were compared.
+    True if some identical experts (or the base) are so large that only blocks of them were compared. `measured` is the
+    report on how the backbone was chosen, if it was by measurement.
     """
 
     recipe: Recipe
@@ -77,7 +78,11 @@ class Plan:
     equals_base: bool
     identical_sampled: bool
     unused: tuple[tuple[str, str, str], ...] = field(repr=False)
+    choice: Choice
+    distances: tuple[Distance, ...] = ()
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
+    extracted: Mapping[tuple[int, ...], Extracted] = field(default_factory=dict, repr=False)
+    measured: Mapping[str, Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -87,6 +92,11 @@ class Plan:
         return self.base.trust_remote_code
 
     @property
+    def backbone_open(self) -> bool:
+        """Whether text and a running model must decide how the backbone is made, before the MoE is."""
+        return self.choice.open
+
+    @property
     def experts(self) -> int:
         return len(self.nodes)
 
@@ -94,6 +104,11 @@ class Plan:
     def all_identical(self) -> bool:
         """Whether all experts have the same weights, so that routers make no difference."""
         return self.experts > 1 and any(len(group) == self.experts for group in self.identical_experts)
+
+    @property
+    def all_extracted(self) -> bool:
+        """Whether every adapter that `as_adapter` asks for is there."""
+        return all(each.there for each in self.extracted.values())
 
     @cached_property
     def writes(self) -> tuple[TensorWrite, ...]:
@@ -127,12 +142,13 @@ class Plan:
         return make_bill(
             backbone=self.backbone,
             nodes=self.nodes,
-            extra=_beside_experts(self.fmt, self.groups, self.backbone, self.shared),
+            extra=beside_experts(self.fmt, self.groups, self.backbone, self.shared),
             routers=self.routers,
             top_k=self.recipe.experts_per_token,
             itemsize=4 if self.dtype == "F32" else 2,
             kv_numbers=kv_numbers(self.base),
             small_files=sum(file.stat().st_size for file in small_files(self.base))
+            + sum(each.bytes for each in self.extracted.values())
             + (statistics_bytes(self.routers) if fitted else 0),
         )
 
@@ -146,6 +162,8 @@ class Plan:
         given = () if self.routers_file is None else (self.routers_file,)
         files = states(self.source_files, (*self.deciding_files, *given))
         facts = [LAYOUT_VERSION, self.recipe.digest, self.dtype, self.fmt.name if self.fmt else None, files]
+        if not self.choice.from_base:
+            facts.append(str(self.choice))
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     @property
@@ -153,8 +171,10 @@ class Plan:
         """Every weight file that the plan reads from."""
         adapters = [source.adapter for source in self.sources if source.adapter is not None]
         files = [file for source in self.sources for file in source.checkpoint.files]
-        refs = [ref for adapter in adapters for ref in adapter.tensors.values()]
-        return tuple(dict.fromkeys([*files, *(ref.file for ref in refs), *(ref.file for ref in self.trained)]))
+        files += [ref.file for adapter in adapters for ref in adapter.tensors.values()]
+        # one for each expert, also if two have equal ones, as an artifact has a copy for each
+        extracted = (file for each in self.extracted.values() for file in each.files)
+        return (*dict.fromkeys(files), *extracted, *dict.fromkeys(ref.file for ref in self.trained))
 
     @property
     def routers_file(self) -> Path | None:
@@ -169,7 +189,8 @@ class Plan:
     @property
     def deciding_files(self) -> tuple[Path, ...]:
         """Every config and small file that the plan depends on."""
-        return deciding_files(self.base, self.sources)
+        configs = [each.adapter.folder / CONFIG for each in self.extracted.values() if each.there]
+        return (*deciding_files(self.base, self.sources), *configs)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, as `frankenmoe plan --json` prints it."""
@@ -184,7 +205,9 @@ class Plan:
             **self.bill.to_dict(),
             "identical_experts": [list(group) for group in self.identical_experts],
             "equals_base": self.equals_base,
+            "backbone": self.choice.to_dict() | {"distances": [each.to_dict() for each in self.distances]},
             "identical_sampled": self.identical_sampled,
+            "as_adapter": savings(self.extracted, (*self.nodes, *self.shared)),
             "warnings": list(self.warnings),
             "problems": list(self.problems),
             "writes": len(self.writes) + len(self.routers),
@@ -208,10 +231,20 @@ class Plan:
         )
 
 
-def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, trust_remote_code: bool = False) -> Plan:
+def plan(
+    recipe: Recipe,
+    *,
+    dtype: str | None = None,
+    weights: bool = False,
+    trust_remote_code: bool = False,
+    extract: bool = True,
+    inside: Path | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
     """Plans a recipe. `dtype` overrides the recipe's. `weights=True` downloads and requires weights, not only configs.
 
-    Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
+    With weights and `extract`, adapters of `as_adapter` experts are extracted into the user's cache, unless it or the
+    artifact `inside` has them. Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
     """
     opened = {
         (str(name), adapter): with_own_head(
@@ -229,18 +262,21 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     parts = {key: (source, anatomy(source)) for key, source in opened.items()}
     for source, found in parts.values():
         check_tensors(source, found)
-    averaged = recipe.backbone == "average"
-    check_anatomies(parts[(str(recipe.base_model), None)], parts.values(), averaged=averaged)
-    base_parts = parts[(str(recipe.base_model), None)][1]
+    base_pair = parts[(str(recipe.base_model), None)]
+    base_parts = base_pair[1]
+    check_ffns(base_pair, parts.values())
     if len(recipe.shared_experts) > 1:
         raise PlanError(
             f"the recipe has {len(recipe.shared_experts)} shared experts, expected at most one",
             hint="make the others routed experts",
         )
-    stored = _stored_dtype(dtype or recipe.dtype or base.dtype)
+    stored = stored_dtype(dtype or recipe.dtype or base.dtype)
     trained = open_trained(recipe)
-    nodes = nodes_with_trained(expert_nodes(recipe, recipe.experts, sources=parts, dtype=stored), trained)
-    shared = expert_nodes(recipe, recipe.shared_experts, sources=parts, dtype=stored, path=SHARED)
+    extracted = extracted_adapters(recipe, parts, may=weights and extract, inside=inside, progress=progress)
+    adapters = {path: each.adapter for path, each in extracted.items()}
+    made_of = partial(expert_nodes, recipe, sources=parts, dtype=stored, extracted=adapters)
+    nodes = nodes_with_trained(made_of(experts=recipe.experts), trained)
+    shared = made_of(experts=recipe.shared_experts, path=SHARED)
     shared = nodes_with_trained(shared, trained)
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
@@ -252,7 +288,10 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
     can_gate = fmt is not None and fmt.shared_gate is not None
     gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)
-    backbone = with_trained(backbone_writes(recipe, base, base_parts, nodes=nodes, dtype=stored), trained)
+    apart = distances(base_pair, nodes)
+    choice = choose(recipe, base_pair, nodes, apart)
+    writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
+    backbone = with_trained(writes, trained)
     check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
     groups: tuple[tuple[TensorWrite, ...], ...] = ()
     if fmt is not None and base.family is not None:
@@ -265,7 +304,7 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
     whole = fmt is None or fmt.renormalizes_top1 or recipe.experts_per_token > 1
-    equals_base = whole and not shared and recipe.backbone == "base" and _equals_base(nodes, base_node)
+    equals_base = whole and not shared and choice.from_base and backbone == writes and _equals_base(nodes, base_node)
     made = Plan(
         recipe=recipe,
         fmt=fmt,
@@ -289,29 +328,18 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
         unused=unused_tensors(
             parts.values(),
             base=base,
-            averaged=averaged,
+            by_group=choice.by_group,
             trained=bool(trained),
             nodes=(*nodes, *shared),
             backbone=backbone,
         ),
         trained=tuple(trained.values()),
+        extracted=extracted,
+        choice=choice,
+        distances=apart,
         problems=problems,
     )
     return _with_warnings(made, others)
-
-
-def _stored_dtype(name: str) -> str:
-    """The safetensors type of a name such as bfloat16. PlanError for an unsupported one."""
-    try:
-        found = safetensors_dtype(name)
-    except ValueError:
-        found = name
-    if found not in ("F32", "F16", "BF16"):
-        raise PlanError(
-            f"an MoE cannot be stored with dtype {name}, expected float32, float16 or bfloat16",
-            hint="write dtype: bfloat16 in the recipe",
-        )
-    return found
 
 
 def _with_warnings(made: Plan, others: list[Source]) -> Plan:
@@ -337,6 +365,8 @@ def _identity_warnings(made: Plan) -> list[str]:
 
 def _own_warnings(made: Plan) -> list[str]:
     recipe, found = made.recipe, list(made.recipe.notes)
+    if not made.trained:  # training, or regmean, has replaced tensors of the backbone
+        found.extend(lost_differences(made.choice, made.distances))
     if made.fmt is not None and not made.fmt.loads_in_transformers:
         found.append(f"{made.fmt.title} loads in vLLM, llama.cpp and frankenmoe; transformers needs remote code for it")
     if made.fmt is not None and made.fmt.inert_shared_ffn and not made.shared:
@@ -358,29 +388,9 @@ def _own_warnings(made: Plan) -> list[str]:
         found.append(
             "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
         )
-    declared = {str(source.name): licence(source.folder) for source in made.sources}
-    adapters = [source.adapter.folder for source in made.sources if source.adapter is not None]
-    declared |= {f"the adapter {folder}": licence(folder) for folder in adapters}
-    named = {str(value) for value in declared.values() if value}
-    if len(named) > 1:
-        found.append(f"the sources are under different licences: {', '.join(sorted(named))}")
-    silent = [name for name, value in declared.items() if value is None]
-    if silent:
-        found.append(f"no licence is declared in {', '.join(silent)}")
+    found += [each.warning for each in made.extracted.values() if not each.certain]
+    found += licence_warnings(made.sources)
     return found
-
-
-def _beside_experts(
-    fmt: MoEFormat | None,
-    groups: tuple[tuple[TensorWrite, ...], ...],
-    backbone: tuple[TensorWrite, ...],
-    shared: tuple[ExpertNode, ...],
-) -> list[TensorWrite]:
-    """Writes that are neither backbone nor routed experts: the shared expert and zeros that a format requires."""
-    if fmt is None:
-        return [write for node in shared for leaf in node.leaves() for row in leaf.ffn for write in row.values()]
-    inside = {write.name for write in backbone}
-    return [write for group in groups for write in group if write.name not in inside and ".experts." not in write.name]
 
 
 def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:

@@ -11,6 +11,7 @@ from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.planning.plan import Plan, plan
 from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.backbone import BASE
 
 
 def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code: bool = False) -> Plan:
@@ -20,11 +21,17 @@ def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code:
     """
     recipe = recipe_of(artifact)
     if known is not None and known.digest_now() == known.digest:
-        made = replace(known, recipe=recipe)
+        made = replace(known, recipe=recipe, measured=None)
         check_sources(artifact, made)
         return made
     try:
-        made = plan(recipe, dtype=artifact.record["dtype"], weights=True, trust_remote_code=trust_remote_code)
+        made = plan(
+            recipe,
+            dtype=artifact.record["dtype"],
+            weights=True,
+            trust_remote_code=trust_remote_code,
+            inside=artifact.folder,
+        )
     except SourceError as error:
         raise ArtifactError(
             f"the sources of {artifact.folder} cannot be used any more: {error.message}",
@@ -52,8 +59,10 @@ def recipe_of(artifact: Artifact) -> Recipe:
     folder = Path(record["recipe_folder"])
     if not folder.is_dir():
         folder = (artifact.folder / record["recipe_folder_from_here"]).resolve()
+    # records from before there was a choice do not say that the backbone is the base's
+    recipe = {**record["recipe"], "backbone": record["recipe"].get("backbone", BASE)}
     return Recipe.parse(
-        yaml.safe_dump(record["recipe"], sort_keys=False),
+        yaml.safe_dump(recipe, sort_keys=False),
         folder=folder,
         origin=str(artifact.folder / "recipe.yml"),
     )

@@ -16,22 +16,13 @@ from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, Family
 from frankenmoe.families.spec import Dims
 from frankenmoe.recipe import Expert, Recipe, SourceName
+from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
 
 # a tensor of a per-layer `mlp` in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
 FFN_NAME = re.compile(r"^(?P<prefix>.*\.(?P<layer>\d+)\.mlp\.)(?P<suffix>.+)$")
 # a tensor of an expert: mlp.experts.3.w, block_sparse_moe.experts.3.w, mlp.experts.gate_up_proj ...
 OWN_EXPERTS = re.compile(r"\.\d+\.(\w+\.)*experts\.")
 BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
-
-# config fields in which parents must agree -> their name in messages
-MUST_AGREE: Mapping[str, str] = {
-    "model_type": "family",
-    "hidden_size": "hidden size",
-    "num_hidden_layers": "layer count",
-    "intermediate_size": "FFN width",
-    "num_attention_heads": "head count",
-    "vocab_size": "vocabulary",
-}
 
 # sizes that every config must have, those that families with a table need too, and optional ones
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -84,10 +75,26 @@ class Anatomy:
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """How several sources become one parent. `base` is None for methods that take nothing from one."""
+
+    settings: ExpertMerge
+    base: "Source | None"
+    models: tuple["Source", ...]
+    seed: int
+
+    @property
+    def inputs(self) -> tuple["Source", ...]:
+        """The base, if there is one, and then the models."""
+        return self.models if self.base is None else (self.base, *self.models)
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """An opened dense checkpoint. Its headers have been read and checked, its weights have not.
 
-    `trust_remote_code` allows Python code in its folder to run.
+    `trust_remote_code` allows Python code in its folder to run. With `merged`, it stands for a merge of several
+    checkpoints; then config and folder are those of the first model, and no single file has its tensors.
     """
 
     name: SourceName
@@ -96,6 +103,24 @@ class Source:
     trust_remote_code: bool = False
     # the config ties head and embeddings, but the weights differ: see planning/heads.py
     own_head: bool = False
+    merged: Merged | None = None
+
+    @property
+    def models(self) -> tuple["Source", ...]:
+        """Itself, or the models that are merged, without their base."""
+        return (self,) if self.merged is None else self.merged.models
+
+    @property
+    def singles(self) -> tuple["Source", ...]:
+        """The checkpoints that it is made from: itself, or those that are merged."""
+        return (self,) if self.merged is None else self.merged.inputs
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """What identifies a parent: the folders of model and adapter, or what is merged and how."""
+        if self.merged is not None:
+            return str(self.merged.settings.to_dict()), *(single.key for single in self.singles)
+        return self.folder, self.adapter.folder if self.adapter else None
 
     @property
     def folder(self) -> Path:
@@ -251,7 +276,17 @@ def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
     yield recipe.base_model, None
     for expert in leaves((*recipe.experts, *recipe.shared_experts)):
         if expert.source_model is not None:
-            yield expert.source_model, expert.adapter
+            yield expert.source_model, expert.adapter if expert.as_adapter is None else None
+        if expert.as_adapter is not None and expert.adapter is not None:
+            yield recipe.base_model, expert.adapter
+        if expert.merge is not None:
+            base = merge_base(recipe, expert.merge)
+            yield from ((name, None) for name in (*expert.merge.models, *((base,) if base else ())))
+
+
+def merge_base(recipe: Recipe, merge: ExpertMerge) -> SourceName | None:
+    """The base of a merged expert; None for methods that take nothing from one."""
+    return None if merge.method in WITHOUT_BASE else merge.base or recipe.base_model
 
 
 def leaves(experts: Iterable[Expert]) -> Iterator[Expert]:
@@ -330,50 +365,3 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
             "or bfloat16",
             hint=f"name the model it was quantized from, or dequantize it first: {_dequantizing('')}",
         )
-
-
-def check_siblings(base: Source, others: Iterable[Source]) -> None:
-    """Raises SourceError if a parent's config does not fit the base's; the message names every field that differs."""
-    for other in others:
-        differ = {
-            words: (base.config.get(key), other.config.get(key))
-            for key, words in MUST_AGREE.items()
-            if base.config.get(key) != other.config.get(key)
-        }
-        if set(differ) == {"vocabulary"}:
-            raise _other_vocabulary(base, other)
-        if differ:
-            sides = "; ".join(f"{words} {ours} against {theirs}" for words, (ours, theirs) in differ.items())
-            raise SourceError(
-                f"{other.name} does not fit beside the base {base.name}: {sides}",
-                hint="experts must be fine-tunes of one architecture; choose parents of the base's family and size",
-            )
-
-
-def _other_vocabulary(base: Source, other: Source) -> SourceError:
-    """The error for a parent with another vocabulary, and how to make it fit."""
-    ours, theirs = base.config.get("vocab_size"), other.config.get("vocab_size")
-    return SourceError(
-        f"{other.name} does not fit beside the base {base.name}: vocabulary {ours} against {theirs}, so it was trained "
-        "with tokens of its own that the base's tokenizer never produces",
-        hint=f"if the extra tokens do not matter, load {other.name} with transformers, call "
-        f"resize_token_embeddings({ours}), save_pretrained(folder), and name that folder: its FFNs stay the same",
-    )
-
-
-def check_anatomies(base: tuple[Source, Anatomy], others: Iterable[tuple[Source, Anatomy]], *, averaged: bool) -> None:
-    """Raises SourceError if tensors do not fit the base's: FFN matrices, and with `averaged` the backbones."""
-    for other in others:
-        ours, theirs = (_matrices(parts) | (dict(parts.backbone) if averaged else {}) for _, parts in (base, other))
-        odd = next((name for name in ours | theirs if ours.get(name) != theirs.get(name)), None)
-        if odd is not None:
-            sides = (f"{list(side[odd])}" if odd in side else "nothing" for side in (ours, theirs))
-            raise SourceError(
-                f"{other[0].name} does not fit beside the base {base[0].name}: {odd} is {' against '.join(sides)}",
-                hint="choose parents of the base's family and size"
-                + (", or take the base's own backbone with backbone: base" if averaged else ""),
-            )
-
-
-def _matrices(parts: Anatomy) -> dict[str, tuple[int, ...]]:
-    return {name: shape for name, shape in parts.ffn_shapes.items() if len(shape) > 1}

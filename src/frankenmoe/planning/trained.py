@@ -82,7 +82,7 @@ def check_used(
 ) -> None:
     """Raises SourceError for a trained tensor that belongs to no part of this recipe."""
     experts = (write for node in nodes for leaf in node.leaves() for row in leaf.ffn for write in row.values())
-    used = {ref for write in (*backbone, *experts) for ref in write.inputs}
+    used = {ref for write in (*backbone, *experts) for ref in write.sources}
     for name, ref in trained.items():
         if ref not in used:
             raise SourceError(

@@ -7,14 +7,14 @@ then the residual scale.
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from frankenmoe.checkpoint.reader import Adapter
-from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Mean, Noise, Scale, Step, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
-from frankenmoe.planning.sources import Anatomy, Source
-from frankenmoe.recipe import Expert, Recipe
+from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
+from frankenmoe.recipe import Expert, Recipe, SourceName
 
 PEFT_PREFIX = "base_model.model."
 # names of the matrix that writes to the residual stream, in the families of transformers
@@ -23,8 +23,11 @@ DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
 # a tensor of an adapter on an FFN, of any kind of adapter
 FFN_ADAPTER = re.compile(r"\.\d+\.mlp\.")
+EVERY_NAME = re.compile("")
 # PEFT settings that compute something other than W + scale * B A
 UNSUPPORTED_PEFT = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora")
+
+ParentTensors = Callable[[str, tuple[int, ...]], TensorRef | TensorWrite]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +78,16 @@ def expert_nodes(
     *,
     sources: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
     dtype: str,
+    extracted: Mapping[tuple[int, ...], Adapter],
     path: tuple[int, ...] = (),
 ) -> tuple[ExpertNode, ...]:
-    """The experts of one level as nodes; `dtype` is the safetensors type of the stored weights."""
+    """The experts of one level as nodes; `dtype` is the safetensors type of the stored weights.
+
+    `extracted` has the adapters that take the place of a source's FFNs, by the path of the expert.
+    """
     return tuple(
-        _node(recipe, expert, sources=sources, dtype=dtype, path=(*path, index)) for index, expert in enumerate(experts)
+        _node(recipe, expert, sources=sources, dtype=dtype, extracted=extracted, path=(*path, index))
+        for index, expert in enumerate(experts)
     )
 
 
@@ -89,23 +97,37 @@ def _node(
     *,
     sources: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
     dtype: str,
+    extracted: Mapping[tuple[int, ...], Adapter],
     path: tuple[int, ...],
 ) -> ExpertNode:
     if expert.experts:
-        children = expert_nodes(recipe, expert.experts, sources=sources, dtype=dtype, path=path)
+        children = expert_nodes(recipe, expert.experts, sources=sources, dtype=dtype, extracted=extracted, path=path)
         top_k = expert.experts_per_token or recipe.experts_per_token
         return ExpertNode(expert.name, path, None, children=children, top_k=top_k)
-    source, parts = sources[(str(expert.source_model), expert.adapter)]
+    source, parts = _parent(recipe, expert, sources)
     if expert.residual_scale is not None and not any(suffix.startswith(DOWN) for suffix in parts.ffn[0]):
         raise PlanError(
             f"residual_scale of expert {expert.name} cannot be applied: its FFN has {', '.join(parts.ffn[0])}, and "
             f"none of them is a known down projection ({', '.join(DOWN)})",
             hint="leave residual_scale out for this family",
         )
-    ffn, lora_rows = ffn_writes(source, parts, dtype=dtype)
+    if expert.as_adapter is None:
+        ffn, lora_rows = ffn_writes(source, parts, dtype=dtype)
+    else:  # `source` is still the parent, whose backbone may be merged
+        base, base_parts = sources[(str(recipe.base_model), None)]
+        ours = extracted[path] if path in extracted else sources[(str(recipe.base_model), expert.adapter)][0].adapter
+        shared, lora_rows = ffn_writes(replace(base, adapter=ours), base_parts, dtype=dtype)
+        # biases have no low rank, and weigh nothing: they are the parent's own
+        own, _ = ffn_writes(source, parts, dtype=dtype)
+        ffn = tuple(
+            {key: write if len(write.shape) > 1 else row[key] for key, write in layer.items()}
+            for layer, row in zip(shared, own, strict=True)
+        )
     changed = tuple(
         {
-            suffix: replace(write, steps=_steps(recipe, expert, name=write.name, suffix=suffix, path=path))
+            suffix: replace(
+                write, steps=(*write.steps, *_steps(recipe, expert, name=write.name, suffix=suffix, path=path))
+            )
             for suffix, write in layer.items()
         }
         for layer in ffn
@@ -113,17 +135,30 @@ def _node(
     return ExpertNode(expert.name, path, source, changed, lora_rows)
 
 
+def _parent(
+    recipe: Recipe, expert: Expert, sources: Mapping[tuple[str, str | None], tuple[Source, Anatomy]]
+) -> tuple[Source, Anatomy]:
+    """The source of an expert, or the merge of several as one source."""
+    if expert.merge is None:
+        return sources[(str(expert.source_model), expert.adapter if expert.as_adapter is None else None)]
+    base = merge_base(recipe, expert.merge)
+    models = tuple(sources[(str(name), None)][0] for name in expert.merge.models)
+    merged = Merged(expert.merge, sources[(str(base), None)][0] if base else None, models, recipe.seed)
+    parts = sources[(str(expert.merge.models[0]), None)][1]
+    return replace(models[0], name=SourceName(str(expert.merge)), adapter=None, merged=merged), parts
+
+
 def ffn_writes(
     source: Source, parts: Anatomy, *, dtype: str
 ) -> tuple[tuple[Mapping[str, TensorWrite], ...], tuple[Mapping[str, LowRank], ...]]:
-    """A source's unchanged FFNs: per layer, suffix -> write under its dense name, and suffix -> adapter step."""
-    loras = adapter_steps(source, parts)
-    refuse_strange_keys(source, FFN_ADAPTER)
+    """A parent's FFNs as they are: per layer, suffix -> write under its dense name, and suffix -> adapter step."""
+    for single in source.singles:
+        refuse_strange_keys(single, FFN_ADAPTER)
+    # the adapter of a single source stays apart, so that the virtual form keeps it low-rank
+    loras = {} if source.merged is not None else adapter_steps(source, parts)
+    tensors = parent_tensors(replace(source, adapter=None))
     ffn = tuple(
-        {
-            suffix: TensorWrite(name=name, dtype=dtype, shape=shape, inputs=(source.tensor(name, shape),), steps=())
-            for suffix, (name, shape) in layer.items()
-        }
+        {suffix: _written(tensors(name, shape), name, dtype) for suffix, (name, shape) in layer.items()}
         for layer in parts.ffn
     )
     return ffn, tuple({key: loras[name] for key, (name, _) in layer.items() if name in loras} for layer in parts.ffn)
@@ -241,39 +276,59 @@ def _odd_setting(adapter: Adapter, found: str, *, expected: str) -> SourceError:
     )
 
 
-def backbone_writes(
-    recipe: Recipe, base: Source, parts: Anatomy, *, nodes: tuple[ExpertNode, ...], dtype: str
-) -> tuple[TensorWrite, ...]:
-    """The backbone under its dense names: the base's, or with `backbone: average` the mean of the experts' parents.
-
-    Every expert counts once in the mean, as in Branch-Train-MiX (arXiv 2403.07816, section 2.2).
-    """
-    loras = adapter_steps(base, parts)
-    refuse_strange_keys(base, re.compile(""))
-    donors = [leaf.source for node in nodes for leaf in node.leaves() if leaf.source is not None]
-    averaged = recipe.backbone == "average"
-    if averaged and loras:
-        raise PlanError(
-            f"backbone: average takes nothing from the base, so the adapter on base_model {base.name} would be lost",
-            hint="drop the adapter from base_model, or use backbone: base",
-        )
-    writes = []
-    for name, shape in parts.backbone.items():
-        inputs = tuple(donor.tensor(name, shape) for donor in donors) if averaged else (base.tensor(name, shape),)
-        steps: tuple[Step, ...] = (Mean(),) if averaged else ()
-        write = TensorWrite(name=name, dtype=_stored_as(inputs[0], dtype), shape=shape, inputs=inputs, steps=steps)
-        writes.append(with_lora(write, loras[name]) if name in loras else write)
-    return tuple(writes)
-
-
-def _stored_as(ref: TensorRef, dtype: str) -> str:
+def stored_as(ref: TensorRef | TensorWrite, dtype: str) -> str:
     """The recipe's dtype for floats; integer buffers keep their own."""
     return dtype if ref.dtype in FLOATS else ref.dtype
 
 
 def dense_writes(source: Source, parts: Anatomy, *, dtype: str) -> tuple[TensorWrite, ...]:
-    """A source as a dense model: every tensor under its own name, with the adapter folded in."""
-    loras = adapter_steps(source, parts)
-    refs = {name: source.tensor(name, shape) for name, shape in parts.shapes.items()}
-    plain = (TensorWrite(name, _stored_as(ref, dtype), ref.shape, (ref,)) for name, ref in refs.items())
-    return tuple(with_lora(write, loras[write.name]) if write.name in loras else write for write in plain)
+    """A parent as a dense model: every tensor under its own name, merged and with the adapter folded in."""
+    tensors = parent_tensors(source)
+    found = {name: tensors(name, shape) for name, shape in parts.shapes.items()}
+    return tuple(_written(each, name, stored_as(each, dtype)) for name, each in found.items())
+
+
+def parent_tensors(source: Source) -> ParentTensors:
+    """Name and shape -> that tensor of a parent as an input of a merge: with its adapter, and merged itself."""
+    if source.merged is not None:
+        return _merged_tensors(source.merged)
+    loras = adapter_steps(source, anatomy(source))
+
+    def tensor(name: str, shape: tuple[int, ...]) -> TensorRef | TensorWrite:
+        ref = source.tensor(name, shape)
+        return TensorWrite(name, "F32", shape, (ref,), (loras[name],)) if name in loras else ref
+
+    return tensor
+
+
+def _merged_tensors(merged: Merged) -> ParentTensors:
+    inputs, settings = [parent_tensors(each) for each in merged.inputs], merged.settings
+
+    def tensor(name: str, shape: tuple[int, ...]) -> TensorRef | TensorWrite:
+        parts = tuple(each(name, shape) for each in inputs)
+        if any(part.dtype not in FLOATS for part in parts):
+            return parts[0]  # an integer buffer
+        # the seed depends on nothing but the tensor, so that the same merge gives the same expert everywhere
+        seed = tensor_seed(merged.seed, (), f"merge/{name}")
+        merge = Merge(settings.method, settings.every_weight, settings.scale, settings.density, settings.t, seed)
+        write = merged_write(name, "F32", shape, parts, merge)
+        return write.inputs[0] if not write.steps else write
+
+    return tensor
+
+
+def merged_write(
+    name: str, dtype: str, shape: tuple[int, ...], inputs: tuple[TensorRef | TensorWrite, ...], merge: Merge
+) -> TensorWrite:
+    """A merge of tensors; a plain copy where all of them, and the base, are one tensor."""
+    if all(each == inputs[0] for each in inputs):
+        return _written(inputs[0], name, dtype)
+    return TensorWrite(name, dtype, shape, inputs, (merge,))
+
+
+def _written(what: TensorRef | TensorWrite, name: str, dtype: str) -> TensorWrite:
+    return (
+        replace(what, name=name, dtype=dtype)
+        if isinstance(what, TensorWrite)
+        else TensorWrite(name, dtype, what.shape, (what,))
+    )

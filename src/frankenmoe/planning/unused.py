@@ -1,10 +1,12 @@
 """The tensors of the sources that are not used, with a reason for each."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from frankenmoe.checkpoint.tensors import TensorWrite
+from frankenmoe.planning.groups import group_of
 from frankenmoe.planning.sources import BUFFER, Anatomy, Source
 from frankenmoe.planning.tree import FFN_ADAPTER, ExpertNode
+from frankenmoe.recipe.backbone import AVERAGE, BASE, MergeSettings
 
 UnusedTensor = tuple[str, str, str]
 """(source, tensor, reason)."""
@@ -14,7 +16,7 @@ def unused_tensors(
     parts: Iterable[tuple[Source, Anatomy]],
     *,
     base: Source,
-    averaged: bool,
+    by_group: Mapping[str, MergeSettings],
     trained: bool,
     nodes: tuple[ExpertNode, ...],
     backbone: tuple[TensorWrite, ...],
@@ -27,7 +29,7 @@ def unused_tensors(
         inside_ffn = found.ffn_shapes.keys()
         for name, ref in source.checkpoint.tensors.items():
             if ref not in used:
-                why = _reason(name, found, inside_ffn, averaged=averaged)
+                why = _reason(name, found, inside_ffn, by_group=by_group, is_base=source is base)
                 rows.append((str(source.name), name, f"{why}, or training replaced it" if trained else why))
         for name, ref in source.adapter.tensors.items() if source.adapter else ():
             if ref not in used:
@@ -35,11 +37,24 @@ def unused_tensors(
     return tuple(dict.fromkeys(rows))
 
 
-def _reason(name: str, found: Anatomy, inside_ffn: Collection[str], *, averaged: bool) -> str:
+def _reason(
+    name: str, found: Anatomy, inside_ffn: Collection[str], *, by_group: Mapping[str, MergeSettings], is_base: bool
+) -> str:
     if name in inside_ffn:
-        return "the base's own FFN is not among the experts"
+        return (
+            "the base's own FFN is not among the experts"
+            if is_base
+            else "a low-rank adapter on the base's FFN stands for it"
+        )
     if name in found.backbone:
-        return "the backbone is the experts' average" if averaged else "the backbone comes from the base"
+        settings = by_group[group_of(name)]
+        if settings.method == BASE:
+            return "the backbone comes from the base"
+        return (
+            "the backbone is the experts' average"
+            if settings.method == AVERAGE
+            else "the experts' backbones are merged"
+        )
     if BUFFER.search(name):
         return "a buffer that is recomputed from the config"
     if name == "lm_head.weight":

@@ -18,6 +18,7 @@ from frankenmoe.planning.sources import sources_of
 from frankenmoe.publish.licences import Licences, weigh
 from frankenmoe.publish.privacy import LocalNames, local_names
 from frankenmoe.recipe import Expert, Recipe
+from frankenmoe.recipe.backbone import GROUPS
 from frankenmoe.recipe.sections import CardSettings
 from frankenmoe.subject import Subject
 
@@ -53,6 +54,7 @@ class Facts:
     name: str
     recipe: Mapping[str, Any]
     base: str
+    backbone: Mapping[str, str]
     settings: CardSettings
     fmt: MoEFormat | None
     experts: tuple[ExpertRow, ...]
@@ -100,6 +102,7 @@ def gather(subject: Subject, *, settings: CardSettings | None = None) -> Facts:
         name=recipe.name or artifact.folder.resolve().name,
         recipe=recipe.to_dict(),
         base=recipe.base_model.path,
+        backbone={group: str(plan.choice.by_group[group] if plan else recipe.backbone_for(group)) for group in GROUPS},
         settings=wanted,
         fmt=FORMATS.get(str(record.get("format"))),
         experts=tuple(_row(expert, names) for expert in recipe.experts),
@@ -122,6 +125,9 @@ def _row(expert: Expert, names: LocalNames) -> ExpertRow:
     if expert.experts:
         inner = ", ".join(child.name for child in expert.experts)
         made_of = f"a mixture of its own: {inner}"
+    elif expert.merge is not None:
+        models = [str(names.rewriter.source(name)) for name in expert.merge.models]
+        made_of = f"{expert.merge.words} of {', '.join(models)}"
     else:
         assert expert.source_model is not None
         made_of = str(names.rewriter.source(expert.source_model))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from frankenmoe.artifact.folder import Artifact
+from frankenmoe.artifact.healing import HealReport
 from frankenmoe.artifact.reports import HINT, REPORTS, AuditReport, EvalReport, StageReport, about, read_object
 from frankenmoe.errors import ArtifactError
 from frankenmoe.publish.leaderboard import LeaderboardReport
@@ -15,7 +16,11 @@ FOLDER = "reports"
 TRAINING = "training.json"
 # where stages write reports by default: training into the artifact, `frankenmoe export` next to its files
 BESIDE = (TRAINING, "export.json", "gguf/export.json")
-KINDS: Mapping[str, type[StageReport]] = {**REPORTS, LeaderboardReport.name: LeaderboardReport}
+KINDS: Mapping[str, type[StageReport]] = {
+    **REPORTS,
+    HealReport.name: HealReport,
+    LeaderboardReport.name: LeaderboardReport,
+}
 
 R = TypeVar("R", bound=StageReport)
 

@@ -76,8 +76,14 @@ class Rewriter:
         match value:
             case str():
                 return on_text(value)
+            case list() if key == "models":  # of a merge
+                return [self._source(item) for item in value]
             case list():
                 return [on_text(item) if isinstance(item, str) else self.value(item) for item in value]
+            case dict() if key == "merge" and "base" in value:
+                return self.value({name: item for name, item in value.items() if name != "base"}, key) | {
+                    "base": self._source(value["base"])
+                }
             case dict() if key in PATH_KEYS:  # such as a name of each file
                 return {name: self.value(item, key if _is_text(item) else name) for name, item in value.items()}
             case dict():

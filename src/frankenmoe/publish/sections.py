@@ -10,11 +10,13 @@ from typing import Any
 
 import yaml
 
+from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS
 from frankenmoe.recipe.gatemodes import GATE_MODES
 from frankenmoe.recipe.sections import SECTIONS
 
@@ -34,13 +36,40 @@ class Missing:
 def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per expert."""
     rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
-    average = facts.recipe.get("backbone") == "average"
-    backbone = "is the average of all parents'" if average else f"is that of {code(facts.names.short(facts.base))}"
     table = markdown(("expert", "made of", "prompts", "data"), rows)
     return (
         f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
-        f"attention, norms, head) {backbone}."
+        f"attention, norms, head) {_backbone(facts)}.{_measured(facts)}"
     )
+
+
+def _measured(facts: Facts) -> str:
+    """What was tried for the backbone and what each gave; empty if it was not measured."""
+    tried = [row for stage in facts.stages if stage.get("stage") == BACKBONE for row in stage.get("tried", ())]
+    if not tried:
+        return ""
+    best = sorted((row for row in tried if not row.get("given_up")), key=lambda row: row["mean"])
+    given_up = [plain(row["backbone"]) for row in tried if row.get("given_up")]
+    rows = ", ".join(f"{plain(row['backbone'])} {row['mean']:.4f}" for row in best)
+    rest = f" Far behind after a quarter of that text: {'; '.join(given_up)}." if given_up else ""
+    return (
+        " It was chosen by the loss on held-out text of the experts, with each text's own expert in every layer (nats "
+        f"per token): {rows}.{rest}"
+    )
+
+
+def _backbone(facts: Facts) -> str:
+    """Where the backbone comes from, in words; a group of tensors at a time if the recipe names groups."""
+    base = f"is that of {code(facts.names.short(facts.base))}"
+    methods = facts.backbone
+    if set(methods.values()) <= {BASE}:
+        return base
+    if set(methods.values()) == {AVERAGE}:
+        return "is the average of all parents'"
+    if len(set(methods.values())) == 1:
+        return f"is a merge of all parents' ({plain(methods[GROUPS[0]])})"
+    parts = (f"{group} {'the same model' if how == BASE else plain(how)}" for group, how in methods.items())
+    return f"is made group by group, from {code(facts.names.short(facts.base))} and all parents: {', '.join(parts)}"
 
 
 def _expert_rows(experts: Sequence[ExpertRow], *, shared: bool = False) -> Iterator[tuple[str, ...]]:
@@ -78,7 +107,7 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
 def routers(facts: Facts, evidence: Evidence) -> str | Missing:
     """How the gates were first set, then every stage that changed them."""
     training = evidence.get(TrainingReport)
-    first, *later = facts.stages or ({},)
+    first, *later = [stage for stage in facts.stages if stage.get("stage") != BACKBONE] or ({},)
     lines = [_began(facts, first)]
     for stage in later:
         name = stage.get("stage")

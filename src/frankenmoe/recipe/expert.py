@@ -1,41 +1,21 @@
 """An expert of a recipe: its source, its text, its name; or a nested mixture of experts."""
 
 import re
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    Field,
-    PlainSerializer,
-    ValidationInfo,
-    WithJsonSchema,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
+from frankenmoe.recipe.asadapter import AdapterSettings
+from frankenmoe.recipe.backbone import ExpertMerge
+from frankenmoe.recipe.context import SourceField, read_source
 from frankenmoe.recipe.fields import Count, Finite, Prompts, Share, Strings, Text
 from frankenmoe.recipe.refusals import found, refusal
+from frankenmoe.recipe.sections import Section
 from frankenmoe.recipe.settings import Closed
-from frankenmoe.recipe.sourcename import SOURCE_SCHEMA, SourceName, parse_source
-
-
-@dataclass(frozen=True)
-class Context:
-    """What validators and the recipe need beyond the YAML."""
-
-    folder: Path = field(default_factory=Path.cwd)
-    origin: str = "recipe"
-    notes: tuple[str, ...] = ()
-
-
-def _source(value: object, info: ValidationInfo) -> SourceName:
-    return parse_source(value, folder=(info.context or Context()).folder)
 
 
 def _lone_adapter(value: str, info: ValidationInfo) -> str:
-    if _source(value, info).adapter is not None:
+    if read_source(value, info).adapter is not None:
         raise refusal(f"must be one adapter, found {found(value)}", hint="write `folder` or `org/name@revision`")
     return value
 
@@ -58,6 +38,8 @@ def named(experts: "tuple[Expert, ...]") -> "tuple[Expert, ...]":
 
 
 def _stem(expert: "Expert") -> str:
+    if expert.merge is not None:
+        return "-".join(_tail(source.path) for source in expert.merge.models)
     source = expert.source_model
     if source is None:
         return "moe"
@@ -75,14 +57,6 @@ def _free_name(stem: str, taken: set[str]) -> str:
         count += 1
         name = f"{stem}-{count}"
     return name
-
-
-SourceField = Annotated[
-    SourceName,
-    BeforeValidator(_source),
-    PlainSerializer(SourceName.to_data),
-    WithJsonSchema(SOURCE_SCHEMA),
-]
 
 
 class Expert(Closed):
@@ -103,6 +77,13 @@ class Expert(Closed):
     adapter: Annotated[Text, AfterValidator(_lone_adapter)] | None = Field(
         None, description="A PEFT LoRA on top of the source: a folder, or a hub id with @revision."
     )
+    as_adapter: Section[AdapterSettings] = Field(
+        None,
+        description="Use the base's FFN plus a low-rank adapter of what the source's FFN has learnt, to save memory.",
+    )
+    merge: ExpertMerge | None = Field(
+        None, description="Several models whose merge is the parent, instead of source_model."
+    )
     experts: "Experts" = Field(
         (), description="Nested experts, instead of source_model: this expert is a mixture of its own."
     )
@@ -114,13 +95,15 @@ class Expert(Closed):
     def _one_kind(self) -> Self:
         if self.experts:
             _refuse_weights_of_its_own(self)
+        elif self.merge is not None:
+            _refuse_beside_merge(self)
         elif self.source_model is None:
             raise refusal(
                 "must have a source_model or experts of its own, found neither", hint="add `source_model: org/name`"
             )
-        elif self.experts_per_token is not None:
+        if not self.experts and self.experts_per_token is not None:
             raise refusal(
-                f"must come with nested experts, found {self.experts_per_token} beside a source_model",
+                f"must come with nested experts, found {self.experts_per_token} without any",
                 hint="the number for the whole recipe belongs at its top level",
                 at=("experts_per_token",),
             )
@@ -140,6 +123,12 @@ class Expert(Closed):
                 hint="keep one of the two",
                 at=("adapter",),
             )
+        if self.as_adapter is not None and self.source_model and self.source_model.adapter:
+            raise refusal(
+                f"must come with a whole model, found '+{self.source_model.adapter}' in source_model",
+                hint="delete as_adapter: an adapter stays low-rank anyway",
+                at=("as_adapter",),
+            )
         return self
 
 
@@ -147,10 +136,20 @@ Experts = Annotated[tuple[Expert, ...], AfterValidator(named)]
 
 
 def _refuse_weights_of_its_own(expert: Expert) -> None:
-    for key in ("source_model", "adapter", "noise_scale", "noise_relative", "residual_scale"):
+    for key in ("source_model", "merge", "adapter", "as_adapter", "noise_scale", "noise_relative", "residual_scale"):
         if getattr(expert, key) is not None:
             raise refusal(
                 f"must be absent beside nested experts, found {getattr(expert, key)}",
                 hint="delete it, or move it to the experts within",
+                at=(key,),
+            )
+
+
+def _refuse_beside_merge(expert: Expert) -> None:
+    for key in ("source_model", "adapter", "as_adapter"):
+        if getattr(expert, key) is not None:
+            raise refusal(
+                f"must be absent beside merge, found {getattr(expert, key)}",
+                hint="delete it; adapters go into the list of models: `models: [org/name+adapter]`",
                 at=(key,),
             )

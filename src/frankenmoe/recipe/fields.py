@@ -74,7 +74,9 @@ def _canonical_dtype(value: object) -> object:
     return _DTYPES.get(value.lower().removeprefix("torch."), value) if isinstance(value, str) else value
 
 
-def _one_of(*choices: str) -> Callable[[object], object]:
+def one_of(*choices: str) -> Callable[[object], object]:
+    """A validator that rejects anything but these texts."""
+
     def check(value: object) -> object:
         if value not in choices:
             expected = ", ".join(choices)
@@ -95,18 +97,13 @@ FitTokens = Annotated[Count, Field(ge=512)]
 FitBlock = Annotated[Count, Field(ge=8)]
 Temperature = Annotated[Share, AfterValidator(_divides_logits)]
 Seed = Annotated[int, Field(ge=0, lt=2**63), BeforeValidator(_not_bool)]
-GateMode = Annotated[str, BeforeValidator(_one_of(*MODES)), WithJsonSchema({"enum": MODES, "type": "string"})]
-FitMode = Annotated[str, BeforeValidator(_one_of(*FITS)), WithJsonSchema({"enum": FITS, "type": "string"})]
+GateMode = Annotated[str, BeforeValidator(one_of(*MODES)), WithJsonSchema({"enum": MODES, "type": "string"})]
+FitMode = Annotated[str, BeforeValidator(one_of(*FITS)), WithJsonSchema({"enum": FITS, "type": "string"})]
 Dtype = Annotated[
     str,
-    BeforeValidator(_one_of("float32", "float16", "bfloat16")),
+    BeforeValidator(one_of("float32", "float16", "bfloat16")),
     BeforeValidator(_canonical_dtype),
     WithJsonSchema({"enum": [*_DTYPES, "torch.float32", "torch.float16", "torch.bfloat16"]}),
-]
-Backbone = Annotated[
-    str,
-    BeforeValidator(_one_of("base", "average")),
-    WithJsonSchema({"enum": ["base", "average"], "type": "string"}),
 ]
 
 # the parts of an MoE that training may change
@@ -137,7 +134,7 @@ BlockLength = Annotated[int, Field(ge=4, le=MOST), BeforeValidator(_not_bool)]
 HeldShare = Annotated[float, Field(gt=0, le=0.5), BeforeValidator(_not_bool)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_some, json_schema_input_type=str | list[str])]
 """A list of names, or one text with commas between them."""
-Part = Annotated[str, BeforeValidator(_one_of(*PARTS)), WithJsonSchema({"enum": list(PARTS), "type": "string"})]
+Part = Annotated[str, BeforeValidator(one_of(*PARTS)), WithJsonSchema({"enum": list(PARTS), "type": "string"})]
 Parts = Annotated[
     tuple[Part, ...], BeforeValidator(_listed, json_schema_input_type=str | list[str]), AfterValidator(_in_order)
 ]

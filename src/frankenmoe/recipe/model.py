@@ -2,17 +2,27 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, model_validator
 from pydantic.json_schema import GenerateJsonSchema
 
-from frankenmoe.recipe.expert import Context, Expert, Experts, SourceField, named
-from frankenmoe.recipe.fields import Backbone, Count, Dtype, GateMode, Seed, Text
+from frankenmoe.recipe.backbone import (
+    BASE,
+    GROUPS,
+    Backbone,
+    Groups,
+    MergeSettings,
+    check_backbone,
+    default_backbone,
+)
+from frankenmoe.recipe.context import Context, SourceField
+from frankenmoe.recipe.expert import Expert, Experts, named
+from frankenmoe.recipe.fields import Count, Dtype, GateMode, Seed, Text
 from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, PROMPT_MODES, RANDOM_MODES
-from frankenmoe.recipe.refusals import recipe_error, refusal
+from frankenmoe.recipe.refusals import recipe_error, refusal, setting_error
 from frankenmoe.recipe.sections import (
     SECTIONS,
     AuditSettings,
@@ -21,6 +31,7 @@ from frankenmoe.recipe.sections import (
     EvalSettings,
     ExportSettings,
     FitSettings,
+    HealSettings,
     Section,
     with_bare_sections,
 )
@@ -63,10 +74,15 @@ class Recipe(Closed):
     architecture: Text | None = Field(None, description="The MoE format to build, if the base allows several.")
     name: Text | None = Field(None, description="The model's name.")
     seed: Seed = Field(0, description="Seed of noise and random gates.")
-    backbone: Backbone = Field(
-        "base", description="`base`: the base model's backbone. `average`: the mean of all parents' backbones."
+    backbone: Backbone | None = Field(
+        None,
+        description="How the backbone is made of the parents': a method, its settings, or either by group of tensors. "
+        "Default: auto, or base with mergekit's gate modes.",
     )
     build: Section[BuildSettings] = Field(None, description="Options of the build in `frankenmoe run`.")
+    heal: Section[HealSettings] = Field(
+        None, description="`frankenmoe run` refits the experts to the backbone before it fits the routers."
+    )
     fit: Section[FitSettings] = Field(None, description="`frankenmoe run` fits the routers before it builds.")
     audit: Section[AuditSettings] = Field(None, description="`frankenmoe run` audits the routing.")
     eval: Section[EvalSettings] = Field(None, description="`frankenmoe run` evaluates the model.")
@@ -115,10 +131,39 @@ class Recipe(Closed):
         """One sentence per ignored key."""
         return self._context.notes
 
+    def backbone_for(self, group: str) -> MergeSettings:
+        """How a group of backbone tensors is made: attention, norms, embeddings or head."""
+        if isinstance(self.backbone, Groups):
+            return self.backbone.settings(group)
+        return self.backbone or MergeSettings(method=default_backbone(self.gate_mode))
+
+    @property
+    def from_base(self) -> bool:
+        """Whether the whole backbone is the base's."""
+        return all(self.backbone_for(group).method == BASE for group in GROUPS)
+
+    def with_backbone(
+        self, backbone: MergeSettings | Groups | Mapping[str, Any] | str, *, trained: Path | None = None
+    ) -> Self:
+        """The same recipe with this backbone written out, and with another `trained` file if one is given.
+
+        Raises RecipeError if the backbone does not fit the experts.
+        """
+        plain = backbone.to_data() if isinstance(backbone, MergeSettings | Groups) else backbone
+        data = self.to_dict() | {"backbone": plain}
+        if trained is not None:
+            data["trained"] = str(trained)
+        try:
+            return type(self).model_validate(data, context=self._context)
+        except ValidationError as error:
+            raise setting_error(error, where="backbone") from None
+
     @property
     def digest(self) -> str:
         """SHA-256 (hex) of the model's definition: not of layout, comments, folder or the sections of `run`."""
         model = {key: value for key, value in self.to_dict().items() if key not in SECTIONS}
+        if self.from_base:  # as in records from before there was a choice
+            model.pop("backbone", None)
         return hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
 
     @staticmethod
@@ -129,8 +174,13 @@ class Recipe(Closed):
     def to_dict(self) -> dict[str, Any]:
         """Plain data without defaults; written as YAML it reads back as an equal recipe."""
         plain: dict[str, Any] = self.model_dump(mode="json", exclude_unset=True, exclude_defaults=True)
-        # the default mode depends on the text, so it is written out
-        return plain | {"gate_mode": self.gate_mode} if _has_data(plain["experts"]) else plain
+        # defaults that depend on other keys are written out
+        if _has_data(plain["experts"]):
+            plain["gate_mode"] = self.gate_mode
+        usual = default_backbone(self.gate_mode)
+        if self.backbone is None and usual != BASE:
+            plain["backbone"] = usual
+        return plain
 
     def model_post_init(self, context: Context | None, /) -> None:
         self._context = context or Context()
@@ -151,6 +201,7 @@ class Recipe(Closed):
     @model_validator(mode="after")
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
+        check_backbone(self.backbone, experts=[name for name, _ in leaf_names(self.experts)])
         if self.gate_mode not in RANDOM_MODES:
             check_blank(self.shared_experts, at=("shared_experts",))
             check_blank(self.experts, at=("experts",))
@@ -198,6 +249,15 @@ def _has_data(experts: object) -> bool:
     listed = experts if isinstance(experts, list | tuple) else ()
     known = [dict(each) for each in listed if isinstance(each, dict | Expert)]
     return any(bool(each.get("data") or _has_data(each.get("experts"))) for each in known)
+
+
+def leaf_names(experts: Iterable[Expert], prefix: str = "") -> Iterator[tuple[str, Expert]]:
+    """(name, expert) of every expert that is not a mixture itself, depth first; a nested one is named "group/leaf"."""
+    for expert in experts:
+        if expert.experts:
+            yield from leaf_names(expert.experts, f"{prefix}{expert.name}/")
+        else:
+            yield f"{prefix}{expert.name}", expert
 
 
 def _check_level(experts: tuple[Expert, ...], *, recipe: Recipe, top_k: int, at: Location) -> None:

@@ -37,6 +37,8 @@ _HINTS: Mapping[str, str] = {
     "model_type": "write `key: value` lines, indented below it",
     "too_short": "write one entry per line, each after '- '",
 }
+# pydantic adds the kind of a value to its location; names of kinds start with this mark, which no key does
+TAG = "<kind>"
 _ANY_LINE = "write such a value on this line, or delete the line to use the default"
 
 
@@ -107,7 +109,8 @@ def _label(location: Location) -> str:
 
 
 def _location(problem: ErrorDetails) -> Location:
-    return (*problem["loc"], *problem.get("ctx", {}).get("at", ()))
+    loc = (part for part in problem["loc"] if not str(part).startswith(TAG))
+    return (*loc, *problem.get("ctx", {}).get("at", ()))
 
 
 def in_words(problem: ErrorDetails) -> tuple[str, str]:

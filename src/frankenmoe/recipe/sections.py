@@ -13,6 +13,7 @@ from frankenmoe.recipe.fields import (
     FitTokens,
     Names,
     Prompts,
+    Rate,
     Seed,
     Strings,
     Temperature,
@@ -20,6 +21,8 @@ from frankenmoe.recipe.fields import (
 )
 from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.settings import NO_OPTION, Closed, Option
+
+SHARD_SIZE = 4 * 10**9  # bytes of one weight file at most; it does not change the model, so it is no setting
 
 
 class BuildSettings(Closed):
@@ -37,6 +40,17 @@ class FitSettings(Closed):
     )
     tokens: FitTokens = Field(32768, description="Most tokens of data per expert.")
     block: FitBlock = Field(256, description="Tokens read at once.")
+
+
+class HealSettings(Closed):
+    """How experts are refitted to the backbone."""
+
+    tokens: FitTokens = Field(32768, description="Most tokens of data per expert.")
+    block: FitBlock = Field(256, description="Tokens read at once.")
+    ridge: Rate | None = Field(
+        None, description="Ridge, times the mean square of an input; default: chosen for each layer on held-out text."
+    )
+    rank: Count | None = Field(None, description="Store the changes as adapters of this rank; default: whole matrices.")
 
 
 class AuditSettings(Closed):
@@ -60,7 +74,10 @@ class EvalSettings(Closed):
         default_factory=dict, description="Domain -> text file to measure the loss on; default: the experts' data."
     )
     limit: Count | None = Field(None, description="Most documents of a task and blocks of a text; default: all.")
-    against_parents: bool = Field(False, description="Compare an MoE with its base, parents and their average.")
+    against_parents: bool = Field(False, description="Compare an MoE with its base, its parents and their merges.")
+    general_text: Annotated[Text | None, Option(metavar="FILE")] = Field(
+        None, description="Text that no parent was tuned on, for --against-parents; default: a built-in one."
+    )
 
 
 class ExportSettings(Closed):
@@ -119,4 +136,4 @@ Settings = TypeVar("Settings")
 Section = Annotated[Settings | None, _OrYesOrNo()]
 
 # the sections for stages; they do not change the model itself
-SECTIONS = ("build", "fit", "train", "audit", "eval", "export", "card")
+SECTIONS = ("build", "heal", "fit", "train", "audit", "eval", "export", "card")

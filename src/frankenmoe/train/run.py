@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import yaml
 
 from frankenmoe.artifact.folder import (
     RECORD,
@@ -28,12 +26,14 @@ from frankenmoe.artifact.folder import (
     write_routers,
 )
 from frankenmoe.artifact.reports import TrainingReport, versions
-from frankenmoe.build.body import copy_small_files
-from frankenmoe.build.record import record_of
+from frankenmoe.build.derived import virtual_record
+from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import fingerprint
-from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
+from frankenmoe.moe.device import AUTO, check_room, resolve
+from frankenmoe.moe.load import weights_of
+from frankenmoe.moe.processes import is_main, wait
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
@@ -65,6 +65,7 @@ def train(
     data: Texts | None = None,
     settings: TrainSettings | None = None,
     keep_anyway: bool = False,
+    device: str = AUTO,
     dtype: str | None = None,
     report_to: Sequence[str] = (),
     shard: bool = False,
@@ -75,24 +76,26 @@ def train(
 
     `data` maps domains, preferably named after their experts, to files or hub datasets with paths from the working
     directory; by default it is the recipe's. `settings` is by default the recipe's `train`; `changes` are settings by
-    name. `dtype` is the type of frozen weights in memory, by default as stored. `shard` shards weights over the
-    launcher's processes (FSDP2). Keeps the state with the lowest held-out loss. Raises PlanError if that is the first
-    one, unless `keep_anyway`.
+    name. `device` is where it trains; a launcher gives each process its own. `dtype` is the type of frozen weights in
+    memory, by default as stored. `shard` shards weights over the launcher's processes (FSDP2). Keeps the state with the
+    lowest held-out loss. Raises PlanError if that is the first one, unless `keep_anyway`.
     """
     out = Path(os.path.realpath(out))
-    main = int(os.environ.get("RANK", "0")) == 0
+    main, place = is_main(), resolve(device)
     if main:
         refuse_occupied(out)
     subject = open_subject(what)
     settings = settings_with(settings or subject.recipe.train or TrainSettings(), changes)
     data = located(data) if data else _recipes_data(subject.recipe.experts)
     body = _prints(subject.artifact.folder) if subject.artifact and subject.built else ()
-    plan = None if subject.built else subject.plan
     if subject.artifact is None:
-        check_buildable(subject.plan, virtual=True, allow_identical=True)
+        check_buildable(subject.planned, virtual=True, allow_identical=True)
+    plan = None if subject.built else subject.resolved(progress).plan
     parts = subject.parts
     traps.check(settings, plan=plan, top_k=parts.top_k, renormalize=parts.renormalizes, experts=parts.experts)
-    routers = subject.routers(progress).routers
+    if not shard:  # the loop moves the weights, or a shard of them
+        check_room(weights_of(parts), place, dtype=getattr(torch, dtype) if dtype else None)
+    routers = subject.routers(progress, device=device).routers
     moe = subject.load(dtype=dtype)
     if plan is None:
         traps.check_experts(block.experts for block in outer_blocks(moe.model).values())
@@ -108,7 +111,7 @@ def train(
     origin = plan.digest if plan else list(body)
     digest = _digest(origin, routers, settings, data, folder=subject.recipe.folder, dtype=dtype)
     with _folder(out, digest=digest, main=main) as partial:
-        run = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard)
+        run = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard, place)
         try:
             result: RunResult | FrankenMoEError = train_loop(run, progress=progress)
         except ArtifactError as error:  # a checkpoint could not be written; the folder is kept for the next try
@@ -124,8 +127,7 @@ def train(
         raise _stopped(result, out)
     if not (result.improved or keep_anyway):
         raise _worse(result, out)
-    if dist.is_initialized():
-        dist.barrier()
+    wait()
     artifact = open_artifact(out)
     return Trained(artifact, TrainingReport.read(out / REPORT).to_dict())
 
@@ -211,37 +213,15 @@ def _write(
         if _prints(partial) != body:  # taken before the first step
             raise ArtifactError(f"the weights of {source.folder} changed during training", hint="build it again")
     else:
-        record = _virtual_record(subject, weights, partial, out=out, progress=progress)
-    earlier = source.record["stages"] if source else [{"stage": "routers", "gate_mode": subject.recipe.gate_mode}]
+        record = virtual_record(
+            subject, write_parts(subject.plan, weights, partial, out=out), partial, out=out, progress=progress
+        )
+    made_first = {"stage": "routers", "gate_mode": subject.recipe.gate_mode}
+    earlier = source.record["stages"] if source else [*backbone_stage(subject.plan), made_first]
     record["stages"] = [*earlier, stage]
     record.pop("version", None)
     remove_scaffold(partial)
     finish(partial, out, record=record | {"files": small_hashes(partial)})
-
-
-def _virtual_record(
-    subject: Subject, weights: Mapping[str, torch.Tensor], partial: Path, *, out: Path, progress: Progress
-) -> dict[str, Any]:
-    table = write_parts(subject.plan, weights, partial, out=out)
-    text = yaml.safe_dump(table, sort_keys=False, allow_unicode=True)
-    write_atomic(partial / "recipe.yml", text.encode())
-    copy_small_files(subject.plan, partial)
-    # planned in the partial folder, which is next to `out`, so relative paths are valid in both
-    trained = Recipe.load(partial / "recipe.yml")
-    made = Subject(trained, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code).plan
-    known = subject.artifact.record["sources"] if subject.artifact else []
-    record = record_of(
-        made,
-        out,
-        folder=partial,
-        virtual=True,
-        progress=progress,
-        known={each["fingerprint"]: each["sha256"] for each in known},
-    )
-    inside, final = f"{partial}{os.sep}", f"{out}{os.sep}"
-    for each in (*record["sources"], *record["configs"]):
-        each["file"] = final + each["file"].removeprefix(inside) if each["file"].startswith(inside) else each["file"]
-    return record | {"recipe_folder": str(out), "recipe_folder_from_here": "."}
 
 
 def _link_body(source: Path, folder: Path) -> None:

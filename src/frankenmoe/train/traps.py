@@ -7,6 +7,7 @@ from torch import nn
 
 from frankenmoe.errors import PlanError
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.recipe.backbone import ATTENTION, AVERAGE, BASE
 from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.suggest import did_you_mean
 from frankenmoe.train.data import Domain
@@ -22,6 +23,7 @@ def check(settings: TrainSettings, *, plan: Plan | None, top_k: int, renormalize
     _check_straight_through(settings, plan, k=k, renormalize=renormalize)
     if plan is not None:
         _check_nested(settings, plan)
+        _check_merged(settings, plan)
         _check_identical(settings, plan)
         _check_backbone(settings, plan)
 
@@ -122,6 +124,17 @@ def _mixtures(nodes: Sequence[ExpertNode]) -> Iterator[ExpertNode]:
         yield from _mixtures(node.children)
 
 
+def _check_merged(settings: TrainSettings, plan: Plan) -> None:
+    """An adapter is saved beside the model it belongs to, and a merge is no model on disk."""
+    leaves = (leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves())
+    merged = next((leaf for leaf in leaves if leaf.source is not None and leaf.source.merged is not None), None)
+    if merged is not None and "adapters" in settings.what:
+        raise PlanError(
+            f"expert {merged.name} is a merge of several models, and an adapter needs one model",
+            hint="train whole experts: --what routers,experts; or merge first and name the result as source_model",
+        )
+
+
 def _check_identical(settings: TrainSettings, plan: Plan) -> None:
     if plan.all_identical and not {"adapters", "experts"} & set(settings.what):
         raise PlanError(
@@ -131,9 +144,11 @@ def _check_identical(settings: TrainSettings, plan: Plan) -> None:
 
 
 def _check_backbone(settings: TrainSettings, plan: Plan) -> None:
-    if "attention" in settings.what and plan.recipe.backbone == "average":
+    merge = plan.choice.by_group[ATTENTION]
+    if "attention" in settings.what and merge.method != BASE:
+        words = "the parents' average" if merge.method == AVERAGE else f"merged from the parents' ({merge})"
         raise PlanError(
-            "an attention adapter is stored on the base model, but this recipe's backbone is the parents' average",
+            f"an attention adapter is stored on the base model, but this recipe's backbone is {words}",
             hint="use backbone: base, or leave attention out of --what",
         )
     if plan.experts < 2 and settings.what == ("routers",):

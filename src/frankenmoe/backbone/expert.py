@@ -1,0 +1,198 @@
+"""Heals one expert: refits its down projections, layer by layer, so that the MoE's states follow its parent's.
+
+Every token of the expert's text goes to this expert alone. Shape suffixes: N blocks, B blocks of a batch, T tokens of a
+block, I inputs, O outputs of a down projection.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from frankenmoe.backbone.heal import Moments, Refit, low_rank, refit
+from frankenmoe.backbone.stream import Stream
+from frankenmoe.data.blocks import Block
+from frankenmoe.gates.states import mean_loss
+from frankenmoe.moe.dense import load_source, torch_dtype
+from frankenmoe.moe.load import MoE, load_parts
+from frankenmoe.moe.trace import outer_blocks
+from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.parts import parts_of_plan
+from frankenmoe.planning.tree import DOWN
+
+Advance = Callable[[int], None]
+STEPS = (0.25, 0.5, 0.75, 1.0)
+"""The shares of the change that are tried on held-out text."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """The change of one down projection [O, I], and its factors B [O, R], A [R, I] if it is of low rank."""
+
+    whole_OI: torch.Tensor
+    factors: tuple[torch.Tensor, torch.Tensor] | None
+    ridge: float
+    left: float
+
+
+@dataclass(frozen=True)
+class HealedExpert:
+    """The changes of an expert's down projections, one per layer, and what they do to the held-out loss.
+
+    `step` is the share of the changes that is kept; 0 if nothing lowers the loss. Losses are in nats per token, with
+    this expert forced in every layer; `parent` is the loss of the parent itself.
+    """
+
+    changes: tuple[Change, ...]
+    step: float
+    parent: float
+    before: float
+    after: float
+
+
+def down_suffix(leaf: ExpertNode, layer: int) -> str | None:
+    """The name, within the FFN, of the matrix that writes to the residual stream; None if it is not known."""
+    return next((each for each in leaf.ffn[layer] if each.startswith(DOWN) and each.endswith(".weight")), None)
+
+
+def alone(plan: Plan, leaf: ExpertNode) -> MoE:
+    """The MoE with one expert, adapters folded in: what a plan computes if every token goes to `leaf`."""
+    rows = tuple({suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in enumerate(leaf.ffn))
+    node = replace(leaf, path=(0,), ffn=rows, loras=tuple({} for _ in rows))
+    parts = replace(parts_of_plan(plan), nodes=(node,), top_k=1)
+    shapes = dict(plan.routers)
+    shapes.update(dict.fromkeys(parts.router_names(()), (1, plan.hidden)))
+    gates = {name: torch.zeros(shape, dtype=torch_dtype(plan.dtype)) for name, shape in shapes.items()}
+    return load_parts(parts, gates)
+
+
+def heal_expert(
+    plan: Plan,
+    leaf: ExpertNode,
+    *,
+    kept: Sequence[Block],
+    held: Sequence[Block],
+    ridges: Sequence[float],
+    rank: int | None,
+    on_tokens: Advance,
+) -> HealedExpert:
+    """Heals a leaf whose down projections are known, on blocks of equal length.
+
+    `held` choose the ridge of every layer and the step. Raises PlanError for a family whose layers cannot be healed.
+    """
+    assert leaf.source is not None
+    parent, own = load_source(leaf.source, stored=plan.dtype), alone(plan, leaf)
+    downs = _downs(own, leaf)
+    before, goal = (mean_loss(model, held, on_tokens=on_tokens) for model in (own.model, parent))
+    changes = tuple(_sweep(parent, own, downs, kept, held, ridges=ridges, rank=rank, on_tokens=on_tokens))
+    losses = {0.0: before}
+    for step in STEPS if any(change.left < 1 for change in changes) else ():
+        with _changed(downs, [step * change.whole_OI for change in changes]):
+            losses[step] = mean_loss(own.model, held, on_tokens=on_tokens)
+    best = min(losses, key=lambda step: losses[step])
+    return HealedExpert(changes, best, goal, before, losses[best])
+
+
+def cost(kept: Sequence[Block], held: Sequence[Block]) -> int:
+    """The tokens that healing one expert runs through a model: all text twice, the held-out text once per loss."""
+    length = len(held[0].ids)
+    return length * (2 * (len(kept) + len(held)) + (2 + len(STEPS)) * len(held))
+
+
+def _downs(moe: MoE, leaf: ExpertNode) -> list[nn.Module]:
+    """The down projection of the only expert of every layer."""
+    found = []
+    for layer, block in outer_blocks(moe.model).items():
+        suffix = down_suffix(leaf, layer)
+        assert suffix is not None
+        found.append(block.experts[0].get_submodule(suffix.removesuffix(".weight")))
+    return found
+
+
+def _sweep(
+    parent: PreTrainedModel,
+    own: MoE,
+    downs: Sequence[nn.Module],
+    kept: Sequence[Block],
+    held: Sequence[Block],
+    *,
+    ridges: Sequence[float],
+    rank: int | None,
+    on_tokens: Advance,
+) -> Iterator[Change]:
+    """The change of every layer from the first on; a layer is refitted after all earlier ones have changed."""
+    ids_NT = torch.tensor([block.ids for block in (*kept, *held)])
+    leading, following = Stream(parent, ids_NT), Stream(own.model, ids_NT)
+    blocks = outer_blocks(own.model)
+    gain = following.gain(0, blocks[0])
+    tokens = 2 * ids_NT.numel()
+    for layer, down in enumerate(downs):
+        leading.advance(layer)
+        outs = list(following.run(layer, observed=down))
+        moments = _moments(leading.states, outs, kept=len(kept), gain=gain)
+        change = _change(refit(*moments, ridges=ridges), moments[0], rank=rank)
+        following.states = [
+            (out_BTO.float() + gain * inputs_BTI.float() @ change.whole_OI.T).to(out_BTO.dtype)
+            for out_BTO, inputs_BTI in outs
+        ]
+        yield change
+        on_tokens(tokens * (layer + 1) // len(downs) - tokens * layer // len(downs))
+
+
+def _moments(
+    targets: Sequence[torch.Tensor], outs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, kept: int, gain: float
+) -> tuple[Moments, Moments]:
+    """The moments of the first `kept` blocks, and of the others.
+
+    A token weighs 1 / |target|^2, so all count alike. The first token of a block weighs nothing: its states are many
+    times larger than any other's, and every model has learnt to ignore them.
+    """
+    size, inputs = targets[0].shape[-1], outs[0][1].shape[-1]
+    found = (Moments(inputs, size), Moments(inputs, size))
+    start = 0
+    for target_BTO, (out_BTO, inputs_BTI) in zip(targets, outs, strict=True):
+        target_BTO = target_BTO.float()
+        error_BTO = (target_BTO - out_BTO.float()) / gain
+        weight_BT = 1 / target_BTO.pow(2).sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
+        weight_BT[:, 0] = 0
+        cut = min(max(kept - start, 0), len(target_BTO))
+        for moments, rows in zip(found, (slice(0, cut), slice(cut, None)), strict=True):
+            moments.add(inputs_BTI[rows].flatten(0, 1), error_BTO[rows].flatten(0, 1), weight_BT[rows].flatten())
+        start += len(target_BTO)
+    return found
+
+
+def _change(found: Refit, kept: Moments, *, rank: int | None) -> Change:
+    if rank is None or found.left == 1:
+        return Change(found.change_OI, None, found.ridge, found.left)
+    a_RI, b_OR = low_rank(found.change_OI, kept.gram_II, rank=rank)
+    return Change(b_OR @ a_RI, (b_OR, a_RI), found.ridge, found.left)
+
+
+@contextmanager
+def _changed(downs: Sequence[nn.Module], changes_OI: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Within the context the down projections have these changes. Their own weights may be mapped pages of a file."""
+    before = [weight_of(down) for down in downs]
+    try:
+        for down, weight, change_OI in zip(downs, before, changes_OI, strict=True):
+            down.weight = nn.Parameter(changed(down, weight, change_OI), requires_grad=False)
+        yield
+    finally:
+        for down, weight in zip(downs, before, strict=True):
+            down.weight = weight
+
+
+def weight_of(down: nn.Module) -> torch.Tensor:
+    """The weight of a linear layer of any class."""
+    found = down.weight
+    assert isinstance(found, torch.Tensor)
+    return found
+
+
+def changed(down: nn.Module, weight: torch.Tensor, change_OI: torch.Tensor) -> torch.Tensor:
+    """A weight plus a change, in the weight's type. Conv1D, as in GPT-2, stores its weight as [I, O]."""
+    change = change_OI if isinstance(down, nn.Linear) else change_OI.T
+    return (weight.float() + change).to(weight.dtype)

@@ -1,0 +1,94 @@
+"""The arithmetic of healing: a matrix is refitted by ridge regression so that its layer's output meets a target.
+
+With inputs a and errors e of the layer's output, token by token, the change D minimises
+sum_n w_n |e_n - D a_n|^2 + ridge * m * |D|^2, where m is the mean diagonal of the Gram matrix sum_n w_n a_n a_n^T.
+Then D = C (G + ridge m 1)^-1 with C = sum_n w_n e_n a_n^T (ridge regression, Hoerl and Kennard 1970).
+
+Shape suffixes: N tokens, I inputs, O outputs, R rank.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+PARTS = 4  # of a Gram matrix's rows, computed one after the other
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+SAME = 1e-12  # mean squared error, relative to the states, of states that are equal up to rounding
+
+
+class Moments:
+    """The sums over tokens that a refit needs. Their size does not depend on the number of tokens."""
+
+    def __init__(self, inputs: int, outputs: int, *, device: torch.device | None = None) -> None:
+        self.gram_II = torch.zeros(inputs, inputs, device=device)
+        self.cross_OI = torch.zeros(outputs, inputs, device=device)
+        self.error = 0.0
+        self.tokens = 0
+
+    def add(self, inputs_NI: torch.Tensor, errors_NO: torch.Tensor, weights_N: torch.Tensor) -> None:
+        """Adds tokens. Computes in float32."""
+        root_N1 = weights_N.float().sqrt()[:, None]
+        scaled_NI, scaled_NO = inputs_NI.float() * root_N1, errors_NO.float() * root_N1
+        self._add_gram(scaled_NI)
+        self.cross_OI.addmm_(scaled_NO.T, scaled_NI)
+        self.error += float(scaled_NO.double().pow(2).sum())
+        self.tokens += len(inputs_NI)
+
+    def _add_gram(self, inputs_NI: torch.Tensor) -> None:
+        """Adds to the lower half and its mirror image, by blocks of rows: 5/8 of the work of the whole product."""
+        size = inputs_NI.shape[1]
+        edges = [size * part // PARTS for part in range(PARTS + 1)]
+        for start, end in pairwise(edges):
+            rows_PI = inputs_NI[:, start:end].T @ inputs_NI[:, :end]
+            self.gram_II[start:end, :end] += rows_PI
+            self.gram_II[:start, start:end] += rows_PI[:, :start].T
+
+    def error_after(self, change_OI: torch.Tensor) -> float:
+        """sum_n w_n |e_n - D a_n|^2 for a change D of the matrix."""
+        change = change_OI.double()
+        cross = float((change * self.cross_OI.double()).sum())
+        return self.error - 2 * cross + float((change @ self.gram_II.double() * change).sum())
+
+
+@dataclass(frozen=True)
+class Refit:
+    """The change of a matrix, the ridge that gave it, and the share of the held-out error that it leaves."""
+
+    change_OI: torch.Tensor
+    ridge: float
+    left: float
+
+
+def refit(kept: Moments, held: Moments, *, ridges: Sequence[float] = RIDGES) -> Refit:
+    """The change with the ridge that leaves the smallest error of held-out tokens; no change if none lowers it."""
+    gram_II = kept.gram_II.double()
+    unit = float(gram_II.diagonal().mean())
+    nothing = Refit(torch.zeros_like(kept.cross_OI), float("inf"), 1.0)
+    if not unit or held.error <= SAME * held.tokens:
+        return nothing
+    found = [nothing]
+    for ridge in ridges:
+        damped_II = gram_II.clone()
+        damped_II.diagonal().add_(ridge * unit)
+        factor_II = torch.linalg.cholesky(damped_II)
+        change_OI = torch.cholesky_solve(kept.cross_OI.double().T, factor_II).T.float()
+        found.append(Refit(change_OI, ridge, held.error_after(change_OI) / held.error))
+    return min(found, key=lambda each: each.left)
+
+
+def low_rank(change_OI: torch.Tensor, gram_II: torch.Tensor, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(A [R, I], B [O, R]): the B A of this rank nearest to a change D, in the norm |(D - B A) G^(1/2)| of its inputs.
+
+    The truncated singular value decomposition of D S, with S S^T = G, times the inverse of S.
+    """
+    size = len(gram_II)
+    damped_II = gram_II.double() + 1e-6 * gram_II.diagonal().double().mean() * torch.eye(size, dtype=torch.float64)
+    root_II = torch.linalg.cholesky(damped_II)
+    left_OR, values_R, right_RI = torch.linalg.svd(change_OI.double() @ root_II, full_matrices=False)
+    rank = min(rank, len(values_R))
+    b_OR = left_OR[:, :rank] * values_R[:rank].sqrt()
+    scaled_RI = values_R[:rank].sqrt()[:, None] * right_RI[:rank]
+    a_RI = torch.linalg.solve_triangular(root_II, scaled_RI, upper=False, left=False)
+    return a_RI.float().contiguous(), b_OR.float().contiguous()

@@ -1,0 +1,273 @@
+"""Heals every expert of a plan into the folder of an unfinished artifact; a killed run keeps the experts it has done.
+
+Shape suffixes: I inputs, O outputs of a down projection, R rank.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from frankenmoe.artifact.healing import HealedPart, HealReport
+from frankenmoe.artifact.reports import versions
+from frankenmoe.backbone.expert import HealedExpert, cost, down_suffix, heal_expert
+from frankenmoe.backbone.heal import RIDGES
+from frankenmoe.checkpoint.header import read_header
+from frankenmoe.checkpoint.tensors import LowRank, Noise, Scale, TensorRef, TensorWrite
+from frankenmoe.checkpoint.values import materialize, values
+from frankenmoe.checkpoint.writer import write_atomic, write_shard
+from frankenmoe.data.given import Texts
+from frankenmoe.errors import PlanError, RecipeError
+from frankenmoe.gates.texts import OwnText, read_texts
+from frankenmoe.moe.dense import load_tokenizer, torch_dtype
+from frankenmoe.moe.load import residual_scale
+from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, source_path, write_adapter
+from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.names import named_experts
+from frankenmoe.planning.trained import TRAINED, trained_name
+from frankenmoe.progress import Progress
+from frankenmoe.recipe.moved import moved_recipe
+from frankenmoe.recipe.sections import HealSettings
+from frankenmoe.suggest import did_you_mean
+
+REPORT = "heal.json"
+SCAFFOLD = "healing"  # the finished experts of a run that has not ended
+LEAST = 16  # blocks of text, of which two choose
+NO_DATA = "it has no data"
+
+
+@dataclass(frozen=True)
+class Patient:
+    """A leaf, its name ("group/leaf" if nested), and its text; or the reason why it is not healed."""
+
+    name: str
+    leaf: ExpertNode
+    text: OwnText | None
+    reason: str = ""
+
+
+def patients_of(plan: Plan, settings: HealSettings, *, data: Texts) -> tuple[Patient, ...]:
+    """Every routed leaf of a plan. `data` replaces the recipe's data of the experts that it names.
+
+    Raises PlanError if no expert can be healed, SourceError for text that cannot be read or is too short.
+    """
+    tokenizer = load_tokenizer(plan.base.folder)
+    entries = {name: expert for name, _, expert in named_experts(plan.recipe.experts)}
+    for name in data:
+        if name not in entries:
+            raise RecipeError(
+                f"data is given for {name!r}, but there is no expert {name!r}", hint=did_you_mean(name, entries)
+            )
+    found = []
+    for name, _, node in named_experts(plan.nodes):
+        if node.children:
+            continue
+        reason = _reason(node) or ("" if name in data or entries[name].data else NO_DATA)
+        found.append(Patient(name, node, None if reason else _text(plan, tokenizer, name, settings, data), reason))
+    if not any(patient.text for patient in found):
+        raise PlanError(
+            f"no expert of {plan.recipe.origin} can be healed: {found[0].name}, for example, because {found[0].reason}",
+            hint="give each expert text of its own: data in the recipe, or --data EXPERT=FILE"
+            if found[0].reason == NO_DATA
+            else "leave healing out",
+        )
+    return tuple(found)
+
+
+def _reason(leaf: ExpertNode) -> str:
+    """Why an expert cannot be healed; "" if it can."""
+    if any(isinstance(step, Noise) for row in leaf.ffn for write in row.values() for step in write.steps):
+        return "its weights have noise, which healing would remove"
+    if any(down_suffix(leaf, layer) is None for layer in range(len(leaf.ffn))):
+        return f"none of {', '.join(leaf.ffn[0])} is a known down projection"
+    return ""
+
+
+def _text(plan: Plan, tokenizer: Any, name: str, settings: HealSettings, data: Texts) -> OwnText:
+    given = {name: data[name]} if name in data else None
+    (text,) = (
+        text
+        for text in read_texts(
+            plan, tokenizer, tokens=settings.tokens, length=settings.block, data=given, folder=Path.cwd(), only=name
+        )
+        if not text.negative
+    )
+    blocks = len(text.kept) + len(text.held)
+    if blocks < LEAST:
+        raise PlanError(
+            f"the data of expert {name!r} has {blocks} blocks of {settings.block} tokens, expected at least {LEAST} to "
+            "heal from",
+            hint="give more text or a smaller block; from 10,000 tokens on it pays",
+        )
+    return text
+
+
+def heal_all(
+    plan: Plan, patients: Sequence[Patient], settings: HealSettings, partial: Path, *, out: Path, progress: Progress
+) -> tuple[dict[str, Any], HealReport]:
+    """Writes healed experts into `partial`, which will become `out`; returns the recipe that names them, and a report.
+
+    One parent is in memory at a time. Experts that an earlier run with this folder has finished are not healed again.
+    """
+    scaffold = partial / SCAFFOLD
+    scaffold.mkdir(exist_ok=True)
+    tried = [patient for patient in patients if patient.text]
+    progress.start("healing", sum(_cost(patient) for patient in tried), "tokens")
+    parts = []
+    for patient in patients:
+        if patient.text is None:
+            parts.append(HealedPart(name=patient.name, kept=False, reason=patient.reason))
+            continue
+        file = scaffold / _stem(patient)
+        if file.with_suffix(".json").exists():
+            progress.advance(_cost(patient))
+        else:
+            progress.note(patient.name)
+            _heal_one(plan, patient, patient.text, settings, file, progress=progress)
+        parts.append(HealedPart.model_validate(json.loads(file.with_suffix(".json").read_bytes())))
+    progress.note("")
+    table, size = _write_kept(plan, patients, parts, partial, out=out)
+    shutil.rmtree(scaffold)
+    report = HealReport(
+        settings=settings.to_dict(),
+        data={patient.name: list(patient.text.origin) for patient in patients if patient.text},
+        experts=tuple(parts),
+        bytes=size,
+        recipe_digest=plan.recipe.digest,
+        versions=versions(),
+    )
+    report.write(partial / REPORT)
+    return table, report
+
+
+def _cost(patient: Patient) -> int:
+    assert patient.text is not None
+    return cost(patient.text.kept, patient.text.held)
+
+
+def _stem(patient: Patient) -> str:
+    return "-".join(map(str, patient.leaf.path))
+
+
+def _heal_one(
+    plan: Plan, patient: Patient, text: OwnText, settings: HealSettings, file: Path, *, progress: Progress
+) -> None:
+    """Heals one expert and writes its tensors, then its row of the report, next to `file`."""
+    healed = heal_expert(
+        plan,
+        patient.leaf,
+        kept=text.kept,
+        held=text.held,
+        ridges=(settings.ridge,) if settings.ridge else RIDGES,
+        rank=settings.rank,
+        on_tokens=progress.advance,
+    )
+    part = HealedPart(
+        name=patient.name,
+        kept=healed.step > 0,
+        tokens=sum(len(block.ids) for block in text.kept),
+        held_out_tokens=sum(block.targets for block in text.held),
+        step=healed.step,
+        parent=healed.parent,
+        before=healed.before,
+        after=healed.after,
+        ridges=tuple(change.ridge for change in healed.changes if change.left < 1),
+        left=tuple(change.left for change in healed.changes),
+    )
+    if part.kept:
+        tensors = dict(_tensors(plan, patient.leaf, healed))
+        write_atomic(file.with_suffix(".safetensors"), save(tensors, metadata={"format": "pt"}))
+    write_atomic(file.with_suffix(".json"), part.model_dump_json().encode())
+
+
+def _tensors(plan: Plan, leaf: ExpertNode, healed: HealedExpert) -> Iterator[tuple[str, torch.Tensor]]:
+    """What replaces or changes the down projections: whole tensors under their names in the file, or adapters.
+
+    The plan applies a leaf's residual scale, and its own adapter, to what is stored.
+    """
+    for layer, change in enumerate(healed.changes):
+        suffix = down_suffix(leaf, layer)
+        assert suffix is not None
+        write = leaf.ffn[layer][suffix]
+        factor = healed.step / residual_scale(write)
+        if change.factors is not None:
+            b_OR, a_RI = change.factors
+            if change.whole_OI.shape != write.shape:  # stored as [I, O]
+                b_OR, a_RI = a_RI.T, b_OR.T
+            name = write.name.removesuffix(".weight")
+            yield f"{name}/a", a_RI.contiguous()
+            yield f"{name}/b", (b_OR * factor).contiguous()
+        elif change.left < 1 and healed.step:
+            stored = _as_stored(write)
+            whole = change.whole_OI if change.whole_OI.shape == write.shape else change.whole_OI.T
+            changed = (stored + factor * whole).to(torch_dtype(plan.dtype)).contiguous()
+            yield trained_name(leaf.path, write.name), changed
+
+
+def _as_stored(write: TensorWrite) -> torch.Tensor:
+    """A leaf's matrix before its residual scale, in float32."""
+    steps = tuple(step for step in write.steps if not isinstance(step, Scale))
+    plain = TensorWrite(write.name, "F32", write.shape, write.inputs, steps)
+    return torch.from_numpy(materialize(plain)).view(torch.float32).view(write.shape)
+
+
+def _write_kept(
+    plan: Plan, patients: Sequence[Patient], parts: Sequence[HealedPart], partial: Path, *, out: Path
+) -> tuple[dict[str, Any], int]:
+    """Writes the kept tensors beside those that the recipe's `trained` file holds; the recipe, and the bytes."""
+    kept = [patient for patient, part in zip(patients, parts, strict=True) if part.kept]
+    whole: dict[str, TensorRef] = {ref.name: ref for ref in plan.trained}
+    adapters: dict[tuple[int, ...], dict[str, TensorRef]] = {}
+    for patient in kept:
+        refs = dict(read_header((partial / SCAFFOLD / _stem(patient)).with_suffix(".safetensors")))
+        if any(name.endswith("/a") for name in refs):
+            adapters[patient.leaf.path] = refs
+        else:
+            whole.update(refs)
+    names = adapter_names(plan, list(adapters))
+    leaves = {patient.leaf.path: patient.leaf for patient in kept}
+    for path, refs in adapters.items():
+        terms = _terms(leaves[path], refs)
+        write_adapter(partial / ADAPTERS / names[path], terms, base=source_path(plan, path))
+    if whole:
+        writes = [TensorWrite(name, ref.dtype, ref.shape, (ref,)) for name, ref in sorted(whole.items())]
+        write_shard(
+            partial / TRAINED, writes, metadata={"format": "pt"}, on_bytes=lambda size: None, scanned=set[TensorRef]()
+        )
+    table = moved_recipe(plan.recipe, out=out, adapters={path: f"{ADAPTERS}/{name}" for path, name in names.items()})
+    table.pop("trained", None)
+    if whole:
+        table["trained"] = TRAINED
+    sizes = [ref.nbytes for name, ref in whole.items() if name not in {old.name for old in plan.trained}]
+    return table, sum(sizes) + sum(ref.nbytes for refs in adapters.values() for ref in refs.values())
+
+
+def _terms(leaf: ExpertNode, refs: Mapping[str, TensorRef]) -> Terms:
+    """An expert's adapter with the changes beside its own terms, as A and B with scale 1."""
+    own = {
+        row[suffix].name.removesuffix(".weight"): lora
+        for row, loras in zip(leaf.ffn, leaf.loras, strict=True)
+        for suffix, lora in loras.items()
+    }
+    found: Terms = {name: _pair(lora) for name, lora in own.items()}
+    for key in refs:
+        name, _, letter = key.rpartition("/")
+        if letter == "a":
+            a_RI, b_OR = _values(refs[key]), _values(refs[f"{name}/b"])
+            if name in found:
+                a_RI, b_OR = torch.cat([found[name][0], a_RI]), torch.cat([found[name][1], b_OR], dim=1)
+            found[name] = (a_RI, b_OR)
+    return found
+
+
+def _pair(lora: LowRank) -> tuple[torch.Tensor, torch.Tensor]:
+    return _values(lora.a), _values(lora.b) * lora.scale
+
+
+def _values(ref: TensorRef) -> torch.Tensor:
+    return torch.from_numpy(values(ref))

@@ -1,0 +1,153 @@
+"""Recipe or artifact -> a virtual artifact whose experts are refitted to its backbone."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from frankenmoe.artifact.folder import (
+    ROUTERS,
+    STATISTICS,
+    Artifact,
+    become,
+    finish,
+    growing,
+    open_artifact,
+    refuse_occupied,
+    small_hashes,
+    write_routers,
+)
+from frankenmoe.artifact.healing import HealReport
+from frankenmoe.artifact.reports import versions
+from frankenmoe.backbone.healed import Patient, heal_all, patients_of
+from frankenmoe.build.derived import virtual_record
+from frankenmoe.build.record import backbone_stage
+from frankenmoe.checkpoint.fingerprint import sha256
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.data.given import Texts, located, user_path
+from frankenmoe.planning.buildable import check_buildable
+from frankenmoe.progress import SILENT, Progress
+from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.sections import HealSettings
+from frankenmoe.recipe.settings import settings_with
+from frankenmoe.subject import Subject, open_subject
+
+
+@dataclass(frozen=True)
+class Healed:
+    """The new artifact, and what healing did to each expert."""
+
+    artifact: Artifact
+    report: HealReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result as plain data."""
+        return {"artifact": str(self.artifact.folder), **self.report.to_dict()}
+
+
+def heal(
+    what: Subject | Recipe | Artifact | str | Path,
+    out: str | Path,
+    *,
+    data: Texts | None = None,
+    settings: HealSettings | None = None,
+    progress: Progress = SILENT,
+    **changes: Any,
+) -> Healed:
+    """Refits every expert's down projections so that the MoE's states follow its parent's, into a virtual artifact.
+
+    `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
+    working directory. `changes` are settings by name. An expert is left as it is unless its held-out loss falls. The
+    routers of a recipe are made afterwards; those of an artifact are kept. A built artifact needs its sources, and the
+    result is virtual too. If killed, the same call continues after the last finished expert.
+    """
+    out = Path(os.path.realpath(out))
+    refuse_occupied(out)
+    subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, changes, data)
+    with growing(out, digest=digest) as partial:
+        table, report = heal_all(subject.plan, patients, settings, partial, out=out, progress=progress)
+        _finish(subject, table, report, partial, out=out, progress=progress)
+    return Healed(open_artifact(out), report)
+
+
+def heal_recipe(
+    what: Subject | Recipe | str | Path, out: str | Path, *, settings: HealSettings, progress: Progress = SILENT
+) -> HealReport:
+    """Like `heal`, but `out` holds only recipe.yml and the tensors that it names, so no routers are made."""
+    out = Path(os.path.realpath(out))
+    subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, {}, None)
+    with growing(out, digest=f"{digest}/recipe") as partial:
+        table, report = heal_all(subject.plan, patients, settings, partial, out=out, progress=progress)
+        _write_recipe(table, partial)
+        become(partial, out)
+    return report
+
+
+def _prepared(
+    what: Subject | Recipe | Artifact | str | Path,
+    settings: HealSettings | None,
+    changes: Mapping[str, Any],
+    data: Texts | None,
+) -> tuple[Subject, HealSettings, tuple[Patient, ...], str]:
+    """What is to be healed, how, from which text, and the digest of all three."""
+    subject = open_subject(what)
+    settings = settings_with(settings or subject.recipe.heal or HealSettings(), changes)
+    plan = subject.plan
+    if subject.artifact is None:
+        check_buildable(plan, virtual=True, allow_identical=True)
+    patients = patients_of(plan, settings, data=located(data or {}))
+    texts = [[patient.name, _states(patient, folder=plan.recipe.folder)] for patient in patients]
+    routers = subject.artifact and sha256(subject.artifact.folder / ROUTERS)
+    facts = [plan.digest, routers, settings.model_dump(mode="json"), texts]
+    return subject, settings, patients, hashlib.sha256(json.dumps(facts).encode()).hexdigest() + "/heal"
+
+
+def _states(patient: Patient, *, folder: Path) -> list[Any]:
+    """The files and datasets of an expert's text, files with their size and time."""
+    files = [Path(user_path(name, folder=folder)) for name in (patient.text.origin if patient.text else ())]
+    stats = [file.stat() if file.is_file() else None for file in files]
+    return [[str(file), stat and [stat.st_size, stat.st_mtime_ns]] for file, stat in zip(files, stats, strict=True)]
+
+
+def _write_recipe(table: Mapping[str, Any], folder: Path) -> None:
+    text = yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True)
+    write_atomic(folder / "recipe.yml", text.encode())
+
+
+def _finish(
+    subject: Subject, table: dict[str, Any], report: HealReport, partial: Path, *, out: Path, progress: Progress
+) -> None:
+    """Adds routers and record, and turns the partial folder into the artifact."""
+    if subject.artifact:
+        routers, statistics = subject.routers(progress).routers, None
+        table["routers"] = ROUTERS
+    else:
+        # planned in the partial folder, which is next to `out`, so relative paths are valid in both
+        _write_recipe(table, partial)
+        recipe = Recipe.load(partial / "recipe.yml")
+        healed = Subject(recipe, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code, cache=False)
+        made = healed.routers(progress)
+        routers, statistics = made.routers, made.statistics
+    if statistics is not None:
+        write_atomic(partial / STATISTICS, statistics)
+    write_routers(partial, routers)
+    record = virtual_record(subject, table, partial, out=out, progress=progress)
+    stage = {
+        "stage": "heal",
+        "from": subject.origin,
+        "settings": report.settings,
+        "data": report.data,
+        "kept": [expert.name for expert in report.kept],
+        "held_out_loss": report.means,
+        "versions": versions(),
+    }
+    if subject.artifact:
+        stages = [*subject.artifact.record["stages"], stage]
+    else:
+        stages = [*backbone_stage(subject.plan), stage, {**record["stages"][-1], "stage": "routers"}]
+    finish(partial, out, record=record | {"stages": stages, "files": small_hashes(partial)})

@@ -1,0 +1,80 @@
+"""Writes what was changed of experts or of the backbone as adapters in PEFT's format."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.moe.load import residual_scale
+from frankenmoe.planning import Plan
+from frankenmoe.planning.asadapter import on_base
+from frankenmoe.planning.tree import PEFT_PREFIX
+
+ADAPTERS = "adapters"
+BACKBONE = "backbone"  # the adapter on the base
+Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
+"""Dense name of a linear layer -> A and B of its adapter, with scale 1."""
+
+
+def adapter_names(plan: Plan, paths: Sequence[tuple[int, ...] | None]) -> dict[tuple[int, ...] | None, str]:
+    """Path of every expert with an adapter of its own (None: the backbone) -> the name of its folder."""
+    titles = {leaf.path: leaf.name for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()}
+    found: dict[tuple[int, ...] | None, str] = {}
+    for path in paths:
+        stem = BACKBONE if path is None else re.sub(r"[^\w.-]+", "-", titles[path]).strip(".") or "expert"
+        name = stem if stem not in found.values() else f"{stem}-{'.'.join(map(str, path or ()))}"
+        found[path] = name
+    return found
+
+
+def scales_of(plan: Plan) -> dict[tuple[tuple[int, ...], str], float]:
+    """(expert, dense name) -> the factor that the plan applies to that tensor last."""
+    leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
+    return {
+        (leaf.path, write.name): residual_scale(write) for leaf in leaves for row in leaf.ffn for write in row.values()
+    }
+
+
+def source_path(plan: Plan, path: tuple[int, ...] | None) -> str:
+    """The path of the model that an expert's adapter is for (None: the adapter on the base), as in the recipe."""
+    leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
+    of_base = path is None or on_base(plan.recipe, path)
+    source = plan.base if of_base else next(leaf.source for leaf in leaves if leaf.path == path)
+    assert source is not None
+    return source.name.path
+
+
+def write_adapter(folder: Path, terms: Terms, *, base: str) -> None:
+    """Writes a LoRA in PEFT's format, loadable by peft.PeftModel.from_pretrained."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ranks = {name: a.shape[0] for name, (a, _) in terms.items()}
+    common = max(set(ranks.values()), key=list(ranks.values()).count)
+    others = {name: rank for name, rank in ranks.items() if rank != common}
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+        "r": common,
+        "lora_alpha": common,
+        "rank_pattern": {re.escape(name): rank for name, rank in others.items()},
+        "alpha_pattern": {re.escape(name): rank for name, rank in others.items()},
+        "target_modules": sorted(terms),
+        "use_dora": False,
+        "use_rslora": False,
+    }
+    tensors = {
+        f"{PEFT_PREFIX}{name}.lora_{letter}.weight": tensor.contiguous()
+        for name, pair in terms.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
