@@ -66,7 +66,7 @@ TUNINGS: Mapping[str, Tuning] = {
     "far": Tuning("all", steps=36, rate=8e-4),
     "near-lora": Tuning("lora", steps=24, rate=1e-3),
     "far-lora": Tuning("lora", steps=36, rate=4e-3),
-    "ffn": Tuning("ffn", steps=24, rate=4e-4),
+    "ffn": Tuning("ffn", steps=24, rate=3e-4),
 }
 
 
