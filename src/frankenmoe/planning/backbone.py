@@ -40,7 +40,7 @@ from frankenmoe.recipe.backbone import (
     spelled,
 )
 
-FAR_EMBEDDINGS = 0.05
+FAR_EMBEDDINGS = 0.2
 """The relative distance from which embeddings are too far from the base's to be averaged without measuring."""
 
 SHOWN = 4  # names in a sentence
