@@ -128,12 +128,13 @@ def _sweep(
     leading, following = Stream(parent, ids_NT), Stream(own.model, ids_NT)
     blocks = outer_blocks(own.model)
     gain = following.gain(0, blocks[0])
-    tokens = 2 * ids_NT.numel()
+    tokens, ridge = 2 * ids_NT.numel(), None
     for layer, down in enumerate(downs):
         leading.advance(layer)
         outs = list(following.run(layer, observed=down))
         moments = _moments(leading.states, outs, kept=len(kept), gain=gain)
-        change = _change(refit(*moments, ridges=ridges), moments[0], rank=rank)
+        found = refit(*moments, ridges=ridges, first=ridge)
+        change, ridge = _change(found, moments[0], rank=rank), found.ridge
         following.states = [
             (out_BTO.float() + gain * inputs_BTI.float() @ change.whole_OI.T).to(out_BTO.dtype)
             for out_BTO, inputs_BTI in outs

@@ -9,6 +9,7 @@ Shape suffixes: N tokens, I inputs, O outputs, R rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -47,9 +48,8 @@ class Moments:
 
     def error_after(self, change_OI: torch.Tensor) -> float:
         """sum_n w_n |e_n - D a_n|^2 for a change D of the matrix."""
-        change = change_OI.double()
-        cross = float((change * self.cross_OI.double()).sum())
-        return self.error - 2 * cross + float((change @ self.gram_II.double() * change).sum())
+        cross = float((change_OI.double() * self.cross_OI.double()).sum())
+        return self.error - 2 * cross + float(((change_OI @ self.gram_II).double() * change_OI.double()).sum())
 
 
 @dataclass(frozen=True)
@@ -61,21 +61,33 @@ class Refit:
     left: float
 
 
-def refit(kept: Moments, held: Moments, *, ridges: Sequence[float] = RIDGES) -> Refit:
-    """The change with the ridge that leaves the smallest error of held-out tokens; no change if none lowers it."""
+def refit(kept: Moments, held: Moments, *, ridges: Sequence[float] = RIDGES, first: float | None = None) -> Refit:
+    """The change with the ridge that leaves the smallest error of held-out tokens; no change if none lowers it.
+
+    The error has one minimum in the ridge, so ridges (ascending) are tried downhill from `first`, by default the middle
+    one: usually three of them.
+    """
     gram_II = kept.gram_II.double()
     unit = float(gram_II.diagonal().mean())
     nothing = Refit(torch.zeros_like(kept.cross_OI), float("inf"), 1.0)
     if not unit or held.error <= SAME * held.tokens:
         return nothing
-    found = [nothing]
-    for ridge in ridges:
+
+    @cache
+    def attempt(index: int) -> Refit:
         damped_II = gram_II.clone()
-        damped_II.diagonal().add_(ridge * unit)
+        damped_II.diagonal().add_(ridges[index] * unit)
         factor_II = torch.linalg.cholesky(damped_II)
         change_OI = torch.cholesky_solve(kept.cross_OI.double().T, factor_II).T.float()
-        found.append(Refit(change_OI, ridge, held.error_after(change_OI) / held.error))
-    return min(found, key=lambda each: each.left)
+        return Refit(change_OI, ridges[index], held.error_after(change_OI) / held.error)
+
+    at = ridges.index(first) if first in ridges else len(ridges) // 2
+    while True:
+        near = [index for index in (at, at - 1, at + 1) if 0 <= index < len(ridges)]
+        best = min(near, key=lambda index: attempt(index).left)
+        if best == at:
+            return min(nothing, attempt(at), key=lambda each: each.left)
+        at = best
 
 
 def low_rank(change_OI: torch.Tensor, gram_II: torch.Tensor, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
