@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 
 PARTS = 4  # of a Gram matrix's rows, computed one after the other
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 SAME = 1e-12  # mean squared error, relative to the states, of states that are equal up to rounding
 
 

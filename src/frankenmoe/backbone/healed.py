@@ -37,7 +37,7 @@ from frankenmoe.suggest import did_you_mean
 
 REPORT = "heal.json"
 SCAFFOLD = "healing"  # the finished experts of a run that has not ended
-LEAST = 16  # blocks of text, of which two choose
+LEAST = 8  # blocks of text, one of which is held out
 NO_DATA = "it has no data"
 
 
