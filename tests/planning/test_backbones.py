@@ -17,6 +17,8 @@ import tiny
 from frankenmoe.checkpoint.cast import decode
 from frankenmoe.checkpoint.tensors import Merge, TensorWrite
 from frankenmoe.checkpoint.values import materialize
+from frankenmoe.errors import PlanError
+from frankenmoe.planning.backbone import kept_beside
 from frankenmoe.planning.candidates import candidates
 from frankenmoe.planning.groups import group_of
 from refusals import refused
@@ -290,10 +292,10 @@ def test_auto_is_the_base_where_only_ffns_differ(parents: Parents, tmp_path: Pat
 def test_auto_without_data_adds_most_of_what_the_parents_learnt(parents: Parents, tmp_path: Path) -> None:
     base, one, two = parents["llama"]
     made = planned(tiny.write_recipe(tmp_path / "r.yml", base, [one, two], prompts=True, gate_mode="logistic"))
-    assert str(made.choice) == "task_arithmetic, lambda 0.7"
+    assert str(made.choice) == "attention, norms: average; embeddings, head: base"  # these moved far
     assert not made.backbone_open
-    was, x, y = (weights(folder)[Q] for folder in (base, one, two))
-    assert np.allclose(backbone(made)[Q], was + 0.7 * (x + y - 2 * was), atol=1e-6)
+    x, y = (weights(folder)[Q] for folder in (one, two))
+    assert np.allclose(backbone(made)[Q], (x + y) / 2, atol=1e-6)
 
 
 def test_auto_with_data_waits_for_a_measurement(parents: Parents, tmp_path: Path) -> None:
@@ -362,3 +364,30 @@ def test_what_is_refused(parents: Parents, tmp_path: Path) -> None:
     thick = tiny.make_parent(tmp_path / "thick", seed=7, intermediate_size=64)
     merge = {"method": "average", "models": [str(one), str(thick)]}
     refused("plan", with_merge(recipe, base, merge, one), inside=tmp_path, facts=("FFN width 48 against 64",), hint="")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        "average",
+        {"method": "ties", "lambda": 0.7, "density": 0.5, "weights": {"e0": 2}},
+        {"attention": "task_arithmetic", "norms": "average"},
+        {"method": "dare_linear", "density": 0.5},
+        "base",
+    ],
+)
+def test_a_backbone_stays_as_it_is_beside_one_more_expert(written: Any, parents: Parents, tmp_path: Path) -> None:
+    base, one, two = parents["llama"]
+    other = tiny.make_parent(tmp_path / "other", seed=9)
+    before = planned(tiny.write_recipe(tmp_path / "r.yml", base, [one, two], backbone=written))
+    larger = fm.Recipe.load(tiny.write_recipe(tmp_path / "s.yml", base, [one, two, other]))
+    after = fm.plan(larger.with_backbone(kept_beside(before.choice, "e2")))
+    was, found = backbone(before), backbone(after)
+    assert all(np.allclose(found[name], was[name], atol=1e-6) for name in was)
+
+
+def test_no_expert_can_be_added_to_slerp(parents: Parents, tmp_path: Path) -> None:
+    base, one, two = parents["llama"]
+    made = planned(tiny.write_recipe(tmp_path / "r.yml", base, [one, two], backbone="slerp"))
+    with pytest.raises(PlanError, match="exactly two parents"):
+        kept_beside(made.choice, "e2")

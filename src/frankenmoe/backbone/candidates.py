@@ -20,7 +20,9 @@ from frankenmoe.moe.dense import as_tensor, torch_dtype
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
 from frankenmoe.planning.plan import plan as plan_recipe
-from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS, MergeSettings, backbone_of
+from frankenmoe.planning.sources import Source
+from frankenmoe.planning.tree import parent_tensors
+from frankenmoe.recipe.backbone import MergeSettings, backbone_of
 
 LEAST_BUDGET = 2**30  # bytes of Grams and sums
 
@@ -46,22 +48,21 @@ def regmean_tensors(
     will read (as in RegMean++, arXiv 2508.03121, but for the layers below, which are those of `made`). Sums beyond a
     quarter of the free memory are made in turns, each with a reading of its own.
     """
-    base, average = (_planned_whole(made, method) for method in (BASE, AVERAGE))
-    leaves = [leaf.path for node in made.nodes for leaf in node.leaves()]
-    linears = backbone_linears(moe.model, [write.name for write in average.backbone])
+    sources = {leaf.path: leaf.source for node in made.nodes for leaf in node.leaves()}
+    writes = {write.name: write for write in made.backbone}
+    linears = backbone_linears(moe.model, list(writes))
     shapes = {name: tuple(moe.model.get_submodule(name).weight.shape) for name in linears}
-    stored = {write.name: torch_dtype(write.dtype) for write in average.backbone}
     found: dict[str, torch.Tensor] = {}
 
     def parents(group: Sequence[str]) -> Iterator[Parent]:
         for text in texts:
             blocks = (*text.kept, *text.held) if text.from_prompts else text.kept
-            own = _weights(average, leaves.index(text.path))
-            yield grams(moe.model, blocks, group, path=text.path, on_tokens=on_tokens), own
+            found = grams(moe.model, blocks, group, path=text.path, on_tokens=on_tokens)
+            yield found, _weights(sources[text.path], shapes)
 
     for group in in_turns(linears, shapes, budget=max(LEAST_BUDGET, free_memory() // 4)):
-        found |= merged(parents(group), _weights(base, 0), alpha=alpha)
-    return {f"{name}.weight": tensor.to(stored[f"{name}.weight"]) for name, tensor in found.items()}
+        found |= merged(parents(group), _weights(made.base, shapes), alpha=alpha)
+    return {f"{name}.weight": tensor.to(torch_dtype(writes[f"{name}.weight"].dtype)) for name, tensor in found.items()}
 
 
 def write_trained(file: Path, tensors: Mapping[str, torch.Tensor], made: Plan) -> None:
@@ -71,16 +72,13 @@ def write_trained(file: Path, tensors: Mapping[str, torch.Tensor], made: Plan) -
     write_atomic(file, save(found, metadata={"format": "pt"}))
 
 
-def _planned_whole(made: Plan, method: str) -> Plan:
-    return planned(made, dict.fromkeys(GROUPS, MergeSettings(method=method)))
-
-
-def _weights(made: Plan, index: int) -> Callable[[str], torch.Tensor]:
-    """From a linear layer to its weight in one input of the backbone, in float32."""
-    writes = {write.name: write for write in made.backbone}
+def _weights(source: Source | None, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], torch.Tensor]:
+    """From a linear layer to its weight in a source, with its adapter, in float32."""
+    assert source is not None
+    tensor = parent_tensors(source)
 
     def weight(name: str) -> torch.Tensor:
-        write = writes[f"{name}.weight"]
-        return as_tensor(TensorWrite(write.name, "F32", write.shape, (write.inputs[index],)))
+        full, shape = f"{name}.weight", shapes[name]
+        return as_tensor(TensorWrite(full, "F32", shape, (tensor(full, shape),)))
 
     return weight

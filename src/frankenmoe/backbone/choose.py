@@ -39,11 +39,13 @@ class Tried:
     losses: Losses
     whole: bool
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in an artifact's record."""
+    def to_dict(self, best: Losses) -> dict[str, Any]:
+        """Plain data, as in an artifact's record. `behind` and its standard error `noise` are against `best`."""
         return {
             "backbone": self.title,
             "mean": self.losses.mean,
+            "behind": self.losses.behind(best),
+            "noise": self.losses.noise(best),
             "held_out_loss": self.losses.by_expert,
             **({} if self.whole else {"given_up": True}),
         }
@@ -86,13 +88,14 @@ class Search:
         self.progress.note(title)
         model = load_with_zeros(plan).model
         quarter = max(2, min(len(text.held) for text in self.texts) // QUARTER)
-        losses, whole = Losses({text.name: () for text in self.texts}), True
-        for part in (slice(0, quarter), slice(quarter, None)):
-            losses += measure(model, self.texts, part=part, on_tokens=self.on_tokens)
-            whole = part.stop is None or not self._hopeless(losses)
-            if not whole:
-                break
-        self.tried.append(Tried(rank, title, plan, losses, whole))
+        losses = measure(model, self.texts, part=slice(0, quarter), on_tokens=self.on_tokens)
+        given_up = self._hopeless(losses)
+        later = slice(quarter, None)
+        if given_up:
+            self.progress.advance(sum(len(block.ids) for text in self.texts for block in text.held[later]))
+        else:
+            losses += measure(model, self.texts, part=later, on_tokens=self.on_tokens)
+        self.tried.append(Tried(rank, title, plan, losses, whole=not given_up))
 
     def _hopeless(self, losses: Losses) -> bool:
         others = [each.losses for each in self.tried if each.whole and isfinite(each.losses.mean)]
@@ -115,8 +118,8 @@ def choose(made: Plan, folder: Path, *, progress: Progress = SILENT) -> tuple[Pl
     closed = [(rank, each) for rank, each in listed if _method(each) != REGMEAN]
     held = sum(len(block.ids) for text in texts for block in text.held)
     progress.start("choosing the backbone", held * len(listed) + _kept(texts), "tokens")
-    # the base's, which is the simplest and seldom the best, last: most of it need not be read then
-    for rank, each in reversed(closed):
+    # the base's, which is the simplest and seldom the best, last: three quarters of the text need not be read with it
+    for rank, each in (*closed[1:], *closed[:1]):
         plan = planned(made, _by_group(each))
         search.measure(rank, str(plan.choice), plan)
     for rank, each in listed:
@@ -174,7 +177,7 @@ def _report(search: Search, chosen: str) -> dict[str, Any]:
     whole = sum(len(block.ids) for text in search.texts for block in (*text.kept, *text.held))
     return {
         "chosen": chosen,
-        "tried": [each.to_dict() for each in sorted(search.tried, key=lambda each: each.rank)],
+        "tried": [each.to_dict(search.best.losses) for each in sorted(search.tried, key=lambda each: each.rank)],
         "text": {text.name: sum(len(block.ids) for block in text.held) for text in search.texts},
         "forward_passes": round(search.tokens / whole, 2),
     }

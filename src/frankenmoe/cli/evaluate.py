@@ -57,7 +57,7 @@ SHORT = {
     "--plot", "plot_file", type=click.Path(path_type=Path), help="Draw quality against memory (svg, png, pdf)."
 )
 @click.option("--cache", type=click.Path(path_type=Path), help="Folder for cached answers; default: the user's cache.")
-@click.option("--no-cache", is_flag=True, help="Neither read nor write cached answers and routers.")
+@click.option("--no-cache", is_flag=True, help="Neither read nor write cached answers, routers and backbones.")
 @REMOTE
 def eval_command(
     models: tuple[str, ...],

@@ -81,7 +81,7 @@ def dtype_option(text: str) -> Decorator:
     return click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=text)
 
 
-NO_CACHE = click.option("--no-cache", is_flag=True, help="Neither read nor write cached routers.")
+NO_CACHE = click.option("--no-cache", is_flag=True, help="Neither read nor write cached routers and backbones.")
 JSON = json_option("Print JSON instead of a table.")
 DTYPE = dtype_option("Type to store weights in; default: the recipe's.")
 

@@ -32,6 +32,7 @@ from frankenmoe.gates.made import MadeRouters
 from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.moe.load import gate_tensors
 from frankenmoe.planning import Plan
+from frankenmoe.planning.backbone import kept_beside
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import FIT_MODES, Recipe
 from frankenmoe.recipe.gatemodes import FROM_DATA
@@ -156,7 +157,7 @@ def add_expert(
         )
     chosen = settings.method or str(known.facts["method"])
     chosen = chosen if chosen in CLOSED else "ridge"
-    recipe = _with_expert(subject.plan.recipe, known.facts, source=source, name=name, data=data, method=chosen)
+    recipe = _with_expert(subject.plan, known.facts, source=source, name=name, data=data, method=chosen)
     old = gate_tensors(subject.routers(progress).routers)
 
     def maker(made: Plan, progress: Progress) -> MadeRouters:
@@ -169,9 +170,10 @@ def add_expert(
 
 
 def _with_expert(
-    recipe: Recipe, facts: Mapping[str, Any], *, source: str, name: str, data: Sequence[str], method: str
+    plan: Plan, facts: Mapping[str, Any], *, source: str, name: str, data: Sequence[str], method: str
 ) -> Recipe:
     """The recipe with one more expert. Experts without text get the data that they were fitted on."""
+    recipe = plan.recipe
     if any(expert.name == name for expert in recipe.experts):
         raise RecipeError(f"there already is an expert {name!r}", hint="choose another name")
     plain = {key: value for key, value in recipe.to_dict().items() if key != "routers"}  # the file lacks the new expert
@@ -186,5 +188,6 @@ def _with_expert(
         "name": name,
         "data": list(located({name: data})[name]),
     }
+    plain["backbone"] = kept_beside(plan.choice, name).to_data()
     text = yaml.safe_dump({**plain, "gate_mode": method, "experts": [*experts, new]}, sort_keys=False)
     return Recipe.parse(text, folder=recipe.folder, origin=recipe.origin)

@@ -24,10 +24,24 @@ from frankenmoe.planning.tree import (
     with_lora,
 )
 from frankenmoe.recipe import Recipe
-from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, WITHOUT_BASE, MergeSettings, spelled
+from frankenmoe.recipe.backbone import (
+    AUTO,
+    AVERAGE,
+    BASE,
+    EMBEDDINGS,
+    GROUPS,
+    HEAD,
+    METHODS,
+    REGMEAN,
+    SLERP,
+    WITHOUT_BASE,
+    Groups,
+    MergeSettings,
+    spelled,
+)
 
-FALLBACK = MergeSettings(method="task_arithmetic", scale=0.7)
-"""What `auto` takes where nothing can be measured: the best of the issue's real parents without text."""
+FAR_EMBEDDINGS = 0.05
+"""The relative distance from which embeddings are too far from the base's to be averaged without measuring."""
 
 SHOWN = 4  # names in a sentence
 
@@ -111,15 +125,53 @@ def _automatic(
     if len(sources) == 1:
         return whole(AVERAGE, "auto: all experts have one parent, so its backbone is theirs")
     if has_data:
-        return Choice(
-            dict.fromkeys(GROUPS, FALLBACK), "auto: measured on the experts' data when the MoE is made", open=True
-        )
-    return Choice(dict.fromkeys(GROUPS, FALLBACK), "auto: the parents differ outside their FFNs, and there is no data")
+        by_group = dict.fromkeys(GROUPS, MergeSettings(method=AVERAGE))
+        return Choice(by_group, "auto: measured on the experts' data when the MoE is made", open=True)
+    return _without_data(distances)
+
+
+def _without_data(distances: Sequence[Distance]) -> Choice:
+    """The rule for parents whose backbone cannot be measured.
+
+    The mean was never far from the best, of two or four parents, near the base or far from it; lambda 0.7 was worse
+    than the base for four. Embeddings that moved far are each right for their own parent only (docs/backbones.md).
+    """
+    average, base = MergeSettings(method=AVERAGE), MergeSettings(method=BASE)
+    why = "auto: the parents differ outside their FFNs, and there is no data"
+    if not far_embeddings(distances):
+        return Choice(dict.fromkeys(GROUPS, average), why)
+    by_group = {group: base if group in (EMBEDDINGS, HEAD) else average for group in GROUPS}
+    return Choice(by_group, f"{why}; their embeddings moved too far to be averaged")
+
+
+def far_embeddings(distances: Sequence[Distance]) -> bool:
+    """Whether some parent's embeddings or head moved far from the base's, or unknown far."""
+    found = [each.groups.get(group, 0.0) for each in distances for group in (EMBEDDINGS, HEAD)]
+    return any(each is None or each >= FAR_EMBEDDINGS for each in found)
 
 
 def whole(method: str, why: str) -> Choice:
     """A choice of one method without settings for all groups."""
     return Choice(dict.fromkeys(GROUPS, MergeSettings(method=method)), why)
+
+
+def kept_beside(choice: Choice, expert: str) -> MergeSettings | Groups:
+    """The same backbone in a recipe with one more expert, which gets the weight 0. PlanError for slerp.
+
+    Routers that were fitted before stay right only if the states that they read stay the same.
+    """
+    groups = {}
+    for group, settings in choice.by_group.items():
+        if settings.method == SLERP:
+            raise PlanError(
+                "slerp has exactly two parents, so no expert can be added to this backbone",
+                hint="make a new recipe with backbone: average or task_arithmetic",
+            )
+        weighted = "weights" in METHODS[settings.method]
+        weights = {"weights": {**settings.weights, expert: 0.0}} if weighted else {}
+        groups[group] = MergeSettings.model_validate(settings.to_dict() | weights)
+    first = groups[GROUPS[0]]
+    return first if all(each == first for each in groups.values()) else Groups.model_validate(groups)
 
 
 def lost_differences(choice: Choice, distances: Sequence[Distance]) -> list[str]:

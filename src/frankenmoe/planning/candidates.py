@@ -1,14 +1,17 @@
 """The backbones that `backbone: auto` tries."""
 
-from frankenmoe.planning.backbone import FALLBACK, distinct_parents
+from frankenmoe.planning.backbone import distinct_parents, far_embeddings
 from frankenmoe.planning.plan import Plan
 from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, Groups, MergeSettings
 
-MANY = 5  # parents; at lambda 0.7 the sum of that many differences goes too far
-MANY_LAMBDA = 0.4
-_AVERAGE, _SUM = MergeSettings(method=AVERAGE), MergeSettings(method=FALLBACK.method, scale=1.0)
-ROWS = Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=_SUM, head=_SUM)
-"""Embeddings by sum: a fine-tune moves the rows of its own tokens, which an average would divide among all parents."""
+MANY = 4  # parents; at lambda 0.7 the sum of that many differences goes too far
+FEW_LAMBDA, MANY_LAMBDA = 0.7, 0.4
+_BASE, _AVERAGE = MergeSettings(method=BASE), MergeSettings(method=AVERAGE)
+_SUM = MergeSettings(method="task_arithmetic", scale=1.0)
+SUMMED = Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=_SUM, head=_SUM)
+"""A fine-tune moves the embeddings of its own tokens, which an average would divide among all parents."""
+KEPT = Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=_BASE, head=_BASE)
+"""Embeddings that moved far are each right for their own parent only."""
 
 
 def candidates(plan: Plan) -> tuple[MergeSettings | Groups, ...]:
@@ -18,10 +21,10 @@ def candidates(plan: Plan) -> tuple[MergeSettings | Groups, ...]:
         return (written or MergeSettings(method=BASE),)
     few = len(distinct_parents(plan.nodes)) < MANY
     return (
-        MergeSettings(method=BASE),
-        MergeSettings(method=AVERAGE),
-        FALLBACK if few else MergeSettings(method=FALLBACK.method, scale=MANY_LAMBDA),
-        ROWS,
+        _BASE,
+        _AVERAGE,
+        MergeSettings(method=_SUM.method, scale=FEW_LAMBDA if few else MANY_LAMBDA),
+        KEPT if far_embeddings(plan.distances) else SUMMED,
         MergeSettings(method="ties", density=0.5),
         MergeSettings(method=REGMEAN),
     )
