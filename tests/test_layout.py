@@ -21,7 +21,7 @@ LAYERS = (
     {"moe", "gates", "backbone", "subject"},
     {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish"},
     {"pipeline"},
-    {"cli", "demo"},
+    {"cli", "demo", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # independent of one another; all of them may use build, which makes artifacts

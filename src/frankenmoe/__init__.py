@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from frankenmoe.artifact.folder import Artifact
     from frankenmoe.backbone.run import heal
     from frankenmoe.build.extraction import extract
+    from frankenmoe.build.lora import extract_lora
     from frankenmoe.build.proof import verify
     from frankenmoe.build.run import build
     from frankenmoe.errors import FrankenMoEError
@@ -31,6 +32,7 @@ _HOMES = {
     "build": "frankenmoe.build.run",
     "export_gguf": "frankenmoe.export.run",
     "extract": "frankenmoe.build.extraction",
+    "extract_lora": "frankenmoe.build.lora",
     "fit": "frankenmoe.gates.run",
     "heal": "frankenmoe.backbone.run",
     "load": "frankenmoe.subject",
@@ -53,6 +55,7 @@ __all__ = [
     "build",
     "export_gguf",
     "extract",
+    "extract_lora",
     "fit",
     "heal",
     "load",

@@ -11,8 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-# fitted routers, measured backbones, answers scored by `eval`, distances of parents from their base, compiled kernels
-KINDS = ("routers", "backbones", "scores", "distances", "kernels")
+# fitted routers, measured backbones, answers scored by `eval`, distances of parents from their base, adapters extracted
+# from parents, compiled kernels
+KINDS = ("routers", "backbones", "scores", "distances", "adapters", "kernels")
 NAME = "name.txt"  # file in an entry with its name for `frankenmoe cache`
 PARTIAL = ".partial"  # suffix of an entry that is being written
 SHOWN = 12  # characters of an entry's file name, if it has no other name

@@ -90,28 +90,41 @@ class Subject:
         return self._resolve(SILENT)
 
     def resolved(self, progress: Progress = SILENT) -> "Subject":
-        """This subject, after whatever needs a running model before the plan is known: `backbone` auto and regmean."""
+        """This subject, after what takes time before the plan is known: `as_adapter`, `backbone` auto and regmean."""
         if "plan" not in self.__dict__:
             self.__dict__["plan"] = self._resolve(progress)  # where cached_property keeps it
         return self
 
     @property
     def settled(self) -> bool:
-        """Whether `plan` is known, or can be made without running a model."""
-        return "plan" in self.__dict__ or not self.planned.backbone_open
+        """Whether `plan` is known, or can be made without running a model and without extracting adapters."""
+        return "plan" in self.__dict__ or not (self.planned.backbone_open or not self.planned.all_extracted)
 
     def _resolve(self, progress: Progress) -> Plan:
         _ = self._text if self.planned.backbone_open else None
-        made = backbone.resolve(self.planned, cache=self.cache, progress=progress)
+        made = self.planned
+        if not made.all_extracted:
+            made = plan(
+                made.recipe,
+                dtype=made.dtype_name,
+                weights=True,
+                trust_remote_code=self.trust_remote_code,
+                progress=progress,
+            )
+        made = backbone.resolve(made, cache=self.cache, progress=progress)
         _ = made.digest  # asked for now, so that a later change of the sources is noticed
         return made
 
     @cached_property
     def planned(self) -> Plan:
-        """The plan of the recipe as written. Runs no model, so its backbone may be open."""
+        """The plan of the recipe as written. Runs no model and extracts nothing, so its backbone may be open."""
         if isinstance(self.what, Recipe):
             made = self.known or plan(
-                self.what, dtype=self.dtype, weights=True, trust_remote_code=self.trust_remote_code
+                self.what,
+                dtype=self.dtype,
+                weights=True,
+                trust_remote_code=self.trust_remote_code,
+                extract=False,
             )
         else:
             self._check_dtype(self.what)
@@ -138,14 +151,17 @@ class Subject:
             return parts_of_built(self.what)
         return parts_of_plan(self.plan).with_gates(self.what.routers)
 
-    def routers(self, progress: Progress = SILENT) -> MadeRouters:
-        """Every gate: read from the artifact, or made as the recipe says; again if its file or text has changed."""
+    def routers(self, progress: Progress = SILENT, *, device: str = "auto") -> MadeRouters:
+        """Every gate: read from the artifact, or made as the recipe says; again if its file or text has changed.
+
+        A model that must run for them runs on `device`.
+        """
         if not self.built:
             self.resolved(progress)
         state = self._state_of_routers()
         if state not in self._made:
             self._made.clear()
-            self._made[state] = self._make(progress)
+            self._made[state] = self._make(progress, device)
         return self._made[state]
 
     def _state_of_routers(self) -> object:
@@ -177,21 +193,28 @@ class Subject:
         """The state of plan and text when the backbone was measured."""
         return backbone.key_of(self.planned)
 
-    def _make(self, progress: Progress) -> MadeRouters:
+    def _make(self, progress: Progress, device: str) -> MadeRouters:
         if self.maker is not None:
             return self.maker(self.plan, progress)
         if isinstance(self.what, Artifact):
             return artifact_routers(self.what, None if self.built else self.plan)
-        return make_routers(self.plan, progress, cache=self.cache)
+        return make_routers(self.plan, progress, cache=self.cache, device=device)
 
     def load(
-        self, *, dtype: str | None = None, int8: bool = False, progress: Progress = SILENT, **options: Any
+        self,
+        *,
+        dtype: str | None = None,
+        device: str = "cpu",
+        int8: bool = False,
+        progress: Progress = SILENT,
+        **options: Any,
     ) -> "MoE":
         """A running MoE. Makes a recipe's routers first; writes nothing except the cache of routers.
 
-        `dtype` (float32, bfloat16, float16) converts the weights; by default they stay mapped as stored. `int8` rounds
-        every linear layer to 8 bits in memory, for inference: half the memory of 16 bits, slightly different logits.
-        `options` are those of MoEBlock: capacity_factor, drop_policy.
+        `dtype` (float32, bfloat16, float16) converts the weights; by default they stay mapped as stored. `device` is a
+        name of torch's, or auto for a GPU if there is one. `int8` rounds every linear layer to 8 bits in memory, for
+        inference: half the memory of 16 bits, slightly different logits. `options` are those of MoEBlock:
+        capacity_factor, drop_policy. Raises PlanError if there is no such device or its memory is too small.
         """
         if dtype is not None:
             _stored(dtype)
@@ -201,17 +224,21 @@ class Subject:
         import torch
 
         from frankenmoe.moe.dense import as_tensor
+        from frankenmoe.moe.device import CPU, check_room, place, resolve
         from frankenmoe.moe.linear import to_int8
-        from frankenmoe.moe.load import gate_tensors, load_parts
+        from frankenmoe.moe.load import gate_tensors, load_parts, weights_of
 
+        chosen, wanted = resolve(device), getattr(torch, dtype) if dtype else None
         parts = self.parts if self.built else sharing_equal_experts(self.parts, self.plan)
+        check_room(weights_of(parts), chosen, dtype=wanted, int8=int8)
         if self.artifact and self.maker is None:
             gates = {name: as_tensor(write) for name, write in parts.gates.items()}
         else:
-            gates = dict(gate_tensors(self.routers(progress).routers))
-        moe = load_parts(parts, gates, dtype=getattr(torch, dtype) if dtype else None, **options)
+            gates = dict(gate_tensors(self.routers(progress, device=device).routers))
+        moe = load_parts(parts, gates, dtype=wanted, device=CPU if int8 else chosen, **options)
         if int8:
             to_int8(moe.model, progress)
+            place(moe.model, chosen)
         return moe
 
     def with_maker(self, maker: RouterMaker) -> "Subject":
@@ -304,9 +331,10 @@ def load(
     what: "Subject | Recipe | Artifact | str | Path",
     *,
     dtype: str | None = None,
+    device: str = "cpu",
     int8: bool = False,
     progress: Progress = SILENT,
     **options: Any,
 ) -> "MoE":
-    """A running MoE from a recipe or an artifact; see Subject.load."""
-    return open_subject(what).load(dtype=dtype, int8=int8, progress=progress, **options)
+    """A running MoE from a recipe or an artifact, by default on the CPU, as transformers loads it; see Subject.load."""
+    return open_subject(what).load(dtype=dtype, device=device, int8=int8, progress=progress, **options)

@@ -9,10 +9,11 @@ import pytest
 pytest.importorskip("lm_eval")
 
 from frankenmoe.evaluate.bootstrap import minus, weighted
-from frankenmoe.evaluate.compare import AVERAGE, BASE, MOE, PARENT, gains, verdict
-from frankenmoe.evaluate.domains import Losses
+from frankenmoe.evaluate.compare import BASE, FORCED, MERGE, MOE, ORACLE, PARENT, best_of_parents, gains, kept
+from frankenmoe.evaluate.domains import GENERAL, Losses
 from frankenmoe.evaluate.prompts import BENCHMARKS
 from frankenmoe.evaluate.score import Outcome, Result
+from frankenmoe.evaluate.verdict import verdict
 
 
 def result(name: str, kind: str, losses: dict[str, list[float]], *, memory: int = 100, **scores: list[float]) -> Result:
@@ -71,12 +72,109 @@ def test_beats_its_base_and_all_parents() -> None:
 def test_a_parent_that_does_as_well_is_named() -> None:
     text = {"maths": noisy(40, seed=1)}
     moe = result("moe", MOE, {"maths": [row - 1 for row in text["maths"]]})
+    others = [result("base", BASE, text), result("maths", PARENT, {"maths": [row - 3 for row in text["maths"]]})]
+    said = verdict(moe, others, [gains(moe, other) for other in others])
+    assert "but parent maths alone does as well or better" in said[0]
+
+
+def less(text: dict[str, list[float]], by: float) -> dict[str, list[float]]:
+    return {name: [row - by for row in rows] for name, rows in text.items()}
+
+
+@pytest.mark.parametrize(
+    ("by", "sentence"),
+    [
+        (
+            1.0,
+            "Better than the best dense merge of its parents (task arithmetic 0.7) by 0.050 nats per token on all 2 "
+            "domains (95 %: +0.050 to +0.050); that merge needs only the memory of the base.",
+        ),
+        (
+            0.2,
+            "Worse than the best dense merge of its parents (task arithmetic 0.7) by 0.030 nats per token on all 2 "
+            "domains (95 %: -0.030 to -0.030): use that merge, which needs only the memory of the base.",
+        ),
+    ],
+)
+def test_the_best_dense_merge_is_the_one_to_beat(by: float, sentence: str) -> None:
+    text = {"maths": noisy(40, seed=1), "verse": noisy(50, seed=2)}
+    moe = result("moe", MOE, less(text, by))
     others = [
         result("base", BASE, text),
-        result("average", AVERAGE, {"maths": [row - 3 for row in text["maths"]]}),
+        result("average", MERGE, less(text, 0.1)),
+        result("task arithmetic 0.7", MERGE, less(text, 0.5)),
     ]
-    said = verdict(moe, others, [gains(moe, other) for other in others])
-    assert "but the average of its parents' weights alone does as well or better" in said[0]
+    assert verdict(moe, others, [gains(moe, other) for other in others])[1] == sentence
+
+
+def test_a_dense_merge_within_chance_is_not_beaten() -> None:
+    text = {"maths": noisy(40, seed=1)}
+    moe, merge = (
+        result("moe", MOE, {"maths": noisy(39, seed=3)}),
+        result("ties 0.5", MERGE, {"maths": noisy(39, seed=4)}),
+    )
+    base = result("base", BASE, text)
+    said = verdict(moe, [base, merge], [gains(moe, base), gains(moe, merge)])[1]
+    assert said.startswith(
+        "Not shown to be better than the best dense merge of its parents (ties 0.5), which needs only"
+    )
+
+
+def test_what_is_kept_of_the_parents_advantage() -> None:
+    text = {"maths": [30.0] * 10, "verse": [50.0] * 10}
+    base, moe = result("base", BASE, text), result("moe", MOE, {"maths": [26.0] * 10, "verse": [47.2] * 10})
+    parents = [
+        result("m", PARENT, {"maths": [25.0] * 10, "verse": [60.0] * 10}),
+        result("v", PARENT, {"maths": [35.0] * 10, "verse": [46.0] * 10}),
+    ]
+    forced = result(FORCED, FORCED, {"maths": [25.0] * 10, "verse": [46.4] * 10})
+    merge = result("average", MERGE, {"maths": [28.0] * 10, "verse": [48.0] * 10})
+    others = [base, *parents, merge, forced]
+    shares = kept([*others, moe], {"maths": "m", "verse": "v", "unread": "m"})
+    assert {name: list(row) for name, row in shares.items()} == {
+        "average": ["maths", "verse"],
+        FORCED: ["maths", "verse"],
+        "moe": ["maths", "verse"],
+    }
+    assert list(shares["moe"].values()) == pytest.approx([0.8, 0.7])
+    assert list(shares["average"].values()) == pytest.approx([0.4, 0.5])
+    said = verdict(moe, others, [gains(moe, other) for other in others], shares)
+    assert (
+        "It keeps 75% of its parents' advantage over the base, the least on verse (70%); own expert forced 95%, "
+        "average 45%." in said
+    )
+
+
+def test_a_parent_that_learnt_nothing_has_no_share() -> None:
+    text = {"maths": [30.0] * 10}
+    results = [result("base", BASE, text), result("m", PARENT, {"maths": [31.0] * 10}), result("moe", MOE, text)]
+    assert kept(results, {"maths": "m"}) == {}
+
+
+def test_the_oracle_takes_the_best_parent_of_each_text() -> None:
+    parents = [
+        result("m", PARENT, {"maths": [25.0] * 10, "verse": [60.0] * 10}, memory=70),
+        result("v", PARENT, {"maths": [35.0] * 10, "verse": [46.0] * 10}, memory=90),
+    ]
+    oracle = best_of_parents(parents)
+    assert oracle is not None
+    assert oracle.kind == ORACLE
+    assert {name: losses.nats[0] for name, losses in oracle.losses.items()} == {"maths": 25.0, "verse": 46.0}
+    assert oracle.facts["memory_bytes"] == 160
+    assert best_of_parents([]) is None
+
+
+def test_general_text_does_not_count_in_the_mean() -> None:
+    text = {"maths": noisy(40, seed=1), GENERAL: [40.0] * 10}
+    base = result("base", BASE, text)
+    moe = result("moe", MOE, {"maths": [row - 1 for row in text["maths"]], GENERAL: [40.4] * 10})
+    gain = gains(moe, base)
+    assert gain.loss is not None
+    assert gain.loss.value == pytest.approx(0.1)
+    assert list(gain.domains) == ["maths"]
+    assert moe.mean_loss == pytest.approx(moe.losses["maths"].mean)
+    said = verdict(moe, [base], [gain])
+    assert "On general text its loss is +1.0 % against the base's (95 %: +1.0 to +1.0)." in said
 
 
 def test_noise_is_not_sold_as_progress() -> None:

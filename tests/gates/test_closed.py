@@ -181,8 +181,11 @@ def test_regret_is_as_good_as_any_gate_nearby() -> None:
 @given(best=st.floats(-2.5, 2.5))
 def test_the_scale_search_finds_the_bottom_of_a_valley(best: float) -> None:
     found, tried = search(lambda factor: (np.log(factor) - best) ** 2, start=1.0, tokens=10**9)
-    assert abs(np.log(found) - best) < np.log(1.6) / 2
-    assert len(tried) <= 14
+    assert abs(np.log(found) - best) < 0.1
+    assert len(tried) <= (4 if abs(best) < np.log(1.6) else 9)
+    guess, without = search(lambda factor: (np.log(factor) - best) ** 2, start=1.0, tokens=10**9, guess=True)
+    assert guess == pytest.approx(np.exp(best), rel=1e-3)
+    assert len(without) <= len(tried)
 
 
 def test_with_few_tokens_the_scale_stays_where_it_is_likely() -> None:

@@ -20,7 +20,7 @@ from frankenmoe.errors import ArtifactError, FrankenMoEError, PlanError, RecipeE
 from frankenmoe.gates.forcing import forced
 from frankenmoe.gates.states import mean_loss, next_losses, watch_inputs
 from frankenmoe.gates.statistics import load_statistics
-from frankenmoe.gates.texts import cut_again, read_texts, router_texts
+from frankenmoe.gates.texts import mixed_cuts, read_texts, router_texts
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.bill import statistics_bytes
 
@@ -228,14 +228,22 @@ def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents,
         assert float(layer.shared_gate.weight.abs().max()) > 0
 
 
-def test_text_is_cut_into_shorter_blocks_that_begin_alike() -> None:
-    whole = Block((0, *range(2, 129)), (False, *[True] * 127))
-    cuts = cut_again([whole], bos=0)
-    assert [len(blocks) for blocks in cuts] == [1, 5]
-    assert all(each.ids[0] == 0 and not each.learn[0] and len(each.ids) <= 32 for each in cuts[1])
-    assert [token for each in cuts[1] for token in each.ids[1:]] == list(whole.ids[1:])
-    without = cut_again([Block(tuple(range(2, 130)), (False, *[True] * 127))], bos=None)[1]
-    assert [token for each in without for token in each.ids] == list(range(2, 130))
+def test_every_token_is_cut_into_one_block_of_three_lengths() -> None:
+    def whole(number: int) -> Block:
+        return Block((0, *[2 + number] * 256), (False, *[True] * 256))
+
+    blocks = [whole(number) for number in range(7)]
+    cuts = mixed_cuts(blocks, bos=0)
+    assert cuts[0] == (blocks[0], blocks[3], blocks[6])
+    assert [max(len(block.ids) for block in cut) for cut in cuts] == [257, 64, 16]
+    for cut, numbers in zip(cuts, ([0, 3, 6], [1, 4], [2, 5]), strict=True):
+        assert all(each.ids[0] == 0 and not each.learn[0] and all(each.learn[1:]) for each in cut)
+        assert [token for each in cut for token in each.ids[1:]] == [
+            2 + number for number in numbers for _ in range(256)
+        ]
+    without = [Block(tuple(range(2, 130)), (False, *[True] * 127))] * 2
+    assert [token for each in mixed_cuts(without, bos=None)[1] for token in each.ids] == list(range(2, 130))
+    assert mixed_cuts([], bos=0) == [()]
 
 
 @pytest.mark.parametrize("virtual", [True, False])

@@ -8,15 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from mergekit.config import MergeConfiguration
+from mergekit.merge import run_merge
 from mergekit.merge_methods import registry
 from mergekit.merge_methods.base import TensorBatch, TensorGroup
 from mergekit.merge_methods.slerp import slerp
+from mergekit.options import MergeOptions
 from safetensors.torch import save_file
 
+from frankenmoe.checkpoint.cast import decode
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.merging import _Random
+from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import DTYPES, Merge, TensorWrite
-from frankenmoe.checkpoint.values import materialize
+from frankenmoe.checkpoint.values import materialize, values
 
 DTYPE = {torch.float32: "F32", torch.bfloat16: "BF16"}
 NEAR, FAR = 0.0025, 0.3  # parent's distance from the base over the base's norm
@@ -166,3 +171,40 @@ def test_slerp_with_nothing(tmp_path: Path) -> None:
     merge = Merge("slerp", (1.0, 1.0), t=0.25)
     found, expected = ours(merge, tensors, tmp_path, dtype=torch.float32), theirs(merge, tensors)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("method", "of_parent", "of_all", "merge"),
+    [
+        ("linear", {"weight": 1.0}, {}, Merge("average", (1.0, 1.0))),
+        ("task_arithmetic", {"weight": 1.0}, {"lambda": 0.7}, Merge("task_arithmetic", (1.0, 1.0), scale=0.7)),
+        ("ties", {"weight": 0.5, "density": 0.4}, {}, Merge("ties", (0.5, 0.5), density=0.4)),
+        ("slerp", {}, {"t": 0.3}, Merge("slerp", (1.0, 1.0), t=0.3)),
+    ],
+)
+def test_whole_models_as_mergekit_merges_them(
+    method: str,
+    of_parent: dict[str, float],
+    of_all: dict[str, float],
+    merge: Merge,
+    parents: dict[str, list[Path]],
+    tmp_path: Path,
+) -> None:
+    """Through mergekit's own recipe, planner and writer: what it leaves out of a recipe has our meaning too."""
+    base, *others = parents["llama"]
+    models = [{"model": str(folder), "parameters": of_parent} for folder in others]
+    recipe = {"models": models, "merge_method": method, "parameters": of_all, "dtype": "float32"}
+    if method == "slerp":
+        recipe["base_model"] = str(others[0])
+    elif method != "linear":
+        recipe["base_model"] = str(base)
+    config = MergeConfiguration.model_validate(recipe)
+    run_merge(config, str(tmp_path / "theirs"), options=MergeOptions(copy_tokenizer=False, quiet=True))
+    theirs = open_checkpoint(tmp_path / "theirs").tensors
+    checkpoints = [open_checkpoint(folder).tensors for folder in ([base, *others] if merge.count == 3 else others)]
+    assert theirs.keys() == checkpoints[0].keys()
+    for name, ref in theirs.items():
+        inputs = tuple(tensors[name] for tensors in checkpoints)
+        found = materialize(TensorWrite(name, ref.dtype, ref.shape, inputs, (merge,)))
+        expected = values(ref).ravel()
+        np.testing.assert_allclose(decode(found, dtype=ref.dtype), expected, rtol=1e-5, atol=1e-7)

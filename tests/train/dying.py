@@ -6,10 +6,7 @@ Run as a script it is one such process: its one argument is the run as JSON.
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +15,6 @@ from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.train.run import train
 
 CODE = """
-import json, os, sys
-os.environ |= json.loads(sys.argv[2])
 from dying import main
 main(*json.loads(sys.argv[1]))
 """
@@ -38,32 +33,14 @@ def run_apart(
 ) -> int:
     """The exit code of a run in so many processes; all of them die in step `die` + 1."""
     words = json.dumps([str(what), str(out), data, settings.to_dict(), shard and processes > 1, die])
+    import launch  # not at the top, where torchrun's processes would not find it
+
     if torchrun:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        done = subprocess.run([sys.executable, "-m", *launcher, __file__, words], capture_output=True, text=True)
-        sys.stderr.write(done.stderr[-2500:])
-        return done.returncode
-
-    import forks  # not at the top, where torchrun's processes would not find it
-
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [json.dumps(each) for each in _ranks(processes)]
-        children = [forks.start(CODE, words, rank, out=Path(folder)) for rank in ranks]
-        for child in children:
-            child.join()
-        sys.stderr.write((Path(folder) / "stderr").read_text()[-2500:])
-    return next((child.exitcode for child in children if child.exitcode), 0)
-
-
-def _ranks(processes: int) -> list[dict[str, str]]:
-    """What a launcher tells each process."""
-    if processes == 1:
-        return [{}]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
-    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+        done = [launch.torchrun([__file__, words], processes=processes)]
+    else:
+        done = launch.run_together(CODE, words, processes=processes)
+    sys.stderr.write("".join(each.stderr for each in done)[-2500:])
+    return next((each.returncode for each in done if each.returncode), 0)
 
 
 def main(what: str, out: str, data: dict[str, list[str]], table: dict[str, Any], shard: bool, die: int | None) -> None:

@@ -207,7 +207,8 @@ class DomainLoss(ReportPart):
 
 
 class EvaluatedModel(ReportPart):
-    """One model. `kind` is moe, base, parent, average, random gates or model; memory is in bytes."""
+    """One model. `kind` is moe, model, or a rival: base, parent, merge, random gates, own expert forced or best
+    parent per text. Memory is in bytes."""
 
     name: AnyText
     kind: AnyText
@@ -235,6 +236,7 @@ class EvalReport(StageReport):
 
     models: tuple[EvaluatedModel, ...]
     verdict: tuple[AnyText, ...] = ()
+    kept: dict[str, dict[str, float]] = {}
 
     @property
     def moe(self) -> EvaluatedModel | None:

@@ -14,6 +14,7 @@ from torch import nn
 from frankenmoe.audit.stats import others
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import load_source
+from frankenmoe.moe.device import place
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.router import Routing
 from frankenmoe.moe.trace import blocks
@@ -68,7 +69,7 @@ def swapped(moe: MoE, probes: Sequence[Sequence[int]]) -> tuple[dict[int, float]
 def against_base(moe: MoE, plan: Plan, probes: Sequence[Sequence[int]]) -> Change:
     """Compares the MoE's output with that of its dense base, computed in the MoE's type."""
     dtype = next(moe.model.parameters()).dtype
-    dense = load_source(plan.base, stored=plan.dtype, dtype=dtype)
+    dense = place(load_source(plan.base, stored=plan.dtype, dtype=dtype), moe.model.device)
     return joined([(change(_logits(dense, probe), _logits(moe.model, probe)), len(probe)) for probe in probes])
 
 

@@ -15,6 +15,7 @@ from frankenmoe.data.blocks import check_vocabulary, encode, packed
 from frankenmoe.data.documents import Document, check_data, read_documents
 from frankenmoe.data.given import Pair
 from frankenmoe.errors import RecipeError, SourceError
+from frankenmoe.moe.device import AUTO
 from frankenmoe.moe.load import MoE
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
@@ -54,6 +55,7 @@ def look(
     *,
     data: Sequence[Pair] = (),
     settings: AuditSettings | None = None,
+    device: str = AUTO,
     dtype: str | None = None,
     progress: Progress = SILENT,
     **changes: Any,
@@ -61,13 +63,14 @@ def look(
     """Audits one MoE and writes nothing.
 
     The text is `data`, pairs of (expert or None, file or hub dataset) with paths from the working directory; by default
-    the recipe's `data`, else its positive prompts. `changes` are settings by name. Raises RecipeError for an unknown
-    expert, SourceError for text that cannot be read or has no tokens, ArtifactError for an invalid artifact.
+    the recipe's `data`, else its positive prompts. The model runs on `device` in `dtype`. `changes` are settings by
+    name. Raises RecipeError for an unknown expert, SourceError for text that cannot be read or has no tokens,
+    ArtifactError for an invalid artifact.
     """
     subject = open_subject(what)
     settings = settings_with(settings or AuditSettings(), changes)
     labelled = _domains(subject.recipe, data)  # before anything is loaded
-    moe = subject.load(dtype=dtype, progress=progress)
+    moe = subject.load(dtype=dtype, device=device, progress=progress)
     tokenizer = moe.tokenizer()
     window = min(WINDOW, getattr(moe.model.config, "max_position_embeddings", None) or WINDOW)
     texts, openings = {}, []

@@ -49,15 +49,18 @@ class Matrix:
     scale: float = 0.0
 
     def minus(self, reference: torch.Tensor | None, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` minus the reference's, in float64. If both are one tensor, only the adapter stays."""
+        """Rows `start` to `stop` minus the reference's, in float64 on the CPU, where the reference is.
+
+        If both are one tensor, only the adapter stays.
+        """
         if reference is not None and _same_memory(self.weight, reference):
             rows_OI = torch.zeros(stop - start, self.weight.shape[1], dtype=torch.float64)
         else:
-            rows_OI = self.weight[start:stop].double()
+            rows_OI = self.weight[start:stop].cpu().double()
             if reference is not None:
                 rows_OI = rows_OI - reference[start:stop].double()
         if self.a_RI is not None and self.b_OR is not None:
-            rows_OI = rows_OI + self.scale * (self.b_OR[start:stop].double() @ self.a_RI.double())
+            rows_OI = rows_OI + self.scale * (self.b_OR[start:stop].cpu().double() @ self.a_RI.cpu().double())
         return rows_OI
 
     def equals(self, other: "Matrix") -> bool:

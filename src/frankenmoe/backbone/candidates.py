@@ -13,10 +13,10 @@ from frankenmoe.backbone.grams import backbone_linears, grams
 from frankenmoe.backbone.regmean import Parent, in_turns, merged
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.gates.fitted import free_memory
 from frankenmoe.gates.states import Advance, silent
 from frankenmoe.gates.texts import OwnText
 from frankenmoe.moe.dense import as_tensor, torch_dtype
+from frankenmoe.moe.device import free_memory
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
 from frankenmoe.planning.plan import plan as plan_recipe

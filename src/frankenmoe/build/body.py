@@ -13,6 +13,7 @@ from frankenmoe.artifact.folder import INDEX, ROUTERS, check_disk, write_json
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
 from frankenmoe.planning import Plan
+from frankenmoe.planning.asadapter import copy_adapters
 
 AT_ONCE = 2
 
@@ -107,9 +108,13 @@ def index(shards: Mapping[str, Sequence[TensorWrite]], *, routers: Sequence[str]
 
 
 def copy_small_files(plan: Plan, folder: Path) -> None:
-    """Copies tokenizer, chat template and generation settings unchanged, because re-saving them loses information."""
+    """Copies tokenizer, chat template and generation settings unchanged, because re-saving them loses information.
+
+    Copies adapters that were extracted from parents, too.
+    """
     for file in plan.small_files:
         write_atomic(folder / file.name, file.read_bytes())
+    copy_adapters(plan.extracted.values(), folder)
 
 
 def _size(writes: Sequence[TensorWrite]) -> int:

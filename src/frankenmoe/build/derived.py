@@ -10,6 +10,7 @@ import yaml
 from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.record import record_of
 from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.planning import plan
 from frankenmoe.progress import Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.subject import Subject
@@ -27,7 +28,13 @@ def virtual_record(
     copy_small_files(subject.plan, partial)
     # planned in the partial folder, which is next to `out`, so relative paths are valid in both
     derived = Recipe.load(partial / "recipe.yml")
-    made = Subject(derived, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code).plan
+    made = plan(
+        derived,
+        dtype=subject.plan.dtype,
+        weights=True,
+        trust_remote_code=subject.trust_remote_code,
+        inside=partial,
+    )
     known = subject.artifact.record["sources"] if subject.artifact else []
     record = record_of(
         made,

@@ -10,6 +10,7 @@ from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import versions
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.planning import Plan
+from frankenmoe.planning.asadapter import copied_to
 from frankenmoe.planning.recall import facts
 from frankenmoe.progress import Progress
 
@@ -28,7 +29,7 @@ def record_of(
 
     `folder` is the unfinished artifact. `known` maps fingerprints of files that were hashed before to their SHA-256.
     """
-    files, known = made.source_files, known or {}
+    files, known, extracted = made.source_files, known or {}, made.extracted.values()
     if virtual:
         wanted = (file for file in files if fingerprint(file) not in known)
         progress.start("hashing sources", sum(file.stat().st_size for file in wanted), "B")
@@ -43,7 +44,7 @@ def record_of(
         **facts(made),
         "sources": [
             {
-                "file": str(file),
+                "file": str(copied_to(file, extracted, out)),
                 "bytes": file.stat().st_size,
                 "fingerprint": fingerprint(file),
                 "sha256": (known.get(fingerprint(file)) or sha256(file, on_bytes=progress.advance))
@@ -52,7 +53,9 @@ def record_of(
             }
             for file in files
         ],
-        "configs": [{"file": str(file), "sha256": sha256(file)} for file in made.deciding_files],
+        "configs": [
+            {"file": str(copied_to(file, extracted, out)), "sha256": sha256(file)} for file in made.deciding_files
+        ],
         "stages": [
             *backbone_stage(made),
             {"stage": stage, "gate_mode": made.recipe.gate_mode, **_fit_report(folder), "versions": versions()},

@@ -35,11 +35,10 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import RANDOM_MODES, Recipe
-from frankenmoe.recipe.sections import BuildSettings
+from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
 
-SHARD_SIZE = 4 * 10**9
 SWITCH_INTERVAL = 2e-4  # seconds; see torch_ahead
 
 
@@ -50,6 +49,7 @@ def build(
     settings: BuildSettings | None = None,
     dtype: str | None = None,
     shard_size: int = SHARD_SIZE,
+    device: str = "auto",
     progress: Progress = SILENT,
     stage: str = "build",
     **changes: Any,
@@ -57,8 +57,8 @@ def build(
     """Writes an artifact to `out`: a built one (a standard checkpoint) or a virtual one (megabytes).
 
     A virtual artifact is built with its own routers. `changes` are settings by name, such as virtual=True. `dtype` is
-    the type to store weights in, by default the recipe's. `stage` is the name of the entry in the record. If killed,
-    the same call continues where it stopped. Raises subclasses of FrankenMoEError.
+    the type to store weights in, by default the recipe's. Routers are fitted on `device`. `stage` is the name of the
+    entry in the record. If killed, the same call continues where it stopped. Raises subclasses of FrankenMoEError.
     """
     # resolves a link to an empty folder on another disk
     out = Path(os.path.realpath(out))
@@ -80,7 +80,7 @@ def build(
         if virtual:
             _check_sources(made, progress)
         if not (partial / ROUTERS).exists():
-            _write_routers(partial, subject.routers(progress))
+            _write_routers(partial, subject.routers(progress, device=device))
         if virtual:
             copy_small_files(made, partial)
         else:

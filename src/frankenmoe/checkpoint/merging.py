@@ -37,8 +37,8 @@ Mix = Callable[[Sequence[Floats], Floats], tuple[Floats, Floats]]
 
 _CHUNK = 2**15  # elements, an even number; a few chunks fit the CPU's cache
 _HIGH, _LOW = 2**15, 2**16  # values of the high and low 16 bits of a magnitude
-# mergekit's limits: below them, sums of weights, norms and lengths count as zero, above it vectors as parallel
-_SMALLEST_SUM, _SMALLEST_NORM, _SMALLEST_LENGTH = 1e-8, 1e-8, 1e-7
+# mergekit's limits: below them norms and lengths count as zero, above it vectors as parallel
+_SMALLEST_NORM, _SMALLEST_LENGTH = 1e-8, 1e-7
 _PARALLEL = 0.9995
 
 
@@ -74,17 +74,20 @@ def _chunks(blocks: Sequence[Floats]) -> Iterator[tuple[int, Sequence[Floats]]]:
 
 def _average(merge: Merge, _: Sequence[Blocks]) -> Callable[[], Combine]:
     """sum_i w_i x_i / sum_i w_i, in float64: equal inputs give that input, bit for bit (Wortsman 2022, 2203.05482)."""
-    total = sum(merge.weights)
+    share = 1 / sum(merge.weights)
     sum_N, term_N = np.empty(_CHUNK), np.empty(_CHUNK)
 
     def combine(chunk: Sequence[Floats], _number: int, _start: int) -> Floats:
-        size = chunk[0].size
-        np.multiply(chunk[0], merge.weights[0], out=sum_N[:size], dtype=np.float64)
-        for part_N, weight in zip(chunk[1:], merge.weights[1:], strict=True):
-            np.multiply(part_N, weight, out=term_N[:size], dtype=np.float64)
-            sum_N[:size] += term_N[:size]
-        sum_N[:size] /= total
-        return sum_N[:size].astype(np.float32)
+        total_N, wide_N = sum_N[: chunk[0].size], term_N[: chunk[0].size]
+        for index, (part_N, weight) in enumerate(zip(chunk, merge.weights, strict=True)):
+            into_N = wide_N if index else total_N
+            np.copyto(into_N, part_N)  # numpy converts whole chunks faster than operands
+            if weight != 1:
+                into_N *= weight
+            if index:
+                total_N += wide_N
+        total_N *= share
+        return total_N.astype(np.float32)
 
     return lambda: combine
 
@@ -131,11 +134,14 @@ def _differences(
         base_N, *parents = chunk
         kept = [trimmed(parent_N - base_N, number, start) for trimmed, parent_N in zip(trims, parents, strict=True)]
         for difference_N, weight in zip(kept, weights, strict=True):
-            difference_N *= weight
+            if weight != 1:
+                difference_N *= weight
         mixed_N, weight_N = mix(kept, weights)
         if normalize:
+            weight_N[weight_N == 0] = 1
             mixed_N /= weight_N
-        mixed_N *= scale
+        if scale != 1:
+            mixed_N *= scale
         mixed_N += base_N
         return mixed_N
 
@@ -144,11 +150,10 @@ def _differences(
 
 def _added(kept: Sequence[Floats], weights: Floats) -> tuple[Floats, Floats]:
     """(the sum, the sum of the weights)."""
-    sum_N = kept[0].copy()
-    for part_N in kept[1:]:
+    sum_N = kept[0] if len(kept) == 1 else kept[0] + kept[1]
+    for part_N in kept[2:]:
         sum_N += part_N
-    total = weights.sum()
-    return sum_N, np.where(abs(total) < _SMALLEST_SUM, np.float32(1), total)
+    return sum_N, weights.sum(keepdims=True)
 
 
 def _elected(kept: Sequence[Floats], weights: Floats) -> tuple[Floats, Floats]:
@@ -159,7 +164,6 @@ def _elected(kept: Sequence[Floats], weights: Floats) -> tuple[Floats, Floats]:
         agrees_N = np.where(plus_N, part_N > 0, part_N < 0)
         sum_N += part_N * agrees_N  # a product, so that NaN and infinity stay to be found
         weight_N += weight * agrees_N
-    weight_N[weight_N == 0] = 1
     return sum_N, weight_N
 
 

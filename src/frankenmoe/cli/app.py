@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,21 @@ from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
 from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
 from frankenmoe.cli.heal import heal_command
-from frankenmoe.cli.options import COUNT, DTYPE, JSON, NO_CACHE, REMOTE, SEED, SIZE, TEMPERATURE, example, json_option
+from frankenmoe.cli.lora import extract_lora_command
+from frankenmoe.cli.options import (
+    COUNT,
+    DEVICE,
+    DTYPE,
+    JSON,
+    NO_CACHE,
+    REMOTE,
+    SEED,
+    SIZE,
+    TEMPERATURE,
+    example,
+    json_option,
+    placed,
+)
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
@@ -24,11 +42,14 @@ from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
 from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.cli.train import train_command
-from frankenmoe.errors import FrankenMoEError
+from frankenmoe.errors import FrankenMoEError, PlanError
+from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
-from frankenmoe.recipe.sections import BuildSettings
+from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings, FitSettings
 from frankenmoe.subject import kind_of, open_subject
 
+TOGETHER = {"train", "eval", "fit"}  # commands that several processes of a launcher can share
+GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 RESUMING = {"build", "heal", "train", "eval", "run", "push"}
 
@@ -46,6 +67,12 @@ def app() -> None:
     A recipe names a base model, experts and a way to route tokens. `plan` shows its size, `chat` runs it without
     writing a model, `build` writes a standard checkpoint.
     """
+    asked = click.get_current_context().invoked_subcommand
+    if world() > 1 and asked not in TOGETHER:
+        raise PlanError(
+            f"`{asked}` runs in one process, found {world()} started by a launcher",
+            hint=f"run it without torchrun; {' and '.join(sorted(TOGETHER))} use several processes",
+        )
 
 
 @app.command("plan", epilog=example("frankenmoe plan recipes/raiden-16x3.43b.yml --json"))
@@ -65,11 +92,14 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
     if made.routers_file is not None:
         read_routers(made.routers_file, made.routers)
     if as_json:
+        from frankenmoe.planning.fitting import fit_forecast
         from frankenmoe.planning.forecast import forecast
 
         rows, reason = forecast(made)
         gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
-        click.echo(json.dumps(made.to_dict() | {"gguf": gguf}, indent=2, ensure_ascii=False))
+        cost = fit_forecast(made, made.recipe.fit or FitSettings())
+        facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict()}
+        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         show_plan(made)
 
@@ -81,7 +111,11 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 @click.argument("out", type=click.Path(path_type=Path))
 @settings_options(BuildSettings)
 @DTYPE
-@click.option("--shard-size", type=SIZE, default="4GB", show_default=True, help="Largest size of one weight file.")
+@click.option(
+    "--shard-size", type=SIZE, default=SHARD_SIZE, show_default=f"{SHARD_SIZE // 10**9}GB",
+    help="Largest size of one weight file.",
+)  # fmt: skip
+@DEVICE
 @NO_CACHE
 @REMOTE
 def build_command(
@@ -89,6 +123,7 @@ def build_command(
     out: Path,
     dtype: str | None,
     shard_size: int,
+    device: str,
     no_cache: bool,
     trust_remote_code: bool,
     **options: Any,
@@ -105,20 +140,21 @@ def build_command(
     from frankenmoe.build.run import build
 
     with bars() as progress:
-        artifact = build(subject, out, shard_size=shard_size, progress=progress, **given(options))
+        artifact = build(subject, out, shard_size=shard_size, device=device, progress=progress, **given(options))
     show_built(artifact)
 
 
 @app.command("verify", epilog=example("frankenmoe verify out/"))
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @JSON
-def verify_command(folder: Path, as_json: bool) -> None:
+@REMOTE
+def verify_command(folder: Path, as_json: bool, trust_remote_code: bool) -> None:
     """Compare every byte of ARTIFACT with its sources.
 
     Also compares names, shapes and types with the model class, and checks that all values are finite. Exits with code
     2 at the first difference.
     """
-    subject = open_subject(folder)
+    subject = open_subject(folder, trust_remote_code=trust_remote_code)
 
     from frankenmoe.build.proof import verify
 
@@ -140,6 +176,7 @@ def verify_command(folder: Path, as_json: bool) -> None:
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed for sampling.")
 @click.option("--trace", is_flag=True, help="Show the experts of each token.")
 @click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, slightly inexact.")
+@placed
 @json_option("Print reply and trace as JSON; needs --prompt.")
 @NO_CACHE
 @REMOTE
@@ -151,6 +188,8 @@ def chat_command(
     seed: int,
     trace: bool,
     int8: bool,
+    device: str,
+    dtype: str | None,
     as_json: bool,
     no_cache: bool,
     trust_remote_code: bool,
@@ -169,6 +208,8 @@ def chat_command(
 
         if int8:
             raise click.UsageError("--int8 needs an artifact or a recipe; `export` quantizes GGUF files")
+        if device != "auto" or dtype is not None:
+            raise click.UsageError("--device and --dtype need an artifact or a recipe; llama.cpp reads GGUF files here")
         if trace:
             raise click.UsageError("--trace needs an artifact or a recipe; llama.cpp does not report experts")
         return chat_gguf(
@@ -188,7 +229,15 @@ def chat_command(
     chat(
         subject,
         prompt=prompt,
-        settings=Settings(max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, trace=trace, int8=int8),
+        settings=Settings(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            trace=trace,
+            int8=int8,
+            device=device,
+            dtype=dtype,
+        ),
         as_json=as_json,
     )
 
@@ -226,6 +275,7 @@ for command in (
     heal_command,
     add_expert_command,
     extract_command,
+    extract_lora_command,
     train_command,
     audit_command,
     eval_command,
@@ -238,12 +288,27 @@ for command in (
     app.add_command(command)
 
 
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    """Only the first of a launcher's processes prints. Another one that fails alone says why, a little later."""
+    if is_main():
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+            yield
+    except Exception:
+        time.sleep(GRACE)
+        raise
+
+
 def main() -> None:
     """Runs a command. Errors are printed as one sentence and a hint; the exit code is then 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
     try:
-        app(standalone_mode=False)
+        with _one_voice():
+            app(standalone_mode=False)
     except FrankenMoEError as error:
         click.echo(f"error: {printable(error.message)}", err=True)
         if error.hint:

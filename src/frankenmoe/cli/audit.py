@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from frankenmoe.audit.measures import Facts, Measure, compared_in_terminal, in_terminal
-from frankenmoe.cli.options import NO_CACHE, REMOTE, example, json_option
+from frankenmoe.cli.options import NO_CACHE, REMOTE, example, json_option, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import console, expert_style
@@ -47,6 +47,7 @@ WIDEST_STRIP = 26  # layers shown per token
     "--out", type=click.Path(path_type=Path), default=Path("reports"), show_default=True,
     help="Folder in which the report gets its own folder.",
 )  # fmt: skip
+@placed
 @NO_CACHE
 @json_option("Print the report as JSON.")
 @REMOTE
@@ -55,6 +56,8 @@ def audit_command(
     second: Path | None,
     data: tuple[str, ...],
     out: Path,
+    device: str,
+    dtype: str | None,
     no_cache: bool,
     as_json: bool,
     trust_remote_code: bool,
@@ -87,7 +90,10 @@ def audit_command(
     for subject in subjects:
         check(subject, data=labelled)
     with bars() as progress:
-        audits = [look(subject, data=labelled, settings=settings, progress=progress) for subject in subjects]
+        audits = [
+            look(subject, data=labelled, settings=settings, device=device, dtype=dtype, progress=progress)
+            for subject in subjects
+        ]
     folder = write_report(audits, out)
     if as_json:
         click.echo(as_text(audits))

@@ -25,19 +25,21 @@ ROOMY = 60  # columns; a narrower terminal gets a shorter title
 
 @dataclass(frozen=True)
 class Settings:
-    """How replies are generated and shown. `temperature` 0 is greedy."""
+    """How replies are generated and shown. `temperature` 0 is greedy; `device` and `dtype` are where it computes."""
 
     max_new_tokens: int
     temperature: float
     seed: int
     trace: bool
     int8: bool = False
+    device: str = "auto"
+    dtype: str | None = None
 
 
 def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: bool) -> None:
     """Answers `prompt`; without one, a conversation until end of input or Ctrl-C."""
     with bars() as progress:
-        moe = subject.load(int8=settings.int8, progress=progress)
+        moe = subject.load(dtype=settings.dtype, device=settings.device, int8=settings.int8, progress=progress)
         fast = prepare_kernels(moe.model, progress)
     if not fast:
         click.secho("warning: no fast CPU kernels; pip install 'frankenmoe[cpu]'", fg="yellow", err=True)

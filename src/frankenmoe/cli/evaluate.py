@@ -10,11 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cache import cache_folder
-from frankenmoe.cli.options import REMOTE, SIZE, dtype_option, example
+from frankenmoe.cli.options import REMOTE, SIZE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.data.given import pairs
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
+from frankenmoe.moe.processes import is_main
 from frankenmoe.recipe.sections import EvalSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import open_model
@@ -45,10 +46,7 @@ SHORT = {
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Text to measure the loss on (repeatable).")
 @click.option("--batch-size", default="auto", show_default=True, help="Sequences at once; `auto` depends on memory.")
 @click.option("--memory", type=SIZE, help="Memory of one pass; default: a share of the free memory.")
-@dtype_option("Type to compute in; default: as stored.")
-@click.option(
-    "--device", default="auto", show_default=True, help="cpu, cuda, cuda:1 ...; `auto` uses a GPU if there is one."
-)
+@placed
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file; - for stdout."
 )
@@ -64,8 +62,8 @@ def eval_command(
     texts: tuple[str, ...],
     batch_size: str,
     memory: int | None,
-    dtype: str | None,
     device: str,
+    dtype: str | None,
     json_file: Path | None,
     log_samples: Path | None,
     plot_file: Path | None,
@@ -84,7 +82,7 @@ def eval_command(
     _check_out(json_file, log_samples)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
-        from frankenmoe.evaluate.run import draw, evaluate
+        from frankenmoe.evaluate.run import evaluate
         from frankenmoe.evaluate.score import Scoring
     except ModuleNotFoundError as error:
         raise PlanError(
@@ -108,12 +106,20 @@ def eval_command(
             scoring=Scoring(rows=rows, memory=memory, store=store, samples=log_samples),
             progress=progress,
         )
+    if is_main():
+        _put_out(report, json_file, plot_file)
+    if report.errors:
+        raise PlanError("; ".join(report.errors), hint="all other tasks were scored; see the report")
+
+
+def _put_out(report: "Report", json_file: Path | None, plot_file: Path | None) -> None:
+    """Prints or writes the report, and draws the plot."""
+    from frankenmoe.evaluate.run import draw
+
     _write(report, json_file)
     if plot_file is not None and any(result.losses or result.outcomes for result in report.results):
         draw(report, plot_file)
         click.echo(f"plot: {plot_file}", err=True)
-    if report.errors:
-        raise PlanError("; ".join(report.errors), hint="all other tasks were scored; see the report")
 
 
 def _rows(batch_size: str) -> int | None:
@@ -223,21 +229,25 @@ def _several(report: "Report") -> Table:
 
 def _losses(report: "Report") -> Table:
     """Loss per domain, memory and speed. Bits per byte if tokenizers differ."""
+    from frankenmoe.evaluate.domains import GENERAL
+
     one_tokenizer = len({result.facts["tokenizer_digest"] for result in report.results}) == 1
-    domains = list(dict.fromkeys(name for result in report.results for name in result.losses))
+    domains = list(dict.fromkeys(name for result in report.results for name in result.domains))
+    general = any(GENERAL in result.losses for result in report.results)
     shown = domains if len(domains) <= MOST_DOMAINS else []
     table = Table(box=None, pad_edge=False)
     table.add_column("nats per token" if one_tokenizer else "bits per byte", overflow="fold")
-    for name in (*shown, "mean", "MB", "token/s"):
+    for name in (*shown, "mean", *(["general"] if general else []), "MB", "token/s"):
         table.add_column(escape(name), justify="right", no_wrap=True)
     for result in report.results:
         values = {
             name: losses.mean if one_tokenizer else losses.bits_per_byte for name, losses in result.losses.items()
         }
-        mean = f"{sum(values.values()) / len(values):.3f}" if values else "-"
-        cells = [f"{values[name]:.3f}" if name in values else "-" for name in shown]
+        mean = f"{sum(values[name] for name in result.domains) / len(result.domains):.3f}" if result.domains else "-"
+        cells = [f"{values[name]:.3f}" if name in values else "-" for name in (*shown, *([GENERAL] if general else []))]
+        cells.insert(len(shown), mean)
         cost = (f"{result.facts['memory_bytes'] / 1e6:.0f}", f"{result.facts['tokens_per_second']:.0f}")
-        table.add_row(escape(result.name), *cells, mean, *cost, style="bold" if result.kind == "moe" else "")
+        table.add_row(escape(result.name), *cells, *cost, style="bold" if result.kind == "moe" else "")
     return table
 
 

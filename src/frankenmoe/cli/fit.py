@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.table import Table
 
-from frankenmoe.cli.options import JSON, REMOTE, example
+from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import command, console, warn
@@ -38,6 +38,7 @@ COLUMNS = {"before": "before", "after": "fitted", "own_expert": "own expert forc
 )  # fmt: skip
 @settings_options(FitSettings)
 @click.option("--keep-anyway", is_flag=True, help="Replace the routers even if the new ones are worse.")
+@placed
 @JSON
 @REMOTE
 def fit_command(
@@ -45,14 +46,17 @@ def fit_command(
     out: Path | None,
     data: tuple[str, ...],
     keep_anyway: bool,
+    device: str,
+    dtype: str | None,
     as_json: bool,
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
     """Fit routers to the experts' data or prompts.
 
-    No training: the text is read once with each expert forced and once with the new routers, and a line search finds
-    their scale. An artifact gets the new routers if they lower the held-out loss. A recipe becomes a virtual artifact.
+    No training: the text is read once with its own expert forced and once with closed-form routers; regret also reads
+    a third of it with every expert. A search on held-out text finds the scale. An artifact gets the new routers if they
+    lower the held-out loss. A recipe becomes a virtual artifact.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
     names = [expert.name for expert in subject.recipe.experts]
@@ -63,7 +67,16 @@ def fit_command(
     from frankenmoe.gates.run import fit
 
     with bars() as progress:
-        result = fit(subject, out, data=named, keep_anyway=keep_anyway, progress=progress, **given(options))
+        result = fit(
+            subject,
+            out,
+            data=named,
+            keep_anyway=keep_anyway,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            **given(options),
+        )
     show(result, as_json=as_json)
 
 
@@ -78,6 +91,7 @@ def fit_command(
 @click.option("--name", required=True, help="Name of the expert.")
 @click.option("--data", multiple=True, required=True, metavar="FILE", help="Text of the new expert (repeatable).")
 @settings_options(FitSettings)
+@placed
 @JSON
 @REMOTE
 def add_expert_command(
@@ -86,6 +100,8 @@ def add_expert_command(
     source: str,
     name: str,
     data: tuple[str, ...],
+    device: str,
+    dtype: str | None,
     as_json: bool,
     trust_remote_code: bool,
     **options: Any,
@@ -99,7 +115,17 @@ def add_expert_command(
 
     subject = open_subject(folder, trust_remote_code=trust_remote_code)
     with bars() as progress:
-        result = add_expert(subject, out, source=source, name=name, data=data, progress=progress, **given(options))
+        result = add_expert(
+            subject,
+            out,
+            source=source,
+            name=name,
+            data=data,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            **given(options),
+        )
     show(result, as_json=as_json)
 
 
@@ -107,7 +133,8 @@ def add_expert_command(
 @click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
 @click.argument("out", metavar="OUT", type=click.Path(path_type=Path))
 @click.option("--expert", required=True, help="Name, group/name if nested, or number from 0.")
-def extract_command(folder: Path, out: Path, expert: str) -> None:
+@REMOTE
+def extract_command(folder: Path, out: Path, expert: str, trust_remote_code: bool) -> None:
     """Write one expert as a dense checkpoint.
 
     The checkpoint is the MoE's backbone with that expert's FFN in every layer. Stock transformers loads it.
@@ -115,7 +142,7 @@ def extract_command(folder: Path, out: Path, expert: str) -> None:
     from frankenmoe.build.extraction import extract
 
     with bars() as progress:
-        made = extract(folder, out, expert=expert, progress=progress)
+        made = extract(open_subject(folder, trust_remote_code=trust_remote_code), out, expert=expert, progress=progress)
     click.echo(f"dense checkpoint in {made}")
 
 
@@ -128,6 +155,9 @@ def show(result: "FitResult", *, as_json: bool) -> None:
     out = console()
     out.print(f"{report['method']} gates, scale {report['scale']:.3g}; held-out loss, nats per token:", highlight=False)
     out.print(loss_table(report["held_out_loss"]))
+    if "cost" in report:
+        cost = report["cost"]
+        click.echo(f"cost: {cost['forward_passes']:.2f} forward passes over {cost['tokens']:,} tokens of text")
     folder = result.artifact.folder
     if result.replaced:
         click.echo(f"routers in {folder}")

@@ -81,6 +81,19 @@ def dtype_option(text: str) -> Decorator:
     return click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), help=text)
 
 
+DEVICE = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="Where models run: cpu, cuda, cuda:1, mps; `auto` is a GPU if there is one.",
+)
+
+
+def placed(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds --device and --dtype of a command that runs models; its parameters are `device` and `dtype`."""
+    return DEVICE(dtype_option("Type to compute in; default: as stored.")(command))
+
+
 NO_CACHE = click.option("--no-cache", is_flag=True, help="Neither read nor write cached routers and backbones.")
 JSON = json_option("Print JSON instead of a table.")
 DTYPE = dtype_option("Type to store weights in; default: the recipe's.")

@@ -18,6 +18,7 @@ from rich.progress import Progress as Bars
 from rich.table import Column
 from rich.text import Text
 
+from frankenmoe.moe.processes import is_main
 from frankenmoe.progress import SILENT, Progress
 
 SHORT = 10  # characters of a bar that leaves room for rate and note in 80 columns
@@ -35,9 +36,9 @@ class _Rate(ProgressColumn):
 
 @contextmanager
 def bars() -> Iterator[Progress]:
-    """A Progress that draws one bar per activity, or nothing if stderr is not a terminal."""
+    """A Progress that draws one bar per activity; nothing if stderr is not a terminal, or in a launcher's others."""
     console = Console(stderr=True)
-    if not console.is_terminal:
+    if not console.is_terminal or not is_main():
         yield SILENT
         return
     text = TextColumn("{task.description}")

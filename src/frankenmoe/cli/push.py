@@ -9,8 +9,9 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from frankenmoe.cli.options import example, json_option
+from frankenmoe.cli.options import REMOTE, example, json_option
 from frankenmoe.cli.show import console, gib, warn
+from frankenmoe.subject import open_subject
 
 if TYPE_CHECKING:
     from frankenmoe.publish.upload import Shipment
@@ -25,8 +26,17 @@ if TYPE_CHECKING:
 @click.option("--dry-run", is_flag=True, help="List the files, send nothing.")
 @click.option("--yes", is_flag=True, help="Send without asking.")
 @json_option("Print the list as JSON instead of a table.")
+@REMOTE
 def push_command(
-    folder: Path, repo: str, private: bool, files: str | None, message: str, dry_run: bool, yes: bool, as_json: bool
+    folder: Path,
+    repo: str,
+    private: bool,
+    files: str | None,
+    message: str,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+    trust_remote_code: bool,
 ) -> None:
     """Upload ARTIFACT to the Hugging Face hub as one commit.
 
@@ -36,7 +46,8 @@ def push_command(
     from frankenmoe.publish.upload import prepare, send
 
     groups = [part.strip() for part in files.split(",") if part.strip()] if files is not None else None
-    shipment = prepare(folder, repo, private=private, groups=groups)
+    subject = open_subject(folder, trust_remote_code=trust_remote_code)
+    shipment = prepare(subject, repo, private=private, groups=groups)
     if as_json:
         click.echo(json.dumps(shipment.to_dict(), indent=2, ensure_ascii=False))
     else:

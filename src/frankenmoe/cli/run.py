@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from frankenmoe.cli.options import JSON, NO_CACHE, REMOTE, example
+from frankenmoe.cli.options import JSON, NO_CACHE, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import command, console, warn
 from frankenmoe.recipe import Recipe
@@ -20,10 +20,19 @@ if TYPE_CHECKING:
 @click.command("run", epilog=example("frankenmoe run recipe.yml raiden/\nfrankenmoe push raiden/model me/raiden"))
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
+@placed
 @NO_CACHE
 @JSON
 @REMOTE
-def run_command(recipe: Path, out: Path, no_cache: bool, as_json: bool, trust_remote_code: bool) -> None:
+def run_command(
+    recipe: Path,
+    out: Path,
+    device: str,
+    dtype: str | None,
+    no_cache: bool,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
     """Run every stage of RECIPE in the folder OUT.
 
     Builds the model in OUT/model. Also fits, trains, audits, evaluates, exports and describes it if RECIPE has those
@@ -36,7 +45,7 @@ def run_command(recipe: Path, out: Path, no_cache: bool, as_json: bool, trust_re
     from frankenmoe.pipeline import run
 
     with bars() as progress:
-        finished = run(subject, out, progress=progress)
+        finished = run(subject, out, device=device, dtype=dtype, progress=progress)
     if as_json:
         facts = {"artifact": str(finished.artifact.folder), "steps": [asdict(step) for step in finished.steps]}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))

@@ -19,8 +19,10 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.bill import billions
 from frankenmoe.planning.candidates import candidates
 from frankenmoe.planning.distance import ALL_GROUPS, Distance
+from frankenmoe.planning.fitting import fit_forecast
 from frankenmoe.planning.forecast import forecast
 from frankenmoe.planning.groups import FFN
+from frankenmoe.recipe.sections import FitSettings
 
 WIDTH = 80
 GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
@@ -72,11 +74,13 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
         ("shape", f"{made.layers} layers x {made.experts} experts, {made.recipe.experts_per_token} per token"),
         ("routers", f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {len(made.routers)} gates"),
+        *_fit_lines(made),
         ("backbone", _backbone(made)),
         ("parameters", f"{counts['total']:,} ({billions(counts['total'])})"),
         ("  active per token", f"{counts['active']:,} ({billions(counts['active'])})"),
         ("  shared by all", f"{counts['shared']:,}"),
         ("  per expert", f"{counts['per_expert']:,}"),
+        *(("" if at else "as adapters", line) for at, line in enumerate(_adapter_lines(facts["as_adapter"]))),
         ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
         ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
         *(("" if at else "  as GGUF", line) for at, line in enumerate(_gguf_lines(made))),
@@ -85,6 +89,17 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} short'}"),
         ("licences", ", ".join(licences) or "none declared"),
     ]
+
+
+def _adapter_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Per expert that is a low-rank adapter on the base's FFNs: its rank and what it saves in the virtual form."""
+    lines = []
+    for row in rows:
+        low, high = row["rank"]
+        rank = f"{low}" if low == high else f"{low} to {high}"
+        about = "" if row["certain"] else "at most "
+        lines.append(f"{row['expert']}: rank {rank}, {about}{gib(row['bytes'])} instead of {gib(row['instead_of'])}")
+    return lines
 
 
 def _backbone(made: Plan) -> str:
@@ -117,6 +132,13 @@ def show_distances(distances: Sequence[Distance]) -> None:
 
 def _percent(share: float | None) -> str:
     return "?" if share is None else "0" if not share else f"{share:.2%}" if share >= MINUTE else f"{share:.0e}"
+
+
+def _fit_lines(made: Plan) -> list[tuple[str, str]]:
+    cost = fit_forecast(made, made.recipe.fit or FitSettings())
+    if cost is None:
+        return []
+    return [("  fit", f"{cost.method}: {cost.forward_passes:.1f} forward passes over about {cost.tokens:,} tokens")]
 
 
 def _gguf_lines(made: Plan) -> list[str]:

@@ -1,19 +1,17 @@
 """`frankenmoe train`: its options and its table of losses."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from frankenmoe.cli.options import JSON, REMOTE, dtype_option, example
+from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.data.given import by_label, pairs
 from frankenmoe.errors import PlanError
-from frankenmoe.progress import SILENT
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.subject import open_subject
@@ -33,7 +31,7 @@ from frankenmoe.subject import open_subject
 @click.option("--keep-anyway", is_flag=True, help="Write the result even if it is worse.")
 @click.option("--shard", is_flag=True, help="Shard weights over the launcher's processes (FSDP2).")
 @click.option("--report-to", multiple=True, help="Tracker: wandb or tensorboard (repeatable).")
-@dtype_option("Type of frozen weights in memory; default: as stored.")
+@placed
 @JSON
 @REMOTE
 def train_command(
@@ -43,6 +41,7 @@ def train_command(
     keep_anyway: bool,
     shard: bool,
     report_to: tuple[str, ...],
+    device: str,
     dtype: str | None,
     as_json: bool,
     trust_remote_code: bool,
@@ -64,7 +63,6 @@ def train_command(
             f"training needs the library {error.name}, which is not installed", hint="pip install 'frankenmoe[train]'"
         ) from error
 
-    main = os.environ.get("RANK", "0") == "0"
     with bars() as progress:
         found = train(
             subject,
@@ -72,13 +70,12 @@ def train_command(
             data=named or None,
             settings=settings,
             keep_anyway=keep_anyway,
+            device=device,
             dtype=dtype,
             report_to=report_to,
             shard=shard,
-            progress=progress if main else SILENT,
+            progress=progress,
         )
-    if not main:
-        return
     if as_json:
         click.echo(json.dumps(found.report, indent=2, ensure_ascii=False))
     else:

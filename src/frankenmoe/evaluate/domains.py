@@ -4,7 +4,7 @@ Shape suffixes: B blocks in a batch, T tokens.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
@@ -20,12 +20,15 @@ from frankenmoe.evaluate.bootstrap import Interval, weighted
 from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.scorer import check_ids, scored
 from frankenmoe.evaluate.store import Store, request_key
+from frankenmoe.moe.processes import from_main, share_out, world
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.train import TrainSettings
 
 TRAINING = TrainSettings()  # by default the same cut as in training, which keeps trained text out
 MOST_BLOCKS = 200  # per domain, unless a limit says otherwise
 BATCH = 8
+GENERAL = "general text"  # text that no parent was tuned on; it does not count in means over domains
+GENERAL_FILE = Path(__file__).with_name("general.txt")
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,27 @@ def _nats(
 ) -> list[float]:
     keys = [request_key("loss", [list(block.ids), list(block.learn)]) for block in blocks]
     known = store.found if store is not None else {}
-    nats = {at: float(known[key]) for at, key in enumerate(keys) if key in known}
+    # another process may see losses that were written in between
+    nats = from_main({at: float(known[key]) for at, key in enumerate(keys) if key in known})
     progress.advance(len(nats))
     order = sorted(set(range(len(blocks))) - set(nats), key=lambda at: len(blocks[at].ids))
+
+    def work(own: Sequence[int]) -> list[float]:
+        found: dict[int, float] = {}
+        for some in _read(model, blocks, own, plain_head=plain_head, budget=budget, progress=progress):
+            found |= some
+            if store is not None:
+                store.add((keys[at], loss) for at, loss in some.items())
+        return [found[at] for at in own]
+
+    nats |= zip(order, share_out(order, work), strict=True)
+    return [nats[at] for at in range(len(blocks))]
+
+
+def _read(
+    model: Any, blocks: Sequence[Block], order: Sequence[int], *, plain_head: bool, budget: Budget, progress: Progress
+) -> Iterator[dict[int, float]]:
+    """The losses of the blocks numbered `order`, which are sorted by length, batch by batch."""
     for length, group in groupby(order, key=lambda at: len(blocks[at].ids)):
         same = list(group)
         while same:
@@ -121,11 +142,8 @@ def _nats(
             with budget.shrinking(len(batch), length):
                 sums = _batch(model, [blocks[at] for at in batch], length, plain_head)
                 same = same[len(batch) :]
-                nats |= dict(zip(batch, sums, strict=True))
-                if store is not None:
-                    store.add((keys[at], nats[at]) for at in batch)
-                progress.advance(len(batch))
-    return [nats[at] for at in range(len(blocks))]
+            yield dict(zip(batch, sums, strict=True))
+            progress.advance(len(batch) * world())  # the others read as fast
 
 
 def _batch(model: Any, blocks: Sequence[Block], length: int, plain_head: bool) -> list[float]:

@@ -2,6 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from frankenmoe.evaluate.memory import budget
 from frankenmoe.evaluate.scorer import Answer, Query, Scorer
 from frankenmoe.evaluate.sharing import sharing
 from frankenmoe.evaluate.store import Store, request_key
+from frankenmoe.moe.processes import from_main, is_main, share_out, world
 from frankenmoe.progress import SILENT, Progress
 
 LENGTHS = ("n_positions", "max_position_embeddings", "n_ctx")
@@ -102,21 +104,34 @@ class PrefixLM(LM):  # type: ignore[misc]
                     hint="this model cannot be asked this; leave the task out",
                 )
 
-        def on_answer(number: int, answer: Answer) -> None:
-            request = requests[waiting[number]]
-            if answer.loglikelihood != answer.loglikelihood:
-                raise NumericsError(
-                    f"{_named(request)}: the model computes NaN", hint="check the model's weights; float16 may overflow"
-                )
-            answers[waiting[number]] = (answer.loglikelihood, answer.greedy)
-            cut = queries[number].cut
-            self.counts["cut"] += cut
-            self._keep(stores, request, [[answer.loglikelihood, answer.greedy], cut])
+        documents: dict[tuple[Any, Any], list[int]] = defaultdict(list)  # each is read by one process, prefix and all
+        for number, at in enumerate(waiting):
+            documents[requests[at].task_name, requests[at].doc_id].append(number)
 
-        try:
-            self.scorer.score(queries, on_answer)
-        finally:
-            _flush(stores)
+        def work(own: Sequence[list[int]]) -> list[list[tuple[float, bool]]]:
+            numbers = [number for document in own for number in document]
+            found: dict[int, tuple[float, bool]] = {}
+
+            def on_answer(place: int, answer: Answer) -> None:
+                number = numbers[place]
+                request = requests[waiting[number]]
+                if answer.loglikelihood != answer.loglikelihood:
+                    raise NumericsError(
+                        f"{_named(request)}: the model computes NaN",
+                        hint="check the model's weights; float16 may overflow",
+                    )
+                found[number] = (answer.loglikelihood, answer.greedy)
+                self._keep(stores, request, [[answer.loglikelihood, answer.greedy], queries[number].cut])
+
+            try:
+                self.scorer.score([queries[number] for number in numbers], on_answer)
+            finally:
+                _flush(stores)
+            return [[found[number] for number in document] for document in own]
+
+        for document, answered in zip(documents.values(), share_out(list(documents.values()), work), strict=True):
+            answers |= {waiting[number]: answer for number, answer in zip(document, answered, strict=True)}
+        self.counts["cut"] += sum(query.cut for query in queries)
         return [answers[at] for at in range(len(requests))]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -153,31 +168,52 @@ class PrefixLM(LM):  # type: ignore[misc]
                 name = _named(requests[together[context, new_tokens][0]])
                 prompts.append(Prompt(tuple(tokens[-room:]), shared_stops, cut=too_long, name=name))
 
-            def on_text(number: int, text: str, asked: Any = (contexts, prompts, new_tokens)) -> None:
-                for at in together[asked[0][number], asked[2]]:
-                    answers[at] = cut(text, requests[at].args[1]["until"])
-                    self.counts["cut"] += asked[1][number].cut
-                    self._keep(stores, requests[at], [answers[at], asked[1][number].cut])
-
-            try:
-                if self.sharing.up_to > max(len(prompt.tokens) for prompt in prompts) + new_tokens:
-                    generate(
-                        self.model,
-                        self.tokenizer,
-                        prompts,
-                        new_tokens=new_tokens,
-                        end=end,
-                        budget=self.budget,
-                        plain_head=self.sharing.plain_head,
-                        on_text=on_text,
-                    )
-                else:
-                    generate_plainly(
-                        self.model, self.tokenizer, prompts, new_tokens=new_tokens, end=end, on_text=on_text
-                    )
-            finally:
-                _flush(stores)
+            asked = [together[context, new_tokens] for context in contexts]
+            make = partial(self._texts, prompts, asked, requests, stores, new_tokens=new_tokens, end=end)
+            for text, prompt, numbers in zip(share_out(range(len(prompts)), make), prompts, asked, strict=True):
+                self.counts["cut"] += len(numbers) * prompt.cut
+                answers |= {at: cut(text, requests[at].args[1]["until"]) for at in numbers}
         return [answers[at] for at in range(len(requests))]
+
+    def _texts(
+        self,
+        prompts: Sequence[Prompt],
+        asked: Sequence[Sequence[int]],
+        requests: Sequence[Instance],
+        stores: Mapping[str | None, Store],
+        own: Sequence[int],
+        *,
+        new_tokens: int,
+        end: frozenset[int],
+    ) -> list[str]:
+        """The texts of the prompts with the numbers `own`; `asked` are the requests of each prompt, which are kept."""
+        texts: dict[int, str] = {}
+
+        def on_text(place: int, text: str) -> None:
+            number = own[place]
+            texts[number] = text
+            for at in asked[number]:
+                self._keep(stores, requests[at], [cut(text, requests[at].args[1]["until"]), prompts[number].cut])
+
+        mine = [prompts[number] for number in own]
+        longest = max(len(prompt.tokens) for prompt in prompts)  # of all, so that all processes choose alike
+        try:
+            if self.sharing.up_to > longest + new_tokens:
+                generate(
+                    self.model,
+                    self.tokenizer,
+                    mine,
+                    new_tokens=new_tokens,
+                    end=end,
+                    budget=self.budget,
+                    plain_head=self.sharing.plain_head,
+                    on_text=on_text,
+                )
+            else:
+                generate_plainly(self.model, self.tokenizer, mine, new_tokens=new_tokens, end=end, on_text=on_text)
+        finally:
+            _flush(stores)
+        return [texts[number] for number in own]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of each whole text, in lm-eval's windows. Every token is predicted once."""
@@ -254,23 +290,21 @@ class PrefixLM(LM):  # type: ignore[misc]
             for name in {request.task_name for request in requests}:
                 version = self.versions.get(name, 0)
                 stores[name] = Store(self.folder, model=self.digest, task=str(name), version=version)
-        answers: dict[int, Any] = {}
-        waiting = []
-        for at, request in enumerate(requests):
+        known: dict[int, Any] = {}
+        for at, request in enumerate(requests if is_main() else ()):
             store = stores.get(request.task_name)
             found = store.found.get(request_key(request.request_type, request.args)) if store else None
-            if found is None:
-                waiting.append(at)
-            else:
-                answer, was_cut = found
-                answers[at] = tuple(answer) if isinstance(answer, list) else answer
-                self.counts["cut"] += was_cut
-                self.progress.advance(1)
+            if found is not None:
+                known[at] = found
+        known = from_main(known)  # another process may see answers that were written in between
+        answers = {at: tuple(answer) if isinstance(answer, list) else answer for at, (answer, _) in known.items()}
+        self.counts["cut"] += sum(was_cut for _, was_cut in known.values())
         self.counts["known"] += len(answers)
-        return answers, stores, waiting
+        self.progress.advance(len(answers))
+        return answers, stores, [at for at in range(len(requests)) if at not in answers]
 
     def _keep(self, stores: Mapping[str | None, Store], request: Instance, answer: Any) -> None:
-        self.progress.advance(1)
+        self.progress.advance(world())  # the others answer as fast
         if request.task_name in stores:
             stores[request.task_name].keep(request_key(request.request_type, request.args), answer)
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from frankenmoe.errors import PlanError
+from frankenmoe.moe.device import free_memory
+from frankenmoe.moe.processes import neighbours
 
 CPU_TOKENS = 512  # more are no faster on a CPU and take more memory
 GPU_TOKENS = 16384
@@ -46,15 +48,6 @@ def sizes(model: Any) -> Sizes:
         mask=width,
         logits=2 * 4 * config.vocab_size,
     )
-
-
-def free_memory(device: torch.device) -> int:
-    """Free bytes on a device."""
-    if device.type == "cuda":
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + reserved
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
 @dataclass
@@ -115,7 +108,9 @@ class Budget:
 def budget(model: Any, *, bytes_at_most: int | None = None, rows: int | None = None) -> Budget:
     """A share of the free memory of the model's device, or `bytes_at_most`. `rows` fixes the rows of a pass instead."""
     device = model.device
-    allowed = bytes_at_most if bytes_at_most is not None else int(free_memory(device) * SHARE.get(device.type, 0.5))
+    together = neighbours() if device.type == "cpu" else 1  # processes that share this memory
+    share = SHARE.get(device.type, 0.5) / together
+    allowed = bytes_at_most if bytes_at_most is not None else int(free_memory(device) * share)
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     return Budget(sizes(model), allowed, tokens, rows)
 

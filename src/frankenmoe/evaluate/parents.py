@@ -1,6 +1,6 @@
-"""Loads the dense models that an MoE is compared with: its parents and the average of their weights."""
+"""Loads the dense models that an MoE is compared with: its parents and dense merges of them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from frankenmoe.checkpoint.tensors import FLOATS
+from frankenmoe.checkpoint.tensors import FLOATS, MERGES, Merge, TensorWrite
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.dense import (
     as_tensor,
@@ -43,30 +43,40 @@ def dense_model(source: Source, *, dtype: torch.dtype | None) -> Any:
     return load_source(source, stored=_stored(source), dtype=dtype)
 
 
-def average_model(sources: list[Source], *, dtype: torch.dtype | None) -> Any:
-    """The mean of the parents' weights, computed in float32 and stored in the first parent's dtype.
+def merged_model(base: Source, sources: Sequence[Source], merge: Merge, *, dtype: torch.dtype | None) -> Any:
+    """The dense merge of all weights of the parents, in the base's dtype: the same code as for merged backbones.
 
-    Raises SourceError if their tensors differ in name or shape.
+    Raises SourceError if their tensors differ from the base's in name or shape.
     """
-    total: dict[str, torch.Tensor] = {}
-    for source in sources:
-        writes = {write.name: write for write in dense_writes(source, anatomy(source), dtype="F32")}
-        odd = sorted(set(writes) ^ set(total)) if total else []
-        odd += [name for name in writes if name in total and tuple(total[name].shape) != tuple(writes[name].shape)]
+    stored = _stored(base)
+    ours = _writes(base, stored)
+    theirs = [_writes(source, stored) for source in sources]
+    for source, writes in zip(sources, theirs, strict=True):
+        odd = sorted(set(writes) ^ set(ours)) + [
+            name for name in writes if name in ours and writes[name].shape != ours[name].shape
+        ]
         if odd:
             raise SourceError(
-                f"the parents' weights cannot be averaged: {source.name} differs in {odd[0]}",
-                hint="parents of one vocabulary and shape can be averaged",
+                f"the parents' weights cannot be merged: {source.name} differs from the base in {odd[0]}",
+                hint="parents of one vocabulary and shape can be merged",
             )
-        for name, write in writes.items():
-            tensor = as_tensor(write)
-            if name not in total:
-                total[name] = tensor.clone()  # the sum must not change the mapped file
-            elif tensor.is_floating_point():
-                total[name] += tensor
-    mean = {name: tensor / len(sources) if tensor.is_floating_point() else tensor for name, tensor in total.items()}
-    config = read_config(sources[0].folder, trust_remote_code=sources[0].trust_remote_code)
-    return load_dense(config, mean, dtype=dtype or torch_dtype(_stored(sources[0])))
+    tensors = {
+        name: as_tensor(_merged(write, [writes[name] for writes in theirs], merge)) for name, write in ours.items()
+    }
+    config = read_config(base.folder, trust_remote_code=base.trust_remote_code)
+    return load_dense(config, tensors, dtype=dtype or torch_dtype(stored))
+
+
+def _writes(source: Source, stored: str) -> dict[str, TensorWrite]:
+    return {write.name: write for write in dense_writes(source, anatomy(source), dtype=stored)}
+
+
+def _merged(base: TensorWrite, parents: Sequence[TensorWrite], merge: Merge) -> TensorWrite:
+    """One tensor of the merge. Integer buffers stay the base's."""
+    if base.dtype not in FLOATS:
+        return base
+    inputs = (base, *parents) if MERGES[merge.method] else tuple(parents)
+    return TensorWrite(base.name, base.dtype, base.shape, inputs, (merge,))
 
 
 def _stored(source: Source) -> str:

@@ -15,8 +15,10 @@ LABEL_WIDTH = 0.25  # of the plot: labels nearer than that to the left or right 
 COLOURS = {
     "base": "#0072B2",
     "parent": "#56B4E9",
-    "average": "#E69F00",
+    "merge": "#E69F00",
     "random gates": "#CC79A7",
+    "own expert forced": "#F0E442",
+    "best parent per text": "#999999",
     "moe": "#D55E00",
     "model": "#009E73",
 }

@@ -6,7 +6,7 @@ Only one model is loaded at a time.
 import gc
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,16 +21,19 @@ from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import FrankenMoEError, PlanError, SourceError
 from frankenmoe.evaluate import bootstrap
-from frankenmoe.evaluate.compare import AVERAGE, BASE, MODEL, MOE, PARENT, RANDOM, Gains, gains, verdict
-from frankenmoe.evaluate.domains import TRAINING, DomainText, read_domain
-from frankenmoe.evaluate.identity import tokenizer_digest
-from frankenmoe.evaluate.parents import average_model, dense_model, parents, randomize_gates, stock_model
+from frankenmoe.evaluate.compare import BASE, MERGE, PARENT, Gains, best_of_parents, gains, kept
+from frankenmoe.evaluate.contestants import Contestant, contestant, own_parents, rivals, with_unique_names
+from frankenmoe.evaluate.domains import GENERAL, GENERAL_FILE, TRAINING, DomainText, read_domain
+from frankenmoe.evaluate.identity import memory_of, tokenizer_digest
 from frankenmoe.evaluate.plot import Point, check_plot, plot
 from frankenmoe.evaluate.prompts import SEED
 from frankenmoe.evaluate.score import Result, Scoring, Suite, check_names, load_suite, run
 from frankenmoe.evaluate.tasks import PERPLEXITY, task_names
+from frankenmoe.evaluate.verdict import verdict
 from frankenmoe.moe.dense import load_tokenizer
-from frankenmoe.planning import Plan
+from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
+from frankenmoe.moe.load import weights_of
+from frankenmoe.moe.processes import main_first
 from frankenmoe.planning.sources import leaves
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
@@ -43,23 +46,16 @@ PACKAGES = ("frankenmoe", "lm_eval", "torch", "transformers", "tokenizers", "num
 
 
 @dataclass(frozen=True)
-class Contestant:
-    """A model to evaluate. `load` loads it; `tokenizer` is the folder of its tokenizer."""
-
-    name: str
-    kind: str
-    origin: str
-    load: Callable[[], Any]
-    tokenizer: Path
-
-
-@dataclass(frozen=True)
 class Report:
-    """All results. `gains` are those of the MoE over each other model, in the order of `results`."""
+    """All results. `gains` are those of the MoE over each other model, in the order of `results`.
+
+    `kept` is the share of the parents' advantage over the base that a model keeps, by model and domain.
+    """
 
     results: tuple[Result, ...]
     gains: tuple[Gains, ...] = ()
     verdict: tuple[str, ...] = ()
+    kept: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     skipped: Mapping[str, str] = field(default_factory=dict)
     conditions: Mapping[str, Any] = field(default_factory=dict)
 
@@ -76,6 +72,7 @@ class Report:
             "models": [result.to_dict() for result in self.results],
             "skipped": dict(self.skipped),
             "gains": [gain.to_dict() for gain in self.gains],
+            "kept": {name: dict(row) for name, row in self.kept.items()},
             "verdict": self.verdict,
         }
         return EvalReport.model_validate(found)
@@ -86,7 +83,7 @@ def evaluate(
     *,
     settings: EvalSettings | None = None,
     dtype: str | None = None,
-    device: str = "auto",
+    device: str = AUTO,
     scoring: Scoring | None = None,
     progress: Progress = SILENT,
     **changes: Any,
@@ -95,26 +92,31 @@ def evaluate(
 
     A model is a Subject, an artifact, a recipe, a folder or a hub id (with @revision). `changes` are settings by name.
     Paths start at the working directory. Without `tasks` and `texts`, the texts are the held-out parts of the experts'
-    `data`. Cached answers in `scoring.store` are reused. Raises subclasses of FrankenMoEError for invalid input before
-    anything is scored; the report names tasks that fail later.
+    `data`. Models run on `device` in `dtype`, by default as stored. Several processes of torchrun share the documents;
+    all of them get the report. Cached answers in `scoring.store` are reused. Raises subclasses of FrankenMoEError for
+    invalid input before anything is scored; the report names tasks that fail later.
     """
     settings = settings_with(settings or EvalSettings(), changes)
+    chosen = resolve(device)
     scoring = scoring or Scoring(store=cache_folder("scores"))
     names = task_names(",".join(settings.tasks)) if settings.tasks else (PERPLEXITY,)
     tasks = [name for name in names if name != PERPLEXITY]
     data_dir = Path(settings.data_dir) if settings.data_dir else None
-    suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
+    with main_first():  # which downloads the rows
+        suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
     moes = [each for each in opened if isinstance(each, Subject)]
+    for each in moes:
+        check_room(weights_of(each.parts), chosen, dtype=getattr(torch, dtype) if dtype else None)
     if settings.against_parents and (len(opened) != 1 or not moes):
         raise PlanError(
             "--against-parents compares one MoE with its parents, found " + ", ".join(each.origin for each in opened),
             hint="give one artifact or recipe; several models are compared without this option",
         )
-    contestants = _with_unique_names([_contestant(each, dtype, progress) for each in opened])
+    contestants = with_unique_names([contestant(each, dtype, progress) for each in opened])
     skipped: dict[str, str] = {}
     if settings.against_parents:
-        contestants = [*_ancestors(moes[0].plan, contestants[0], dtype, skipped), contestants[0]]
+        contestants = [*rivals(moes[0].plan, contestants[0], dtype, skipped), contestants[0]]
     check_names([each.name for each in contestants])
     wanted = PERPLEXITY in names or settings.texts or settings.against_parents
     sources = _texts(settings.texts, [each.recipe for each in moes]) if wanted else []
@@ -123,13 +125,26 @@ def evaluate(
             "there is no text to measure the loss on",
             hint="use --text NAME=FILE or --tasks, or add `data` to the recipe's experts",
         )
-    results = _run_all(contestants, suite, sources, scoring, settings.limit, device, skipped, progress)
+    if settings.against_parents:
+        sources.append(_general(settings.general_text))
+    results = _run_all(contestants, suite, sources, scoring, settings.limit, chosen, skipped, progress)
     conditions = _conditions(suite, sources, data_dir)
     if not settings.against_parents:
         return Report(tuple(results), skipped=skipped, conditions=conditions)
-    moe, others = results[-1], results[:-1]
-    compared = [gains(moe, other) for other in others]
-    return Report(tuple(results), tuple(compared), tuple(verdict(moe, others, compared)), skipped, conditions)
+    return _compared(results, own_parents(moes[0].plan), skipped, conditions)
+
+
+def _compared(
+    results: Sequence[Result], own: Mapping[str, str], skipped: Mapping[str, str], conditions: Mapping[str, Any]
+) -> Report:
+    """The report on an MoE, the last of `results`, beside all others. `own` maps domains to parents."""
+    *others, moe = results
+    oracle = best_of_parents([each for each in others if each.kind in (BASE, PARENT)])
+    if oracle is not None and any(each.kind == PARENT for each in others):
+        others.append(oracle)
+    found = [gains(moe, other) for other in others]
+    shares = kept([*others, moe], own)
+    return Report((*others, moe), tuple(found), tuple(verdict(moe, others, found, shares)), shares, skipped, conditions)
 
 
 def _run_all(
@@ -138,7 +153,7 @@ def _run_all(
     sources: Sequence[DomainText],
     scoring: Scoring,
     limit: int | None,
-    device: str,
+    device: torch.device,
     skipped: dict[str, str],
     progress: Progress,
 ) -> list[Result]:
@@ -150,9 +165,11 @@ def _run_all(
         if digest not in blocks:
             blocks[digest] = {source.name: read_domain(source, tokenizer, limit=limit) for source in sources}
         try:
-            model = _placed(each.load(), device)
+            model = each.load()
+            check_room(Weights(memory_of(model), model.dtype), device)
+            model = place(model, device)
         except FrankenMoEError as error:
-            if each.kind not in (AVERAGE, PARENT):
+            if each.kind not in (MERGE, PARENT):
                 raise
             skipped[each.name] = error.message
             continue
@@ -162,8 +179,9 @@ def _run_all(
             each.name,
             model,
             tokenizer,
-            suite=suite,
+            suite=suite if each.forcing is None else replace(suite, tasks={}),
             domains=blocks[digest],
+            forcing=each.forcing,
             settings=own,
             kind=each.kind,
             origin=each.origin,
@@ -173,76 +191,6 @@ def _run_all(
         del model
         gc.collect()
     return results
-
-
-def _with_unique_names(contestants: Sequence[Contestant]) -> list[Contestant]:
-    """The models with unique names: one/model and two/model get the parts of the path that differ."""
-    paths = [(*Path(os.path.abspath(each.origin)).parts[1:-1], each.name) for each in contestants]
-    found = []
-    for each, path in zip(contestants, paths, strict=True):
-        others = [other for other in paths if other[-1] == each.name and other != path]
-        apart = (at for at in range(1, len(path)) if all(other[-at:] != path[-at:] for other in others))
-        depth = next(apart, len(path))
-        found.append(replace(each, name="/".join(path[-depth:])))
-    return found
-
-
-def _placed(model: Any, device: str) -> Any:
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    try:
-        return model.to(chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise PlanError(f"the model cannot be moved to {chosen}: {error}", hint="choose another --device") from error
-
-
-def _contestant(model: Subject | Dense, dtype: str | None, progress: Progress) -> Contestant:
-    """The name of a model and how to load it."""
-    # abspath gives `.` and `..` the name of the folder
-    if isinstance(model, Dense):
-        path = Path(model.origin)
-        name = Path(os.path.abspath(path)).name if path.exists() else path.name
-
-        def dense() -> Any:
-            as_dtype = getattr(torch, dtype) if dtype else None
-            return stock_model(model.folder, dtype=as_dtype, trust_remote_code=model.trust_remote_code)
-
-        return Contestant(name, MODEL, model.origin, dense, model.folder)
-    name = Path(os.path.abspath(model.origin)).name if model.artifact else Path(model.origin).stem
-
-    def moe() -> Any:
-        return model.load(dtype=dtype, progress=progress).model
-
-    return Contestant(name, MOE, model.origin, moe, model.parts.folder)
-
-
-def _ancestors(made: Plan, moe: Contestant, dtype: str | None, skipped: dict[str, str]) -> list[Contestant]:
-    """Base, parents, the average of the parents, and the MoE with random gates."""
-    as_dtype = getattr(torch, dtype) if dtype else None
-    folder = made.base.folder
-
-    def dense(source: Any) -> Callable[[], Any]:
-        return lambda: dense_model(source, dtype=as_dtype)
-
-    found = [Contestant("base", BASE, str(made.base.name), dense(made.base), folder)]
-    distinct = list(parents(made))
-    found += [Contestant(name, PARENT, str(source.name), dense(source), folder) for name, source in distinct]
-    if len(distinct) > 1:
-        sources = [source for _, source in distinct]
-
-        def average() -> Any:
-            return average_model(sources, dtype=as_dtype)
-
-        found.append(Contestant("average", AVERAGE, ", ".join(str(source.name) for source in sources), average, folder))
-    else:
-        skipped["average"] = "there are fewer than two parents besides the base"
-
-    def random() -> Any:
-        return randomize_gates(moe.load(), seed=made.recipe.seed)
-
-    found.append(
-        Contestant("random gates", RANDOM, f"{moe.origin}, gates drawn with seed {made.recipe.seed}", random, folder)
-    )
-    return found
 
 
 def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainText]:
@@ -266,6 +214,14 @@ def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainTe
                     share=train.hold_out,
                 )
     return list(found.values())
+
+
+def _general(given: str | None) -> DomainText:
+    """The text that no parent was tuned on: a file of the user, or the one that comes with frankenmoe."""
+    file = local_path(given, folder=Path.cwd()) if given else GENERAL_FILE
+    if not file.is_file():
+        raise SourceError(f"general text {file} does not exist", hint="name a text file, or leave it out")
+    return DomainText(GENERAL, (str(file),), file.parent, held_out=False)
 
 
 def _conditions(suite: Suite, sources: Sequence[DomainText], data_dir: Path | None) -> dict[str, Any]:
@@ -294,10 +250,10 @@ def draw(report: Report, file: Path) -> None:
     check_plot(file)
     points = []
     for result in report.results:
-        if result.losses:
+        if result.domains:
             groups = [
-                (losses.nats, [float(count) for count in losses.targets], 1 / len(result.losses))
-                for losses in result.losses.values()
+                (losses.nats, [float(count) for count in losses.targets], 1 / len(result.domains))
+                for losses in result.domains.values()
             ]
             quality = "nats per token, mean over domains (lower is better)"
         elif result.average is not None or any(outcome.scores for outcome in result.outcomes.values()):

@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -15,13 +15,16 @@ from lm_eval.evaluator import evaluate
 
 from frankenmoe.data.blocks import Block
 from frankenmoe.errors import FrankenMoEError, SourceError
-from frankenmoe.evaluate.domains import Losses, domain_losses
+from frankenmoe.evaluate.domains import GENERAL, Losses, domain_losses
 from frankenmoe.evaluate.identity import memory_of, parameters_of
 from frankenmoe.evaluate.lm import PrefixLM
 from frankenmoe.evaluate.prompts import BENCHMARKS, GSM8K_TOKENS, Benchmark
 from frankenmoe.evaluate.samples import write_samples
 from frankenmoe.evaluate.store import Store
 from frankenmoe.evaluate.tasks import LeaderboardTask, load_tasks
+from frankenmoe.gates.forcing import forced
+from frankenmoe.moe.processes import from_main, is_main
+from frankenmoe.planning.layout import RouterPath
 from frankenmoe.progress import SILENT, Progress
 
 LOSS_VERSION = 1
@@ -105,7 +108,12 @@ class Result:
     @property
     def mean_loss(self) -> float | None:
         """Nats per token, the mean over domains."""
-        return mean(losses.mean for losses in self.losses.values()) if self.losses else None
+        return mean(losses.mean for losses in self.domains.values()) if self.domains else None
+
+    @property
+    def domains(self) -> Mapping[str, Losses]:
+        """The losses that count in the mean: all but that of general text."""
+        return {name: losses for name, losses in self.losses.items() if name != GENERAL}
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -150,9 +158,13 @@ def run(
     settings: Scoring,
     kind: str = "model",
     origin: str = "",
+    forcing: Mapping[str, RouterPath] | None = None,
     progress: Progress = SILENT,
 ) -> Result:
-    """Scores a loaded model on the suite and the domains."""
+    """Scores a loaded model on the suite and the domains.
+
+    With `forcing`, a domain -> the path of an expert, only these domains are read, each with its expert in every layer.
+    """
     lm = PrefixLM(
         model, tokenizer, folder=settings.store, rows=settings.rows, memory=settings.memory, progress=progress
     )
@@ -164,30 +176,58 @@ def run(
         errors += [f"{each.benchmark.title}: {each.error}" for each in found.values() if each.error]
     losses: Mapping[str, Losses] = {}
     if domains:
-        store = Store(settings.store, model=lm.digest, task="loss", version=LOSS_VERSION) if settings.store else None
         try:
-            losses = domain_losses(
-                model,
-                tokenizer,
-                domains,
-                plain_head=lm.sharing.plain_head,
-                budget=lm.budget,
-                store=store,
-                progress=progress,
-            )
+            losses = _losses(lm, domains, forcing, tokenizer, settings, progress)
         except FrankenMoEError as error:
             errors.append(f"loss: {in_a_line(error)}")
     facts = {
         "digest": lm.digest or None,
         "parameters": parameters_of(model),
         "memory_bytes": memory_of(model),
-        "tokens_per_second": speed(model),
+        "tokens_per_second": from_main(speed(model) if is_main() else 0.0),  # the others wait meanwhile
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "max_length": lm.max_length,
         "shared_reading": {"up_to": min(lm.sharing.up_to, lm.max_length), "reason": lm.sharing.reason},
     }
     return Result(name, kind, origin, facts, outcomes, losses, tuple(errors))
+
+
+def _losses(
+    lm: PrefixLM,
+    domains: Mapping[str, Sequence[Block]],
+    forcing: Mapping[str, RouterPath] | None,
+    tokenizer: Any,
+    settings: Scoring,
+    progress: Progress,
+) -> dict[str, Losses]:
+    found: dict[str, Losses] = {}
+    for path, some in _readings(domains, forcing):
+        task = "loss" if path is None else f"loss-{'.'.join(map(str, path))}"
+        store = Store(settings.store, model=lm.digest, task=task, version=LOSS_VERSION) if settings.store else None
+        with nullcontext() if path is None else forced(lm.model, path):
+            found |= domain_losses(
+                lm.model,
+                tokenizer,
+                some,
+                plain_head=lm.sharing.plain_head,
+                budget=lm.budget,
+                store=store,
+                progress=progress,
+            )
+    return found
+
+
+def _readings(
+    domains: Mapping[str, Sequence[Block]], forcing: Mapping[str, RouterPath] | None
+) -> Iterator[tuple[RouterPath | None, Mapping[str, Sequence[Block]]]]:
+    """(the expert to force, the domains to read with it)."""
+    if forcing is None:
+        yield None, domains
+        return
+    for name, path in forcing.items():
+        if name in domains:
+            yield path, {name: domains[name]}
 
 
 def _together(names: Mapping[str, Any]) -> Iterator[list[str]]:
@@ -217,7 +257,7 @@ def _benchmarks(
     except FrankenMoEError as error:
         return {name: Outcome(BENCHMARKS[name], error=in_a_line(error)) for name in asked}
     seconds = time.perf_counter() - began
-    if settings.samples is not None:
+    if settings.samples is not None and is_main():
         write_samples(settings.samples, found["samples"])
     counts = {
         "requests": lm.counts["requests"],

@@ -7,14 +7,18 @@ from collections.abc import Mapping
 
 import torch
 
-from frankenmoe.gates.fit import Gates, add_moments, closed_gates, fitted_blocks, sizes, times
+from frankenmoe.gates.cost import Meter
+from frankenmoe.gates.fit import Gates, closed_gates, times
 from frankenmoe.gates.fitted import FittedRouters, encoded_gates, load_with_zeros
 from frankenmoe.gates.forcing import forced, set_gates
+from frankenmoe.gates.own import read_moments
 from frankenmoe.gates.states import mean_loss
-from frankenmoe.gates.statistics import Fitted, Moments, RouterText, statistics_bytes, with_text
-from frankenmoe.gates.texts import read_texts
+from frankenmoe.gates.statistics import Fitted, RouterText, statistics_bytes, with_text
+from frankenmoe.gates.texts import fitted_blocks, read_texts, size_of
 from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.moe.device import AUTO
 from frankenmoe.planning import Plan
+from frankenmoe.planning.fitting import AFTER, OWN_LOSS, STATISTICS
 from frankenmoe.planning.layout import SHARED, gate_paths, router_names
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import FitSettings
@@ -28,6 +32,8 @@ def add_text(
     method: str,
     old: Mapping[str, torch.Tensor],
     settings: FitSettings,
+    device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
 ) -> FittedRouters:
     """Routers for a plan whose last expert, `name`, is new. `known` are the statistics without it, `old` the gates.
@@ -38,20 +44,22 @@ def add_text(
     tokenizer = load_tokenizer(plan.base.folder)
     texts = read_texts(plan, tokenizer, tokens=settings.tokens, length=settings.block, only=name)
     (text,) = (each for each in texts if not each.negative)
-    moe = load_with_zeros(plan)
+    moe = load_with_zeros(plan, device=device, dtype=dtype)
     gates = _old_gates(plan, old)
     set_gates(moe.model, gates)
-    progress.start("reading", sum(len(block.ids) for block in (*text.kept, *text.held)), "tokens")
-    layers, hidden = sizes(moe.model)
-    moments = Moments(layers=layers, hidden=hidden)
-    add_moments(moments, moe.model, text, fitted_blocks(text), progress.advance)
+    size = size_of(text)
+    meter = Meter(moe.model, text=round(size.kept + size.held), progress=progress)
+    progress.start("reading", round(meter.layers * (size.kept + size.unseen) + 2 * size.held), "tokens")
+    on_tokens = meter.reading(STATISTICS, head=False)
+    moments = read_moments(moe.model, text, fitted_blocks(text), on_tokens=on_tokens)
     onehot = tuple(float(index == text.path[0]) for index in range(plan.experts))
     statistics = {**known.routers, (): with_text(known.routers[()], RouterText(name, onehot), moments)}
     scale = float(str(known.facts["closed_scale"]))
     gates[()] = times(closed_gates({(): statistics[()]}, method), scale)[()]
     with forced(moe.model, text.path):
-        own = mean_loss(moe.model, text.held)
+        own = mean_loss(moe.model, text.held, on_tokens=meter.reading(OWN_LOSS))
     set_gates(moe.model, gates)
+    after = mean_loss(moe.model, text.held, on_tokens=meter.reading(AFTER))
     report = {
         **known.facts,
         "method": method,
@@ -60,9 +68,10 @@ def add_text(
         "text": {**_mapping(known.facts["text"]), name: {"from": list(text.origin), "tokens": int(moments.count_L[0])}},
         "held_out_loss": {
             "before": None,
-            "after": {name: mean_loss(moe.model, text.held)},
+            "after": {name: after},
             "own_expert": {name: own},
         },
+        "cost": meter.cost().to_dict(),
     }
     routers = encoded_gates(plan, gates, None)
     return FittedRouters(routers, statistics_bytes(Fitted(statistics, report)), report)

@@ -15,7 +15,8 @@ from frankenmoe.gates.fit import Fit, fit_gates
 from frankenmoe.gates.forcing import gates_of
 from frankenmoe.gates.statistics import Fitted, statistics_bytes
 from frankenmoe.gates.texts import OwnText, read_texts
-from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.moe.dense import load_tokenizer, torch_dtype
+from frankenmoe.moe.device import AUTO, Weights, check_room, free_memory, resolve
 from frankenmoe.moe.load import MoE, load_parts
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths, router_names
@@ -47,16 +48,20 @@ def fit_plan(
     data: Mapping[str, Sequence[str]] | None = None,
     folder: Path | None = None,
     settings: FitSettings = DEFAULTS,
+    together: bool = False,
+    device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
 ) -> FittedRouters:
     """Fits every router of a plan by `method`, a gate mode. `data` and `folder` are those of `read_texts`.
 
     `moe` is the plan's MoE with its current routers, which the new ones are compared with. By default, an MoE with
-    gates of zeros is loaded and nothing is compared.
+    gates of zeros is loaded on `device`, computes in `dtype`, and nothing is compared. With `together`, a launcher's
+    processes share the work, and all of them call this.
     """
     tokenizer = load_tokenizer(plan.base.folder)
     texts = read_texts(plan, tokenizer, data=data, folder=folder, tokens=settings.tokens, length=settings.block)
-    running = moe or load_with_zeros(plan)
+    running = moe or load_with_zeros(plan, device=device, dtype=dtype)
     classes = gate_paths(plan.nodes) | ({SHARED: 2} if any(text.path == SHARED for text in texts) else {})
     made = fit_gates(
         running.model,
@@ -65,6 +70,7 @@ def fit_plan(
         method=method,
         bos=tokenizer.bos_token_id,
         compare=moe is not None,
+        together=together,
         progress=progress,
     )
     report = report_of(made, texts)
@@ -96,6 +102,7 @@ def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
             "after": dict(made.after.by_expert),
             "own_expert": dict(made.own.by_expert),
         },
+        "cost": made.cost.to_dict(),
     }
 
 
@@ -109,29 +116,33 @@ def encoded_gates(plan: Plan, gates: Mapping[RouterPath, Sequence[torch.Tensor]]
     return encoded(plan, rows)
 
 
+def has_bfloat16_units() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 itself (AMX)."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 def _named(plan: Plan, path: RouterPath, layers: Sequence[torch.Tensor]) -> dict[str, Any]:
     names = router_names(plan.fmt, layers=plan.layers, path=path)
-    return {name: gate.float().numpy() for name, gate in zip(names, layers, strict=True)}
+    return {name: gate.float().cpu().numpy() for name, gate in zip(names, layers, strict=True)}
 
 
-def load_with_zeros(plan: Plan) -> MoE:
-    """The plan's MoE with gates of zeros."""
+def load_with_zeros(plan: Plan, *, device: str = AUTO, dtype: str | None = None) -> MoE:
+    """The plan's MoE with gates of zeros, in `dtype` (by default `computing_dtype`)."""
     gates = {name: torch.zeros(shape) for name, shape in plan.routers.items()}
-    name = computing_dtype(plan)
-    dtype = getattr(torch, name) if name else None
-    return load_parts(sharing_equal_experts(parts_of_plan(plan), plan), gates, dtype=dtype)
+    place = resolve(device)
+    name = dtype or computing_dtype(plan, place)
+    wanted = getattr(torch, name) if name else None
+    check_room(Weights(plan.bill.memory_virtual, torch_dtype(plan.dtype)), place, dtype=wanted)
+    return load_parts(sharing_equal_experts(parts_of_plan(plan), plan), gates, dtype=wanted, device=place)
 
 
-def computing_dtype(plan: Plan) -> str | None:
-    """float32 if the weights then take at most half of the free memory, else None (as stored).
+def computing_dtype(plan: Plan, device: torch.device) -> str | None:
+    """On a CPU float32, if the weights then take at most half of the free memory; otherwise None (as stored).
 
-    16 bits are less exact, and several times slower on CPUs without 16-bit units.
+    16 bits are less exact, and several times slower on CPUs without 16-bit units. Where a CPU has units for bfloat16,
+    bfloat16 stays, which is three times faster there.
     """
+    if plan.dtype == "BF16" and has_bfloat16_units():
+        return None
     size = plan.bill.memory_virtual * 4 // DTYPES[plan.dtype].itemsize
-    return "float32" if size <= free_memory() // 2 else None
-
-
-def free_memory() -> int:
-    """Bytes of memory that are available without swapping."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    return next(int(words[1]) * 1024 for words in lines if words[0] == "MemAvailable:")
+    return "float32" if device.type == "cpu" and size <= free_memory() // 2 else None

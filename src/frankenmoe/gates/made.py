@@ -14,6 +14,7 @@ from frankenmoe.checkpoint.values import check_finite, materialize
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.gates import cached
 from frankenmoe.gates.chance import random_routers
+from frankenmoe.moe.processes import from_main, is_main
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import Progress
@@ -31,8 +32,8 @@ class MadeRouters:
 RouterMaker = Callable[[Plan, Progress], MadeRouters]
 
 
-def make_routers(plan: Plan, progress: Progress, *, cache: bool = True) -> MadeRouters:
-    """Every gate of a plan: from the recipe's `routers` file, else by its gate mode.
+def make_routers(plan: Plan, progress: Progress, *, cache: bool = True, device: str = "auto") -> MadeRouters:
+    """Every gate of a plan: from the recipe's `routers` file, else by its gate mode. Fits run on `device`.
 
     With `cache`, gates computed earlier for the same plan and text are read from the user's cache. Raises SourceError
     if the file lacks a gate or has one of another shape, NumericsError if a gate is not finite.
@@ -42,13 +43,13 @@ def make_routers(plan: Plan, progress: Progress, *, cache: bool = True) -> MadeR
     if plan.recipe.gate_mode in RANDOM_MODES:
         return MadeRouters(random_routers(plan))
     key = cached.key_of(plan) if cache else None
-    folder = cached.find(key) if key else None
+    folder = from_main(cached.find(key) if key else None)  # all processes of a launcher must decide alike
     if folder is not None:
         with suppress(FrankenMoEError, OSError):  # a damaged or just removed entry is computed again
             return _read_folder(folder, plan.routers, dtype=plan.dtype)
-    made = _compute(plan, progress)
+    made = _compute(plan, progress, device)
     # routers are not kept if plan or text changed while they were computed
-    if key and key == cached.key_of(plan) and plan.digest == plan.digest_now():
+    if is_main() and key and key == cached.key_of(plan) and plan.digest == plan.digest_now():
         cached.keep(key, made.routers, made.statistics, name=plan.recipe.name or Path(plan.recipe.origin).stem)
     return made
 
@@ -81,13 +82,13 @@ def _read(file: Path, shapes: Mapping[str, tuple[int, int]], *, dtype: str | Non
     }
 
 
-def _compute(plan: Plan, progress: Progress) -> MadeRouters:
+def _compute(plan: Plan, progress: Progress, device: str) -> MadeRouters:
     mode = plan.recipe.gate_mode
     if mode in FIT_MODES:
         from frankenmoe.gates.fitted import fit_plan
 
-        fitted = fit_plan(plan, method=mode, progress=progress)
+        fitted = fit_plan(plan, method=mode, device=device, progress=progress)
         return MadeRouters(fitted.routers, fitted.statistics)
     from frankenmoe.gates.prompted import prompted_routers
 
-    return MadeRouters(prompted_routers(plan, progress))
+    return MadeRouters(prompted_routers(plan, progress, device=device))

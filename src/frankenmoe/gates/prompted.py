@@ -19,6 +19,7 @@ from frankenmoe.gates.capture import encode, layer_inputs
 from frankenmoe.gates.chance import encoded
 from frankenmoe.gates.methods import STATE_MODES, direction, embedding_sum, prompt_mean
 from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, read_config
+from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED, router_names
 from frankenmoe.planning.names import named_experts
@@ -34,13 +35,14 @@ Side = Callable[[tuple[str, ...]], torch.Tensor]
 SHOWN = 40  # characters of a prompt in a message
 
 
-def prompted_routers(plan: Plan, progress: Progress = SILENT) -> Routers:
+def prompted_routers(plan: Plan, progress: Progress = SILENT, *, device: str = AUTO) -> Routers:
     """Every gate, nested and shared ones included, by the recipe's gate mode (one of PROMPT_MODES).
 
+    The base reads the prompts on `device`.
     Raises RecipeError for a prompt with no or too many tokens, NumericsError if the base computes states that are not
     finite.
     """
-    side = _embedding_sides(plan) if plan.recipe.gate_mode == "cheap_embed" else _state_sides(plan)
+    side = _embedding_sides(plan) if plan.recipe.gate_mode == "cheap_embed" else _state_sides(plan, device)
     return encoded(plan, _prompted_gates(plan, side, progress))
 
 
@@ -91,12 +93,14 @@ def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
     return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
 
 
-def _state_sides(plan: Plan) -> Side:
+def _state_sides(plan: Plan, device: str) -> Side:
     tokenizer, reduce = load_tokenizer(plan.base.folder), STATE_MODES[plan.recipe.gate_mode]
     tensors = {write.name: as_tensor(write) for write in _base_writes(plan)}
     dtype = next(iter(tensors.values())).dtype
     config = read_config(plan.base.folder, trust_remote_code=plan.trust_remote_code)
-    model = load_dense(config, tensors, dtype=dtype)
+    chosen = resolve(device)
+    check_room(Weights(sum(tensor.nbytes for tensor in tensors.values()), dtype), chosen)
+    model = place(load_dense(config, tensors, dtype=dtype), chosen)
     longest = getattr(config, "max_position_embeddings", None)
     return lambda prompts: prompt_mean(
         map(reduce, layer_inputs(model, _ids(plan, tokenizer, prompts, longest=longest)))

@@ -18,11 +18,13 @@ from frankenmoe.artifact.folder import (
     Artifact,
     open_artifact,
     record_bytes,
+    refuse_occupied,
     routers_bytes,
 )
 from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.artifact.reports import versions
 from frankenmoe.build.run import build
+from frankenmoe.checkpoint.hub import is_folder, local_path
 from frankenmoe.data.given import Texts, located
 from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.add import add_text
@@ -30,7 +32,9 @@ from frankenmoe.gates.closed import CLOSED
 from frankenmoe.gates.fitted import computing_dtype, fit_plan
 from frankenmoe.gates.made import MadeRouters
 from frankenmoe.gates.statistics import load_statistics
+from frankenmoe.moe.device import AUTO, resolve
 from frankenmoe.moe.load import gate_tensors
+from frankenmoe.moe.processes import is_main, main_first, wait, world
 from frankenmoe.planning import Plan
 from frankenmoe.planning.backbone import kept_beside
 from frankenmoe.progress import SILENT, Progress
@@ -62,6 +66,8 @@ def fit(
     data: Texts | None = None,
     settings: FitSettings | None = None,
     keep_anyway: bool = False,
+    device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
     **changes: Any,
 ) -> FitResult:
@@ -70,14 +76,16 @@ def fit(
     `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
     working directory. `changes` are settings by name. The default method is the recipe's gate mode if it fits routers,
     else regret for data and logistic for prompts. An artifact keeps its old routers if the new ones do not lower the
-    mean held-out loss, unless `keep_anyway` is set or the old ones were fitted to these held-out prompts.
+    mean held-out loss, unless `keep_anyway` is set or the old ones were fitted to these held-out prompts. The model
+    runs on `device` and computes in `dtype`, by default as stored on a GPU, and in float32 on a CPU with enough memory.
     """
     subject = open_subject(what)
     settings = settings_with(settings or FitSettings(), changes)
     given = located(data or {})
     method = settings.method or _method(subject.recipe, given)
     if subject.artifact is None:
-        return _fit_recipe(subject, out, method=method, data=given, settings=settings, progress=progress)
+        place = {"device": device, "dtype": dtype}
+        return _fit_recipe(subject, out, method=method, data=given, settings=settings, progress=progress, **place)
     if out is not None:
         raise PlanError(
             f"{subject.origin} is an artifact, whose routers are replaced in place: expected no second folder, "
@@ -85,23 +93,43 @@ def fit(
             hint="copy the artifact first if you still need the old routers",
         )
     artifact = subject.artifact
-    finish_replacing(artifact.folder)
+    with main_first():
+        if is_main():
+            finish_replacing(artifact.folder)
     made = subject.plan
-    moe = subject.load(dtype=computing_dtype(made))
-    fitted = fit_plan(made, method=method, moe=moe, data=given, folder=Path.cwd(), settings=settings, progress=progress)
+    moe = subject.load(dtype=dtype or computing_dtype(made, resolve(device)), device=device)
+    fitted = fit_plan(
+        made,
+        method=method,
+        moe=moe,
+        data=given,
+        folder=Path.cwd(),
+        settings=settings,
+        together=world() > 1,
+        progress=progress,
+    )
     replaced = fitted.better or keep_anyway or _biased(artifact, fitted.report)
-    if replaced:
+    wait()  # all of them have read what is now replaced
+    if replaced and is_main():
         stage = {"stage": "fit", "fit": fitted.report, "versions": versions()}
         record = {**artifact.record, "stages": [*artifact.record["stages"], stage]}
         files = {STATISTICS: fitted.statistics, ROUTERS: routers_bytes(fitted.routers)}
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         record["files"] = {**artifact.record["files"], **hashes}
         replace_files(artifact.folder, {**files, RECORD: record_bytes(record)})
+    wait()
     return FitResult(open_artifact(artifact.folder), replaced, fitted.report)
 
 
 def _fit_recipe(
-    subject: Subject, out: str | Path | None, *, method: str, data: Texts, settings: FitSettings, progress: Progress
+    subject: Subject,
+    out: str | Path | None,
+    *,
+    method: str,
+    data: Texts,
+    settings: FitSettings,
+    progress: Progress,
+    **place: Any,
 ) -> FitResult:
     if out is None:
         raise PlanError(
@@ -110,10 +138,29 @@ def _fit_recipe(
         )
 
     def maker(made: Plan, progress: Progress) -> MadeRouters:
-        fitted = fit_plan(made, method=method, data=data, folder=Path.cwd(), settings=settings, progress=progress)
+        fitted = fit_plan(
+            made,
+            method=method,
+            data=data,
+            folder=Path.cwd(),
+            settings=settings,
+            together=world() > 1,
+            progress=progress,
+            **place,
+        )
         return MadeRouters(fitted.routers, fitted.statistics)
 
-    artifact = build(subject.resolved(progress).with_maker(maker), out, virtual=True, progress=progress, stage="fit")
+    with main_first():  # which measures the backbone, for the others to find it in the cache
+        subject = subject.resolved(progress)
+    if world() > 1:  # all processes fit, then the first one writes
+        refuse_occupied(Path(out).resolve())
+        routers = maker(subject.plan, progress)
+        if is_main():
+            build(subject.with_maker(lambda *_: routers), out, virtual=True, progress=progress, stage="fit")
+        wait()
+        artifact = open_artifact(Path(out))
+    else:
+        artifact = build(subject.with_maker(maker), out, virtual=True, progress=progress, stage="fit")
     return FitResult(artifact, True, artifact.record["stages"][-1]["fit"])
 
 
@@ -138,13 +185,16 @@ def add_expert(
     name: str,
     data: Sequence[str],
     settings: FitSettings | None = None,
+    device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
     **changes: Any,
 ) -> FitResult:
     """Writes a copy of an artifact with one more expert to `out`, and fits its routers without the other experts' text.
 
     The new gates are computed in closed form (by default ridge) from the stored statistics and the new expert's text,
-    with the scale of the earlier fit. Raises ArtifactError if the artifact has no statistics.
+    with the scale of the earlier fit. `device` and `dtype` are those of `fit`. Raises ArtifactError if the artifact has
+    no statistics.
     """
     subject = open_subject(what)
     settings = settings_with(settings or FitSettings(), changes)
@@ -161,7 +211,17 @@ def add_expert(
     old = gate_tensors(subject.routers(progress).routers)
 
     def maker(made: Plan, progress: Progress) -> MadeRouters:
-        added = add_text(made, known, name=name, method=chosen, old=old, settings=settings, progress=progress)
+        added = add_text(
+            made,
+            known,
+            name=name,
+            method=chosen,
+            old=old,
+            settings=settings,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+        )
         return MadeRouters(added.routers, added.statistics)
 
     larger = Subject(recipe, dtype=subject.plan.dtype_name, trust_remote_code=subject.trust_remote_code, maker=maker)
@@ -182,9 +242,9 @@ def _with_expert(
         origin = facts["text"].get(expert.name, {}).get("from", [])
         taken = {} if expert.data or expert.positive_prompts or expert.experts else {"data": list(origin)}
         experts.append({**written, "name": expert.name, **taken})
-    path = Path(source).expanduser()
+    here = Path.cwd()
     new = {
-        "source_model": str(path.absolute()) if path.exists() else source,
+        "source_model": str(local_path(source, folder=here)) if is_folder(source, folder=here) else source,
         "name": name,
         "data": list(located({name: data})[name]),
     }

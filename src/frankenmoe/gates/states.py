@@ -1,10 +1,12 @@
 """Router inputs: what every MoE block of a model reads, token by token, and the loss of the tokens that follow.
 
-Shape suffixes: B blocks in a batch, T tokens, N real tokens of a batch, D hidden.
+With `together`, the processes of a launcher share the batches: all of them call the same functions in the same order.
+Batches are the same for any number of processes, so every number that they compute is too.
+Shape suffixes: B blocks in a batch, T tokens, N real tokens of all blocks, D hidden.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -12,11 +14,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from frankenmoe.data.blocks import Block
+from frankenmoe.moe.processes import all_reduce, split
 from frankenmoe.moe.trace import outer_blocks
 
 BATCH_TOKENS = 2048
+LOGITS_BYTES = 2**27  # of a batch's logits in float32, unless one block has more
 OnStates = Callable[[int, torch.Tensor], None]
-"""Called with (layer, states_ND), once per batch and layer."""
+"""Called with (layer, states_ND), once per batch and layer; the states are on the model's device, in its type."""
 Advance = Callable[[int], None]
 """Called with the number of tokens that were just done."""
 
@@ -27,64 +31,77 @@ def silent(tokens: int) -> None:
 
 @torch.no_grad()
 def watch_inputs(
-    model: PreTrainedModel, blocks: Sequence[Block], on_states: OnStates, *, on_tokens: Advance = silent
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    on_states: OnStates,
+    *,
+    keep_N: torch.Tensor | None = None,
+    together: bool = False,
+    on_tokens: Advance = silent,
 ) -> None:
-    """Runs `blocks` and passes every layer's router input, [N, D] in float32 without padding, to `on_states`.
+    """Runs `blocks` through the layers and passes every router's input, [N, D] without padding, to `on_states`.
 
     Batches are padded on the right. With causal attention no real token sees the padding, so batching does not change
-    its state.
+    its state. The order of tokens is that of the blocks sorted by length. `keep_N` (bool) leaves out tokens. With
+    `together`, each process gets the states of its own batches.
     """
     decoder = model.get_decoder()
-    for batch in batches(blocks):
-        ids_BT, mask_BT = padded([block.ids for block in batch])
-        with ExitStack() as hooks:
-            for layer, moe_block in enumerate(outer_blocks(model).values()):
-                hooks.callback(moe_block.register_forward_pre_hook(_listener(layer, mask_BT, on_states)).remove)
+    for start, batch in own_batches(blocks, together=together):
+        ids_BT, mask_BT = padded([block.ids for block in batch], device=model.device)
+        with _watched(model, mask_BT, on_states, keep_N=_part(keep_N, start, batch)):
             decoder(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
-        on_tokens(sum(len(block.ids) for block in batch))
+        on_tokens(_length(batch))
 
 
-def _listener(layer: int, mask_BT: torch.Tensor, on_states: OnStates) -> Callable[[nn.Module, object], None]:
-    def listen(_module: nn.Module, inputs: object) -> None:
-        assert isinstance(inputs, tuple)
-        hidden = inputs[0]
-        on_states(layer, hidden.reshape(-1, hidden.shape[-1])[mask_BT.reshape(-1)].float())
-
-    return listen
-
-
-def mean_loss(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> float:
+def mean_loss(
+    model: PreTrainedModel, blocks: Sequence[Block], *, together: bool = False, on_tokens: Advance = silent
+) -> float:
     """Nats per token over the tokens of `blocks` that are learnt; NaN if there are none."""
+    return mean_of(next_losses(model, blocks, together=together, on_tokens=on_tokens), blocks)
+
+
+def mean_of(losses_N: torch.Tensor, blocks: Sequence[Block]) -> float:
+    """The mean of `next_losses` over the tokens that are learnt; NaN if there are none."""
     count = sum(sum(block.learn[1:]) for block in blocks)
-    return float(next_losses(model, blocks, on_tokens=on_tokens).double().sum()) / count if count else float("nan")
+    return float(losses_N.double().sum()) / count if count else float("nan")
 
 
 @torch.no_grad()
-def next_losses(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> torch.Tensor:
-    """losses_N: for every token, in the order of `watch_inputs`, the loss of the next token.
+def next_losses(
+    model: PreTrainedModel,
+    blocks: Sequence[Block],
+    *,
+    on_states: OnStates | None = None,
+    together: bool = False,
+    on_tokens: Advance = silent,
+) -> torch.Tensor:
+    """losses_N, on the CPU: for every token, in the order of `watch_inputs`, the loss of the next token.
 
-    Zero if there is no next token, or if it is not learnt.
+    Zero if there is no next token, or if it is not learnt. `on_states` gets the states, as from `watch_inputs`.
     """
-    found = []
-    for batch in batches(blocks):
-        ids_BT, mask_BT = padded([block.ids for block in batch])
-        logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+    found_N = torch.zeros(_length(blocks))
+    most = min(BATCH_TOKENS, LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size))
+    for start, batch in own_batches(blocks, most=most, together=together):
+        ids_BT, mask_BT = padded([block.ids for block in batch], device=model.device)
+        with _watched(model, mask_BT, on_states) if on_states else ExitStack():
+            logits = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
+        at = start
         for row, block in enumerate(batch):
             length = len(block.ids)
             losses = functional.cross_entropy(
                 logits[row, : length - 1].float(), ids_BT[row, 1:length], reduction="none"
             )
-            learn = torch.tensor(block.learn[1:])
-            found.append(functional.pad(losses * learn, (0, 1)))
-        on_tokens(sum(len(block.ids) for block in batch))
-    return torch.cat(found)
+            found_N[at : at + length - 1] = losses.cpu() * torch.tensor(block.learn[1:])
+            at += length
+        on_tokens(_length(batch))
+    return all_reduce(found_N) if together else found_N
 
 
-def batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
-    """Batches of blocks of similar length, each at most BATCH_TOKENS tokens including padding."""
+def batches(blocks: Sequence[Block], *, most: int = BATCH_TOKENS) -> Iterator[list[Block]]:
+    """Batches of blocks of similar length, each at most `most` tokens including padding, or one block."""
     batch: list[Block] = []
     for block in sorted(blocks, key=lambda each: len(each.ids)):
-        if batch and len(block.ids) * (len(batch) + 1) > BATCH_TOKENS:
+        if batch and len(block.ids) * (len(batch) + 1) > most:
             yield batch
             batch = []
         batch.append(block)
@@ -92,9 +109,50 @@ def batches(blocks: Sequence[Block]) -> Iterator[list[Block]]:
         yield batch
 
 
-def padded(batch: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(batch: Sequence[Sequence[int]], *, device: torch.device | str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
     """ids_BT, padded on the right with token 0, and mask_BT (bool), True for real tokens."""
     longest = max(map(len, batch))
-    ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch])
+    ids_BT = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in batch], device=device)
     mask_BT = torch.arange(longest)[None] < torch.tensor([len(ids) for ids in batch])[:, None]
-    return ids_BT, mask_BT
+    return ids_BT, mask_BT.to(device)
+
+
+def own_batches(
+    blocks: Sequence[Block], *, most: int = BATCH_TOKENS, together: bool = False
+) -> list[tuple[int, list[Block]]]:
+    """(number of the first token, batch) for every batch that this process reads."""
+    found, start = [], 0
+    for batch in batches(blocks, most=most):
+        found.append((start, batch))
+        start += _length(batch)
+    return split(found) if together else found
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, mask_BT: torch.Tensor, on_states: OnStates, *, keep_N: torch.Tensor | None = None
+) -> Iterator[None]:
+    with ExitStack() as hooks:
+        for layer, moe_block in enumerate(outer_blocks(model).values()):
+            hooks.callback(moe_block.register_forward_pre_hook(_listener(layer, mask_BT, on_states, keep_N)).remove)
+        yield
+
+
+def _listener(
+    layer: int, mask_BT: torch.Tensor, on_states: OnStates, keep_N: torch.Tensor | None
+) -> Callable[[nn.Module, object], None]:
+    def listen(_module: nn.Module, inputs: object) -> None:
+        assert isinstance(inputs, tuple)
+        hidden = inputs[0]
+        states_ND = hidden.reshape(-1, hidden.shape[-1])[mask_BT.reshape(-1)]
+        on_states(layer, states_ND if keep_N is None else states_ND[keep_N.to(states_ND.device)])
+
+    return listen
+
+
+def _part(keep_N: torch.Tensor | None, start: int, batch: Sequence[Block]) -> torch.Tensor | None:
+    return None if keep_N is None else keep_N[start : start + _length(batch)]
+
+
+def _length(blocks: Sequence[Block]) -> int:
+    return sum(len(block.ids) for block in blocks)

@@ -14,6 +14,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.device import in_float64
+from frankenmoe.moe.processes import all_reduce
 
 VERSION = 1
 
@@ -21,17 +23,29 @@ VERSION = 1
 class Moments:
     """Count, sum and uncentred second moment of one text's states per layer, in float64, summed batch by batch."""
 
-    def __init__(self, *, layers: int, hidden: int) -> None:
+    def __init__(self, layers: int, hidden: int) -> None:
         self.count_L = torch.zeros(layers, dtype=torch.int64)
         self.sum_LD = torch.zeros(layers, hidden, dtype=torch.float64)
         self.second_LDD = torch.zeros(layers, hidden, hidden, dtype=torch.float64)
 
     def add(self, layer: int, states_ND: torch.Tensor) -> None:
-        """Adds a batch of states. The split into batches makes no difference."""
-        states_ND = states_ND.double()
+        """Adds a batch of states, on any device. The split into batches makes no difference."""
+        states_ND = in_float64(states_ND)
         self.count_L[layer] += len(states_ND)
-        self.sum_LD[layer] += states_ND.sum(dim=0)
-        self.second_LDD[layer] += states_ND.T @ states_ND
+        self.sum_LD[layer] += states_ND.sum(dim=0).cpu()
+        self.second_LDD[layer] += (states_ND.T @ states_ND).cpu()
+
+    def merge(self, other: "Moments | None") -> None:
+        """Adds the moments of other blocks of the same text."""
+        if other is not None:
+            self.count_L += other.count_L
+            self.sum_LD += other.sum_LD
+            self.second_LDD += other.second_LDD
+
+    def all_reduce(self) -> None:
+        """Adds up the moments of all processes of a launcher; each of them calls this and gets the sum."""
+        for tensor in (self.count_L, self.sum_LD, self.second_LDD):
+            all_reduce(tensor)
 
 
 @dataclass(frozen=True)
@@ -86,7 +100,7 @@ def with_text(statistics: RouterStatistics, text: RouterText, moments: Moments) 
         (*known, text),
         torch.cat([statistics.count_U, moments.count_L[:1]]),
         torch.cat([statistics.mean_ULD, (moments.sum_LD / count_L11[..., 0])[None]]),
-        statistics.second_LDD + text.weight * moments.second_LDD / count_L11,
+        (moments.second_LDD / (count_L11 / text.weight)).add_(statistics.second_LDD),
     )
 
 

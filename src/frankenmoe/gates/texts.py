@@ -11,14 +11,14 @@ from frankenmoe.data.documents import Document, read_documents
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.gates.statistics import RouterText
 from frankenmoe.planning import Plan
+from frankenmoe.planning.fitting import HELD_OUT_DATA, HELD_OUT_PROMPTS, TextSize
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.planning.names import named_experts
 from frankenmoe.recipe import Expert
 from frankenmoe.suggest import did_you_mean
 
-HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
 PROMPTS = ("prompts",)  # the origin of text from prompts
-SHORTEST = 16  # tokens of the shortest blocks that `cut_again` makes
+SHORTEST = 16  # tokens of the shortest pieces that `mixed_cuts` makes
 
 
 @dataclass(frozen=True)
@@ -161,18 +161,35 @@ def _target(text: OwnText, path: RouterPath, classes: int) -> tuple[float, ...] 
     return tuple(float(index != own_class) / (classes - 1) for index in range(classes))
 
 
-def cut_again(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block, ...]]:
-    """The blocks, and their text cut into blocks of a quarter and a sixteenth of the longest one's length.
+def unseen(text: OwnText) -> list[Block]:
+    """Held-out prompts, to which the final gates are fitted as well; without a lone prompt, which is also kept."""
+    return [block for block in text.held if text.from_prompts and block not in text.kept]
+
+
+def fitted_blocks(text: OwnText) -> list[Block]:
+    """The blocks that the final gates are fitted to."""
+    return [*text.kept, *unseen(text)]
+
+
+def size_of(text: OwnText) -> TextSize:
+    """The tokens of a text, for a forecast."""
+    kept, held, rest = (sum(len(block.ids) for block in blocks) for blocks in (text.kept, text.held, unseen(text)))
+    return TextSize(text.path, kept, held, rest, text.negative)
+
+
+def mixed_cuts(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block, ...]]:
+    """The text of the blocks, every token once: every third block as it is, the others cut into pieces of a quarter and
+    of a sixteenth of the longest block's length.
 
     Most wrong choices are made at the start of a text, where little tells its domain. Short blocks have more starts.
     Each begins with `bos` if the original block does.
     """
-    longest = max(len(block.ids) for block in blocks)
-    found = [tuple(blocks)]
-    for length in (longest // 4, longest // 16):
-        if length >= SHORTEST:
-            found.append(tuple(piece for block in blocks for piece in _pieces(block, length, bos)))
-    return found
+    longest = max((len(block.ids) for block in blocks), default=0)
+    lengths = [longest, *(length for length in (longest // 4, longest // 16) if length >= SHORTEST)]
+    return [
+        tuple(piece for block in blocks[first :: len(lengths)] for piece in _pieces(block, length, bos))
+        for first, length in enumerate(lengths)
+    ]
 
 
 def _pieces(block: Block, length: int, bos: int | None) -> Iterator[Block]:

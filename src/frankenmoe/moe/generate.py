@@ -5,7 +5,7 @@ Shape suffixes: T tokens.
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,7 +46,7 @@ def reply(
     reply ends at the model's maximum length, even before `max_new_tokens`.
     Raises SourceError for a prompt without tokens.
     """
-    ids = _encode(tokenizer, history, moe.model.config)
+    ids = _encode(tokenizer, history, moe.model.config).to(moe.model.device)
     limit = getattr(moe.model.config, "max_position_embeddings", None)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - ids.shape[-1])
     settings = moe.model.generation_config
@@ -66,7 +66,19 @@ def reply(
         )[0]
     seconds = time.perf_counter() - began
     made = out[ids.shape[1] :].tolist()
-    return Reply(tokenizer.decode(made, skip_special_tokens=True), out.tolist(), concat(layers), len(made) / seconds)
+    return Reply(
+        tokenizer.decode(made, skip_special_tokens=True), out.tolist(), _on_cpu(concat(layers)), len(made) / seconds
+    )
+
+
+def _on_cpu(trace: RoutingTrace) -> RoutingTrace:
+    """A trace that is read token by token, which would wait for a GPU each time."""
+    return RoutingTrace(
+        tuple(
+            replace(each, weights_TK=each.weights_TK.cpu(), ids_TK=each.ids_TK.cpu(), logits_TE=each.logits_TE.cpu())
+            for each in trace.layers
+        )
+    )
 
 
 def _encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> torch.Tensor:

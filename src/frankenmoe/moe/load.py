@@ -32,9 +32,11 @@ from frankenmoe.moe.dense import (
     skeleton,
     torch_dtype,
 )
+from frankenmoe.moe.device import CPU, Weights, place
 from frankenmoe.moe.router import Router
 from frankenmoe.moe.trace import RoutingTrace, concat, record
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.bill import distinct_bytes
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.parts import Parts
 
@@ -82,11 +84,20 @@ def check_loadable(plan: Plan) -> None:
     _generation_config(plan.base.folder)
 
 
-def load_parts(parts: Parts, gates: Gates, *, dtype: torch.dtype | None = None, **options: Any) -> MoE:
-    """A running MoE from parts and gates (name -> [experts, hidden]).
+def weights_of(parts: Parts) -> Weights:
+    """What the weights take in memory: each source tensor once."""
+    leaves = [leaf for node in (*parts.nodes, *parts.shared) for leaf in node.leaves()]
+    stored = distinct_bytes([*parts.backbone, *parts.gates.values()], leaves)
+    return Weights(stored, torch_dtype(parts.backbone[0].dtype))
 
-    Weights stay memory-mapped unless `dtype` converts them. `options` are MoEBlock's: capacity_factor, drop_policy.
-    Raises SourceError, ArtifactError or NumericsError for sources, tensors or gates that cannot be used.
+
+def load_parts(
+    parts: Parts, gates: Gates, *, dtype: torch.dtype | None = None, device: torch.device = CPU, **options: Any
+) -> MoE:
+    """A running MoE from parts and gates (name -> [experts, hidden]), on `device`.
+
+    On the CPU, weights stay memory-mapped unless `dtype` converts them. `options` are MoEBlock's: capacity_factor,
+    drop_policy. Raises SourceError, ArtifactError or NumericsError for sources, tensors or gates that cannot be used.
     """
     configs = {folder: read_config(folder, trust_remote_code=parts.trust_remote_code) for folder in parts.sources}
     config = configs.get(parts.folder) or AutoConfig.for_model(
@@ -94,7 +105,9 @@ def load_parts(parts: Parts, gates: Gates, *, dtype: torch.dtype | None = None, 
     )
     if parts.own_head:
         config.tie_word_embeddings = False
-    return _assemble(parts, config, configs, gates, dtype=dtype, **options)
+    made = _assemble(parts, config, configs, gates, dtype=dtype, **options)
+    place(made.model, device)
+    return made
 
 
 def _assemble(

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.planning import Plan
+from frankenmoe.planning.asadapter import on_base
 from frankenmoe.planning.tree import PEFT_PREFIX
 
 ADAPTERS = "adapters"
@@ -39,9 +40,10 @@ def scales_of(plan: Plan) -> dict[tuple[tuple[int, ...], str], float]:
 
 
 def source_path(plan: Plan, path: tuple[int, ...] | None) -> str:
-    """The path of the source of an expert (None: of the base), as in the recipe."""
+    """The path of the model that an expert's adapter is for (None: the adapter on the base), as in the recipe."""
     leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
-    source = plan.base if path is None else next(leaf.source for leaf in leaves if leaf.path == path)
+    of_base = path is None or on_base(plan.recipe, path)
+    source = plan.base if of_base else next(leaf.source for leaf in leaves if leaf.path == path)
     assert source is not None
     return source.name.path
 

@@ -35,7 +35,7 @@ def _audit_inputs(job: Job) -> Iterator[Path]:
 def _eval_inputs(job: Job) -> Iterator[Path]:
     settings: EvalSettings = job.settings("eval")
     yield from artifact_files(job.model)
-    given = [*settings.texts.values(), *([settings.data_dir] if settings.data_dir else [])]
+    given = [*settings.texts.values(), *filter(None, (settings.data_dir, settings.general_text))]
     yield from texts(job, [*expert_data(job.recipe), *given])
     if settings.against_parents:
         yield from sources(job)
@@ -79,6 +79,7 @@ def _audit(job: Job, progress: Progress) -> None:
             data=_labelled(job, settings.data),
             settings=settings,
             progress=progress,
+            **job.place,
         )
         _move(made, job.reports)
 
@@ -105,9 +106,11 @@ def _eval(job: Job, progress: Progress) -> None:
         [job.open(job.model)],
         settings=settings,
         data_dir=_located(job, settings.data_dir) if settings.data_dir else None,
+        general_text=_located(job, settings.general_text) if settings.general_text else None,
         texts={name: _located(job, file) for name, file in settings.texts.items()},
         scoring=Scoring(store=job.out / WORK / "answers"),
         progress=progress,
+        **job.place,
     )
     job.reports.mkdir(parents=True, exist_ok=True)
     report.to_report(**about(job.artifact)).write(job.reports / "eval.json")
@@ -168,7 +171,7 @@ def _card(job: Job, progress: Progress) -> None:
     if settings.prompts:
         from frankenmoe.publish.samples import sample
 
-        sample(subject, settings, progress=progress)
+        sample(subject, settings, progress=progress, **job.place)
     if job.recipe.train is not None:
         # next to the other reports, so that it is pushed with them
         job.reports.mkdir(exist_ok=True)

@@ -22,10 +22,12 @@ BODY = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "recipe.yml")
 
 @dataclass(frozen=True)
 class Job:
-    """A recipe and the folder that its run writes to."""
+    """A recipe and the folder that its run writes to. Models run on `device` and compute in `dtype`."""
 
     subject: Subject
     out: Path
+    device: str = "auto"
+    dtype: str | None = None
     _opened: dict[Path, Subject] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
@@ -50,6 +52,11 @@ class Job:
     def artifact(self) -> Artifact:
         """The finished model."""
         return open_artifact(self.model)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where and in which type a stage runs models, as arguments of its function."""
+        return {"device": self.device, "dtype": self.dtype}
 
     def settings(self, stage: str) -> Any:
         """The recipe's section of a stage, None if there is none. `build` has defaults."""

@@ -70,26 +70,35 @@ def _heal(job: Job, progress: Progress) -> None:
 
 
 def _make_virtual(job: Job, progress: Progress) -> None:
-    build(_healed(job), job.folder("virtual"), virtual=True, allow_identical=True, progress=progress)
+    build(
+        _healed(job),
+        job.folder("virtual"),
+        virtual=True,
+        allow_identical=True,
+        device=job.device,
+        progress=progress,
+    )
 
 
 def _fit(job: Job, progress: Progress) -> None:
     from frankenmoe.gates.run import fit
 
-    fit(_healed(job), job.folder("fit"), settings=job.recipe.fit, progress=progress)
+    fit(_healed(job), job.folder("fit"), settings=job.recipe.fit, progress=progress, **job.place)
 
 
 def _train(job: Job, progress: Progress) -> None:
     from frankenmoe.train.run import train
 
-    train(job.open(_before_training(job)), job.folder("train"), settings=job.recipe.train, progress=progress)
+    before = job.open(_before_training(job))
+    train(before, job.folder("train"), settings=job.recipe.train, progress=progress, **job.place)
 
 
 def _build(job: Job, progress: Progress) -> None:
     before = _before_build(job)
     subject = job.open(before) if before else _healed(job)
     # identical experts were checked before the first stage
-    build(subject, job.model, settings=job.settings("build"), allow_identical=True, progress=progress)
+    settings = job.settings("build")
+    build(subject, job.model, settings=settings, allow_identical=True, device=job.device, progress=progress)
 
 
 def _heal_summary(job: Job) -> str:

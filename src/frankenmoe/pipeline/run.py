@@ -10,6 +10,7 @@ from pathlib import Path
 
 from frankenmoe.artifact.folder import Artifact, clear_building, partial_folder
 from frankenmoe.errors import ArtifactError
+from frankenmoe.moe.device import resolve
 from frankenmoe.pipeline.after import AFTER
 from frankenmoe.pipeline.job import Job, Stage, artifact_files
 from frankenmoe.pipeline.model import MAKING
@@ -42,20 +43,24 @@ def run(
     what: Subject | Recipe | str | Path,
     out: str | Path,
     *,
+    device: str = "auto",
+    dtype: str | None = None,
     progress: Progress = SILENT,
     on_step: Callable[[Done], None] = lambda done: None,
 ) -> Finished:
     """Runs every stage that a recipe asks for, in order, in the folder `out`; the model is in `out`/model.
 
     A stage is skipped if its recipe section, texts and inputs have the same content as before. If killed, the same call
-    continues with the unfinished stage, and within it where the stage can resume. `on_step` is called after each stage.
+    continues with the unfinished stage, and within it where the stage can resume. Models run on `device` and compute in
+    `dtype`, which is not the type that weights are stored in. `on_step` is called after each stage.
     Raises subclasses of FrankenMoEError, for bad input before the first stage.
     """
     out = Path(os.path.realpath(out))
     subject = open_subject(what)
     if subject.artifact is not None:
         raise ArtifactError(f"{subject.origin} is an artifact, expected a recipe", hint="give the recipe's file")
-    job = Job(subject, out)
+    resolve(device)  # a missing device is an error even if the first stages need none
+    job = Job(subject, out, device, dtype)
     stages = stages_of(job)
     _check(job, stages)
     with claimed(out):

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
 from frankenmoe.families.spec import MoEFormat
 from frankenmoe.planning.sources import Source, odd_heads
@@ -120,7 +120,8 @@ def distinct_bytes(static: Iterable[TensorWrite], leaves: Iterable[ExpertNode]) 
     copied = (write.copied or write for write in writes)
     # a reference without weights has no bytes, but the write that copies it knows how many there will be
     sizes = {_place(each): write.nbytes for each, write in zip(copied, writes, strict=True)}
-    return sum((sizes | {_place(ref): ref.nbytes for lora in loras for ref in (lora.a, lora.b)}).values())
+    factors = (ref for lora in loras for ref in (lora.a, lora.b))
+    return sum((sizes | {_place(ref): ref.numel * DTYPES[ref.dtype].itemsize for ref in factors}).values())
 
 
 def _place(what: TensorRef | TensorWrite) -> object:

@@ -120,6 +120,21 @@ def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
     return found
 
 
+def licence_warnings(sources: Iterable[Source]) -> list[str]:
+    """A sentence if the sources and their adapters are under different licences, and one if some declare none."""
+    found, sources = [], list(sources)
+    declared = {str(source.name): licence(source.folder) for source in sources}
+    adapters = [source.adapter.folder for source in sources if source.adapter is not None]
+    declared |= {f"the adapter {folder}": licence(folder) for folder in adapters}
+    named = {str(value) for value in declared.values() if value}
+    if len(named) > 1:
+        found.append(f"the sources are under different licences: {', '.join(sorted(named))}")
+    silent = [name for name, value in declared.items() if value is None]
+    if silent:
+        found.append(f"no licence is declared in {', '.join(silent)}")
+    return found
+
+
 def tokenizer_facts(folder: Path) -> dict[str, Any]:
     """The facts by which tokenizers are compared: vocabulary, special tokens, chat template; only those that exist."""
     facts: dict[str, Any] = {}

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite
+from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import FAMILIES, FORMATS, Family, MoEFormat, rope
 from frankenmoe.families.formats import FFN_SUFFIXES
@@ -232,3 +232,17 @@ def _named(write: TensorWrite, name: str, doubled: bool) -> TensorWrite:
 
 def _zeros(name: str, shape: tuple[int, ...], dtype: str) -> TensorWrite:
     return TensorWrite(name=name, dtype=dtype, shape=shape, inputs=(), steps=(Constant(0.0),))
+
+
+def stored_dtype(name: str) -> str:
+    """The safetensors type of a name such as bfloat16. PlanError for an unsupported one."""
+    try:
+        found = safetensors_dtype(name)
+    except ValueError:
+        found = name
+    if found not in ("F32", "F16", "BF16"):
+        raise PlanError(
+            f"an MoE cannot be stored with dtype {name}, expected float32, float16 or bfloat16",
+            hint="write dtype: bfloat16 in the recipe",
+        )
+    return found

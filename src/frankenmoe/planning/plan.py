@@ -8,14 +8,16 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from frankenmoe.checkpoint.hub import local_path
-from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite, safetensors_dtype
+from frankenmoe.checkpoint.peft import CONFIG
+from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
+from frankenmoe.planning.asadapter import Extracted, extracted_adapters, savings
 from frankenmoe.planning.backbone import Choice, backbone_writes, choose, lost_differences
 from frankenmoe.planning.bill import Bill, beside_experts, kv_numbers, make_bill, statistics_bytes
 from frankenmoe.planning.compare import (
@@ -23,6 +25,7 @@ from frankenmoe.planning.compare import (
     compared_whole,
     identical_groups,
     licence,
+    licence_warnings,
     same_expert,
     source_warnings,
 )
@@ -37,12 +40,14 @@ from frankenmoe.planning.layout import (
     expert_conflicts,
     format_notes,
     router_shapes,
+    stored_dtype,
 )
 from frankenmoe.planning.siblings import check_ffns, check_siblings
 from frankenmoe.planning.sources import Source, anatomy, check_tensors, open_source, sources_of
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
 from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
+from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
 
@@ -76,6 +81,7 @@ class Plan:
     choice: Choice
     distances: tuple[Distance, ...] = ()
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
+    extracted: Mapping[tuple[int, ...], Extracted] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
@@ -98,6 +104,11 @@ class Plan:
     def all_identical(self) -> bool:
         """Whether all experts have the same weights, so that routers make no difference."""
         return self.experts > 1 and any(len(group) == self.experts for group in self.identical_experts)
+
+    @property
+    def all_extracted(self) -> bool:
+        """Whether every adapter that `as_adapter` asks for is there."""
+        return all(each.there for each in self.extracted.values())
 
     @cached_property
     def writes(self) -> tuple[TensorWrite, ...]:
@@ -137,6 +148,7 @@ class Plan:
             itemsize=4 if self.dtype == "F32" else 2,
             kv_numbers=kv_numbers(self.base),
             small_files=sum(file.stat().st_size for file in small_files(self.base))
+            + sum(each.bytes for each in self.extracted.values())
             + (statistics_bytes(self.routers) if fitted else 0),
         )
 
@@ -159,8 +171,10 @@ class Plan:
         """Every weight file that the plan reads from."""
         adapters = [source.adapter for source in self.sources if source.adapter is not None]
         files = [file for source in self.sources for file in source.checkpoint.files]
-        refs = [ref for adapter in adapters for ref in adapter.tensors.values()]
-        return tuple(dict.fromkeys([*files, *(ref.file for ref in refs), *(ref.file for ref in self.trained)]))
+        files += [ref.file for adapter in adapters for ref in adapter.tensors.values()]
+        # one for each expert, also if two have equal ones, as an artifact has a copy for each
+        extracted = (file for each in self.extracted.values() for file in each.files)
+        return (*dict.fromkeys(files), *extracted, *dict.fromkeys(ref.file for ref in self.trained))
 
     @property
     def routers_file(self) -> Path | None:
@@ -175,7 +189,8 @@ class Plan:
     @property
     def deciding_files(self) -> tuple[Path, ...]:
         """Every config and small file that the plan depends on."""
-        return deciding_files(self.base, self.sources)
+        configs = [each.adapter.folder / CONFIG for each in self.extracted.values() if each.there]
+        return (*deciding_files(self.base, self.sources), *configs)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, as `frankenmoe plan --json` prints it."""
@@ -192,6 +207,7 @@ class Plan:
             "equals_base": self.equals_base,
             "backbone": self.choice.to_dict() | {"distances": [each.to_dict() for each in self.distances]},
             "identical_sampled": self.identical_sampled,
+            "as_adapter": savings(self.extracted, (*self.nodes, *self.shared)),
             "warnings": list(self.warnings),
             "problems": list(self.problems),
             "writes": len(self.writes) + len(self.routers),
@@ -215,10 +231,20 @@ class Plan:
         )
 
 
-def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, trust_remote_code: bool = False) -> Plan:
+def plan(
+    recipe: Recipe,
+    *,
+    dtype: str | None = None,
+    weights: bool = False,
+    trust_remote_code: bool = False,
+    extract: bool = True,
+    inside: Path | None = None,
+    progress: Progress = SILENT,
+) -> Plan:
     """Plans a recipe. `dtype` overrides the recipe's. `weights=True` downloads and requires weights, not only configs.
 
-    Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
+    With weights and `extract`, adapters of `as_adapter` experts are extracted into the user's cache, unless it or the
+    artifact `inside` has them. Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
     """
     opened = {
         (str(name), adapter): with_own_head(
@@ -244,10 +270,13 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             f"the recipe has {len(recipe.shared_experts)} shared experts, expected at most one",
             hint="make the others routed experts",
         )
-    stored = _stored_dtype(dtype or recipe.dtype or base.dtype)
+    stored = stored_dtype(dtype or recipe.dtype or base.dtype)
     trained = open_trained(recipe)
-    nodes = nodes_with_trained(expert_nodes(recipe, recipe.experts, sources=parts, dtype=stored), trained)
-    shared = expert_nodes(recipe, recipe.shared_experts, sources=parts, dtype=stored, path=SHARED)
+    extracted = extracted_adapters(recipe, parts, may=weights and extract, inside=inside, progress=progress)
+    adapters = {path: each.adapter for path, each in extracted.items()}
+    made_of = partial(expert_nodes, recipe, sources=parts, dtype=stored, extracted=adapters)
+    nodes = nodes_with_trained(made_of(experts=recipe.experts), trained)
+    shared = made_of(experts=recipe.shared_experts, path=SHARED)
     shared = nodes_with_trained(shared, trained)
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
@@ -305,25 +334,12 @@ def plan(recipe: Recipe, *, dtype: str | None = None, weights: bool = False, tru
             backbone=backbone,
         ),
         trained=tuple(trained.values()),
+        extracted=extracted,
         choice=choice,
         distances=apart,
         problems=problems,
     )
     return _with_warnings(made, others)
-
-
-def _stored_dtype(name: str) -> str:
-    """The safetensors type of a name such as bfloat16. PlanError for an unsupported one."""
-    try:
-        found = safetensors_dtype(name)
-    except ValueError:
-        found = name
-    if found not in ("F32", "F16", "BF16"):
-        raise PlanError(
-            f"an MoE cannot be stored with dtype {name}, expected float32, float16 or bfloat16",
-            hint="write dtype: bfloat16 in the recipe",
-        )
-    return found
 
 
 def _with_warnings(made: Plan, others: list[Source]) -> Plan:
@@ -372,15 +388,8 @@ def _own_warnings(made: Plan) -> list[str]:
         found.append(
             "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
         )
-    declared = {str(source.name): licence(source.folder) for source in made.sources}
-    adapters = [source.adapter.folder for source in made.sources if source.adapter is not None]
-    declared |= {f"the adapter {folder}": licence(folder) for folder in adapters}
-    named = {str(value) for value in declared.values() if value}
-    if len(named) > 1:
-        found.append(f"the sources are under different licences: {', '.join(sorted(named))}")
-    silent = [name for name, value in declared.items() if value is None]
-    if silent:
-        found.append(f"no licence is declared in {', '.join(silent)}")
+    found += [each.warning for each in made.extracted.values() if not each.certain]
+    found += licence_warnings(made.sources)
     return found
 
 

@@ -25,7 +25,13 @@ def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code:
         check_sources(artifact, made)
         return made
     try:
-        made = plan(recipe, dtype=artifact.record["dtype"], weights=True, trust_remote_code=trust_remote_code)
+        made = plan(
+            recipe,
+            dtype=artifact.record["dtype"],
+            weights=True,
+            trust_remote_code=trust_remote_code,
+            inside=artifact.folder,
+        )
     except SourceError as error:
         raise ArtifactError(
             f"the sources of {artifact.folder} cannot be used any more: {error.message}",

@@ -276,7 +276,9 @@ def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
     yield recipe.base_model, None
     for expert in leaves((*recipe.experts, *recipe.shared_experts)):
         if expert.source_model is not None:
-            yield expert.source_model, expert.adapter
+            yield expert.source_model, expert.adapter if expert.as_adapter is None else None
+        if expert.as_adapter is not None and expert.adapter is not None:
+            yield recipe.base_model, expert.adapter
         if expert.merge is not None:
             base = merge_base(recipe, expert.merge)
             yield from ((name, None) for name in (*expert.merge.models, *((base,) if base else ())))

@@ -78,11 +78,16 @@ def expert_nodes(
     *,
     sources: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
     dtype: str,
+    extracted: Mapping[tuple[int, ...], Adapter],
     path: tuple[int, ...] = (),
 ) -> tuple[ExpertNode, ...]:
-    """The experts of one level as nodes; `dtype` is the safetensors type of the stored weights."""
+    """The experts of one level as nodes; `dtype` is the safetensors type of the stored weights.
+
+    `extracted` has the adapters that take the place of a source's FFNs, by the path of the expert.
+    """
     return tuple(
-        _node(recipe, expert, sources=sources, dtype=dtype, path=(*path, index)) for index, expert in enumerate(experts)
+        _node(recipe, expert, sources=sources, dtype=dtype, extracted=extracted, path=(*path, index))
+        for index, expert in enumerate(experts)
     )
 
 
@@ -92,10 +97,11 @@ def _node(
     *,
     sources: Mapping[tuple[str, str | None], tuple[Source, Anatomy]],
     dtype: str,
+    extracted: Mapping[tuple[int, ...], Adapter],
     path: tuple[int, ...],
 ) -> ExpertNode:
     if expert.experts:
-        children = expert_nodes(recipe, expert.experts, sources=sources, dtype=dtype, path=path)
+        children = expert_nodes(recipe, expert.experts, sources=sources, dtype=dtype, extracted=extracted, path=path)
         top_k = expert.experts_per_token or recipe.experts_per_token
         return ExpertNode(expert.name, path, None, children=children, top_k=top_k)
     source, parts = _parent(recipe, expert, sources)
@@ -105,7 +111,18 @@ def _node(
             f"none of them is a known down projection ({', '.join(DOWN)})",
             hint="leave residual_scale out for this family",
         )
-    ffn, lora_rows = ffn_writes(source, parts, dtype=dtype)
+    if expert.as_adapter is None:
+        ffn, lora_rows = ffn_writes(source, parts, dtype=dtype)
+    else:  # `source` is still the parent, whose backbone may be merged
+        base, base_parts = sources[(str(recipe.base_model), None)]
+        ours = extracted[path] if path in extracted else sources[(str(recipe.base_model), expert.adapter)][0].adapter
+        shared, lora_rows = ffn_writes(replace(base, adapter=ours), base_parts, dtype=dtype)
+        # biases have no low rank, and weigh nothing: they are the parent's own
+        own, _ = ffn_writes(source, parts, dtype=dtype)
+        ffn = tuple(
+            {key: write if len(write.shape) > 1 else row[key] for key, write in layer.items()}
+            for layer, row in zip(shared, own, strict=True)
+        )
     changed = tuple(
         {
             suffix: replace(
@@ -123,7 +140,7 @@ def _parent(
 ) -> tuple[Source, Anatomy]:
     """The source of an expert, or the merge of several as one source."""
     if expert.merge is None:
-        return sources[(str(expert.source_model), expert.adapter)]
+        return sources[(str(expert.source_model), expert.adapter if expert.as_adapter is None else None)]
     base = merge_base(recipe, expert.merge)
     models = tuple(sources[(str(name), None)][0] for name in expert.merge.models)
     merged = Merged(expert.merge, sources[(str(base), None)][0] if base else None, models, recipe.seed)

@@ -29,7 +29,7 @@ def unused_tensors(
         inside_ffn = found.ffn_shapes.keys()
         for name, ref in source.checkpoint.tensors.items():
             if ref not in used:
-                why = _reason(name, found, inside_ffn, by_group=by_group)
+                why = _reason(name, found, inside_ffn, by_group=by_group, is_base=source is base)
                 rows.append((str(source.name), name, f"{why}, or training replaced it" if trained else why))
         for name, ref in source.adapter.tensors.items() if source.adapter else ():
             if ref not in used:
@@ -37,9 +37,15 @@ def unused_tensors(
     return tuple(dict.fromkeys(rows))
 
 
-def _reason(name: str, found: Anatomy, inside_ffn: Collection[str], *, by_group: Mapping[str, MergeSettings]) -> str:
+def _reason(
+    name: str, found: Anatomy, inside_ffn: Collection[str], *, by_group: Mapping[str, MergeSettings], is_base: bool
+) -> str:
     if name in inside_ffn:
-        return "the base's own FFN is not among the experts"
+        return (
+            "the base's own FFN is not among the experts"
+            if is_base
+            else "a low-rank adapter on the base's FFN stands for it"
+        )
     if name in found.backbone:
         settings = by_group[group_of(name)]
         if settings.method == BASE:

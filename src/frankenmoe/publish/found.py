@@ -16,7 +16,7 @@ from frankenmoe.publish.sections import Missing, gib, left_to_chance, markdown, 
 PICTURE = "routing.png"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 TRACED = 24  # tokens of the first sample
-RIVALS = {"base": "its base", "parent": "the parent {name}", "average": "the average of the parents' weights"}
+RIVALS = {"base": "its base", "parent": "the parent {name}", "merge": "the dense merge {name}"}
 
 
 def routing(facts: Facts, evidence: Evidence) -> str | Missing:

@@ -8,6 +8,7 @@ import torch
 
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.artifact.reports import SamplesReport, about
+from frankenmoe.moe.device import AUTO
 from frankenmoe.moe.generate import Reply, reply
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import CardSettings
@@ -21,6 +22,8 @@ def sample(
     what: Subject | Artifact | str | Path,
     settings: CardSettings,
     *,
+    device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
 ) -> Path:
     """Sends each prompt in a new conversation, and writes the replies to reports/samples.json in the artifact.
@@ -29,7 +32,7 @@ def sample(
     """
     subject = open_subject(what)
     artifact = subject.need_artifact(hint="build it first")
-    moe = subject.load(progress=progress)
+    moe = subject.load(dtype=dtype, device=device, progress=progress)
     tokenizer = moe.tokenizer()
     rows = []
     progress.start("samples", len(settings.prompts), "prompts")

@@ -5,10 +5,12 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
+from frankenmoe.recipe.asadapter import AdapterSettings
 from frankenmoe.recipe.backbone import ExpertMerge
 from frankenmoe.recipe.context import SourceField, read_source
 from frankenmoe.recipe.fields import Count, Finite, Prompts, Share, Strings, Text
 from frankenmoe.recipe.refusals import found, refusal
+from frankenmoe.recipe.sections import Section
 from frankenmoe.recipe.settings import Closed
 
 
@@ -75,6 +77,10 @@ class Expert(Closed):
     adapter: Annotated[Text, AfterValidator(_lone_adapter)] | None = Field(
         None, description="A PEFT LoRA on top of the source: a folder, or a hub id with @revision."
     )
+    as_adapter: Section[AdapterSettings] = Field(
+        None,
+        description="Use the base's FFN plus a low-rank adapter of what the source's FFN has learnt, to save memory.",
+    )
     merge: ExpertMerge | None = Field(
         None, description="Several models whose merge is the parent, instead of source_model."
     )
@@ -117,6 +123,12 @@ class Expert(Closed):
                 hint="keep one of the two",
                 at=("adapter",),
             )
+        if self.as_adapter is not None and self.source_model and self.source_model.adapter:
+            raise refusal(
+                f"must come with a whole model, found '+{self.source_model.adapter}' in source_model",
+                hint="delete as_adapter: an adapter stays low-rank anyway",
+                at=("as_adapter",),
+            )
         return self
 
 
@@ -124,7 +136,7 @@ Experts = Annotated[tuple[Expert, ...], AfterValidator(named)]
 
 
 def _refuse_weights_of_its_own(expert: Expert) -> None:
-    for key in ("source_model", "merge", "adapter", "noise_scale", "noise_relative", "residual_scale"):
+    for key in ("source_model", "merge", "adapter", "as_adapter", "noise_scale", "noise_relative", "residual_scale"):
         if getattr(expert, key) is not None:
             raise refusal(
                 f"must be absent beside nested experts, found {getattr(expert, key)}",
@@ -134,7 +146,7 @@ def _refuse_weights_of_its_own(expert: Expert) -> None:
 
 
 def _refuse_beside_merge(expert: Expert) -> None:
-    for key in ("source_model", "adapter"):
+    for key in ("source_model", "adapter", "as_adapter"):
         if getattr(expert, key) is not None:
             raise refusal(
                 f"must be absent beside merge, found {getattr(expert, key)}",

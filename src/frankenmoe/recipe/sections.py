@@ -22,6 +22,8 @@ from frankenmoe.recipe.fields import (
 from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.settings import NO_OPTION, Closed, Option
 
+SHARD_SIZE = 4 * 10**9  # bytes of one weight file at most; it does not change the model, so it is no setting
+
 
 class BuildSettings(Closed):
     """How the model itself is written."""
@@ -72,7 +74,10 @@ class EvalSettings(Closed):
         default_factory=dict, description="Domain -> text file to measure the loss on; default: the experts' data."
     )
     limit: Count | None = Field(None, description="Most documents of a task and blocks of a text; default: all.")
-    against_parents: bool = Field(False, description="Compare an MoE with its base, parents and their average.")
+    against_parents: bool = Field(False, description="Compare an MoE with its base, its parents and their merges.")
+    general_text: Annotated[Text | None, Option(metavar="FILE")] = Field(
+        None, description="Text that no parent was tuned on, for --against-parents; default: a built-in one."
+    )
 
 
 class ExportSettings(Closed):

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from frankenmoe.errors import NumericsError
 from frankenmoe.moe.dense import quiet_transformers
+from frankenmoe.moe.device import CPU
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning import Plan
@@ -61,6 +62,7 @@ class Run:
     folder: Path
     report_to: tuple[str, ...] = ()
     shard: bool = False
+    device: torch.device = CPU
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class _Loop:
     def __init__(self, run: Run, progress: Progress) -> None:
         settings, model = run.settings, run.moe.model
         self.run, self.settings, self.model, self.progress = run, settings, model, progress
-        self.accelerator = start_accelerator(settings, folder=run.folder, report_to=run.report_to)
+        self.accelerator = start_accelerator(settings, run.device, folder=run.folder, report_to=run.report_to)
         self.slots = _prepare(run)
         self.head = model.get_output_embeddings() if is_direct(model, context=precision(model, model.device)) else None
         self.context = precision(model, self.accelerator.device)

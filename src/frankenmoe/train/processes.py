@@ -20,11 +20,14 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.processes import world
 from frankenmoe.recipe.train import TrainSettings
 
 
-def start_accelerator(settings: TrainSettings, *, folder: Path, report_to: Sequence[str]) -> Accelerator:
-    """Joins the processes of the launcher, if there is one, and starts the trackers.
+def start_accelerator(
+    settings: TrainSettings, device: torch.device, *, folder: Path, report_to: Sequence[str]
+) -> Accelerator:
+    """Joins the processes of the launcher, if there is one, on devices of the same type, and starts the trackers.
 
     Raises PlanError for a tracker that is not installed, and for a batch that does not divide among the processes.
     """
@@ -35,9 +38,11 @@ def start_accelerator(settings: TrainSettings, *, folder: Path, report_to: Seque
                 f"no tracker {name} to report to, found {', '.join(known[1:]) or 'none'}",
                 hint=f"pip install {name}, or leave --report-to out",
             )
+    if device.type == "cuda" and world() == 1:
+        torch.cuda.set_device(device)  # accelerate takes the current one
     accelerator = Accelerator(
         # without this accelerate would let every process of a CPU run train alone
-        cpu=not torch.accelerator.is_available(),
+        cpu=device.type == "cpu",
         mixed_precision="no",  # `loop.precision` decides
         log_with=list(report_to),
         project_config=ProjectConfiguration(logging_dir=str(folder / "runs")),

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from frankenmoe.artifact.folder import (
     RECORD,
@@ -32,6 +31,9 @@ from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import fingerprint
 from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
+from frankenmoe.moe.device import AUTO, check_room, resolve
+from frankenmoe.moe.load import weights_of
+from frankenmoe.moe.processes import is_main, wait
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
@@ -63,6 +65,7 @@ def train(
     data: Texts | None = None,
     settings: TrainSettings | None = None,
     keep_anyway: bool = False,
+    device: str = AUTO,
     dtype: str | None = None,
     report_to: Sequence[str] = (),
     shard: bool = False,
@@ -73,12 +76,12 @@ def train(
 
     `data` maps domains, preferably named after their experts, to files or hub datasets with paths from the working
     directory; by default it is the recipe's. `settings` is by default the recipe's `train`; `changes` are settings by
-    name. `dtype` is the type of frozen weights in memory, by default as stored. `shard` shards weights over the
-    launcher's processes (FSDP2). Keeps the state with the lowest held-out loss. Raises PlanError if that is the first
-    one, unless `keep_anyway`.
+    name. `device` is where it trains; a launcher gives each process its own. `dtype` is the type of frozen weights in
+    memory, by default as stored. `shard` shards weights over the launcher's processes (FSDP2). Keeps the state with the
+    lowest held-out loss. Raises PlanError if that is the first one, unless `keep_anyway`.
     """
     out = Path(os.path.realpath(out))
-    main = int(os.environ.get("RANK", "0")) == 0
+    main, place = is_main(), resolve(device)
     if main:
         refuse_occupied(out)
     subject = open_subject(what)
@@ -90,7 +93,9 @@ def train(
     plan = None if subject.built else subject.resolved(progress).plan
     parts = subject.parts
     traps.check(settings, plan=plan, top_k=parts.top_k, renormalize=parts.renormalizes, experts=parts.experts)
-    routers = subject.routers(progress).routers
+    if not shard:  # the loop moves the weights, or a shard of them
+        check_room(weights_of(parts), place, dtype=getattr(torch, dtype) if dtype else None)
+    routers = subject.routers(progress, device=device).routers
     moe = subject.load(dtype=dtype)
     if plan is None:
         traps.check_experts(block.experts for block in outer_blocks(moe.model).values())
@@ -106,7 +111,7 @@ def train(
     origin = plan.digest if plan else list(body)
     digest = _digest(origin, routers, settings, data, folder=subject.recipe.folder, dtype=dtype)
     with _folder(out, digest=digest, main=main) as partial:
-        run = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard)
+        run = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard, place)
         try:
             result: RunResult | FrankenMoEError = train_loop(run, progress=progress)
         except ArtifactError as error:  # a checkpoint could not be written; the folder is kept for the next try
@@ -122,8 +127,7 @@ def train(
         raise _stopped(result, out)
     if not (result.improved or keep_anyway):
         raise _worse(result, out)
-    if dist.is_initialized():
-        dist.barrier()
+    wait()
     artifact = open_artifact(out)
     return Trained(artifact, TrainingReport.read(out / REPORT).to_dict())
 

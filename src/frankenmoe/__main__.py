@@ -1,0 +1,5 @@
+"""`python -m frankenmoe`, the same as `frankenmoe`."""
+
+from frankenmoe.cli import main
+
+main()
