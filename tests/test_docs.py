@@ -20,7 +20,7 @@ import yaml
 
 import frankenmoe as fm
 from frankenmoe.cli.app import app
-from frankenmoe.demo import parents, run
+from frankenmoe.demo import kits, parents, run
 from frankenmoe.demo.text import held_out
 from frankenmoe.recipe import IGNORED_KEYS, schema
 from refusals import cli
@@ -116,8 +116,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     with pytest.MonkeyPatch.context() as patch:
         smaller = replace(parents.DEFAULTS, rows=parents.DEFAULTS.rows // 4)
-        patch.setattr(run, "make_parents", partial(parents.make_parents, settings=smaller))
-        for name, value in (("TEXT_CHARACTERS", 10_000), ("FIT_TOKENS", 1024), ("TRAIN_STEPS", 20)):
+        patch.setattr(kits, "make_parents", partial(parents.make_parents, settings=smaller))
+        patch.setattr(kits, "TOY", replace(kits.TOY, train_steps=20))
+        for name, value in (("TEXT_CHARACTERS", 10_000), ("FIT_TOKENS", 1024)):
             patch.setattr(run, name, value)
         patch.setattr(run, "held_out", lambda domain: shortened(held_out(domain), SHORT // 2))
         check_story(json.loads(frankenmoe("frankenmoe demo --json", folder)))

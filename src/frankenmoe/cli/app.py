@@ -242,24 +242,35 @@ def chat_command(
     )
 
 
-@app.command("demo", epilog=example("frankenmoe demo --out demo-out"))
+@app.command("demo", epilog=example("frankenmoe demo --out demo-out\nfrankenmoe demo --real"))
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    default=Path("demo-out"),
-    show_default=True,
-    help="Folder for all results.",
+    help="Folder for all results.  [default: demo-out, with --real demo-real]",
+)
+@click.option(
+    "--real", is_flag=True, help="With fine-tunes of a real model (needs the extra `real`), about half an hour."
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="With --real: also answer 8 questions of each leaderboard task, from rows in this folder.",
 )
 @JSON
-def demo_command(out: Path, as_json: bool) -> None:
+def demo_command(out: Path | None, real: bool, data_dir: Path | None, as_json: bool) -> None:
     """Run all stages on five small models, offline, in minutes.
 
     Makes five small parents and an MoE from them. Plans it, runs it, compares it with its parents, traces tokens,
-    builds it and verifies it.
+    builds it and verifies it. With --real the parents are SmolLM2-135M-Instruct and four fine-tunes of its FFNs,
+    trained once in about ten minutes and kept in the cache.
     """
+    if data_dir is not None and not real:
+        raise PlanError(
+            "--data-dir is for the tasks of --real: the toys cannot answer them", hint="add --real, or drop --data-dir"
+        )
     from frankenmoe.cli.demo import demo
 
-    demo(out, as_json=as_json)
+    demo(out or Path("demo-real" if real else "demo-out"), real=real, rows=data_dir, as_json=as_json)
 
 
 @app.command("schema", epilog=example("frankenmoe schema > recipe.schema.json"))

@@ -1,6 +1,7 @@
 """Prints the demo's results for readers who are new to MoEs."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -11,16 +12,24 @@ from rich.table import Table
 from frankenmoe.cli.chat import show_trace
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, program
+from frankenmoe.demo import kits
+from frankenmoe.demo.real import check_available, real_folder
 from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, RANDOM, TRAINED, Story, tell
 from frankenmoe.demo.text import DOMAINS
 from frankenmoe.planning.bill import billions
 
+QUESTIONS = 8  # of each task, with --real
 
-def demo(out: Path, *, as_json: bool) -> None:
+
+def demo(out: Path, *, real: bool = False, rows: Path | None = None, as_json: bool) -> None:
     """Runs the demo in `out` and prints its results."""
-    click.echo(f"making a base and {len(DOMAINS)} experts in {out}/parents (once), then an MoE of them ...", err=True)
+    if real:
+        check_available()
+    where = real_folder() if real else out / "parents"
+    click.echo(f"making a base and {len(DOMAINS)} experts in {where} (once), then an MoE of them ...", err=True)
+    kit = kits.real(tasks=QUESTIONS if rows else 0, rows=rows) if real else kits.TOY
     with bars() as progress:
-        story = tell(out, progress=progress)
+        story = tell(out, kit=kit, progress=progress)
     if as_json:
         click.echo(json.dumps(story.to_dict(), indent=2))
     else:
@@ -73,16 +82,18 @@ def _print(story: Story, out: Path) -> None:
         ("model card", model / "README.md"),
         ("GGUF files", model / "gguf"),
         ("built MoE", model),
-        ("parents", out / "parents"),
+        ("parents", story.parents),
     ):
         if file.exists():
             click.echo(f"  {what + ':':<19} {file}")
     for command in (
-        f"chat {out}/recipe.yml --trace --prompt 'Whisk the eggs'",
+        f"chat {out}/recipe.yml --trace --prompt {shlex.quote(story.prompt if story.real else 'Whisk the eggs')}",
         f"plan {out}/recipe.yml",
         f"audit {model}",
     ):
         click.echo(f"  {program()} {command}")
+    if not story.real:
+        click.echo(f"\nThe same with a real model that writes English, in about half an hour: {program()} demo --real")
 
 
 def _loss_table(losses: Mapping[str, Mapping[str, float]]) -> Table:

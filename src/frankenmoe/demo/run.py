@@ -1,6 +1,6 @@
-"""Runs the demo: trains small parents, runs a recipe with every stage, and measures the results.
+"""Runs the demo: trains parents, runs a recipe with every stage, and measures the results.
 
-Every stage is the one that users call.
+Every stage is the one that users call. The parents are toys of a minute, or fine-tunes of a real model.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.build.proof import Check, verify
-from frankenmoe.demo.parents import make_parents
+from frankenmoe.demo.kits import TOY, Kit
 from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
 from frankenmoe.evaluate.quiz import quiz
@@ -31,16 +31,12 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.subject import load, open_subject
 
-RANDOM_SEEDS = 3
-PROMPT = "def count_"
 # the rows of the loss table after the dense models
 RANDOM, PROMPTED, FITTED, TRAINED = (f"MoE, {made} gates" for made in ("random", "prompt", "fitted", "trained"))
 FORCED = "MoE, own expert forced"
-REPLY_TOKENS = 24
 TEXT_CHARACTERS = 40_000  # of each domain, for fitting and training; held-out text is separate
 FIT_TOKENS = 4096
 TEXT_SEED = 1
-TRAIN_STEPS = 60
 # stage -> (the module that it needs, the extra that installs it)
 NEEDS = {
     "train": ("accelerate", "train"),
@@ -58,6 +54,8 @@ class Story:
     """
 
     folder: Path
+    parents: Path
+    real: bool
     recipe: Path
     plan: Plan
     steps: tuple[Done, ...]
@@ -91,33 +89,35 @@ class Story:
         }
 
 
-def tell(out: Path, *, progress: Progress = SILENT) -> Story:
+def tell(out: Path, *, kit: Kit = TOY, progress: Progress = SILENT) -> Story:
     """Runs the whole demo in the folder `out`. Reuses parents and results that are already there.
 
-    Uses one thread, because threads wait longer than they compute on models of this size.
+    `kit` says with which parents. SourceError if they need a package that is absent.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(kit.threads or before)
     try:
-        return _tell(out.absolute(), progress)
+        return _tell(out.absolute(), kit, progress)
     finally:
         torch.set_num_threads(before)
 
 
-def _tell(out: Path, progress: Progress) -> Story:
+def _tell(out: Path, kit: Kit, progress: Progress) -> Story:
     with quiet_transformers():
-        parents = make_parents(out / "parents", progress=progress)
+        parents = kit.parents(out / "parents", progress)
     lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
     write_texts(out / "text")
-    file = write_recipe(out / "recipe.yml", parents, without=tuple(lacking))
+    file = write_recipe(out / "recipe.yml", parents, kit=kit, without=tuple(lacking))
     recipe = Recipe.load(file)
     subject = open_subject(recipe)
     finished = run(subject, out / "run", progress=progress)
     built = finished.artifact
     moe = load(built)
-    losses = dict(_losses(subject.plan.recipe, parents, out / "run", moe, progress))
+    losses = dict(_losses(subject.plan.recipe, parents, out / "run", moe, kit.random_seeds, progress))
     return Story(
         folder=out,
+        parents=parents["base"].parent,
+        real=kit.name != TOY.name,
         recipe=file,
         plan=subject.plan,
         steps=finished.steps,
@@ -125,8 +125,10 @@ def _tell(out: Path, progress: Progress) -> Story:
         losses=losses,
         quiz=_quiz(parents, moe),
         own_share=_own_shares(moe),
-        prompt=PROMPT,
-        reply=reply(moe, moe.tokenizer(), [{"role": "user", "content": PROMPT}], max_new_tokens=REPLY_TOKENS),
+        prompt=kit.prompts[0],
+        reply=reply(
+            moe, moe.tokenizer(), [{"role": "user", "content": kit.prompts[0]}], max_new_tokens=kit.reply_tokens
+        ),
         checks=verify(built.folder),
         stock_difference=_stock_difference(built),
         artifact=built,
@@ -142,11 +144,12 @@ def write_texts(folder: Path) -> None:
         (folder / f"{domain}.heldout.txt").write_text(held_out(domain))
 
 
-def write_recipe(file: Path, parents: Mapping[str, Path], *, without: tuple[str, ...] = ()) -> Path:
+def write_recipe(file: Path, parents: Mapping[str, Path], *, kit: Kit = TOY, without: tuple[str, ...] = ()) -> Path:
     """Writes the demo's recipe: one expert per domain, and every stage except those in `without`."""
+    sources = {name: _named(folder, file.parent) for name, folder in parents.items()}
     experts = [
         {
-            "source_model": f"parents/{domain}",
+            "source_model": sources[domain],
             "name": domain,
             "positive_prompts": list(prompts(domain)),
             "data": f"text/{domain}.txt",
@@ -156,18 +159,19 @@ def write_recipe(file: Path, parents: Mapping[str, Path], *, without: tuple[str,
     ]
     stages = {
         "fit": {"method": "logistic", "tokens": FIT_TOKENS},
-        "train": {"what": ["routers"], "steps": TRAIN_STEPS},
+        "train": {"what": ["routers"], "steps": kit.train_steps},
         "audit": {"tokens": 2048},
         "eval": {
             "texts": {domain: f"text/{domain}.heldout.txt" for domain in DOMAINS},
             "against_parents": True,
+            **kit.evaluation,
         },
         "export": {"types": ["q8_0"]},
-        "card": {"prompts": [PROMPT], "max_new_tokens": REPLY_TOKENS},
+        "card": {"prompts": list(kit.prompts), "max_new_tokens": kit.reply_tokens},
     }
     recipe = {
-        "name": "demo",
-        "base_model": "parents/base",
+        "name": kit.name,
+        "base_model": sources["base"],
         "gate_mode": "logistic",
         "experts_per_token": 2,
         "dtype": "bfloat16",
@@ -177,13 +181,18 @@ def write_recipe(file: Path, parents: Mapping[str, Path], *, without: tuple[str,
     return file
 
 
+def _named(folder: Path, start: Path) -> str:
+    """A parent's folder as a recipe in the folder `start` names it: relative where it is below."""
+    return str(folder.relative_to(start) if folder.is_relative_to(start) else folder)
+
+
 def _losses(
-    recipe: Recipe, parents: Mapping[str, Path], folder: Path, moe: MoE, progress: Progress
+    recipe: Recipe, parents: Mapping[str, Path], folder: Path, moe: MoE, seeds: int, progress: Progress
 ) -> Iterator[tuple[str, Mapping[str, float]]]:
     """Yields (row name, loss per domain): the dense base and parents, then the MoE with different routers."""
     tokenizer = moe.tokenizer()
     fitted, trained = (folder / "work" / stage for stage in ("fit", "train"))
-    progress.start("measuring", len(parents) + RANDOM_SEEDS + len(DOMAINS) + 2 + trained.is_dir(), "models")
+    progress.start("measuring", len(parents) + seeds + len(DOMAINS) + 2 + trained.is_dir(), "models")
 
     def row(model: Any, domains: tuple[str, ...] = DOMAINS) -> Mapping[str, float]:
         found = {domain: mean_loss(model, tokenizer, held_out(domain)) for domain in domains}
@@ -194,9 +203,7 @@ def _losses(
         with quiet_transformers():
             yield f"dense {name}", row(AutoModelForCausalLM.from_pretrained(source))
     plain = recipe.to_dict()
-    drawn = [
-        row(load(_changed(recipe, plain | {"gate_mode": "random", "seed": seed})).model) for seed in range(RANDOM_SEEDS)
-    ]
+    drawn = [row(load(_changed(recipe, plain | {"gate_mode": "random", "seed": seed})).model) for seed in range(seeds)]
     yield RANDOM, {domain: mean(found[domain] for found in drawn) for domain in DOMAINS}
     yield PROMPTED, row(load(_changed(recipe, plain | {"gate_mode": "hidden_avg"})).model)
     model = load(fitted).model

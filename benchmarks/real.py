@@ -1,0 +1,151 @@
+"""A frankenMoE of real parents beside every dense merge of them: what is kept of what each fine-tune learnt.
+
+Makes its parents first (benchmarks/real_parents.py). Every group of rows is kept as a file under --runs, so that a
+killed run goes on where it stopped. Runs in bf16, as the parents are stored; losses are of float32 logits. The parents
+that the project ships as toys are measured in float32.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, Row, log, publish, workspace
+from real_bed import SCALES, SHARED, Bed, Parents
+from real_costs import COSTS
+from real_parents import DOMAINS, Wanted, far_domains, make
+from real_peers import PEERS
+from real_rows import ROWS
+from real_text import texts
+
+from frankenmoe.demo.real import real_folder
+
+GROUPS = {**ROWS, **COSTS, **PEERS}
+# set of parents -> the groups of rows that are measured on it
+QUICK = {"near": ("dense", "backbones", "routers")}
+WHOLE = {
+    "near": ("dense", "backbones", "healed", "routers", "product", "extracted", "fit-cost", "memory", "mergekit"),
+    "far": ("dense", "backbones", "healed", "product"),
+    "near-lora": ("lora",),
+    "near-8": ("eight",),
+    "toys": ("dense", "backbones", "healed", "product"),
+    "near-1": ("dense", "backbones", "healed", "product"),
+    "near-2": ("dense", "backbones", "healed", "product"),
+}
+TOYS = ("french", "math", "python", "shakespeare")
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    wanted = QUICK if options.quick else WHOLE
+    table: list[Row] = []
+    with workspace(options.work) as work:
+        for name in options.parents.split(",") if options.parents else wanted:
+            bed: Bed | None = None
+            for group in options.only.split(",") if options.only else wanted[name]:
+                kept = options.runs / f"{options.scale}-{name}-{group}.json"
+                if not kept.exists() and not options.kept:
+                    bed = bed or Bed(
+                        parents(name, jobs=options.jobs),
+                        SCALES[options.scale],
+                        work,
+                        options.runs / f"{options.scale}-{name}",
+                    )
+                    log(f"  {name}: {group}")
+                    begun = time.perf_counter()
+                    rows = [asdict(row) for row in GROUPS[group](bed)]
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    kept.write_text(json.dumps({"seconds": time.perf_counter() - begun, "rows": rows}, indent=2))
+                if kept.exists():
+                    table += named(name, json.loads(kept.read_text())["rows"])
+        table += medians(table)
+        publish("real", table, options=options, work=work)
+    for row in table:
+        if row.value is None:
+            print(f"{row.what}: {row.note}")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="ten minutes on 2 cores: near parents, less text")
+    parser.add_argument("--smoke", action="store_true", help="almost no text: whether it runs at all")
+    parser.add_argument("--only", help=f"these groups of rows, comma between: {', '.join(GROUPS)}")
+    parser.add_argument("--parents", help=f"these sets of parents, comma between: {', '.join(WHOLE)}")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that train parents (default: 2)")
+    parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "frankenmoe-real")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the rows that are kept")
+    parser.add_argument("--work", type=Path, help="folder for temporary models (default: the temporary folder)")
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/real-SCALE.json)")
+    options = parser.parse_args()
+    unknown = {*(options.only or "").split(",")} - {"", *GROUPS} | {*(options.parents or "").split(",")} - {"", *WHOLE}
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    options.scale = "smoke" if options.smoke else "quick" if options.quick else "whole"
+    options.rounds = 1
+    options.out = options.out or RESULTS / f"real-{'full' if options.scale == 'whole' else options.scale}.json"
+    return options
+
+
+def parents(name: str, *, jobs: int) -> Parents:
+    """A set of parents by name; what is missing of it is made."""
+    if name == "toys":
+        models, folder = SHARED / "models", SHARED / "text"
+        experts = {domain: models / f"expert-{domain}" for domain in TOYS}
+        return Parents(name, models / "base", experts, dict.fromkeys(TOYS, folder), dtype="float32")
+    root = real_folder()
+    domains = list(texts(root / "texts"))
+    strength, _, which = name.partition("-")
+    if which == "lora":
+        strength, which = name, ""
+    seed = int(which) if which in ("1", "2") else 0
+    count = int(which) if which == "8" else DOMAINS
+    chosen = far_domains(domains) if strength.startswith("far") else domains[:count]
+    wanted = [Wanted(strength, domain, seed) for domain in chosen]
+    make(wanted, jobs)
+    folders: Mapping[str, Path] = {each.domain: root / each.name for each in wanted}
+    return Parents(name, root / "base", folders, dict.fromkeys(folders, root / "texts"))
+
+
+def named(name: str, rows: list[dict[str, Any]]) -> list[Row]:
+    """Rows of a set of parents. Only those of near parents have something to reach; the others are reported."""
+    free = {} if name.startswith("near") else {"limit": None, "at_least": None}
+    return [Row(**{**row, **free, "what": f"{name}: {row['what']}"}) for row in rows]
+
+
+def medians(table: list[Row]) -> list[Row]:
+    """The median over the fine-tunes' seeds of every row that was measured for more than one."""
+    seeds = ("near", "near-1", "near-2")
+    by_row: dict[str, list[Row]] = {}
+    for row in table:
+        name, _, what = row.what.partition(": ")
+        if name in seeds and row.value is not None:
+            by_row.setdefault(what, []).append(row)
+    found = []
+    for what, rows in by_row.items():
+        if len(rows) > 1:
+            values = [row.value for row in rows if row.value is not None]
+            first = rows[0]
+            middle = statistics.median(values)
+            found.append(
+                Row(
+                    f"median of {len(values)}: {what}",
+                    middle,
+                    first.unit,
+                    first.limit,
+                    {"seeds": values},
+                    first.at_least,
+                )
+            )
+    return found
+
+
+if __name__ == "__main__":
+    main()
