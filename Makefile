@@ -15,9 +15,9 @@ test: $(VENV)/.installed
 test-slow: $(VENV)/.installed
 	$(BIN)/pytest -n 2 --dist worksteal -m "slow or not gpu"
 
-# every command of README and pages, and the whole demo, from source and from a wheel
+# every command of README and pages, the whole demo, from source and from a wheel, and a real model in every form
 test-docs: $(VENV)/.installed
-	$(BIN)/pytest -n 2 --dist worksteal -m slow tests/test_docs.py tests/test_dist.py
+	$(BIN)/pytest -n 2 --dist worksteal -m slow tests/test_docs.py tests/test_dist.py tests/real
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

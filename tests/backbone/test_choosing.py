@@ -16,6 +16,8 @@ from frankenmoe.backbone import choose, resolve
 from frankenmoe.backbone.measure import Losses
 from frankenmoe.cache import cache_folder
 from frankenmoe.errors import FrankenMoEError
+from frankenmoe.pipeline import run
+from frankenmoe.publish.card import make_card
 from frankenmoe.subject import open_subject
 
 
@@ -67,6 +69,10 @@ def test_auto_finds_the_average_where_it_wrote_the_text(
         assert each["mean"] == pytest.approx(sum(each["held_out_loss"].values()) / 2)
     assert 0 < first["forward_passes"] < 4
 
+    said = make_card(artifact).text
+    assert "It was chosen by the loss on held-out text" in said
+    assert f"average {means['average']:.4f}" in said
+
     # the second time nothing is measured, and all stages see the same plan
     subject = open_subject(recipe)
     assert subject.plan.recipe.backbone_for("attention").method == "average"
@@ -95,6 +101,20 @@ def test_changed_text_is_measured_again_and_no_cache_keeps_nothing(
     assert again is not kept
     _ = again.plan
     assert len(counted) == 3
+
+
+def test_a_run_measures_once_and_a_second_run_not_at_all(
+    case: tuple[Path, Path, list[Path]], tmp_path: Path, counted: list[str]
+) -> None:
+    recipe = backbone_cases.recipe(*case, fit={"tokens": 2048}, build={"virtual": True})
+    first = run(open_subject(recipe, cache=False), tmp_path / "run")
+    again = run(open_subject(recipe, cache=False), tmp_path / "run")
+
+    assert counted == ["measured"]
+    assert [step.now for step in first.steps] == [True, True]
+    assert [step.now for step in again.steps] == [False, False]
+    stages = [stage["stage"] for stage in again.artifact.record["stages"]]
+    assert stages == ["backbone", "fit", "build"]
 
 
 def test_planning_never_measures(case: tuple[Path, Path, list[Path]], counted: list[str]) -> None:

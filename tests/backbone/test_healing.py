@@ -286,11 +286,11 @@ def test_the_command_shows_the_losses(near: Path, tmp_path: Path) -> None:
 def test_bad_input_is_one_sentence_and_leaves_nothing(near: Path, tmp_path: Path) -> None:
     file = recipe(near, tmp_path / "r.yml", "e0", "e1")
     out = tmp_path / "out"
-    (tmp_path / "short.txt").write_text("abc " * 100)
+    (tmp_path / "short.txt").write_text("abc " * 50)
     without = recipe(near, tmp_path / "without.yml", "e0", "e1", expert={"data": []})
     noisy = recipe(near, tmp_path / "noisy.yml", "e0", "e1", expert={"noise_relative": 0.01})
 
-    with pytest.raises(PlanError, match="'e0' has 12 blocks of 32 tokens, expected at least 16") as short:
+    with pytest.raises(PlanError, match="'e0' has 6 blocks of 32 tokens, expected at least 8") as short:
         heal(file, out, data={"e0": [tmp_path / "short.txt"]}, **SETTINGS)
     assert "more text" in short.value.hint
     with pytest.raises(PlanError, match="e0, for example, because it has no data"):

@@ -17,6 +17,7 @@ from frankenmoe.backbone.stream import Stream
 from frankenmoe.data.blocks import Block
 from frankenmoe.gates.states import mean_loss
 from frankenmoe.moe.dense import load_source, torch_dtype
+from frankenmoe.moe.device import CPU, Weights, check_room, place
 from frankenmoe.moe.load import MoE, load_parts
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning import ExpertNode, Plan
@@ -58,7 +59,7 @@ def down_suffix(leaf: ExpertNode, layer: int) -> str | None:
     return next((each for each in leaf.ffn[layer] if each.startswith(DOWN) and each.endswith(".weight")), None)
 
 
-def alone(plan: Plan, leaf: ExpertNode) -> MoE:
+def alone(plan: Plan, leaf: ExpertNode, *, device: torch.device = CPU) -> MoE:
     """The MoE with one expert, adapters folded in: what a plan computes if every token goes to `leaf`."""
     rows = tuple({suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in enumerate(leaf.ffn))
     node = replace(leaf, path=(0,), ffn=rows, loras=tuple({} for _ in rows))
@@ -66,7 +67,7 @@ def alone(plan: Plan, leaf: ExpertNode) -> MoE:
     shapes = dict(plan.routers)
     shapes.update(dict.fromkeys(parts.router_names(()), (1, plan.hidden)))
     gates = {name: torch.zeros(shape, dtype=torch_dtype(plan.dtype)) for name, shape in shapes.items()}
-    return load_parts(parts, gates)
+    return load_parts(parts, gates, device=device)
 
 
 def heal_expert(
@@ -77,6 +78,7 @@ def heal_expert(
     held: Sequence[Block],
     ridges: Sequence[float],
     rank: int | None,
+    device: torch.device = CPU,
     on_tokens: Advance,
 ) -> HealedExpert:
     """Heals a leaf whose down projections are known, on blocks of equal length.
@@ -84,7 +86,8 @@ def heal_expert(
     `held` choose the ridge of every layer and the step. Raises PlanError for a family whose layers cannot be healed.
     """
     assert leaf.source is not None
-    parent, own = load_source(leaf.source, stored=plan.dtype), alone(plan, leaf)
+    check_room(Weights(2 * _bytes(plan, leaf), torch_dtype(plan.dtype)), device)
+    parent, own = place(load_source(leaf.source, stored=plan.dtype), device), alone(plan, leaf, device=device)
     downs = _downs(own, leaf)
     before, goal = (mean_loss(model, held, on_tokens=on_tokens) for model in (own.model, parent))
     changes = tuple(_sweep(parent, own, downs, kept, held, ridges=ridges, rank=rank, on_tokens=on_tokens))
@@ -94,6 +97,11 @@ def heal_expert(
             losses[step] = mean_loss(own.model, held, on_tokens=on_tokens)
     best = min(losses, key=lambda step: losses[step])
     return HealedExpert(changes, best, goal, before, losses[best])
+
+
+def _bytes(plan: Plan, leaf: ExpertNode) -> int:
+    """The bytes of the MoE with one expert, which are those of its parent."""
+    return sum(write.nbytes for write in (*plan.backbone, *leaf.folded_writes()))
 
 
 def cost(kept: Sequence[Block], held: Sequence[Block]) -> int:
@@ -128,12 +136,13 @@ def _sweep(
     leading, following = Stream(parent, ids_NT), Stream(own.model, ids_NT)
     blocks = outer_blocks(own.model)
     gain = following.gain(0, blocks[0])
-    tokens = 2 * ids_NT.numel()
+    tokens, ridge = 2 * ids_NT.numel(), None
     for layer, down in enumerate(downs):
         leading.advance(layer)
         outs = list(following.run(layer, observed=down))
         moments = _moments(leading.states, outs, kept=len(kept), gain=gain)
-        change = _change(refit(*moments, ridges=ridges), moments[0], rank=rank)
+        found = refit(*moments, ridges=ridges, first=ridge)
+        change, ridge = _change(found, moments[0], rank=rank), found.ridge
         following.states = [
             (out_BTO.float() + gain * inputs_BTI.float() @ change.whole_OI.T).to(out_BTO.dtype)
             for out_BTO, inputs_BTI in outs
@@ -151,7 +160,8 @@ def _moments(
     times larger than any other's, and every model has learnt to ignore them.
     """
     size, inputs = targets[0].shape[-1], outs[0][1].shape[-1]
-    found = (Moments(inputs, size), Moments(inputs, size))
+    device = targets[0].device
+    found = (Moments(inputs, size, device=device), Moments(inputs, size, device=device))
     start = 0
     for target_BTO, (out_BTO, inputs_BTI) in zip(targets, outs, strict=True):
         target_BTO = target_BTO.float()

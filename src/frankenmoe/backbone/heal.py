@@ -9,12 +9,16 @@ Shape suffixes: N tokens, I inputs, O outputs, R rank.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
 
+from frankenmoe.moe.device import in_float64
+
 PARTS = 4  # of a Gram matrix's rows, computed one after the other
-RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+LITTLE = 1e-6  # of the mean diagonal, for inputs that are always zero
 SAME = 1e-12  # mean squared error, relative to the states, of states that are equal up to rounding
 
 
@@ -33,7 +37,7 @@ class Moments:
         scaled_NI, scaled_NO = inputs_NI.float() * root_N1, errors_NO.float() * root_N1
         self._add_gram(scaled_NI)
         self.cross_OI.addmm_(scaled_NO.T, scaled_NI)
-        self.error += float(scaled_NO.double().pow(2).sum())
+        self.error += float(in_float64(scaled_NO).pow(2).sum())
         self.tokens += len(inputs_NI)
 
     def _add_gram(self, inputs_NI: torch.Tensor) -> None:
@@ -47,9 +51,8 @@ class Moments:
 
     def error_after(self, change_OI: torch.Tensor) -> float:
         """sum_n w_n |e_n - D a_n|^2 for a change D of the matrix."""
-        change = change_OI.double()
-        cross = float((change * self.cross_OI.double()).sum())
-        return self.error - 2 * cross + float((change @ self.gram_II.double() * change).sum())
+        cross = float((in_float64(change_OI) * in_float64(self.cross_OI)).sum())
+        return self.error - 2 * cross + float((in_float64(change_OI @ self.gram_II) * in_float64(change_OI)).sum())
 
 
 @dataclass(frozen=True)
@@ -61,21 +64,33 @@ class Refit:
     left: float
 
 
-def refit(kept: Moments, held: Moments, *, ridges: Sequence[float] = RIDGES) -> Refit:
-    """The change with the ridge that leaves the smallest error of held-out tokens; no change if none lowers it."""
-    gram_II = kept.gram_II.double()
+def refit(kept: Moments, held: Moments, *, ridges: Sequence[float] = RIDGES, first: float | None = None) -> Refit:
+    """The change with the ridge that leaves the smallest error of held-out tokens; no change if none lowers it.
+
+    The error has one minimum in the ridge, so ridges (ascending) are tried downhill from `first`, by default the middle
+    one: usually three of them.
+    """
+    gram_II = in_float64(kept.gram_II)
     unit = float(gram_II.diagonal().mean())
     nothing = Refit(torch.zeros_like(kept.cross_OI), float("inf"), 1.0)
     if not unit or held.error <= SAME * held.tokens:
         return nothing
-    found = [nothing]
-    for ridge in ridges:
+
+    @cache
+    def attempt(index: int) -> Refit:
         damped_II = gram_II.clone()
-        damped_II.diagonal().add_(ridge * unit)
+        damped_II.diagonal().add_(ridges[index] * unit)
         factor_II = torch.linalg.cholesky(damped_II)
-        change_OI = torch.cholesky_solve(kept.cross_OI.double().T, factor_II).T.float()
-        found.append(Refit(change_OI, ridge, held.error_after(change_OI) / held.error))
-    return min(found, key=lambda each: each.left)
+        change_OI = torch.cholesky_solve(in_float64(kept.cross_OI).T, factor_II).T.float().to(kept.cross_OI.device)
+        return Refit(change_OI, ridges[index], held.error_after(change_OI) / held.error)
+
+    at = ridges.index(first) if first in ridges else len(ridges) // 2
+    while True:
+        near = [index for index in (at, at - 1, at + 1) if 0 <= index < len(ridges)]
+        best = min(near, key=lambda index: attempt(index).left)
+        if best == at:
+            return min(nothing, attempt(at), key=lambda each: each.left)
+        at = best
 
 
 def low_rank(change_OI: torch.Tensor, gram_II: torch.Tensor, *, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,12 +98,13 @@ def low_rank(change_OI: torch.Tensor, gram_II: torch.Tensor, *, rank: int) -> tu
 
     The truncated singular value decomposition of D S, with S S^T = G, times the inverse of S.
     """
-    size = len(gram_II)
-    damped_II = gram_II.double() + 1e-6 * gram_II.diagonal().double().mean() * torch.eye(size, dtype=torch.float64)
+    damped_II = in_float64(gram_II).clone()
+    damped_II.diagonal().add_(LITTLE * damped_II.diagonal().mean())
     root_II = torch.linalg.cholesky(damped_II)
-    left_OR, values_R, right_RI = torch.linalg.svd(change_OI.double() @ root_II, full_matrices=False)
+    left_OR, values_R, right_RI = torch.linalg.svd(in_float64(change_OI) @ root_II, full_matrices=False)
     rank = min(rank, len(values_R))
     b_OR = left_OR[:, :rank] * values_R[:rank].sqrt()
     scaled_RI = values_R[:rank].sqrt()[:, None] * right_RI[:rank]
     a_RI = torch.linalg.solve_triangular(root_II, scaled_RI, upper=False, left=False)
-    return a_RI.float().contiguous(), b_OR.float().contiguous()
+    a_RI, b_OR = (each.float().contiguous().to(change_OI.device) for each in (a_RI, b_OR))
+    return a_RI, b_OR

@@ -37,7 +37,7 @@ from frankenmoe.suggest import did_you_mean
 
 REPORT = "heal.json"
 SCAFFOLD = "healing"  # the finished experts of a run that has not ended
-LEAST = 16  # blocks of text, of which two choose
+LEAST = 8  # blocks of text, one of which is held out
 NO_DATA = "it has no data"
 
 
@@ -108,7 +108,14 @@ def _text(plan: Plan, tokenizer: Any, name: str, settings: HealSettings, data: T
 
 
 def heal_all(
-    plan: Plan, patients: Sequence[Patient], settings: HealSettings, partial: Path, *, out: Path, progress: Progress
+    plan: Plan,
+    patients: Sequence[Patient],
+    settings: HealSettings,
+    partial: Path,
+    *,
+    out: Path,
+    device: torch.device,
+    progress: Progress,
 ) -> tuple[dict[str, Any], HealReport]:
     """Writes healed experts into `partial`, which will become `out`; returns the recipe that names them, and a report.
 
@@ -128,7 +135,7 @@ def heal_all(
             progress.advance(_cost(patient))
         else:
             progress.note(patient.name)
-            _heal_one(plan, patient, patient.text, settings, file, progress=progress)
+            _heal_one(plan, patient, patient.text, settings, file, device=device, progress=progress)
         parts.append(HealedPart.model_validate(json.loads(file.with_suffix(".json").read_bytes())))
     progress.note("")
     table, size = _write_kept(plan, patients, parts, partial, out=out)
@@ -155,7 +162,14 @@ def _stem(patient: Patient) -> str:
 
 
 def _heal_one(
-    plan: Plan, patient: Patient, text: OwnText, settings: HealSettings, file: Path, *, progress: Progress
+    plan: Plan,
+    patient: Patient,
+    text: OwnText,
+    settings: HealSettings,
+    file: Path,
+    *,
+    device: torch.device,
+    progress: Progress,
 ) -> None:
     """Heals one expert and writes its tensors, then its row of the report, next to `file`."""
     healed = heal_expert(
@@ -165,6 +179,7 @@ def _heal_one(
         held=text.held,
         ridges=(settings.ridge,) if settings.ridge else RIDGES,
         rank=settings.rank,
+        device=device,
         on_tokens=progress.advance,
     )
     part = HealedPart(
@@ -196,7 +211,7 @@ def _tensors(plan: Plan, leaf: ExpertNode, healed: HealedExpert) -> Iterator[tup
         write = leaf.ffn[layer][suffix]
         factor = healed.step / residual_scale(write)
         if change.factors is not None:
-            b_OR, a_RI = change.factors
+            b_OR, a_RI = (each.cpu() for each in change.factors)
             if change.whole_OI.shape != write.shape:  # stored as [I, O]
                 b_OR, a_RI = a_RI.T, b_OR.T
             name = write.name.removesuffix(".weight")
@@ -204,7 +219,7 @@ def _tensors(plan: Plan, leaf: ExpertNode, healed: HealedExpert) -> Iterator[tup
             yield f"{name}/b", (b_OR * factor).contiguous()
         elif change.left < 1 and healed.step:
             stored = _as_stored(write)
-            whole = change.whole_OI if change.whole_OI.shape == write.shape else change.whole_OI.T
+            whole = (change.whole_OI if change.whole_OI.shape == write.shape else change.whole_OI.T).cpu()
             changed = (stored + factor * whole).to(torch_dtype(plan.dtype)).contiguous()
             yield trained_name(leaf.path, write.name), changed
 

@@ -30,6 +30,7 @@ from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Texts, located, user_path
+from frankenmoe.moe.device import AUTO, resolve
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
@@ -56,33 +57,39 @@ def heal(
     *,
     data: Texts | None = None,
     settings: HealSettings | None = None,
+    device: str = AUTO,
     progress: Progress = SILENT,
     **changes: Any,
 ) -> Healed:
     """Refits every expert's down projections so that the MoE's states follow its parent's, into a virtual artifact.
 
     `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
-    working directory. `changes` are settings by name. An expert is left as it is unless its held-out loss falls. The
-    routers of a recipe are made afterwards; those of an artifact are kept. A built artifact needs its sources, and the
-    result is virtual too. If killed, the same call continues after the last finished expert.
+    working directory. `changes` are settings by name. Models run on `device`. An expert is left as it is unless its
+    held-out loss falls. The routers of a recipe are made afterwards; those of an artifact are kept. A built artifact
+    needs its sources, and the result is virtual too. If killed, the same call continues after the last finished expert.
     """
-    out = Path(os.path.realpath(out))
+    out, place = Path(os.path.realpath(out)), resolve(device)
     refuse_occupied(out)
     subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, changes, data)
     with growing(out, digest=digest) as partial:
-        table, report = heal_all(subject.plan, patients, settings, partial, out=out, progress=progress)
-        _finish(subject, table, report, partial, out=out, progress=progress)
+        table, report = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
+        _finish(subject, table, report, partial, out=out, device=device, progress=progress)
     return Healed(open_artifact(out), report)
 
 
 def heal_recipe(
-    what: Subject | Recipe | str | Path, out: str | Path, *, settings: HealSettings, progress: Progress = SILENT
+    what: Subject | Recipe | str | Path,
+    out: str | Path,
+    *,
+    settings: HealSettings,
+    device: str = AUTO,
+    progress: Progress = SILENT,
 ) -> HealReport:
     """Like `heal`, but `out` holds only recipe.yml and the tensors that it names, so no routers are made."""
-    out = Path(os.path.realpath(out))
+    out, place = Path(os.path.realpath(out)), resolve(device)
     subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, {}, None)
     with growing(out, digest=f"{digest}/recipe") as partial:
-        table, report = heal_all(subject.plan, patients, settings, partial, out=out, progress=progress)
+        table, report = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
         _write_recipe(table, partial)
         become(partial, out)
     return report
@@ -120,7 +127,14 @@ def _write_recipe(table: Mapping[str, Any], folder: Path) -> None:
 
 
 def _finish(
-    subject: Subject, table: dict[str, Any], report: HealReport, partial: Path, *, out: Path, progress: Progress
+    subject: Subject,
+    table: dict[str, Any],
+    report: HealReport,
+    partial: Path,
+    *,
+    out: Path,
+    device: str,
+    progress: Progress,
 ) -> None:
     """Adds routers and record, and turns the partial folder into the artifact."""
     if subject.artifact:
@@ -131,7 +145,7 @@ def _finish(
         _write_recipe(table, partial)
         recipe = Recipe.load(partial / "recipe.yml")
         healed = Subject(recipe, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code, cache=False)
-        made = healed.routers(progress)
+        made = healed.routers(progress, device=device)
         routers, statistics = made.routers, made.statistics
     if statistics is not None:
         write_atomic(partial / STATISTICS, statistics)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from frankenmoe.cli.options import JSON, REMOTE, example
+from frankenmoe.cli.options import DEVICE, JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import command, console, warn
@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     help="An expert's text, as file or hub dataset; default: the recipe's data (repeatable).",
 )  # fmt: skip
 @settings_options(HealSettings)
+@DEVICE
 @JSON
 @REMOTE
 def heal_command(
     what: Path,
     out: Path,
     data: tuple[str, ...],
+    device: str,
     as_json: bool,
     trust_remote_code: bool,
     **options: Any,
@@ -55,7 +57,7 @@ def heal_command(
     from frankenmoe.backbone.run import heal
 
     with bars() as progress:
-        found = heal(subject, out, data=named, progress=progress, **given(options))
+        found = heal(subject, out, data=named, device=device, progress=progress, **given(options))
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:

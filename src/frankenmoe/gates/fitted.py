@@ -128,10 +128,11 @@ def _named(plan: Plan, path: RouterPath, layers: Sequence[torch.Tensor]) -> dict
 
 def load_with_zeros(plan: Plan, *, device: str = AUTO, dtype: str | None = None) -> MoE:
     """The plan's MoE with gates of zeros, in `dtype` (by default `computing_dtype`)."""
-    gates = {name: torch.zeros(shape) for name, shape in plan.routers.items()}
     place = resolve(device)
     name = dtype or computing_dtype(plan, place)
     wanted = getattr(torch, name) if name else None
+    kind = wanted or torch_dtype(plan.dtype)
+    gates = {name: torch.zeros(shape, dtype=kind) for name, shape in plan.routers.items()}
     check_room(Weights(plan.bill.memory_virtual, torch_dtype(plan.dtype)), place, dtype=wanted)
     return load_parts(sharing_equal_experts(parts_of_plan(plan), plan), gates, dtype=wanted, device=place)
 

@@ -14,6 +14,12 @@ PENALTY = 1e-3
 SHRINK = 1e-1
 STEPS = 60
 MEMORY = 10  # history of L-BFGS
+MANY = 4096  # states; from four times as many on, the first steps take a quarter of them
+GOLDEN = 0.6180339887498949  # multiples of it modulo one fill an interval evenly
+
+
+Loss = Callable[[torch.Tensor], torch.Tensor]
+"""Rows [C, D] for white states -> the loss."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +40,38 @@ def logistic(data: States, *, penalty: float = PENALTY, shrink: float = SHRINK, 
     the second moment of the states, so directions with little variance stay unused. L-BFGS runs in coordinates in which
     states are white, where it needs a few dozen steps.
     """
-    weight_N = data.weight_N / data.weight_N.sum()
-    root_DD = root(data, weight_N, shrink=shrink)
+    root_DD = root(data, shrink=shrink)
 
-    def loss(rows_CD: torch.Tensor) -> torch.Tensor:
-        log_NC = logits(data.states_ND, rows_CD, root_DD).log_softmax(dim=1)
-        return penalty * rows_CD.square().sum() - (weight_N[:, None] * data.target_NC * log_NC).sum()
+    def loss_of(some: torch.Tensor | slice) -> Loss:
+        states_ND, weight_N = data.states_ND[some], data.weight_N[some] / data.weight_N[some].sum()
+        target_CN = (weight_N[:, None] * data.target_NC[some]).T.contiguous()
 
-    rows_CD = minimized(loss, torch.zeros(data.target_NC.shape[1], data.states_ND.shape[1]), steps=steps)
+        def loss(rows_CD: torch.Tensor) -> torch.Tensor:
+            log_CN = logits(states_ND, rows_CD, root_DD).log_softmax(dim=0)
+            return penalty * rows_CD.square().sum() - (target_CN * log_CN).sum()
+
+        return loss
+
+    start_CD = torch.zeros(data.target_NC.shape[1], data.states_ND.shape[1])
+    rows_CD = solved_twice(loss_of, start_CD, count=len(data.states_ND), steps=steps)
     return centred(unwhitened(rows_CD, root_DD)).double()
 
 
-def minimized(loss: Callable[[torch.Tensor], torch.Tensor], start_CD: torch.Tensor, *, steps: int) -> torch.Tensor:
+def solved_twice(
+    loss_of: Callable[[torch.Tensor | slice], Loss], start_CD: torch.Tensor, *, count: int, steps: int
+) -> torch.Tensor:
+    """Minimizes the loss of a quarter of the `count` states in half of the steps, then that of all in a quarter.
+
+    Few states take all steps at once.
+    """
+    if count < 4 * MANY:
+        return minimized(loss_of(slice(None)), start_CD, steps=steps)
+    quarter_N = (torch.arange(count, dtype=torch.float64) * GOLDEN) % 1 < 0.25
+    begun_CD = minimized(loss_of(quarter_N), start_CD, steps=steps // 2)
+    return minimized(loss_of(slice(None)), begun_CD, steps=steps // 4)
+
+
+def minimized(loss: Loss, start_CD: torch.Tensor, *, steps: int) -> torch.Tensor:
     """The rows [C, D] at which L-BFGS finds the smallest loss, from `start_CD` on."""
     rows_CD = start_CD.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([rows_CD], max_iter=steps, history_size=MEMORY, line_search_fn="strong_wolfe")
@@ -61,10 +87,11 @@ def minimized(loss: Callable[[torch.Tensor], torch.Tensor], start_CD: torch.Tens
     return rows_CD.detach()
 
 
-def root(data: States, weight_N: torch.Tensor, *, shrink: float) -> torch.Tensor:
+def root(data: States, *, shrink: float) -> torch.Tensor:
     """L [D, D], lower triangular: L L' is the weighted second moment plus `shrink` of its mean eigenvalue."""
     moment_DD = data.moment_DD
     if moment_DD is None:
+        weight_N = data.weight_N / data.weight_N.sum()
         moment_DD = (data.states_ND.T * weight_N @ data.states_ND).double()
     root_DD: torch.Tensor = torch.linalg.cholesky(shrunk(moment_DD, shrink))
     return root_DD.float()
@@ -77,5 +104,8 @@ def unwhitened(rows_CD: torch.Tensor, root_DD: torch.Tensor) -> torch.Tensor:
 
 
 def logits(states_ND: torch.Tensor, rows_CD: torch.Tensor, root_DD: torch.Tensor) -> torch.Tensor:
-    """logits_NC of white states. Only the few rows are transformed, never the states."""
-    return states_ND @ unwhitened(rows_CD, root_DD).T
+    """logits_CN of white states. Only the few rows are transformed, never the states.
+
+    With the classes in front, products with the states are two to three times faster.
+    """
+    return unwhitened(rows_CD, root_DD) @ states_ND.T

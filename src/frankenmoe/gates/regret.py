@@ -6,11 +6,12 @@ Shape suffixes: N states, C classes, D hidden.
 import torch
 
 from frankenmoe.gates.closed import centred
-from frankenmoe.gates.logistic import SHRINK, States, logits, minimized, root, unwhitened
+from frankenmoe.gates.logistic import SHRINK, Loss, States, logits, root, solved_twice, unwhitened
 
 LABEL = 0.1  # weight of the domain-classification loss, against nats of the next token's loss
 PENALTY = 1e-5
 STEPS = 40
+TINY = 1e-12
 
 
 def regret(
@@ -30,17 +31,22 @@ def regret(
     over all states with weight `label`. `penalty` weighs the mean square of the change of the logits. The problem is
     not convex, so the start matters.
     """
-    weight_N = data.weight_N / data.weight_N.sum()
-    root_DD = root(data, weight_N, shrink=SHRINK)
+    root_DD = root(data, shrink=SHRINK)
     begun_CD = start_CD.float() @ root_DD
-    cost_NC = weight_N[:, None] * loss_NC
-    if known_N is not None:
-        cost_NC = cost_NC * known_N[:, None] / (weight_N * known_N).sum()
-    target_NC = label * weight_N[:, None] * data.target_NC
+    known_N = torch.ones(len(loss_NC), dtype=torch.bool) if known_N is None else known_N
 
-    def loss(rows_CD: torch.Tensor) -> torch.Tensor:
-        log_NC = logits(data.states_ND, rows_CD, root_DD).log_softmax(dim=1)
-        each_NC = log_NC.exp() * cost_NC - target_NC * log_NC
-        return each_NC.sum() + penalty * (rows_CD - begun_CD).square().sum()
+    def loss_of(some: torch.Tensor | slice) -> Loss:
+        states_ND, weight_N = data.states_ND[some], data.weight_N[some] / data.weight_N[some].sum()
+        share_N = weight_N * known_N[some]
+        cost_CN = (share_N / share_N.sum().clamp(min=TINY) * loss_NC[some].T).contiguous()
+        target_CN = (label * weight_N * data.target_NC[some].T).contiguous()
 
-    return centred(unwhitened(minimized(loss, begun_CD, steps=STEPS), root_DD)).double()
+        def loss(rows_CD: torch.Tensor) -> torch.Tensor:
+            log_CN = logits(states_ND, rows_CD, root_DD).log_softmax(dim=0)
+            each_CN = log_CN.exp() * cost_CN - target_CN * log_CN
+            return each_CN.sum() + penalty * (rows_CD - begun_CD).square().sum()
+
+        return loss
+
+    rows_CD = solved_twice(loss_of, begun_CD, count=len(loss_NC), steps=STEPS)
+    return centred(unwhitened(rows_CD, root_DD)).double()

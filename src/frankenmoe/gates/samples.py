@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from frankenmoe.data.blocks import Block
 from frankenmoe.gates.cost import Meter
 from frankenmoe.gates.forcing import forced
-from frankenmoe.gates.logistic import States
+from frankenmoe.gates.logistic import GOLDEN, States
 from frankenmoe.gates.own import Places, sizes
 from frankenmoe.gates.states import OnStates, next_losses, own_batches, watch_inputs
 from frankenmoe.gates.statistics import RouterText
@@ -25,7 +25,6 @@ from frankenmoe.planning.layout import SHARED, RouterPath
 Make = Callable[[int, States, torch.Tensor], torch.Tensor]
 """(layer, one router's states, their rows among all) -> its gate."""
 STATES_BYTES = 400 * 2**20  # of all states in memory
-GOLDEN = 0.6180339887498949  # multiples of it modulo one fill an interval evenly
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,7 @@ from frankenmoe.recipe.backbone import (
     spelled,
 )
 
-FAR_EMBEDDINGS = 0.05
+FAR_EMBEDDINGS = 0.2
 """The relative distance from which embeddings are too far from the base's to be averaged without measuring."""
 
 SHOWN = 4  # names in a sentence
@@ -188,7 +188,8 @@ def lost_differences(choice: Choice, distances: Sequence[Distance]) -> list[str]
     names = list(dict.fromkeys(expert for expert, _ in lost))
     most = max((far for far in lost.values() if far is not None), default=None)
     size = "" if most is None else f" by up to {most:.2%} of a group's norm"
-    what = "outside their FFNs" if len(taken) == len(GROUPS) else f"in {' and '.join(taken)}"
+    where = [group for group in taken if any(other == group for _, other in lost)]
+    what = "outside their FFNs" if len(taken) == len(GROUPS) else f"in {' and '.join(where)}"
     one = len(names) == 1
     return [
         f"{_listed(names)} {'differs' if one else 'differ'} from the base {what}{size}, and the base's backbone loses "

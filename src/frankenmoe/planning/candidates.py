@@ -7,9 +7,7 @@ from frankenmoe.recipe.backbone import AUTO, AVERAGE, BASE, GROUPS, REGMEAN, Gro
 MANY = 4  # parents; at lambda 0.7 the sum of that many differences goes too far
 FEW_LAMBDA, MANY_LAMBDA = 0.7, 0.4
 _BASE, _AVERAGE = MergeSettings(method=BASE), MergeSettings(method=AVERAGE)
-_SUM = MergeSettings(method="task_arithmetic", scale=1.0)
-SUMMED = Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=_SUM, head=_SUM)
-"""A fine-tune moves the embeddings of its own tokens, which an average would divide among all parents."""
+TASK_ARITHMETIC = "task_arithmetic"
 KEPT = Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=_BASE, head=_BASE)
 """Embeddings that moved far are each right for their own parent only."""
 
@@ -19,12 +17,21 @@ def candidates(plan: Plan) -> tuple[MergeSettings | Groups, ...]:
     written = plan.recipe.backbone
     if plan.recipe.backbone_for(GROUPS[0]).method != AUTO:
         return (written or MergeSettings(method=BASE),)
-    few = len(distinct_parents(plan.nodes)) < MANY
+    parents = len(distinct_parents(plan.nodes))
     return (
         _BASE,
         _AVERAGE,
-        MergeSettings(method=_SUM.method, scale=FEW_LAMBDA if few else MANY_LAMBDA),
-        KEPT if far_embeddings(plan.distances) else SUMMED,
+        MergeSettings(method=TASK_ARITHMETIC, scale=FEW_LAMBDA if parents < MANY else MANY_LAMBDA),
+        KEPT if far_embeddings(plan.distances) else _raised(parents),
         MergeSettings(method="ties", density=0.5),
         MergeSettings(method=REGMEAN),
     )
+
+
+def _raised(parents: int) -> Groups:
+    """Embeddings with twice the average's lambda, 1 for two parents.
+
+    A fine-tune moves the embeddings of its own tokens most, which an average divides among all parents.
+    """
+    twice = MergeSettings(method=TASK_ARITHMETIC, scale=round(2 / parents, 2))
+    return Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=twice, head=twice)
