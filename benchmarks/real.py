@@ -52,7 +52,7 @@ def main() -> None:
             bed: Bed | None = None
             for group in options.only.split(",") if options.only else wanted[name]:
                 kept = options.runs / f"{options.scale}-{name}-{group}.json"
-                if not kept.exists() and not options.kept:
+                if not options.kept and not complete(kept):
                     bed = bed or Bed(
                         parents(name, jobs=options.jobs),
                         SCALES[options.scale],
@@ -118,6 +118,11 @@ def named(name: str, rows: list[dict[str, Any]]) -> list[Row]:
     """Rows of a set of parents. Only those of near parents have something to reach; the others are reported."""
     free = {} if name.startswith("near") else {"limit": None, "at_least": None}
     return [Row(**{**row, **free, "what": f"{name}: {row['what']}"}) for row in rows]
+
+
+def complete(kept: Path) -> bool:
+    """Whether a group's rows are kept and all have values; others are tried again, such as after an update."""
+    return kept.is_file() and all(row["value"] is not None for row in json.loads(kept.read_text())["rows"])
 
 
 def medians(table: list[Row]) -> list[Row]:
