@@ -89,10 +89,13 @@ class Subject:
         """
         return self._resolve(SILENT)
 
-    def resolved(self, progress: Progress = SILENT) -> "Subject":
-        """This subject, after what takes time before the plan is known: `as_adapter`, `backbone` auto and regmean."""
+    def resolved(self, progress: Progress = SILENT, *, device: str = "auto") -> "Subject":
+        """This subject, after what takes time before the plan is known: `as_adapter`, `backbone` auto and regmean.
+
+        Backbones are measured on `device`.
+        """
         if "plan" not in self.__dict__:
-            self.__dict__["plan"] = self._resolve(progress)  # where cached_property keeps it
+            self.__dict__["plan"] = self._resolve(progress, device)  # where cached_property keeps it
         return self
 
     @property
@@ -100,7 +103,7 @@ class Subject:
         """Whether `plan` is known, or can be made without running a model and without extracting adapters."""
         return "plan" in self.__dict__ or not (self.planned.backbone_open or not self.planned.all_extracted)
 
-    def _resolve(self, progress: Progress) -> Plan:
+    def _resolve(self, progress: Progress, device: str = "auto") -> Plan:
         _ = self._text if self.planned.backbone_open else None
         made = self.planned
         if not made.all_extracted:
@@ -111,7 +114,7 @@ class Subject:
                 trust_remote_code=self.trust_remote_code,
                 progress=progress,
             )
-        made = backbone.resolve(made, cache=self.cache, progress=progress)
+        made = backbone.resolve(made, cache=self.cache, device=device, progress=progress)
         _ = made.digest  # asked for now, so that a later change of the sources is noticed
         return made
 
@@ -157,7 +160,7 @@ class Subject:
         A model that must run for them runs on `device`.
         """
         if not self.built:
-            self.resolved(progress)
+            self.resolved(progress, device=device)
         state = self._state_of_routers()
         if state not in self._made:
             self._made.clear()
@@ -220,7 +223,7 @@ class Subject:
             _stored(dtype)
         if not isinstance(self.what, Artifact):
             check_buildable(self.planned, virtual=True, allow_identical=True)
-            self.resolved(progress)
+            self.resolved(progress, device=device)
         import torch
 
         from frankenmoe.moe.dense import as_tensor

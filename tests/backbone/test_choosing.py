@@ -204,3 +204,19 @@ def test_a_damaged_entry_is_measured_again(case: tuple[Path, Path, list[Path]], 
 
     assert open_subject(recipe).plan.recipe.backbone_for("attention").method == "average"
     assert len(counted) == 2
+
+
+def test_backbones_are_measured_on_the_device_that_was_asked_for(
+    case: tuple[Path, Path, list[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    original = choose.load_with_zeros
+
+    def watching(*args: object, **keys: object) -> object:
+        seen.append(keys.get("device"))
+        return original(*args, **keys)
+
+    monkeypatch.setattr(choose, "load_with_zeros", watching)
+    open_subject(backbone_cases.recipe(*case), cache=False).load(device="cpu")
+
+    assert set(seen) == {"cpu"}

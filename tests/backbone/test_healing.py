@@ -16,9 +16,13 @@ from frankenmoe.artifact.healing import HealReport
 from frankenmoe.backbone import healed as healed_module
 from frankenmoe.backbone.run import heal
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
+from frankenmoe.evaluate.domains import Fitted
+from frankenmoe.evaluate.run import _texts
 from frankenmoe.gates.forcing import forced
 from frankenmoe.pipeline import run
-from refusals import cli
+from frankenmoe.publish.card import make_card
+from frankenmoe.subject import open_subject
+from refusals import cli, refused
 
 Parents = dict[str, list[Path]]
 BLOCK, BLOCKS = 32, 128
@@ -102,6 +106,7 @@ def test_experts_follow_their_parents(near: Path, tmp_path: Path) -> None:
     stages = found.artifact.record["stages"]
     assert [stage["stage"] for stage in stages] == ["heal", "routers"]
     assert stages[0]["kept"] == ["e0", "e1"]
+    assert stages[0]["text"] == {name: {"tokens": 116 * BLOCK, "block": BLOCK} for name in ("e0", "e1")}
 
 
 def test_a_scaled_down_projection_is_scaled_back(near: Path, tmp_path: Path) -> None:
@@ -270,6 +275,32 @@ def test_a_run_heals_before_it_fits_and_builds(near: Path, tmp_path: Path) -> No
         healed["experts.1." + name.format("mlp.down_proj")], built[name.format("block_sparse_moe.experts.1.w2")]
     )
     assert not any(step.now for step in run(file, tmp_path / "run").steps)
+    model = open_subject(tmp_path / "run" / "model")
+    assert [stage["stage"] for stage in found.artifact.record["stages"]] == ["heal", "fit", "build"]
+    card = make_card(model).text
+    assert "The down projections of e0, e1 were then refitted to that backbone" in card
+    assert "The gates of every layer were fitted" in card
+    # fits and healing hold out every tenth block of 32 tokens, training of 128: what they read is no held-out text
+    assert [text.fitted for text in _texts({}, [model])] == [(Fitted(3712, 32), Fitted(928, 32))] * 2
+
+
+def test_random_routers_of_a_healed_moe_are_not_exported_unasked(near: Path, tmp_path: Path) -> None:
+    heal(recipe(near, tmp_path / "r.yml", "e0", "e1"), tmp_path / "out", **SETTINGS)
+
+    refused(
+        "export", tmp_path / "out", tmp_path / "gguf", inside=tmp_path, facts=("are random",), hint="--allow-random"
+    )
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_plan_says_what_healing_adds(near: Path, tmp_path: Path, rank: int | None) -> None:
+    settings = SETTINGS | ({"rank": rank} if rank else {})
+    file = recipe(near, tmp_path / "r.yml", "e0", "e1", heal=settings)
+
+    planned = json.loads(cli("plan", file, "--json").stdout)["heal"]["bytes"]
+
+    assert planned == heal(file, tmp_path / "out").report.bytes
+    assert f"  healed            at most {planned / 2**10:.2f} KiB more virtual" in cli("plan", file).stdout
 
 
 def test_the_command_shows_the_losses(near: Path, tmp_path: Path) -> None:

@@ -10,14 +10,16 @@ from frankenmoe.artifact.reports import Measure, ReportPart, StageReport
 class HealedPart(ReportPart):
     """One expert. Losses are held-out, in nats per token, with this expert forced in every layer.
 
-    `step` is the share of the changes that was kept, 0 for none. `reason` says why an expert was not tried. By layer:
-    `ridges`, and `left`, the share of the held-out distance to the parent's states that the refit left.
+    `step` is the share of the changes that was kept, 0 for none. `reason` says why an expert was not tried. The text is
+    read in blocks of `block` tokens. By layer: `ridges`, and `left`, the share of the held-out distance to the parent's
+    states that the refit left.
     """
 
     name: AnyText
     kept: bool
     reason: AnyText = ""
     tokens: int = 0
+    block: int = 0
     held_out_tokens: int = 0
     step: float = 0.0
     parent: Measure = None

@@ -15,6 +15,7 @@ from frankenmoe.errors import NumericsError, SourceError
 from frankenmoe.gates.fitted import load_with_zeros
 from frankenmoe.gates.texts import OwnText, read_texts
 from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.moe.device import AUTO as AUTO_DEVICE
 from frankenmoe.planning import Plan
 from frankenmoe.planning.candidates import candidates
 from frankenmoe.planning.trained import TRAINED
@@ -53,10 +54,11 @@ class Tried:
 
 @dataclass
 class Search:
-    """Measures candidates one after another on the same text."""
+    """Measures candidates one after another on the same text, on `device`."""
 
     texts: Sequence[OwnText]
     progress: Progress
+    device: str = AUTO_DEVICE
     tried: list[Tried] = field(default_factory=list)
     tokens: int = 0  # that were read so far
 
@@ -86,7 +88,7 @@ class Search:
     def measure(self, rank: int, title: str, plan: Plan) -> None:
         """Measures a candidate. It is given up after a quarter of the text if it is far behind the best one."""
         self.progress.note(title)
-        model = load_with_zeros(plan).model
+        model = load_with_zeros(plan, device=self.device).model
         quarter = max(2, min(len(text.held) for text in self.texts) // QUARTER)
         losses = measure(model, self.texts, part=slice(0, quarter), on_tokens=self.on_tokens)
         given_up = self._hopeless(losses)
@@ -103,14 +105,16 @@ class Search:
         return losses.behind(best) > HOPELESS * losses.noise(best)
 
 
-def choose(made: Plan, folder: Path, *, progress: Progress = SILENT) -> tuple[Plan, dict[str, Any]]:
+def choose(
+    made: Plan, folder: Path, *, device: str = AUTO_DEVICE, progress: Progress = SILENT
+) -> tuple[Plan, dict[str, Any]]:
     """The plan with an explicit backbone, and a report as plain data.
 
     RegMean's tensors are written into `folder` as TRAINED if they are needed. Raises RecipeError or SourceError for
     text that cannot be read, NumericsError if every candidate computes NaN.
     """
     texts = _texts(made)
-    search = Search(texts, progress)
+    search = Search(texts, progress, device)
     if made.recipe.backbone_for(ATTENTION).method == REGMEAN:
         progress.start("reading for regmean", _kept(texts), "tokens")
         return _with_regmean(made, made.choice.by_group, search, folder), _report(search, "regmean")
@@ -154,7 +158,7 @@ def _kept(texts: Sequence[OwnText]) -> int:
 def _with_regmean(running: Plan, by_group: ByGroup, search: Search, folder: Path) -> Plan:
     """The plan with RegMean's tensors, made from what `running` reads."""
     alpha = running.recipe.backbone_for(ATTENTION).alpha
-    moe = load_with_zeros(running)
+    moe = load_with_zeros(running, device=search.device)
     tensors = regmean_tensors(moe, running, search.texts, alpha=alpha, on_tokens=search.on_tokens)
     write_trained(folder / TRAINED, tensors, running)
     return planned(running, by_group, trained=folder / TRAINED)

@@ -21,8 +21,8 @@ from frankenmoe.moe.device import CPU, Weights, check_room, place
 from frankenmoe.moe.load import MoE, load_parts
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.healing import down_suffix
 from frankenmoe.planning.parts import parts_of_plan
-from frankenmoe.planning.tree import DOWN
 
 Advance = Callable[[int], None]
 STEPS = (0.25, 0.5, 0.75, 1.0)
@@ -52,11 +52,6 @@ class HealedExpert:
     parent: float
     before: float
     after: float
-
-
-def down_suffix(leaf: ExpertNode, layer: int) -> str | None:
-    """The name, within the FFN, of the matrix that writes to the residual stream; None if it is not known."""
-    return next((each for each in leaf.ffn[layer] if each.startswith(DOWN) and each.endswith(".weight")), None)
 
 
 def alone(plan: Plan, leaf: ExpertNode, *, device: torch.device = CPU) -> MoE:

@@ -15,7 +15,7 @@ from safetensors.torch import save
 
 from frankenmoe.artifact.healing import HealedPart, HealReport
 from frankenmoe.artifact.reports import versions
-from frankenmoe.backbone.expert import HealedExpert, cost, down_suffix, heal_expert
+from frankenmoe.backbone.expert import HealedExpert, cost, heal_expert
 from frankenmoe.backbone.heal import RIDGES
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.tensors import LowRank, Noise, Scale, TensorRef, TensorWrite
@@ -28,6 +28,7 @@ from frankenmoe.moe.dense import load_tokenizer, torch_dtype
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, source_path, write_adapter
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.healing import down_suffix
 from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.trained import TRAINED, trained_name
 from frankenmoe.progress import Progress
@@ -186,6 +187,7 @@ def _heal_one(
         name=patient.name,
         kept=healed.step > 0,
         tokens=sum(len(block.ids) for block in text.kept),
+        block=len(text.held[0].ids),
         held_out_tokens=sum(block.targets for block in text.held),
         step=healed.step,
         parent=healed.parent,

@@ -29,11 +29,12 @@ RESULT = "backbone.json"
 DECIDING = ("base_model", "experts", "shared_experts", "backbone", "seed", "trained")  # keys of a recipe
 
 
-def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> Plan:
+def resolve(made: Plan, *, cache: bool = True, device: str = "auto", progress: Progress = SILENT) -> Plan:
     """The plan of the same recipe with an explicit backbone: `auto` measured, `regmean` computed from text.
 
     Where nothing must be measured, the recipe only says what `auto` means. With `cache`, what was found earlier for the
-    same plan and text is read from the user's cache. Raises RecipeError or SourceError for text that cannot be read.
+    same plan and text is read from the user's cache. Models run on `device`. Raises RecipeError or SourceError for text
+    that cannot be read.
     """
     if not made.backbone_open:
         written = made.recipe.backbone_for(ATTENTION).method
@@ -48,7 +49,7 @@ def resolve(made: Plan, *, cache: bool = True, progress: Progress = SILENT) -> P
     try:
         from frankenmoe.backbone.choose import choose
 
-        found, report = choose(made, scratch, progress=progress)
+        found, report = choose(made, scratch, device=device, progress=progress)
         write_json(scratch / RESULT, {"backbone": found.recipe.to_dict()["backbone"], "report": report})
         # nothing is kept if plan or text changed while they were read
         if key and key == key_of(made) and made.digest == made.digest_now():

@@ -20,13 +20,15 @@ from frankenmoe.artifact.folder import (
     open_artifact,
     refuse_occupied,
     small_hashes,
+    write_json,
     write_routers,
 )
 from frankenmoe.artifact.healing import HealReport
+from frankenmoe.artifact.record import HEAL
 from frankenmoe.artifact.reports import versions
 from frankenmoe.backbone.healed import Patient, heal_all, patients_of
 from frankenmoe.build.derived import virtual_record
-from frankenmoe.build.record import backbone_stage
+from frankenmoe.build.record import STAGES, backbone_stage
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Texts, located, user_path
@@ -70,7 +72,9 @@ def heal(
     """
     out, place = Path(os.path.realpath(out)), resolve(device)
     refuse_occupied(out)
-    subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, changes, data)
+    subject, settings, patients, digest = _prepared(
+        open_subject(what).resolved(progress, device=device), settings, changes, data
+    )
     with growing(out, digest=digest) as partial:
         table, report = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
         _finish(subject, table, report, partial, out=out, device=device, progress=progress)
@@ -85,12 +89,15 @@ def heal_recipe(
     device: str = AUTO,
     progress: Progress = SILENT,
 ) -> HealReport:
-    """Like `heal`, but `out` holds only recipe.yml and the tensors that it names, so no routers are made."""
+    """Like `heal`, but `out` holds only recipe.yml, the tensors that it names and STAGES, so no routers are made."""
     out, place = Path(os.path.realpath(out)), resolve(device)
-    subject, settings, patients, digest = _prepared(open_subject(what).resolved(progress), settings, {}, None)
+    subject, settings, patients, digest = _prepared(
+        open_subject(what).resolved(progress, device=device), settings, {}, None
+    )
     with growing(out, digest=f"{digest}/recipe") as partial:
         table, report = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
         _write_recipe(table, partial)
+        write_json(partial / STAGES, {"stages": [*backbone_stage(subject.plan), _stage(subject, report)]})
         become(partial, out)
     return report
 
@@ -126,6 +133,20 @@ def _write_recipe(table: Mapping[str, Any], folder: Path) -> None:
     write_atomic(folder / "recipe.yml", text.encode())
 
 
+def _stage(subject: Subject, report: HealReport) -> dict[str, Any]:
+    """The entry in the record of an artifact."""
+    return {
+        "stage": HEAL,
+        "from": subject.origin,
+        "settings": report.settings,
+        "data": report.data,
+        "text": {part.name: {"tokens": part.tokens, "block": part.block} for part in report.tried},
+        "kept": [expert.name for expert in report.kept],
+        "held_out_loss": report.means,
+        "versions": versions(),
+    }
+
+
 def _finish(
     subject: Subject,
     table: dict[str, Any],
@@ -151,15 +172,7 @@ def _finish(
         write_atomic(partial / STATISTICS, statistics)
     write_routers(partial, routers)
     record = virtual_record(subject, table, partial, out=out, progress=progress)
-    stage = {
-        "stage": "heal",
-        "from": subject.origin,
-        "settings": report.settings,
-        "data": report.data,
-        "kept": [expert.name for expert in report.kept],
-        "held_out_loss": report.means,
-        "versions": versions(),
-    }
+    stage = _stage(subject, report)
     if subject.artifact:
         stages = [*subject.artifact.record["stages"], stage]
     else:

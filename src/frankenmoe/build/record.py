@@ -1,5 +1,6 @@
 """Plan -> the record of an artifact, frankenmoe.json."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,9 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.asadapter import copied_to
 from frankenmoe.planning.recall import facts
 from frankenmoe.progress import Progress
+from frankenmoe.recipe import Recipe
+
+STAGES = "frankenmoe.stages.json"  # beside a recipe.yml that `heal:` has written: what was done before
 
 
 def record_of(
@@ -66,6 +70,12 @@ def record_of(
 def backbone_stage(made: Plan) -> list[dict[str, Any]]:
     """The entry of the measurement that chose the backbone; none if there was no measurement."""
     return [] if made.measured is None else [{"stage": BACKBONE, **made.measured, "versions": versions()}]
+
+
+def stages_beside(recipe: Recipe) -> list[dict[str, Any]]:
+    """What an earlier stage did to a recipe that was written by it: the entries in STAGES, else none."""
+    file = recipe.folder / STAGES
+    return list(json.loads(file.read_bytes())["stages"]) if file.is_file() else []
 
 
 def _fit_report(folder: Path) -> dict[str, Any]:

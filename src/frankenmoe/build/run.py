@@ -26,7 +26,7 @@ from frankenmoe.artifact.folder import (
 )
 from frankenmoe.build.backbone import moved_record, with_own_backbone
 from frankenmoe.build.body import compose, copy_small_files
-from frankenmoe.build.record import record_of
+from frankenmoe.build.record import record_of, stages_beside
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError, SourceError
@@ -70,7 +70,7 @@ def build(
     settings = settings_with(settings or BuildSettings(), changes)
     virtual, given = settings.virtual, subject.artifact
     check_buildable(subject.planned, virtual=virtual, allow_identical=settings.allow_identical)
-    made = subject.resolved(progress).plan
+    made = subject.resolved(progress, device=device).plan
     digest = (
         f"{made.digest}/{'virtual' if virtual else shard_size}{f'/{sha256(given.folder / ROUTERS)}' if given else ''}"
     )
@@ -103,8 +103,8 @@ def build(
                 f"a source of {made.recipe.origin} changed while it was read",
                 hint="build again when no other program writes to the sources",
             )
-        if given:
-            record["stages"] = [*given.record["stages"], *record["stages"]]
+        earlier = given.record["stages"] if given else stages_beside(made.recipe)
+        record["stages"] = [*earlier, *record["stages"]]
         return finish(partial, out, record=record)
 
 

@@ -94,11 +94,13 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
     if as_json:
         from frankenmoe.planning.fitting import fit_forecast
         from frankenmoe.planning.forecast import forecast
+        from frankenmoe.planning.healing import heal_bytes
 
         rows, reason = forecast(made)
         gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
         cost = fit_forecast(made, made.recipe.fit or FitSettings())
-        facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict()}
+        heal = {"bytes": heal_bytes(made, made.recipe.heal)} if made.recipe.heal else None
+        facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict(), "heal": heal}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         show_plan(made)

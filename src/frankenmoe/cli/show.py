@@ -22,6 +22,7 @@ from frankenmoe.planning.distance import ALL_GROUPS, Distance
 from frankenmoe.planning.fitting import fit_forecast
 from frankenmoe.planning.forecast import forecast
 from frankenmoe.planning.groups import FFN
+from frankenmoe.planning.healing import heal_bytes
 from frankenmoe.recipe.sections import FitSettings
 
 WIDTH = 80
@@ -82,6 +83,7 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("  per expert", f"{counts['per_expert']:,}"),
         *(("" if at else "as adapters", line) for at, line in enumerate(_adapter_lines(facts["as_adapter"]))),
         ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
+        *_heal_lines(made),
         ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
         *(("" if at else "  as GGUF", line) for at, line in enumerate(_gguf_lines(made))),
         ("  KV cache", f"{memory['kv_per_token'] / 2**10:.1f} KiB per token (16 bit)"),
@@ -139,6 +141,12 @@ def _fit_lines(made: Plan) -> list[tuple[str, str]]:
     if cost is None:
         return []
     return [("  fit", f"{cost.method}: {cost.forward_passes:.1f} forward passes over about {cost.tokens:,} tokens")]
+
+
+def _heal_lines(made: Plan) -> list[tuple[str, str]]:
+    """What `heal:` adds to the virtual form; a built model has the same size either way."""
+    most = heal_bytes(made, made.recipe.heal) if made.recipe.heal else 0
+    return [("  healed", f"at most {gib(most)} more virtual, the same built")] if most else []
 
 
 def _gguf_lines(made: Plan) -> list[str]:

@@ -1,7 +1,7 @@
 """Packs documents into blocks of tokens and marks the tokens to learn."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
@@ -14,10 +14,14 @@ Marked = tuple[list[int], list[bool]]
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Tokens that are read together. `learn[i]`: whether token i is a target of the loss."""
+    """Tokens that are read together. `learn[i]`: whether token i is a target of the loss.
+
+    `span` are the first and last place, plus one, in the stream of all documents' tokens; BOS has no place there.
+    """
 
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
+    span: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @property
     def targets(self) -> int:
@@ -37,14 +41,15 @@ def packed(documents: Iterable[Document], tokenizer: Any, *, length: int) -> Ite
     room = length - len(head)
     ids: list[int] = []
     learn: list[bool] = []
+    at = 0
     for document in documents:
         more_ids, more_learn = encode(document, tokenizer)
         ids += more_ids
         learn += more_learn
         while len(ids) >= room:
-            yield from _block(head, ids[:room], learn[:room])
-            ids, learn = ids[room:], learn[room:]
-    yield from _block(head, ids, learn)
+            yield from _block(head, ids[:room], learn[:room], at)
+            ids, learn, at = ids[room:], learn[room:], at + room
+    yield from _block(head, ids, learn, at)
 
 
 def text_blocks(
@@ -97,11 +102,11 @@ def check_vocabulary(ids: Iterable[int], vocabulary: int | None, tokenizer: Any,
         )
 
 
-def _block(head: Sequence[int], ids: Sequence[int], learn: Sequence[bool]) -> Iterator[Block]:
+def _block(head: Sequence[int], ids: Sequence[int], learn: Sequence[bool], at: int) -> Iterator[Block]:
     # without BOS, nothing predicts the first token of a block
     marks = [*[False] * len(head), *learn] if head else [False, *learn[1:]]
     if any(marks):
-        yield Block((*head, *ids), tuple(marks))
+        yield Block((*head, *ids), tuple(marks), (at, at + len(ids)))
 
 
 def _encode_turns(turns: Sequence[Turn], tokenizer: Any) -> Marked:

@@ -6,7 +6,7 @@ Only one model is loaded at a time.
 import gc
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -23,7 +23,7 @@ from frankenmoe.errors import FrankenMoEError, PlanError, SourceError
 from frankenmoe.evaluate import bootstrap
 from frankenmoe.evaluate.compare import BASE, MERGE, PARENT, Gains, best_of_parents, gains, kept
 from frankenmoe.evaluate.contestants import Contestant, contestant, own_parents, rivals, with_unique_names
-from frankenmoe.evaluate.domains import GENERAL, GENERAL_FILE, TRAINING, DomainText, read_domain
+from frankenmoe.evaluate.domains import GENERAL, GENERAL_FILE, TRAINING, DomainText, Fitted, read_domain
 from frankenmoe.evaluate.identity import memory_of, tokenizer_digest
 from frankenmoe.evaluate.plot import Point, check_plot, plot
 from frankenmoe.evaluate.prompts import SEED
@@ -36,7 +36,6 @@ from frankenmoe.moe.load import weights_of
 from frankenmoe.moe.processes import main_first
 from frankenmoe.planning.sources import leaves
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import EvalSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Dense, Subject, open_model
@@ -102,10 +101,13 @@ def evaluate(
     names = task_names(",".join(settings.tasks)) if settings.tasks else (PERPLEXITY,)
     tasks = [name for name in names if name != PERPLEXITY]
     data_dir = Path(settings.data_dir) if settings.data_dir else None
-    with main_first():  # which downloads the rows
-        suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
     moes = [each for each in opened if isinstance(each, Subject)]
+    with main_first():  # which downloads the rows and measures backbones
+        suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
+        for each in moes:
+            if not each.built:
+                each.resolved(progress, device=device)
     for each in moes:
         check_room(weights_of(each.parts), chosen, dtype=getattr(torch, dtype) if dtype else None)
     if settings.against_parents and (len(opened) != 1 or not moes):
@@ -119,7 +121,7 @@ def evaluate(
         contestants = [*rivals(moes[0].plan, contestants[0], dtype, skipped), contestants[0]]
     check_names([each.name for each in contestants])
     wanted = PERPLEXITY in names or settings.texts or settings.against_parents
-    sources = _texts(settings.texts, [each.recipe for each in moes]) if wanted else []
+    sources = _texts(settings.texts, moes) if wanted else []
     if PERPLEXITY in names and not sources:
         raise SourceError(
             "there is no text to measure the loss on",
@@ -193,7 +195,7 @@ def _run_all(
     return results
 
 
-def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainText]:
+def _texts(given: Mapping[str, str], moes: Sequence[Subject]) -> list[DomainText]:
     """The given files, completely; by default the held-out parts of the experts' data."""
     if given:
         return [
@@ -201,7 +203,8 @@ def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainTe
             for name, file in given.items()
         ]
     found: dict[str, DomainText] = {}
-    for recipe in recipes:
+    fitted = [(name, how) for moe in moes for name, how in _fitted(moe)]
+    for recipe in (moe.recipe for moe in moes):
         train = recipe.train or TRAINING  # the same cut as in training keeps trained text out
         for expert in leaves(recipe.experts):
             if expert.data and expert.name not in found:
@@ -212,8 +215,17 @@ def _texts(given: Mapping[str, str], recipes: Sequence[Recipe]) -> list[DomainTe
                     held_out=True,
                     block=train.block,
                     share=train.hold_out,
+                    fitted=tuple(dict.fromkeys(how for name, how in fitted if name == expert.name)),
                 )
     return list(found.values())
+
+
+def _fitted(moe: Subject) -> Iterator[tuple[str, Fitted]]:
+    """(expert, what its routers were fitted to or it was healed from), from the record of an artifact."""
+    for stage in moe.artifact.record["stages"] if moe.artifact else ():
+        for name, text in (stage.get("text") or (stage.get("fit") or {}).get("text") or {}).items():
+            if isinstance(text, dict) and text.get("block"):
+                yield name.rpartition("/")[2], Fitted(text["tokens"], text["block"])
 
 
 def _general(given: str | None) -> DomainText:

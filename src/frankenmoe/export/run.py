@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from frankenmoe.artifact.folder import ROUTERS, Artifact, write_routers
-from frankenmoe.artifact.record import BACKBONE
+from frankenmoe.artifact.record import BODY_STAGES
 from frankenmoe.artifact.reports import ExportReport, about, versions
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
@@ -192,9 +192,9 @@ def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -
 def _check_set(subject: Subject, *, allow_random: bool) -> None:
     """Raises ArtifactError for random gates, which neither the gate mode nor a later stage has set."""
     stages = subject.artifact.record.get("stages") or [] if subject.artifact else []
-    stages = [stage for stage in stages if stage.get("stage") != BACKBONE]
+    stages = [stage for stage in stages if stage.get("stage") not in BODY_STAGES]
     modes = [stage.get("gate_mode") for stage in stages] if subject.artifact else [subject.recipe.gate_mode]
-    later = any(stage.get("stage") != "build" for stage in stages)
+    later = any(stage.get("stage") not in ("build", "routers") for stage in stages)
     random = not later and all(mode in RANDOM_MODES for mode in modes)
     if random and len(subject.recipe.experts) > 1 and not allow_random:
         raise ArtifactError(

@@ -93,6 +93,7 @@ def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
                 "from": list(text.origin),
                 "tokens": sum(len(block.ids) for block in text.kept),
                 "held_out_tokens": sum(block.targets for block in text.held),
+                **({} if text.from_prompts else {"block": len(text.kept[0].ids)}),
             }
             for text in texts
         },

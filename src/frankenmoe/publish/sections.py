@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from frankenmoe.artifact.record import BACKBONE
+from frankenmoe.artifact.record import BACKBONE, BODY_STAGES, HEAL
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
@@ -39,7 +39,7 @@ def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     table = markdown(("expert", "made of", "prompts", "data"), rows)
     return (
         f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
-        f"attention, norms, head) {_backbone(facts)}.{_measured(facts)}"
+        f"attention, norms, head) {_backbone(facts)}.{_measured(facts)}{_healed(facts)}"
     )
 
 
@@ -55,6 +55,17 @@ def _measured(facts: Facts) -> str:
     return (
         " It was chosen by the loss on held-out text of the experts, with each text's own expert in every layer (nats "
         f"per token): {rows}.{rest}"
+    )
+
+
+def _healed(facts: Facts) -> str:
+    """Which experts were refitted to the backbone, and what that gave; empty if none was."""
+    rows = [stage for stage in facts.stages if stage.get("stage") == HEAL and stage.get("kept")]
+    return "".join(
+        f" The down projections of {', '.join(map(plain, row['kept']))} were then refitted to that backbone in closed "
+        "form. Mean loss on text held out from the refit, own expert forced: {before:.4f} nats per token before, "
+        "{after:.4f} after, {parent:.4f} of the parents.".format(**row["held_out_loss"])
+        for row in rows
     )
 
 
@@ -107,7 +118,7 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
 def routers(facts: Facts, evidence: Evidence) -> str | Missing:
     """How the gates were first set, then every stage that changed them."""
     training = evidence.get(TrainingReport)
-    first, *later = [stage for stage in facts.stages if stage.get("stage") != BACKBONE] or ({},)
+    first, *later = [stage for stage in facts.stages if stage.get("stage") not in BODY_STAGES] or ({},)
     lines = [_began(facts, first)]
     for stage in later:
         name = stage.get("stage")

@@ -33,7 +33,7 @@ from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
 from frankenmoe.moe.device import AUTO, check_room, resolve
 from frankenmoe.moe.load import weights_of
-from frankenmoe.moe.processes import is_main, wait
+from frankenmoe.moe.processes import is_main, main_first, wait
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
@@ -90,7 +90,8 @@ def train(
     body = _prints(subject.artifact.folder) if subject.artifact and subject.built else ()
     if subject.artifact is None:
         check_buildable(subject.planned, virtual=True, allow_identical=True)
-    plan = None if subject.built else subject.resolved(progress).plan
+    with main_first():  # which measures the backbone, for the others to find it in the cache
+        plan = None if subject.built else subject.resolved(progress, device=device).plan
     parts = subject.parts
     traps.check(settings, plan=plan, top_k=parts.top_k, renormalize=parts.renormalizes, experts=parts.experts)
     if not shard:  # the loop moves the weights, or a shard of them
