@@ -43,8 +43,8 @@ class Scale:
 
 SCALES: Mapping[str, Scale] = {
     "smoke": Scale(held_out=512, fit=512, heal=512, general=512),
-    "quick": Scale(held_out=4096, fit=4096, heal=4096, general=4096),
-    "whole": Scale(held_out=12_288, fit=4096, heal=6144, general=8192),
+    "quick": Scale(held_out=4096, fit=4096, heal=16_384, general=4096),
+    "whole": Scale(held_out=12_288, fit=4096, heal=24_576, general=8192),
 }
 
 
