@@ -1,6 +1,7 @@
 """Experts `as_adapter`: the base's FFNs plus what a parent's FFNs have learnt, in every form."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ def test_it_is_extracted_once(parents: Parents, tmp_path: Path) -> None:
 def test_an_adapter_that_another_process_has_extracted_meanwhile_stays(
     parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    extract, kept = asadapter.write_adapter, []
+    extract = asadapter.write_adapter
+    kept: list[os.stat_result] = []
 
     def slow(model: Any, base: Any, names: Any, folder: Path, **options: Any) -> Any:
         found = extract(model, base, names, folder, **options)

@@ -13,7 +13,10 @@ def test_an_entry_that_another_process_has_finished_meanwhile_stays(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     def keep(text: str) -> Path | None:
-        return store.keep("backbones", "key", lambda into: (into / "file").write_text(text) and None, name="a name")
+        def fill(into: Path) -> None:
+            (into / "file").write_text(text)
+
+        return store.keep("backbones", "key", fill, name="a name")
 
     folder = keep("first")
     assert folder is not None
