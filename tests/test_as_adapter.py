@@ -1,6 +1,7 @@
 """Experts `as_adapter`: the base's FFNs plus what a parent's FFNs have learnt, in every form."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import frankenmoe as fm
 import tiny
 from frankenmoe.cache import cache_folder
 from frankenmoe.moe.adapter import LoraLinear
+from frankenmoe.planning import asadapter
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.train.run import train
@@ -141,6 +143,26 @@ def test_it_is_extracted_once(parents: Parents, tmp_path: Path) -> None:
     # another setting or another state of a source is another adapter
     fm.plan(Recipe.load(two(tmp_path / "s.yml", parents["llama"], {"rank": 5})), weights=True)
     assert len(list(cache_folder("adapters").iterdir())) == 4
+
+
+def test_an_adapter_that_another_process_has_extracted_meanwhile_stays(
+    parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extract = asadapter.write_adapter
+    kept: list[os.stat_result] = []
+
+    def slow(model: Any, base: Any, names: Any, folder: Path, **options: Any) -> Any:
+        found = extract(model, base, names, folder, **options)
+        theirs = folder.with_name(folder.name.partition(".")[0])
+        shutil.copytree(folder, theirs)
+        kept.append((theirs / asadapter.WEIGHTS).stat())
+        return found
+
+    monkeypatch.setattr(asadapter, "write_adapter", slow)
+    made = fm.plan(Recipe.load(two(tmp_path / "r.yml", parents["llama"], {"rank": 4})), weights=True)
+    files = [file for each in made.extracted.values() for file in each.files]
+    assert [file.stat().st_ino for file in files] == [each.st_ino for each in kept]
+    assert len(list(cache_folder("adapters").iterdir())) == len(kept) == 2
 
 
 @pytest.mark.parametrize("form", ["virtual", "built"])

@@ -15,7 +15,7 @@ import tiny
 from frankenmoe.backbone import choose, resolve
 from frankenmoe.backbone.measure import Losses
 from frankenmoe.cache import cache_folder
-from frankenmoe.errors import FrankenMoEError
+from frankenmoe.errors import FrankenMoEError, RecipeError
 from frankenmoe.pipeline import run
 from frankenmoe.publish.card import make_card
 from frankenmoe.subject import open_subject
@@ -182,6 +182,20 @@ def test_too_short_text_leaves_nothing(case: tuple[Path, Path, list[Path]], tmp_
     assert error.value.hint
     assert not list(tmp_path.glob("out*"))
     assert not cache_folder(resolve.KIND).exists()
+
+
+@pytest.mark.parametrize("method", ["regmean", "auto"])
+def test_an_expert_without_text_is_named_with_the_method_that_reads_it(
+    method: str, case: tuple[Path, Path, list[Path]], tmp_path: Path
+) -> None:
+    root, base, parents = case
+    rows = [{"name": "a", "source_model": str(parents[0]), "data": [str(root / "a.txt")]}]
+    rows.append({"name": "b", "source_model": str(parents[1])})
+    file = tmp_path / "r.yml"
+    file.write_text(json.dumps({"base_model": str(base), "experts": rows, "gate_mode": "random", "backbone": method}))
+    with pytest.raises(RecipeError, match=rf"'b' has neither data nor positive_prompts, but backbone: {method} reads"):
+        fm.build(file, tmp_path / "out", virtual=True)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_noise_decides_towards_the_simpler_candidate() -> None:

@@ -97,6 +97,19 @@ def test_a_rank_above_the_true_one_is_cut_and_equal_models_give_nothing(tmp_path
     assert low_rank(Difference(difference.base, difference.base), total=0.0, rank=4) is None
 
 
+@pytest.mark.parametrize("rank", [4, 8, 30])
+@pytest.mark.parametrize("shape", [(40, 96), (96, 40)])
+def test_a_rank_above_the_true_one_adds_no_error(shape: tuple[int, int], rank: int, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    delta = random.standard_normal((shape[0], 4)) @ random.standard_normal((4, shape[1])) / 1000
+    base = random.standard_normal(shape).astype(np.float32) / 50  # so rounding leaves small further directions
+    model = (base + delta).astype(np.float32)
+    difference = Difference(stored(tmp_path, "model", model), stored(tmp_path, "base", base))
+    found = low_rank(difference, total=energies(difference.model, difference.base)[0], rank=rank)
+    assert found is not None
+    assert np.linalg.norm(found.b_OR @ found.a_RI - (model - base)) <= 1e-5 * np.linalg.norm(model - base)
+
+
 def test_a_matrix_far_larger_than_the_limit_takes_little_memory(tmp_path: Path) -> None:
     """192 MiB of bf16 on either side, 384 MiB as float32: anonymous memory stays under 400 MB."""
     code = f"""

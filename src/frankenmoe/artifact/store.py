@@ -22,22 +22,28 @@ SUMS = "sha256.json"  # name -> SHA-256 of the files of an entry
 def find(kind: str, key: str, *, needs: str) -> Path | None:
     """The folder of an entry that holds the file `needs`, marked as just used; None if it is absent or damaged."""
     folder = cache_folder(kind) / key
-    try:
-        sums = json.loads((folder / SUMS).read_bytes())
-        whole = all(sha256(folder / name) == was for name, was in sums.items())
-    except (OSError, ValueError, AttributeError):
-        return None
-    if not whole or needs not in sums:
+    if needs not in _whole(folder):
         return None
     with suppress(OSError):
         os.utime(folder)
     return folder
 
 
+def _whole(folder: Path) -> frozenset[str]:
+    """The names of the files of an entry; none if it is absent or damaged."""
+    try:
+        sums = json.loads((folder / SUMS).read_bytes())
+        whole = all(sha256(folder / name) == was for name, was in sums.items())
+    except (OSError, ValueError, AttributeError):
+        return frozenset()
+    return frozenset(sums if whole else ())
+
+
 def keep(kind: str, key: str, fill: Callable[[Path], None], *, name: str, limit: int = LIMIT) -> Path | None:
     """Caches the files that `fill` writes into a new folder, then removes old entries beyond the limit.
 
     Returns the entry's folder; None if the cache cannot be written. Nothing is left of an entry that was not finished.
+    An entry that another process has finished meanwhile stays, as that process may be reading it.
     """
     folder = cache_folder(kind) / key
     partial = folder.with_name(f"{key}.{os.getpid()}.partial")
@@ -47,8 +53,9 @@ def keep(kind: str, key: str, fill: Callable[[Path], None], *, name: str, limit:
             fill(partial)
             write_atomic(partial / SUMS, json.dumps({file.name: sha256(file) for file in partial.iterdir()}).encode())
             write_atomic(partial / NAME, name.encode(errors="replace"))
-            shutil.rmtree(folder, ignore_errors=True)  # a damaged entry
-            partial.replace(folder)
+            if not _whole(folder):
+                shutil.rmtree(folder, ignore_errors=True)  # a damaged entry
+                partial.replace(folder)
             trim(kind, limit=limit)
             return folder if folder.is_dir() else None
         return None

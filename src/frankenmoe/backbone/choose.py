@@ -11,13 +11,14 @@ from typing import Any
 
 from frankenmoe.backbone.candidates import own_texts, planned, regmean_tensors, write_trained
 from frankenmoe.backbone.measure import TOKENS, Losses, divided, measure
-from frankenmoe.errors import NumericsError, SourceError
+from frankenmoe.errors import NumericsError, RecipeError, SourceError
 from frankenmoe.gates.fitted import load_with_zeros
 from frankenmoe.gates.texts import OwnText, read_texts
 from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.moe.device import AUTO as AUTO_DEVICE
 from frankenmoe.planning import Plan
 from frankenmoe.planning.candidates import candidates
+from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.trained import TRAINED
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.backbone import ATTENTION, AVERAGE, GROUPS, REGMEAN, Groups, MergeSettings
@@ -138,6 +139,14 @@ def choose(
 
 
 def _texts(made: Plan) -> list[OwnText]:
+    for name, _, expert in named_experts(made.recipe.experts):
+        if not (expert.experts or expert.data or expert.positive_prompts):
+            method = made.recipe.backbone_for(ATTENTION).method
+            raise RecipeError(
+                f"expert {name!r} has neither data nor positive_prompts, but backbone: {method} reads text of every "
+                "expert",
+                hint="add data to the expert, or write backbone: average",
+            )
     tokenizer = load_tokenizer(made.base.folder)
     lengths = (made.recipe.fit.block,) if made.recipe.fit else BLOCKS
     for length in lengths:

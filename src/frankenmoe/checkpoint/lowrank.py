@@ -108,7 +108,9 @@ def low_rank(
     growing_K = np.cumsum(values_K)
     count = int(np.searchsorted(growing_K, sought)) + 1 if rank is None else rank
     count = max(1, min(count, values_K.size, int((values_K > 0).sum())))
-    return _factors(_passes(difference, kept_OI), basis_IK[:, :count], values_K[:count], rows=rows, total=total)
+    # directions beyond the difference's own rank are rounding errors, which need not be orthogonal to the others
+    basis_IR = _orthonormal(basis_IK[:, :count])
+    return _factors(_passes(difference, kept_OI), basis_IR, values_K[:count], rows=rows, total=total)
 
 
 def _whole(difference: Difference) -> Floats:

@@ -180,7 +180,7 @@ def _cached(
     files = [states(list(source.checkpoint.files), ()) for source in (model, base)]
     facts = [VERSION, settings.every_rank, settings.energy, files]
     folder = cache_folder(KIND) / hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+    if _whole(folder):
         with suppress(OSError):
             os.utime(folder)
         return folder
@@ -192,8 +192,9 @@ def _cached(
         # without the base's name, which may be a path on this machine
         write_adapter(model, base, names, partial, settings=settings, named=False, progress=progress)
         write_atomic(partial / NAME, f"{name} of {model.name}".encode(errors="replace"))
-        shutil.rmtree(folder, ignore_errors=True)  # a damaged entry
-        partial.replace(folder)
+        if not _whole(folder):  # else another process was quicker, and may be reading its own
+            shutil.rmtree(folder, ignore_errors=True)  # a damaged entry
+            partial.replace(folder)
     except OSError as error:
         raise ArtifactError(
             f"the adapter of expert {name} cannot be kept in {folder.parent}: {error.strerror}",
@@ -203,6 +204,10 @@ def _cached(
         shutil.rmtree(partial, ignore_errors=True)
     trim(KIND, limit=LIMIT)
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file()
 
 
 def _sizes(model: Source, names: Mapping[str, tuple[int, int]], settings: AdapterSettings) -> Adapter:
