@@ -32,7 +32,7 @@ from frankenmoe.recipe import Expert, Recipe
 from frankenmoe.recipe.asadapter import AdapterSettings
 
 KIND = "adapters"
-VERSION = 1  # increase it when a change of the code gives other factors for the same models
+VERSION = 2  # increase it when a change of the code gives other factors for the same models
 LIMIT = 2**34  # bytes of all entries
 INSIDE = "adapters"  # folder of an artifact
 
