@@ -62,11 +62,15 @@ class Losses:
 
 
 def divided(text: OwnText) -> OwnText:
-    """The same text with a third of its blocks held out; prompts, of which there are few, stay as they are."""
+    """The same text with a third of its blocks held out; prompts, of which there are few, stay as they are.
+
+    What fits and healing hold out is not kept either, so that RegMean does not read it.
+    """
     if text.from_prompts:
         return text
     kept, held = hold_out((*text.kept, *text.held), share=SHARE)
-    return OwnText(text.name, text.path, text.negative, text.origin, tuple(kept), tuple(held))
+    own = tuple(block for block in kept if block not in text.held)
+    return OwnText(text.name, text.path, text.negative, text.origin, own, tuple(held))
 
 
 def measure(
