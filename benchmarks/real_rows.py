@@ -58,7 +58,7 @@ def backbones(bed: Bed) -> Iterator[Row]:
 
 
 def healed(bed: Bed) -> Iterator[Row]:
-    """Own expert forced, after `heal` on 6k tokens per expert."""
+    """Own expert forced, after `heal`."""
     best: list[Row] = []
     for name in ("base", "average", "task arithmetic 0.7", "regmean", "auto"):
         with attempted(f"healed, {name}") as rows:

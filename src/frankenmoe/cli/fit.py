@@ -11,9 +11,8 @@ from rich.table import Table
 
 from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
-from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.cli.show import command, console, warn
-from frankenmoe.data.given import by_label, pairs
 from frankenmoe.recipe.sections import FitSettings
 from frankenmoe.subject import open_subject
 
@@ -59,8 +58,7 @@ def fit_command(
     lower the held-out loss. A recipe becomes a virtual artifact.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
-    names = [expert.name for expert in subject.recipe.experts]
-    named = by_label(pairs(data, flag="--data", names=names, folder=Path.cwd()))
+    named = by_expert(data, subject.recipe)
     if subject.artifact is None:
         warn(subject.planned.warnings)
 

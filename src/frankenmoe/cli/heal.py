@@ -8,9 +8,8 @@ import click
 
 from frankenmoe.cli.options import DEVICE, JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
-from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.cli.show import command, console, warn
-from frankenmoe.data.given import by_label, pairs
 from frankenmoe.recipe.sections import HealSettings
 from frankenmoe.subject import open_subject
 
@@ -49,8 +48,7 @@ def heal_command(
     same command continues.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
-    names = [expert.name for expert in subject.recipe.experts]
-    named = by_label(pairs(data, flag="--data", names=names, folder=Path.cwd()))
+    named = by_expert(data, subject.recipe)
     if subject.artifact is None:
         warn(subject.planned.warnings)
 

@@ -1,6 +1,7 @@
 """Makes the options of a command from the settings model of its stage."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
@@ -9,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from frankenmoe.cli.options import Number
 from frankenmoe.data.given import by_label, pairs
+from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.settings import Closed, Option
 
 PREFIX = "set_"
@@ -33,6 +35,12 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
     names = [name for name in options if name.startswith(PREFIX)]
     found = {name.removeprefix(PREFIX): options.pop(name) for name in names}
     return {name: value for name, value in found.items() if value not in (None, ())}
+
+
+def by_expert(data: Sequence[str], recipe: Recipe, *, form: str = "EXPERT=FILE") -> dict[str, list[str]]:
+    """The texts of --data by the name of their expert; `form` says in messages how they are written."""
+    names = [expert.name for expert in recipe.experts]
+    return by_label(pairs(data, flag="--data", names=names, folder=Path.cwd(), form=form))
 
 
 def _option(name: str, field: FieldInfo, shown: Option) -> Callable[[Command], Command]:

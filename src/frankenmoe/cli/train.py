@@ -9,8 +9,7 @@ import click
 
 from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
-from frankenmoe.cli.settings import given, settings_options
-from frankenmoe.data.given import by_label, pairs
+from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.errors import PlanError
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.recipe.train import TrainSettings
@@ -53,8 +52,7 @@ def train_command(
     better than the first, nothing is written. If interrupted or killed, the same command continues to the same losses.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
-    names = [expert.name for expert in subject.recipe.experts]
-    named = by_label(pairs(data, flag="--data", names=names, folder=Path.cwd(), form="NAME=FILE"))
+    named = by_expert(data, subject.recipe, form="NAME=FILE")
     settings = settings_with(subject.recipe.train or TrainSettings(), given(options))
     try:
         from frankenmoe.train.run import train

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 
+from frankenmoe.checkpoint.peft import CONFIG, PREFIX, WEIGHTS, adapter_config
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.planning import Plan
 from frankenmoe.planning.asadapter import on_base
-from frankenmoe.planning.tree import PEFT_PREFIX
 
 ADAPTERS = "adapters"
 BACKBONE = "backbone"  # the adapter on the base
@@ -51,30 +51,11 @@ def source_path(plan: Plan, path: tuple[int, ...] | None) -> str:
 def write_adapter(folder: Path, terms: Terms, *, base: str) -> None:
     """Writes a LoRA in PEFT's format, loadable by peft.PeftModel.from_pretrained."""
     folder.mkdir(parents=True, exist_ok=True)
-    ranks = {name: a.shape[0] for name, (a, _) in terms.items()}
-    common = max(set(ranks.values()), key=list(ranks.values()).count)
-    others = {name: rank for name, rank in ranks.items() if rank != common}
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "lora_dropout": 0.0,
-        "r": common,
-        "lora_alpha": common,
-        "rank_pattern": {re.escape(name): rank for name, rank in others.items()},
-        "alpha_pattern": {re.escape(name): rank for name, rank in others.items()},
-        "target_modules": sorted(terms),
-        "use_dora": False,
-        "use_rslora": False,
-    }
+    config = adapter_config({name: a.shape[0] for name, (a, _) in terms.items()}, base=base)
     tensors = {
-        f"{PEFT_PREFIX}{name}.lora_{letter}.weight": tensor.contiguous()
+        f"{PREFIX}{name}.lora_{letter}.weight": tensor.contiguous()
         for name, pair in terms.items()
         for letter, tensor in zip("AB", pair, strict=True)
     }
-    write_atomic(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_atomic(folder / WEIGHTS, save(tensors, metadata={"format": "pt"}))
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())

@@ -10,13 +10,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from frankenmoe.checkpoint.peft import PREFIX
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
-PEFT_PREFIX = "base_model.model."
 # names of the matrix that writes to the residual stream, in the families of transformers
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 # LoRA initialisations that keep the base's weights; PiSSA, OLoRA and the like change them on loading
@@ -204,7 +204,7 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, LowRank]:
     for key, a in adapter.tensors.items():
         if not key.endswith(".lora_A.weight"):
             continue
-        module = key.removeprefix(PEFT_PREFIX).removesuffix(".lora_A.weight")
+        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         b = adapter.tensors.get(key.replace(".lora_A.", ".lora_B."))
         shape = shapes.get(f"{module}.weight")
         if b is None or shape is None or not _fits(a.shape, b.shape, shape):
