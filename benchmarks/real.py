@@ -58,6 +58,7 @@ def main() -> None:
                         SCALES[options.scale],
                         work,
                         options.runs / f"{options.scale}-{name}",
+                        options.device,
                     )
                     log(f"  {name}: {group}")
                     begun = time.perf_counter()
@@ -79,6 +80,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--smoke", action="store_true", help="almost no text: whether it runs at all")
     parser.add_argument("--only", help=f"these groups of rows, comma between: {', '.join(GROUPS)}")
     parser.add_argument("--parents", help=f"these sets of parents, comma between: {', '.join(WHOLE)}")
+    parser.add_argument("--device", default="cpu", help="where models run, such as cuda (default: cpu)")
     parser.add_argument("--jobs", type=int, default=2, help="processes that train parents (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "frankenmoe-real")
     parser.add_argument("--kept", action="store_true", help="measure nothing: the rows that are kept")

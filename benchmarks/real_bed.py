@@ -66,8 +66,8 @@ class Parents:
 class Bed:
     """Measures models on the held-out text of a set of parents. Losses are measured once and kept in `kept_in`."""
 
-    def __init__(self, parents: Parents, scale: Scale, work: Path, kept_in: Path) -> None:
-        self.parents, self.scale, self.work, self.kept_in = parents, scale, work, kept_in
+    def __init__(self, parents: Parents, scale: Scale, work: Path, kept_in: Path, device: str = "cpu") -> None:
+        self.parents, self.scale, self.work, self.kept_in, self.device = parents, scale, work, kept_in, device
         self.domains = tuple(parents.folders)
         with quiet_transformers():
             self.tokenizer = AutoTokenizer.from_pretrained(parents.base)
@@ -77,6 +77,14 @@ class Bed:
         """The first `tokens` tokens of a text, in whole blocks."""
         most = max(1, tokens // self.scale.block)
         return text_blocks([Document(text=text, closed=False)], self.tokenizer, length=self.scale.block, limit=most)
+
+    def dense(self, folder: Path) -> Any:
+        """A parent or the base, in the type to run in; of an adapter's folder, the base with the adapter merged."""
+        return dense(folder, self.parents.dtype, base=self.parents.base).to(self.device)
+
+    def load(self, what: fm.Recipe | Path) -> Any:
+        """A running MoE."""
+        return fm.load(what, device=self.device)
 
     # ---- losses ------------------------------------------------------------------------------------------------------
 
@@ -104,14 +112,14 @@ class Bed:
 
     @property
     def base(self) -> Losses:
-        return self.known("base", lambda: self.losses(dense(self.parents.base, self.parents.dtype)))
+        return self.known("base", lambda: self.losses(self.dense(self.parents.base)))
 
     @property
     def own(self) -> Losses:
         """Every parent on its own domain."""
 
         def one(domain: str, folder: Path) -> Losses:
-            return self.losses(dense(folder, self.parents.dtype, base=self.parents.base), (domain,))
+            return self.losses(self.dense(folder), (domain,))
 
         return {
             domain: self.known(f"parent {domain}", partial(one, domain, folder))[domain]
@@ -164,7 +172,7 @@ class Bed:
             for name, parameter in model.named_parameters():
                 base, *parents = (file.get_tensor(name).float() for file in files)
                 parameter.copy_(MERGES[method](base, parents))
-        return model
+        return model.to(self.device)
 
     def best_merge(self) -> tuple[str, Losses]:
         """The dense merge with the lowest mean loss."""
@@ -200,10 +208,11 @@ class Bed:
         return found
 
     def data(self, tokens: int) -> dict[str, list[str]]:
-        """A file per expert with the last `tokens` tokens of its training text."""
+        """A file per expert with the last `tokens` tokens of its training text, kept beside the losses."""
         found = {}
+        self.kept_in.mkdir(parents=True, exist_ok=True)
         for domain in self.domains:
-            file = self.work / f"{self.parents.name}-{domain}-{tokens}.txt"
+            file = self.kept_in / f"text-{domain}-{tokens}.txt"
             if not file.exists():
                 ids = self.tokenizer(self.parents.text(domain, "train"), add_special_tokens=False)["input_ids"]
                 file.write_text(self.tokenizer.decode(ids[-tokens:]), encoding="utf-8")
@@ -217,14 +226,14 @@ def nats(model: Any, blocks: Sequence[Block], batch: int = 8) -> list[float]:
     found: list[float] = []
     for start in range(0, len(blocks), batch):
         part = blocks[start : start + batch]
-        ids_BT, mask_BT = padded([block.ids for block in part])
+        ids_BT, mask_BT = padded([block.ids for block in part], device=model.device)
         logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False).logits
         for row, block in enumerate(part):
             last = len(block.ids)
             losses = torch.nn.functional.cross_entropy(
                 logits_BTV[row, : last - 1].float(), ids_BT[row, 1:last], reduction="none"
             )
-            found.append(float((losses * torch.tensor(block.learn[1:])).sum()))
+            found.append(float((losses.cpu() * torch.tensor(block.learn[1:])).sum()))
     return found
 
 

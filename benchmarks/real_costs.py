@@ -7,11 +7,9 @@ from pathlib import Path
 
 import yaml
 from common import MB, Row, measure
-from real_bed import Bed, Losses, dense, folder_for
+from real_bed import Bed, Losses, folder_for
 from real_parts import attempted, command, kept_row, make_row
 from real_rows import BACKBONES, FRANKENMOE, fit_keys
-
-import frankenmoe as fm
 
 LIMIT = 400 * MB
 
@@ -26,7 +24,7 @@ def extracted(bed: Bed, rank: int = 32) -> Iterator[Row]:
             root.mkdir(parents=True, exist_ok=True)
             words = [*FRANKENMOE, "extract-lora", str(folder), str(out), "--base", str(bed.parents.base)]
             peaks.append(command([*words, "--rank", str(rank)]).anon)
-            losses |= bed.losses(dense(out, bed.parents.dtype, base=bed.parents.base), (domain,))
+            losses |= bed.losses(bed.dense(out), (domain,))
             size += sum(file.stat().st_size for file in out.glob("*.safetensors"))
         whole = (bed.parents.base / "model.safetensors").stat().st_size
         rows.append(kept_row(bed, f"extracted rank {rank}: kept by each parent itself", losses))
@@ -35,7 +33,7 @@ def extracted(bed: Bed, rank: int = 32) -> Iterator[Row]:
     yield from rows
     with attempted(f"as_adapter rank {rank}: memory over base + adapters") as rows:
         experts = {domain: {"as_adapter": {"rank": rank}} for domain in bed.domains}
-        moe = fm.load(bed.recipe(experts, backbone="average"))
+        moe = bed.load(bed.recipe(experts, backbone="average"))
         rows.append(kept_row(bed, f"as_adapter rank {rank}, forced, average", bed.forced(moe)))
         held = sum({each.data_ptr(): each.numel() * each.element_size() for each in moe.model.parameters()}.values())
         rows.append(make_row(f"as_adapter rank {rank}: weights held, of the base's", held / whole, "x"))

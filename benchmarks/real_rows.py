@@ -4,11 +4,11 @@ A row whose command or recipe key does not exist here, or refuses, is kept witho
 """
 
 import json
+import shutil
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import yaml
 from common import Row
-from real_bed import MERGES, SHARED, Bed, Losses, dense, folder_for, nats
+from real_bed import MERGES, SHARED, Bed, Losses, nats
 from real_parts import NotMeasuredError, attempted, best_row, command, kept_row, make_row
 
 import frankenmoe as fm
@@ -102,20 +102,14 @@ def routers(bed: Bed) -> Iterator[Row]:
 
 
 def product(bed: Bed) -> Iterator[Row]:
-    """What a user gets: `backbone: auto`, healed, `regret`, top-2; then 100 steps of routers and norms."""
-    with attempted("top-2, healed, fitted") as rows, _healed(bed, "auto") as artifact:
-        fm.fit(artifact, data=bed.data(bed.scale.fit), method="regret", tokens=bed.scale.fit)
-        rows += _verdict(bed, "top-2, healed, fitted", artifact)
-        rows += _trained(bed, artifact)
+    """What a user gets: `backbone: auto`, healed, `regret`, top-2, all from the same text; then 100 steps of training.
+
+    The fitted artifact and the losses are kept, so that a killed run continues.
+    """
+    with attempted("top-2, healed, fitted") as rows:
+        rows += _verdict(bed, "top-2, healed, fitted", _fitted(bed))
     yield from rows
-    if any(row.value is None for row in rows):  # healing is not here: the same without it
-        with attempted("top-2, fitted") as rows, folder_for(bed, "fitted") as out:
-            keys = fit_keys(bed) | {"gate_mode": "regret", "backbone": _best_plain(bed)}
-            given = {domain: {"data": files} for domain, files in bed.data(bed.scale.fit).items()}
-            fm.build(bed.recipe(given, **keys), out, virtual=True)
-            rows += _verdict(bed, "top-2, fitted", out)
-            rows += _trained(bed, out)
-        yield from rows
+    yield from _trained(bed, _fitted(bed))
 
 
 def lora(bed: Bed) -> Iterator[Row]:
@@ -135,8 +129,8 @@ def lora(bed: Bed) -> Iterator[Row]:
             losses = bed.known(f"forced {name}", partial(_own_experts, bed, recipe))
             rows.append(kept_row(bed, f"LoRA parents, forced, {name}", losses, least=95.0))
             if name == "average":
-                moe = fm.load(recipe)
-                speeds = {"MoE": _speed(moe.model), "base": _speed(dense(base, bed.parents.dtype))}
+                moe = bed.load(recipe)
+                speeds = {"MoE": _speed(moe.model), "base": _speed(bed.dense(base))}
                 for what in ("read", "write"):
                     shares = [speeds["MoE"][what] / speeds["base"][what]]
                     rows.append(make_row(f"LoRA parents, virtual: {what}, of base's speed", shares[0], "x"))
@@ -179,48 +173,50 @@ def _forced(bed: Bed, name: str) -> Losses:
 
 
 def _own_experts(bed: Bed, recipe: fm.Recipe) -> Losses:
-    return bed.forced(fm.load(recipe))
+    return bed.forced(bed.load(recipe))
 
 
 def _routed(bed: Bed, make: Callable[[], fm.Recipe]) -> Losses:
-    return bed.losses(fm.load(make()).model)
+    return bed.losses(bed.load(make()).model)
 
 
 def _healed_losses(bed: Bed, name: str) -> Losses:
     """The same after healing."""
 
     def measured() -> Losses:
-        with _healed(bed, BACKBONES[name]) as artifact:
-            return bed.forced(fm.load(artifact))
+        return bed.forced(bed.load(_healed(bed, name)))
 
     return bed.known(f"healed {name}", measured)
 
 
-@contextmanager
-def _healed(bed: Bed, backbone: Any) -> Iterator[Path]:
-    """A healed artifact of the parents. Its routers are random."""
-    with folder_for(bed, "healed") as out:
-        file = bed.work / "heal.yml"
+def _healed(bed: Bed, name: str) -> Path:
+    """A healed artifact of the parents, made once, with a backbone of BACKBONES. Its routers are random."""
+    out = bed.kept_in / f"healed-{name.replace(' ', '-')}"
+    if not out.exists():
+        file = bed.kept_in / "heal.yml"
+        file.parent.mkdir(parents=True, exist_ok=True)
         given = {domain: {"data": files} for domain, files in bed.data(bed.scale.heal).items()}
-        recipe = bed.recipe(given, backbone=backbone)
+        recipe = bed.recipe(given, backbone=BACKBONES[name])
         file.write_text(yaml.safe_dump(recipe.to_dict(), allow_unicode=True))
-        command([*FRANKENMOE, "heal", str(file), str(out)])
-        yield out
+        command([*FRANKENMOE, "heal", str(file), str(out), "--device", bed.device])
+    return out
 
 
-def _best_plain(bed: Bed) -> Any:
-    """The best backbone that needs no text, by own expert forced."""
-    found: dict[str, float] = {}
-    for name in ("average", "task arithmetic 0.7"):
-        with attempted(name):
-            found[name] = bed.kept(_forced(bed, name))["mean"]
-    return BACKBONES[max(found, key=lambda name: found[name])] if found else "average"
+def _fitted(bed: Bed) -> Path:
+    """The healed artifact with fitted routers, made once. Beside the first, since its paths are relative."""
+    out = bed.kept_in / "fitted"
+    if not out.exists():
+        partial = out.with_name("fitting")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(_healed(bed, "auto"), partial)
+        fm.fit(partial, data=bed.data(bed.scale.heal), method="regret", tokens=bed.scale.heal, device=bed.device)
+        partial.rename(out)
+    return out
 
 
 def _verdict(bed: Bed, what: str, artifact: Path) -> Iterator[Row]:
     """Kept by domain, against the best dense merge, and on general text."""
-    model = fm.load(artifact).model
-    losses = bed.losses(model)
+    losses = bed.known(what, lambda: bed.losses(bed.load(artifact).model))
     row = kept_row(bed, what, losses, least=93.0)
     yield row
     yield make_row(f"{what}: worst domain", min(value for (value,) in row.samples.values()), "%", least=85.0)
@@ -230,22 +226,29 @@ def _verdict(bed: Bed, what: str, artifact: Path) -> Iterator[Row]:
     bounds = {f"{domain} {end}": getattr(each, end) for domain, each in gains.items() for end in ("low", "high")}
     note = f"lower bound of the worst domain's interval, against {method}"
     yield make_row(f"{what}: below the best dense merge", lowest.low, "nats", least=0.0, by=bounds, note=note)
-    general = _general(bed)
-    ours, base = sum(nats(model, general)), sum(nats(dense(bed.parents.base, bed.parents.dtype), general))
+    ours = sum(_on_general(bed, what, lambda: bed.load(artifact).model))
+    base = sum(_on_general(bed, "base", lambda: bed.dense(bed.parents.base)))
     yield make_row(f"{what}: general text, over the base's loss", 100 * (ours / base - 1), "%", limit=1.0)
 
 
+def _on_general(bed: Bed, what: str, model: Callable[[], Any]) -> list[float]:
+    """Nats per block of general text."""
+    return bed.known(f"general {what}", lambda: {"general": nats(model(), _general(bed))})["general"]
+
+
 def _trained(bed: Bed, artifact: Path) -> Iterator[Row]:
-    """100 steps of training of routers and norms on top."""
+    """100 steps of training of routers and norms on top, kept even if the guard would not keep them."""
     from frankenmoe.recipe.train import TrainSettings
     from frankenmoe.train.run import train
 
-    steps = 100 if bed.scale.held_out > 512 else 2
-    with attempted("trained 100 steps: routers, norms") as rows, folder_for(bed, "trained") as out:
-        settings = TrainSettings.model_validate({"what": "routers,norms", "steps": steps})
-        data = {domain: [str(bed.parents.texts[domain] / f"{domain}.train.txt")] for domain in bed.domains}
-        done = train(artifact, out, data=data, settings=settings, keep_anyway=True)
-        losses = bed.losses(fm.load(done.artifact).model)
+    out = bed.kept_in / "trained"
+    with attempted("trained 100 steps: routers, norms") as rows:
+        if not out.exists():
+            steps = 100 if bed.scale.held_out > 512 else 2
+            settings = TrainSettings.model_validate({"what": "routers,norms", "steps": steps})
+            data = {domain: [str(bed.parents.texts[domain] / f"{domain}.train.txt")] for domain in bed.domains}
+            train(artifact, out, data=data, settings=settings, keep_anyway=True, device=bed.device)
+        losses = bed.known("trained", lambda: bed.losses(bed.load(out).model))
         rows.append(kept_row(bed, "trained 100 steps: routers, norms", losses, least=98.0))
     yield from rows
 
@@ -267,7 +270,7 @@ def _general(bed: Bed) -> list[Any]:
 @torch.no_grad()
 def _speed(model: Any, tokens: int = 24) -> dict[str, float]:
     """Tokens per second: reading 1,024 at once, and writing one after another; the better of two."""
-    ids = torch.randint(1000, 40_000, (4, 256), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(1000, 40_000, (4, 256), generator=torch.Generator().manual_seed(0)).to(model.device)
     read, write = [], []
     with quiet_transformers():
         for _ in range(2):
