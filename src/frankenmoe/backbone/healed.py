@@ -21,6 +21,7 @@ from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.tensors import LowRank, Noise, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import materialize, values
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
+from frankenmoe.data.blocks import joined_spans
 from frankenmoe.data.given import Texts
 from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.texts import OwnText, read_texts
@@ -203,6 +204,7 @@ def _heal_one(
         kept=healed.step > 0,
         tokens=sum(len(block.ids) for block in text.kept),
         block=len(text.held[0].ids),
+        spans=tuple(joined_spans(text.kept)),
         held_out_tokens=sum(block.targets for block in text.held),
         step=healed.step,
         parent=healed.parent,

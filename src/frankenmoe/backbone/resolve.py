@@ -24,7 +24,7 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.backbone import ATTENTION, AUTO, backbone_of
 
 KIND = "backbones"
-VERSION = 2  # increase it when a change of the code gives another backbone for the same plan and text
+VERSION = 3  # increase it when a change of the code gives another backbone for the same plan and text
 RESULT = "backbone.json"
 DECIDING = ("base_model", "experts", "shared_experts", "backbone", "seed", "trained")  # keys of a recipe
 

@@ -141,7 +141,7 @@ def _stage(subject: Subject, report: HealReport) -> dict[str, Any]:
         "from": subject.origin,
         "settings": report.settings,
         "data": report.data,
-        "text": {part.name: {"tokens": part.tokens, "block": part.block} for part in report.tried},
+        "text": {part.name: {"tokens": part.tokens, "block": part.block, "spans": part.spans} for part in report.tried},
         "kept": [expert.name for expert in report.kept],
         "held_out_loss": report.means,
         "versions": versions(),
