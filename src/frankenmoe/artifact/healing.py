@@ -10,9 +10,9 @@ from frankenmoe.artifact.reports import Measure, ReportPart, StageReport
 class HealedPart(ReportPart):
     """One expert. Losses are held-out, in nats per token, with this expert forced in every layer.
 
-    `step` is the share of the changes that was kept, 0 for none. `reason` says why an expert was not tried. The text is
-    read in blocks of `block` tokens. By layer: `ridges`, and `left`, the share of the held-out distance to the parent's
-    states that the refit left.
+    `step` is the share of the changes that was kept, 0 for none. `noise` is the standard error of what it lowers the
+    loss by. `reason` says why an expert was not tried. The text is read in blocks of `block` tokens. By layer:
+    `ridges`, and `left`, the share of the held-out distance to the parent's states that the refit left.
     """
 
     name: AnyText
@@ -25,6 +25,7 @@ class HealedPart(ReportPart):
     parent: Measure = None
     before: Measure = None
     after: Measure = None
+    noise: Measure = None
     ridges: tuple[float, ...] = ()
     left: tuple[float, ...] = ()
 

@@ -4,7 +4,7 @@ Every token of the expert's text goes to this expert alone. Shape suffixes: N bl
 block, I inputs, O outputs of a down projection.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -13,9 +13,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from frankenmoe.backbone.heal import Moments, Refit, low_rank, refit
+from frankenmoe.backbone.measure import Losses, block_losses
 from frankenmoe.backbone.stream import Stream
 from frankenmoe.data.blocks import Block
-from frankenmoe.gates.states import mean_loss
 from frankenmoe.moe.dense import load_source, torch_dtype
 from frankenmoe.moe.device import CPU, Weights, check_room, place
 from frankenmoe.moe.load import MoE, load_parts
@@ -43,8 +43,9 @@ class Change:
 class HealedExpert:
     """The changes of an expert's down projections, one per layer, and what they do to the held-out loss.
 
-    `step` is the share of the changes that is kept; 0 if nothing lowers the loss. Losses are in nats per token, with
-    this expert forced in every layer; `parent` is the loss of the parent itself.
+    `step` is the share of the changes that is kept; 0 if nothing surely lowers the loss. Losses are in nats per token,
+    with this expert forced in every layer; `parent` is the loss of the parent itself. `noise` is the standard error of
+    the fall of the loss: of that with the kept share, or of the lowest one if none is kept.
     """
 
     changes: tuple[Change, ...]
@@ -52,6 +53,7 @@ class HealedExpert:
     parent: float
     before: float
     after: float
+    noise: float
 
 
 def alone(plan: Plan, leaf: ExpertNode, *, device: torch.device = CPU) -> MoE:
@@ -78,20 +80,35 @@ def heal_expert(
 ) -> HealedExpert:
     """Heals a leaf whose down projections are known, on blocks of equal length.
 
-    `held` choose the ridge of every layer and the step. Raises PlanError for a family whose layers cannot be healed.
+    `held` choose the ridge of every layer and the share that is kept. Raises PlanError for a family whose layers
+    cannot be healed.
     """
     assert leaf.source is not None
     check_room(Weights(2 * _bytes(plan, leaf), torch_dtype(plan.dtype)), device)
     parent, own = place(load_source(leaf.source, stored=plan.dtype), device), alone(plan, leaf, device=device)
     downs = _downs(own, leaf)
-    before, goal = (mean_loss(model, held, on_tokens=on_tokens) for model in (own.model, parent))
+
+    def measured(model: PreTrainedModel) -> Losses:
+        return Losses({leaf.name: block_losses(model, held, on_tokens=on_tokens)})
+
+    losses, goal = {0.0: measured(own.model)}, measured(parent)
     changes = tuple(_sweep(parent, own, downs, kept, held, ridges=ridges, rank=rank, on_tokens=on_tokens))
-    losses = {0.0: before}
     for step in STEPS if any(change.left < 1 for change in changes) else ():
         with _changed(downs, [step * change.whole_OI for change in changes]):
-            losses[step] = mean_loss(own.model, held, on_tokens=on_tokens)
-    best = min(losses, key=lambda step: losses[step])
-    return HealedExpert(changes, best, goal, before, losses[best])
+            losses[step] = measured(own.model)
+    step = surely_best(losses)
+    lowest = min(losses, key=lambda each: losses[each].mean)
+    noise = losses[step or lowest].noise(losses[0.0])
+    return HealedExpert(changes, step, goal.mean, losses[0.0].mean, losses[step].mean, noise)
+
+
+def surely_best(losses: Mapping[float, Losses]) -> float:
+    """The smallest share of the changes whose loss is at most one standard error above the lowest.
+
+    So nothing is changed (share 0) unless that lowers the loss by more than one standard error, paired by block.
+    """
+    lowest = losses[min(losses, key=lambda step: losses[step].mean)]
+    return min(step for step, each in losses.items() if each.behind(lowest) <= each.noise(lowest))
 
 
 def _bytes(plan: Plan, leaf: ExpertNode) -> int:

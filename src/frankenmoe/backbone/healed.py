@@ -6,7 +6,7 @@ Shape suffixes: I inputs, O outputs of a down projection, R rank.
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from frankenmoe.moe.dense import load_tokenizer, torch_dtype
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, source_path, write_adapter
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.fitting import HELD_OUT_DATA
 from frankenmoe.planning.healing import down_suffix
 from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.trained import TRAINED, trained_name
@@ -38,7 +39,8 @@ from frankenmoe.suggest import did_you_mean
 
 REPORT = "heal.json"
 SCAFFOLD = "healing"  # the finished experts of a run that has not ended
-LEAST = 8  # blocks of text, one of which is held out
+LEAST = 8  # blocks of text, two of which are held out
+SHARE, ENOUGH = 0.3, 24  # of the blocks that are held out, unless that is more than enough; then a tenth, or enough
 NO_DATA = "it has no data"
 
 
@@ -105,7 +107,20 @@ def _text(plan: Plan, tokenizer: Any, name: str, settings: HealSettings, data: T
             "heal from",
             hint="give more text or a smaller block; from 10,000 tokens on it pays",
         )
-    return text
+    return ending(text)
+
+
+def ending(text: OwnText) -> OwnText:
+    """The same text with its end held out. What fits hold out is not kept either.
+
+    Blocks between kept ones would not do: they continue the same documents, so that what a refit has learnt from their
+    neighbours helps there, and nowhere else.
+    """
+    blocks = sorted((*text.kept, *text.held), key=lambda block: block.span)
+    start = len(blocks) - max(round(len(blocks) * HELD_OUT_DATA), min(round(len(blocks) * SHARE), ENOUGH))
+    fits_hold = {block.span for block in text.held}
+    own = tuple(block for block in blocks[:start] if block.span not in fits_hold)
+    return replace(text, kept=own, held=tuple(blocks[start:]))
 
 
 def heal_all(
@@ -193,6 +208,7 @@ def _heal_one(
         parent=healed.parent,
         before=healed.before,
         after=healed.after,
+        noise=healed.noise,
         ridges=tuple(change.ridge for change in healed.changes if change.left < 1),
         left=tuple(change.left for change in healed.changes),
     )

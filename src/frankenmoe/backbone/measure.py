@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from transformers import PreTrainedModel
 
-from frankenmoe.data.blocks import hold_out
+from frankenmoe.data.blocks import Block, hold_out
 from frankenmoe.gates.forcing import forced
 from frankenmoe.gates.states import Advance, next_losses, silent
 from frankenmoe.gates.texts import OwnText
@@ -64,7 +64,7 @@ class Losses:
 def divided(text: OwnText) -> OwnText:
     """The same text with a third of its blocks held out; prompts, of which there are few, stay as they are.
 
-    What fits and healing hold out is not kept either, so that RegMean does not read it.
+    What fits hold out is not kept either, so that RegMean does not read it.
     """
     if text.from_prompts:
         return text
@@ -84,10 +84,13 @@ def measure(
         if not blocks:
             continue
         with forced(model, text.path):
-            losses_N = next_losses(model, blocks, on_tokens=on_tokens)
-        ends = list(accumulate(len(block.ids) for block in blocks))
-        parts = losses_N.double().tensor_split(ends[:-1])
-        found[text.name] = tuple(
-            float(losses.sum()) / max(1, sum(block.learn[1:])) for losses, block in zip(parts, blocks, strict=True)
-        )
+            found[text.name] = block_losses(model, blocks, on_tokens=on_tokens)
     return Losses(found)
+
+
+def block_losses(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> tuple[float, ...]:
+    """Nats per token of every block. Blocks of different lengths must be sorted by length."""
+    losses_N = next_losses(model, blocks, on_tokens=on_tokens)
+    ends = list(accumulate(len(block.ids) for block in blocks))
+    parts = losses_N.double().tensor_split(ends[:-1])
+    return tuple(float(part.sum()) / max(1, sum(block.learn[1:])) for part, block in zip(parts, blocks, strict=True))

@@ -67,8 +67,9 @@ def heal(
 
     `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
     working directory. `changes` are settings by name. Models run on `device`. An expert is left as it is unless its
-    held-out loss falls. The routers of a recipe are made afterwards; those of an artifact are kept. A built artifact
-    needs its sources, and the result is virtual too. If killed, the same call continues after the last finished expert.
+    held-out loss falls by more than one standard error. The routers of a recipe are made afterwards; those of an
+    artifact are kept. A built artifact needs its sources, and the result is virtual too. If killed, the same call
+    continues after the last finished expert.
     """
     out, place = Path(os.path.realpath(out)), resolve(device)
     refuse_occupied(out)

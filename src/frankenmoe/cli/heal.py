@@ -44,8 +44,8 @@ def heal_command(
 
     An expert was trained with its parent's attention and embeddings, but the MoE has one backbone for all. Each
     layer's down projection is solved in closed form, so that on the expert's text the MoE's states follow the
-    parent's. No training. An expert is changed only if its loss on held-out text falls. If interrupted or killed, the
-    same command continues.
+    parent's. No training. An expert is changed only if its loss on held-out text falls by more than one standard
+    error. If interrupted or killed, the same command continues.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
     named = by_expert(data, subject.recipe)
@@ -68,18 +68,18 @@ def _show(report: "HealReport", folder: Path) -> None:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("held-out loss of", overflow="fold")
-    for name in ("parent", "before", "healed", "kept"):
+    for name in ("parent", "before", "healed", "+-", "kept"):
         table.add_column(name, justify="right", no_wrap=True)
     for expert in report.tried:
-        losses = (expert.parent, expert.before, expert.after)
+        losses = (expert.parent, expert.before, expert.after, expert.noise)
         table.add_row(expert.name, *(f"{loss:.4f}" for loss in losses), f"{expert.step:.0%}" if expert.kept else "no")
     if len(report.tried) > 1:
-        table.add_row("mean", *(f"{loss:.4f}" for loss in report.means.values()), "", style="bold")
+        table.add_row("mean", *(f"{loss:.4f}" for loss in report.means.values()), "", "", style="bold")
     console().print(table)
     for expert in report.experts:
         if expert.reason:
             click.echo(f"{expert.name} was not healed: {expert.reason}", err=True)
     if not report.kept:
-        click.secho("healing lowered the held-out loss of no expert, so none was changed", fg="yellow", err=True)
+        click.secho("healing surely lowered the held-out loss of no expert, so none was changed", fg="yellow", err=True)
     click.echo(f"{len(report.kept)} experts changed, {report.bytes / 2**20:,.1f} MiB; artifact in {folder}")
     click.echo(f"next: {command('chat', folder)}")
