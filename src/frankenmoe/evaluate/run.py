@@ -105,11 +105,11 @@ def evaluate(
     data_dir = Path(settings.data_dir) if settings.data_dir else None
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
     moes = [each for each in opened if isinstance(each, Subject)]
-    with main_first():  # which downloads the rows and measures backbones
+    with main_first():  # which downloads the rows
         suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
-        for each in moes:
-            if not each.built:
-                each.resolved(progress, device=device)
+    for each in moes:
+        if not each.built:
+            each.resolved(progress, device=device)
     for each in moes:
         check_room(weights_of(each.parts), chosen, dtype=getattr(torch, dtype) if dtype else None)
     if settings.against_parents and (len(opened) != 1 or not moes):
