@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from frankenmoe.artifact.folder import Artifact, small_hashes
+from frankenmoe.artifact.folder import Artifact, check_no_stray, small_hashes
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
@@ -30,7 +30,6 @@ from frankenmoe.subject import Subject, open_subject
 
 DAMAGED = "the folder was changed or damaged after the build; build it again"
 UNKNOWN_CLASS = "the installed transformers has a new layout for this format; update frankenmoe"
-SINGLE = "model.safetensors"
 SAMPLE = 2**16  # bytes compared of each copied tensor if sampled
 Listener = Callable[[int], None]
 
@@ -79,12 +78,7 @@ def _small_files(artifact: Artifact) -> Check:
                 f"{artifact.folder / name} {'was edited' if name in found else 'was removed'} after the build",
                 hint="restore the file, or build the artifact again",
             )
-    stray = artifact.folder / SINGLE
-    if stray.exists():
-        raise ArtifactError(
-            f"{stray} was added after the build, and transformers would load it instead of the shards and the routers",
-            hint="move it away",
-        )
+    check_no_stray(artifact.folder)
     return Check("files", f"{len(recorded)} small files are unchanged")
 
 
