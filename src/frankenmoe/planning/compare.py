@@ -15,7 +15,7 @@ from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import LowRank, TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
-from frankenmoe.planning.tree import ExpertNode
+from frankenmoe.planning.tree import EVERY_NAME, FFN_ADAPTER, ExpertNode, strange_keys
 
 # bytes of a tensor that are compared in full when all sampled blocks are equal
 COMPARE_LIMIT = 1 << 20
@@ -128,6 +128,13 @@ def _unread(source: Source) -> Iterator[str]:
         yield (
             f"{source.name} also holds an adapter, which transformers would load and which is not used; an expert's "
             f"`adapter: {source.name}` uses it"
+        )
+    beyond = [key for key in strange_keys(source, EVERY_NAME) if not FFN_ADAPTER.search(key)]
+    if source.adapter is not None and beyond:
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        yield (
+            f"the adapter {source.adapter.folder} holds more than low-rank pairs, and of that an expert takes nothing: "
+            f"{beyond[0]}{more}"
         )
 
 
