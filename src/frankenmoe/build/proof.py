@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from frankenmoe.artifact.folder import Artifact, check_no_stray, small_hashes
+from frankenmoe.build.tokens import compared_texts
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
@@ -66,6 +67,7 @@ def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT
         *checks,
         *prove_routers(made, artifact.folder),
         *prove_body(made, artifact.folder, on_bytes=progress.advance),
+        *prove_tokenizer(made, artifact.folder),
     )
 
 
@@ -102,6 +104,12 @@ def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = 
     compared = sum(_compare_bytes(write, tensors[write.name], sampled=sampled, on_bytes=on_bytes) for write in wanted)
     extent = "one block of each tensor, " if sampled else "every byte, "
     return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources"))
+
+
+def prove_tokenizer(plan: Plan, folder: Path) -> tuple[Check, ...]:
+    """Compares the ids that the folder and the base give to hard texts; no check if the base has no tokenizer."""
+    count = compared_texts(plan, folder)
+    return () if count is None else (Check("tokenizer", f"the base's ids for {count} hard texts"),)
 
 
 def prove_class(plan: Plan) -> None:
