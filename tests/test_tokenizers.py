@@ -107,5 +107,5 @@ def test_verify_notices_another_tokenizer(tmp_path: Path) -> None:
 
     record["files"] = small_hashes(built)
     (built / "frankenmoe.json").write_text(json.dumps(record))
-    with pytest.raises(ArtifactError, match="splits .* otherwise than that of its base"):
+    with pytest.raises(ArtifactError, match=r"splits .* otherwise than that of its base"):
         verify(built)
