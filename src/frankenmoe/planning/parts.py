@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.artifact.folder import Artifact
+from frankenmoe.artifact.folder import Artifact, check_no_stray
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Constant, LowRank, Scale, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError, PlanError
@@ -115,6 +115,7 @@ def sharing_equal_experts(parts: Parts, plan: Plan) -> Parts:
 
 def parts_of_built(artifact: Artifact) -> Parts:
     """The parts of a built artifact. ArtifactError if its record or its tensors are damaged."""
+    check_no_stray(artifact.folder)
     record, tensors = artifact.record, open_checkpoint(artifact.folder).tensors
     config = record["base_config"]
     fmt, family = FORMATS.get(record["format"]), FAMILIES.get(str(config.get("model_type")))
