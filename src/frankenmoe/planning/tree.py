@@ -14,6 +14,7 @@ from frankenmoe.checkpoint.peft import PREFIX
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
+from frankenmoe.families import MLPS
 from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
@@ -22,7 +23,7 @@ DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 # LoRA initialisations that keep the base's weights; PiSSA, OLoRA and the like change them on loading
 PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
 # a tensor of an adapter on an FFN, of any kind of adapter
-FFN_ADAPTER = re.compile(r"\.\d+\.mlp\.")
+FFN_ADAPTER = re.compile(rf"\.\d+\.({'|'.join(MLPS)})\.")
 EVERY_NAME = re.compile("")
 # PEFT settings that compute something other than W + scale * B A
 UNSUPPORTED_PEFT = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora")
