@@ -76,7 +76,8 @@ def test_plain_rotary_settings_are_not_warned_of(parents: Parents, tmp_path: Pat
 
 def deepseek(tmp_path: Path, family: str = "llama", **changes: Any) -> fm.Plan:
     own = [tiny.make_parent(tmp_path / str(seed), family, seed=seed, **changes) for seed in range(2)]
-    return planned(tmp_path / "r.yml", own[0], own, shared_experts=[{"source_model": str(own[1])}])
+    shared = [{"source_model": str(own[1])}]
+    return planned(tmp_path / "r.yml", own[0], own, shared_experts=shared, architecture="deepseek")
 
 
 @pytest.mark.parametrize(
