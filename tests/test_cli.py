@@ -175,6 +175,29 @@ def test_a_terminal_gets_a_bar_with_rate_and_time_left(unit: str, rate: str) -> 
     assert unit == "B" or "held out 4.321" in text
 
 
+def test_a_long_note_is_cut_and_not_the_time_left() -> None:
+    text = in_a_terminal(
+        "import time\nfrom frankenmoe.cli.progress import bars\n"
+        "with bars() as progress:\n"
+        "    progress.start('1/7 fit: fitting', 10**6, 'tokens')\n"
+        "    progress.note('statistics of the routers, own expert forced in every layer')\n"
+        "    for _ in range(8): progress.advance(50); time.sleep(0.15)\n"
+    )
+    assert re.search(r"tokens/s \S*\d:\d\d:\d\d", text)
+    assert re.search(r"statistics of \S*.*…", text)
+
+
+def test_steps_that_take_longer_than_a_second_have_a_time_each() -> None:
+    text = in_a_terminal(
+        "import time\nfrom frankenmoe.cli.progress import bars\n"
+        "with bars() as progress:\n"
+        "    progress.start('training', 4, 'steps')\n"
+        "    for _ in range(3): time.sleep(1.2); progress.advance(1)\n"
+    )
+    assert re.search(r"\d\.\d s each", text)
+    assert re.search(r"0:00:0[1-9]", text)
+
+
 def test_interrupted_says_so_and_exits_130(recipe: Path, tmp_path: Path) -> None:
     code = (
         "import os, signal\nfrom frankenmoe.build import body as compose\n"

@@ -140,8 +140,13 @@ def test_regmean_is_the_same_virtual_built_and_in_stock_transformers(
             assert torch.allclose(fm.load(what.folder).model(ids).logits, expected, atol=1e-5)
     assert (virtual.folder / "backbone.safetensors").is_file()
     assert virtual.record["recipe"]["trained"] == "backbone.safetensors"
-    moved = tmp_path / "moved"
-    shutil.move(virtual.folder, moved)
+    moved = tmp_path / "elsewhere" / "deeper" / "moved"  # its own tensors go with it, its sources stay where they are
+    moved.parent.mkdir(parents=True)
+    shutil.copytree(virtual.folder, moved)
+    (virtual.folder / "backbone.safetensors").unlink()  # the copy has its own
+    with torch.no_grad():
+        assert torch.allclose(fm.load(moved).model(ids).logits, expected, atol=1e-5)
+    shutil.rmtree(virtual.folder)
     with torch.no_grad():
         assert torch.allclose(fm.load(moved).model(ids).logits, expected, atol=1e-5)
 

@@ -11,6 +11,7 @@ import torch
 import frankenmoe as fm
 import tiny
 from frankenmoe.train.run import train
+from refusals import copy_of
 
 sys.path.append(str(Path(__file__).parents[1] / "train"))
 import corpus
@@ -70,6 +71,23 @@ def test_a_trained_artifact_learns_on(parents: Parents, tmp_path: Path) -> None:
     assert norms[0] == norms[1]
     assert [stage["stage"] for stage in found.artifact.record["stages"]] == ["routers", "train", "train"]
     assert found.report["mean_held_out_loss"]["best"] < found.report["mean_held_out_loss"]["before"]
+
+
+def test_a_trained_artifact_can_be_moved_away_from_its_sources(parents: Parents, tmp_path: Path) -> None:
+    """Norms and adapters go with it; sources that the recipe names relative to it are where they were."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    own = [copy_of(parent, tmp_path / parent.name) for parent in parents["llama"]]
+    data = corpus.write_texts(tmp_path)
+    recipe = corpus.recipe(folder, [Path("..") / parent.name for parent in own])
+    train(recipe, folder / "out", data=data, settings=corpus.settings(what="norms,adapters"))
+    ids, there = tiny.ids(), tmp_path / "a" / "b" / "moe"
+    before = corpus.logits(fm.load(folder / "out").model, ids)
+    there.parent.mkdir(parents=True)
+    (folder / "out").rename(there)
+    recipe.unlink()
+    folder.rmdir()
+    assert torch.equal(corpus.logits(fm.load(there).model, ids), before)
 
 
 def test_scale_noise_and_adapter_of_the_recipe_survive_training(parents: Parents, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_a_misspelt_key_is_refused_with_the_right_one(wrong: str, right: str, me
         ("backbone: 3", "7: backbone must be a mapping of keys to values, found 3", "key: value"),
         ("backbone: {metod: ties, lambda: 1}", "7: backbone.metod is not a known key", "did you mean 'method'?"),
         ("backbone: {atention: base}", "7: backbone.atention is not a known key", "did you mean 'attention'?"),
+        ("backbone: {method: ties, scale: 1}", "7: backbone.scale is not a known key", "choose one of method, lambda"),
         ("backbone: {lambda: 1}", "7: backbone.method is missing", "add a line"),
         ("backbone: {method: tis}", "7: backbone.method must be one of base, ", "did you mean 'ties'?"),
         ("backbone:\n  method: ties\n  density: 0", "9: backbone.density must be more than 0, found 0", "such a value"),

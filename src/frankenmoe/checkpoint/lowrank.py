@@ -18,6 +18,8 @@ from frankenmoe.checkpoint.tensors import DTYPES, TensorRef
 from frankenmoe.checkpoint.values import check_finite
 
 Wide = NDArray[np.float64]
+Basis = Callable[[int], Floats]
+"""How many -> that many leading right singular vectors as columns [I, R], of any length; the caller may change them."""
 
 BLOCK = 2**20  # elements that are decoded at a time
 KEPT = 2**24  # elements; a smaller difference stays in memory (64 MiB) between the passes
@@ -26,7 +28,9 @@ CHEAP = 8  # sketches as wide as one 8th of the shorter side cost as much as the
 SPARE = 16  # sketch columns beyond the rank; a flat spectrum needs more of them, so at least the rank is doubled
 PASSES = 12  # at most so many power iterations
 ENOUGH = 2e-4  # iterations end when the energy grows by less than this share
-SKETCH = 2**25  # numbers in the largest sketch (128 MiB): bounds the rank that an energy may ask for
+SKETCH = 2**25  # numbers in the largest sketch (128 MiB), and
+WIDEST = 2048  # its columns: bound the rank that an energy may ask for
+PANEL = 128  # columns that are worked on together where all of them would take much memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,8 @@ def low_rank(
     """The best factors of a rank, or of the smallest rank that keeps the share `energy` of `total`.
 
     `total` is the difference's squared norm (`energies`). None if it is zero. The rank is at most the shorter side. The
-    share is not reached if the sketch it needs would take more than SKETCH numbers. Memory: a few sketches, and 64 MiB.
+    share is not reached if the sketch it needs would take more than SKETCH numbers or WIDEST columns. Memory: two
+    sketches, a few WIDEST x WIDEST matrices, and 64 MiB; with a `rank`, two sketches of twice its columns.
     """
     if total <= 0:
         return None
@@ -102,14 +107,14 @@ def low_rank(
     short, sought = min(rows, columns), energy * total if energy is not None else math.inf
     kept_OI = _whole(difference) if rows * columns <= KEPT else None
     if kept_OI is not None and short <= EXACT and (rank is None or _columns(rank, short) * CHEAP >= short):
-        basis_IK, values_K = _exact(kept_OI)
+        values_K, basis_of = _exact(kept_OI)
     else:
-        basis_IK, values_K = _sketched(_passes(difference, kept_OI), difference.shape, rank, sought, seed)
+        values_K, basis_of = _sketched(_passes(difference, kept_OI), difference.shape, rank, sought, seed)
     growing_K = np.cumsum(values_K)
     count = int(np.searchsorted(growing_K, sought)) + 1 if rank is None else rank
     count = max(1, min(count, values_K.size, int((values_K > 0).sum())))
     # directions beyond the difference's own rank are rounding errors, which need not be orthogonal to the others
-    basis_IR = _orthonormal(basis_IK[:, :count])
+    basis_IR = _orthonormal(basis_of(count))
     return _factors(_passes(difference, kept_OI), basis_IR, values_K[:count], rows=rows, total=total)
 
 
@@ -124,11 +129,13 @@ def _passes(difference: Difference, kept_OI: Floats | None) -> Callable[[], Iter
     """A function that reads the difference once more from top to bottom."""
     if kept_OI is None:
         return difference.blocks
-    return lambda: iter([(slice(0, kept_OI.shape[0]), kept_OI)])
+    step = max(1, BLOCK // kept_OI.shape[1])
+    places = [slice(start, start + step) for start in range(0, kept_OI.shape[0], step)]
+    return lambda: ((place, kept_OI[place]) for place in places)
 
 
-def _exact(whole_OI: Floats) -> tuple[Floats, Wide]:
-    """The right singular vectors [I, S] and the squared singular values, the largest first.
+def _exact(whole_OI: Floats) -> tuple[Wide, Basis]:
+    """The squared singular values, the largest first, and a function that gives so many right singular vectors.
 
     From the eigenvectors of the smaller Gram matrix, in float64: exact to 1e-8 of the largest singular value.
     """
@@ -141,10 +148,7 @@ def _exact(whole_OI: Floats) -> tuple[Floats, Wide]:
         gram_SS += part.T @ part
     values_S, vectors_SS = np.linalg.eigh(gram_SS)
     values_S, vectors_SS = np.maximum(values_S[::-1], 0.0), vectors_SS[:, ::-1].astype(np.float32)
-    if tall:
-        return vectors_SS, values_S
-    lengths_S = np.sqrt(np.where(values_S > 0, values_S, 1.0)).astype(np.float32)
-    return whole_OI.T @ vectors_SS / lengths_S, values_S
+    return values_S, lambda count: vectors_SS[:, :count].copy() if tall else whole_OI.T @ vectors_SS[:, :count]
 
 
 def _columns(rank: int, short: int) -> int:
@@ -158,54 +162,77 @@ def _sketched(
     rank: int | None,
     sought: float,
     seed: int,
-) -> tuple[Floats, Wide]:
-    """Leading right singular vectors [I, K] and squared singular values, by subspace iteration on the shorter basis.
+) -> tuple[Wide, Basis]:
+    """Leading squared singular values, and a function that gives their right singular vectors: subspace iteration.
 
     Every pass multiplies by the difference and by its transpose. With a rank, the sketch has a fixed width; without,
     it is doubled until its energy reaches `sought`.
     """
     rows, columns = shape
-    short, most = min(shape), max(1, SKETCH // (rows + columns))
-    width = min(_columns(rank or 32, short), most)
+    short = min(shape)
+    most = max(1, min(short, WIDEST, SKETCH // (rows + columns)))
+    width = _columns(rank, short) if rank is not None else min(_columns(32, short), most)
     random = np.random.Generator(np.random.PCG64(seed))
     basis_IK = _orthonormal(random.standard_normal((columns, width), np.float32))
     while True:
         basis_IK, values_K = _iterated(read, basis_IK, wanted=rank or width // 2)
         # the second half of the sketch has not converged: it is only there to sharpen the first
-        if rank is not None or width >= min(short, most) or values_K[: width // 2].sum() >= sought:
-            return basis_IK, values_K
-        more = min(2 * width, short, most) - width
+        if rank is not None or width >= most or values_K[: width // 2].sum() >= sought:
+            break
+        more = min(2 * width, most) - width
         fresh_IK = random.standard_normal((columns, more), np.float32)
         basis_IK = _orthonormal(np.concatenate([basis_IK, fresh_IK], axis=1))
         width += more
+    return values_K, lambda count: basis_IK[:, :count].copy()
 
 
 def _iterated(
     read: Callable[[], Iterator[tuple[slice, Floats]]], basis_IK: Floats, *, wanted: int
 ) -> tuple[Floats, Wide]:
     """Power iterations until the energy of the first `wanted` directions hardly grows (Rayleigh-Ritz after each)."""
-    before = 0.0
+    before, width = 0.0, basis_IK.shape[1]
     for number in range(PASSES + 1):
         image_IK = np.zeros_like(basis_IK)
-        gram_KK = np.zeros((basis_IK.shape[1],) * 2)
+        gram_KK = np.zeros((width, width))
         for _, block_BI in read():
             product_BK = block_BI @ basis_IK
             gram_KK += product_BK.T @ product_BK
-            image_IK += block_BI.T @ product_BK
+            for start in range(0, width, PANEL):  # a whole product would take as much memory as the image
+                image_IK[:, start : start + PANEL] += block_BI.T @ product_BK[:, start : start + PANEL]
         values_K, turn_KK = np.linalg.eigh(gram_KK)
         values_K, turn_KK = np.maximum(values_K[::-1], 0.0), turn_KK[:, ::-1].astype(np.float32)
         now = float(values_K[:wanted].sum())
         if number == PASSES or now <= before * (1 + ENOUGH):
-            return basis_IK @ turn_KK, values_K
+            return _turned(basis_IK, turn_KK), values_K
         before = now
-        basis_IK = _orthonormal(image_IK @ turn_KK)
+        basis_IK = _orthonormal(_turned(image_IK, turn_KK))
     raise AssertionError("the last pass returns")
 
 
+def _turned(columns_IK: Floats, turn_KK: Floats) -> Floats:
+    """`columns_IK @ turn_KK`, in place."""
+    step = max(1, BLOCK // columns_IK.shape[1])
+    for start in range(0, columns_IK.shape[0], step):
+        columns_IK[start : start + step] = columns_IK[start : start + step] @ turn_KK
+    return columns_IK
+
+
 def _orthonormal(columns_IK: Floats) -> Floats:
-    """An orthonormal basis of the columns' span; columns are scaled first, as their lengths differ by many powers."""
-    lengths_K = np.linalg.norm(columns_IK, axis=0)
-    return np.linalg.qr(columns_IK / np.where(lengths_K > 0, lengths_K, 1))[0]
+    """The columns made orthonormal in place; each stays in the span of itself and of those before it.
+
+    Gram-Schmidt by panels, each against the earlier ones and within itself, and both twice: what is left of a column
+    that hardly differs from the earlier ones is mostly rounding errors after the first time (Giraud, Langou and
+    Rozloznik 2005). numpy's QR of all columns would take eight times their memory.
+    """
+    for start in range(0, columns_IK.shape[1], PANEL):
+        panel_IP, before_IK = columns_IK[:, start : start + PANEL].copy(), columns_IK[:, :start]
+        for _ in range(2):
+            lengths_P = np.linalg.norm(panel_IP, axis=0)
+            panel_IP /= np.where(lengths_P > 0, lengths_P, 1)  # they may differ by many powers
+            panel_IP -= before_IK @ (before_IK.T @ panel_IP)
+            panel_IP = np.linalg.qr(panel_IP)[0]
+        columns_IK[:, start : start + PANEL] = panel_IP
+    return columns_IK
 
 
 def _factors(
@@ -217,5 +244,7 @@ def _factors(
     b_OR = np.empty((rows, basis_IR.shape[1]), np.float32)
     for place, block_BI in read():
         b_OR[place] = block_BI @ basis_IR
-    kept = float(np.square(b_OR, dtype=np.float64).sum())
-    return Factors(np.ascontiguousarray((basis_IR * roots_R).T), b_OR / roots_R, total, min(kept, total))
+    kept = float(np.einsum("or,or->", b_OR, b_OR, dtype=np.float64))  # without a copy of the squares
+    basis_IR *= roots_R
+    b_OR /= roots_R
+    return Factors(np.ascontiguousarray(basis_IR.T), b_OR, total, min(kept, total))

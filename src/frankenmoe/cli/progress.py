@@ -22,16 +22,26 @@ from frankenmoe.moe.processes import is_main
 from frankenmoe.progress import SILENT, Progress
 
 SHORT = 10  # characters of a bar that leaves room for rate and note in 80 columns
+PERIOD = 300.0  # seconds that a rate is measured over; a training step may take a minute
 
 
 class _Rate(ProgressColumn):
-    """The rate over the last half minute, such as `1,234 tokens/s`."""
+    """The rate over the last minutes, such as `1,234 tokens/s`, or `8.3 s each` where it is below one."""
 
     def render(self, task: Task) -> Text:
         speed, unit = task.finished_speed or task.speed, task.fields["unit"]
         if speed is None:
             return Text(f"? {unit}/s")
+        if 0 < speed < 1:
+            return Text(f"{1 / speed:,.1f} s each")
         return Text(f"{speed:,.0f} {unit}/s" if speed >= 10 else f"{speed:.1f} {unit}/s")
+
+
+class _Note(ProgressColumn):
+    """What comes last is cut where a line is too long: this column may wrap, and its text may not."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 @contextmanager
@@ -50,17 +60,18 @@ def bars() -> Iterator[Progress]:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        speed_estimate_period=PERIOD,
     )
-    note_column = TextColumn("{task.fields[note]}")
     count_bar = Bars(
         text,
         BarColumn(SHORT),
         TextColumn("{task.percentage:>3.0f}%"),
         _Rate(table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(),
-        note_column,
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        _Note(),
         console=console,
         transient=True,
+        speed_estimate_period=PERIOD,
     )
     current: list[tuple[Bars, TaskID]] = []
 

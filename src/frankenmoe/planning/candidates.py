@@ -21,11 +21,15 @@ def candidates(plan: Plan) -> tuple[MergeSettings | Groups, ...]:
     return (
         _BASE,
         _AVERAGE,
-        MergeSettings(method=TASK_ARITHMETIC, scale=FEW_LAMBDA if parents < MANY else MANY_LAMBDA),
+        _task_arithmetic(FEW_LAMBDA if parents < MANY else MANY_LAMBDA),
         KEPT if far_embeddings(plan.distances) else _raised(parents),
         MergeSettings(method="ties", density=0.5),
         MergeSettings(method=REGMEAN),
     )
+
+
+def _task_arithmetic(scale: float) -> MergeSettings:
+    return MergeSettings.model_validate({"method": TASK_ARITHMETIC, "lambda": scale})
 
 
 def _raised(parents: int) -> Groups:
@@ -33,5 +37,5 @@ def _raised(parents: int) -> Groups:
 
     A fine-tune moves the embeddings of its own tokens most, which an average divides among all parents.
     """
-    twice = MergeSettings(method=TASK_ARITHMETIC, scale=round(2 / parents, 2))
+    twice = _task_arithmetic(round(2 / parents, 2))
     return Groups(attention=_AVERAGE, norms=_AVERAGE, embeddings=twice, head=twice)

@@ -1,5 +1,7 @@
 """Artifact -> its recipe and plan, from the record. Checks that the sources have not changed."""
 
+import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.planning.plan import Plan, plan
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.backbone import BASE
+from frankenmoe.recipe.moved import found_recipe
 
 
 def plan_of(artifact: Artifact, *, known: Plan | None = None, trust_remote_code: bool = False) -> Plan:
@@ -54,18 +57,26 @@ def facts(made: Plan) -> dict[str, Any]:
 
 
 def recipe_of(artifact: Artifact) -> Recipe:
-    """The recipe in an artifact's record. If its folder is gone, paths are relative to the moved artifact."""
+    """The recipe in an artifact's record; if the artifact was moved, its paths are those of today.
+
+    Paths start at the recipe's folder, or, if that is the artifact itself or is gone, at the same place seen from where
+    the artifact is now. What is not there, but where it was when the artifact was made, gets an absolute path.
+    """
     record = artifact.record
-    folder = Path(record["recipe_folder"])
-    if not folder.is_dir():
-        folder = (artifact.folder / record["recipe_folder_from_here"]).resolve()
+    was, now = Path(record["recipe_folder"]), (artifact.folder / record["recipe_folder_from_here"]).resolve()
+    inside = record["recipe_folder_from_here"] == os.curdir
     # records from before there was a choice do not say that the backbone is the base's
-    recipe = {**record["recipe"], "backbone": record["recipe"].get("backbone", BASE)}
-    return Recipe.parse(
-        yaml.safe_dump(recipe, sort_keys=False),
-        folder=folder,
-        origin=str(artifact.folder / "recipe.yml"),
-    )
+    table = {**record["recipe"], "backbone": record["recipe"].get("backbone", BASE)}
+    recipe = _parsed(artifact, table, now if inside or not was.is_dir() else was)
+    if not was.is_absolute() or recipe.folder == was.resolve():
+        return recipe
+    found = found_recipe(recipe, where=was)
+    return recipe if found is None else _parsed(artifact, found, recipe.folder)
+
+
+def _parsed(artifact: Artifact, table: Mapping[str, Any], folder: Path) -> Recipe:
+    text = yaml.safe_dump(dict(table), sort_keys=False)
+    return Recipe.parse(text, folder=folder, origin=str(artifact.folder / "recipe.yml"))
 
 
 def check_sources(artifact: Artifact, made: Plan) -> None:

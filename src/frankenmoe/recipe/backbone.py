@@ -60,7 +60,7 @@ ClosedMethod = Annotated[
 class AnyMerge(Closed):
     """The settings that all merges share, with the meanings and defaults of mergekit."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
     method: Method = Field(description="How the parents' tensors become one.")
     scale: Lambda = Field(1.0, alias="lambda", description="Factor on the merged difference from the base, 0 to 10.")

@@ -1,7 +1,7 @@
-"""A recipe for another folder: its relative paths start there."""
+"""A recipe with other paths: for another folder, or for the place where its sources are."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,40 @@ from frankenmoe.recipe.expert import Expert
 from frankenmoe.recipe.model import Recipe
 from frankenmoe.recipe.sourcename import SourceName
 
+Adapters = Mapping[tuple[int, ...] | None, str]
+"""Path of an expert (None: the backbone) -> the folder of its adapter."""
 
-def moved_recipe(recipe: Recipe, *, out: Path, adapters: Mapping[tuple[int, ...] | None, str]) -> dict[str, Any]:
+
+def moved_recipe(recipe: Recipe, *, out: Path, adapters: Adapters) -> dict[str, Any]:
     """The recipe with paths relative to `out`, and with new adapters instead of old ones."""
 
     def there(path: str) -> str:
         known = not os.path.isabs(path) and os.path.exists(recipe.folder / path)
         return os.path.relpath(recipe.folder / path, out) if known else path
+
+    return _with_paths(recipe, there, adapters)
+
+
+def found_recipe(recipe: Recipe, *, where: Path) -> dict[str, Any] | None:
+    """The recipe with absolute paths for what is not in its own folder, but at the same place relative to `where`.
+
+    None if there is no such path.
+    """
+    found: set[str] = set()
+
+    def there(path: str) -> str:
+        other = os.path.normpath(where / path)
+        if os.path.isabs(path) or os.path.exists(recipe.folder / path) or not os.path.exists(other):
+            return path
+        found.add(other)
+        return other
+
+    table = _with_paths(recipe, there, {})
+    return table if found else None
+
+
+def _with_paths(recipe: Recipe, there: Callable[[str], str], adapters: Adapters) -> dict[str, Any]:
+    """The recipe with every path through `there`, but for those of `adapters`."""
 
     def source(name: SourceName, adapter: str | None) -> Any:
         own = name.adapter if name.adapter is None else there(name.adapter)
@@ -51,4 +78,7 @@ def moved_recipe(recipe: Recipe, *, out: Path, adapters: Mapping[tuple[int, ...]
         if key in data:
             rows = zip(entries, data[key], strict=True)
             data[key] = [expert(each, row, (*start, index)) for index, (each, row) in enumerate(rows)]
+    for key in ("routers", "trained"):
+        if key in data:
+            data[key] = there(data[key])
     return data

@@ -22,9 +22,8 @@ class Closed(BaseModel):
         """Rejects unknown keys by name before anything else seems missing; a key without a value is left out."""
         if not isinstance(value, dict):
             return value
-        aliases = {name: field.alias or name for name, field in cls.model_fields.items()}
-        value = {str(aliases.get(key, key)): item for key, item in value.items()}
-        refuse_unknown_keys(value, known=aliases.values())
+        value = {str(key): item for key, item in value.items()}
+        refuse_unknown_keys(value, known=[field.alias or name for name, field in cls.model_fields.items()])
         return {key: item for key, item in value.items() if item is not None}
 
     def to_dict(self) -> dict[str, Any]:
