@@ -207,17 +207,9 @@ class Bed:
             found[domain] = {"positive_prompts": texts}
         return found
 
-    def data(self, tokens: int) -> dict[str, list[str]]:
-        """A file per expert with the last `tokens` tokens of its training text, kept beside the losses."""
-        found = {}
-        self.kept_in.mkdir(parents=True, exist_ok=True)
-        for domain in self.domains:
-            file = self.kept_in / f"text-{domain}-{tokens}.txt"
-            if not file.exists():
-                ids = self.tokenizer(self.parents.text(domain, "train"), add_special_tokens=False)["input_ids"]
-                file.write_text(self.tokenizer.decode(ids[-tokens:]), encoding="utf-8")
-            found[domain] = [str(file)]
-        return found
+    def data(self) -> dict[str, list[str]]:
+        """Every expert's training text."""
+        return {domain: [str(folder / f"{domain}.train.txt")] for domain, folder in self.parents.texts.items()}
 
 
 @torch.no_grad()

@@ -84,7 +84,7 @@ def eight(bed: Bed) -> Iterator[Row]:
 
 def routers(bed: Bed) -> Iterator[Row]:
     """Top-2 with routers that were not trained, and the best of them against the best dense merge."""
-    prompts, data = bed.prompts(), bed.data(bed.scale.fit)
+    prompts, data = bed.prompts(), bed.data()
     given = {domain: {"data": files} for domain, files in data.items()}
     contestants: dict[str, Callable[[], fm.Recipe]] = {
         "random, base": lambda: bed.recipe(gate_mode="random", backbone="base"),
@@ -123,7 +123,7 @@ def lora(bed: Bed) -> Iterator[Row]:
     for name in ("base", "average", "auto"):
         with attempted(f"LoRA parents, forced, {name}") as rows:
             keys = {"backbone": BACKBONES[name]}
-            data = bed.data(bed.scale.heal) if name in MEASURED else {}
+            data = bed.data() if name in MEASURED else {}
             given = {domain: row | ({"data": data[domain]} if data else {}) for domain, row in experts.items()}
             recipe = bed.recipe(given, **keys)
             losses = bed.known(f"forced {name}", partial(_own_experts, bed, recipe))
@@ -163,7 +163,7 @@ def _with_data(bed: Bed, backbone: Any) -> fm.Recipe:
     """A recipe with this backbone; with the experts' text where the backbone is measured on it."""
     if backbone not in MEASURED:
         return bed.recipe(backbone=backbone)
-    given = {domain: {"data": files} for domain, files in bed.data(bed.scale.heal).items()}
+    given = {domain: {"data": files} for domain, files in bed.data().items()}
     return bed.recipe(given, backbone=backbone)
 
 
@@ -195,10 +195,11 @@ def _healed(bed: Bed, name: str) -> Path:
     if not out.exists():
         file = bed.kept_in / "heal.yml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        given = {domain: {"data": files} for domain, files in bed.data(bed.scale.heal).items()}
+        given = {domain: {"data": files} for domain, files in bed.data().items()}
         recipe = bed.recipe(given, backbone=BACKBONES[name])
         file.write_text(yaml.safe_dump(recipe.to_dict(), allow_unicode=True))
-        command([*FRANKENMOE, "heal", str(file), str(out), "--device", bed.device])
+        options = ["--tokens", str(bed.scale.heal), "--device", bed.device]
+        command([*FRANKENMOE, "heal", str(file), str(out), *options])
     return out
 
 
@@ -209,7 +210,7 @@ def _fitted(bed: Bed) -> Path:
         partial = out.with_name("fitting")
         shutil.rmtree(partial, ignore_errors=True)
         shutil.copytree(_healed(bed, "auto"), partial)
-        fm.fit(partial, data=bed.data(bed.scale.heal), method="regret", tokens=bed.scale.heal, device=bed.device)
+        fm.fit(partial, data=bed.data(), method="regret", tokens=bed.scale.heal, device=bed.device)
         partial.rename(out)
     return out
 
@@ -246,8 +247,7 @@ def _trained(bed: Bed, artifact: Path) -> Iterator[Row]:
         if not out.exists():
             steps = 100 if bed.scale.held_out > 512 else 2
             settings = TrainSettings.model_validate({"what": "routers,norms", "steps": steps})
-            data = {domain: [str(bed.parents.texts[domain] / f"{domain}.train.txt")] for domain in bed.domains}
-            train(artifact, out, data=data, settings=settings, keep_anyway=True, device=bed.device)
+            train(artifact, out, data=bed.data(), settings=settings, keep_anyway=True, device=bed.device)
         losses = bed.known("trained", lambda: bed.losses(bed.load(out).model))
         rows.append(kept_row(bed, "trained 100 steps: routers, norms", losses, least=98.0))
     yield from rows

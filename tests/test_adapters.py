@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
+from frankenmoe.checkpoint.lorasettings import lora_scale
+from frankenmoe.checkpoint.reader import Adapter
 from refusals import refused
 
 FFN = ["gate_proj", "up_proj", "down_proj"]
@@ -135,3 +137,57 @@ def test_another_kind_of_tensor_on_an_experts_ffn_is_refused(parents: Parents, t
     save_file(tensors, file)
     recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, Path(f"{one}+{tmp_path / 'lora'}")])
     refused("plan", recipe, inside=tmp_path, facts=("up_proj.lora_magnitude_vector",), hint="merge_and_unload")
+
+
+def test_every_setting_of_peft_at_its_default_is_understood(parents: Parents, tmp_path: Path) -> None:
+    base = parents["llama"][0]
+    tune(base, tmp_path / "lora", targets=["up_proj"])
+    file = tmp_path / "lora" / "adapter_config.json"
+    written = json.loads(file.read_text())
+    assert len(written) > 30  # whatever the installed PEFT knows
+    file.write_text(json.dumps(written | {"new": None, "newer": False, "newest": {}, "newest_of_all": []}))
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, Path(f"{base}+{tmp_path / 'lora'}")])
+    assert not fm.plan(fm.Recipe.load(recipe)).problems
+
+
+@pytest.mark.parametrize("gate_mode", ["random", "centroid"])
+def test_whole_modules_beside_the_pairs_are_left_out_and_said(gate_mode: str, parents: Parents, tmp_path: Path) -> None:
+    base, one, two = parents["llama"]
+    tune(one, tmp_path / "lora", targets=["up_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    keys = {"gate_mode": gate_mode} | ({"backbone": "average"} if gate_mode == "centroid" else {})
+    recipe = tiny.write_recipe(
+        tmp_path / "r.yml", base, [two, Path(f"{one}+{tmp_path / 'lora'}")], prompts=True, **keys
+    )
+    made = fm.plan(fm.Recipe.load(recipe))
+    said = [text for text in made.warnings if "holds more than low-rank pairs" in text]
+    assert len(said) == 1
+    assert "and 1 more" in said[0]
+    left = {name for _, name, _ in made.unused if "lm_head" in name or "embed_tokens" in name}
+    assert "base_model.model.lm_head.weight" in left
+
+
+def test_a_whole_ffn_matrix_beside_the_pairs_is_refused(parents: Parents, tmp_path: Path) -> None:
+    base, one, _ = parents["llama"]
+    tune(one, tmp_path / "lora", targets=["up_proj"], modules_to_save=["down_proj"])
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, Path(f"{one}+{tmp_path / 'lora'}")])
+    refused("plan", recipe, inside=tmp_path, facts=("mlp.down_proj.weight", "expected pairs"), hint="merge_and_unload")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matches"),
+    [
+        ("up_proj", True),
+        (r"model\.layers\.0\.mlp\.up_proj", True),
+        (r".*layers\.[01]\.mlp\.(up|down)_proj", True),
+        (r"layers\.1\.mlp\.up_proj", False),
+        (r"layers.\d+.mlp.up_proj", True),
+        ("p_proj", False),
+    ],
+)
+def test_alpha_patterns_match_as_in_peft(pattern: str, matches: bool, tmp_path: Path) -> None:
+    from peft.utils.other import get_pattern_key
+
+    name = "model.layers.0.mlp.up_proj"
+    assert (get_pattern_key([pattern], name) == pattern) is matches
+    adapter = Adapter(tmp_path, {"lora_alpha": 2, "alpha_pattern": {pattern: 6}}, {})
+    assert lora_scale(adapter, name, rank=2) == (3 if matches else 1)

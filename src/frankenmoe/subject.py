@@ -3,6 +3,7 @@
 Imports torch only when routers are made or a model is loaded, so that mistakes in a recipe are reported early.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from frankenmoe.checkpoint.tensors import safetensors_dtype
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
 from frankenmoe.gates.cached import key_of
 from frankenmoe.gates.made import MadeRouters, RouterMaker, artifact_routers, make_routers
+from frankenmoe.moe.processes import main_first
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.planning.parts import Parts, parts_of_built, parts_of_plan, sharing_equal_experts
@@ -92,10 +94,14 @@ class Subject:
     def resolved(self, progress: Progress = SILENT, *, device: str = "auto") -> "Subject":
         """This subject, after what takes time before the plan is known: `as_adapter`, `backbone` auto and regmean.
 
-        Backbones are measured on `device`.
+        Backbones are measured on `device`. All processes of a launcher call this; the first one does the work, unless
+        the plan is `known` already.
         """
         if "plan" not in self.__dict__:
-            self.__dict__["plan"] = self._resolve(progress, device)  # where cached_property keeps it
+            together = self.known is None
+            with main_first() if together else nullcontext():  # which extracts, for the others to find it in the cache
+                _ = self._extracted(progress)
+            self.__dict__["plan"] = self._resolve(progress, device, together=together)  # where cached_property keeps it
         return self
 
     @property
@@ -103,20 +109,25 @@ class Subject:
         """Whether `plan` is known, or can be made without running a model and without extracting adapters."""
         return "plan" in self.__dict__ or not (self.planned.backbone_open or not self.planned.all_extracted)
 
-    def _resolve(self, progress: Progress, device: str = "auto") -> Plan:
+    def _resolve(self, progress: Progress, device: str = "auto", *, together: bool = False) -> Plan:
         _ = self._text if self.planned.backbone_open else None
-        made = self.planned
-        if not made.all_extracted:
-            made = plan(
-                made.recipe,
-                dtype=made.dtype_name,
-                weights=True,
-                trust_remote_code=self.trust_remote_code,
-                progress=progress,
-            )
-        made = backbone.resolve(made, cache=self.cache, device=device, progress=progress)
+        made = self._extracted(progress)
+        made = backbone.resolve(made, cache=self.cache, together=together, device=device, progress=progress)
         _ = made.digest  # asked for now, so that a later change of the sources is noticed
         return made
+
+    def _extracted(self, progress: Progress) -> Plan:
+        """The plan with every `as_adapter` extracted."""
+        made = self.planned
+        if made.all_extracted:
+            return made
+        return plan(
+            made.recipe,
+            dtype=made.dtype_name,
+            weights=True,
+            trust_remote_code=self.trust_remote_code,
+            progress=progress,
+        )
 
     @cached_property
     def planned(self) -> Plan:

@@ -16,7 +16,6 @@ from frankenmoe.artifact.healing import HealReport
 from frankenmoe.backbone import healed as healed_module
 from frankenmoe.backbone.run import heal
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
-from frankenmoe.evaluate.domains import Fitted
 from frankenmoe.evaluate.run import _texts
 from frankenmoe.gates.forcing import forced
 from frankenmoe.pipeline import run
@@ -106,7 +105,10 @@ def test_experts_follow_their_parents(near: Path, tmp_path: Path) -> None:
     stages = found.artifact.record["stages"]
     assert [stage["stage"] for stage in stages] == ["heal", "routers"]
     assert stages[0]["kept"] == ["e0", "e1"]
-    assert stages[0]["text"] == {name: {"tokens": 94 * BLOCK, "block": BLOCK} for name in ("e0", "e1")}
+    for name in ("e0", "e1"):
+        text = stages[0]["text"][name]
+        assert (text["tokens"], text["block"]) == (94 * BLOCK, BLOCK)
+        assert sum(end - start for start, end in text["spans"]) == 94 * (BLOCK - 1)
 
 
 def test_a_scaled_down_projection_is_scaled_back(near: Path, tmp_path: Path) -> None:
@@ -276,12 +278,18 @@ def test_a_run_heals_before_it_fits_and_builds(near: Path, tmp_path: Path) -> No
     )
     assert not any(step.now for step in run(file, tmp_path / "run").steps)
     model = open_subject(tmp_path / "run" / "model")
-    assert [stage["stage"] for stage in found.artifact.record["stages"]] == ["heal", "fit", "build"]
+    stages = found.artifact.record["stages"]
+    assert [stage["stage"] for stage in stages] == ["heal", "fit", "build"]
     card = make_card(model).text
     assert "The down projections of e0, e1 were then refitted to that backbone" in card
     assert "The gates of every layer were fitted" in card
     # fits hold out every tenth block of 32 tokens, healing also the last 24 of 128: what they read is no held-out text
-    assert [text.fitted for text in _texts({}, [model])] == [(Fitted(94 * 32, 32), Fitted(928, 32))] * 2
+    fitted = [text.fitted for text in _texts({}, [model])]
+    assert fitted[0] == fitted[1]
+    heal, fit = stages[0]["text"]["e0"]["spans"], stages[1]["fit"]["text"]["e0"]["spans"]
+    assert fitted[0] == tuple(dict.fromkeys(map(tuple, heal + fit)))
+    assert sum(end - start for start, end in heal) == 94 * 31
+    assert sum(end - start for start, end in fit) == 29 * 31
 
 
 def test_random_routers_of_a_healed_moe_are_not_exported_unasked(near: Path, tmp_path: Path) -> None:

@@ -59,15 +59,83 @@ def test_single_file_of_any_name(folder: Path, name: str) -> None:
     assert checkpoint.tensors["a"].shape == (2, 3)
 
 
-def test_index_decides(folder: Path) -> None:
+def test_the_shards_of_an_index(folder: Path) -> None:
     put_shards(folder)
-    save_file({"stale": torch.zeros(1)}, folder / "model.safetensors")
     checkpoint = open_checkpoint(folder)
     assert {name: ref.file.name for name, ref in checkpoint.tensors.items()} == {
         "a": "m-2.safetensors",
         "b": "m-1.safetensors",
     }
     assert checkpoint.files == (folder / "m-1.safetensors", folder / "m-2.safetensors")
+    assert checkpoint.notes == ()
+
+
+def put_whole(folder: Path) -> None:
+    save_file({"whole": torch.zeros(1)}, folder / "model.safetensors")
+
+
+def put_broken_index(folder: Path) -> None:
+    (folder / INDEX).write_text("{")
+
+
+def put_stale_index(folder: Path) -> None:
+    put_index(folder, {"a": "m-2.safetensors", "b": "m-1.safetensors"})
+
+
+def put_own_index(folder: Path) -> None:
+    put_index(folder, {"whole": "model.safetensors"})
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        (put_shards, "which names 2 other files"),
+        (put_stale_index, "which names 2 files that are not there"),
+        (put_broken_index, None),
+        (put_own_index, None),
+    ],
+)
+def test_a_whole_file_goes_before_an_index_as_in_transformers(folder: Path, beside, said: str | None) -> None:
+    beside(folder)
+    put_whole(folder)
+    checkpoint = open_checkpoint(folder)
+    assert set(checkpoint.tensors) == {"whole"}
+    assert set(open_checkpoint(folder, whole=False).tensors) == {"whole"}
+    assert len(checkpoint.notes) == (said is not None)
+    assert said is None or said in checkpoint.notes[0]
+
+
+@pytest.mark.parametrize("name", ["m-1.safetensors", INDEX])
+def test_the_file_that_the_config_names(folder: Path, name: str) -> None:
+    put_whole(folder)
+    put_shards(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "transformers_weights": name}))
+    assert set(open_checkpoint(folder).tensors) == ({"b"} if name != INDEX else {"a", "b"})
+
+
+@pytest.mark.parametrize("name", ["../m-1.safetensors", "/m-1.safetensors", 7, "pytorch_model.bin", "sub/" + INDEX])
+def test_a_config_that_names_another_kind_of_file_is_refused(folder: Path, name: object) -> None:
+    put_whole(folder)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "transformers_weights": name}))
+    assert f"has transformers_weights {name!r}" in message(folder)
+
+
+@pytest.mark.parametrize("pickle_name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "consolidated.safetensors"])
+def test_a_variant_beside_the_pickle_that_transformers_would_load(folder: Path, name: str, pickle_name: str) -> None:
+    save_file({"a": torch.zeros(1)}, folder / name)
+    (folder / pickle_name).write_bytes(b"")
+    assert f"two sets of weights: {pickle_name}, which transformers would load, and {name}" in message(folder)
+
+
+def test_one_of_several_shards_is_not_the_whole_model(folder: Path) -> None:
+    save_file({"a": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors")
+    assert "has model-00001-of-00002.safetensors alone, one of 2 files" in message(folder)
+
+
+def test_the_only_shard_is_the_whole_model(folder: Path) -> None:
+    save_file({"a": torch.zeros(1)}, folder / "model-00001-of-00001.safetensors")
+    assert set(open_checkpoint(folder).tensors) == {"a"}
 
 
 def test_model_file_decides_over_others(folder: Path) -> None:

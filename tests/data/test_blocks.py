@@ -1,5 +1,7 @@
 """Packing and what is learnt, on real tokenizers made here."""
 
+import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -8,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from frankenmoe.data.blocks import Block, encode, hold_out, packed, text_blocks
+from frankenmoe.data.blocks import Block, encode, hold_out, joined_spans, packed, spread, text_blocks
 from frankenmoe.data.documents import Document
 from frankenmoe.errors import SourceError
 
@@ -123,3 +125,21 @@ def test_held_out_blocks_are_a_steady_share(count: int, share: float) -> None:
 def test_templates_that_cannot_be_used(template: str | None, message: str) -> None:
     with pytest.raises(SourceError, match=message):
         encode(Document(turns=CHAT), make(template=template))
+
+
+@given(st.integers(1, 200), st.integers(1, 250))
+def test_spread_blocks_come_evenly_from_all(count: int, wanted: int) -> None:
+    blocks = [Block((at,), (True,), (at, at + 1)) for at in range(count)]
+
+    found = [block.span[0] for block in spread(blocks, wanted)]
+
+    assert len(found) == min(count, wanted)
+    assert found == sorted(set(found))
+    gaps = [second - first for first, second in pairwise([-1, *found, count])]
+    assert max(gaps) <= math.ceil(count / len(found)) + 1
+
+
+def test_spans_of_neighbours_are_joined() -> None:
+    blocks = [Block((), (), span) for span in ((5, 9), (0, 3), (3, 5), (20, 22))]
+
+    assert joined_spans(blocks) == [(0, 9), (20, 22)]

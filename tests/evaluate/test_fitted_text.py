@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 import tiny
-from frankenmoe.evaluate.domains import DomainText, Fitted, read_domain
+from frankenmoe.data.blocks import Span, hold_out, joined_spans, text_blocks
+from frankenmoe.data.documents import read_documents
+from frankenmoe.evaluate.domains import DomainText, read_domain
 
 CHARACTERS = 20_000
 CUT, FIT = 127, 255  # characters of a block: BOS is the first of its 128 or 256 tokens
@@ -19,12 +21,18 @@ def text(tmp_path: Path) -> str:
     return found
 
 
-def places(text: str, folder: Path, *fitted: Fitted) -> list[int]:
+def places(text: str, folder: Path, *fitted: Span) -> list[int]:
     """Where the blocks of an evaluation begin in the text."""
     tokenizer = tiny.make_tokenizer()
     source = DomainText("a", ("a.txt",), folder, held_out=True, fitted=fitted)
     blocks = read_domain(source, tokenizer, limit=None)
     return [text.index(tokenizer.decode(block.ids, skip_special_tokens=True)) for block in blocks]
+
+
+def spans(folder: Path, *, length: int, limit: int | None = None) -> list[Span]:
+    """Where a fit to blocks of this length read."""
+    blocks = text_blocks(read_documents(["a.txt"], folder=folder), tiny.make_tokenizer(), length=length, limit=limit)
+    return joined_spans(hold_out(blocks)[0])
 
 
 def test_what_was_fitted_is_not_held_out(text: str, tmp_path: Path) -> None:
@@ -33,7 +41,7 @@ def test_what_was_fitted_is_not_held_out(text: str, tmp_path: Path) -> None:
     fitted = {place for at in range(CHARACTERS // FIT) if at % 10 != 9 for place in range(FIT * at, FIT * at + FIT)}
 
     assert places(text, tmp_path) == cut
-    found = places(text, tmp_path, Fitted(tokens=10**5, block=256))
+    found = places(text, tmp_path, *spans(tmp_path, length=256))
 
     assert found == [start for start in cut if not fitted & set(range(start, start + CUT))]
     assert 0 < len(found) < len(cut)
@@ -41,12 +49,15 @@ def test_what_was_fitted_is_not_held_out(text: str, tmp_path: Path) -> None:
 
 def test_text_behind_what_was_fitted_stays(text: str, tmp_path: Path) -> None:
     """A fit to two blocks of 256 tokens read 510 characters; the first block that training holds out is behind them."""
-    assert places(text, tmp_path, Fitted(tokens=512, block=256)) == places(text, tmp_path)
-    assert places(text, tmp_path, Fitted(tokens=512, block=256), Fitted(10**5, 256)) == places(
-        text, tmp_path, Fitted(10**5, 256)
-    )
+    few, all_of_it = spans(tmp_path, length=256, limit=3), spans(tmp_path, length=256)
+
+    assert few == [(0, 2 * FIT)]
+    assert places(text, tmp_path, *few) == places(text, tmp_path)
+    assert places(text, tmp_path, *few, *all_of_it) == places(text, tmp_path, *all_of_it)
 
 
 def test_text_that_was_fitted_whole_is_read_all_the_same(text: str, tmp_path: Path) -> None:
     """Where nothing is left, a loss on fitted text is better than none."""
-    assert places(text, tmp_path, Fitted(10**5, 256), Fitted(10**5, 64)) == places(text, tmp_path)
+    both = (*spans(tmp_path, length=256), *spans(tmp_path, length=64))
+
+    assert places(text, tmp_path, *both) == places(text, tmp_path)

@@ -8,6 +8,7 @@ import pytest
 import frankenmoe as fm
 import gguftools
 import tiny
+from family_cases import MULTIPLIERS
 from frankenmoe.errors import PlanError
 from frankenmoe.export.run import export_gguf
 
@@ -41,7 +42,13 @@ def recipe(tmp_path: Path, folders: list[Path], *, shared: dict[str, Any] | None
         ("qwen3", {}, {}, "qwen3moe"),
         ("llama", {}, {"shared": {"residual_scale": 0.5}}, "granitemoe"),
         ("qwen2", {}, {"shared": {}, "gate_mode": "random", "experts_per_token": 3}, "qwen2moe"),
-        ("llama", {}, {"shared": {}, "experts_per_token": 1}, "deepseek"),
+        ("llama", {}, {"shared": {}, "experts_per_token": 1, "architecture": "deepseek"}, "deepseek"),
+        ("llama", {}, {"shared": {}, "experts_per_token": 1}, "granitemoe"),
+        ("llama", {"attention_bias": True}, {}, "granitemoe"),
+        ("granite", MULTIPLIERS, {}, "granitemoe"),
+        ("granite", MULTIPLIERS | {"attention_bias": True}, {"shared": {}}, "granitemoe"),
+        ("seed_oss", {"attention_bias": True}, {}, "llama"),
+        ("phi3", {"sliding_window": None}, {}, "llama"),
     ],
 )  # fmt: skip
 def test_every_architecture_computes_what_the_source_computes(

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import gguftools
 import tiny
 from frankenmoe.errors import SourceError
 from frankenmoe.export.llama import Engine
-from frankenmoe.export.run import export_gguf
+from frankenmoe.export.run import check_files, export_gguf
 from frankenmoe.export.tokenizer import BYTE, CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, read_vocabulary
 
 pytest.importorskip("gguf")
@@ -72,6 +72,8 @@ def test_sentencepiece_by_its_own_file(tmp_path: Path) -> None:
     """tokenizer.model alone: the same pieces, scores and kinds as from the merges of tokenizer.json."""
     tokenizer = gguftools.sentencepiece()
     tokenizer.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": True}))
     config = {"bos_token_id": 1, "eos_token_id": 2}
     by_merges = read_vocabulary(tmp_path, config, rows=len(tokenizer) + 3)
     assert by_merges.types[-3:] == (UNUSED,) * 3
@@ -216,3 +218,53 @@ def test_the_one_end_of_the_generation_settings_counts(tmp_path: Path) -> None:
     gguftools.bpe("gpt-2").save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 7}))
     assert read_vocabulary(tmp_path, {}, rows=1000).special["eot"] == 7
+
+
+@pytest.mark.parametrize("processed", [True, False])
+@pytest.mark.parametrize("name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", "GPT2Tokenizer"])
+@pytest.mark.parametrize("flag", [None, True, False])
+def test_a_begin_token_where_transformers_puts_one(
+    processed: bool, name: str, flag: bool | None, tmp_path: Path
+) -> None:
+    gguftools.bpe("gpt-2", bos=processed).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 400}))
+    file = tmp_path / "tokenizer_config.json"
+    settings = json.loads(file.read_text()) | {"tokenizer_class": name}
+    file.write_text(json.dumps(settings | ({} if flag is None else {"add_bos_token": flag})))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)("x")["input_ids"]
+    assert read_vocabulary(tmp_path, {}, rows=400).add_bos == (theirs[0] == 1)
+
+
+def with_ends(folder: Path, *, generation: object, config: object, extra: list[str]) -> tuple[Any, dict[str, Any]]:
+    tokenizer = gguftools.bpe("gpt-2")
+    tokenizer.add_special_tokens({"additional_special_tokens": extra})
+    tokenizer.save_pretrained(folder)
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    return read_vocabulary(folder, {"eos_token_id": config}, rows=len(tokenizer)), tokenizer.get_vocab()
+
+
+def test_end_tokens_of_all_three_places_are_kept(tmp_path: Path) -> None:
+    found, ids = with_ends(tmp_path, generation=[2, 400], config=401, extra=["<stop>", "<over>"])
+    assert (ids["<stop>"], ids["<over>"]) == (400, 401)
+    assert {key: found.special[key] for key in ("eos", "eot", "eom")} == {"eos": 2, "eot": 400, "eom": 401}
+    assert found.notes == ()
+
+
+def test_end_tokens_without_room_are_named_unless_llama_cpp_knows_them(tmp_path: Path) -> None:
+    extra = ["<a>", "<|im_end|>", "<b>", "<c>"]
+    found, ids = with_ends(tmp_path, generation=[2, 400, 401, 402, 403, True, -1, 9999], config=[2], extra=extra)
+    assert [found.special[key] for key in ("eos", "eot", "eom")] == [2, ids["<a>"], ids["<b>"]]
+    assert found.notes == ("a GGUF file has room for three end tokens: a reply does not end at '<c>'",)
+
+
+def test_the_check_tells_end_tokens_that_llama_cpp_passes(tmp_path: Path) -> None:
+    tokenizer = gguftools.bpe("gpt-2")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>", "<c>"]})
+    base, *others = gguftools.parents(tmp_path, "llama", tokenizer=tokenizer)
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [400, 401, 402]}))
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, others)
+    files = export_gguf(recipe, tmp_path / "out", types=["f16"], allow_random=True)
+    (found,) = check_files(recipe, files)
+    assert found.runs_past == (402,)
+    assert any("does not end at '<c>'" in note for note in files[0].notes)

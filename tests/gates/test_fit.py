@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -190,6 +191,37 @@ def test_worse_routers_do_not_replace_better_ones(fitted: Path, tmp_path: Path) 
     assert not same.replaced
     assert (out / ROUTERS).read_bytes() == before
     assert fm.fit(out, method="logistic", block=32, keep_anyway=True).replaced
+
+
+def test_blocks_come_from_all_of_the_text_and_every_tenth_is_held_out(parents: Parents, tmp_path: Path) -> None:
+    """Whatever the number of tokens: healing and backbones read other numbers, but never what fits hold out."""
+    base, one, two = parents["qwen2"]
+    for name in ("e0", "e1"):
+        (tmp_path / f"{name}.txt").write_text(text_of(name, 4000))
+    experts = [
+        {"source_model": str(folder), "name": name, "data": [f"{name}.txt"]}
+        for name, folder in (("e0", one), ("e1", two))
+    ]
+    plan = fm.plan(fm.Recipe.load(tiny.write_recipe(tmp_path / "r.yml", base, [], experts=experts, gate_mode="ridge")))
+
+    def read(tokens: int) -> tuple[set[int], set[int]]:
+        """The numbers of the blocks that are kept and held out."""
+        first = read_texts(plan, tiny.make_tokenizer(), tokens=tokens, length=32)[0]
+        room = first.kept[0].span[1] - first.kept[0].span[0]
+        return {block.span[0] // room for block in first.kept}, {block.span[0] // room for block in first.held}
+
+    everything, held_of_all = read(10**6)
+    count = len(everything | held_of_all)
+    assert held_of_all == set(range(9, count, 10))
+    for blocks in (20, 50):
+        kept, held = read(32 * blocks)
+        assert len(kept) + len(held) == blocks
+        assert kept <= everything
+        assert held <= held_of_all
+        assert len(held) == blocks // 10
+        reach = min(count, 8 * blocks)
+        assert max(kept) >= reach - math.ceil(reach / len(kept)) - 1
+        assert max(kept) < reach
 
 
 def test_routers_of_nested_experts_and_shared_gates_are_fitted(parents: Parents, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from frankenmoe.errors import ArtifactError
+from frankenmoe.families.spec import RouterRule
 from frankenmoe.moe.router import Router
 from oracles.moe_reference import choices
 
@@ -32,7 +33,7 @@ def test_renormalized_weights_are_the_softmax_over_the_chosen() -> None:
 @pytest.mark.parametrize(("round_weights", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_bf16_softmax_is_computed_in_float32(round_weights: bool, dtype: torch.dtype) -> None:
     gate_ED, hidden_TD = torch.randn(5, 8).bfloat16(), torch.randn(7, 8).bfloat16()
-    routing = Router(gate_ED, top_k=2, renormalize=False, round_weights=round_weights)(hidden_TD)
+    routing = Router(gate_ED, top_k=2, renormalize=False, rule=RouterRule(rounds_weights=round_weights))(hidden_TD)
     expected_TE = routing.logits_TE.double().softmax(dim=1).float()
     assert routing.logits_TE.dtype == torch.bfloat16
     assert routing.weights_TK.dtype == dtype

@@ -9,6 +9,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from frankenmoe.families.spec import RouterRule
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.router import Router
 from oracles.moe_reference import SwiGLU
@@ -70,7 +71,7 @@ def expert(stock: nn.Module, index: int) -> nn.Module:
 def ours(stock: nn.Module, *, renormalize: bool, round_weights: bool) -> MoEBlock:
     gate = getattr(stock, "shared_expert_gate", None)
     return MoEBlock(
-        Router(stock.gate.weight, top_k=TOP_K, renormalize=renormalize, round_weights=round_weights),
+        Router(stock.gate.weight, top_k=TOP_K, renormalize=renormalize, rule=RouterRule(rounds_weights=round_weights)),
         [expert(stock, index) for index in range(EXPERTS)],
         shared=getattr(stock, "shared_expert", None),
         shared_gate=None if gate is None else gate.weight,

@@ -104,7 +104,7 @@ def test_deepseek_loads_without_remote_code(top_k: int, parents: Parents, tmp_pa
     base, one, two = parents["llama"]
     recipe = tiny.write_recipe(
         tmp_path / "r.yml", base, [one, two], prompts=True, gate_mode="hidden", experts_per_token=top_k,
-        shared_experts=[{"source_model": str(base)}],
+        shared_experts=[{"source_model": str(base)}], architecture="deepseek",
     )  # fmt: skip
     fm.build(recipe, tmp_path / "built")
     assert json.loads((tmp_path / "built" / "config.json").read_text())["architectures"] == ["DeepseekForCausalLM"]

@@ -76,7 +76,8 @@ def test_plain_rotary_settings_are_not_warned_of(parents: Parents, tmp_path: Pat
 
 def deepseek(tmp_path: Path, family: str = "llama", **changes: Any) -> fm.Plan:
     own = [tiny.make_parent(tmp_path / str(seed), family, seed=seed, **changes) for seed in range(2)]
-    return planned(tmp_path / "r.yml", own[0], own, shared_experts=[{"source_model": str(own[1])}])
+    shared = [{"source_model": str(own[1])}]
+    return planned(tmp_path / "r.yml", own[0], own, shared_experts=shared, architecture="deepseek")
 
 
 @pytest.mark.parametrize(
@@ -226,3 +227,33 @@ def test_equal_in_every_byte_or_only_in_what_was_compared(tmp_path: Path) -> Non
         fm.build(copies[large].recipe, tmp_path / "out")
     # one and the same file needs no comparing
     assert "bit-identical" in planned(tmp_path / "r.yml", large, [large, large]).warnings[0]
+
+
+# what of a folder is not read
+
+
+def test_a_second_set_of_weights_is_named_and_the_one_of_transformers_taken(tmp_path: Path, parents: Parents) -> None:
+    one, two = (shutil.copytree(parents["llama"][seed], tmp_path / str(seed)) for seed in (1, 2))
+    shards = AutoModelForCausalLM.from_pretrained(two)
+    shards.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    for file in (tmp_path / "shards").glob("model*"):
+        shutil.copy(file, one)
+    assert (one / "model.safetensors.index.json").is_file()
+    recipe = tiny.write_recipe(tmp_path / "r.yml", parents["llama"][0], [one, two])
+    said = [text for text in fm.plan(fm.Recipe.load(recipe)).warnings if "two sets of weights" in text]
+    assert len(said) == 1
+    assert str(one) in said[0]
+    theirs = AutoModelForCausalLM.from_pretrained(one).model.layers[0].mlp.up_proj.weight
+    ours = fm.load(recipe).model.model.layers[0].mlp.experts[0].up_proj.weight
+    assert torch.equal(ours, theirs)
+
+
+def test_an_adapter_inside_a_source_is_named(tmp_path: Path, parents: Parents) -> None:
+    one = shutil.copytree(parents["llama"][1], tmp_path / "one")
+    config = LoraConfig(r=2, target_modules=["up_proj"], init_lora_weights=False)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(one), config).save_pretrained(one)
+    base = parents["llama"][0]
+    warnings = planned(tmp_path / "r.yml", base, [base, one]).warnings
+    assert [text for text in warnings if "also holds an adapter" in text and str(one) in text]
+    used = planned(tmp_path / "s.yml", base, [base, Path(f"{one}+{one}")]).warnings
+    assert not [text for text in used if "also holds an adapter" in text]

@@ -71,7 +71,7 @@ def test_virtual_memory_counts_a_source_once(parents: Parents, tmp_path: Path) -
         ("qwen2", None, None, "qwen2_moe"),
         ("qwen3", None, None, "qwen3_moe"),
         ("olmo2", None, None, "flex_olmo"),
-        ("llama", [], None, "deepseek"),
+        ("llama", [], None, "granitemoeshared"),
         ("llama", ["say"], None, "qwen2_moe"),
         ("llama", None, "qwen", "qwen2_moe"),
         ("llama", [], "DeepSeek MoE", "deepseek"),
@@ -95,7 +95,6 @@ def test_format_follows_family_and_shared_expert(
 @pytest.mark.parametrize(
     ("family", "change", "word"),
     [
-        ("llama", {"attention_bias": True}, "attention_bias"),
         ("llama", {"mlp_bias": True}, "mlp_bias"),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding_window"),
@@ -114,6 +113,44 @@ def test_what_a_format_cannot_say_is_named_and_stays_virtual(
     assert fm.load(tmp_path / "virtual").forward_with_trace(tiny.ids())[0].logits.isfinite().all()
 
 
+def test_a_format_that_the_recipe_names_is_not_replaced(tmp_path: Path) -> None:
+    own = [tiny.make_parent(tmp_path / str(seed), seed=seed, attention_bias=True) for seed in range(2)]
+    assert planned(tiny.write_recipe(tmp_path / "r.yml", own[0], own)).fmt.name == "granitemoe"
+    made = planned(tiny.write_recipe(tmp_path / "r.yml", own[0], own, architecture="Mixtral"))
+    assert made.fmt.name == "mixtral"
+    assert "attention_bias True" in made.problems[0]
+    assert "architecture: Granite MoE supports it" in made.problems
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [
+        ("llama", "attn_logit_softcapping", 50.0),
+        ("llama", "partial_rotary_factor", 0.5),
+        ("mistral", "residual_multiplier", 0.5),
+        ("qwen2", "layer_types", ["full_attention", "sliding_attention"]),
+        ("qwen3", "alibi", True),
+    ],
+)
+def test_a_setting_that_may_change_the_function_is_refused_by_name(
+    family: str, field: str, value: Any, tmp_path: Path
+) -> None:
+    own = [tiny.make_parent(tmp_path / str(seed), family, seed=seed) for seed in range(2)]
+    file = tiny.write_recipe(tmp_path / "r.yml", own[0], own)
+    assert not planned(file).problems
+    tiny.edit_config(own[0], **{field: value})
+    assert any(field in problem for problem in planned(file).problems)
+
+
+def test_settings_that_change_nothing_are_not_refused(tmp_path: Path) -> None:
+    own = [tiny.make_parent(tmp_path / str(seed), seed=seed) for seed in range(2)]
+    tiny.edit_config(
+        own[0], pretraining_tp=1, unsloth_fixed=True, rope_interleaved=False, is_llama_config=True, alibi=False,
+        temperature=0.7, _name_or_path="x", resid_pdrop=0.1, softcap=None,
+    )  # fmt: skip
+    assert not planned(tiny.write_recipe(tmp_path / "r.yml", own[0], own)).problems
+
+
 def test_rope_scaling_reaches_the_built_config(tmp_path: Path) -> None:
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}
     own = [tiny.make_parent(tmp_path / str(seed), seed=seed, rope_parameters=scaling) for seed in range(2)]
@@ -127,8 +164,8 @@ def test_a_family_without_a_format_is_named_and_runs_virtually(parents: Parents,
     base, one, _ = parents[tiny.UNLISTED]
     made = planned(tiny.write_recipe(tmp_path / "r.yml", base, [base, one]))
     assert made.fmt is None
-    assert "gpt_neox" in made.problems[0]
-    assert "llama" in made.problems[0]
+    assert "'gpt_neox'" in made.problems[0]
+    assert "its FFN has no gate" in made.problems[0]
 
 
 def test_equal_experts_are_found_by_content_whatever_their_name(tmp_path: Path) -> None:

@@ -22,13 +22,13 @@ from frankenmoe.artifact.record import RECORD_VERSION, Form, read_record
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import header_bytes, read_header
 from frankenmoe.checkpoint.tensors import TensorRef
+from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import free_bytes, partial_of, sync_folder, write_atomic
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 
 RECORD = "frankenmoe.json"
 ROUTERS = "model-routers.safetensors"
 STATISTICS = "router-statistics.safetensors"
-INDEX = "model.safetensors.index.json"
 UNFINISHED = "build.json"
 LOCK = "build.lock"
 GIB = 2**30
@@ -52,6 +52,16 @@ class Artifact:
     def routers(self) -> dict[str, TensorRef]:
         """Every gate by name, as references into the routers file."""
         return read_header(self.folder / ROUTERS)
+
+
+def check_no_stray(folder: Path) -> None:
+    """Raises ArtifactError if a whole model.safetensors was put beside the shards of a built artifact."""
+    stray = folder / SINGLE
+    if stray.exists():
+        raise ArtifactError(
+            f"{stray} was added after the build, and transformers would load it instead of the shards and the routers",
+            hint="move it away",
+        )
 
 
 def open_artifact(folder: Path) -> Artifact:

@@ -11,8 +11,9 @@ class HealedPart(ReportPart):
     """One expert. Losses are held-out, in nats per token, with this expert forced in every layer.
 
     `step` is the share of the changes that was kept, 0 for none. `noise` is the standard error of what it lowers the
-    loss by. `reason` says why an expert was not tried. The text is read in blocks of `block` tokens. By layer:
-    `ridges`, and `left`, the share of the held-out distance to the parent's states that the refit left.
+    loss by. `reason` says why an expert was not tried. The text is read in blocks of `block` tokens; `spans`
+    are the places of the fitted ones in the data's tokens. By layer: `ridges`, and `left`, the share of the held-out
+    distance to the parent's states that the refit left.
     """
 
     name: AnyText
@@ -20,6 +21,7 @@ class HealedPart(ReportPart):
     reason: AnyText = ""
     tokens: int = 0
     block: int = 0
+    spans: tuple[tuple[int, int], ...] = ()
     held_out_tokens: int = 0
     step: float = 0.0
     parent: Measure = None

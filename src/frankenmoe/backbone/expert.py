@@ -19,6 +19,7 @@ from frankenmoe.data.blocks import Block
 from frankenmoe.moe.dense import load_source, torch_dtype
 from frankenmoe.moe.device import CPU, Weights, check_room, place
 from frankenmoe.moe.load import MoE, load_parts
+from frankenmoe.moe.processes import from_main, world
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.healing import down_suffix
@@ -80,6 +81,7 @@ def heal_expert(
 ) -> HealedExpert:
     """Heals a leaf whose down projections are known, on blocks of equal length.
 
+    The processes of a launcher share the blocks: all of them call this, and get the same changes.
     `held` choose the ridge of every layer and the share that is kept. Raises PlanError for a family whose layers
     cannot be healed.
     """
@@ -89,14 +91,16 @@ def heal_expert(
     downs = _downs(own, leaf)
 
     def measured(model: PreTrainedModel) -> Losses:
-        return Losses({leaf.name: block_losses(model, held, on_tokens=on_tokens)})
+        found = Losses({leaf.name: block_losses(model, held, together=world() > 1)})
+        on_tokens(sum(len(block.ids) for block in held))
+        return found
 
     losses, goal = {0.0: measured(own.model)}, measured(parent)
     changes = tuple(_sweep(parent, own, downs, kept, held, ridges=ridges, rank=rank, on_tokens=on_tokens))
-    for step in STEPS if any(change.left < 1 for change in changes) else ():
+    for step in from_main(STEPS if any(change.left < 1 for change in changes) else ()):
         with _changed(downs, [step * change.whole_OI for change in changes]):
             losses[step] = measured(own.model)
-    step = surely_best(losses)
+    step = from_main(surely_best(losses))
     lowest = min(losses, key=lambda each: losses[each].mean)
     noise = losses[step or lowest].noise(losses[0.0])
     return HealedExpert(changes, step, goal.mean, losses[0.0].mean, losses[step].mean, noise)
@@ -145,14 +149,13 @@ def _sweep(
 ) -> Iterator[Change]:
     """The change of every layer from the first on; a layer is refitted after all earlier ones have changed."""
     ids_NT = torch.tensor([block.ids for block in (*kept, *held)])
-    leading, following = Stream(parent, ids_NT), Stream(own.model, ids_NT)
-    blocks = outer_blocks(own.model)
-    gain = following.gain(0, blocks[0])
+    leading, following = (Stream(model, ids_NT, together=world() > 1) for model in (parent, own.model))
+    gain = following.gain(outer_blocks(own.model)[0])
     tokens, ridge = 2 * ids_NT.numel(), None
     for layer, down in enumerate(downs):
         leading.advance(layer)
         outs = list(following.run(layer, observed=down))
-        moments = _moments(leading.states, outs, kept=len(kept), gain=gain)
+        moments = _moments(down, leading, outs, kept=len(kept), gain=gain)
         found = refit(*moments, ridges=ridges, first=ridge)
         change, ridge = _change(found, moments[0], rank=rank), found.ridge
         following.states = [
@@ -164,18 +167,22 @@ def _sweep(
 
 
 def _moments(
-    targets: Sequence[torch.Tensor], outs: Sequence[tuple[torch.Tensor, torch.Tensor]], *, kept: int, gain: float
+    down: nn.Module,
+    leading: Stream,
+    outs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    kept: int,
+    gain: float,
 ) -> tuple[Moments, Moments]:
-    """The moments of the first `kept` blocks, and of the others.
+    """The moments of the first `kept` blocks, and of the others, of all processes. The targets are `leading`'s states.
 
     A token weighs 1 / |target|^2, so all count alike. The first token of a block weighs nothing: its states are many
     times larger than any other's, and every model has learnt to ignore them.
     """
-    size, inputs = targets[0].shape[-1], outs[0][1].shape[-1]
-    device = targets[0].device
-    found = (Moments(inputs, size, device=device), Moments(inputs, size, device=device))
-    start = 0
-    for target_BTO, (out_BTO, inputs_BTI) in zip(targets, outs, strict=True):
+    weight = weight_of(down)
+    outputs, inputs = weight.shape if isinstance(down, nn.Linear) else weight.T.shape
+    found = (Moments(inputs, outputs, device=weight.device), Moments(inputs, outputs, device=weight.device))
+    for start, target_BTO, (out_BTO, inputs_BTI) in zip(leading.starts, leading.states, outs, strict=True):
         target_BTO = target_BTO.float()
         error_BTO = (target_BTO - out_BTO.float()) / gain
         weight_BT = 1 / target_BTO.pow(2).sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
@@ -183,7 +190,8 @@ def _moments(
         cut = min(max(kept - start, 0), len(target_BTO))
         for moments, rows in zip(found, (slice(0, cut), slice(cut, None)), strict=True):
             moments.add(inputs_BTI[rows].flatten(0, 1), error_BTO[rows].flatten(0, 1), weight_BT[rows].flatten())
-        start += len(target_BTO)
+    for moments in found:
+        moments.all_reduce()
     return found
 
 

@@ -15,6 +15,7 @@ from itertools import pairwise
 import torch
 
 from frankenmoe.moe.device import in_float64
+from frankenmoe.moe.processes import all_reduce
 
 PARTS = 4  # of a Gram matrix's rows, computed one after the other
 RIDGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -23,22 +24,34 @@ SAME = 1e-12  # mean squared error, relative to the states, of states that are e
 
 
 class Moments:
-    """The sums over tokens that a refit needs. Their size does not depend on the number of tokens."""
+    """The sums over tokens that a refit needs. Their size does not depend on the number of tokens.
+
+    Products are computed in float32 and added in float64 (Apple's GPUs have only float32), so that the order in which
+    tokens are added, which depends on the number of processes, does not matter.
+    """
 
     def __init__(self, inputs: int, outputs: int, *, device: torch.device | None = None) -> None:
-        self.gram_II = torch.zeros(inputs, inputs, device=device)
-        self.cross_OI = torch.zeros(outputs, inputs, device=device)
+        kind = torch.float32 if device is not None and device.type == "mps" else torch.float64
+        self.gram_II = torch.zeros(inputs, inputs, dtype=kind, device=device)
+        self.cross_OI = torch.zeros(outputs, inputs, dtype=kind, device=device)
         self.error = 0.0
         self.tokens = 0
 
     def add(self, inputs_NI: torch.Tensor, errors_NO: torch.Tensor, weights_N: torch.Tensor) -> None:
-        """Adds tokens. Computes in float32."""
+        """Adds tokens."""
         root_N1 = weights_N.float().sqrt()[:, None]
         scaled_NI, scaled_NO = inputs_NI.float() * root_N1, errors_NO.float() * root_N1
         self._add_gram(scaled_NI)
-        self.cross_OI.addmm_(scaled_NO.T, scaled_NI)
+        self.cross_OI += scaled_NO.T @ scaled_NI
         self.error += float(in_float64(scaled_NO).pow(2).sum())
         self.tokens += len(inputs_NI)
+
+    def all_reduce(self) -> None:
+        """Adds up the sums of all processes of a launcher; each of them calls this and gets the result."""
+        all_reduce(self.gram_II)
+        all_reduce(self.cross_OI)
+        counts = all_reduce(torch.tensor([self.error, self.tokens], dtype=torch.float64))
+        self.error, self.tokens = float(counts[0]), int(counts[1])
 
     def _add_gram(self, inputs_NI: torch.Tensor) -> None:
         """Adds to the lower half and its mirror image, by blocks of rows: 5/8 of the work of the whole product."""
@@ -51,8 +64,9 @@ class Moments:
 
     def error_after(self, change_OI: torch.Tensor) -> float:
         """sum_n w_n |e_n - D a_n|^2 for a change D of the matrix."""
-        cross = float((in_float64(change_OI) * in_float64(self.cross_OI)).sum())
-        return self.error - 2 * cross + float((in_float64(change_OI @ self.gram_II) * in_float64(change_OI)).sum())
+        change_OI = in_float64(change_OI)
+        cross = float((change_OI * in_float64(self.cross_OI)).sum())
+        return self.error - 2 * cross + float((change_OI @ in_float64(self.gram_II) * change_OI).sum())
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ def refit(kept: Moments, held: Moments, *, ridges: Sequence[float] = RIDGES, fir
     """
     gram_II = in_float64(kept.gram_II)
     unit = float(gram_II.diagonal().mean())
-    nothing = Refit(torch.zeros_like(kept.cross_OI), float("inf"), 1.0)
+    nothing = Refit(torch.zeros_like(kept.cross_OI, dtype=torch.float32), float("inf"), 1.0)
     if not unit or held.error <= SAME * held.tokens:
         return nothing
 

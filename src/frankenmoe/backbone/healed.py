@@ -21,11 +21,13 @@ from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.tensors import LowRank, Noise, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import materialize, values
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
+from frankenmoe.data.blocks import joined_spans
 from frankenmoe.data.given import Texts
 from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.texts import OwnText, read_texts
 from frankenmoe.moe.dense import load_tokenizer, torch_dtype
 from frankenmoe.moe.load import residual_scale
+from frankenmoe.moe.processes import is_main, once
 from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, source_path, write_adapter
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.fitting import HELD_OUT_DATA
@@ -132,28 +134,36 @@ def heal_all(
     out: Path,
     device: torch.device,
     progress: Progress,
-) -> tuple[dict[str, Any], HealReport]:
+) -> tuple[dict[str, Any], HealReport] | None:
     """Writes healed experts into `partial`, which will become `out`; returns the recipe that names them, and a report.
 
     One parent is in memory at a time. Experts that an earlier run with this folder has finished are not healed again.
+    The processes of a launcher share the work on each expert; only the first one writes, the others get None.
     """
     scaffold = partial / SCAFFOLD
-    scaffold.mkdir(exist_ok=True)
     tried = [patient for patient in patients if patient.text]
     progress.start("healing", sum(_cost(patient) for patient in tried), "tokens")
-    parts = []
-    for patient in patients:
-        if patient.text is None:
-            parts.append(HealedPart(name=patient.name, kept=False, reason=patient.reason))
-            continue
-        file = scaffold / _stem(patient)
-        if file.with_suffix(".json").exists():
+    for patient in tried:
+        if once((scaffold / f"{_stem(patient)}.json").exists):
             progress.advance(_cost(patient))
         else:
             progress.note(patient.name)
-            _heal_one(plan, patient, patient.text, settings, file, device=device, progress=progress)
-        parts.append(HealedPart.model_validate(json.loads(file.with_suffix(".json").read_bytes())))
+            _heal_one(plan, patient, settings, scaffold, device=device, progress=progress)
     progress.note("")
+    return _written(plan, patients, settings, partial, out=out) if is_main() else None
+
+
+def _written(
+    plan: Plan, patients: Sequence[Patient], settings: HealSettings, partial: Path, *, out: Path
+) -> tuple[dict[str, Any], HealReport]:
+    """Writes what is kept, and the report, from what is in the scaffold."""
+    scaffold = partial / SCAFFOLD
+    parts = [
+        HealedPart.model_validate(json.loads((scaffold / f"{_stem(patient)}.json").read_bytes()))
+        if patient.text
+        else HealedPart(name=patient.name, kept=False, reason=patient.reason)
+        for patient in patients
+    ]
     table, size = _write_kept(plan, patients, parts, partial, out=out)
     shutil.rmtree(scaffold)
     report = HealReport(
@@ -180,14 +190,15 @@ def _stem(patient: Patient) -> str:
 def _heal_one(
     plan: Plan,
     patient: Patient,
-    text: OwnText,
     settings: HealSettings,
-    file: Path,
+    scaffold: Path,
     *,
     device: torch.device,
     progress: Progress,
 ) -> None:
-    """Heals one expert and writes its tensors, then its row of the report, next to `file`."""
+    """Heals one expert and writes its tensors, then its row of the report, into `scaffold`."""
+    text = patient.text
+    assert text is not None
     healed = heal_expert(
         plan,
         patient.leaf,
@@ -198,11 +209,14 @@ def _heal_one(
         device=device,
         on_tokens=progress.advance,
     )
+    if not is_main():
+        return
     part = HealedPart(
         name=patient.name,
         kept=healed.step > 0,
         tokens=sum(len(block.ids) for block in text.kept),
         block=len(text.held[0].ids),
+        spans=tuple(joined_spans(text.kept)),
         held_out_tokens=sum(block.targets for block in text.held),
         step=healed.step,
         parent=healed.parent,
@@ -212,6 +226,8 @@ def _heal_one(
         ridges=tuple(change.ridge for change in healed.changes if change.left < 1),
         left=tuple(change.left for change in healed.changes),
     )
+    scaffold.mkdir(exist_ok=True)
+    file = scaffold / _stem(patient)
     if part.kept:
         tensors = dict(_tensors(plan, patient.leaf, healed))
         write_atomic(file.with_suffix(".safetensors"), save(tensors, metadata={"format": "pt"}))

@@ -88,9 +88,11 @@ def measure(
     return Losses(found)
 
 
-def block_losses(model: PreTrainedModel, blocks: Sequence[Block], *, on_tokens: Advance = silent) -> tuple[float, ...]:
-    """Nats per token of every block. Blocks of different lengths must be sorted by length."""
-    losses_N = next_losses(model, blocks, on_tokens=on_tokens)
+def block_losses(
+    model: PreTrainedModel, blocks: Sequence[Block], *, together: bool = False, on_tokens: Advance = silent
+) -> tuple[float, ...]:
+    """Nats per token of every block, in their order, which must be that of `next_losses`: sorted by length."""
+    losses_N = next_losses(model, blocks, together=together, on_tokens=on_tokens)
     ends = list(accumulate(len(block.ids) for block in blocks))
     parts = losses_N.double().tensor_split(ends[:-1])
     return tuple(float(part.sum()) / max(1, sum(block.learn[1:])) for part, block in zip(parts, blocks, strict=True))

@@ -17,6 +17,7 @@ from frankenmoe.artifact import store
 from frankenmoe.artifact.folder import write_json
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.gates.cached import digest_of, text_states
+from frankenmoe.moe.processes import once
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.files import states
 from frankenmoe.planning.trained import TRAINED
@@ -24,27 +25,43 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.backbone import ATTENTION, AUTO, backbone_of
 
 KIND = "backbones"
-VERSION = 2  # increase it when a change of the code gives another backbone for the same plan and text
+VERSION = 3  # increase it when a change of the code gives another backbone for the same plan and text
 RESULT = "backbone.json"
 DECIDING = ("base_model", "experts", "shared_experts", "backbone", "seed", "trained")  # keys of a recipe
 
 
-def resolve(made: Plan, *, cache: bool = True, device: str = "auto", progress: Progress = SILENT) -> Plan:
+def resolve(
+    made: Plan, *, cache: bool = True, together: bool = False, device: str = "auto", progress: Progress = SILENT
+) -> Plan:
     """The plan of the same recipe with an explicit backbone: `auto` measured, `regmean` computed from text.
 
     Where nothing must be measured, the recipe only says what `auto` means. With `cache`, what was found earlier for the
-    same plan and text is read from the user's cache. Models run on `device`. Raises RecipeError or SourceError for text
-    that cannot be read.
+    same plan and text is read from the user's cache. With `together`, all processes of a launcher call this, and the
+    first one finds it for all of them. Models run on `device`. Raises RecipeError or SourceError for text that cannot
+    be read.
     """
     if not made.backbone_open:
         written = made.recipe.backbone_for(ATTENTION).method
         explicit = made.recipe.with_backbone(backbone_of(made.choice.by_group)) if written == AUTO else made.recipe
         return replace(made, recipe=explicit)
+    found: list[Plan] = []
+
+    def find() -> Path:
+        folder, plan = _find(made, cache=cache, device=device, progress=progress)
+        found.append(plan)
+        return folder
+
+    folder = once(find) if together else find()
+    return found[0] if found else _read(made, folder)
+
+
+def _find(made: Plan, *, cache: bool, device: str, progress: Progress) -> tuple[Path, Plan]:
+    """The folder with the result, and the resolved plan. A folder outside of the cache lives as long as the process."""
     key = key_of(made) if cache else None
     folder = store.find(KIND, key, needs=RESULT) if key else None
     if folder is not None:
         with suppress(FrankenMoEError, OSError, ValueError, KeyError, TypeError):  # damaged or just removed
-            return _read(made, folder)
+            return folder, _read(made, folder)
     scratch = Path(tempfile.mkdtemp(prefix="frankenmoe-backbone-"))
     try:
         from frankenmoe.backbone.choose import choose
@@ -59,12 +76,11 @@ def resolve(made: Plan, *, cache: bool = True, device: str = "auto", progress: P
     except BaseException:  # Ctrl-C too
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    # RegMean's file outside the cache lives as long as the process
-    if resolved.recipe.trained and Path(resolved.recipe.trained).parent == scratch:
+    if folder is None:
         atexit.register(shutil.rmtree, scratch, ignore_errors=True)
     else:
         shutil.rmtree(scratch, ignore_errors=True)
-    return resolved
+    return folder or scratch, resolved
 
 
 def key_of(made: Plan) -> str | None:

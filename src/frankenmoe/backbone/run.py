@@ -16,7 +16,6 @@ from frankenmoe.artifact.folder import (
     Artifact,
     become,
     finish,
-    growing,
     open_artifact,
     refuse_occupied,
     small_hashes,
@@ -26,13 +25,15 @@ from frankenmoe.artifact.folder import (
 from frankenmoe.artifact.healing import HealReport
 from frankenmoe.artifact.record import HEAL
 from frankenmoe.artifact.reports import versions
-from frankenmoe.backbone.healed import Patient, heal_all, patients_of
-from frankenmoe.build.derived import virtual_record
+from frankenmoe.backbone.healed import REPORT, Patient, heal_all, patients_of
+from frankenmoe.build.derived import growing_once, virtual_record
 from frankenmoe.build.record import STAGES, backbone_stage
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Texts, located, user_path
+from frankenmoe.gates.made import MadeRouters
 from frankenmoe.moe.device import AUTO, resolve
+from frankenmoe.moe.processes import wait
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
@@ -69,17 +70,24 @@ def heal(
     working directory. `changes` are settings by name. Models run on `device`. An expert is left as it is unless its
     held-out loss falls by more than one standard error. The routers of a recipe are made afterwards; those of an
     artifact are kept. A built artifact needs its sources, and the result is virtual too. If killed, the same call
-    continues after the last finished expert.
+    continues after the last finished expert. Several processes of torchrun share the text; the first one writes.
     """
     out, place = Path(os.path.realpath(out)), resolve(device)
     refuse_occupied(out)
     subject, settings, patients, digest = _prepared(
         open_subject(what).resolved(progress, device=device), settings, changes, data
     )
-    with growing(out, digest=digest) as partial:
-        table, report = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
-        _finish(subject, table, report, partial, out=out, device=device, progress=progress)
-    return Healed(open_artifact(out), report)
+    with growing_once(out, digest=digest) as partial:
+        found = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
+        if found:
+            # planned in the partial folder, which is next to `out`, so relative paths are valid in both
+            _write_recipe(found[0], partial)
+        wait()
+        made = _routers(subject, partial, device=device, progress=progress)
+        if found:
+            _finish(subject, *found, made, partial, out=out, progress=progress)
+    wait()
+    return Healed(open_artifact(out), HealReport.read(out / REPORT))
 
 
 def heal_recipe(
@@ -95,12 +103,15 @@ def heal_recipe(
     subject, settings, patients, digest = _prepared(
         open_subject(what).resolved(progress, device=device), settings, {}, None
     )
-    with growing(out, digest=f"{digest}/recipe") as partial:
-        table, report = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
-        _write_recipe(table, partial)
-        write_json(partial / STAGES, {"stages": [*backbone_stage(subject.plan), _stage(subject, report)]})
-        become(partial, out)
-    return report
+    with growing_once(out, digest=f"{digest}/recipe") as partial:
+        found = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
+        if found:
+            table, report = found
+            _write_recipe(table, partial)
+            write_json(partial / STAGES, {"stages": [*backbone_stage(subject.plan), _stage(subject, report)]})
+            become(partial, out)
+    wait()
+    return HealReport.read(out / REPORT)
 
 
 def _prepared(
@@ -141,37 +152,38 @@ def _stage(subject: Subject, report: HealReport) -> dict[str, Any]:
         "from": subject.origin,
         "settings": report.settings,
         "data": report.data,
-        "text": {part.name: {"tokens": part.tokens, "block": part.block} for part in report.tried},
+        "text": {part.name: {"tokens": part.tokens, "block": part.block, "spans": part.spans} for part in report.tried},
         "kept": [expert.name for expert in report.kept],
         "held_out_loss": report.means,
         "versions": versions(),
     }
 
 
+def _routers(subject: Subject, partial: Path, *, device: str, progress: Progress) -> MadeRouters:
+    """An artifact's own routers, or those of the healed recipe in `partial`."""
+    if subject.artifact:
+        return subject.routers(progress)
+    recipe = Recipe.load(partial / "recipe.yml")
+    healed = Subject(recipe, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code, cache=False)
+    return healed.routers(progress, device=device)
+
+
 def _finish(
     subject: Subject,
     table: dict[str, Any],
     report: HealReport,
+    made: MadeRouters,
     partial: Path,
     *,
     out: Path,
-    device: str,
     progress: Progress,
 ) -> None:
-    """Adds routers and record, and turns the partial folder into the artifact."""
+    """Writes routers and record, and turns the partial folder into the artifact."""
     if subject.artifact:
-        routers, statistics = subject.routers(progress).routers, None
         table["routers"] = ROUTERS
-    else:
-        # planned in the partial folder, which is next to `out`, so relative paths are valid in both
-        _write_recipe(table, partial)
-        recipe = Recipe.load(partial / "recipe.yml")
-        healed = Subject(recipe, dtype=subject.plan.dtype, trust_remote_code=subject.trust_remote_code, cache=False)
-        made = healed.routers(progress, device=device)
-        routers, statistics = made.routers, made.statistics
-    if statistics is not None:
-        write_atomic(partial / STATISTICS, statistics)
-    write_routers(partial, routers)
+    elif made.statistics is not None:
+        write_atomic(partial / STATISTICS, made.statistics)
+    write_routers(partial, made.routers)
     record = virtual_record(subject, table, partial, out=out, progress=progress)
     stage = _stage(subject, report)
     if subject.artifact:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.processes import split
 
 BATCH_TOKENS = 2048
 PROBE = 0.05  # most relative error of a layer's answer to a change of its FFN's output, in 16 bits
@@ -33,19 +34,23 @@ class _ReachedError(Exception):
 class Stream:
     """The hidden states of blocks of equal length on their way through the layers of a model.
 
-    `states` are the batches [B, T, D] that enter the next layer. The decoder's own call of each layer (masks, rotary
-    embeddings) is recorded once per batch size, so models need no code here. Raises PlanError for a model whose layers
-    do more than follow one another.
+    `states` are the batches [B, T, D] that enter the next layer, `starts` the numbers of their first blocks. The
+    decoder's own call of each layer (masks, rotary embeddings) is recorded once per batch size, so models need no code
+    here. With `together`, each process of a launcher has its share of the same batches. Raises PlanError for a model
+    whose layers do more than follow one another.
     """
 
-    def __init__(self, model: PreTrainedModel, ids_NT: torch.Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, ids_NT: torch.Tensor, *, together: bool = False) -> None:
         self._layers = {layer: holder for layer, (holder, _) in mlp_modules(model).items()}
         size = max(1, BATCH_TOKENS // ids_NT.shape[1])
         ids_NT = ids_NT.to(model.device)
-        batches = [ids_NT[start : start + size] for start in range(0, len(ids_NT), size)]
+        starts = range(0, len(ids_NT), size)
+        self.starts = split(starts) if together else list(starts)
+        batches = [ids_NT[start : start + size] for start in self.starts]
         self._calls: dict[int, dict[int, _Call]] = {}
-        for ids_BT in {len(ids_BT): ids_BT for ids_BT in batches}.values():
+        for ids_BT in {len(ids_BT): ids_BT for ids_BT in (ids_NT[:size], *batches)}.values():
             self._calls[len(ids_BT)] = _calls(model, self._layers, ids_BT)
+        self._first = _entering(model, self._layers[0], ids_NT[:size])  # also where another process has this batch
         self.states = [_entering(model, self._layers[0], ids_BT) for ids_BT in batches]
 
     @torch.no_grad()
@@ -84,25 +89,24 @@ class Stream:
         return found
 
     @torch.no_grad()
-    def gain(self, layer: int, mlp: nn.Module) -> float:
-        """How much a change of the FFN's output changes what leaves the layer: 1, or the family's multiplier.
+    def gain(self, mlp: nn.Module) -> float:
+        """How much a change of the first FFN's output changes what leaves its layer: 1, or the family's multiplier.
 
         Raises PlanError for a layer that normalises the FFN's output: the change is then not proportional.
         """
-        states_BTD = self.states[0]
-        plain_BTD = self._call(layer, states_BTD)
+        plain_BTD = self._call(0, self._first)
         noise_BTD = torch.randn(plain_BTD.shape, generator=torch.Generator().manual_seed(0)).to(plain_BTD.device)
         delta_BTD = (noise_BTD * plain_BTD.float().pow(2).mean().sqrt()).to(plain_BTD.dtype)
         hook = mlp.register_forward_hook(lambda _, inputs, out: out + delta_BTD)
         try:
-            moved_BTD = self._call(layer, states_BTD)
+            moved_BTD = self._call(0, self._first)
         finally:
             hook.remove()
         answer, change = moved_BTD.float() - plain_BTD.float(), delta_BTD.float()
         gain = float((answer * change).sum() / change.pow(2).sum())
         if float((answer - gain * change).norm()) > PROBE * float(answer.norm()):
             raise PlanError(
-                f"{type(self._layers[layer]).__name__} does not add its FFN's output to the residual stream as it is, "
+                f"{type(self._layers[0]).__name__} does not add its FFN's output to the residual stream as it is, "
                 "so experts of this family cannot be healed",
                 hint="leave healing out",
             )

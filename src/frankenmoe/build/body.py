@@ -9,8 +9,9 @@ from itertools import groupby
 from pathlib import Path
 from threading import Event
 
-from frankenmoe.artifact.folder import INDEX, ROUTERS, check_disk, write_json
+from frankenmoe.artifact.folder import ROUTERS, check_disk, write_json
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
 from frankenmoe.planning import Plan
 from frankenmoe.planning.asadapter import copy_adapters

@@ -1,19 +1,32 @@
-"""A virtual artifact derived from another MoE: its recipe, small files and record."""
+"""A virtual artifact derived from another MoE: its partial folder, recipe, small files and record."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from frankenmoe.artifact.folder import growing, partial_folder
 from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.record import record_of
 from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.moe.processes import is_main
 from frankenmoe.planning import plan
 from frankenmoe.progress import Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.subject import Subject
+
+
+@contextmanager
+def growing_once(out: Path, *, digest: str) -> Iterator[Path]:
+    """Like `growing`; of several processes, only the first one locks the partial folder."""
+    if is_main():
+        with growing(out, digest=digest) as partial:
+            yield partial
+    else:
+        yield partial_folder(out)
 
 
 def virtual_record(

@@ -16,7 +16,8 @@ import torch
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
-from frankenmoe.artifact.folder import Artifact, small_hashes
+from frankenmoe.artifact.folder import Artifact, check_no_stray, small_hashes
+from frankenmoe.build.tokens import compared_texts
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
@@ -30,7 +31,6 @@ from frankenmoe.subject import Subject, open_subject
 
 DAMAGED = "the folder was changed or damaged after the build; build it again"
 UNKNOWN_CLASS = "the installed transformers has a new layout for this format; update frankenmoe"
-SINGLE = "model.safetensors"
 SAMPLE = 2**16  # bytes compared of each copied tensor if sampled
 Listener = Callable[[int], None]
 
@@ -67,6 +67,7 @@ def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT
         *checks,
         *prove_routers(made, artifact.folder),
         *prove_body(made, artifact.folder, on_bytes=progress.advance),
+        *prove_tokenizer(made, artifact.folder),
     )
 
 
@@ -79,12 +80,7 @@ def _small_files(artifact: Artifact) -> Check:
                 f"{artifact.folder / name} {'was edited' if name in found else 'was removed'} after the build",
                 hint="restore the file, or build the artifact again",
             )
-    stray = artifact.folder / SINGLE
-    if stray.exists():
-        raise ArtifactError(
-            f"{stray} was added after the build, and transformers would load it instead of the shards and the routers",
-            hint="move it away",
-        )
+    check_no_stray(artifact.folder)
     return Check("files", f"{len(recorded)} small files are unchanged")
 
 
@@ -108,6 +104,12 @@ def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = 
     compared = sum(_compare_bytes(write, tensors[write.name], sampled=sampled, on_bytes=on_bytes) for write in wanted)
     extent = "one block of each tensor, " if sampled else "every byte, "
     return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources"))
+
+
+def prove_tokenizer(plan: Plan, folder: Path) -> tuple[Check, ...]:
+    """Compares the ids that the folder and the base give to hard texts; no check if the base has no tokenizer."""
+    count = compared_texts(plan, folder)
+    return () if count is None else (Check("tokenizer", f"the base's ids for {count} hard texts"),)
 
 
 def prove_class(plan: Plan) -> None:
@@ -180,7 +182,7 @@ def _planned(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
     return wanted | {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
 
 
-def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
+def _compare_headers(plan: Plan, tensors: Mapping[str, TensorRef]) -> None:
     wanted = _planned(plan)
     found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):

@@ -86,7 +86,8 @@ def build(
         else:
             progress.start("writing", sum(write.nbytes for write in made.writes), "B")
             compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))
-            ahead.result()
+            for name, raw in ahead.result().items():
+                write_atomic(partial / name, raw)
             _prove(made, partial)
         table = with_own_backbone(made, partial, out=out)
         text = yaml.safe_dump(table or made.recipe.to_dict(), sort_keys=False, allow_unicode=True)
@@ -109,11 +110,12 @@ def build(
 
 
 @contextmanager
-def torch_ahead(made: Plan, *, virtual: bool) -> Iterator[Future[None]]:
+def torch_ahead(made: Plan, *, virtual: bool) -> Iterator[Future[dict[str, bytes]]]:
     """Imports torch and transformers in a thread, which takes as long as copying gigabytes, and checks the plan there.
 
-    Yields a future that raises what the checks found. Wait for it before importing transformers, which cannot be
-    imported from two threads at once. A short switch interval keeps the imports from delaying the copying.
+    Yields a future of tokenizer files to write, which raises what the checks found. Wait for it before importing
+    transformers, which cannot be imported from two threads at once. A short switch interval keeps the imports from
+    delaying the copying.
     """
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL)
@@ -125,17 +127,24 @@ def torch_ahead(made: Plan, *, virtual: bool) -> Iterator[Future[None]]:
             sys.setswitchinterval(before)
 
 
-def _check_ahead(made: Plan, *, virtual: bool) -> None:
-    """Checks that transformers can load the sources, and that the planned tensors are those of the target class."""
+def _check_ahead(made: Plan, *, virtual: bool) -> dict[str, bytes]:
+    """Checks that transformers can load the sources, and that the planned tensors are those of the target class.
+
+    Returns the tokenizer files of a built folder that must differ from the base's.
+    """
     prove = import_module("frankenmoe.build.proof")
     from frankenmoe.moe.load import check_loadable
 
     check_loadable(made)
-    if not virtual:
-        prove.prove_class(made)
+    if virtual:
+        return {}
+    prove.prove_class(made)
+    from frankenmoe.build.tokens import tokenizer_files
+
+    return tokenizer_files(made)
 
 
-def _unless_failed(ahead: Future[None], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
+def _unless_failed(ahead: Future[Any], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
     """`on_bytes`, but raises an error of the thread, so that writing stops early."""
 
     def listen(amount: int) -> None:

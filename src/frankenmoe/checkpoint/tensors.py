@@ -165,7 +165,44 @@ class Constant:
     value: float
 
 
-Step = Merge | LowRank | Noise | Scale | Constant
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """Add `amount`."""
+
+    amount: float
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Stack the inputs along the first axis; only as the first step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The elements of the only input from `start` on, in row-major order; only as the first step."""
+
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class Permute:
+    """Reorder rows in groups of `len(order)`: row i of a group becomes row order[i]; only as the first step."""
+
+    order: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if sorted(self.order) != list(range(len(self.order))):
+            raise ValueError(f"{self.order} is not an order of {len(self.order)} rows")
+
+    @property
+    def inverse(self) -> "Permute":
+        """The order that undoes this one."""
+        return Permute(tuple(self.order.index(row) for row in range(len(self.order))))
+
+
+Step = Merge | LowRank | Noise | Scale | Shift | Constant | Join | Part | Permute
+FIRST = (Merge, Constant, Join, Part, Permute)
+"""The steps that can only be the first one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,18 +224,31 @@ class TensorWrite:
         first = self.steps[0] if self.steps else None
         if isinstance(first, Constant) == bool(self.inputs):
             raise ValueError(f"{self.name}: a write has either inputs or a Constant as its first step")
-        if len(self.inputs) > 1 and not isinstance(first, Merge):
-            raise ValueError(f"{self.name}: {len(self.inputs)} inputs need a Merge as their first step")
+        if len(self.inputs) > 1 and not isinstance(first, Merge | Join):
+            raise ValueError(f"{self.name}: {len(self.inputs)} inputs need a Merge or Join as their first step")
         if isinstance(first, Merge) and len(self.inputs) != first.count:
             parents = f"{len(first.weights)} parents{' and the base' if MERGES[first.method] else ''}"
             raise ValueError(f"{self.name}: {first.method} of {parents} with {len(self.inputs)} inputs")
-        if any(isinstance(step, Merge | Constant) for step in self.steps[1:]):
-            raise ValueError(f"{self.name}: Merge and Constant can only be the first step")
-        if any(each.numel != self.numel for each in self.inputs):
-            raise ValueError(f"{self.name}: every input must have the {self.numel} elements of {list(self.shape)}")
+        if any(isinstance(step, FIRST) for step in self.steps[1:]):
+            raise ValueError(f"{self.name}: Merge and Constant can only be the first step, like Join, Part and Permute")
+        self._check_sizes(first)
         for step in self.steps:
             if isinstance(step, LowRank):
                 self._check_lora(step)
+
+    def _check_sizes(self, first: "Step | None") -> None:
+        sizes = [each.numel for each in self.inputs]
+        match first:
+            case Join():
+                fits = sum(sizes) == self.numel
+            case Part(start):
+                fits = 0 <= start <= sizes[0] - self.numel
+            case Permute(order):
+                fits = sizes == [self.numel] and self.shape[0] % len(order) == 0
+            case _:
+                fits = all(size == self.numel for size in sizes)
+        if not fits:
+            raise ValueError(f"{self.name}: every input must have the {self.numel} elements of {list(self.shape)}")
 
     def _check_lora(self, step: LowRank) -> None:
         ranks = (step.a.shape[:1], step.b.shape[1:])
@@ -226,6 +276,15 @@ class TensorWrite:
             return None
         (only,) = self.inputs
         return only if isinstance(only, TensorRef) and only.dtype == self.dtype else None
+
+    @property
+    def joined(self) -> tuple[TensorRef, ...]:
+        """The tensors whose bytes follow one another in the output; empty if it is not such a join."""
+        if self.steps != (Join(),):
+            return ()
+        refs = [each.copied if isinstance(each, TensorWrite) else each for each in self.inputs]
+        found = tuple(ref for ref in refs if ref is not None and ref.dtype == self.dtype)
+        return found if len(found) == len(refs) else ()
 
     @property
     def sources(self) -> tuple[TensorRef, ...]:

@@ -5,7 +5,7 @@ Shape suffixes: N elements of one block, O rows (out) and I columns (in) of a ma
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 import numpy as np
@@ -17,10 +17,14 @@ from frankenmoe.checkpoint.tensors import (
     DTYPES,
     FLOATS,
     Constant,
+    Join,
     LowRank,
     Merge,
     Noise,
+    Part,
+    Permute,
     Scale,
+    Shift,
     Step,
     TensorRef,
     TensorWrite,
@@ -47,6 +51,10 @@ def blocks(write: TensorWrite) -> Iterator[Bytes]:
     """
     if write.copied is not None:
         yield from _copied_blocks(write, write.copied)
+        return
+    if write.joined:
+        for each in write.joined:
+            yield from _copied_blocks(each, each)
         return
     _require_castable(write)
     for number, block_N in enumerate(_numbers(write)()):
@@ -87,11 +95,11 @@ def check_finite(ref: TensorRef) -> None:
         )
 
 
-def _copied_blocks(write: TensorWrite, source: TensorRef) -> Iterator[Bytes]:
+def _copied_blocks(what: TensorWrite | TensorRef, source: TensorRef) -> Iterator[Bytes]:
     raw = map_bytes(source)
-    for start in range(0, write.numel, BLOCK):
-        block = _elements(raw, start, start + BLOCK, dtype=write.dtype)
-        if write.dtype in FLOATS and first_nonfinite(block, dtype=write.dtype) is not None:
+    for start in range(0, what.numel, BLOCK):
+        block = _elements(raw, start, start + BLOCK, dtype=what.dtype)
+        if what.dtype in FLOATS and first_nonfinite(block, dtype=what.dtype) is not None:
             check_finite(source)
         yield block
 
@@ -127,6 +135,12 @@ def _numbers(what: TensorRef | TensorWrite) -> Blocks:
             numbers, steps = merged(merge, inputs), what.steps[1:]
         case (Constant(value),):
             numbers, steps = partial(_constant, value, what.numel), what.steps[1:]
+        case (Join(),):
+            numbers, steps = partial(_joined, inputs), what.steps[1:]
+        case (Part(start),):
+            numbers, steps = partial(_part, inputs[0], start, what.numel), what.steps[1:]
+        case (Permute(order),):
+            numbers, steps = partial(_permuted, inputs[0], order, what.shape[0]), what.steps[1:]
         case _:
             (numbers,), steps = inputs, what.steps
     for step in steps:
@@ -145,6 +159,43 @@ def _constant(value: float, numel: int) -> Iterator[Floats]:
         yield np.full(min(BLOCK, numel - start), value, np.float32)
 
 
+def _joined(inputs: Sequence[Blocks]) -> Iterator[Floats]:
+    """The numbers of all inputs in order, in blocks that are cut anew."""
+    return _cut(block_N for each in inputs for block_N in each())
+
+
+def _part(numbers: Blocks, start: int, count: int) -> Iterator[Floats]:
+    """`count` numbers from `start` on."""
+
+    def inside() -> Iterator[Floats]:
+        for number, block_N in enumerate(numbers()):
+            at = number * BLOCK
+            if at >= start + count:
+                return
+            if at + block_N.size > start:
+                yield block_N[max(0, start - at) : start + count - at]
+
+    return _cut(inside())
+
+
+def _permuted(numbers: Blocks, order: tuple[int, ...], rows: int) -> Iterator[Floats]:
+    """Holds the whole tensor while it is cut."""
+    whole_GON = np.concatenate(list(numbers())).reshape(rows // len(order), len(order), -1)
+    return _cut([whole_GON[:, list(order)].reshape(-1)])
+
+
+def _cut(pieces: Iterable[Floats]) -> Iterator[Floats]:
+    """The same numbers in blocks of BLOCK, which steps that count blocks rely on."""
+    rest_N = np.empty(0, np.float32)
+    for piece_N in pieces:
+        rest_N = np.concatenate([rest_N, piece_N]) if rest_N.size else piece_N
+        whole = rest_N.size // BLOCK * BLOCK
+        yield from (rest_N[start : start + BLOCK] for start in range(0, whole, BLOCK))
+        rest_N = rest_N[whole:]
+    if rest_N.size:
+        yield rest_N
+
+
 def _after(before: Blocks, stage: Stage) -> Blocks:
     """The numbers after a prepared step."""
 
@@ -161,6 +212,8 @@ def _stage(step: Step, before: Blocks) -> Stage:
     match step:
         case Scale(factor):
             return lambda block_N, _: block_N * np.float32(factor)
+        case Shift(amount):
+            return lambda block_N, _: block_N + np.float32(amount)
         case Noise(std, relative, seed):
             return partial(_add_noise, std=std * (_std(before) if relative else 1.0), seed=seed)
         case LowRank(a, b, scale):

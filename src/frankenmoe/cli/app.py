@@ -48,7 +48,7 @@ from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings, FitSettings
 from frankenmoe.subject import kind_of, open_subject
 
-TOGETHER = {"train", "eval", "fit"}  # commands that several processes of a launcher can share
+TOGETHER = {"train", "eval", "fit", "heal"}  # commands that several processes of a launcher can share
 GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 RESUMING = {"build", "heal", "train", "eval", "run", "push"}

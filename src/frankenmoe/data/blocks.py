@@ -9,6 +9,8 @@ from frankenmoe.data.documents import Document, Turn
 from frankenmoe.errors import SourceError
 
 T = TypeVar("T")
+Span = tuple[int, int]
+"""The first and last place, plus one, of tokens in the stream of all documents' tokens."""
 Marked = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is to be learned."""
 
@@ -17,12 +19,12 @@ Marked = tuple[list[int], list[bool]]
 class Block:
     """Tokens that are read together. `learn[i]`: whether token i is a target of the loss.
 
-    `span` are the first and last place, plus one, in the stream of all documents' tokens; BOS has no place there.
+    `span` is its place in the stream; BOS has none there.
     """
 
     ids: tuple[int, ...]
     learn: tuple[bool, ...]
-    span: tuple[int, int] = field(default=(0, 0), compare=False)
+    span: Span = field(default=(0, 0), compare=False)
 
     @property
     def targets(self) -> int:
@@ -80,6 +82,23 @@ def hold_out(blocks: Sequence[T], *, share: float = 0.1) -> tuple[list[T], list[
     places = range(len(blocks))
     taken = places[every - 1 :: every] or places[-1:]
     return [blocks[at] for at in places if at not in taken] or list(blocks), [blocks[at] for at in taken]
+
+
+def spread(blocks: Sequence[Block], count: int) -> list[Block]:
+    """`count` of the blocks, evenly from all of them, in their order; all if they are not more."""
+    if count >= len(blocks):
+        return list(blocks)
+    return [blocks[(2 * index + 1) * len(blocks) // (2 * count)] for index in range(count)]
+
+
+def joined_spans(blocks: Iterable[Block]) -> list[Span]:
+    """The places of the blocks in the stream of tokens, sorted; those of neighbours are one."""
+    found: list[Span] = []
+    for start, end in sorted(block.span for block in blocks):
+        if found and start <= found[-1][1]:
+            start, end = found[-1][0], max(end, found.pop()[1])
+        found.append((start, end))
+    return found
 
 
 def encode(document: Document, tokenizer: Any) -> Marked:

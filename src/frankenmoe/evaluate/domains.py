@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from frankenmoe.data.blocks import Block, hold_out, text_blocks
+from frankenmoe.data.blocks import Block, Span, hold_out, text_blocks
 from frankenmoe.data.documents import read_documents
 from frankenmoe.errors import NumericsError
 from frankenmoe.evaluate.bootstrap import Interval, weighted
@@ -21,7 +21,6 @@ from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.scorer import check_ids, scored
 from frankenmoe.evaluate.store import Store, request_key
 from frankenmoe.moe.processes import from_main, share_out, world
-from frankenmoe.planning.fitting import HELD_OUT_DATA
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.train import TrainSettings
 
@@ -33,18 +32,10 @@ GENERAL_FILE = Path(__file__).with_name("general.txt")
 
 
 @dataclass(frozen=True)
-class Fitted:
-    """A fit or a healing to the first `tokens` tokens of a text that are not held out, in blocks of `block` tokens."""
-
-    tokens: int
-    block: int
-
-
-@dataclass(frozen=True)
 class DomainText:
     """A domain's texts: files or hub datasets, relative to `folder`. `held_out`: only the held-out part is read.
 
-    `fitted` says how the model was fitted to the same texts; what was fitted is not held out.
+    `fitted` are the places in the stream of their tokens that the model was fitted to, which are not held out.
     """
 
     name: str
@@ -53,7 +44,7 @@ class DomainText:
     held_out: bool
     block: int = TRAINING.block
     share: float = TRAINING.hold_out
-    fitted: tuple[Fitted, ...] = ()
+    fitted: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,21 +83,11 @@ def read_domain(source: DomainText, tokenizer: Any, *, limit: int | None) -> lis
     )
     if source.held_out:
         blocks = hold_out(blocks, share=source.share)[1]
-        spans = [span for fitted in source.fitted for span in _fitted_spans(source, tokenizer, fitted)]
-        blocks = [block for block in blocks if not any(_overlap(block.span, span) for span in spans)] or blocks
+        blocks = [block for block in blocks if not any(_overlap(block.span, span) for span in source.fitted)] or blocks
     return blocks[:most]
 
 
-def _fitted_spans(source: DomainText, tokenizer: Any, fitted: Fitted) -> list[tuple[int, int]]:
-    """Where the fitted blocks lie in the text."""
-    count = fitted.tokens // fitted.block
-    documents = read_documents(source.files, folder=source.folder)
-    every = math.ceil(count / (1 - HELD_OUT_DATA)) + 1
-    blocks = text_blocks(documents, tokenizer, length=fitted.block, limit=every)
-    return [block.span for block in hold_out(blocks, share=HELD_OUT_DATA)[0][:count]]
-
-
-def _overlap(one: tuple[int, int], other: tuple[int, int]) -> bool:
+def _overlap(one: Span, other: Span) -> bool:
     return one[0] < other[1] and other[0] < one[1]
 
 

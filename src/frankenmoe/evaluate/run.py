@@ -4,6 +4,7 @@ Only one model is loaded at a time.
 """
 
 import gc
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,12 +19,12 @@ import torch
 from frankenmoe.artifact.reports import EvalReport
 from frankenmoe.cache import cache_folder
 from frankenmoe.checkpoint.hub import local_path
-from frankenmoe.data.blocks import Block
+from frankenmoe.data.blocks import Block, Span
 from frankenmoe.errors import FrankenMoEError, PlanError, SourceError
 from frankenmoe.evaluate import bootstrap
 from frankenmoe.evaluate.compare import BASE, MERGE, PARENT, Gains, best_of_parents, gains, kept
 from frankenmoe.evaluate.contestants import Contestant, contestant, own_parents, rivals, with_unique_names
-from frankenmoe.evaluate.domains import GENERAL, GENERAL_FILE, TRAINING, DomainText, Fitted, read_domain
+from frankenmoe.evaluate.domains import GENERAL, GENERAL_FILE, TRAINING, DomainText, read_domain
 from frankenmoe.evaluate.identity import memory_of, tokenizer_digest
 from frankenmoe.evaluate.plot import Point, check_plot, plot
 from frankenmoe.evaluate.prompts import SEED
@@ -34,6 +35,7 @@ from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
 from frankenmoe.moe.load import weights_of
 from frankenmoe.moe.processes import main_first
+from frankenmoe.planning.fitting import HELD_OUT_DATA
 from frankenmoe.planning.sources import leaves
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import EvalSettings
@@ -103,11 +105,11 @@ def evaluate(
     data_dir = Path(settings.data_dir) if settings.data_dir else None
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
     moes = [each for each in opened if isinstance(each, Subject)]
-    with main_first():  # which downloads the rows and measures backbones
+    with main_first():  # which downloads the rows
         suite = load_suite(tasks, data_dir=data_dir, limit=settings.limit)
-        for each in moes:
-            if not each.built:
-                each.resolved(progress, device=device)
+    for each in moes:
+        if not each.built:
+            each.resolved(progress, device=device)
     for each in moes:
         check_room(weights_of(each.parts), chosen, dtype=getattr(torch, dtype) if dtype else None)
     if settings.against_parents and (len(opened) != 1 or not moes):
@@ -203,7 +205,7 @@ def _texts(given: Mapping[str, str], moes: Sequence[Subject]) -> list[DomainText
             for name, file in given.items()
         ]
     found: dict[str, DomainText] = {}
-    fitted = [(name, how) for moe in moes for name, how in _fitted(moe)]
+    fitted = [found for moe in moes for found in _fitted(moe)]
     for recipe in (moe.recipe for moe in moes):
         train = recipe.train or TRAINING  # the same cut as in training keeps trained text out
         for expert in leaves(recipe.experts):
@@ -215,17 +217,24 @@ def _texts(given: Mapping[str, str], moes: Sequence[Subject]) -> list[DomainText
                     held_out=True,
                     block=train.block,
                     share=train.hold_out,
-                    fitted=tuple(dict.fromkeys(how for name, how in fitted if name == expert.name)),
+                    fitted=tuple(dict.fromkeys(span for name, span in fitted if name == expert.name)),
                 )
     return list(found.values())
 
 
-def _fitted(moe: Subject) -> Iterator[tuple[str, Fitted]]:
-    """(expert, what its routers were fitted to or it was healed from), from the record of an artifact."""
+def _fitted(moe: Subject) -> Iterator[tuple[str, Span]]:
+    """(expert, where in its text is what routers were fitted to or it was healed from), from an artifact's record."""
     for stage in moe.artifact.record["stages"] if moe.artifact else ():
         for name, text in (stage.get("text") or (stage.get("fit") or {}).get("text") or {}).items():
-            if isinstance(text, dict) and text.get("block"):
-                yield name.rpartition("/")[2], Fitted(text["tokens"], text["block"])
+            for start, end in _spans(text) if isinstance(text, dict) else ():
+                yield name.rpartition("/")[2], (start, end)
+
+
+def _spans(text: Mapping[str, Any]) -> Sequence[Span]:
+    """Of one text in a record. Older records hold none: then all that the fit can have read."""
+    if "spans" not in text and "block" in text:
+        return [(0, math.ceil(text["tokens"] / (1 - HELD_OUT_DATA)) + text["block"])]
+    return [(start, end) for start, end in text.get("spans", ())]
 
 
 def _general(given: str | None) -> DomainText:

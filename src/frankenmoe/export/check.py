@@ -31,13 +31,17 @@ class Expected:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the source computes for passages and prompts; `ids` and `replies` belong to the prompts."""
+    """What the source computes for passages and prompts; `ids` and `replies` belong to the prompts.
+
+    `ends` are the tokens at which its replies end.
+    """
 
     passages: tuple[Expected, ...]
     prompts: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
     replies: tuple[tuple[int, ...], ...]
     perplexity: float
+    ends: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,8 @@ class Checked:
 
     `kl` is the mean KL divergence from the source in nats, `top1` the share of positions with the same most likely
     token. `same_replies` and `same_prompts` count prompts with the same greedy tokens, and with the same tokenization.
-    `reads_template` is false for a chat template that llama.cpp cannot read.
+    `reads_template` is false for a chat template that llama.cpp cannot read. `runs_past` are end tokens of the
+    source at which llama.cpp goes on.
     """
 
     path: Path
@@ -59,6 +64,7 @@ class Checked:
     positions: int
     tokens_per_second: float
     reads_template: bool
+    runs_past: tuple[int, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"path": str(self.path)}
@@ -95,7 +101,16 @@ def reference(
         for place, row_V in zip(passage.positions, passage.logprobs, strict=True)
     ]
     perplexity = math.exp(float(np.mean(losses))) if losses else math.nan
-    return Reference(tuple(passages), tuple(prompts), tuple(asked), tuple(replies), perplexity)
+    end = moe.model.generation_config.eos_token_id
+    ends = end if isinstance(end, list) else [end if end is not None else tokenizer.eos_token_id]
+    return Reference(
+        tuple(passages),
+        tuple(prompts),
+        tuple(asked),
+        tuple(replies),
+        perplexity,
+        ends=tuple(each for each in ends if each is not None),
+    )
 
 
 def steps(texts: Sequence[Sequence[int]], *, positions: int, prompts: int) -> int:
@@ -144,6 +159,7 @@ def check(
         positions=len(divergences),
         tokens_per_second=float(np.median(speeds)) if speeds else math.nan,
         reads_template=engine.reads_template,
+        runs_past=tuple(end for end in source.ends if not engine.ends_at(end)),
     )
 
 

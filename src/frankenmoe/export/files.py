@@ -94,6 +94,7 @@ def export_files(
         importance=importance,
         on_bytes=progress.advance,
     )
+    notes = (*notes, *vocabulary.notes)
     return [_describe(found, kind, target, notes) for kind, target in zip(kinds, targets, strict=True)]
 
 

@@ -16,7 +16,7 @@ from frankenmoe import __version__
 from frankenmoe.export.tokenizer import Vocabulary
 from frankenmoe.families import rope
 from frankenmoe.families.llamacpp import FileType
-from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, nbytes
+from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, multipliers, nbytes
 from frankenmoe.planning.parts import Parts
 
 QUANTIZATION_VERSION = 2
@@ -93,10 +93,14 @@ def _architecture(writer: gguf.GGUFWriter, model: Parts, layout: GgufLayout) -> 
     _rotary(writer, rope(model.stock[1], model.config), model.config, head=f"{name}.rope.scaling")
     if name in ("qwen2moe", "qwen3moe", "deepseek"):
         writer.add_expert_feed_forward_length(layout.ffn)
-    if name in ("qwen2moe", "granitemoe"):
+    if name in ("qwen2moe", "granitemoe") and model.shared:
         writer.add_expert_shared_feed_forward_length(layout.ffn)
-    if name == "granitemoe":
-        writer.add_logit_scale(1.0)
+    if layout.arch.multipliers:
+        given = multipliers(model)
+        writer.add_logit_scale(given.get("logits_scaling", 1.0))
+        writer.add_residual_scale(given.get("residual_multiplier", 1.0))
+        writer.add_embedding_scale(given.get("embedding_multiplier", 1.0))
+        writer.add_attention_scale(given.get("attention_multiplier", dims.head_dim**-0.5))
     if name == "deepseek":
         writer.add_leading_dense_block_count(0)
         writer.add_expert_shared_count(1)

@@ -101,6 +101,11 @@ class Engine:
             found.append(int(self.next_token((*ids, *found), top=1).ids[0]))
         return tuple(found)
 
+    def ends_at(self, token: int) -> bool:
+        """Whether a reply ends at this token, which a bias forces."""
+        answer = self._complete({"prompt": [0], "n_predict": 2, "logit_bias": [[token, 1e6]]})
+        return bool(answer["choices"][0]["finish_reason"] == "stop")
+
     def tokens_per_second(self, ids: Sequence[int], *, tokens: int) -> float:
         """Speed of generation after `ids`."""
         answer = self._complete({"prompt": list(ids), "n_predict": tokens, "ignore_eos": True})

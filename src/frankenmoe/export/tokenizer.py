@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.errors import SourceError
@@ -17,7 +17,10 @@ from frankenmoe.export.sentencepiece import read_model
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 NO_MERGE = -1e9  # score of a piece that no merge makes; below every rank
 PADDING_SCORE = -10000.0
-LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+# metadata for end tokens, in the order in which they are filled; llama.cpp ends a reply at any of them
+ENDS = ("eos", "eot", "eom")
+# end tokens that llama.cpp knows by their text
+KNOWN_ENDS = frozenset({"<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>", "<EOT>"})
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
@@ -43,7 +46,10 @@ PRE_TOKENIZERS: Mapping[tuple[bool, str, bool], str] = {
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The keys `tokenizer.ggml.*`. `model` is "llama" (SentencePiece, with scores) or "gpt2" (BPE, with merges)."""
+    """The keys `tokenizer.ggml.*`. `model` is "llama" (SentencePiece, with scores) or "gpt2" (BPE, with merges).
+
+    `notes` are sentences about what does not fit into a file.
+    """
 
     model: str
     pre: str
@@ -56,6 +62,7 @@ class Vocabulary:
     add_space_prefix: bool = False
     special: Mapping[str, int] = field(default_factory=dict)
     chat_template: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vocabulary:
@@ -83,13 +90,17 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
     missing = rows - len(found.tokens)
     padding = [f"[PAD{index}]" for index in range(len(found.tokens), rows)]
     types = (*found.types, *[UNUSED] * missing)
+    special, lost = _special(folder, settings, config, found.tokens)
     return replace(
         found,
         tokens=_distinct(folder, (*found.tokens, *padding), types),
         types=types,
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
-        special=_special(folder, settings, config, found.tokens),
+        special=special,
         chat_template=_chat_template(folder, settings),
+        notes=(f"a GGUF file has room for three end tokens: a reply does not end at {', '.join(lost)}",)
+        if lost
+        else (),
     )
 
 
@@ -116,8 +127,6 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
             raise _cannot(file, f"has {key} {model[key]!r}")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
     add_bos, add_eos = _ends(file, data.get("post_processor") or {}, settings)
-    if settings.get("tokenizer_class") in LLAMA_CLASSES:
-        add_bos, add_eos = _llama_ends(settings)
     tokens, types = _table(file, data)
     if model.get("byte_fallback"):
         scores, prefix = _scores(tokens, types, merges), _space_prefix(file, data)
@@ -222,8 +231,8 @@ def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> t
 
 
 def _llama_ends(settings: Mapping[str, Any]) -> tuple[bool, bool]:
-    """The same for Llama's tokenizers, by their settings."""
-    return bool(settings.get("add_bos_token", True)), bool(settings.get("add_eos_token", False))
+    """The same for a tokenizer without tokenizer.json; with that file, transformers 5 does not read these settings."""
+    return bool(settings.get("add_bos_token", False)), bool(settings.get("add_eos_token", False))
 
 
 def _content(said: object) -> object:
@@ -252,30 +261,47 @@ def _from_sentencepiece(folder: Path, settings: Mapping[str, Any]) -> Vocabulary
 
 def _special(
     folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any], tokens: Sequence[str]
-) -> dict[str, int]:
-    """Ids of bos, eos, eot, unknown and padding. A second end token in generation_config.json is eot.
+) -> tuple[dict[str, int], tuple[str, ...]]:
+    """(ids of bos, unknown, padding and up to three end tokens; the end tokens for which there is no room).
 
-    An end token is always written, because llama.cpp would use token 11 by default.
+    End tokens are those of the tokenizer, of generation_config.json and of config.json, in this order. One is always
+    written, because llama.cpp would use token 11 by default.
     """
     ids = {token: index for index, token in enumerate(tokens)}
     found: dict[str, int] = {}
-    for key, name in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+    for key, name in (("bos", "bos"), ("unk", "unknown"), ("pad", "padding")):
         text = _content(settings.get(f"{key}_token"))
         index = ids.get(text) if isinstance(text, str) else config.get(f"{key}_token_id")
         index = index[0] if isinstance(index, list) and index else index
-        if isinstance(index, int) and 0 <= index < len(tokens):
+        if _is_id(index, tokens):
             found[name] = index
-    ends = _json(folder / "generation_config.json").get("eos_token_id")
-    others = [end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, found.get("eos"))]
-    if "eos" not in found:
-        if "bos" not in found and not others:
+    text = _content(settings.get("eos_token"))
+    said = [
+        ids.get(text) if isinstance(text, str) else None,
+        *_listed(_json(folder / "generation_config.json").get("eos_token_id")),
+        *_listed(config.get("eos_token_id")),
+    ]
+    ends = list(dict.fromkeys(end for end in said if _is_id(end, tokens)))
+    if not ends:
+        if "bos" not in found:
             raise SourceError(
                 f"the tokenizer in {folder} has no end token, for which llama.cpp would use token 11",
                 hint="set eos_token in tokenizer_config.json",
             )
-        found["eos"] = others.pop(0) if others else found["bos"]
+        ends = [found["bos"]]
+    # the first stays, as `eos`; those that llama.cpp knows anyway need no room
+    ends = [ends[0], *sorted(ends[1:], key=lambda end: tokens[end] in KNOWN_ENDS)]
+    found |= dict(zip(ENDS, ends, strict=False))
     found.setdefault("bos", found["eos"])
-    return found | ({"eot": others[0]} if others else {})
+    return found, tuple(repr(tokens[end]) for end in ends[len(ENDS) :] if tokens[end] not in KNOWN_ENDS)
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_id(value: object, tokens: Sequence[str]) -> TypeGuard[int]:
+    return type(value) is int and 0 <= value < len(tokens)
 
 
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:

@@ -1,7 +1,21 @@
 """Dense families and the MoE formats they become, as tables. Does not import torch."""
 
-from frankenmoe.families.dense import FAMILIES
-from frankenmoe.families.formats import FORMATS, moe_config, rope
+from frankenmoe.families.config import moe_config, rope, rotary_size, unsupported
+from frankenmoe.families.dense import FAMILIES, MLPS
+from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.spec import Family, MoEFormat
+from frankenmoe.families.virtual import VIRTUAL, why_virtual
 
-__all__ = ["FAMILIES", "FORMATS", "Family", "MoEFormat", "moe_config", "rope"]
+__all__ = [
+    "FAMILIES",
+    "FORMATS",
+    "MLPS",
+    "VIRTUAL",
+    "Family",
+    "MoEFormat",
+    "moe_config",
+    "rope",
+    "rotary_size",
+    "unsupported",
+    "why_virtual",
+]

@@ -67,29 +67,33 @@ PLAIN: Mapping[str, str] = {"q4_k_m": "q4_0", "q4_k_s": "q4_0", "q5_k_m": "q5_0"
 class Arch:
     """An architecture of llama.cpp and how it computes an MoE.
 
-    `normalizes`: top-k weights are renormalised to sum 1. `shared`: "none", "plain" (always added) or "gated" (times a
-    sigmoid). `interleaved`: rotary pairs are adjacent, so rows of q and k are permuted. `own_head`: the head cannot be
-    tied. `free_heads`: heads times head size may differ from the hidden size.
+    `normalizes`: top-k weights are renormalised to sum 1. `shared`: the kinds of shared expert it has, of "none",
+    "plain" (always added) and "gated" (times a sigmoid). `interleaved`: rotary pairs are adjacent, so rows of q and k
+    are permuted. `own_head`: the head cannot be tied. `free_heads`: heads times head size may differ from the hidden
+    size. `o_bias`: the output of attention may have a bias. `multipliers`: it has Granite's.
     """
 
     name: str
     normalizes: bool
-    shared: str
+    shared: tuple[str, ...]
     interleaved: bool
     qk_norm: bool = False
     qkv_bias: bool = False
     own_head: bool = False
     free_heads: bool = True
+    o_bias: bool = False
+    multipliers: bool = False
 
 
 # tried in this order
 ARCHS = (
-    Arch("llama", normalizes=True, shared="none", interleaved=True, qkv_bias=True),
-    Arch("qwen3moe", normalizes=True, shared="none", interleaved=False, qk_norm=True),
-    Arch("granitemoe", normalizes=True, shared="plain", interleaved=True, qkv_bias=True),
-    Arch("qwen2moe", normalizes=False, shared="gated", interleaved=False, qkv_bias=True, own_head=True,
+    Arch("llama", normalizes=True, shared=("none",), interleaved=True, qkv_bias=True),
+    Arch("qwen3moe", normalizes=True, shared=("none",), interleaved=False, qk_norm=True),
+    Arch("granitemoe", normalizes=True, shared=("none", "plain"), interleaved=True, qkv_bias=True, o_bias=True,
+         multipliers=True),
+    Arch("qwen2moe", normalizes=False, shared=("gated",), interleaved=False, qkv_bias=True, own_head=True,
          free_heads=False),
-    Arch("deepseek", normalizes=False, shared="plain", interleaved=True, own_head=True, free_heads=False),
+    Arch("deepseek", normalizes=False, shared=("plain",), interleaved=True, own_head=True, free_heads=False),
 )  # fmt: skip
 
 # dense tensor name -> name in the GGUF file
@@ -109,6 +113,7 @@ NAMES: Mapping[str, str] = {
         "self_attn.q_proj.bias": "attn_q.bias",
         "self_attn.k_proj.bias": "attn_k.bias",
         "self_attn.v_proj.bias": "attn_v.bias",
+        "self_attn.o_proj.bias": "attn_output.bias",
         "self_attn.q_norm.weight": "attn_q_norm.weight",
         "self_attn.k_norm.weight": "attn_k_norm.weight",
     }.items()

@@ -1,20 +1,33 @@
-"""The types of family and format tables, and how sizes are read from a config."""
+"""The types of family and format tables, and how sizes and settings are read from a config.
 
-from collections.abc import Iterator, Mapping
+Three languages meet in the tables. *Dense* names and fields are a family's own. *Plain* ones are those of Llama, with
+Granite's multipliers: every family is translated into them. A format translates plain ones into its own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from frankenmoe.checkpoint.tensors import Permute, Scale, Shift
+
 Config = Mapping[str, Any]
+Reading = Callable[[Config], Any] | str
+Change = Scale | Shift | Permute
 
 # fields in which null is a value of its own; elsewhere it means the default, as if the field were absent
 MAY_BE_NULL = frozenset(
     {"sliding_window", "bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads", "head_dim"}
 )
+FULL, SLIDING = "full_attention", "sliding_attention"
+ATTENTION_KINDS = (FULL, SLIDING, "attention")
 
 
 @dataclass(frozen=True, slots=True)
 class Dims:
-    """The sizes of a decoder, in units of one number: layers, widths, heads, vocabulary."""
+    """The sizes of a decoder, in units of one number: layers, widths, heads, vocabulary, and a family's `more`.
+
+    `kinds` has the kind of every layer where layers differ (attention, convolution ...); else it is empty.
+    """
 
     layers: int
     hidden: int
@@ -23,20 +36,45 @@ class Dims:
     kv_heads: int
     head_dim: int
     vocab: int
+    more: Mapping[str, int] = field(default_factory=dict)
+    kinds: tuple[str, ...] = ()
 
     def size(self, symbol: str) -> int:
-        """The number a shape symbol stands for: a field, or `query` and `kv` (all heads side by side)."""
-        derived = {"query": self.heads * self.head_dim, "kv": self.kv_heads * self.head_dim}
+        """The number a shape symbol stands for.
+
+        A field, `query` and `kv` (all heads side by side), a number, or several of these such as `query+kv+kv`.
+        """
+        if "+" in symbol:
+            return sum(map(self.size, symbol.split("+")))
+        if symbol.isdecimal():
+            return int(symbol)
+        derived = {"query": self.heads * self.head_dim, "kv": self.kv_heads * self.head_dim, **self.more}
         return derived[symbol] if symbol in derived else int(getattr(self, symbol))
+
+    def shape(self, symbols: tuple[str, ...]) -> tuple[int, ...]:
+        """The numbers that shape symbols stand for."""
+        return tuple(map(self.size, symbols))
+
+    @property
+    def attention_layers(self) -> int:
+        """The number of layers that cache keys and values."""
+        return sum(kind in ATTENTION_KINDS for kind in self.kinds) if self.kinds else self.layers
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor of a family: `name` may contain `{layer}`; with `when`, only where that config field is true."""
+    """A tensor: `name` may contain `{layer}`; with `when`, only where that config field is true.
+
+    With `kinds`, only in layers of these kinds. `fill` is the value of a tensor that a format adds. `dtype` is its
+    safetensors type where that is not the MoE's.
+    """
 
     name: str
     shape: tuple[str, ...]
     when: str | None = None
+    kinds: tuple[str, ...] = ()
+    fill: float = 0.0
+    dtype: str | None = None
 
     @property
     def per_layer(self) -> bool:
@@ -44,10 +82,24 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A plain tensor that is a part of a dense one: `rows` (a size symbol) of it, after the rows of earlier pieces."""
+
+    name: str
+    rows: str
+
+
+@dataclass(frozen=True, slots=True)
 class Family:
     """A dense family: the names and shapes of its tensors and the defaults of its config class.
 
-    `ffn` rows become an expert. `sliding_window` counts only where the field named by `window_switch` is true.
+    `ffn` rows become an expert; `mlp` is the name of their module. `pieces` tells which plain tensors a dense one
+    holds, if not the one of the same name. `changes` are the steps from a dense number to the plain one, by plain name.
+    `reads` gives plain config fields that the family spells otherwise or derives; `sizes` gives its own shape symbols,
+    `kinds` the kinds of its layers. `fields` are further config fields that are known and change nothing here.
+    `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
+    adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
+    down(act(gate x) * up x).
     """
 
     model_type: str
@@ -55,6 +107,16 @@ class Family:
     ffn: tuple[TensorSpec, ...]
     defaults: Mapping[str, Any]
     window_switch: str | None = None
+    mlp: str = "mlp"
+    pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
+    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    reads: Mapping[str, Reading] = field(default_factory=dict)
+    sizes: Callable[[Config], Mapping[str, int]] | None = None
+    kinds: Callable[[Config], tuple[str, ...]] | None = None
+    fields: frozenset[str] = frozenset()
+    rope_names: Mapping[str, str] = field(default_factory=dict)
+    interleaved: bool = False
+    plain_mlp: str | None = None
 
     def value(self, config: Config, field_name: str) -> Any:
         """A config field, or the default of the family's own config class; None if the family has no such field."""
@@ -64,41 +126,46 @@ class Family:
             return self.defaults.get(field_name)
         return config[field_name]
 
+    def read(self, config: Config, field_name: str) -> Any:
+        """A plain config field, as `reads` translates it."""
+        reading = self.reads.get(field_name, field_name)
+        return self.value(config, reading) if isinstance(reading, str) else reading(self.filled(config))
+
+    def filled(self, config: Config) -> dict[str, Any]:
+        """The config with the family's defaults in place of absent fields, and of null where that means absent."""
+        return {key: self.value(config, key) for key in {**self.defaults, **config}}
+
     def dims(self, config: Config) -> Dims:
         """Sizes from a config.json; KeyError names a field that is missing and has no default."""
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         return Dims(
             layers=int(config["num_hidden_layers"]),
             hidden=hidden,
-            ffn=int(config["intermediate_size"]),
+            ffn=int(self.read(config, "intermediate_size")),
             heads=heads,
             kv_heads=int(self.value(config, "num_key_value_heads") or heads),
             head_dim=int(self.value(config, "head_dim") or hidden // heads),
             vocab=int(config["vocab_size"]),
+            more=self.sizes(self.filled(config)) if self.sizes else {},
+            kinds=self.kinds(self.filled(config)) if self.kinds else (),
         )
 
     def shapes(self, rows: tuple[TensorSpec, ...], config: Config) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that the rows describe in this config, layer by layer."""
-        return dict(self._expand(rows, config))
+        dims = self.dims(config)
+        return {name: dims.shape(row.shape) for name, row in self.expand(rows, config)}
 
-    def _expand(self, rows: tuple[TensorSpec, ...], config: Config) -> Iterator[tuple[str, tuple[int, ...]]]:
+    def expand(self, rows: tuple[TensorSpec, ...], config: Config) -> Iterator[tuple[str, TensorSpec]]:
+        """(name, row) of every tensor that the rows describe in this config, layer by layer."""
         dims = self.dims(config)
         flags = {"untied": not self.value(config, "tie_word_embeddings")}
         present = [row for row in rows if row.when is None or flags.get(row.when, bool(self.value(config, row.when)))]
         for row in (row for row in present if not row.per_layer):
-            yield row.name, tuple(map(dims.size, row.shape))
+            yield row.name, row
         for layer in range(dims.layers):
             for row in (row for row in present if row.per_layer):
-                yield row.name.format(layer=layer), tuple(map(dims.size, row.shape))
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """A config field and the values of it that a format supports, with the reason."""
-
-    field: str
-    allowed: tuple[Any, ...]
-    why: str
+                if not row.kinds or dims.kinds[layer] in row.kinds:
+                    yield row.name.format(layer=layer), row
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,26 +173,51 @@ class Note:
     """What another program does wrong with a format; `plan` shows it as a warning.
 
     `rope` limits it to one rotary type. `renormalizing` limits it to MoEs that renormalise top-k weights to sum 1,
-    which changes nothing where every expert is chosen.
+    which changes nothing where every expert is chosen. `free_heads` limits it to models whose heads times head size is
+    not the hidden size.
     """
 
     text: str
     rope: str | None = None
     renormalizing: bool = False
+    free_heads: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RouterRule:
+    """How a format turns a gate's scores into weights.
+
+    The top k by `score` ("softmax" over all experts, or "sigmoid" of each) are divided by their sum plus `epsilon`.
+    `renormalizes_top1` is False where the format's code does not renormalise the weight of a single chosen expert.
+    `rounds_weights` is True where transformers rounds the weights to the model's dtype. A correction bias of the choice
+    is written as zeros, and scaling factors as 1, so neither appears here.
+    """
+
+    score: str = "softmax"
+    epsilon: float = 0.0
+    renormalizes_top1: bool = True
+    rounds_weights: bool = True
+
+
+SOFTMAX = RouterRule(rounds_weights=False)
+"""Mixtral's rule, which also holds for MoEs that fit no format."""
 
 
 @dataclass(frozen=True, slots=True)
 class MoEFormat:
     """A MoE checkpoint format: where experts, routers and the shared expert are written, and its config.
 
-    `expert` and `shared` map the dense suffix of an FFN matrix to its name in the format, with `{layer}` and `{expert}`
-    as placeholders. `constants` go into config.json unchanged. `counted` maps a config field to a quantity: `experts`,
-    `experts_per_token`, `shared_experts`, `ffn` or `shared_ffn`.
-    `renormalizes_top1` is False where the format's code does not renormalise the weight of a single chosen expert.
-    `rounds_weights` is True where transformers rounds top-k weights to the model's dtype.
+    `expert` and `shared` map a name in the format to the plain FFN matrices that the tensor stacks along its rows. A
+    name without `{expert}` holds all experts, along a first axis. `constants` go into config.json unchanged. `counted`
+    maps a config field to a quantity: `experts`, `experts_per_token`, `shared_experts`, `ffn` or `shared_ffn`.
+    `fields` maps a config field to a plain one, or to what computes it from the family and its config.
+    `holds` names the plain settings in `NEUTRAL` that the format can express; with others a model cannot be built.
+    `names` maps plain names of the backbone to the format's, where they differ.
     `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one. `added` tensors are
-    written as zeros where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor` of
-    `rope_scaling`.
+    written where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor` of
+    `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `partial_rotary`: it can rotate
+    a part of each head. `on_request`: only where the recipe names it.
+    `no_gguf`: why llama.cpp cannot run it, where that is known or not checked.
     """
 
     name: str
@@ -134,17 +226,24 @@ class MoEFormat:
     architecture: str
     families: tuple[str, ...]
     gate: str
-    expert: Mapping[str, str]
+    expert: Mapping[str, tuple[str, ...]]
     constants: Mapping[str, Any]
     counted: Mapping[str, str]
+    fields: Mapping[str, str | Callable[[Family, Config], Any]] = field(default_factory=dict)
+    holds: frozenset[str] = frozenset()
+    names: Mapping[str, str] = field(default_factory=dict)
     max_shared: int = 0
-    shared: Mapping[str, str] = field(default_factory=dict)
+    shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shared_gate: str | None = None
     inert_shared_ffn: int | None = None
     added: tuple[TensorSpec, ...] = ()
-    rules: tuple[Rule, ...] = ()
-    renormalizes_top1: bool = True
-    rounds_weights: bool = True
+    router: RouterRule = RouterRule()
     loads_in_transformers: bool = True
+    on_request: bool = False
     two_word_rope: bool = False
+    ropes: tuple[str, ...] | None = None
+    partial_rotary: bool = False
+    free_heads: bool = True
+    interleaved: bool = False
+    no_gguf: str | None = None
     notes: tuple[Note, ...] = ()

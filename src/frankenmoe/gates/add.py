@@ -9,7 +9,7 @@ import torch
 
 from frankenmoe.gates.cost import Meter
 from frankenmoe.gates.fit import Gates, closed_gates, times
-from frankenmoe.gates.fitted import FittedRouters, encoded_gates, load_with_zeros
+from frankenmoe.gates.fitted import FittedRouters, encoded_gates, load_with_zeros, text_facts
 from frankenmoe.gates.forcing import forced, set_gates
 from frankenmoe.gates.own import read_moments
 from frankenmoe.gates.states import mean_loss
@@ -65,7 +65,7 @@ def add_text(
         "method": method,
         "scale": scale,
         "added": name,
-        "text": {**_mapping(known.facts["text"]), name: {"from": list(text.origin), "tokens": int(moments.count_L[0])}},
+        "text": {**_mapping(known.facts["text"]), name: text_facts(text)},
         "held_out_loss": {
             "before": None,
             "after": {name: after},

@@ -10,6 +10,7 @@ import torch
 
 from frankenmoe.artifact.folder import Routers
 from frankenmoe.checkpoint.tensors import DTYPES
+from frankenmoe.data.blocks import joined_spans
 from frankenmoe.gates.chance import encoded
 from frankenmoe.gates.fit import Fit, fit_gates
 from frankenmoe.gates.forcing import gates_of
@@ -88,15 +89,7 @@ def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
         "method": made.method,
         "scale": made.scale,
         "closed_scale": made.closed_scale,
-        "text": {
-            text.title: {
-                "from": list(text.origin),
-                "tokens": sum(len(block.ids) for block in text.kept),
-                "held_out_tokens": sum(block.targets for block in text.held),
-                **({} if text.from_prompts else {"block": len(text.kept[0].ids)}),
-            }
-            for text in texts
-        },
+        "text": {text.title: text_facts(text) for text in texts},
         "held_out_seen": made.seen_held_out,
         "held_out_loss": {
             "before": dict(made.before.by_expert) if made.before else None,
@@ -104,6 +97,16 @@ def report_of(made: Fit, texts: Sequence[OwnText]) -> dict[str, Any]:
             "own_expert": dict(made.own.by_expert),
         },
         "cost": made.cost.to_dict(),
+    }
+
+
+def text_facts(text: OwnText) -> dict[str, Any]:
+    """What a record says about a text: its size, and where in the data the tokens that were fitted lie."""
+    return {
+        "from": list(text.origin),
+        "tokens": sum(len(block.ids) for block in text.kept),
+        "held_out_tokens": sum(block.targets for block in text.held),
+        **({} if text.from_prompts else {"block": len(text.kept[0].ids), "spans": joined_spans(text.kept)}),
     }
 
 

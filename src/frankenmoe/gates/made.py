@@ -14,7 +14,7 @@ from frankenmoe.checkpoint.values import check_finite, materialize
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.gates import cached
 from frankenmoe.gates.chance import random_routers
-from frankenmoe.moe.processes import from_main, is_main
+from frankenmoe.moe.processes import from_main, is_main, world
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import Progress
@@ -35,7 +35,8 @@ RouterMaker = Callable[[Plan, Progress], MadeRouters]
 def make_routers(plan: Plan, progress: Progress, *, cache: bool = True, device: str = "auto") -> MadeRouters:
     """Every gate of a plan: from the recipe's `routers` file, else by its gate mode. Fits run on `device`.
 
-    With `cache`, gates computed earlier for the same plan and text are read from the user's cache. Raises SourceError
+    With `cache`, gates computed earlier for the same plan and text are read from the user's cache. All processes of a
+    launcher call this and share a fit. Raises SourceError
     if the file lacks a gate or has one of another shape, NumericsError if a gate is not finite.
     """
     if plan.routers_file is not None:
@@ -87,7 +88,7 @@ def _compute(plan: Plan, progress: Progress, device: str) -> MadeRouters:
     if mode in FIT_MODES:
         from frankenmoe.gates.fitted import fit_plan
 
-        fitted = fit_plan(plan, method=mode, device=device, progress=progress)
+        fitted = fit_plan(plan, method=mode, together=world() > 1, device=device, progress=progress)
         return MadeRouters(fitted.routers, fitted.statistics)
     from frankenmoe.gates.prompted import prompted_routers
 

@@ -150,8 +150,7 @@ def _fit_recipe(
         )
         return MadeRouters(fitted.routers, fitted.statistics)
 
-    with main_first():  # which measures the backbone, for the others to find it in the cache
-        subject = subject.resolved(progress, device=place["device"])
+    subject = subject.resolved(progress, device=place["device"])
     if world() > 1:  # all processes fit, then the first one writes
         refuse_occupied(Path(out).resolve())
         routers = maker(subject.plan, progress)

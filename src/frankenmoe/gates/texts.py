@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.data.blocks import Block, check_vocabulary, hold_out, text_blocks
+from frankenmoe.data.blocks import Block, check_vocabulary, hold_out, spread, text_blocks
 from frankenmoe.data.documents import Document, read_documents
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.gates.statistics import RouterText
@@ -26,6 +26,7 @@ from frankenmoe.recipe import Expert
 from frankenmoe.suggest import did_you_mean
 
 PROMPTS = ("prompts",)  # the origin of text from prompts
+POOL = 8  # times as much text as is wanted is read, if there is so much
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,9 @@ def read_texts(
     only: str | None = None,
 ) -> tuple[OwnText, ...]:
     """The text of every expert at every depth, and of a gated shared expert: its data, or else its prompts.
+
+    Of data that hold more than `tokens`, blocks are chosen evenly from the first POOL times as many: the beginning of a
+    file is often a single document. Every tenth block of the data is held out, whatever `tokens` is.
 
     `data` maps experts' names ("group/leaf" for nested ones) to files or datasets, which replace those of the recipe.
     Their paths are relative to `folder`, those of the recipe to the recipe. `only` reads one expert's text.
@@ -111,13 +115,17 @@ def _named(plan: Plan) -> Iterator[tuple[str, tuple[RouterPath, Expert]]]:
 def _from_data(
     name: str, path: RouterPath, names: tuple[str, ...], tokenizer: Any, folder: Path, tokens: int, length: int
 ) -> OwnText:
+    count = max(2, tokens // length)
     try:
         blocks = text_blocks(
-            read_documents(names, folder=folder), tokenizer, length=length, limit=max(2, tokens // length), whole=True
+            read_documents(names, folder=folder), tokenizer, length=length, limit=POOL * count, whole=True
         )
     except SourceError as error:
         raise SourceError(f"data of expert {name!r}: {error.message}", hint=error.hint) from error
     kept, held = hold_out(blocks, share=HELD_OUT_DATA)
+    if len(blocks) > count:
+        held = spread(held, max(1, round(count * HELD_OUT_DATA)))
+        kept = spread(kept, count - len(held))
     return OwnText(name, path, False, names, tuple(kept), tuple(held))
 
 

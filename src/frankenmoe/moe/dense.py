@@ -18,13 +18,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import SourceError
+from frankenmoe.families import MLPS
 from frankenmoe.moe.linear import is_linear, keep_stored
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.planning.tree import dense_writes
 
 WRONG_CONFIG = "check that config.json was saved with these weights"
 LONGEST = 200  # characters that are quoted of another library's message
-MLP_NAME = re.compile(r"(?:^|.*\.)(\d+)\.mlp$")
+MLP_NAME = re.compile(rf"(?:^|.*\.)(\d+)\.({'|'.join(MLPS)})$")
 
 
 def as_tensor(write: TensorWrite) -> torch.Tensor:

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from frankenmoe.families import FAMILIES
 from frankenmoe.moe.adapter import LoraLinear
 from frankenmoe.moe.linear import Linear, is_linear
 
 # the MLPs of transformers that compute exactly down(act(gate x) * up x); others with the same names may compute more
-GATED_MLPS = frozenset({"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Olmo2MLP"})
+GATED_MLPS = frozenset(family.plain_mlp for family in FAMILIES.values() if family.plain_mlp)
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 

@@ -248,7 +248,7 @@ def _block_maker(
         gate_ED = gate(path, layer)
         assert gate_ED is not None
         whole = parts.renormalizes or path != ()
-        router = Router(gate_ED, top_k=top_k, renormalize=whole, round_weights=parts.rounds_weights)
+        router = Router(gate_ED, top_k=top_k, renormalize=whole, rule=parts.rule)
         experts = [
             block(node.path, node.children, layer, node.top_k) if node.children else leaf(node, layer) for node in nodes
         ]

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from frankenmoe.errors import FrankenMoEError, PlanError
 
@@ -121,6 +121,23 @@ def from_main(value: T) -> T:
     with _talking() as dist:
         dist.broadcast_object_list(held)
     return held[0]
+
+
+def once(work: Callable[[], T]) -> T:
+    """What `work` gives to the main process, which alone does it. Its error is raised on all of them."""
+    done: T | None = None
+    failed: FrankenMoEError | None = None
+    if is_main():
+        try:
+            done = work()
+        except FrankenMoEError as error:
+            if world() == 1:
+                raise
+            failed = error
+    done, failed = from_main((done, failed))
+    if failed is not None:
+        raise failed
+    return cast(T, done)
 
 
 def wait() -> None:

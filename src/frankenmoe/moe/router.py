@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from frankenmoe.errors import ArtifactError
+from frankenmoe.families.spec import SOFTMAX, RouterRule
 
 # T tokens, D hidden, E experts, K top-k
 
@@ -23,15 +24,15 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """A linear gate, then softmax over all experts and top-k in float32. The gate (E, D) is not copied.
+    """A linear gate, then scores of all experts and the top k of them, in float32. The gate (E, D) is not copied.
 
+    `rule` says which scores (softmax over all experts, or sigmoid of each) and whether the weights are rounded to the
+    dtype of the gate, as transformers does for Qwen2-MoE but not for Mixtral; that changes nothing in float32.
     `renormalize` divides the K weights by their sum (Mixtral); otherwise they stay as they are (Qwen2-MoE).
-    `round_weights` rounds the weights to the dtype of the gate, as transformers does for Qwen2-MoE, Qwen3-MoE and
-    FlexOlmo but not for Mixtral. It changes nothing in float32.
     Raises ArtifactError unless the gate is a matrix and 1 <= top_k <= E.
     """
 
-    def __init__(self, weight_ED: torch.Tensor, *, top_k: int, renormalize: bool, round_weights: bool = False) -> None:
+    def __init__(self, weight_ED: torch.Tensor, *, top_k: int, renormalize: bool, rule: RouterRule = SOFTMAX) -> None:
         super().__init__()
         if weight_ED.dim() != 2:
             raise ArtifactError(
@@ -47,7 +48,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(weight_ED)
         self.top_k = top_k
         self.renormalize = renormalize
-        self.round_weights = round_weights
+        self.rule = rule
 
     def forward(self, hidden_TD: torch.Tensor) -> Routing:
         """Routes T tokens. NaN in `hidden_TD` or in the gate gives NaN weights, without an error."""
@@ -55,13 +56,18 @@ class Router(nn.Module):
 
     def choose(self, logits_TE: torch.Tensor, *, top_k: int) -> Routing:
         """The routing that follows from the gate's scores."""
-        probs_TE = logits_TE.softmax(dim=-1, dtype=torch.float32)
-        weights_TK, ids_TK = probs_TE.topk(top_k, dim=-1)
+        weights_TK, ids_TK = self.scores(logits_TE).topk(top_k, dim=-1)
         if self.renormalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
-        if self.round_weights:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + self.rule.epsilon)
+        if self.rule.rounds_weights:
             weights_TK = weights_TK.to(logits_TE.dtype)
         return Routing(weights_TK, ids_TK, logits_TE)
+
+    def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """What the weights are made of: a number from 0 to 1 for every expert, in float32."""
+        if self.rule.score == "sigmoid":
+            return logits_TE.float().sigmoid()
+        return logits_TE.softmax(dim=-1, dtype=torch.float32)
 
     def extra_repr(self) -> str:
         experts, hidden = self.weight.shape

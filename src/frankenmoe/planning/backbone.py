@@ -14,7 +14,6 @@ from frankenmoe.planning.sources import Anatomy, Source, anatomy
 from frankenmoe.planning.tree import (
     EVERY_NAME,
     ExpertNode,
-    ParentTensors,
     adapter_steps,
     merged_write,
     parent_tensors,
@@ -238,7 +237,7 @@ def backbone_writes(
     refuse_strange_keys(base, EVERY_NAME)
     donors = [(name, leaf.source) for name, leaf in named_leaves(nodes) if leaf.source is not None]
     merged = any(settings.method != BASE for settings in by_group.values())
-    read = [_parent_backbone(source) for _, source in donors] if merged else []
+    read = [parent_tensors(source) for _, source in donors] if merged else []
     of_base = parent_tensors(base)
     writes = []
     for name, shape in parts.backbone.items():
@@ -261,9 +260,3 @@ def backbone_writes(
         inputs += [tensor(name, shape) for tensor in read]
         writes.append(merged_write(name, dtype, shape, tuple(inputs), merge))
     return tuple(writes)
-
-
-def _parent_backbone(source: Source) -> ParentTensors:
-    for single in source.singles:
-        refuse_strange_keys(single, EVERY_NAME)
-    return parent_tensors(source)

@@ -7,7 +7,6 @@ from typing import Any
 
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
-from frankenmoe.families.spec import MoEFormat
 from frankenmoe.planning.sources import Source, odd_heads
 from frankenmoe.planning.tree import ExpertNode
 
@@ -88,19 +87,6 @@ def make_bill(
     )
 
 
-def beside_experts(
-    fmt: MoEFormat | None,
-    groups: tuple[tuple[TensorWrite, ...], ...],
-    backbone: tuple[TensorWrite, ...],
-    shared: tuple[ExpertNode, ...],
-) -> list[TensorWrite]:
-    """Writes that are neither backbone nor routed experts: the shared expert and zeros that a format requires."""
-    if fmt is None:
-        return [write for node in shared for leaf in node.leaves() for row in leaf.ffn for write in row.values()]
-    inside = {write.name for write in backbone}
-    return [write for group in groups for write in group if write.name not in inside and ".experts." not in write.name]
-
-
 def expert_parameters(node: ExpertNode) -> int:
     """Parameters of all FFNs below a node, without its routers."""
     return sum(write.numel for leaf in node.leaves() for row in leaf.ffn for write in row.values())
@@ -155,7 +141,7 @@ def kv_numbers(base: Source) -> int:
     config = base.config
     if base.family is not None:
         dims = base.family.dims(config)
-        return 2 * dims.layers * dims.kv_heads * dims.head_dim
+        return 2 * dims.attention_layers * dims.kv_heads * dims.head_dim
     head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
     return 2 * int(config["num_hidden_layers"]) * odd_heads(config) * head_dim
 

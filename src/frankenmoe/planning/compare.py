@@ -12,9 +12,10 @@ import yaml
 
 from frankenmoe.checkpoint.fingerprint import same_place, same_values
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import LowRank, TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
-from frankenmoe.planning.tree import ExpertNode
+from frankenmoe.planning.tree import EVERY_NAME, FFN_ADAPTER, ExpertNode, strange_keys
 
 # bytes of a tensor that are compared in full when all sampled blocks are equal
 COMPARE_LIMIT = 1 << 20
@@ -99,8 +100,9 @@ def _same_content(one: TensorRef, two: TensorRef) -> bool:
 
 
 def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
-    """A sentence for every difference in tokenizer, special tokens, chat template or inherited settings."""
-    found = []
+    """A sentence for whatever of a source is not used: other weights, an adapter, settings that the base decides."""
+    others = list(others)
+    found = [note for source in (base, *others) for note in _unread(source)]
     ours = tokenizer_facts(base.folder)
     for other in others:
         theirs = tokenizer_facts(other.folder)
@@ -118,6 +120,22 @@ def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
                     "the base decides"
                 )
     return found
+
+
+def _unread(source: Source) -> Iterator[str]:
+    yield from source.checkpoint.notes
+    if source.adapter is None and (source.folder / CONFIG).is_file():
+        yield (
+            f"{source.name} also holds an adapter, which transformers would load and which is not used; an expert's "
+            f"`adapter: {source.name}` uses it"
+        )
+    beyond = [key for key in strange_keys(source, EVERY_NAME) if not FFN_ADAPTER.search(key)]
+    if source.adapter is not None and beyond:
+        more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
+        yield (
+            f"the adapter {source.adapter.folder} holds more than low-rank pairs, and of that an expert takes nothing: "
+            f"{beyond[0]}{more}"
+        )
 
 
 def licence_warnings(sources: Iterable[Source]) -> list[str]:

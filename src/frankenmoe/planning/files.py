@@ -6,6 +6,7 @@ from pathlib import Path
 
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.errors import SourceError
 from frankenmoe.planning.sources import Source
 
@@ -24,7 +25,7 @@ TOKENIZER_FILES = (
     GENERATION,
 )
 # files that describe the weights
-CONFIGS = ("config.json", "model.safetensors.index.json")
+CONFIGS = ("config.json", INDEX)
 
 
 def small_files(base: Source) -> tuple[Path, ...]:

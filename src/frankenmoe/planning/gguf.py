@@ -12,6 +12,7 @@ from typing import Any
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import rope
+from frankenmoe.families.config import MULTIPLIERS, NEUTRAL
 from frankenmoe.families.llamacpp import (
     ARCHS,
     EXPERTS,
@@ -141,15 +142,19 @@ def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
 
 def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
     """The first architecture that computes exactly this MoE, or None with the reasons."""
-    names = {write.name.rpartition("self_attn.")[2] for write in model.backbone if "self_attn." in write.name}
+    writes = model.translation.plain(model.backbone)
+    names = {write.name.rpartition("self_attn.")[2] for write in writes if "self_attn." in write.name}
     qk_norm, bias = "q_norm.weight" in names, any(name.endswith(".bias") for name in names)
+    scaled = bool(multipliers(model))
     dims = model.stock[1].dims(model.config)
     for arch in ARCHS:
         if (
             model.normalizes in (arch.normalizes, None)
-            and model.shared_kind == arch.shared
+            and model.shared_kind in arch.shared
             and qk_norm == arch.qk_norm
             and (arch.qkv_bias or not bias)
+            and (arch.o_bias or "o_proj.bias" not in names)
+            and (arch.multipliers or not scaled)
             and (arch.free_heads or dims.heads * dims.head_dim == dims.hidden)
         ):
             return arch, ()
@@ -158,8 +163,14 @@ def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
     return None, (
         f"none of its architectures has top-{model.top_k} experts {weights}, "
         f"{'no' if model.shared_kind == 'none' else f'a {model.shared_kind}'} shared expert{norms}"
-        f"{' and attention biases' if bias else ''} together",
+        f"{' and attention biases' if bias else ''}{' and multipliers' if scaled else ''} together",
     )
+
+
+def multipliers(model: Parts) -> dict[str, float]:
+    """Granite's multipliers that are not neutral, by name."""
+    found = {name: model.stock[1].read(model.config, name) for name in MULTIPLIERS}
+    return {name: float(value) for name, value in found.items() if value not in NEUTRAL[name][0]}
 
 
 def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -167,17 +178,17 @@ def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
     fmt, family = model.stock
 
     def value(key: str) -> Any:
-        return family.value(model.config, key)
+        return family.read(model.config, key)
 
     reasons, notes = [], []
-    if fmt.name == "flex_olmo":
-        reasons.append("it lacks FlexOlmo (norms after attention and experts)")
+    if fmt.no_gguf:
+        reasons.append(fmt.no_gguf)
     if value("hidden_act") != "silu":
         reasons.append(f"its experts support only silu, found {value('hidden_act')}")
     if len(model.nodes) > MAX_EXPERTS:
         reasons.append(f"it allows {MAX_EXPERTS} experts, found {len(model.nodes)}")
-    odd = [write.name for write in model.backbone if gguf_name(write.name) is None]
-    if odd and fmt.name != "flex_olmo":
+    odd = [write.name for write in model.translation.plain(model.backbone) if gguf_name(write.name) is None]
+    if odd and not fmt.no_gguf:
         reasons.append(f"it has no place for {odd[0]}")
     rotary = rope(family, model.config)
     if rotary["rope_type"] not in SCALINGS:
@@ -186,6 +197,8 @@ def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
         reasons += [f"its yarn has no {key} {rotary[key]!r}" for key in OWN_YARN if rotary.get(key) is not None]
         if rotary.get("truncate") is False:
             reasons.append("its yarn always rounds its range (truncate: false is not supported)")
+    if "partial_rotary_factor" in rotary:
+        reasons.append(f"it rotates whole heads, found partial_rotary_factor {rotary['partial_rotary_factor']}")
     window = value("sliding_window")
     if window is not None and window < (model.config.get("max_position_embeddings") or window):
         notes.append(
@@ -199,9 +212,9 @@ def _tensors(model: Parts, arch: Arch, wide: Mapping[str, int]) -> Iterator[Gguf
     family = model.stock[1]
     dims = family.dims(model.config)
     factor = math.sqrt(dims.hidden / wide["hidden"])
-    specs = {spec.name: spec.shape for spec in family.backbone}
+    specs = model.translation.symbols
     heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}
-    writes = {write.name: write for write in model.backbone}
+    writes = {write.name: write for write in model.translation.plain(model.backbone)}
     if arch.own_head and "lm_head.weight" not in writes:
         writes["lm_head.weight"] = replace(writes["model.embed_tokens.weight"], name="lm_head.weight")
     rows: dict[int, list[GgufTensor]] = {layer: [] for layer in range(-1, dims.layers)}
@@ -233,14 +246,15 @@ def _experts(model: Parts, layer: int, wide: Mapping[str, int]) -> Iterator[Gguf
     fmt = model.stock[0]
     gate = model.gates[fmt.gate.format(layer=layer)]
     yield GgufTensor(ROUTER.format(layer=layer), (count, hidden), (gate,))
+    rows = [model.translation.ffn(node, layer) for node in model.nodes]
     for suffix, name in EXPERTS.items():
         shape = (hidden, ffn) if suffix.startswith("down") else (ffn, hidden)
-        parts = tuple(node.folded(layer, suffix) for node in model.nodes)
+        parts = tuple(row[suffix] for row in rows)
         yield GgufTensor(name.format(layer=layer), (count, *shape), parts)
     for node in model.shared:
         for suffix, name in SHARED_EXPERT.items():
             down = suffix.startswith("down")
-            write = node.folded(layer, suffix)
+            write = model.translation.ffn(node, layer)[suffix]
             shape = (hidden, ffn) if down else (ffn, hidden)
             yield GgufTensor(name.format(layer=layer), shape, (write,))
     if model.shared_kind == "gated":

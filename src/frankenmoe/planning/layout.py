@@ -1,12 +1,14 @@
 """Chooses the MoE format of a recipe and lists its tensors in byte order."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
-from frankenmoe.families import FAMILIES, FORMATS, Family, MoEFormat, rope
-from frankenmoe.families.formats import FFN_SUFFIXES
+from frankenmoe.families import FORMATS, Family, MoEFormat, rope, unsupported, why_virtual
+from frankenmoe.families.formats import DOWN
 from frankenmoe.planning.sources import Source
+from frankenmoe.planning.translate import Translation, joined
 from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.recipe import Recipe
 from frankenmoe.suggest import did_you_mean
@@ -18,38 +20,36 @@ RouterPath = tuple[int, ...]
 
 # the path of the shared expert
 SHARED: RouterPath = (-1,)
-# rotary types that DeepSeek-MoE v1's own code supports
-DEEPSEEK_ROPE = ("default", "linear", "dynamic")
 
 
 def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple[str, ...]]:
     """The format to build, and the reasons why it cannot be built; (None, reasons) where no format fits.
 
-    Follows mergekit: Mixtral where it fits, DeepSeek-MoE for a shared expert without prompts, Qwen-MoE for one with.
+    The first format in the order of the table that can represent the base and the recipe; if none can, the first that
+    holds the recipe's shared experts, with its reasons.
     """
     family = base.family
     if family is None:
-        return None, (
-            f"{base.config.get('model_type')!r} has no MoE format to build; families that have one: "
-            f"{', '.join(FAMILIES)}",
-        )
+        return None, (why_virtual(str(base.config.get("model_type"))),)
     if any(expert.experts for expert in recipe.experts):
         return None, ("no stock MoE format has nested experts",)
     fitting = [fmt for fmt in _asked(recipe) if family.model_type in fmt.families]
     if not fitting:
         return None, (f"architecture {recipe.architecture} cannot be built from {family.model_type}",)
-    chosen = next((fmt for fmt in fitting if not _unshareable(fmt, recipe)), fitting[0])
-    problems = (*_unshareable(chosen, recipe), *_unsupported(chosen, base, family))
-    others = [fmt for fmt in FORMATS.values() if family.model_type in fmt.families and fmt is not chosen]
+    fitting.sort(key=lambda fmt: bool(_unshareable(fmt, recipe)))
+    problems = {fmt.name: (*_unshareable(fmt, recipe), *_unsupported(fmt, base, family)) for fmt in fitting}
+    chosen = next((fmt for fmt in fitting if not problems[fmt.name]), fitting[0])
+    reasons = problems[chosen.name]
+    others = [fmt for fmt in FORMATS.values() if family.model_type in fmt.families and fmt not in fitting]
     able = [fmt.title for fmt in others if not _unshareable(fmt, recipe) and not _unsupported(fmt, base, family)]
-    # suggested, never chosen silently: other programs load another format
-    return chosen, (*problems, f"architecture: {able[0]} supports it") if problems and able else problems
+    # a format that the recipe asks for is never replaced silently
+    return chosen, (*reasons, f"architecture: {able[0]} supports it") if reasons and able else reasons
 
 
 def _asked(recipe: Recipe) -> list[MoEFormat]:
     """The formats that a recipe's `architecture` allows: mergekit's prefix of a title, or our name."""
     if recipe.architecture is None:
-        return list(FORMATS.values())
+        return [fmt for fmt in FORMATS.values() if not fmt.on_request]
     asked = recipe.architecture.lower()
     found = [fmt for fmt in FORMATS.values() if fmt.title.lower().startswith(asked) or fmt.name == asked]
     if not found:
@@ -73,21 +73,7 @@ def _unshareable(fmt: MoEFormat, recipe: Recipe) -> tuple[str, ...]:
 
 def _unsupported(fmt: MoEFormat, base: Source, family: Family) -> tuple[str, ...]:
     """A clause for every setting in the base's config that this format cannot represent."""
-    found = []
-    for rule in fmt.rules:
-        value = family.value(base.config, rule.field)
-        if value not in rule.allowed:
-            found.append(f"{base.name} has {rule.field} {value}, which {fmt.title} does not support: {rule.why}")
-    rotary = rope(family, base.config)
-    if any(isinstance(value, dict) for value in rotary.values()):
-        found.append(f"{base.name} has rotary settings per layer type, but {fmt.title} has one for all layers")
-    if fmt.name == "deepseek":
-        dims = family.dims(base.config)
-        if rotary["rope_type"] not in DEEPSEEK_ROPE:
-            found.append(f"{base.name} has rope scaling {rotary['rope_type']!r}, DeepSeek MoE supports {DEEPSEEK_ROPE}")
-        if dims.head_dim * dims.heads != dims.hidden:
-            found.append(f"{base.name} has head_dim {dims.head_dim}, DeepSeek MoE requires hidden size / heads")
-    return tuple(found)
+    return tuple(f"{base.name} {clause}" for clause in unsupported(fmt, family, base.config))
 
 
 def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[ExpertNode, ...]) -> tuple[str, ...]:
@@ -98,7 +84,7 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
     for leaf in (leaf for node in (*nodes, *shared) for leaf in node.leaves()):
         assert leaf.source is not None
         for source, key in ((source, key) for source in leaf.source.singles for key in ("hidden_act", "mlp_bias")):
-            ours, theirs = family.value(base.config, key), family.value(source.config, key)
+            ours, theirs = family.read(base.config, key), family.read(source.config, key)
             if (ours or False) != (theirs or False):
                 found.append(f"expert {leaf.name} has {key} {theirs}, the base {ours}; a built MoE has one for all")
     return tuple(dict.fromkeys(found))
@@ -107,11 +93,13 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
 def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, recipe: Recipe) -> list[str]:
     """Warnings about how other programs compute this format, where they apply to this recipe."""
     rope_type, top_k = rope(family, base.config)["rope_type"], recipe.experts_per_token
-    renormalized = top_k < experts and (top_k > 1 or fmt.renormalizes_top1)
+    renormalized = top_k < experts and (top_k > 1 or fmt.router.renormalizes_top1)
+    dims = family.dims(base.config)
+    free = dims.heads * dims.head_dim != dims.hidden
     return [
         f"{fmt.title}: {note.text}"
         for note in fmt.notes
-        if note.rope in (None, rope_type) and (renormalized or not note.renormalizing)
+        if note.rope in (None, rope_type) and (renormalized or not note.renormalizing) and (free or not note.free_heads)
     ]
 
 
@@ -158,13 +146,11 @@ def gate_paths(nodes: tuple[ExpertNode, ...], path: tuple[int, ...] = ()) -> dic
 
 
 def built_writes(
-    fmt: MoEFormat,
-    *,
-    family: Family,
-    base: Source,
+    translation: Translation,
     backbone: tuple[TensorWrite, ...],
     nodes: tuple[ExpertNode, ...],
     shared: tuple[ExpertNode, ...],
+    *,
     gated_shared: bool,
     dtype: str,
 ) -> tuple[tuple[TensorWrite, ...], ...]:
@@ -173,61 +159,82 @@ def built_writes(
     First the backbone, then per layer the experts: gate and up of every expert, then all downs. So a layer's bytes are
     those of a packed (experts, 2 x FFN, hidden) parameter, which a loader may map directly.
     """
-    dims = family.dims(base.config)
-    present = {write.name for write in backbone}
-    added = tuple(
-        _zeros(spec.name.format(layer=layer), tuple(map(dims.size, spec.shape)), dtype)
-        for layer in range(dims.layers)
-        for spec in fmt.added
-        if spec.name.format(layer=layer) not in present
-    )
-    groups: list[tuple[TensorWrite, ...]] = [(write,) for write in (*backbone, *added)]
-    gate_up, down = FFN_SUFFIXES[:2], FFN_SUFFIXES[2:]
-    for layer in range(dims.layers):
-        groups.append(
-            tuple(
-                replace(node.folded(layer, suffix), name=fmt.expert[suffix].format(layer=layer, expert=index))
-                for suffixes in (gate_up, down)
-                for index, node in enumerate(nodes)
-                for suffix in suffixes
-            )
-        )
+    fmt = translation.fmt
+    groups: list[tuple[TensorWrite, ...]] = [(write,) for write in translation.backbone(backbone)]
+    for layer in range(translation.dims.layers):
+        groups.append(tuple(_expert_writes(fmt, [translation.ffn(node, layer) for node in nodes], layer)))
         if fmt.max_shared and (shared or fmt.inert_shared_ffn):
-            groups.append(_shared_writes(fmt, layer, shared, hidden=dims.hidden, gated=gated_shared, dtype=dtype))
+            groups.append(_shared_writes(translation, layer, shared, gated=gated_shared, dtype=dtype))
     return tuple(groups)
 
 
+def extra_writes(
+    translation: Translation | None,
+    groups: tuple[tuple[TensorWrite, ...], ...],
+    backbone: tuple[TensorWrite, ...],
+    nodes: tuple[ExpertNode, ...],
+    shared: tuple[ExpertNode, ...],
+) -> list[TensorWrite]:
+    """Writes that are neither the sources' backbone nor routed experts: the shared expert and what a format adds."""
+    if translation is None:
+        return [write for node in shared for write in node.folded_writes()]
+    given = {translation.own_name(write.name) for write in translation.plain(backbone)}
+    given |= {
+        name.format(layer=layer, expert=index)
+        for name in translation.fmt.expert
+        for layer in range(translation.dims.layers)
+        for index in range(len(nodes))
+    }
+    return [write for group in groups for write in group if write.name not in given]
+
+
+def _expert_writes(fmt: MoEFormat, rows: list[dict[str, TensorWrite]], layer: int) -> Iterator[TensorWrite]:
+    """The experts of a layer, from the plain matrices of each."""
+    first = {name: suffixes for name, suffixes in fmt.expert.items() if suffixes != DOWN}
+    for names in (first, {name: suffixes for name, suffixes in fmt.expert.items() if name not in first}):
+        for index, row in enumerate(rows):
+            for name, suffixes in names.items():
+                if "{expert}" in name:
+                    yield _stacked([row[suffix] for suffix in suffixes], name.format(layer=layer, expert=index))
+        for name, suffixes in names.items():
+            if "{expert}" not in name:
+                matrices = [row[suffix] for row in rows for suffix in suffixes]
+                yield joined(name.format(layer=layer), matrices, experts=len(rows))
+
+
+def _stacked(matrices: list[TensorWrite], name: str) -> TensorWrite:
+    return replace(matrices[0], name=name) if len(matrices) == 1 else joined(name, matrices)
+
+
 def _shared_writes(
-    fmt: MoEFormat, layer: int, shared: tuple[ExpertNode, ...], *, hidden: int, gated: bool, dtype: str
+    translation: Translation, layer: int, shared: tuple[ExpertNode, ...], *, gated: bool, dtype: str
 ) -> tuple[TensorWrite, ...]:
     """The shared expert's tensors; where the recipe has none, zeros of the smallest width that the format allows.
 
     An ungated expert in a format that always gates: the gate is about 0, so sigmoid gives one half, and the down
     projection is doubled, which is exact in binary floats.
     """
-    if not shared:
-        assert fmt.inert_shared_ffn is not None
-        wide, narrow = (fmt.inert_shared_ffn, hidden), (hidden, fmt.inert_shared_ffn)
-        writes = tuple(
-            _zeros(name.format(layer=layer), narrow if suffix.startswith("down") else wide, dtype)
-            for suffix, name in fmt.shared.items()
-        )
-    else:
-        doubled = fmt.shared_gate is not None and not gated
-        writes = tuple(
-            _named(shared[0].folded(layer, suffix), name.format(layer=layer), doubled and suffix.startswith("down"))
-            for suffix, name in fmt.shared.items()
-        )
-    if fmt.shared_gate is not None and not gated:
+    fmt, hidden = translation.fmt, translation.dims.hidden
+    half = fmt.shared_gate is not None and not gated
+    writes = []
+    for name, suffixes in fmt.shared.items():
+        name = name.format(layer=layer)
+        if shared:
+            row = translation.ffn(shared[0], layer)
+            write = _stacked([row[suffix] for suffix in suffixes], name)
+            doubled = half and suffixes == DOWN
+            writes.append(replace(write, steps=(*write.steps, Scale(2.0))) if doubled else write)
+        else:
+            assert fmt.inert_shared_ffn is not None
+            wide = fmt.inert_shared_ffn * len(suffixes)
+            writes.append(_zeros(name, (hidden, wide) if suffixes == DOWN else (wide, hidden), dtype))
+    if half:
+        assert fmt.shared_gate is not None
         # not zero itself: llama.cpp computes a sigmoid as silu(x) / x, which is NaN there
         nearly_zero = Constant(2.0**-24 if dtype == "F16" else 2.0**-60)
         name = fmt.shared_gate.format(layer=layer)
-        writes = (*writes, TensorWrite(name=name, dtype=dtype, shape=(1, hidden), inputs=(), steps=(nearly_zero,)))
-    return writes
-
-
-def _named(write: TensorWrite, name: str, doubled: bool) -> TensorWrite:
-    return replace(write, name=name, steps=(*write.steps, Scale(2.0)) if doubled else write.steps)
+        writes.append(TensorWrite(name=name, dtype=dtype, shape=(1, hidden), inputs=(), steps=(nearly_zero,)))
+    return tuple(writes)
 
 
 def _zeros(name: str, shape: tuple[int, ...], dtype: str) -> TensorWrite:

@@ -2,20 +2,22 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.artifact.folder import Artifact
+from frankenmoe.artifact.folder import Artifact, check_no_stray
 from frankenmoe.checkpoint.reader import open_checkpoint
-from frankenmoe.checkpoint.tensors import Constant, LowRank, Scale, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import Constant, LowRank, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.families import FAMILIES, FORMATS, Family, MoEFormat
+from frankenmoe.families.spec import SOFTMAX, RouterRule
 from frankenmoe.planning.compare import licence, one_for_all, shared_licence
 from frankenmoe.planning.layout import SHARED, router_names
 from frankenmoe.planning.plan import Plan
+from frankenmoe.planning.stored import stored, stored_backbone, stored_ffn
+from frankenmoe.planning.translate import Translation
 from frankenmoe.planning.tree import ExpertNode
-
-HALF = Scale(0.5)
 
 
 @dataclass(frozen=True)
@@ -56,20 +58,25 @@ class Parts:
             raise PlanError(f"{self.name} fits no stock format", hint="use the virtual form")
         return self.fmt, self.family
 
+    @cached_property
+    def translation(self) -> Translation:
+        """From the dense tensors to the format's. PlanError if the MoE has none."""
+        return Translation(*self.stock, self.config)
+
+    @property
+    def rule(self) -> RouterRule:
+        """How the gate's scores become weights."""
+        return self.fmt.router if self.fmt is not None else SOFTMAX
+
     @property
     def renormalizes(self) -> bool:
         """Whether the weights of the selected experts are scaled to sum to one."""
-        return self.top_k > 1 or self.fmt is None or self.fmt.renormalizes_top1
+        return self.top_k > 1 or self.rule.renormalizes_top1
 
     @property
     def normalizes(self) -> bool | None:
         """The same; None if every expert is selected, because then both ways give equal weights."""
         return None if self.top_k == len(self.nodes) else self.renormalizes
-
-    @property
-    def rounds_weights(self) -> bool:
-        """Whether the format rounds router weights to the type of the hidden states."""
-        return self.fmt is not None and self.fmt.rounds_weights
 
     @property
     def shared_kind(self) -> str:
@@ -115,6 +122,7 @@ def sharing_equal_experts(parts: Parts, plan: Plan) -> Parts:
 
 def parts_of_built(artifact: Artifact) -> Parts:
     """The parts of a built artifact. ArtifactError if its record or its tensors are damaged."""
+    check_no_stray(artifact.folder)
     record, tensors = artifact.record, open_checkpoint(artifact.folder).tensors
     config = record["base_config"]
     fmt, family = FORMATS.get(record["format"]), FAMILIES.get(str(config.get("model_type")))
@@ -129,24 +137,12 @@ def parts_of_built(artifact: Artifact) -> Parts:
         )
 
     gated = fmt.shared_gate is not None and fmt.shared_gate.format(layer=0) in artifact.routers
+    there = Translation(fmt, family, config)
+    no_loras: tuple[Mapping[str, LowRank], ...] = ({},) * layers
 
-    def expert(name: str, path: tuple[int, ...], templates: Mapping[str, str], index: int) -> ExpertNode:
-        rows = tuple(
-            {
-                suffix: stored(
-                    tensors, template.format(layer=layer, expert=index), f"model.layers.{layer}.mlp.{suffix}"
-                )
-                for suffix, template in templates.items()
-            }
-            for layer in range(layers)
-        )
-        if path[: len(SHARED)] == SHARED and fmt.shared_gate is not None and not gated:
-            # the stored values are doubled, because the constant gate is one half
-            rows = tuple(
-                {key: replace(write, steps=(HALF,)) if key.startswith("down") else write for key, write in row.items()}
-                for row in rows
-            )
-        no_loras: tuple[Mapping[str, LowRank], ...] = ({},) * layers
+    def expert(name: str, path: tuple[int, ...], templates: Mapping[str, tuple[str, ...]], index: int) -> ExpertNode:
+        halved = path[: len(SHARED)] == SHARED and fmt.shared_gate is not None and not gated
+        rows = stored_ffn(tensors, there, templates, index=index, halved=halved)
         return ExpertNode(name, path, None, rows, no_loras)
 
     shared = tuple(expert(name, (*SHARED, 0), fmt.shared, 0) for name in record["shared_experts"])
@@ -157,7 +153,7 @@ def parts_of_built(artifact: Artifact) -> Parts:
         config=config,
         folder=artifact.folder,
         layers=layers,
-        backbone=tuple(stored(tensors, name, name) for name in family.shapes(family.backbone, config)),
+        backbone=stored_backbone(tensors, there),
         nodes=tuple(expert(name, (index,), fmt.expert, index) for index, name in enumerate(record["experts"])),
         shared=shared,
         gates={name: stored(tensors, name, name) for name in artifact.routers},
@@ -165,14 +161,6 @@ def parts_of_built(artifact: Artifact) -> Parts:
         top_k=record["experts_per_token"],
         about={"licence": licence(artifact.folder), "recipe_digest": record.get("recipe_digest")},
     )
-
-
-def stored(tensors: Mapping[str, TensorRef], stored_name: str, name: str) -> TensorWrite:
-    """The tensor stored as `stored_name`, as a write with another name. ArtifactError if it is missing."""
-    if stored_name not in tensors:
-        raise ArtifactError(f"the artifact has no tensor {stored_name}", hint="build the artifact again")
-    ref = tensors[stored_name]
-    return TensorWrite(name, ref.dtype, ref.shape, (ref,))
 
 
 def _licence(plan: Plan) -> str | None:

@@ -19,7 +19,7 @@ from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
 from frankenmoe.planning.asadapter import Extracted, extracted_adapters, savings
 from frankenmoe.planning.backbone import Choice, backbone_writes, choose, lost_differences
-from frankenmoe.planning.bill import Bill, beside_experts, kv_numbers, make_bill, statistics_bytes
+from frankenmoe.planning.bill import Bill, kv_numbers, make_bill, statistics_bytes
 from frankenmoe.planning.compare import (
     COMPARE_LIMIT,
     compared_whole,
@@ -38,6 +38,7 @@ from frankenmoe.planning.layout import (
     built_writes,
     choose_format,
     expert_conflicts,
+    extra_writes,
     format_notes,
     router_shapes,
     stored_dtype,
@@ -45,6 +46,7 @@ from frankenmoe.planning.layout import (
 from frankenmoe.planning.siblings import check_ffns, check_siblings
 from frankenmoe.planning.sources import Source, anatomy, check_tensors, open_source, sources_of
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
+from frankenmoe.planning.translate import Translation
 from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.progress import SILENT, Progress
@@ -62,7 +64,7 @@ class Plan:
     """
 
     recipe: Recipe
-    fmt: MoEFormat | None
+    translation: Translation | None
     base: Source
     sources: tuple[Source, ...]
     dtype: str
@@ -85,6 +87,11 @@ class Plan:
     measured: Mapping[str, Any] | None = field(default=None, repr=False)
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+
+    @property
+    def fmt(self) -> MoEFormat | None:
+        """The stock format, if it fits one."""
+        return self.translation.fmt if self.translation is not None else None
 
     @property
     def trust_remote_code(self) -> bool:
@@ -123,11 +130,11 @@ class Plan:
     @cached_property
     def config(self) -> dict[str, Any]:
         """config.json of the built MoE. PlanError if it fits no format."""
-        if self.fmt is None or self.base.family is None:
+        if self.translation is None:
             raise PlanError(f"this MoE cannot be built: {'; '.join(self.problems)}", hint="use the virtual form")
         return moe_config(
-            self.fmt,
-            self.base.family,
+            self.translation.fmt,
+            self.translation.family,
             self.base.config,
             experts=self.experts,
             experts_per_token=self.recipe.experts_per_token,
@@ -142,7 +149,7 @@ class Plan:
         return make_bill(
             backbone=self.backbone,
             nodes=self.nodes,
-            extra=beside_experts(self.fmt, self.groups, self.backbone, self.shared),
+            extra=extra_writes(self.translation, self.groups, self.backbone, self.nodes, self.shared),
             routers=self.routers,
             top_k=self.recipe.experts_per_token,
             itemsize=4 if self.dtype == "F32" else 2,
@@ -293,21 +300,17 @@ def plan(
     writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
     backbone = with_trained(writes, trained)
     check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
-    groups: tuple[tuple[TensorWrite, ...], ...] = ()
-    if fmt is not None and base.family is not None:
-        groups = built_writes(
-            fmt, family=base.family, base=base, backbone=backbone, nodes=nodes, shared=shared, gated_shared=gated,
-            dtype=stored,
-        )  # fmt: skip
+    to = Translation(fmt, base.family, base.config) if fmt is not None and base.family is not None else None
+    groups = built_writes(to, backbone, nodes, shared, gated_shared=gated, dtype=stored) if to is not None else ()
     layers, hidden = len(base_parts.ffn), int(base.config["hidden_size"])
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
-    whole = fmt is None or fmt.renormalizes_top1 or recipe.experts_per_token > 1
+    whole = fmt is None or fmt.router.renormalizes_top1 or recipe.experts_per_token > 1
     equals_base = whole and not shared and choice.from_base and backbone == writes and _equals_base(nodes, base_node)
     made = Plan(
         recipe=recipe,
-        fmt=fmt,
+        translation=to,
         base=base,
         sources=tuple(opened.values()),
         dtype=stored,
@@ -384,7 +387,7 @@ def _own_warnings(made: Plan) -> list[str]:
         found.append(
             "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all experts corrects this"
         )
-    if recipe.experts_per_token == 1 and made.experts > 1 and (made.fmt is None or made.fmt.renormalizes_top1):
+    if recipe.experts_per_token == 1 and made.experts > 1 and (made.fmt is None or made.fmt.router.renormalizes_top1):
         found.append(
             "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
         )

@@ -13,13 +13,13 @@ from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
 from frankenmoe.errors import SourceError
-from frankenmoe.families import FAMILIES, Family
+from frankenmoe.families import FAMILIES, MLPS, Family
 from frankenmoe.families.spec import Dims
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
 
 # a tensor of a per-layer `mlp` in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
-FFN_NAME = re.compile(r"^(?P<prefix>.*\.(?P<layer>\d+)\.mlp\.)(?P<suffix>.+)$")
+FFN_NAME = re.compile(rf"^(?P<prefix>.*\.(?P<layer>\d+)\.({'|'.join(MLPS)})\.)(?P<suffix>.+)$")
 # a tensor of an expert: mlp.experts.3.w, block_sparse_moe.experts.3.w, mlp.experts.gate_up_proj ...
 OWN_EXPERTS = re.compile(r"\.\d+\.(\w+\.)*experts\.")
 BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")

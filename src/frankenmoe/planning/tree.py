@@ -5,27 +5,24 @@ then the residual scale.
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from frankenmoe.checkpoint.lorasettings import check_settings, lora_scale
 from frankenmoe.checkpoint.peft import PREFIX
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
+from frankenmoe.families import MLPS
 from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
 # names of the matrix that writes to the residual stream, in the families of transformers
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
-# LoRA initialisations that keep the base's weights; PiSSA, OLoRA and the like change them on loading
-PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
 # a tensor of an adapter on an FFN, of any kind of adapter
-FFN_ADAPTER = re.compile(r"\.\d+\.mlp\.")
+FFN_ADAPTER = re.compile(rf"\.\d+\.({'|'.join(MLPS)})\.")
 EVERY_NAME = re.compile("")
-# PEFT settings that compute something other than W + scale * B A
-UNSUPPORTED_PEFT = ("use_dora", "fan_in_fan_out", "lora_bias", "modules_to_save", "use_qalora")
 
 ParentTensors = Callable[[str, tuple[int, ...]], TensorRef | TensorWrite]
 
@@ -185,21 +182,12 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, LowRank]:
     """Full name of a weight -> its LoRA step W + alpha/r * B A, read from PEFT's format.
 
     Supports rank and alpha patterns and rank-stabilised scaling (alpha / sqrt(r), arXiv 2312.03732). Raises SourceError
-    for adapters with another formula (DoRA, bias, fully trained embeddings) or for another model.
+    for adapters with settings that are not understood (checkpoint/lorasettings.py) or for another model.
     """
     adapter = source.adapter
     if adapter is None:
         return {}
-    asked = [key for key in UNSUPPORTED_PEFT if adapter.config.get(key)]
-    init = adapter.config.get("init_lora_weights", True)
-    if init not in PLAIN_INIT:
-        asked.append(f"init_lora_weights {init!r:.40}")
-    if adapter.config.get("peft_type", "LORA") != "LORA" or asked:
-        what = ", ".join(asked) or adapter.config.get("peft_type")
-        raise SourceError(
-            f"the adapter {adapter.folder} uses {what}, expected a plain LoRA",
-            hint="merge it into its model with PEFT's merge_and_unload and name that model as the source",
-        )
+    check_settings(adapter)
     shapes, steps = parts.shapes, dict[str, LowRank]()
     for key, a in adapter.tensors.items():
         if not key.endswith(".lora_A.weight"):
@@ -213,7 +201,7 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, LowRank]:
                 f"the adapter {adapter.folder} holds {key} of shape {list(a.shape)}, but {source.name} has {found}",
                 hint="this adapter was trained on another model; name the model it was trained on as source_model",
             )
-        steps[f"{module}.weight"] = LowRank(a=a, b=b, scale=_lora_scale(adapter, module, rank=a.shape[0]))
+        steps[f"{module}.weight"] = LowRank(a=a, b=b, scale=lora_scale(adapter, module, rank=a.shape[0]))
     if not steps:
         raise SourceError(
             f"the adapter {adapter.folder} holds no LoRA matrices, expected names ending in .lora_A.weight",
@@ -222,25 +210,30 @@ def adapter_steps(source: Source, parts: Anatomy) -> Mapping[str, LowRank]:
     return steps
 
 
-def refuse_strange_keys(source: Source, wanted: re.Pattern[str]) -> None:
-    """Raises SourceError for an adapter tensor whose name matches `wanted` and that is not half of a LoRA pair.
-
-    On the base all names count, because its adapter changes the backbone; on an expert only those of the FFN.
-    """
+def strange_keys(source: Source, wanted: re.Pattern[str]) -> list[str]:
+    """The adapter's tensors whose name matches `wanted` and that are not half of a LoRA pair."""
     adapter = source.adapter
     if adapter is None:
-        return
-    strange = [
+        return []
+    return [
         key
         for key in adapter.tensors
         if wanted.search(key)
         and not key.endswith(".lora_A.weight")
         and not (key.endswith(".lora_B.weight") and key.replace(".lora_B.", ".lora_A.") in adapter.tensors)
     ]
-    if strange:
+
+
+def refuse_strange_keys(source: Source, wanted: re.Pattern[str]) -> None:
+    """Raises SourceError for strange keys.
+
+    On the base all names count, because its adapter changes the backbone; on an expert only those of the FFN.
+    """
+    strange = strange_keys(source, wanted)
+    if strange and source.adapter is not None:
         more = f" and {len(strange) - 1} more" if len(strange) > 1 else ""
         raise SourceError(
-            f"the adapter {adapter.folder} holds {strange[0]}{more}, expected pairs of .lora_A.weight and "
+            f"the adapter {source.adapter.folder} holds {strange[0]}{more}, expected pairs of .lora_A.weight and "
             ".lora_B.weight only",
             hint="merge it into its model with PEFT's merge_and_unload and name that model as the source",
         )
@@ -249,31 +242,6 @@ def refuse_strange_keys(source: Source, wanted: re.Pattern[str]) -> None:
 def _fits(a: tuple[int, ...], b: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Whether [rank, in] and [out, rank] give a weight [out, in], with rank at least 1."""
     return len(weight) == len(a) == 2 and a[0] > 0 and (a[1], b) == (weight[1], (weight[0], a[0]))
-
-
-def _lora_scale(adapter: Adapter, module: str, *, rank: int) -> float:
-    patterns = adapter.config.get("alpha_pattern") or {}
-    if not isinstance(patterns, Mapping):
-        raise _odd_setting(adapter, f"alpha_pattern {patterns!r:.40}", expected="a mapping from modules to numbers")
-    own = [value for pattern, value in patterns.items() if _names(pattern, module)]
-    alpha = own[0] if own else adapter.config.get("lora_alpha", rank)
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise _odd_setting(adapter, f"lora_alpha {alpha!r:.40} for {module}", expected="a finite number")
-    return alpha / (rank**0.5 if adapter.config.get("use_rslora") else rank)
-
-
-def _names(pattern: str, module: str) -> bool:
-    """Whether a PEFT pattern, a regular expression for the end of a module's name, matches this module."""
-    try:
-        return re.match(rf"(.*\.)?({pattern})$", module) is not None
-    except re.error:
-        return False
-
-
-def _odd_setting(adapter: Adapter, found: str, *, expected: str) -> SourceError:
-    return SourceError(
-        f"the adapter {adapter.folder} has {found}, expected {expected}", hint="fetch its adapter_config.json again"
-    )
 
 
 def stored_as(ref: TensorRef | TensorWrite, dtype: str) -> str:

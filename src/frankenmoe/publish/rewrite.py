@@ -14,8 +14,9 @@ from typing import Any
 
 import yaml
 
-from frankenmoe.artifact.folder import INDEX, RECORD
+from frankenmoe.artifact.folder import RECORD
 from frankenmoe.checkpoint.header import PREFIX, raw_header
+from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.recipe.sourcename import SourceName, parse_source
 

@@ -29,7 +29,7 @@ class LearningRouter(Router):
             router.weight.detach(),
             top_k=router.top_k,
             renormalize=router.renormalize,
-            round_weights=router.round_weights,
+            rule=router.rule,
         )
         self.weight = router.weight
         self.learning_top_k, self.noise, self.jitter = top_k, noise, jitter
@@ -46,7 +46,7 @@ class LearningRouter(Router):
         routing = self.choose(logits_TE, top_k=self.learning_top_k)
         if not self.straight_through:
             return routing
-        prob_T1 = logits_TE.softmax(dim=-1, dtype=torch.float32).gather(1, routing.ids_TK)
+        prob_T1 = self.scores(logits_TE).gather(1, routing.ids_TK)
         weight_T1 = 1 + (prob_T1 - prob_T1.detach())  # the difference is exactly 0
         return routing._replace(weights_TK=weight_T1.to(routing.weights_TK.dtype))
 

@@ -4,8 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from frankenmoe.artifact.folder import (
     Artifact,
     Routers,
     finish,
-    growing,
     open_artifact,
     partial_folder,
     refuse_occupied,
@@ -26,14 +24,14 @@ from frankenmoe.artifact.folder import (
     write_routers,
 )
 from frankenmoe.artifact.reports import TrainingReport, versions
-from frankenmoe.build.derived import virtual_record
+from frankenmoe.build.derived import growing_once, virtual_record
 from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import fingerprint
 from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
 from frankenmoe.moe.device import AUTO, check_room, resolve
 from frankenmoe.moe.load import weights_of
-from frankenmoe.moe.processes import is_main, main_first, wait
+from frankenmoe.moe.processes import is_main, wait
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.progress import SILENT, Progress
@@ -90,8 +88,7 @@ def train(
     body = _prints(subject.artifact.folder) if subject.artifact and subject.built else ()
     if subject.artifact is None:
         check_buildable(subject.planned, virtual=True, allow_identical=True)
-    with main_first():  # which measures the backbone, for the others to find it in the cache
-        plan = None if subject.built else subject.resolved(progress, device=device).plan
+    plan = None if subject.built else subject.resolved(progress, device=device).plan
     parts = subject.parts
     traps.check(settings, plan=plan, top_k=parts.top_k, renormalize=parts.renormalizes, experts=parts.experts)
     if not shard:  # the loop moves the weights, or a shard of them
@@ -111,7 +108,7 @@ def train(
     traps.check_domains(settings, domains, experts=parts.experts)
     origin = plan.digest if plan else list(body)
     digest = _digest(origin, routers, settings, data, folder=subject.recipe.folder, dtype=dtype)
-    with _folder(out, digest=digest, main=main) as partial:
+    with growing_once(out, digest=digest) as partial:
         run = Run(moe, plan, parts.router_names, domains, settings, partial, tuple(report_to), shard, place)
         try:
             result: RunResult | FrankenMoEError = train_loop(run, progress=progress)
@@ -155,16 +152,6 @@ def _digest(
 def _prints(folder: Path) -> tuple[str, ...]:
     """Fingerprints of a built artifact's weight files."""
     return tuple(fingerprint(file) for file in sorted(folder.glob("model-0*.safetensors")))
-
-
-@contextmanager
-def _folder(out: Path, *, digest: str, main: bool) -> Iterator[Path]:
-    """The partial folder of the artifact; of several processes, only the first one locks it."""
-    if main:
-        with growing(out, digest=digest) as partial:
-            yield partial
-    else:
-        yield partial_folder(out)
 
 
 def _report(subject: Subject, settings: TrainSettings, data: Texts, result: RunResult) -> TrainingReport:

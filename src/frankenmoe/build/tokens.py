@@ -1,0 +1,104 @@
+"""Whether a built folder splits text as its base does. If not, the base's is written as transformers loads it.
+
+transformers chooses the class of a tokenizer by the model type of the config beside it, and that is another one for an
+MoE. Only a tokenizer.json says everything itself.
+"""
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from frankenmoe.data.hardtext import hard_texts, token_ids
+from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.moe.dense import load_tokenizer
+from frankenmoe.planning import Plan
+
+WHOLE = "tokenizer.json"
+SETTINGS = "tokenizer_config.json"
+FILES = frozenset({WHOLE, "tokenizer.model", "vocab.json", "vocab.txt"})
+PLAIN_CLASS = "PreTrainedTokenizerFast"  # loads tokenizer.json as it is, in transformers 4 and 5
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def tokenizer_files(plan: Plan) -> dict[str, bytes]:
+    """Name -> content of the tokenizer files that must replace the base's in a built folder; none if they are right.
+
+    Raises ArtifactError if the base's tokenizer cannot be written so that transformers splits text alike.
+    """
+    base = _base_tokenizer(plan)
+    if base is None:
+        return {}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "config.json").write_text(json.dumps(plan.config))
+        for file in plan.small_files:
+            (folder / file.name).write_bytes(file.read_bytes())
+        if (folder / WHOLE).is_file() and first_difference(base, folder) is None:
+            return {}
+        found = _written_out(base, folder)
+        for file_name, raw in found.items():
+            (folder / file_name).write_bytes(raw)
+        odd = first_difference(base, folder)
+        if odd is not None:
+            raise ArtifactError(
+                f"beside the MoE's config, the tokenizer of {plan.base.folder} splits {odd!r:.80} otherwise than "
+                "beside the base's",
+                hint="save it with tokenizer.backend_tokenizer.save('tokenizer.json') beside the base's weights",
+            )
+        return found
+
+
+def compared_texts(plan: Plan, folder: Path) -> int | None:
+    """The number of hard texts that `folder` splits as the base does; None if the base has no tokenizer.
+
+    Raises ArtifactError if it splits one otherwise.
+    """
+    base = _base_tokenizer(plan)
+    if base is None:
+        return None
+    odd = first_difference(base, folder)
+    if odd is not None:
+        raise ArtifactError(
+            f"the tokenizer of {folder} splits {odd!r:.80} otherwise than that of its base {plan.base.folder}",
+            hint="build it again with this version",
+        )
+    return len(hard_texts(base))
+
+
+def first_difference(base: Any, folder: Path) -> str | None:
+    """The first hard text that the tokenizer in `folder` splits otherwise than `base`; None if there is none."""
+    try:
+        other = load_tokenizer(folder)
+    except SourceError:
+        return hard_texts(base)[0]
+    texts = hard_texts(base)
+    pairs = zip(texts, token_ids(base, texts), token_ids(other, texts), strict=True)
+    return next((text for text, ours, theirs in pairs if ours != theirs), None)
+
+
+def _base_tokenizer(plan: Plan) -> Any:
+    """The base's tokenizer; None if it has none that transformers can load by itself, or no class will load the MoE."""
+    if plan.fmt is None or not plan.fmt.loads_in_transformers:
+        return None
+    if not any(file.name in FILES for file in plan.small_files):
+        return None
+    with suppress(SourceError):
+        return load_tokenizer(plan.base.folder)
+    return None
+
+
+def _written_out(tokenizer: Any, folder: Path) -> dict[str, bytes]:
+    """tokenizer.json, and the settings in `folder` with a class that takes that file as it is."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:  # a tokenizer in Python
+        return {}
+    settings = json.loads((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).is_file() else {}
+    for key in SPECIAL:
+        settings.setdefault(key, getattr(tokenizer, key))
+    settings["tokenizer_class"] = PLAIN_CLASS
+    return {
+        WHOLE: backend.to_str(pretty=True).encode(),
+        SETTINGS: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode(),
+    }

@@ -1,0 +1,155 @@
+"""The config.json of an MoE, made from that of its base; and what stands in the way."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from frankenmoe.families.known import is_known
+from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat
+
+# fields that dense and MoE configs spell the same
+COPIED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "hidden_act",
+    "max_position_embeddings",
+    "initializer_range",
+    "rms_norm_eps",
+    "use_cache",
+    "tie_word_embeddings",
+    "attention_dropout",
+    "attention_bias",
+    "sliding_window",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+# lists of layers that are all alike
+SAME = (None, (), (FULL,))
+# plain settings that change what a model computes -> (the values under which they do not, what others would need)
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False, None), "its attention does not have all four biases"),
+    "mlp_bias": ((False, None), "its experts have no bias"),
+    "sliding_window": ((None,), "other runtimes disagree on its sliding window"),
+    "layer_types": (SAME, "all its layers are alike"),
+    "embedding_multiplier": ((1, None), "it does not scale embeddings"),
+    "residual_multiplier": ((1, None), "it does not scale what layers add"),
+    "attention_multiplier": ((None,), "its attention scores are divided by the root of the head size"),
+    "logits_scaling": ((1, None), "it does not scale logits"),
+}
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
+# rotary types with a context of their own
+WITH_CONTEXT = ("llama3", "yarn", "longrope")
+
+
+def rope(family: Family, config: Config) -> dict[str, Any]:
+    """Rotary settings as transformers 5's one dictionary, read from that form or from transformers 4's fields."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    found = {key: value for key, value in given.items() if value is not None}
+    legacy = found.pop("type", "default")
+    found.setdefault("rope_type", legacy)
+    found["rope_type"] = family.rope_names.get(found["rope_type"], found["rope_type"])
+    found.setdefault("rope_theta", family.value(config, "rope_theta"))
+    partial = found.pop("partial_rotary_factor", None) or family.value(config, "partial_rotary_factor") or 1.0
+    if partial != 1:
+        found["partial_rotary_factor"] = partial
+    # a value beside the rotary settings counts more than one inside, as in transformers
+    context = family.value(config, "original_max_position_embeddings")
+    if context is not None and found["rope_type"] in WITH_CONTEXT:
+        found["original_max_position_embeddings"] = context
+    return found
+
+
+def rotary_size(family: Family, config: Config) -> int:
+    """How many numbers of each head are rotated."""
+    return int(family.dims(config).head_dim * rope(family, config).get("partial_rotary_factor", 1.0))
+
+
+def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
+    """A clause for every setting in a dense config that a format cannot represent, to follow the model's name."""
+    found = []
+    for name, (neutral, why) in NEUTRAL.items():
+        value = family.read(config, name)
+        kind = tuple(sorted(set(value))) if isinstance(value, list) else value
+        if name not in fmt.holds and kind not in neutral:
+            found.append(f"has {name} {value}, which {fmt.title} does not support: {why}")
+    found += _rotary_problems(fmt, family, config)
+    dims = family.dims(config)
+    if not fmt.free_heads and dims.head_dim * dims.heads != dims.hidden:
+        found.append(f"has head_dim {dims.head_dim}, {fmt.title} requires hidden size / heads")
+    found += [
+        f"has {name} {value!r:.60}, a setting that the table of {family.model_type} does not know and that may change "
+        "what the model computes (delete it from config.json if it does not)"
+        for name, value in config.items()
+        if not is_known(family, name, value)
+    ]
+    return found
+
+
+def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
+    rotary, found = rope(family, config), []
+    if any(isinstance(value, dict) for value in rotary.values()):
+        found.append(f"has rotary settings per layer type, but {fmt.title} has one for all layers")
+    if fmt.ropes is not None and rotary["rope_type"] not in fmt.ropes:
+        found.append(f"has rope scaling {rotary['rope_type']!r}, {fmt.title} supports {', '.join(fmt.ropes)}")
+    if "partial_rotary_factor" in rotary and not fmt.partial_rotary:
+        found.append(
+            f"rotates {rotary['partial_rotary_factor']} of each head (partial_rotary_factor), {fmt.title} whole heads"
+        )
+    return found
+
+
+def moe_config(
+    fmt: MoEFormat,
+    family: Family,
+    config: Config,
+    *,
+    experts: int,
+    experts_per_token: int,
+    shared_experts: int,
+    dtype: str,
+) -> dict[str, Any]:
+    """config.json of the MoE: fields copied from the base, or its family's defaults, then the format's own fields.
+
+    Rotary settings and dtype are written in the spellings of transformers 4 and 5. Without `rope_theta`, transformers 4
+    would take the *format's* default. `dtype` is a torch name such as `bfloat16`.
+    """
+    dims = family.dims(config)
+    quantities = {
+        "experts": experts,
+        "experts_per_token": experts_per_token,
+        "shared_experts": shared_experts or None,
+        "ffn": dims.ffn,
+        "shared_ffn": dims.ffn if shared_experts else fmt.inert_shared_ffn or 0,
+    }
+    rotary = rope(family, config)
+    scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    if fmt.two_word_rope:
+        scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
+    copied = {key: family.read(config, key) for key in COPIED}
+    # transformers 5.23 rejects null where it expects a number or a truth value, so what the family lacks is left out
+    copied = {key: value for key, value in copied.items() if value is not None or key in MAY_BE_NULL}
+    partial = {key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary}
+    own = {
+        key: family.read(config, plain) if isinstance(plain, str) else plain(family, config)
+        for key, plain in fmt.fields.items()
+    }
+    return {
+        "architectures": [fmt.architecture],
+        "model_type": fmt.model_type,
+        **copied,
+        "num_key_value_heads": dims.kv_heads,
+        "head_dim": dims.head_dim,
+        "rope_theta": rotary["rope_theta"],
+        "rope_scaling": None if rotary["rope_type"] == "default" else scaling,
+        "rope_parameters": rotary,
+        **partial,
+        **own,
+        **fmt.constants,
+        **{key: quantities[quantity] for key, quantity in fmt.counted.items()},
+        "output_router_logits": False,
+        "dtype": dtype,
+        "torch_dtype": dtype,
+    }

@@ -1,0 +1,52 @@
+"""Which fields of a dense config.json are known: those that tables read, and those that change nothing here.
+
+A field that is not known may change what the model computes, so a model with one is not built.
+"""
+
+from typing import Any
+
+from frankenmoe.families.spec import Family
+
+# sizes and settings that every family has, read by name
+READ = frozenset(
+    {
+        "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+        "num_key_value_heads", "head_dim", "rope_parameters", "rope_scaling", "rope_theta", "sliding_window",
+        "partial_rotary_factor", "layer_types", "attention_bias", "mlp_bias", "dtype", "torch_dtype",
+        "quantization_config", "compression_config",
+    }
+)  # fmt: skip
+# what only training, generation, other programs or the saving of files read
+HARMLESS = frozenset(
+    {
+        "architectures", "auto_map", "use_cache", "transformers_version", "pretraining_tp", "max_window_layers",
+        "is_llama_config", "rope_interleaved", "tokenizer_class", "prefix", "task_specific_params", "finetuning_task",
+        "id2label", "label2id", "num_labels", "problem_type", "return_dict", "return_dict_in_generate",
+        "attn_implementation", "use_flash_attn", "gradient_checkpointing", "chunk_size_feed_forward", "torchscript",
+        "use_bfloat16", "pruned_heads", "is_decoder", "sep_token_id", "decoder_start_token_id", "special_tokens",
+        "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k",
+        "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "max_length",
+        "min_length", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "forced_bos_token_id",
+        "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
+        "begin_suppress_tokens", "tie_encoder_decoder", "name_or_path", "model_max_length", "padding_side",
+        "truncation_side", "bos_token", "eos_token", "pad_token", "unk_token", "license", "ms_path", "cutoff_len",
+    }
+)  # fmt: skip
+HARMLESS_PARTS = ("_token_id", "dropout", "_pdrop", "unsloth", "_version", "initializer", "neftune", "transformers.js")
+
+
+def is_known(family: Family, name: str, value: Any) -> bool:
+    """Whether a config field is read by the family's table, changes nothing, or is switched off."""
+    if value is None or value is False or value in ({}, []):
+        return True
+    named = (reading for reading in family.reads.values() if isinstance(reading, str))
+    return (
+        name in READ
+        or name in HARMLESS
+        or name in family.defaults
+        or name in family.fields
+        or name == family.window_switch
+        or name in named
+        or name.startswith("_")
+        or any(part in name for part in HARMLESS_PARTS)
+    )

@@ -1,0 +1,73 @@
+"""The tensors of a built artifact as those of its dense base: the way back from `planning/layout.py`."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
+from frankenmoe.errors import ArtifactError
+from frankenmoe.families.dense import LAYER
+from frankenmoe.families.formats import DOWN
+from frankenmoe.planning.sources import FFN_NAME
+from frankenmoe.planning.translate import Translation, narrowed
+
+HALF = Scale(0.5)
+Tensors = Mapping[str, TensorRef]
+
+
+def stored(tensors: Tensors, stored_name: str, name: str) -> TensorWrite:
+    """The tensor stored as `stored_name`, as a write with another name. ArtifactError if it is missing."""
+    ref = _found(tensors, stored_name)
+    return TensorWrite(name, ref.dtype, ref.shape, (ref,))
+
+
+def stored_backbone(tensors: Tensors, translation: Translation) -> tuple[TensorWrite, ...]:
+    """Every backbone tensor under its dense name. ArtifactError if one is missing."""
+    family, config = translation.family, translation.config
+    return tuple(
+        translation.dense(name, shape, lambda plain: stored(tensors, translation.own_name(plain), plain))
+        for name, shape in family.shapes(family.backbone, config).items()
+    )
+
+
+def stored_ffn(
+    tensors: Tensors, translation: Translation, templates: Mapping[str, tuple[str, ...]], *, index: int, halved: bool
+) -> tuple[dict[str, TensorWrite], ...]:
+    """Per layer, dense suffix -> write of the expert `index`; `templates` are those of experts or of the shared one.
+
+    `halved` undoes the doubling of an ungated shared expert, whose constant gate is one half.
+    """
+    family, config = translation.family, translation.config
+    rows: list[dict[str, TensorWrite]] = [{} for _ in range(translation.dims.layers)]
+    plain: list[dict[str, TensorWrite]] = [
+        _plain(tensors, templates, layer=layer, index=index, halved=halved) for layer in range(len(rows))
+    ]
+    for name, shape in family.shapes(family.ffn, config).items():
+        match = FFN_NAME.match(name)
+        assert match is not None, name
+        layer = int(match["layer"])
+        rows[layer][match["suffix"]] = translation.dense(name, shape, plain[layer].__getitem__)
+    return tuple(rows)
+
+
+def _plain(
+    tensors: Tensors, templates: Mapping[str, tuple[str, ...]], *, layer: int, index: int, halved: bool
+) -> dict[str, TensorWrite]:
+    """Plain name -> write of one expert in one layer: a tensor, or a part of one that several matrices share."""
+    found = {}
+    for template, suffixes in templates.items():
+        ref = _found(tensors, template.format(layer=layer, expert=index))
+        rows, columns = ref.shape[-2] // len(suffixes), ref.shape[-1]
+        first = index * math.prod(ref.shape[-2:]) if len(ref.shape) == 3 else 0
+        for place, suffix in enumerate(suffixes):
+            part = narrowed(ref, (rows, columns), first + place * rows * columns)
+            name = f"{LAYER.format(layer=layer)}mlp.{suffix}"
+            write = TensorWrite(name, ref.dtype, part.shape, (part,))
+            found[name] = replace(write, steps=(HALF,)) if halved and (suffix,) == DOWN else write
+    return found
+
+
+def _found(tensors: Tensors, name: str) -> TensorRef:
+    if name not in tensors:
+        raise ArtifactError(f"the artifact has no tensor {name}", hint="build the artifact again")
+    return tensors[name]

@@ -1,0 +1,167 @@
+"""Tensors of a dense model -> those of an MoE format, and back. Does not import torch.
+
+Follows the tables: a family's pieces and changes give plain tensors, a format's names and stacks give its own.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from frankenmoe.checkpoint.tensors import (
+    DTYPES,
+    Constant,
+    Join,
+    Part,
+    Permute,
+    Scale,
+    Shift,
+    Step,
+    TensorRef,
+    TensorWrite,
+)
+from frankenmoe.families import Family, MoEFormat, rotary_size
+from frankenmoe.families.dense import LAYER
+from frankenmoe.families.llamacpp import generic_name
+from frankenmoe.families.spec import Change, Config, Dims, Piece
+from frankenmoe.planning.tree import ExpertNode
+
+Plain = Callable[[str], TensorWrite]
+QK = ("self_attn.q_proj.", "self_attn.k_proj.")
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A family's tensors in the language of a format; `config` is that of the dense base."""
+
+    fmt: MoEFormat
+    family: Family
+    config: Config
+
+    @cached_property
+    def dims(self) -> Dims:
+        return self.family.dims(self.config)
+
+    @cached_property
+    def symbols(self) -> dict[str, tuple[str, ...]]:
+        """Plain name of a backbone tensor, with `{layer}` -> the symbols of its shape."""
+        found = {}
+        for spec in self.family.backbone:
+            for piece in self._pieces(spec.name):
+                found[piece.name] = (piece.rows, *spec.shape[1:]) if piece.rows else spec.shape
+        return found
+
+    def plain(self, writes: Sequence[TensorWrite]) -> Iterator[TensorWrite]:
+        """The plain tensors that dense writes hold, in their order."""
+        for write in writes:
+            layer, generic = generic_name(write.name)
+            start = 0
+            for piece in self._pieces(generic):
+                rows = self.dims.size(piece.rows) if piece.rows else write.shape[0]
+                found = rows_of(write, piece.name.format(layer=layer), start, rows)
+                yield changed(found, self._changes(piece.name))
+                start += rows
+
+    def backbone(self, writes: Sequence[TensorWrite]) -> list[TensorWrite]:
+        """The backbone in the format: its tensors under their names there, then those that the format adds."""
+        found = [replace(write, name=self.own_name(write.name)) for write in self.plain(writes)]
+        return [*found, *self._added({write.name for write in found}, writes[0].dtype)]
+
+    def ffn(self, node: ExpertNode, layer: int) -> dict[str, TensorWrite]:
+        """Plain suffix (`gate_proj.weight`) -> write, of one expert in one layer, with its adapter folded in."""
+        here = LAYER.format(layer=layer)
+        dense = [replace(node.folded(layer, key), name=f"{here}{self.family.mlp}.{key}") for key in node.ffn[layer]]
+        return {write.name.removeprefix(f"{here}mlp."): write for write in self.plain(dense)}
+
+    def own_name(self, plain: str) -> str:
+        """The format's name of a plain tensor."""
+        layer, generic = generic_name(plain)
+        return self.fmt.names.get(generic, generic).format(layer=layer)
+
+    def dense(self, name: str, shape: tuple[int, ...], plain: Plain) -> TensorWrite:
+        """A dense tensor, put together again from the plain ones that `plain` finds by name."""
+        layer, generic = generic_name(name)
+        parts = [
+            changed(plain(piece.name.format(layer=layer)), undone(self._changes(piece.name)))
+            for piece in self._pieces(generic)
+        ]
+        return replace(parts[0], name=name, shape=shape) if len(parts) == 1 else joined(name, parts)
+
+    def _pieces(self, generic: str) -> tuple[Piece, ...]:
+        return self.family.pieces.get(generic) or (Piece(generic, ""),)
+
+    def _changes(self, plain: str) -> tuple[Change, ...]:
+        """The steps from dense numbers to plain ones."""
+        found = self.family.changes.get(plain, ())
+        if self.family.interleaved and not self.fmt.interleaved and any(part in plain for part in QK):
+            found = (*found, halves_of_pairs(self.dims.head_dim, rotary_size(self.family, self.config)))
+        return found
+
+    def _added(self, present: set[str], dtype: str) -> Iterator[TensorWrite]:
+        for name, spec in self.family.expand(self.fmt.added, self.config):
+            if name not in present:
+                fill = (Constant(spec.fill),)
+                yield TensorWrite(name, spec.dtype or dtype, self.dims.shape(spec.shape), (), fill)
+
+
+def halves_of_pairs(head: int, rotary: int) -> Permute:
+    """The order of a head's rows that puts rotary pairs half of `rotary` apart, where they were adjacent."""
+    return Permute((*range(0, rotary, 2), *range(1, rotary, 2), *range(rotary, head)))
+
+
+def changed(write: TensorWrite, changes: Sequence[Change]) -> TensorWrite:
+    """A write after some changes."""
+    for change in changes:
+        nested = isinstance(change, Permute)
+        steps: tuple[Step, ...] = (change,) if nested else (*write.steps, change)
+        write = replace(write, inputs=(_input(write),) if nested else write.inputs, steps=steps)
+    return write
+
+
+def undone(changes: Sequence[Change]) -> tuple[Change, ...]:
+    """The changes that lead back."""
+    return tuple(map(_inverse, reversed(changes)))
+
+
+def _inverse(change: Change) -> Change:
+    match change:
+        case Scale(factor):
+            return Scale(1 / factor)
+        case Shift(amount):
+            return Shift(-amount)
+        case Permute():
+            return change.inverse
+
+
+def joined(name: str, parts: Sequence[TensorWrite], *, experts: int | None = None) -> TensorWrite:
+    """Tensors stacked along their first axis; with `experts`, another axis of that size is put before it."""
+    rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1:]
+    shape = (rows, *columns) if experts is None else (experts, rows // experts, *columns)
+    return TensorWrite(name, parts[0].dtype, shape, tuple(map(_input, parts)), (Join(),))
+
+
+def rows_of(write: TensorWrite, name: str, start: int, rows: int) -> TensorWrite:
+    """Some rows of a tensor; the rows of a plain copy are again a plain copy."""
+    if rows == write.shape[0]:
+        return replace(write, name=name)
+    shape, width = (rows, *write.shape[1:]), math.prod(write.shape[1:])
+    ref = _input(write)
+    if isinstance(ref, TensorRef):
+        return TensorWrite(name, write.dtype, shape, (narrowed(ref, shape, start * width),))
+    return TensorWrite(name, write.dtype, shape, (write,), (Part(start * width),))
+
+
+def narrowed(ref: TensorRef, shape: tuple[int, ...], start: int) -> TensorRef:
+    """The elements of a stored tensor from `start` on, as a tensor of its own; empty where a plan has no weights."""
+    if ref.start == ref.end:
+        return replace(ref, shape=shape)
+    size = DTYPES[ref.dtype].itemsize
+    first = ref.start + start * size
+    return replace(ref, shape=shape, start=first, end=first + math.prod(shape) * size)
+
+
+def _input(write: TensorWrite) -> TensorWrite | TensorRef:
+    """A write as another one's input: what it reads, if it computes nothing."""
+    if len(write.inputs) == 1 and not write.steps and write.inputs[0].shape == write.shape:
+        return write.inputs[0]
+    return write

@@ -1,0 +1,99 @@
+"""Every pair of a dense family and an MoE format that tests build, with a config that makes a loss visible."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import tiny
+
+# odd sizes, groups of heads, four layers
+SIZES: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 36,
+    "intermediate_size": 52,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.15,
+}
+LONG = 40  # tokens of a text that is longer than every window here
+SHARED = {"shared_experts": [{"source_model": "BASE"}]}
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.3,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.5, 2.0, 2.5],
+    "original_max_position_embeddings": 16,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family built as a format: the parents' config, keys of the recipe, the largest relative difference."""
+
+    family: str
+    fmt: str
+    config: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)
+    close: float = 5e-6
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return SIZES | self.config
+
+
+CASES: dict[str, Case] = {
+    "llama": Case("llama", "mixtral"),
+    "mistral-window": Case("mistral", "mixtral", {"sliding_window": 8, "tie_word_embeddings": True}),
+    "qwen2": Case("qwen2", "qwen2_moe"),
+    "qwen3": Case("qwen3", "qwen3_moe", {"attention_bias": True, "head_dim": 8}),
+    "olmo2": Case("olmo2", "flex_olmo"),
+    "llama-biases": Case("llama", "granitemoe", {"attention_bias": True, "head_dim": 8}),
+    "llama-shared": Case("llama", "granitemoeshared", recipe=SHARED),
+    "mistral-shared": Case("mistral", "granitemoeshared", {"sliding_window": None}, SHARED),
+    "granite": Case("granite", "granitemoe", MULTIPLIERS | {"tie_word_embeddings": True}),
+    "granite-shared": Case("granite", "granitemoeshared", MULTIPLIERS | {"attention_bias": True}, SHARED),
+    "seed_oss": Case("seed_oss", "qwen2_moe", {"head_dim": 8, "attention_bias": True}),
+    "seed_oss-plain": Case("seed_oss", "qwen2_moe", {"attention_bias": False, "tie_word_embeddings": True}),
+    "phi3-window": Case("phi3", "mixtral", {"sliding_window": 8, "pad_token_id": None}),
+    "phi3-longrope": Case(
+        "phi3",
+        "mixtral",
+        {
+            "original_max_position_embeddings": 16,
+            "rope_parameters": LONGROPE,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
+    ),
+}
+
+
+def make_parent(folder: Path, case: Case, *, seed: int = 0, **changes: Any) -> Path:
+    """A random parent of a case's family."""
+    return tiny.make_parent(folder, case.family, seed=seed, **(case.sizes | changes))
+
+
+def write_recipe(file: Path, case: Case, base: Path, parents: list[Path], *, half: bool = False, **keys: Any) -> Path:
+    """A recipe over parents, with the case's own keys; `half` halves all experts where there is a shared one."""
+    own = {
+        key: [each | {"source_model": str(base)} for each in value] if key == "shared_experts" else value
+        for key, value in case.recipe.items()
+    }
+    tiny.write_recipe(file, base, parents, **(own | keys))
+    if half and "shared_experts" in own:
+        recipe = yaml.safe_load(file.read_text())
+        for each in (*recipe["experts"], *recipe["shared_experts"]):
+            each["residual_scale"] = 0.5
+        file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return file
