@@ -45,9 +45,12 @@ def main() -> None:
     from transformers.models.llama import modeling_llama
 
     import frankenmoe as fm
+    from frankenmoe.gates.fitted import computing_dtype
 
     if method == "load":
-        model = fm.load(Path(file)).model
+        # as `fit` loads it: on a CPU without units for 16 bits in float32, which takes memory of its own
+        kind = computing_dtype(fm.plan(fm.Recipe.load(Path(file))), torch.device("cpu"))
+        model = fm.load(Path(file), dtype=kind).model
         for parameter in model.parameters():  # mapped pages are no anonymous memory, but a read of them is fair
             parameter.sum()
         return

@@ -3,11 +3,12 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from frankenmoe.data.documents import Document, Turn
 from frankenmoe.errors import SourceError
 
+T = TypeVar("T")
 Span = tuple[int, int]
 """The first and last place, plus one, of tokens in the stream of all documents' tokens."""
 Marked = tuple[list[int], list[bool]]
@@ -72,15 +73,15 @@ def text_blocks(
     return blocks
 
 
-def hold_out(blocks: Sequence[Block], *, share: float = 0.1) -> tuple[list[Block], list[Block]]:
+def hold_out(blocks: Sequence[T], *, share: float = 0.1) -> tuple[list[T], list[T]]:
     """(kept, held out): every n-th block is held out, the same ones each time.
 
     A single block is both kept and held out, because neither side may be empty.
     """
     every = max(2, round(1 / share))
-    held = [block for index, block in enumerate(blocks) if index % every == every - 1] or list(blocks[-1:])
-    taken = set(map(id, held))
-    return [block for block in blocks if id(block) not in taken] or list(blocks), held
+    places = range(len(blocks))
+    taken = places[every - 1 :: every] or places[-1:]
+    return [blocks[at] for at in places if at not in taken] or list(blocks), [blocks[at] for at in taken]
 
 
 def spread(blocks: Sequence[Block], count: int) -> list[Block]:

@@ -46,7 +46,7 @@ class Meter:
 
     def reading(self, step: str, *, head: bool = True) -> Advance:
         """A callback for the readings of `states`: counts the tokens of a step, which are read with or without head."""
-        self._progress.note(step)
+        self.note(step)
         self._steps.setdefault(step, 0.0)  # also if all of its batches are read by other processes
         part = 1.0 if head else self.layers
 
@@ -55,6 +55,10 @@ class Meter:
             self._progress.advance(round(part * tokens) * world())
 
         return advance
+
+    def note(self, step: str) -> None:
+        """Shows a step that reads nothing."""
+        self._progress.note(step)
 
     def cost(self, *, together: bool = False) -> Cost:
         """What all processes of a launcher read, if they read `together`, else this one."""

@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 from transformers import PreTrainedModel
 
+from frankenmoe.data.blocks import Block
 from frankenmoe.gates.closed import CLOSED, spread, sums_of
 from frankenmoe.gates.cost import Cost, Meter
 from frankenmoe.gates.forcing import set_gates
@@ -21,8 +22,8 @@ from frankenmoe.gates.regret import regret
 from frankenmoe.gates.samples import Lost, Samples, read_losses, read_samples, solved
 from frankenmoe.gates.scale import search
 from frankenmoe.gates.states import mean_loss
-from frankenmoe.gates.texts import OwnText, router_texts, size_of, unseen
-from frankenmoe.planning.fitting import BEFORE, ROUGH, SCALE, fit_steps
+from frankenmoe.gates.texts import OwnText, rough_blocks, router_texts, size_of, unseen
+from frankenmoe.planning.fitting import BEFORE, SCALE, SOLVING, fit_steps
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.progress import SILENT, Progress
 
@@ -108,7 +109,7 @@ def fit_gates(
     them call this, and get the gates that one process would. Raises NumericsError if states are not finite.
     """
     places = {path: router_texts(texts, path, count) for path, count in classes.items()}
-    sizes = [size_of(text) for text in texts]
+    sizes = [size_of(text, bos=bos) for text in texts]
     meter = Meter(model, text=round(sum(size.kept + size.held for size in sizes)), progress=progress)
     steps = fit_steps(method, sizes, classes, layers=meter.layers, compare=compare)
     progress.start("fitting", round(sum(steps.values())), "tokens")
@@ -147,13 +148,14 @@ def fit_gates(
     )
 
 
-def _losses(job: Job, step: str, *, every: int = 1) -> Losses:
-    """Held-out losses, on every `every`-th held-out block."""
+def _losses(job: Job, step: str, held: Mapping[str, Sequence[Block]] | None = None) -> Losses:
+    """The loss on each text's blocks in `held`, by default on all of its held-out ones."""
     on_tokens = job.meter.reading(step)
+    held = held or {text.name: text.held for text in job.own_texts}
     return Losses(
         {
-            text.name: mean_loss(job.model, text.held[::every], together=job.together, on_tokens=on_tokens)
-            for text in job.own_texts
+            name: mean_loss(job.model, blocks, together=job.together, on_tokens=on_tokens)
+            for name, blocks in held.items()
         }
     )
 
@@ -204,6 +206,7 @@ def _regret(
 
 def _twice(job: Job, samples: Samples, make_kept: Make, make_all: Make) -> tuple[Gates, Gates]:
     """Gates fitted to the kept text, and to all text; the same ones if that is all."""
+    job.meter.note(SOLVING)
     kept = [chunk for chunk in samples.chunks if not chunk.held]
     wanted = [(make_kept, kept)] + ([(make_all, samples.chunks)] if len(kept) < len(samples.chunks) else [])
     made = [
@@ -218,15 +221,15 @@ def _scaled(job: Job, gates: Gates, *, at: float, rough: bool = False) -> tuple[
 
     `rough` reads a part of the held-out text and trusts the parabola, so that it knows the losses of a factor nearby.
     """
-    every = ROUGH if rough else 1
+    held = {text.name: rough_blocks(text) if rough else text.held for text in job.own_texts}
     found: dict[float, Losses] = {}
 
     def loss(scale: float) -> float:
         set_gates(job.model, times(gates, scale))
-        found[scale] = _losses(job, SCALE, every=every)
+        found[scale] = _losses(job, SCALE, held)
         return found[scale].mean
 
-    tokens = sum(block.targets for text in job.own_texts for block in text.held[::every])
+    tokens = sum(block.targets for blocks in held.values() for block in blocks)
     scale, tried = search(loss, start=at, tokens=tokens, guess=rough)
     return scale, times(gates, scale), found[min(tried, key=lambda factor: tried[factor])]
 

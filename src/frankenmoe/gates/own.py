@@ -49,6 +49,7 @@ def read_own(
         if more:
             moments.merge(rest)
             _add(everything, places, index, moments)
+        del moments, rest  # the largest sums there are; the next text has its own
     return OwnStatistics(kept, everything, losses)
 
 

@@ -11,7 +11,15 @@ from frankenmoe.data.documents import Document, read_documents
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.gates.statistics import RouterText
 from frankenmoe.planning import Plan
-from frankenmoe.planning.fitting import HELD_OUT_DATA, HELD_OUT_PROMPTS, TextSize
+from frankenmoe.planning.fitting import (
+    HELD_OUT_DATA,
+    HELD_OUT_PROMPTS,
+    ROUGH,
+    TextSize,
+    piece_lengths,
+    rough_length,
+    text_size,
+)
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.planning.names import named_experts
 from frankenmoe.recipe import Expert
@@ -19,7 +27,6 @@ from frankenmoe.suggest import did_you_mean
 
 PROMPTS = ("prompts",)  # the origin of text from prompts
 POOL = 8  # times as much text as is wanted is read, if there is so much
-SHORTEST = 16  # tokens of the shortest pieces that `mixed_cuts` makes
 
 
 @dataclass(frozen=True)
@@ -179,21 +186,31 @@ def fitted_blocks(text: OwnText) -> list[Block]:
     return [*text.kept, *unseen(text)]
 
 
-def size_of(text: OwnText) -> TextSize:
-    """The tokens of a text, for a forecast."""
-    kept, held, rest = (sum(len(block.ids) for block in blocks) for blocks in (text.kept, text.held, unseen(text)))
-    return TextSize(text.path, kept, held, rest, text.negative)
+def rough_blocks(text: OwnText) -> Sequence[Block]:
+    """About a ROUGH-th of the held-out text: every ROUGH-th block, or the start of the first one if there are fewer."""
+    if len(text.held) >= ROUGH:
+        return text.held[::ROUGH]
+    first = text.held[0]
+    length = rough_length(sum(len(block.ids) for block in text.held))
+    start = Block(first.ids[:length], first.learn[:length])
+    return [start if start.targets else first]
+
+
+def size_of(text: OwnText, *, bos: int | None = None) -> TextSize:
+    """The tokens of a text, for a forecast. `bos` is that of `mixed_cuts`."""
+    kept, held, rest = ([len(block.ids) for block in blocks] for blocks in (text.kept, text.held, unseen(text)))
+    head = int(text.kept[0].ids[0] == bos)
+    return text_size(text.path, kept, held, rest, head=head, negative=text.negative)
 
 
 def mixed_cuts(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block, ...]]:
-    """The text of the blocks, every token once: every third block as it is, the others cut into pieces of a quarter and
-    of a sixteenth of the longest block's length.
+    """The text of the blocks, every token once: a third of the blocks as they are, a third cut into pieces of a quarter
+    and a third of a sixteenth of the longest block's length (see `piece_lengths`).
 
     Most wrong choices are made at the start of a text, where little tells its domain. Short blocks have more starts.
     Each begins with `bos` if the original block does.
     """
-    longest = max((len(block.ids) for block in blocks), default=0)
-    lengths = [longest, *(length for length in (longest // 4, longest // 16) if length >= SHORTEST)]
+    lengths = piece_lengths(max((len(block.ids) for block in blocks), default=0))
     return [
         tuple(piece for block in blocks[first :: len(lengths)] for piece in _pieces(block, length, bos))
         for first, length in enumerate(lengths)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from frankenmoe.data.blocks import hold_out
 from frankenmoe.data.given import user_path
 from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths
 from frankenmoe.planning.names import named_experts
@@ -23,22 +24,34 @@ OWN_LOSS = "held-out loss, own expert forced"
 SCALE = "held-out loss by scale"
 STATES = "states under closed-form gates"
 LOSSES = "losses with every expert"
+SOLVING = "gates from states"  # reads nothing
 STATES_MODES = frozenset({"logistic", "regret"})  # these need single states; the others only sums
 HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
 TRIES, ROUGH_TRIES = 4, 3  # usual tries of the scale, and where it need not be exact
-ROUGH = 3  # the scale of gates that others follow is searched on every ROUGH-th held-out block
+ROUGH = 3  # the scale of gates that others follow is searched on a ROUGH-th of the held-out text
+ENOUGH = 64  # tokens; of a text with few held-out blocks, so much is read for that
 ONE_IN = 3  # of the blocks that `regret` reads with every expert
+CUTS = (1, 4, 16)  # a third of the blocks is read whole, one in quarters, one in sixteenths
+SHORTEST = 16  # tokens of the shortest pieces
 CHARACTERS = 4  # a token has about as many
 
 
 @dataclass(frozen=True, slots=True)
 class TextSize:
-    """Tokens of a text that goes to the expert at `path`: fitted, held out, and held out but fitted in the end."""
+    """Tokens of a text that goes to the expert at `path`.
+
+    `kept` are fitted, `held` held out, `unseen` held out but fitted in the end. `rough` of the held-out ones are read
+    where the scale need not be exact. `cut` are the fitted ones in short pieces, `lost` those that are read with every
+    expert.
+    """
 
     path: RouterPath
     kept: float
     held: float
-    unseen: float = 0
+    unseen: float
+    rough: float
+    cut: float
+    lost: float
     negative: bool = False
 
 
@@ -54,22 +67,69 @@ class FitForecast:
         return asdict(self)
 
 
+def text_size(
+    path: RouterPath,
+    kept: Sequence[int],
+    held: Sequence[int],
+    unseen: Sequence[int],
+    *,
+    head: int,
+    negative: bool = False,
+) -> TextSize:
+    """The size of a text from the lengths of its blocks, of which the first `head` tokens (BOS) are in every piece."""
+    pieces = [*_pieces(kept, head), *_pieces(unseen, head)]
+    return TextSize(
+        path,
+        kept=sum(kept),
+        held=sum(held),
+        unseen=sum(unseen),
+        rough=sum(held[::ROUGH]) if len(held) >= ROUGH else min([*held[:1], rough_length(sum(held))]),
+        cut=sum(map(sum, pieces)),
+        lost=sum(sum(share[::ONE_IN]) for share in pieces),
+        negative=negative,
+    )
+
+
+def rough_length(held: int) -> int:
+    """The tokens of the first held-out block that stand for all `held` ones if there are fewer than ROUGH blocks."""
+    return max(ENOUGH, held // ROUGH)
+
+
+def piece_lengths(longest: int) -> list[int]:
+    """The lengths that blocks are cut into: each for as many blocks as the others. `longest` is that of the blocks."""
+    return [length for cut in CUTS if (length := longest // cut) >= SHORTEST or cut == 1]
+
+
+def _pieces(blocks: Sequence[int], head: int) -> list[list[int]]:
+    """The lengths of the pieces, in ascending order, for each of `piece_lengths`."""
+    lengths = piece_lengths(max(blocks, default=0))
+    return [
+        sorted(
+            head + min(room, block - head - start)
+            for block in blocks[first :: len(lengths)]
+            for room in [length - head]
+            for start in range(0, block - head, room)
+        )
+        for first, length in enumerate(lengths)
+    ]
+
+
 def fit_steps(
     method: str, texts: Sequence[TextSize], routers: Mapping[RouterPath, int], *, layers: float, compare: bool
 ) -> dict[str, float]:
     """Step -> tokens through the whole model. `routers` are the experts of each, `layers` the share of the layers."""
     own = [text for text in texts if not text.negative]
     held = sum(text.held for text in own)
-    fitted = sum(text.kept + text.unseen for text in texts)
     # held-out prompts are read for their loss and statistics at once
     steps = {BEFORE: held if compare else 0, STATISTICS: layers * sum(text.kept for text in texts), OWN_LOSS: held}
     if method not in STATES_MODES:
         return steps | {SCALE: TRIES * held}
     followed = 2 if method == "regret" else 1  # gates that others follow
-    steps |= {SCALE: (followed * ROUGH_TRIES / ROUGH + TRIES) * held, STATES: layers * fitted}
+    rough = sum(text.rough for text in own)
+    steps |= {SCALE: followed * ROUGH_TRIES * rough + TRIES * held, STATES: layers * sum(text.cut for text in texts)}
     if method == "regret":
         steps[LOSSES] = sum(
-            experts * (text.kept + text.unseen) / ONE_IN
+            experts * text.lost
             for path, experts in routers.items()
             for text in own
             if SHARED not in (path, text.path) and len(text.path) > len(path) and text.path[: len(path)] == path
@@ -82,15 +142,17 @@ def fit_forecast(made: Plan, settings: FitSettings) -> FitForecast | None:
     method = settings.method or str(made.recipe.gate_mode)
     if method not in FIT_MODES or made.routers_file is not None:
         return None
+    head = int(made.base.config.get("bos_token_id") is not None)
     texts = []
     for _, path, expert in named_experts(made.recipe.experts):
         if expert.data:
             tokens = min(settings.tokens, _tokens(expert.data, folder=made.recipe.folder) or settings.tokens)
-            texts.append(TextSize(path, tokens * (1 - HELD_OUT_DATA), tokens * HELD_OUT_DATA))
+            kept, held = hold_out([settings.block] * max(1, tokens // settings.block), share=HELD_OUT_DATA)
+            texts.append(text_size(path, kept, held, (), head=head))
         elif expert.positive_prompts:
-            tokens = -(-sum(map(len, expert.positive_prompts)) // CHARACTERS)
-            held = tokens * HELD_OUT_PROMPTS
-            texts.append(TextSize(path, tokens - held, held, held))
+            prompts = [head + -(-len(prompt) // CHARACTERS) for prompt in expert.positive_prompts]
+            kept, held = hold_out(prompts, share=HELD_OUT_PROMPTS)
+            texts.append(text_size(path, kept, held, held if len(prompts) > 1 else (), head=head))
     total = sum(text.kept + text.held for text in texts)
     if not total:
         return None
