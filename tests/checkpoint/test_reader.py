@@ -148,10 +148,51 @@ def test_links_into_a_cache_are_followed(folder: Path) -> None:
     put_shards(folder)
     blobs = folder.parent / "blobs"
     blobs.mkdir()
-    for file in folder.iterdir():
-        file.rename(blobs / file.name)
-        file.symlink_to(Path("../blobs") / file.name)
-    assert set(open_checkpoint(folder).tensors) == {"a", "b"}
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(number))
+        file.symlink_to(Path("../../blobs") / str(number))
+    (folder.parent / "snapshots").mkdir()
+    snapshot = folder.rename(folder.parent / "snapshots" / "revision")
+    checkpoint = open_checkpoint(snapshot)
+    assert set(checkpoint.tensors) == {"a", "b"}
+    assert checkpoint.notes == ()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "README.md"])
+def test_a_link_to_another_file_of_this_machine_is_refused(folder: Path, name: str) -> None:
+    put_whole(folder)
+    (folder.parent / "private").write_text('{"model_type": "llama"}')
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(folder.parent / "private")
+    assert f"{folder / name} is a link to {folder.parent / 'private'}, outside its folder" in message(folder)
+
+
+def test_links_inside_the_folder_and_links_to_weights_are_taken(folder: Path) -> None:
+    save_file({"a": torch.zeros(1)}, folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to("../elsewhere.safetensors")
+    (folder / "other.json").symlink_to("config.json")
+    (folder / "broken.json").symlink_to("nowhere")
+    checkpoint = open_checkpoint(folder)
+    assert set(checkpoint.tensors) == {"a"}
+    assert [note for note in checkpoint.notes if "elsewhere.safetensors, outside its folder" in note]
+    assert len(checkpoint.notes) == 1
+    (folder / "model.safetensors").unlink()
+    (folder.parent / "elsewhere.safetensors").rename(folder.parent / "key.pem")
+    (folder / "model.safetensors").symlink_to("../key.pem")
+    assert "is a link to" in message(folder)
+
+
+def test_a_folder_that_is_a_link_itself_is_no_matter(folder: Path) -> None:
+    put_shards(folder)
+    (folder.parent / "link").symlink_to(folder)
+    assert set(open_checkpoint(folder.parent / "link").tensors) == {"a", "b"}
+
+
+def test_an_adapter_with_a_link_out_of_its_folder_is_refused(folder: Path) -> None:
+    (folder.parent / "private").write_text("{}")
+    (folder / "adapter_config.json").symlink_to("../private")
+    with pytest.raises(SourceError, match="outside its folder"):
+        open_adapter(folder)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from frankenmoe.artifact.record import RECORD_VERSION, Form, read_record
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import header_bytes, read_header
+from frankenmoe.checkpoint.links import check_links
 from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import free_bytes, partial_of, sync_folder, write_atomic
@@ -65,7 +66,10 @@ def check_no_stray(folder: Path) -> None:
 
 
 def open_artifact(folder: Path) -> Artifact:
-    """Opens a finished artifact. ArtifactError for a folder that is none, is unfinished, or has a later version."""
+    """Opens a finished artifact. ArtifactError for a folder that is none, is unfinished, or has a later version.
+
+    SourceError for a link out of the folder.
+    """
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder, expected an artifact", hint=_hint_unfinished(folder))
     file = folder / RECORD
@@ -73,6 +77,7 @@ def open_artifact(folder: Path) -> Artifact:
         raise ArtifactError(
             f"{folder} holds no {RECORD}, so it is not an artifact of frankenmoe", hint=_hint_unfinished(folder)
         )
+    check_links(folder)
     record = read_record(file)
     if not (folder / ROUTERS).is_file():
         raise ArtifactError(f"{folder} has lost its {ROUTERS}", hint="build the artifact again")

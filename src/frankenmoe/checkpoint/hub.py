@@ -45,6 +45,13 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
     return snapshot
 
 
+def cache_folder() -> Path:
+    """The folder of the Hugging Face cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def is_folder(name: str, *, folder: Path) -> bool:
     """Whether `resolve` takes a name for a local folder, and not for a model on the hub."""
     return os.path.isdir(local_path(name, folder=folder))

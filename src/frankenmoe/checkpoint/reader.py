@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.jsonfile import read_object
+from frankenmoe.checkpoint.links import check_links
 from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.checkpoint.weights import ADAPTER, Weights, refuse_pickles, unfinished, weights_of
 from frankenmoe.errors import SourceError
@@ -26,7 +27,7 @@ _MAPPED_FILES = 256  # each holds a file descriptor, and 1024 is a common limit
 class Checkpoint:
     """A dense model on disk; `tensors` and `files` are empty if the folder has no weights.
 
-    `notes` says which other weights in the folder are not used.
+    `notes` says which other weights in the folder are not used, and which are links.
     """
 
     folder: Path
@@ -54,11 +55,12 @@ def open_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
 
     Weights are what transformers would load, or a single file of any name (see checkpoint/weights.py). Without
     `whole`, an incomplete download counts as a folder without weights.
-    Raises SourceError if anything is missing, malformed or outside the folder, or if there are only pickled weights.
+    Raises SourceError if anything is missing, malformed or a link out of the folder, or if there are only pickled weights.
     """
+    links = check_links(folder) if folder.is_dir() else ()
     config = _config(folder, "config.json")
     found = weights_of(folder, config) if whole or not unfinished(folder) else Weights({}, ())
-    return Checkpoint(folder, config, found.tensors, found.files, found.notes)
+    return Checkpoint(folder, config, found.tensors, found.files, (*links, *found.notes))
 
 
 def open_adapter(folder: Path) -> Adapter:
@@ -66,6 +68,8 @@ def open_adapter(folder: Path) -> Adapter:
 
     Raises SourceError if either is missing or malformed, or if there are only pickled weights.
     """
+    if folder.is_dir():
+        check_links(folder)
     config = _config(folder, "adapter_config.json")
     file = folder / ADAPTER
     if not file.is_file():

@@ -1,0 +1,39 @@
+"""Links inside a folder that somebody else may have made: they must not lead to other files of this machine."""
+
+import os
+from pathlib import Path
+
+from frankenmoe.checkpoint.hub import cache_folder
+from frankenmoe.errors import SourceError
+
+WEIGHTS = ".safetensors"
+SNAPSHOTS, BLOBS = "snapshots", "blobs"
+
+
+def check_links(folder: Path) -> tuple[str, ...]:
+    """Raises SourceError for a file that is a link out of `folder`, because such files are read, copied and published.
+
+    Links to the blobs of the hub's cache are allowed, as it stores every file that way, and so are links between files
+    of weights, which may be on another disk: the sentences returned name these. Broken links are not judged here.
+    """
+    real, notes = Path(os.path.realpath(folder)), []
+    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
+        if not entry.is_symlink() or not entry.is_file():
+            continue
+        target = Path(os.path.realpath(entry.path))
+        if target.is_relative_to(real) or _is_blob(target, real):
+            continue
+        if not (entry.name.endswith(WEIGHTS) and target.name.endswith(WEIGHTS)):
+            raise SourceError(
+                f"{entry.path} is a link to {target}, outside its folder",
+                hint="put the file itself there if you trust the folder; what it links to would be copied and published",
+            )
+        notes.append(f"{entry.path} is a link to {target}, outside its folder")
+    return tuple(notes)
+
+
+def _is_blob(target: Path, folder: Path) -> bool:
+    """Whether a file is in the blobs of the same model in the hub's cache, or in those of the user's own cache."""
+    if folder.parent.name == SNAPSHOTS and target.parent == folder.parent.parent / BLOBS:
+        return True
+    return target.parent.name == BLOBS and target.is_relative_to(os.path.realpath(cache_folder()))
