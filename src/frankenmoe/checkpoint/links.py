@@ -26,7 +26,7 @@ def check_links(folder: Path) -> tuple[str, ...]:
         if not (entry.name.endswith(WEIGHTS) and target.name.endswith(WEIGHTS)):
             raise SourceError(
                 f"{entry.path} is a link to {target}, outside its folder",
-                hint="put the file itself there if you trust the folder; what it links to would be copied and published",
+                hint="if you trust the folder, put the file itself there: a build would copy what it links to",
             )
         notes.append(f"{entry.path} is a link to {target}, outside its folder")
     return tuple(notes)

@@ -55,7 +55,7 @@ def open_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
 
     Weights are what transformers would load, or a single file of any name (see checkpoint/weights.py). Without
     `whole`, an incomplete download counts as a folder without weights.
-    Raises SourceError if anything is missing, malformed or a link out of the folder, or if there are only pickled weights.
+    Raises SourceError if anything is missing, malformed or a link out of the folder, or if all weights are pickled.
     """
     links = check_links(folder) if folder.is_dir() else ()
     config = _config(folder, "config.json")
