@@ -32,19 +32,20 @@ Losses = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is read: tokens of held-out text and of text to fit, by domain; `block` tokens at a time."""
+    """How much is read: tokens of held-out text and of text to fit or heal, by domain; `block` tokens at a time."""
 
     held_out: int
     fit: int
     heal: int
     general: int
     block: int = 256
+    healed: tuple[str, ...] = ("auto",)  # backbones
 
 
 SCALES: Mapping[str, Scale] = {
     "smoke": Scale(held_out=512, fit=512, heal=512, general=512),
     "quick": Scale(held_out=4096, fit=4096, heal=16_384, general=4096),
-    "whole": Scale(held_out=12_288, fit=4096, heal=24_576, general=8192),
+    "whole": Scale(held_out=12_288, fit=4096, heal=24_576, general=8192, healed=("base", "average", "regmean", "auto")),
 }
 
 

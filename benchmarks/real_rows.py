@@ -60,7 +60,7 @@ def backbones(bed: Bed) -> Iterator[Row]:
 def healed(bed: Bed) -> Iterator[Row]:
     """Own expert forced, after `heal`."""
     best: list[Row] = []
-    for name in ("base", "average", "task arithmetic 0.7", "regmean", "auto"):
+    for name in bed.scale.healed:
         with attempted(f"healed, {name}") as rows:
             rows.append(kept_row(bed, f"healed, {name}", _healed_losses(bed, name)))
         yield from rows
