@@ -26,7 +26,7 @@ def check_links(folder: Path) -> tuple[str, ...]:
         if not (entry.name.endswith(WEIGHTS) and target.name.endswith(WEIGHTS)):
             raise SourceError(
                 f"{entry.path} is a link to {target}, outside its folder",
-                hint="put the file itself there if you trust the folder; what it links to would be copied and published",
+                hint="put the file itself there if you trust the folder; otherwise what it links to would be published",
             )
         notes.append(f"{entry.path} is a link to {target}, outside its folder")
     return tuple(notes)

@@ -114,7 +114,8 @@ def check_files(
     if not files:
         return []
     from frankenmoe.data.blocks import text_blocks
-    from frankenmoe.data.documents import Document, read_documents
+    from frankenmoe.data.documents import read_documents
+    from frankenmoe.data.rows import Document
     from frankenmoe.export.check import check, reference, steps
     from frankenmoe.export.samples import PROMPTS, TEXTS
 
