@@ -16,6 +16,7 @@ from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.plan import Plan
 from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.sections import FitSettings
+from frankenmoe.recipe.text import written
 
 BEFORE, AFTER = "held-out loss before", "held-out loss after"
 STATISTICS = "statistics, own expert forced"
@@ -87,8 +88,8 @@ def fit_forecast(made: Plan, settings: FitSettings) -> FitForecast | None:
         if expert.data:
             tokens = min(settings.tokens, _tokens(expert.data, folder=made.recipe.folder) or settings.tokens)
             texts.append(TextSize(path, tokens * (1 - HELD_OUT_DATA), tokens * HELD_OUT_DATA))
-        elif expert.positive_prompts:
-            tokens = -(-sum(map(len, expert.positive_prompts)) // CHARACTERS)
+        elif prompts := written(expert.positive_prompts):
+            tokens = -(-sum(map(len, prompts)) // CHARACTERS)
             held = tokens * HELD_OUT_PROMPTS
             texts.append(TextSize(path, tokens - held, held, held))
     total = sum(text.kept + text.held for text in texts)
