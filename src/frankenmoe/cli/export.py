@@ -51,7 +51,7 @@ def export_command(
     settings = settings_with(ExportSettings(), given(options))
     subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
     with bars() as progress:
-        files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress)
+        files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress, resume=True)
         checks = check_files(subject, files, settings=settings, threads=threads, progress=progress)
     write_report(files, checks, what=subject)
     if as_json:

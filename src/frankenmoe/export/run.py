@@ -14,6 +14,7 @@ from frankenmoe.artifact.record import BODY_STAGES
 from frankenmoe.artifact.reports import ExportReport, about, versions
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
+from frankenmoe.export.begun import BEGUN, Begun
 from frankenmoe.export.files import GgufFile, check_output, export_files
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.planning.forecast import gguf_parts
@@ -45,18 +46,31 @@ def export_gguf(
     settings: ExportSettings | None = None,
     threads: int | None = None,
     progress: Progress = SILENT,
+    resume: bool = False,
     **changes: Any,
 ) -> list[GgufFile]:
     """Writes GGUF files of an artifact, or of a recipe after making its routers.
 
     `changes` are settings by name, such as types=["q4_k_m"]. The default types are a q4 and a q5 that fit the shape.
-    Random routers are rejected unless `allow_random`. Raises subclasses of FrankenMoEError; see `export_files`.
+    Random routers are rejected unless `allow_random`. With `resume`, files that the same call finished before it was
+    interrupted, and that have no report yet, are kept. Raises subclasses of FrankenMoEError; see `export_files`.
     """
     subject = open_subject(what)
     settings = settings_with(settings or ExportSettings(), changes)
     with gguf_parts_of(subject, allow_random=settings.allow_random, progress=progress) as parts:
-        check_output(parts, Path(out), types=settings.types, pad256=settings.pad256, importance=bool(settings.imatrix))
+        begun = Begun.of(subject, Path(out), settings) if resume else None
+        finished = begun.finished() if begun else frozenset[Path]()
+        _, _, paths = check_output(
+            parts,
+            Path(out),
+            types=settings.types,
+            pad256=settings.pad256,
+            importance=bool(settings.imatrix),
+            finished=finished,
+        )
         found = _importance(subject, parts, settings, progress) if settings.imatrix else None
+        if begun and set(paths) - finished:
+            begun.note(paths)
         return export_files(
             parts,
             Path(out),
@@ -64,6 +78,7 @@ def export_gguf(
             pad256=settings.pad256,
             importance=found.importance if found else None,
             notes=starved_notes(parts, found) if found else (),
+            finished=finished,
             threads=threads,
             progress=progress,
         )
@@ -160,6 +175,8 @@ def write_report(
     found = {check.path: check.to_dict() for check in checks}
     kept |= {file.path.name: file.to_dict() | {"path": file.path.name, "check": found.get(file.path)} for file in files}
     ExportReport.model_validate({**now, "files": list(kept.values())}).write(report)
+    for folder in {file.path.parent for file in files}:
+        (folder / BEGUN).unlink(missing_ok=True)
     return report
 
 
