@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 from frankenmoe.export.llama import Distribution, Engine
 from frankenmoe.export.samples import PROMPTS
@@ -191,13 +192,17 @@ def _places(length: int, positions: int) -> tuple[int, ...]:
 
 def _greedy(moe: MoE, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
     """Greedy tokens, without the generation settings of the checkpoint."""
-    end = moe.model.generation_config.eos_token_id
-    out = moe.model.generate(
-        input_ids=torch.tensor([list(ids)]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=end[0] if isinstance(end, list) else end,
-    )
+    own = moe.model.generation_config
+    end = own.eos_token_id
+    pad = end[0] if isinstance(end, list) else end
+    moe.model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    try:
+        out = moe.model.generate(
+            input_ids=torch.tensor([list(ids)]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+    finally:
+        moe.model.generation_config = own
     return tuple(out[0, len(ids) :].tolist())
