@@ -68,8 +68,8 @@ def export_files(
     """Writes a file per type, all in one pass over the weights, each whole or not at all.
 
     `out` is a folder, which is made if needed, or a name that ends in .gguf for a single type. The default of `types`
-    is a q4 and a q5 that suit the model's shape. `notes` are added to those of every file. Files that are `finished` are
-    described and not written again.
+    is a q4 and a q5 that suit the model's shape. `notes` are added to those of every file. `finished` files
+    are described and not written again.
 
     Raises PlanError (a type or an MoE that llama.cpp does not support), SourceError (tokenizer, broken weights),
     NumericsError, ArtifactError (the file exists, the disk is too small).
@@ -88,11 +88,9 @@ def export_files(
         )
         for kind, path in zip(kinds, paths, strict=True)
     ]
-    other = next(
-        (each.path for each in targets if each.path in finished and each.path.stat().st_size != each.size), None
-    )
-    if other is not None:
-        raise _taken(other)
+    for target in targets:
+        if target.path in finished and target.path.stat().st_size != target.size:
+            raise _taken(target.path)
     wanted = [target for target in targets if target.path not in finished]
     _check_disk(paths, sum(target.size for target in wanted))
     paths[0].parent.mkdir(parents=True, exist_ok=True)
