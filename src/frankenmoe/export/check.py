@@ -146,7 +146,7 @@ def check(
     speeds = []
     for prompt, prompt_ids, reply in zip(source.prompts, source.ids, source.replies, strict=True):
         same_replies += engine.greedy(prompt_ids, tokens=len(reply)) == reply
-        same_prompts += _same_tokens(engine, prompt, prompt_ids)
+        same_prompts += same_tokens(engine, prompt, prompt_ids)
         speeds.append(engine.tokens_per_second(prompt_ids, tokens=most))
         on_step(1)
     return Checked(
@@ -178,7 +178,7 @@ def kl(source_V: NDArray[np.float32], found: Distribution) -> float:
     return float(np.sum(p * (log_p - log_q))) + rest_p * math.log(rest_p / rest_q)
 
 
-def _same_tokens(engine: Engine, prompt: str, ids: Sequence[int]) -> bool:
+def same_tokens(engine: Engine, prompt: str, ids: Sequence[int]) -> bool:
     """Whether llama.cpp splits a prompt into these ids: as many tokens, and the same likely next tokens."""
     by_text, by_ids = engine.next_token(prompt, top=5), engine.next_token(ids, top=5)
     return by_text.after == len(ids) and bool(np.array_equal(by_text.ids, by_ids.ids))

@@ -154,6 +154,34 @@ def check_files(
     return found
 
 
+def token_notes(
+    what: Subject | Recipe | Artifact | str | Path, files: Sequence[GgufFile], *, settings: ExportSettings | None = None
+) -> list[str]:
+    """A sentence if llama.cpp splits some prompts otherwise than the source.
+
+    Looks at files that are too large to be compared by default, whose vocabulary can be compared all the same.
+    """
+    settings = settings or ExportSettings()
+    large = [file for file in files if settings.check is None and file.bytes >= SMALL_FILE]
+    if not large:
+        return []
+    from frankenmoe.data.hardtext import HARD
+    from frankenmoe.export.probe import split_otherwise
+    from frankenmoe.export.samples import PROMPTS
+    from frankenmoe.export.tokenizer import read_vocabulary
+    from frankenmoe.moe.dense import load_tokenizer
+
+    parts = open_subject(what).parts
+    vocabulary = read_vocabulary(parts.folder, parts.config, rows=parts.stock[1].dims(parts.config).vocab)
+    texts = [text for text in (*PROMPTS, *HARD) if text.strip()]
+    odd = split_otherwise(vocabulary, load_tokenizer(parts.folder), texts)
+    if not odd:
+        return []
+    return [
+        f"llama.cpp splits {len(odd)} of {len(texts)} texts into other tokens than the source, such as {odd[0]!r:.60}"
+    ]
+
+
 def write_report(
     files: Sequence[GgufFile],
     checks: "Sequence[Checked]",
