@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from frankenmoe.data.blocks import Block, encode, hold_out, joined_spans, packed, spread, text_blocks
-from frankenmoe.data.documents import Document
+from frankenmoe.data.rows import Document
 from frankenmoe.errors import SourceError
 
 TEMPLATE = (
@@ -143,3 +143,40 @@ def test_spans_of_neighbours_are_joined() -> None:
     blocks = [Block((), (), span) for span in ((5, 9), (0, 3), (3, 5), (20, 22))]
 
     assert joined_spans(blocks) == [(0, 9), (20, 22)]
+
+
+def learnt(document: Document, tokenizer: Any) -> str:
+    ids, learn = encode(document, tokenizer)
+    return "".join(
+        tokenizer.convert_ids_to_tokens([token])[0] for token, wanted in zip(ids, learn, strict=True) if wanted
+    )
+
+
+def test_of_a_completion_only_the_answer_is_learnt() -> None:
+    assert learnt(Document(text="abcdef", given=2), make()) == "cdef</s>"
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, None])
+def test_of_a_question_and_its_answer_only_the_answer_is_learnt(template: str | None) -> None:
+    turns = ({"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"})
+    assert learnt(Document(turns=turns, plain=True), make(template=template)) == "cd</s>"
+
+
+def test_tool_calls_are_learnt_as_the_template_writes_them() -> None:
+    template = (
+        "{% if tools %}{{ tools[0].name }}{% endif %}"
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.x }}{% endfor %}"
+        "{% if m.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    call = {"function": {"name": "f", "arguments": {"x": "g"}}}
+    turns = (
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    )
+    found = Document(turns=turns, tools=({"name": "h"},))
+    assert learnt(found, make(template=template)) == "fg</s>c</s>"
+    assert encode(found, make(template=template))[0][0] == make().convert_tokens_to_ids("h")

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from frankenmoe.checkpoint.hub import stream_rows
-from frankenmoe.data.documents import PIECE, Document, check_data, read_documents
+from frankenmoe.data.documents import PIECE, check_data, read_documents
+from frankenmoe.data.rows import Document
 from frankenmoe.errors import SourceError
 
 CHAT = {"conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]}
@@ -75,7 +76,7 @@ def test_a_real_datasets_library_streams_rows(tmp_path: Path) -> None:
         (
             "a.jsonl",
             b'{"messages": [{"role": "assistant", "content": "\\udc00"}]}',
-            r"a.jsonl:1 holds half a character, \\udc00",
+            r"a.jsonl:1, messages\[0\] holds half a character, \\udc00",
         ),
         ("a.jsonl", b'{"text": "a"}\n\n{"text": \n', r"a.jsonl:3 is not JSON"),
         ("a.jsonl", b'{"text": "a"}\n["b"]\n', r"a.jsonl:2 is a JSON list, expected an object"),
@@ -87,11 +88,37 @@ def test_a_real_datasets_library_streams_rows(tmp_path: Path) -> None:
         (
             "a.jsonl",
             b'{"conversations": [{"from": "human", "value": "a"}]}',
-            "a.jsonl:1 is a conversation without a re",
+            "a.jsonl:1, conversations is a conversation without a re",
         ),
-        ("a.jsonl", b'{"conversations": []}', "a.jsonl:1 is a conversation without a reply"),
-        ("a.jsonl", b'{"conversations": [{"from": "martian", "value": "a"}]}', "a.jsonl:1 has a turn .*martian"),
-        ("a.json", b'[{"conversations": ["hi"]}]', "entry 1 of .*a.json has a turn"),
+        ("a.jsonl", b'{"conversations": []}', "a.jsonl:1, conversations is a conversation without a reply"),
+        (
+            "a.jsonl",
+            b'{"conversations": [{"from": "martian", "value": "a"}]}',
+            r"a.jsonl:1, conversations\[0\] has the speaker 'martian'",
+        ),
+        (
+            "a.json",
+            b'[{"conversations": ["hi"]}]',
+            r"entry 1 of .*a.json, conversations\[0\] is 'hi', expected",
+        ),
+        ("a.jsonl", b'{"text": null}', r"a.jsonl:1 has nothing in text \(null\)"),
+        ("a.jsonl", b'{"instruction": "a", "output": " "}', "a.jsonl:1 has an empty output"),
+        ("a.jsonl", b'{"prompt": "a", "completion": ""}', "a.jsonl:1 has an empty completion"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}',
+            r"a.jsonl:1, messages\[0\] has no text in `content`, found the keys role, content",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
+            r"a.jsonl:1, messages\[0\] has a part of the type 'image_url'",
+        ),
+        ("a.jsonl", b'{"messages": [{"role": "user", "content": 7}]}', r"messages\[0\] has content of the type int"),
+        ("a.jsonl", b'{"messages": [{"role": "assistant", "tool_calls": "f"}]}', r"messages\[0\] has tool_calls 'f'"),
+        ("a.jsonl", b'{"tools": "[", "messages": [{"role": "assistant", "content": "a"}]}', "tools that are not JSON"),
+        ("a.parquet", b"PAR1", "a.parquet cannot be read as parquet"),
+        ("..\\a.txt", b"", "holds no text"),
     ],
 )
 def test_what_is_wrong_with_a_file(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -116,3 +143,101 @@ def test_a_folder_is_not_data(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["org/name", "org/name@main", "org/name:test", "org/name@v1:config:train"])
 def test_hub_names_are_not_looked_at_before_they_are_read(tmp_path: Path, name: str) -> None:
     check_data([name], folder=tmp_path)
+
+
+def test_a_path_with_backslashes_is_named(tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("hello")
+    with pytest.raises(SourceError) as caught:
+        check_data(["texts\\a.txt"], folder=tmp_path)
+    assert "backslashes: texts/a.txt, which is there" in str(caught.value.hint)
+
+
+def test_a_line_without_end_comes_in_bounded_pieces(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * (5 * PIECE))
+    found = read(tmp_path, "a.txt")
+    assert max(len(document.text) for document in found) <= 2 * PIECE
+    assert sum(len(document.text) for document in found) == 5 * PIECE
+
+
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+SHAPES = [
+    ({"conversations": [{"from": "HUMAN", "value": "Hello?"}, {"from": "Gpt ", "value": "Hello."}]}, TURNS),
+    ({"messages": [{"role": "User", "content": "Hello?"}, {"role": "ASSISTANT", "content": "Hello."}]}, TURNS),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo?"}]},
+                {"role": "assistant", "content": [{"type": "text", "text": "Hello."}], "tool_calls": None},
+            ]
+        },
+        TURNS,
+    ),
+    ({"text": None, "messages": [dict(turn) for turn in TURNS], "meta": None}, TURNS),
+    ({"instruction": "Hello?", "input": "", "output": "Hello."}, TURNS),
+    ({"instruction": "Hello?", "input": None, "output": "Hello."}, TURNS),
+    ({"question": "Hello?", "answer": "Hello."}, TURNS),
+    ({"prompt": [dict(TURNS[0])], "completion": [dict(TURNS[1])]}, TURNS),
+    (
+        {"instruction": "Say", "input": "it", "output": "Hello."},
+        ({"role": "user", "content": "Say\n\nit"}, TURNS[1]),
+    ),
+    (
+        {
+            "system": "Be brief",
+            "conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}],
+        },
+        ({"role": "system", "content": "Be brief"}, *TURNS),
+    ),
+    (
+        {
+            "messages": [
+                {"role": "user", "content": "Hello?"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}],
+                },
+                {"role": "tool", "content": "1", "tool_call_id": "a", "name": "f"},
+                {"role": "assistant", "content": "Hello."},
+            ]
+        },
+        (
+            TURNS[0],
+            {"role": "assistant", "content": "", "tool_calls": [CALL]},
+            {"role": "tool", "content": "1", "tool_call_id": "a", "name": "f"},
+            TURNS[1],
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "turns"), SHAPES)
+def test_shapes_of_conversations(row: dict[str, object], turns: object, tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", row)
+    (found,) = read(tmp_path, "a.jsonl")
+    assert found.turns == turns
+
+
+def test_tools_reach_the_template(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    messages = [dict(turn) for turn in TURNS]
+    write(
+        tmp_path, "a.jsonl", {"messages": messages, "tools": tools}, {"messages": messages, "tools": json.dumps(tools)}
+    )
+    assert [document.tools for document in read(tmp_path, "a.jsonl")] == [tuple(tools)] * 2
+
+
+def test_a_completion_follows_its_prompt(tmp_path: Path) -> None:
+    write(tmp_path, "a.jsonl", {"prompt": "2 + 2 =", "completion": " 4"})
+    assert read(tmp_path, "a.jsonl") == [Document(text="2 + 2 = 4", given=7)]
+
+
+def test_parquet_files(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"messages": [dict(turn) for turn in TURNS]}] * 3
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert read(tmp_path, "a.parquet") == [Document(turns=TURNS)] * 3

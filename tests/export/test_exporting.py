@@ -358,3 +358,45 @@ def test_a_card_quotes_what_was_exported_beside_it_and_nothing_stale(place: Path
     assert CliRunner().invoke(app, [*export, "f16", "--no-check"]).exit_code == 0
     files = json.loads((artifact / "gguf" / "export.json").read_text())["files"]
     assert [file["path"] for file in files] == ["tiny-moe-F16.gguf"]
+
+
+def interrupted(place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """An export that is stopped while it compares its files."""
+
+    def stop(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(exporting, "check_files", stop)
+        answer = CliRunner().invoke(app, ["export", str(place / "virtual"), str(out), *options])
+    assert answer.exit_code
+    assert not (out / "export.json").exists()
+
+
+def test_an_interrupted_comparison_goes_on(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(place, tmp_path, monkeypatch, "--types", "q8_0")
+    (file,) = tmp_path.glob("*.gguf")
+    before = file.stat()
+    answer = CliRunner().invoke(app, ["export", str(place / "virtual"), str(tmp_path), "--types", "q8_0,f16"])
+    assert answer.exit_code == 0, answer.output
+    assert file.stat().st_mtime_ns == before.st_mtime_ns
+    files = json.loads((tmp_path / "export.json").read_text())["files"]
+    assert [entry["check"] is not None for entry in files] == [True, True]
+    assert {path.name for path in tmp_path.iterdir()} == {entry["path"] for entry in files} | {"export.json"}
+    again = CliRunner().invoke(app, ["export", str(place / "virtual"), str(tmp_path), "--types", "q8_0"])
+    assert isinstance(again.exception, ArtifactError)
+    assert "exists already" in str(again.exception)
+
+
+def test_files_of_another_export_are_not_taken_for_its_own(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(place, tmp_path, monkeypatch, "--types", "q8_0")
+    for other in (["--pad256"], []):
+        if not other:
+            (file,) = tmp_path.glob("*.gguf")
+            file.write_bytes(file.read_bytes()[:-32])
+        arguments = ["export", str(place / "virtual"), str(tmp_path), "--types", "q8_0", *other]
+        answer = CliRunner().invoke(app, arguments)
+        assert isinstance(answer.exception, ArtifactError), answer.output
+        assert "exists already" in str(answer.exception)

@@ -3,6 +3,7 @@
 import json
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import gguftools
 import tiny
 from frankenmoe.errors import SourceError
+from frankenmoe.export import run as exporting
 from frankenmoe.export.llama import Engine
+from frankenmoe.export.probe import split_otherwise
 from frankenmoe.export.run import check_files, export_gguf
 from frankenmoe.export.tokenizer import BYTE, CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, read_vocabulary
 
@@ -268,3 +271,18 @@ def test_the_check_tells_end_tokens_that_llama_cpp_passes(tmp_path: Path) -> Non
     (found,) = check_files(recipe, files)
     assert found.runs_past == (402,)
     assert any("does not end at '<c>'" in note for note in files[0].notes)
+
+
+def test_tokens_are_compared_without_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = gguftools.bpe("gpt-2")
+    base, *others = gguftools.parents(tmp_path, "llama", tokenizer=tokenizer)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, others)
+    files = export_gguf(recipe, tmp_path / "out", types=["f16"], allow_random=True)
+    assert exporting.token_notes(recipe, files) == []  # small: compared as a whole
+    monkeypatch.setattr(exporting, "SMALL_FILE", 0)
+    assert exporting.token_notes(recipe, files) == []
+    vocabulary = read_vocabulary(base, {}, rows=len(tokenizer))
+    wrong = replace(vocabulary, add_bos=True)
+    assert split_otherwise(wrong, tokenizer, ["one", "two three"]) == ["one", "two three"]
+    wrong = replace(vocabulary, pre="smollm")
+    assert split_otherwise(wrong, tokenizer, ["one", "we've 1234567 reasons"]) == ["we've 1234567 reasons"]

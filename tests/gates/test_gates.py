@@ -1,5 +1,6 @@
 """Gate modes against mergekit-moe itself and against sums by hand; oracle 8: a padded batch is one prompt at a time."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -132,5 +133,32 @@ def test_prompts_need_tokens(parents: Parents, tmp_path: Path) -> None:
     base = parents["llama"][0]
     tokenizer = AutoTokenizer.from_pretrained(base)
     assert encode(tokenizer, ["ab"]) == [[0, 67, 68]]
-    with pytest.raises(RecipeError, match=r"blank|empty"):
-        fm.Recipe.load(recipe_of(tmp_path, base, [[" "], ["b"]], [[], []], gate_mode="hidden"))
+    assert encode(tokenizer, [""]) == [[0]]
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(shutil.copytree(base, tmp_path / "no begin"))
+    without = recipe_of(tmp_path, tmp_path / "no begin", [[""], ["b"]], [[], []], gate_mode="hidden")
+    with pytest.raises(RecipeError, match="the prompt '' has 0 tokens"):
+        gates(without)
+    some, none = (
+        gates(recipe_of(tmp_path, tmp_path / "no begin", [first, ["b"]], [[], []], gate_mode="hidden"))
+        for first in (["", "a"], ["a"])
+    )
+    assert torch.equal(some, none)
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_last", "cheap_embed"])
+@pytest.mark.parametrize(
+    ("prompts", "negatives"),
+    [
+        ([["one"], ["two"], [""]], [[], [], ["one", "two"]]),
+        ([["one", ""], ["two"]], [[], []]),
+        ([["a"], ["b"]], [[""], []]),
+    ],
+)
+def test_blank_prompts_give_mergekits_gates(
+    mode: str, prompts: list[list[str]], negatives: list[list[str]], parents: Parents, tmp_path: Path
+) -> None:
+    base = parents["llama"][0]
+    ours = gates(recipe_of(tmp_path, base, prompts, negatives, gate_mode=mode))
+    theirs = peer_gates(base, prompts, negatives, mode)  # in bfloat16
+    assert torch.cosine_similarity(ours, theirs, dim=-1).min() > 0.999

@@ -126,7 +126,6 @@ def test_a_misspelt_key_is_refused_with_the_right_one(wrong: str, right: str, me
         ("  noise_scale: 1\n  noise_relative: 1", "8: experts[1].noise_relative must stand alone", "keep noise_scale"),
         ("  negative_prompts: q", "7: experts[1].negative_prompts must be a list of strings, found the", '["q"]'),
         ("  negative_prompts: {a: b}", "7: experts[1].negative_prompts must be a list, found a mapping", "- "),
-        ("  negative_prompts:\n  - a\n  - ''", "9: experts[1].negative_prompts[1] must not be empty", "delete"),
         ("  negative_prompts:\n  - a\n  - yes", "9: experts[1].negative_prompts[1] must be text, found true", "quotes"),
         ("  data: 3", "7: experts[1].data must be a list, found 3", "- "),
         ("  adapter: a+b", "7: experts[1].adapter must be one adapter, found the text 'a+b'", "org/name@revision"),
@@ -222,17 +221,40 @@ def test_blank_prompts_are_fine_where_gates_are_random(gate_mode: str) -> None:
     assert Recipe.parse(str(recipe.to_dict()), folder=Path("/nowhere"), origin="r.yml") == recipe
 
 
+BLANK = GOOD.replace("[p]", "[p, '']").replace("[q]", "['\t']") + "  negative_prompts: [n, ' ']\n"
+
+
 @pytest.mark.parametrize("gate_mode", ["hidden", "hidden_avg", "hidden_last", "cheap_embed"])
+def test_blank_prompts_are_taken_as_mergekit_takes_them_and_said(gate_mode: str) -> None:
+    recipe = Recipe.parse(f"{BLANK}gate_mode: {gate_mode}\n", folder=Path("/nowhere"), origin="r.yml")
+    assert recipe.experts[1].positive_prompts == ("\t",)
+    said = [note for note in recipe.notes if "a blank prompt stands for the begin token alone" in note]
+    assert [note.split(":")[1] for note in said] == ["4", "6", "7"]
+
+
+def test_blank_prompts_are_left_out_where_routers_are_fitted() -> None:
+    text = BLANK.replace("'\t'", "q, '\t'")
+    recipe = Recipe.parse(f"{text}gate_mode: ridge\n", folder=Path("/nowhere"), origin="r.yml")
+    assert len([note for note in recipe.notes if note.endswith("a blank prompt is left out")]) == 3
+    check(f"{BLANK}gate_mode: ridge\n", message="6: experts[1].positive_prompts must be given", hint="add data")
+
+
+@pytest.mark.parametrize("gate_mode", ["hidden", "logistic"])
+def test_blank_prompts_that_tell_nothing_apart_are_refused(gate_mode: str) -> None:
+    text = GOOD.replace("[p]", "['']").replace("[q]", "['']")
+    assert "experts" in refused(f"{text}gate_mode: {gate_mode}\n").message
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("line", "hint"),
     [
-        (GOOD.replace("[p]", "[p, '']"), "4: experts[0].positive_prompts[1] must not be empty, found no text"),
-        (GOOD.replace("[q]", "['\t']"), "6: experts[1].positive_prompts[0] must not be empty, found no text"),
-        (f"{GOOD}shared_experts: [{{source_model: s, positive_prompts: ['']}}]\n",
-         "7: shared_experts[0].positive_prompts[0] must not be empty, found no text"),
-        (f"{GOOD}- {{experts: [{{source_model: s, positive_prompts: ['']}}], experts_per_token: 1}}\n",
-         "7: experts[2].experts[0].positive_prompts[0] must not be empty, found no text"),
+        (r'base_model: "..\models\x"', 'forward slashes: base_model: "../models/x"'),
+        (r'base_model: "C:\users\x"', 'forward slashes: base_model: "C:/users/x"'),
+        (r'base_model: "D:\xlarge"', "a backslash begins an escape"),
     ],
-)  # fmt: skip
-def test_blank_prompts_are_refused_where_gates_come_from_them(gate_mode: str, text: str, message: str) -> None:
-    check(f"{text}gate_mode: {gate_mode}\n", message=message, hint="delete the entry")
+)
+def test_a_backslash_that_yaml_takes_for_an_escape_is_named(line: str, hint: str) -> None:
+    error = refused(f"{line}\n{GOOD.partition(chr(10))[2]}")
+    assert error.message.startswith("r.yml:1:")
+    assert error.hint is not None
+    assert hint in error.hint

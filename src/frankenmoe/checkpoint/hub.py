@@ -37,7 +37,7 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
     if not _HUB_ID.fullmatch(name):
         raise SourceError(
             f"source {name!r} is neither a folder, looked for at {path}, nor a hub id like org/name",
-            hint="a relative path counts from the folder of the recipe",
+            hint=backslash_hint(name, folder=folder) or "a relative path counts from the folder of the recipe",
         )
     snapshot = _download(name, revision=revision, weights=weights)
     if weights:
@@ -50,6 +50,20 @@ def cache_folder() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def backslash_hint(name: str, *, folder: Path) -> str | None:
+    """What to write in place of a path with backslashes, as Windows has them; None for any other path."""
+    slashes = name.replace("\\", "/")
+    if slashes != name:
+        there = ", which is there" if os.path.exists(local_path(slashes, folder=folder)) else ""
+        return f"write the path with forward slashes instead of backslashes: {slashes}{there}"
+    if any(letter < " " for letter in name):
+        return (
+            "between double quotes a backslash begins an escape; write the path with forward slashes, or between "
+            "single quotes"
+        )
+    return None
 
 
 def is_folder(name: str, *, folder: Path) -> bool:
@@ -112,13 +126,7 @@ def stream_rows(name: str, *, revision: str | None, config: str | None, split: s
 
     Needs the library `datasets`. With HF_HUB_OFFLINE=1 only cached datasets are found.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise SourceError(
-            f"dataset {name!r} is on the hub, and reading it needs the library `datasets`, which is not installed",
-            hint="pip install 'frankenmoe[train]'",
-        ) from None
+    datasets = _datasets(f"dataset {name!r} is on the hub")
     which = f"dataset {name!r}" + (f" at revision {revision!r}" if revision else "") + f", split {split!r}"
     try:
         yield from datasets.load_dataset(name, config, split=split, revision=revision, streaming=True)
@@ -129,6 +137,30 @@ def stream_rows(name: str, *, revision: str | None, config: str | None, split: s
             f"{which} cannot be read: {first_line(error)}",
             hint="check the spelling and the network, and write org/name:config:split where it has several",
         ) from error
+
+
+def parquet_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a local parquet file, streamed. Raises SourceError if they cannot be read. Needs `datasets`."""
+    datasets = _datasets(f"{file} is a parquet file")
+    try:
+        yield from datasets.load_dataset("parquet", data_files=str(file), split="train", streaming=True)
+    except GeneratorExit:
+        raise
+    except Exception as error:  # of pyarrow
+        raise SourceError(
+            f"{file} cannot be read as parquet: {first_line(error)}", hint="fetch the file again"
+        ) from error
+
+
+def _datasets(what: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise SourceError(
+            f"{what}, and reading it needs the library `datasets`, which is not installed",
+            hint="pip install 'frankenmoe[train]'",
+        ) from None
+    return datasets
 
 
 def is_hub_id(name: str) -> bool:

@@ -54,8 +54,8 @@ def open_checkpoint(folder: Path, *, whole: bool = True) -> Checkpoint:
     """Reads the config and the safetensors headers of `folder`.
 
     Weights are what transformers would load, or a single file of any name (see checkpoint/weights.py). Without
-    `whole`, an incomplete download counts as a folder without weights.
-    Raises SourceError if anything is missing, malformed or a link out of the folder, or if all weights are pickled.
+    `whole`, an incomplete download counts as a folder without weights. Raises SourceError if anything is missing,
+    malformed or a link out of the folder, or if there are only pickled weights.
     """
     links = check_links(folder) if folder.is_dir() else ()
     config = _config(folder, "config.json")

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, expert_style
-from frankenmoe.cli.text import in_cells, printable
+from frankenmoe.cli.text import in_cells, printable, spelled_out
 from frankenmoe.moe.generate import Reply, reply, weight_shares
 from frankenmoe.moe.linear import prepare_kernels
 from frankenmoe.palette import mark
@@ -21,6 +21,13 @@ from frankenmoe.subject import Subject
 TOKEN_WIDTH = 12
 LAYERS_TITLE = "first choice by layer"
 ROOMY = 60  # columns; a narrower terminal gets a shorter title
+
+
+class Spelt(TextStreamer):
+    """Prints a reply as it is made, with control characters spelt out."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        click.echo(spelled_out(text), nl=stream_end)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: b
             history,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            streamer=None if as_json else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=None if as_json else Spelt(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         history.append({"role": "assistant", "content": made.text})
         if as_json:

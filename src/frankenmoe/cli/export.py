@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,13 +47,15 @@ def export_command(
     Reads an artifact or a recipe directly, without a large file in between. Types: f32, f16, bf16, q8_0, q6_k, q5_k_m,
     q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. OUT/export.json lists the files and compares them with the source.
     """
-    from frankenmoe.export.run import check_files, export_gguf, write_report
+    from frankenmoe.export.run import check_files, export_gguf, token_notes, write_report
 
     settings = settings_with(ExportSettings(), given(options))
     subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
     with bars() as progress:
-        files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress)
+        files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress, resume=True)
         checks = check_files(subject, files, settings=settings, threads=threads, progress=progress)
+        notes = token_notes(subject, files, settings=settings)
+    files = [replace(file, notes=(*file.notes, *notes)) for file in files]
     write_report(files, checks, what=subject)
     if as_json:
         click.echo(json.dumps(_as_data(files, checks), indent=2, ensure_ascii=False))

@@ -7,6 +7,7 @@ import click
 
 from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.show import warn
+from frankenmoe.cli.text import spelled_out
 from frankenmoe.export.llama import Engine, check_loadable
 
 
@@ -33,7 +34,7 @@ def chat_gguf(
             tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,
-            on_text=lambda piece: None if as_json else click.echo(piece, nl=False),
+            on_text=lambda piece: None if as_json else click.echo(spelled_out(piece), nl=False),
         )
         history.append({"role": "assistant", "content": text})
         click.echo(json.dumps({"reply": text}, ensure_ascii=False) if as_json else "")

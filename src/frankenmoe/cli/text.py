@@ -1,11 +1,23 @@
 """Makes text from models and files safe to print in a terminal."""
 
+import re
+
 from rich.cells import set_cell_size
+
+STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
     """The text on one line, with control characters escaped; names in a source may contain any."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def spelled_out(text: str) -> str:
+    """The text with control characters escaped, but line ends and tabs: a model's words must not steer a terminal.
+
+    Marks that reverse the direction of text count too; joiners of emoji and scripts do not.
+    """
+    return STEERING.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def in_cells(text: str, width: int) -> str:

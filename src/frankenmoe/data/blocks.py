@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from frankenmoe.data.documents import Document, Turn
+from frankenmoe.data.rows import Document, Turn
 from frankenmoe.errors import SourceError
 
 T = TypeVar("T")
@@ -103,12 +103,18 @@ def joined_spans(blocks: Iterable[Block]) -> list[Span]:
 
 def encode(document: Document, tokenizer: Any) -> Marked:
     """Token ids of a document, with EOS if it is closed, and which of them are to be learned."""
+    if document.plain and not tokenizer.chat_template:
+        document = _in_plain_text(document)
     if document.turns:
-        return _encode_turns(document.turns, tokenizer)
-    ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] if document.text else []
+        return _encode_turns(document, tokenizer)
+    if document.given:
+        ids, learn = _encode_answer(document, tokenizer)
+    else:
+        ids = tokenizer(document.text, add_special_tokens=False, verbose=False)["input_ids"] if document.text else []
+        learn = [True] * len(ids)
     if document.closed and ids and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-    return ids, [True] * len(ids)
+        ids, learn = [*ids, tokenizer.eos_token_id], [*learn, True]
+    return ids, learn
 
 
 def check_vocabulary(ids: Iterable[int], vocabulary: int | None, tokenizer: Any, *, what: str) -> None:
@@ -129,15 +135,32 @@ def _block(head: Sequence[int], ids: Sequence[int], learn: Sequence[bool], at: i
         yield Block((*head, *ids), tuple(marks), (at, at + len(ids)))
 
 
-def _encode_turns(turns: Sequence[Turn], tokenizer: Any) -> Marked:
+def _in_plain_text(document: Document) -> Document:
+    """A question and its answer as one text, for models without a chat template."""
+    *before, answer = (turn["content"] for turn in document.turns)
+    question = "".join(f"{text}\n\n" for text in before)
+    return Document(text=question + answer, given=len(question))
+
+
+def _encode_answer(document: Document, tokenizer: Any) -> Marked:
+    """A text of which the tokens that begin behind its given part are learned."""
+    found = tokenizer(document.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(found["input_ids"]), [begin >= document.given for begin, _ in found["offset_mapping"]]
+
+
+def _encode_turns(document: Document, tokenizer: Any) -> Marked:
     """A conversation through the chat template; tokens that begin in a reply or its end mark are learned."""
     if not tokenizer.chat_template:
         raise SourceError(
             "the data holds conversations, but the base's tokenizer has no chat template",
             hint="put the chat_template.jinja that the parents were trained with beside the base's tokenizer",
         )
-    text = _rendered(turns, tokenizer)
-    replies = [_reply_span(turns, at, text, tokenizer) for at, turn in enumerate(turns) if turn["role"] == "assistant"]
+    turns = document.turns
+    tools = {"tools": list(document.tools)} if document.tools else {}
+    text = _rendered(turns, tokenizer, **tools)
+    replies = [
+        _reply_span(turns, at, text, tokenizer, **tools) for at, turn in enumerate(turns) if turn["role"] == "assistant"
+    ]
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(found["input_ids"])
     learn = [any(start <= begin < end for start, end in replies) for begin, _ in found["offset_mapping"]]
@@ -146,10 +169,10 @@ def _encode_turns(turns: Sequence[Turn], tokenizer: Any) -> Marked:
     return ids, learn
 
 
-def _reply_span(turns: Sequence[Turn], at: int, text: str, tokenizer: Any) -> tuple[int, int]:
+def _reply_span(turns: Sequence[Turn], at: int, text: str, tokenizer: Any, **tools: Any) -> tuple[int, int]:
     """(start, end) of the reply `turns[at]` with its end mark, in characters of the rendered conversation."""
-    before = _rendered(turns[:at], tokenizer, add_generation_prompt=True)
-    after = _rendered(turns[: at + 1], tokenizer)
+    before = _rendered(turns[:at], tokenizer, add_generation_prompt=True, **tools)
+    after = _rendered(turns[: at + 1], tokenizer, **tools)
     if not (text.startswith(after) and after.startswith(before)):
         raise SourceError(
             "the chat template changes earlier turns when later ones follow, so replies cannot be found in the text",

@@ -1,59 +1,32 @@
-"""Reads text files, JSON and JSONL files and hub datasets as documents."""
+"""Reads text files, JSON, JSONL and parquet files and hub datasets as documents."""
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from frankenmoe.checkpoint.hub import stream_rows
+from frankenmoe.checkpoint.hub import backslash_hint, parquet_rows, stream_rows
 from frankenmoe.data.given import DATASET, user_path
+from frankenmoe.data.rows import Document, document
 from frankenmoe.errors import SourceError
 
 PIECE = 2**20  # characters of a text file per document, so that files of any size are streamed
-# speakers in ShareGPT files and in chat `messages` -> role
-ROLES: Mapping[str, str] = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "system": "system",
-}
-
-
-class Turn(TypedDict):
-    """One message, as chat templates take it; `role` is system, user or assistant."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """Either a text or a conversation of `turns`. `closed` is False if the next document continues this one."""
-
-    text: str = ""
-    turns: tuple[Turn, ...] = ()
-    closed: bool = True
+LONGEST_LINE = 2**26  # characters of a row in a JSONL file
 
 
 def read_documents(names: Sequence[str], *, folder: Path) -> Iterator[Document]:
     """The documents of all names in order; `data.given` says which names are paths, from `folder`, and which datasets.
 
-    `.jsonl` files have one JSON object per line, `.json` files a list of them, with `text`, ShareGPT `conversations` or
-    chat `messages`. Hub datasets have such rows, and are streamed. Any other file is text. Raises SourceError during
-    iteration for files that are missing, empty, broken or not UTF-8.
+    `.jsonl` files have one JSON object per line, `.json` files a list of them, `.parquet` files rows: see data/rows.py.
+    Hub datasets have such rows, and are streamed. Any other file is text, in pieces of bounded size. Raises SourceError
+    during iteration for files that are missing, empty, broken or not UTF-8.
     """
     for name in names:
         found = False
-        for document in _read(name, folder):
-            found = found or bool(document.turns or document.text.strip())
-            yield document
+        for each in _read(name, folder):
+            found = found or bool(each.turns or each.text.strip())
+            yield each
         if not found:
             raise SourceError(f"{name} holds no text", hint="remove it from the data, or name another file")
 
@@ -72,6 +45,8 @@ def _read(name: str, folder: Path) -> Iterator[Document]:
         yield from _documents(_lines(path), origin=str(path), unit="line")
     elif path.suffix == ".json":
         yield from _documents(_list(path), origin=str(path), unit="entry")
+    elif path.suffix == ".parquet":
+        yield from _documents(enumerate(parquet_rows(path), 1), origin=str(path), unit="row")
     else:
         yield from _pieces(path)
 
@@ -88,7 +63,8 @@ def _place(name: str, folder: Path) -> Path | None:
         raise SourceError(f"data {name!r} is the folder {path}, expected a file", hint="name the files in it")
     raise SourceError(
         f"data {name!r} does not exist, looked for at {path}",
-        hint="a relative path counts from the folder of the recipe; a hub dataset is written org/name",
+        hint=backslash_hint(name, folder=folder)
+        or "a relative path counts from the folder of the recipe; a hub dataset is written org/name",
     )
 
 
@@ -100,12 +76,12 @@ def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
     yield from enumerate(rows, 1)
 
 
-def _text(path: Path) -> Iterator[str]:
-    """A file's text in pieces that end at the end of a line."""
+def _text(path: Path, *, longest: int = PIECE) -> Iterator[str]:
+    """A file's text in pieces that end at the end of a line, or within one after `longest` more characters."""
     try:
         with path.open(encoding="utf-8-sig", newline=None) as file:
             while piece := file.read(PIECE):
-                yield piece + file.readline()
+                yield piece + file.readline(longest)
     except UnicodeDecodeError as error:
         raise SourceError(
             f"{path}:{_odd_line(path)} is not UTF-8: byte 0x{error.object[error.start]:02x} cannot be read "
@@ -134,7 +110,12 @@ def _pieces(path: Path) -> Iterator[Document]:
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
     number = 0
-    for piece in _text(path):
+    for piece in _text(path, longest=LONGEST_LINE):
+        if len(piece) > LONGEST_LINE:
+            raise SourceError(
+                f"{path} has a line of more than {LONGEST_LINE:,} characters",
+                hint="every line must be a row of its own",
+            )
         # not splitlines(), which splits at U+2028 inside JSON strings
         for line in piece.removesuffix("\n").split("\n"):
             number += 1
@@ -162,51 +143,4 @@ def _list(path: Path) -> Iterator[tuple[int, Any]]:
 
 def _documents(rows: Iterable[tuple[int, Any]], *, origin: str, unit: str) -> Iterator[Document]:
     for number, row in rows:
-        yield _document(row, where=f"{origin}:{number}" if unit == "line" else f"{unit} {number} of {origin}")
-
-
-def _document(row: Any, *, where: str) -> Document:
-    if not isinstance(row, Mapping):
-        raise SourceError(
-            f"{where} is a JSON {type(row).__name__}, expected an object", hint='write {"text": "..."} on the line'
-        )
-    if isinstance(row.get("text"), str):
-        return Document(text=_whole(row["text"], where=where))
-    for key, speaker, said in (("conversations", "from", "value"), ("messages", "role", "content")):
-        if isinstance(row.get(key), list):
-            return Document(turns=_turns(row[key], speaker=speaker, said=said, where=where))
-    raise SourceError(
-        f"{where} has neither `text` nor `conversations` nor `messages`, found {', '.join(map(str, row)) or 'no keys'}",
-        hint="rename the column that holds the text to `text`",
-    )
-
-
-def _whole(text: str, *, where: str) -> str:
-    """The same text. Raises SourceError for half of a character (a lone surrogate)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{where} holds half a character, \\u{ord(text[error.start]):04x} without its other half",
-            hint="the text is truncated there: repair or remove it",
-        ) from error
-    return text
-
-
-def _turns(entries: Sequence[Any], *, speaker: str, said: str, where: str) -> tuple[Turn, ...]:
-    turns = []
-    for entry in entries:
-        who = entry.get(speaker, entry.get("role")) if isinstance(entry, Mapping) else None
-        text = entry.get(said, entry.get("content")) if isinstance(entry, Mapping) else None
-        if not isinstance(text, str) or not isinstance(who, str) or who not in ROLES:
-            raise SourceError(
-                f"{where} has a turn {str(entry)[:60]!r}, expected `{speaker}` and `{said}`",
-                hint=f"repair or remove that conversation; speakers are {', '.join(ROLES)}",
-            )
-        turns.append(Turn(role=ROLES[who], content=_whole(text, where=where)))
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
-        raise SourceError(
-            f"{where} is a conversation without a reply, so nothing can be learnt from it",
-            hint="remove that conversation",
-        )
-    return tuple(turns)
+        yield document(row, where=f"{origin}:{number}" if unit == "line" else f"{unit} {number} of {origin}")

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from frankenmoe.cache import PARTIAL, cache_folder
 from frankenmoe.data.blocks import text_blocks
-from frankenmoe.data.documents import Document
+from frankenmoe.data.rows import Document
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.gates.states import mean_loss
 from frankenmoe.moe.dense import quiet_transformers

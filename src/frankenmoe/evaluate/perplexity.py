@@ -3,7 +3,7 @@
 from typing import Any
 
 from frankenmoe.data.blocks import text_blocks
-from frankenmoe.data.documents import Document
+from frankenmoe.data.rows import Document
 from frankenmoe.gates import states
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import GenerationConfig
 
 from frankenmoe.export.llama import Distribution, Engine
 from frankenmoe.export.samples import PROMPTS
@@ -145,7 +146,7 @@ def check(
     speeds = []
     for prompt, prompt_ids, reply in zip(source.prompts, source.ids, source.replies, strict=True):
         same_replies += engine.greedy(prompt_ids, tokens=len(reply)) == reply
-        same_prompts += _same_tokens(engine, prompt, prompt_ids)
+        same_prompts += same_tokens(engine, prompt, prompt_ids)
         speeds.append(engine.tokens_per_second(prompt_ids, tokens=most))
         on_step(1)
     return Checked(
@@ -177,7 +178,7 @@ def kl(source_V: NDArray[np.float32], found: Distribution) -> float:
     return float(np.sum(p * (log_p - log_q))) + rest_p * math.log(rest_p / rest_q)
 
 
-def _same_tokens(engine: Engine, prompt: str, ids: Sequence[int]) -> bool:
+def same_tokens(engine: Engine, prompt: str, ids: Sequence[int]) -> bool:
     """Whether llama.cpp splits a prompt into these ids: as many tokens, and the same likely next tokens."""
     by_text, by_ids = engine.next_token(prompt, top=5), engine.next_token(ids, top=5)
     return by_text.after == len(ids) and bool(np.array_equal(by_text.ids, by_ids.ids))
@@ -191,13 +192,17 @@ def _places(length: int, positions: int) -> tuple[int, ...]:
 
 def _greedy(moe: MoE, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
     """Greedy tokens, without the generation settings of the checkpoint."""
-    end = moe.model.generation_config.eos_token_id
-    out = moe.model.generate(
-        input_ids=torch.tensor([list(ids)]),
-        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-        max_new_tokens=tokens,
-        do_sample=False,
-        repetition_penalty=1.0,
-        pad_token_id=end[0] if isinstance(end, list) else end,
-    )
+    own = moe.model.generation_config
+    end = own.eos_token_id
+    pad = end[0] if isinstance(end, list) else end
+    moe.model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    try:
+        out = moe.model.generate(
+            input_ids=torch.tensor([list(ids)]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            max_new_tokens=tokens,
+            do_sample=False,
+        )
+    finally:
+        moe.model.generation_config = own
     return tuple(out[0, len(ids) :].tolist())

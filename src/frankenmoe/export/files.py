@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -61,18 +61,22 @@ def export_files(
     pad256: bool = False,
     importance: Importance | None = None,
     notes: Sequence[str] = (),
+    finished: Collection[Path] = (),
     threads: int | None = None,
     progress: Progress = SILENT,
 ) -> list[GgufFile]:
     """Writes a file per type, all in one pass over the weights, each whole or not at all.
 
     `out` is a folder, which is made if needed, or a name that ends in .gguf for a single type. The default of `types`
-    is a q4 and a q5 that suit the model's shape. `notes` are added to those of every file.
+    is a q4 and a q5 that suit the model's shape. `notes` are added to those of every file. `finished` files
+    are described and not written again.
 
     Raises PlanError (a type or an MoE that llama.cpp does not support), SourceError (tokenizer, broken weights),
     NumericsError, ArtifactError (the file exists, the disk is too small).
     """
-    found, kinds, paths = check_output(model, out, types=types, pad256=pad256, importance=importance is not None)
+    found, kinds, paths = check_output(
+        model, out, types=types, pad256=pad256, importance=importance is not None, finished=finished
+    )
     held = {kind.name: found.types(kind, imatrix=importance is not None) for kind in kinds}
     vocabulary = read_vocabulary(model.folder, model.config, rows=model.stock[1].dims(model.config).vocab)
     targets = [
@@ -84,11 +88,16 @@ def export_files(
         )
         for kind, path in zip(kinds, paths, strict=True)
     ]
-    _check_disk(paths, sum(target.size for target in targets))
+    for target in targets:
+        if target.path in finished and target.path.stat().st_size != target.size:
+            raise _taken(target.path)
+    wanted = [target for target in targets if target.path not in finished]
+    _check_disk(paths, sum(target.size for target in wanted))
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    progress.start(f"writing {', '.join(kind.name for kind in kinds)}", sum(t.tensor_bytes for t in targets), "B")
+    names = ", ".join(kind.name for kind, target in zip(kinds, targets, strict=True) if target in wanted)
+    progress.start(f"writing {names}", sum(target.tensor_bytes for target in wanted), "B")
     write_files(
-        targets,
+        wanted,
         found.tensors,
         threads=threads or len(os.sched_getaffinity(0)),
         importance=importance,
@@ -99,15 +108,25 @@ def export_files(
 
 
 def check_output(
-    model: Parts, out: Path, *, types: Sequence[str], pad256: bool, importance: bool, spare: int = 0
+    model: Parts,
+    out: Path,
+    *,
+    types: Sequence[str],
+    pad256: bool,
+    importance: bool,
+    spare: int = 0,
+    finished: Collection[Path] = (),
 ) -> tuple[GgufLayout, tuple[FileType, ...], list[Path]]:
     """(layout, types, paths) of an export. Raises the errors of an export before any slow work.
 
-    `spare` are bytes that are in use now and will be free by then.
+    `spare` are bytes that are in use now and will be free by then. Of the paths, only `finished` ones may exist.
     """
     found = layout(model, pad256=pad256)
     kinds = file_types(types) or default_types(found)
-    paths = _paths(model, out, kinds)
+    paths = output_paths(model, out, kinds)
+    taken = next((path for path in paths if os.path.lexists(path) and path not in finished), None)
+    if taken is not None:
+        raise _taken(taken)
     for name in sorted({name for kind in kinds for name in found.types(kind, imatrix=importance).values()}):
         require(name, importance=importance)
     _check_disk(paths, sum(found.tensor_bytes(kind, imatrix=importance) for kind in kinds), spare=spare)
@@ -126,8 +145,12 @@ def _describe(found: GgufLayout, kind: FileType, target: Target, notes: Sequence
     )
 
 
-def _paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
-    """The paths of the files, none of which may exist."""
+def _taken(path: Path) -> ArtifactError:
+    return ArtifactError(f"{path} exists already", hint="choose another folder, or remove that file first")
+
+
+def output_paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
+    """The paths of the files. Raises ArtifactError if their folder is a file."""
     if out.suffix == ".gguf" and not out.is_dir():
         if len(kinds) > 1:
             raise ArtifactError(
@@ -138,9 +161,6 @@ def _paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
     else:
         stem = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "moe"
         paths = [out / f"{stem}-{kind.name.upper()}.gguf" for kind in kinds]
-    taken = next((path for path in paths if os.path.lexists(path)), None)
-    if taken is not None:
-        raise ArtifactError(f"{taken} exists already", hint="choose another folder, or remove that file first")
     if os.path.lexists(paths[0].parent) and not paths[0].parent.is_dir():
         raise ArtifactError(f"{paths[0].parent} is not a folder", hint="choose another folder")
     return paths

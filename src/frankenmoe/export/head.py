@@ -31,7 +31,7 @@ def head_bytes(
     writer = gguf.GGUFWriter(None, layout.arch.name)
     _general(writer, model, layout, kind)
     _architecture(writer, model, layout)
-    _vocabulary(writer, vocabulary)
+    write_vocabulary(writer, vocabulary)
     for tensor in layout.tensors:
         number = gguf.GGMLQuantizationType[types[tensor.name]]
         size = nbytes(tensor.shape, types[tensor.name])
@@ -123,7 +123,8 @@ def _rotary(writer: gguf.GGUFWriter, rotary: Mapping[str, Any], config: Mapping[
                 writer.add_float32(f"{head}.{theirs}", float(rotary[ours]))
 
 
-def _vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Adds the keys `tokenizer.*`."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(list(vocabulary.tokens))

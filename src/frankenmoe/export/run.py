@@ -14,6 +14,7 @@ from frankenmoe.artifact.record import BODY_STAGES
 from frankenmoe.artifact.reports import ExportReport, about, versions
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
+from frankenmoe.export.begun import BEGUN, Begun
 from frankenmoe.export.files import GgufFile, check_output, export_files
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.planning.forecast import gguf_parts
@@ -45,18 +46,31 @@ def export_gguf(
     settings: ExportSettings | None = None,
     threads: int | None = None,
     progress: Progress = SILENT,
+    resume: bool = False,
     **changes: Any,
 ) -> list[GgufFile]:
     """Writes GGUF files of an artifact, or of a recipe after making its routers.
 
     `changes` are settings by name, such as types=["q4_k_m"]. The default types are a q4 and a q5 that fit the shape.
-    Random routers are rejected unless `allow_random`. Raises subclasses of FrankenMoEError; see `export_files`.
+    Random routers are rejected unless `allow_random`. With `resume`, files that the same call finished before it was
+    interrupted, and that have no report yet, are kept. Raises subclasses of FrankenMoEError; see `export_files`.
     """
     subject = open_subject(what)
     settings = settings_with(settings or ExportSettings(), changes)
     with gguf_parts_of(subject, allow_random=settings.allow_random, progress=progress) as parts:
-        check_output(parts, Path(out), types=settings.types, pad256=settings.pad256, importance=bool(settings.imatrix))
+        begun = Begun.of(subject, Path(out), settings) if resume else None
+        finished = begun.finished() if begun else frozenset[Path]()
+        _, _, paths = check_output(
+            parts,
+            Path(out),
+            types=settings.types,
+            pad256=settings.pad256,
+            importance=bool(settings.imatrix),
+            finished=finished,
+        )
         found = _importance(subject, parts, settings, progress) if settings.imatrix else None
+        if begun and set(paths) - finished:
+            begun.note(paths)
         return export_files(
             parts,
             Path(out),
@@ -64,6 +78,7 @@ def export_gguf(
             pad256=settings.pad256,
             importance=found.importance if found else None,
             notes=starved_notes(parts, found) if found else (),
+            finished=finished,
             threads=threads,
             progress=progress,
         )
@@ -114,7 +129,8 @@ def check_files(
     if not files:
         return []
     from frankenmoe.data.blocks import text_blocks
-    from frankenmoe.data.documents import Document, read_documents
+    from frankenmoe.data.documents import read_documents
+    from frankenmoe.data.rows import Document
     from frankenmoe.export.check import check, reference, steps
     from frankenmoe.export.samples import PROMPTS, TEXTS
 
@@ -138,6 +154,34 @@ def check_files(
     return found
 
 
+def token_notes(
+    what: Subject | Recipe | Artifact | str | Path, files: Sequence[GgufFile], *, settings: ExportSettings | None = None
+) -> list[str]:
+    """A sentence if llama.cpp splits some prompts otherwise than the source.
+
+    Looks at files that are too large to be compared by default, whose vocabulary can be compared all the same.
+    """
+    settings = settings or ExportSettings()
+    large = [file for file in files if settings.check is None and file.bytes >= SMALL_FILE]
+    if not large:
+        return []
+    from frankenmoe.data.hardtext import HARD
+    from frankenmoe.export.probe import split_otherwise
+    from frankenmoe.export.samples import PROMPTS
+    from frankenmoe.export.tokenizer import read_vocabulary
+    from frankenmoe.moe.dense import load_tokenizer
+
+    parts = open_subject(what).parts
+    vocabulary = read_vocabulary(parts.folder, parts.config, rows=parts.stock[1].dims(parts.config).vocab)
+    texts = [text for text in (*PROMPTS, *HARD) if text.strip()]
+    odd = split_otherwise(vocabulary, load_tokenizer(parts.folder), texts)
+    if not odd:
+        return []
+    return [
+        f"llama.cpp splits {len(odd)} of {len(texts)} texts into other tokens than the source, such as {odd[0]!r:.60}"
+    ]
+
+
 def write_report(
     files: Sequence[GgufFile],
     checks: "Sequence[Checked]",
@@ -159,6 +203,8 @@ def write_report(
     found = {check.path: check.to_dict() for check in checks}
     kept |= {file.path.name: file.to_dict() | {"path": file.path.name, "check": found.get(file.path)} for file in files}
     ExportReport.model_validate({**now, "files": list(kept.values())}).write(report)
+    for folder in {file.path.parent for file in files}:
+        (folder / BEGUN).unlink(missing_ok=True)
     return report
 
 

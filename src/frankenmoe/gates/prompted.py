@@ -122,8 +122,15 @@ def _embedding_sides(plan: Plan) -> Side:
 
 
 def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int | None = None) -> list[list[int]]:
-    """Token ids per prompt. Raises an error for no tokens, more than `longest`, or tokens outside the vocabulary."""
+    """Token ids per prompt. Raises an error for no tokens, more than `longest`, or tokens outside the vocabulary.
+
+    A blank prompt without a begin token is left out, if it is not the only one.
+    """
     found = encode(tokenizer, prompts)
+    if any(found):
+        kept = [bool(prompt.strip() or ids) for prompt, ids in zip(prompts, found, strict=True)]
+        prompts = tuple(prompt for prompt, keep in zip(prompts, kept, strict=True) if keep)
+        found = [ids for ids, keep in zip(found, kept, strict=True) if keep]
     for prompt, ids in zip(prompts, found, strict=True):
         if not ids or (longest and len(ids) > longest):
             raise RecipeError(

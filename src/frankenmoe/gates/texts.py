@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.data.blocks import Block, check_vocabulary, hold_out, spread, text_blocks
-from frankenmoe.data.documents import Document, read_documents
+from frankenmoe.data.documents import read_documents
+from frankenmoe.data.rows import Document
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.gates.statistics import RouterText
 from frankenmoe.planning import Plan
@@ -23,6 +24,7 @@ from frankenmoe.planning.fitting import (
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.planning.names import named_experts
 from frankenmoe.recipe import Expert
+from frankenmoe.recipe.text import written
 from frankenmoe.suggest import did_you_mean
 
 PROMPTS = ("prompts",)  # the origin of text from prompts
@@ -87,7 +89,7 @@ def read_texts(
         if only not in (None, name):
             continue
         names, home = (given[name], folder) if name in given else (expert.data, plan.recipe.folder)
-        prompts = () if names else expert.positive_prompts
+        prompts = () if names else written(expert.positive_prompts)
         if names:
             found.append(_from_data(name, path, tuple(names), tokenizer, home or plan.recipe.folder, tokens, length))
         elif prompts:
@@ -97,8 +99,9 @@ def read_texts(
                 f"expert {name!r} has neither data nor positive_prompts, so no router can be fitted to it",
                 hint=f"use --data {name}=FILE, or add data to the recipe",
             )
-        if expert.negative_prompts:
-            found.append(_from_prompts(name, path, expert.negative_prompts, tokenizer, length, negative=True))
+        negative = written(expert.negative_prompts)
+        if negative:
+            found.append(_from_prompts(name, path, negative, tokenizer, length, negative=True))
     for text in found:
         ids = chain.from_iterable(block.ids for block in (*text.kept, *text.held))
         check_vocabulary(ids, plan.base.config.get("vocab_size"), tokenizer, what=f"the text of {text.name!r}")

@@ -87,6 +87,9 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
 def load_source(source: Source, *, stored: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A source as a dense model with its adapter merged. Merged weights are rounded to `stored`, then to `dtype`."""
     config = read_config(source.folder, trust_remote_code=source.trust_remote_code)
+    if source.own_rows is not None:  # the base's embeddings stand in for its own
+        config.vocab_size = source.config["vocab_size"]
+        config.tie_word_embeddings = source.config.get("tie_word_embeddings", config.tie_word_embeddings)
     tensors = {write.name: as_tensor(write) for write in dense_writes(source, anatomy(source), dtype=stored)}
     return load_dense(config, tensors, dtype=dtype or torch_dtype(stored))
 

@@ -12,6 +12,7 @@ import torch
 
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.dense import one_line
+from frankenmoe.moe.generation import plain_generation
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
 
@@ -44,7 +45,7 @@ def reply(
 
     `history` is a list of {"role", "content"}. `temperature` 0 is greedy. `streamer` is a transformers streamer. The
     reply ends at the model's maximum length, even before `max_new_tokens`.
-    Raises SourceError for a prompt without tokens.
+    Raises SourceError for a prompt without tokens, and for generation settings that cannot be used.
     """
     ids = _encode(tokenizer, history, moe.model.config).to(moe.model.device)
     limit = getattr(moe.model.config, "max_position_embeddings", None)
@@ -54,12 +55,14 @@ def reply(
     pad = eos[0] if isinstance(eos, list) else eos
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     began = time.perf_counter()
-    with torch.no_grad(), record(moe.model) as layers:
+    where = str(moe.folder / "generation_config.json")
+    with torch.no_grad(), plain_generation(moe.model, where=where), record(moe.model) as layers:
         out = moe.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=room,
             streamer=streamer,
+            tokenizer=tokenizer,  # for stop strings
             eos_token_id=eos,
             pad_token_id=0 if pad is None else pad,
             **sampling,

@@ -16,6 +16,7 @@ from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import LowRank, TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import EVERY_NAME, FFN_ADAPTER, ExpertNode, strange_keys
+from frankenmoe.planning.vocabulary import rows_warning
 
 # bytes of a tensor that are compared in full when all sampled blocks are equal
 COMPARE_LIMIT = 1 << 20
@@ -103,6 +104,7 @@ def source_warnings(base: Source, others: Iterable[Source]) -> list[str]:
     """A sentence for whatever of a source is not used: other weights, an adapter, settings that the base decides."""
     others = list(others)
     found = [note for source in (base, *others) for note in _unread(source)]
+    found += [rows_warning(base, other) for other in others if other.own_rows is not None]
     ours = tokenizer_facts(base.folder)
     for other in others:
         theirs = tokenizer_facts(other.folder)

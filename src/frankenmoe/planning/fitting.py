@@ -17,6 +17,7 @@ from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.plan import Plan
 from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.sections import FitSettings
+from frankenmoe.recipe.text import written
 
 BEFORE, AFTER = "held-out loss before", "held-out loss after"
 STATISTICS = "statistics, own expert forced"
@@ -149,8 +150,8 @@ def fit_forecast(made: Plan, settings: FitSettings) -> FitForecast | None:
             tokens = min(settings.tokens, _tokens(expert.data, folder=made.recipe.folder) or settings.tokens)
             kept, held = hold_out([settings.block] * max(1, tokens // settings.block), share=HELD_OUT_DATA)
             texts.append(text_size(path, kept, held, (), head=head))
-        elif expert.positive_prompts:
-            prompts = [head + -(-len(prompt) // CHARACTERS) for prompt in expert.positive_prompts]
+        elif written_prompts := written(expert.positive_prompts):
+            prompts = [head + -(-len(prompt) // CHARACTERS) for prompt in written_prompts]
             kept, held = hold_out(prompts, share=HELD_OUT_PROMPTS)
             texts.append(text_size(path, kept, held, held if len(prompts) > 1 else (), head=head))
     total = sum(text.kept + text.held for text in texts)

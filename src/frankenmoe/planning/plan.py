@@ -49,6 +49,7 @@ from frankenmoe.planning.trained import check_used, nodes_with_trained, open_tra
 from frankenmoe.planning.translate import Translation
 from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
+from frankenmoe.planning.vocabulary import with_rows_of
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
 
@@ -263,6 +264,7 @@ def plan(
         for name, adapter in dict.fromkeys(sources_of(recipe))
     }
     base = opened[(str(recipe.base_model), None)]
+    opened = {key: with_rows_of(base, source) for key, source in opened.items()}
     check_small_files(base)
     others = [source for source in opened.values() if source is not base]
     check_siblings(base, others)

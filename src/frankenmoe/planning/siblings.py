@@ -36,13 +36,12 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
 
 
 def _other_vocabulary(base: Source, other: Source) -> SourceError:
-    """The error for a parent with another vocabulary, and how to make it fit."""
+    """The error for a parent with another vocabulary."""
     ours, theirs = base.config.get("vocab_size"), other.config.get("vocab_size")
     return SourceError(
-        f"{other.name} does not fit beside the base {base.name}: vocabulary {ours} against {theirs}, so it was trained "
-        "with tokens of its own that the base's tokenizer never produces",
-        hint=f"if the extra tokens do not matter, load {other.name} with transformers, call "
-        f"resize_token_embeddings({ours}), save_pretrained(folder), and name that folder: its FFNs stay the same",
+        f"{other.name} does not fit beside the base {base.name}: vocabulary {ours} against {theirs}, and most of their "
+        "tokens have other ids, so its FFNs know other tokens than the base's tokenizer makes",
+        hint="choose parents that were fine-tuned from the base or from a model with its tokenizer",
     )
 
 

@@ -104,6 +104,8 @@ class Source:
     # the config ties head and embeddings, but the weights differ: see planning/heads.py
     own_head: bool = False
     merged: Merged | None = None
+    # how many rows its own embeddings have, if the base's stand in: see planning/vocabulary.py
+    own_rows: int | None = None
 
     @property
     def models(self) -> tuple["Source", ...]:

@@ -9,7 +9,6 @@ from pydantic_core import PydanticKnownError
 
 from frankenmoe.recipe.gatemodes import FIT_MODES, GATE_MODES
 from frankenmoe.recipe.refusals import found, refusal
-from frankenmoe.recipe.yaml import Location
 from frankenmoe.suggest import did_you_mean
 
 MODES = list(GATE_MODES)
@@ -29,13 +28,6 @@ _DTYPES: Mapping[str, str] = {
     "bfloat16": "bfloat16",
     "bf16": "bfloat16",
 }
-
-
-def refuse_blank(prompts: tuple[str, ...], *, at: Location) -> None:
-    """Rejects the first prompt without text; `at` is the location of the list."""
-    for index, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise refusal(NO_TEXT, hint=WRITE_IT, at=(*at, index))
 
 
 def _not_blank(value: str) -> str:
@@ -87,7 +79,7 @@ def one_of(*choices: str) -> Callable[[object], object]:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
-# blank prompts are rejected only where they are used: mergekit files leave them blank for random gates
+# a blank prompt is no mistake: mergekit files have them for random gates, or beside negative prompts
 Prompts = Annotated[tuple[str, ...], BeforeValidator(_not_one_string, json_schema_input_type=list[str])]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_string_as_list, json_schema_input_type=str | list[str])]
 Finite = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_not_bool)]

@@ -21,7 +21,7 @@ from frankenmoe.recipe.backbone import (
 from frankenmoe.recipe.context import Context, SourceField
 from frankenmoe.recipe.expert import Expert, Experts, named
 from frankenmoe.recipe.fields import Count, Dtype, GateMode, Seed, Text
-from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, PROMPT_MODES
 from frankenmoe.recipe.refusals import recipe_error, refusal, setting_error
 from frankenmoe.recipe.sections import (
     SECTIONS,
@@ -36,7 +36,7 @@ from frankenmoe.recipe.sections import (
     with_bare_sections,
 )
 from frankenmoe.recipe.settings import Closed
-from frankenmoe.recipe.text import check_blank, check_prompts, check_text, prompts_of
+from frankenmoe.recipe.text import check_prompts, check_text, prompts_of
 from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.recipe.yaml import Location, YamlFile, parse_yaml, read_text
 
@@ -202,9 +202,6 @@ class Recipe(Closed):
     def _routable(self) -> Self:
         _check_shared(self.shared_experts)
         check_backbone(self.backbone, experts=[name for name, _ in leaf_names(self.experts)])
-        if self.gate_mode not in RANDOM_MODES:
-            check_blank(self.shared_experts, at=("shared_experts",))
-            check_blank(self.experts, at=("experts",))
         _check_level(self.experts, recipe=self, top_k=self.experts_per_token, at=())
         return self
 
@@ -232,11 +229,28 @@ def _notes(file: YamlFile) -> Iterator[str]:
             case _:
                 continue
         yield f"{file.origin}:{line}: {key} is ignored, because {reason}"
+    yield from _blank_notes(file)
     # recipes of mergekit-moe have no data
     if "gate_mode" not in file.data and not _has_data(file.data.get("experts")):
         yield (
             f"{file.origin} has no gate_mode, so routers are fitted by {FROM_PROMPTS} (mergekit-moe would take hidden)"
         )
+
+
+def _blank_notes(file: YamlFile) -> Iterator[str]:
+    """A sentence for every blank prompt that matters."""
+    mode = file.data.get("gate_mode") or default_gate_mode(file.data.get("experts"))
+    meaning = {
+        **dict.fromkeys(PROMPT_MODES, "stands for the begin token alone, as in mergekit-moe"),
+        **dict.fromkeys(FIT_MODES, "is left out"),
+    }.get(str(mode))
+    for location, line in file.lines.items() if meaning else ():
+        if len(location) > 1 and location[-2] in ("positive_prompts", "negative_prompts"):
+            value: Any = file.data
+            for part in location:
+                value = value[part]
+            if isinstance(value, str) and not value.strip():
+                yield f"{file.origin}:{line}: a blank prompt {meaning}"
 
 
 def default_gate_mode(experts: object) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from frankenmoe.recipe.expert import Expert
-from frankenmoe.recipe.fields import refuse_blank
 from frankenmoe.recipe.refusals import refusal
 from frankenmoe.recipe.yaml import Location
 
@@ -39,24 +38,25 @@ def check_prompts(experts: Sequence[Expert], *, gate_mode: str, at: Location) ->
 def check_text(experts: Sequence[Expert], *, gate_mode: str, at: Location) -> None:
     """Rejects experts without data and prompts, and texts that are the same for all; for modes that fit routers."""
     for index, expert in enumerate(experts):
-        if not expert.data and not prompts_of(expert)[0] and not expert.experts:
+        positive = prompts_of(expert)[0]
+        if not expert.data and not written(positive) and not expert.experts:
+            blank = "only blank ones" if positive else "none"
             raise refusal(
-                f"must be given, as gate_mode {gate_mode} needs data or prompts for expert '{expert.name}', found none",
+                f"must be given, as gate_mode {gate_mode} needs data or prompts for expert '{expert.name}', found "
+                f"{blank}",
                 hint="add data or positive_prompts, or write `gate_mode: random` and fit the routers later",
                 at=(*at, index, "positive_prompts"),
             )
     own = [
-        (expert.data, *map(sorted, prompts_of(expert)), *(leaf.data for leaf in expert.experts)) for expert in experts
+        (expert.data, *(sorted(written(each)) for each in prompts_of(expert)), *(leaf.data for leaf in expert.experts))
+        for expert in experts
     ]
     _check_differ(own, what="data or prompts", at=at)
 
 
-def check_blank(experts: Sequence[Expert], *, at: Location) -> None:
-    """Rejects the first prompt without text, at any depth."""
-    for index, expert in enumerate(experts):
-        refuse_blank(expert.positive_prompts, at=(*at, index, "positive_prompts"))
-        refuse_blank(expert.negative_prompts, at=(*at, index, "negative_prompts"))
-        check_blank(expert.experts, at=(*at, index, "experts"))
+def written(prompts: Sequence[str]) -> tuple[str, ...]:
+    """The prompts that are not blank."""
+    return tuple(prompt for prompt in prompts if prompt.strip())
 
 
 def _check_differ(texts: Sequence[object], *, what: str, at: Location) -> None:

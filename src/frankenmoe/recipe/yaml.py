@@ -75,7 +75,7 @@ def parse_yaml(text: str, *, origin: str) -> YamlFile:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
-        raise _unreadable(origin, error.problem_mark, error.problem or "it is malformed") from error
+        raise _unreadable(origin, error.problem_mark, error.problem or "it is malformed", text) from error
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(
@@ -94,11 +94,21 @@ def parse_yaml(text: str, *, origin: str) -> YamlFile:
     return YamlFile(data=walk.mapping(root, (), depth=0), origin=origin, lines=walk.lines)
 
 
-def _unreadable(origin: str, mark: yaml.Mark | None, problem: str) -> RecipeError:
+def _unreadable(origin: str, mark: yaml.Mark | None, problem: str, text: str) -> RecipeError:
     where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
     return RecipeError(
         f"{where}: the YAML cannot be read: {' '.join(problem.split())}",
-        hint="check the indentation (spaces, no tabs) and put quotes around text that has ': ' or '#' in it",
+        hint=_without_backslashes(text, mark)
+        if mark and "escape" in problem
+        else "check the indentation (spaces, no tabs) and put quotes around text that has ': ' or '#' in it",
+    )
+
+
+def _without_backslashes(text: str, mark: yaml.Mark) -> str:
+    line = text.split("\n")[mark.line].strip()
+    return (
+        "between double quotes a backslash begins an escape; for a path, write forward slashes: "
+        f"{line.replace(chr(92), '/'):.200}"
     )
 
 

@@ -1,0 +1,57 @@
+"""What an export has begun, so that the same command can continue after an interruption.
+
+A file gets its name when it is whole. The note beside it says which files of which model were begun, until their report
+is written.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from frankenmoe.artifact.folder import ROUTERS
+from frankenmoe.checkpoint.fingerprint import sha256
+from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.gates.cached import key_of
+from frankenmoe.recipe.sections import ExportSettings
+from frankenmoe.subject import Subject
+
+BEGUN = "export.begun.json"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """The note in the folder of an export; `key` stands for the model and its settings."""
+
+    file: Path
+    key: str
+
+    @classmethod
+    def of(cls, subject: Subject, out: Path, settings: ExportSettings) -> Self:
+        """The note of an export to `out`, a folder or a .gguf file."""
+        folder = out.parent if out.suffix == ".gguf" and not out.is_dir() else out
+        if subject.artifact is None:
+            model = key_of(subject.plan) or subject.plan.digest
+        else:
+            model = f"{subject.artifact.record['recipe_digest']}/{sha256(subject.artifact.folder / ROUTERS)}"
+        chosen = settings.model_dump(mode="json", include={"imatrix", "pad256"})
+        key = hashlib.sha256(json.dumps([str(subject.origin), model, chosen]).encode()).hexdigest()
+        return cls(folder / BEGUN, key)
+
+    def finished(self) -> frozenset[Path]:
+        """The files that were begun by the same export and have their names."""
+        with suppress(OSError, ValueError, AttributeError, TypeError):
+            data = json.loads(self.file.read_bytes())
+            if data.get("key") == self.key:
+                found = (self.file.parent / Path(name).name for name in data["files"])
+                return frozenset(path for path in found if path.is_file())
+        return frozenset()
+
+    def note(self, paths: Iterable[Path]) -> None:
+        """Notes that these files are going to be written."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        data = {"key": self.key, "files": sorted(path.name for path in paths)}
+        write_atomic(self.file, (json.dumps(data, indent=2) + "\n").encode())
