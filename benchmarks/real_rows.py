@@ -261,7 +261,7 @@ def _general(bed: Bed) -> list[Any]:
     questions = []
     for name, key in QUESTIONS.items():
         file = next(file for part in ("test", "validation") for file in sorted((folder / name).glob(f"{part}*.jsonl")))
-        lines = file.read_text().splitlines()
+        lines = [line for line in file.read_text().split("\n") if line]  # splitlines() would cut at U+2028
         questions += [json.loads(line)[key] for line in lines[:: max(1, len(lines) // 400)]]
     order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(0)).tolist()
     return bed.read("\n\n".join(questions[index] for index in order), bed.scale.general)
