@@ -28,6 +28,14 @@ MULTIPLIERS = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.3,
 }
+# its router divides by the sum of two sigmoids plus 1e-6, which counts where both are small
+LFM2_EPSILON = 5e-3
+LFM2 = {
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "block_multiple_of": 4,
+    "norm_eps": 3e-5,
+    "pad_token_id": None,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -39,13 +47,17 @@ LONGROPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family built as a format: the parents' config, keys of the recipe, the largest relative difference."""
+    """A family built as a format: the parents' config, keys of the recipe.
+
+    `close` is the largest relative difference; `dense` that from the dense model, where experts are equal.
+    """
 
     family: str
     fmt: str
     config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     close: float = 5e-6
+    dense: float = 5e-6
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -76,6 +88,25 @@ CASES: dict[str, Case] = {
             "pad_token_id": None,
         },
     ),
+    "phi3-partial": Case(
+        "phi3",
+        "glm4_moe",
+        {
+            "head_dim": 8,
+            "hidden_size": 48,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
+            "pad_token_id": None,
+        },
+    ),
+    "hyperclovax": Case("hyperclovax", "granitemoe", MULTIPLIERS | {"logits_scaling": 0.125, "use_post_norm": False}),
+    "gemma": Case("gemma", "granitemoe", {"head_dim": 8, "tie_word_embeddings": True}),
+    "ernie4_5": Case("ernie4_5", "ernie4_5_moe", {"tie_word_embeddings": True}),
+    "ernie4_5-shared": Case("ernie4_5", "ernie4_5_moe", {"head_dim": 8, "tie_word_embeddings": False}, SHARED),
+    "glm": Case("glm", "glm4_moe", {"head_dim": 8, "pad_token_id": None}),
+    "glm-shared": Case("glm", "glm4_moe", {"head_dim": 8, "attention_bias": False, "pad_token_id": None}, SHARED),
+    "lfm2": Case("lfm2", "lfm2_moe", LFM2, dense=LFM2_EPSILON),
+    "lfm2-bias": Case("lfm2", "lfm2_moe", LFM2 | {"conv_bias": True, "tie_word_embeddings": False}, dense=LFM2_EPSILON),
 }
 
 

@@ -55,7 +55,7 @@ def test_equal_experts_are_the_dense_model(name: str, tmp_path: Path) -> None:
     ids = tiny.ids(LONG)
     dense, moe = logits(stock(base), ids), logits(stock(tmp_path / "built"), ids)
     assert dense.std() > 0.05
-    assert apart(dense, moe) <= case.close
+    assert apart(dense, moe) <= case.dense
 
 
 @pytest.mark.parametrize("name", CASES)

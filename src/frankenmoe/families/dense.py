@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from frankenmoe.families.spec import Family, Piece, TensorSpec
+from frankenmoe.checkpoint.tensors import Shift
+from frankenmoe.families.spec import FULL, Config, Family, Piece, TensorSpec
 
 LAYER = "model.layers.{layer}."
 
 
-def _rows(prefix: str, shapes: Mapping[str, tuple[str, ...]], when: str | None = None) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(prefix + name, shape, when) for name, shape in shapes.items())
+def _rows(
+    prefix: str, shapes: Mapping[str, tuple[str, ...]], when: str | None = None, kinds: tuple[str, ...] = ()
+) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(prefix + name, shape, when, kinds) for name, shape in shapes.items())
 
 
 ENDS = (
@@ -75,6 +78,23 @@ def _defaults(**own: Any) -> Mapping[str, Any]:
         "rope_theta": 10000.0,
     }
     return common | own
+
+
+def _lfm2_kinds(config: Config) -> tuple[str, ...]:
+    """What its layers are: from `layer_types`, or from the older list of attention layers."""
+    if config.get("layer_types"):
+        return tuple(config["layer_types"])
+    full = config.get("full_attn_idxs")
+    return tuple(FULL if full is None or layer in full else "conv" for layer in range(config["num_hidden_layers"]))
+
+
+def _lfm2_ffn(config: Config) -> int:
+    """The width of its FFNs: two thirds of the number in the config, rounded up to a multiple."""
+    width = int(config.get("block_ff_dim") or config["intermediate_size"])
+    if not config["block_auto_adjust_ff_dim"]:
+        return width
+    width, step = int(config["block_ffn_dim_multiplier"] * int(2 * width / 3)), int(config["block_multiple_of"])
+    return -(-width // step) * step
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -200,6 +220,189 @@ FAMILIES: Mapping[str, Family] = {
                 logits_scaling=1.0,
                 residual_multiplier=1.0,
                 attention_multiplier=1.0,
+            ),
+        ),
+        Family(
+            model_type="hyperclovax",
+            plain_mlp="HyperCLOVAXMLP",
+            backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
+            ffn=FFN + FFN_BIAS,
+            defaults=_defaults(
+                max_position_embeddings=2048,
+                bos_token_id=1,
+                eos_token_id=2,
+                attention_bias=False,
+                mlp_bias=False,
+                embedding_multiplier=1.0,
+                logits_scaling=1.0,
+                residual_multiplier=1.0,
+                use_post_norm=True,
+            ),
+            # it multiplies logits where Granite divides
+            reads={"logits_scaling": lambda config: 1 / config["logits_scaling"]},
+        ),
+        Family(
+            model_type="gemma",
+            plain_mlp="GemmaMLP",
+            backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
+            ffn=FFN,
+            # its norms multiply by 1 + weight
+            changes={name: (Shift(1.0),) for name in (*(row.name for row in PRE_NORMS), "model.norm.weight")},
+            defaults=_defaults(
+                hidden_act="gelu_pytorch_tanh",
+                max_position_embeddings=8192,
+                num_key_value_heads=16,
+                head_dim=256,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=1,
+                tie_word_embeddings=True,
+                attention_bias=False,
+            ),
+            reads={
+                "embedding_multiplier": lambda config: config["hidden_size"] ** 0.5,
+                # in its first configs `gelu` meant the approximation by tanh
+                "hidden_act": lambda config: {"gelu": "gelu_pytorch_tanh"}.get(
+                    config["hidden_act"], config["hidden_act"]
+                ),
+            },
+            fields=frozenset({"hidden_activation"}),
+        ),
+        Family(
+            model_type="ernie4_5",
+            plain_mlp="Ernie4_5MLP",
+            backbone=ENDS
+            + ATTENTION
+            + _rows(LAYER + "self_attn.", QKV_BIAS | {"o_proj.bias": ("hidden",)}, when="use_bias")
+            + PRE_NORMS,
+            ffn=FFN
+            + _rows(
+                LAYER + "mlp.",
+                {"gate_proj.bias": ("ffn",), "up_proj.bias": ("ffn",), "down_proj.bias": ("hidden",)},
+                when="use_bias",
+            ),
+            defaults=_defaults(
+                rope_theta=500000.0,
+                max_position_embeddings=131072,
+                num_key_value_heads=2,
+                head_dim=128,
+                rms_norm_eps=1e-5,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                tie_word_embeddings=True,
+                use_bias=False,
+            ),
+            reads={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
+            interleaved=True,
+        ),
+        Family(
+            model_type="glm",
+            backbone=ENDS + ATTENTION + _rows(LAYER + "self_attn.", QKV_BIAS, when="attention_bias") + PRE_NORMS,
+            ffn=FUSED_FFN,
+            pieces=FUSED_FFN_PIECES,
+            defaults=_defaults(
+                max_position_embeddings=131072,
+                num_key_value_heads=2,
+                head_dim=128,
+                rms_norm_eps=1.5625e-7,
+                attention_bias=True,
+                partial_rotary_factor=0.5,
+                pad_token_id=151329,
+                eos_token_id=[151329, 151336, 151338],
+            ),
+            reads={"qkv_bias": "attention_bias", "attention_bias": lambda config: False},
+            interleaved=True,
+        ),
+        Family(
+            model_type="lfm2",
+            mlp="feed_forward",
+            backbone=(
+                ENDS[0],
+                TensorSpec("model.embedding_norm.weight", ("hidden",)),
+                ENDS[2],
+                *_rows(LAYER, {"operator_norm.weight": ("hidden",), "ffn_norm.weight": ("hidden",)}),
+                *_rows(
+                    LAYER + "self_attn.",
+                    {
+                        "q_proj.weight": ("query", "hidden"),
+                        "k_proj.weight": ("kv", "hidden"),
+                        "v_proj.weight": ("kv", "hidden"),
+                        "out_proj.weight": ("hidden", "query"),
+                        "q_layernorm.weight": ("head_dim",),
+                        "k_layernorm.weight": ("head_dim",),
+                    },
+                    kinds=(FULL,),
+                ),
+                *_rows(
+                    LAYER + "conv.",
+                    {
+                        "conv.weight": ("hidden", "1", "kernel"),
+                        "in_proj.weight": ("hidden+hidden+hidden", "hidden"),
+                        "out_proj.weight": ("hidden", "hidden"),
+                    },
+                    kinds=("conv",),
+                ),
+                *_rows(
+                    LAYER + "conv.",
+                    {
+                        "conv.bias": ("hidden",),
+                        "in_proj.bias": ("hidden+hidden+hidden",),
+                        "out_proj.bias": ("hidden",),
+                    },
+                    kinds=("conv",),
+                    when="conv_bias",
+                ),
+            ),
+            ffn=_rows(
+                LAYER + "feed_forward.",
+                {"w1.weight": ("ffn", "hidden"), "w3.weight": ("ffn", "hidden"), "w2.weight": ("hidden", "ffn")},
+            ),
+            pieces={
+                f"{LAYER}feed_forward.{name}.weight": (Piece(f"{LAYER}mlp.{plain}_proj.weight", ""),)
+                for name, plain in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+            },
+            defaults=_defaults(
+                rope_theta=1000000.0,
+                max_position_embeddings=128000,
+                num_key_value_heads=8,
+                norm_eps=1e-5,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                tie_word_embeddings=True,
+                conv_bias=False,
+                conv_L_cache=3,
+                block_multiple_of=256,
+                block_ffn_dim_multiplier=1.0,
+                block_auto_adjust_ff_dim=True,
+            ),
+            reads={
+                "rms_norm_eps": "norm_eps",
+                "layer_types": lambda config: list(_lfm2_kinds(config)),
+                "intermediate_size": _lfm2_ffn,
+                "tie_word_embeddings": lambda config: config.get("tie_embedding", config["tie_word_embeddings"]),
+            },
+            sizes=lambda config: {"kernel": int(config["conv_L_cache"])},
+            kinds=_lfm2_kinds,
+            fields=frozenset(
+                {
+                    "block_ff_dim",
+                    "full_attn_idxs",
+                    "tie_embedding",
+                    "block_dim",
+                    "conv_dim",
+                    "conv_dim_out",
+                    "num_heads",
+                    "theta",
+                    "use_pos_enc",
+                    "block_norm_eps",
+                    "block_use_swiglu",
+                    "block_mlp_init_scale",
+                    "block_out_init_scale",
+                    "block_use_xavier_init",
+                    "conv_use_xavier_init",
+                }
             ),
         ),
     )

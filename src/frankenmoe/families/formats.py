@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from frankenmoe.families.dense import LAYER, QKV_BIAS
+from frankenmoe.families.rotary import rope
 from frankenmoe.families.spec import SOFTMAX, Config, Family, MoEFormat, Note, RouterRule, TensorSpec
 
 FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -72,7 +73,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             title="Granite MoE",
             model_type="granitemoe",
             architecture="GraniteMoeForCausalLM",
-            families=("granite", "llama", "mistral"),
+            families=("granite", "hyperclovax", "gemma", "llama", "mistral"),
             gate=GRANITE + "router.layer.weight",
             expert=GRANITE_EXPERTS,
             constants={},
@@ -126,7 +127,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             counted={
                 "n_routed_experts": "experts",
                 "num_experts_per_tok": "experts_per_token",
-                "n_shared_experts": "shared_experts",
+                "n_shared_experts": "shared_or_null",
                 "moe_intermediate_size": "ffn",
             },
             router=RouterRule(renormalizes_top1=False),
@@ -180,6 +181,95 @@ FORMATS: Mapping[str, MoEFormat] = {
             no_gguf="it lacks FlexOlmo (norms after attention and experts)",
             holds=frozenset({"attention_bias"}),
             counted=COUNTED,
+        ),
+        MoEFormat(
+            name="ernie4_5_moe",
+            title="Ernie 4.5 MoE",
+            model_type="ernie4_5_moe",
+            architecture="Ernie4_5_MoeForCausalLM",
+            families=("ernie4_5",),
+            gate=GATE,
+            expert=EXPERT,
+            shared=_as_is(LAYER + "mlp.shared_experts."),
+            max_shared=1,
+            added=(TensorSpec(LAYER + "mlp.moe_statics.e_score_correction_bias", ("1", "experts"), dtype="F32"),),
+            constants={
+                "use_bias": False,
+                "moe_layer_start_index": 0,
+                "moe_layer_end_index": -1,
+                "moe_layer_interval": 1,
+                "moe_norm_min": 1e-12,
+            },
+            counted={
+                "moe_num_experts": "experts",
+                "moe_k": "experts_per_token",
+                "moe_intermediate_size": "ffn",
+                "moe_num_shared_experts": "shared",
+            },
+            router=RouterRule(wide=True),
+            interleaved=True,
+            no_gguf="its Ernie 4.5 architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="glm4_moe",
+            title="GLM 4 MoE",
+            model_type="glm4_moe",
+            architecture="Glm4MoeForCausalLM",
+            families=("glm", "phi3"),
+            gate=GATE,
+            expert=EXPERT,
+            shared=_as_is(LAYER + "mlp.shared_experts."),
+            max_shared=1,
+            inert_shared_ffn=0,
+            added=(TensorSpec(LAYER + "mlp.gate.e_score_correction_bias", ("experts",), dtype="F32"),),
+            constants={
+                "first_k_dense_replace": 0,
+                "n_group": 1,
+                "topk_group": 1,
+                "routed_scaling_factor": 1.0,
+                "norm_topk_prob": True,
+                "use_qk_norm": False,
+                "num_mtp_layers": 0,
+            },
+            counted={
+                "n_routed_experts": "experts",
+                "num_experts_per_tok": "experts_per_token",
+                "moe_intermediate_size": "ffn",
+                "n_shared_experts": "shared",
+            },
+            fields={
+                "attention_bias": lambda family, config: bool(family.read(config, "qkv_bias")),
+                # absent, its class would take one half
+                "partial_rotary_factor": lambda family, config: rope(family, config).get("partial_rotary_factor", 1.0),
+            },
+            router=RouterRule(score="sigmoid", epsilon=1e-20, rounds_weights=False, wide=True),
+            partial_rotary=True,
+            no_gguf="its GLM 4 architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="lfm2_moe",
+            title="LFM2 MoE",
+            model_type="lfm2_moe",
+            architecture="Lfm2MoeForCausalLM",
+            families=("lfm2",),
+            gate=LAYER + "feed_forward.gate.weight",
+            expert={
+                LAYER + "feed_forward.experts.{expert}." + name: (suffix,)
+                for name, suffix in zip(("w1.weight", "w3.weight", "w2.weight"), FFN_SUFFIXES, strict=True)
+            },
+            added=(TensorSpec(LAYER + "feed_forward.expert_bias", ("experts",), dtype="F32"),),
+            constants={
+                "num_dense_layers": 0,
+                "use_expert_bias": True,
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 1.0,
+            },
+            counted=COUNTED | {"moe_intermediate_size": "ffn"},
+            fields={"norm_eps": "rms_norm_eps", "layer_types": "layer_types"}
+            | {name: name for name in ("conv_bias", "conv_L_cache")},
+            holds=frozenset({"layer_types"}),
+            router=RouterRule(score="sigmoid", epsilon=1e-6),
+            no_gguf="its LFM2 architecture is not checked yet",
         ),
     )
 }

@@ -3,10 +3,26 @@
 A field that is not known may change what the model computes, so a model with one is not built.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from frankenmoe.families.spec import Family
+from frankenmoe.families.spec import FULL, Family
 
+# lists of layers that are all alike
+SAME = (None, (), (FULL,))
+# plain settings that change what a model computes -> (the values under which they do not, what others would need)
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False, None), "its attention does not have all four biases"),
+    "mlp_bias": ((False, None), "its experts have no bias"),
+    "sliding_window": ((None,), "other runtimes disagree on its sliding window"),
+    "layer_types": (SAME, "all its layers are alike"),
+    "embedding_multiplier": ((1, None), "it does not scale embeddings"),
+    "residual_multiplier": ((1, None), "it does not scale what layers add"),
+    "attention_multiplier": ((None,), "its attention scores are divided by the root of the head size"),
+    "logits_scaling": ((1, None), "it does not scale logits"),
+    "use_post_norm": ((False, None), "it has no norms after attention and experts"),
+    "use_bidirectional_attention": ((False, None), "its attention is causal"),
+}
 # sizes and settings that every family has, read by name
 READ = frozenset(
     {
@@ -42,6 +58,7 @@ def is_known(family: Family, name: str, value: Any) -> bool:
     named = (reading for reading in family.reads.values() if isinstance(reading, str))
     return (
         name in READ
+        or name in NEUTRAL  # their values are examined
         or name in HARMLESS
         or name in family.defaults
         or name in family.fields

@@ -12,7 +12,8 @@ from typing import Any
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import rope
-from frankenmoe.families.config import MULTIPLIERS, NEUTRAL
+from frankenmoe.families.config import MULTIPLIERS
+from frankenmoe.families.known import NEUTRAL
 from frankenmoe.families.llamacpp import (
     ARCHS,
     EXPERTS,

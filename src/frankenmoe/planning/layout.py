@@ -163,7 +163,7 @@ def built_writes(
     groups: list[tuple[TensorWrite, ...]] = [(write,) for write in translation.backbone(backbone)]
     for layer in range(translation.dims.layers):
         groups.append(tuple(_expert_writes(fmt, [translation.ffn(node, layer) for node in nodes], layer)))
-        if fmt.max_shared and (shared or fmt.inert_shared_ffn):
+        if fmt.max_shared and (shared or fmt.inert_shared_ffn is not None):
             groups.append(_shared_writes(translation, layer, shared, gated=gated_shared, dtype=dtype))
     return tuple(groups)
 
