@@ -26,7 +26,7 @@ STAGED = {
 }
 # norms after the FFN: what it adds is not proportional to its output
 UNHEALED = {"olmo2"}
-SMALL: dict[str, Any] = {"tokens": 256, "block": 16}
+SMALL: dict[str, Any] = {"tokens": 512, "block": 16}
 
 
 def words(file: Path, letters: str, *, count: int = 2000) -> Path:

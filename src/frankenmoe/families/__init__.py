@@ -3,6 +3,7 @@
 from frankenmoe.families.config import moe_config, unsupported
 from frankenmoe.families.dense import FAMILIES, MLPS
 from frankenmoe.families.formats import FORMATS
+from frankenmoe.families.known import is_neutral
 from frankenmoe.families.rotary import rope, rotary_size
 from frankenmoe.families.spec import Family, MoEFormat
 from frankenmoe.families.virtual import VIRTUAL, why_virtual
@@ -14,6 +15,7 @@ __all__ = [
     "VIRTUAL",
     "Family",
     "MoEFormat",
+    "is_neutral",
     "moe_config",
     "rope",
     "rotary_size",

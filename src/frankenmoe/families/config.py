@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from frankenmoe.families.known import NEUTRAL, is_known
+from frankenmoe.families.known import NEUTRAL, is_known, is_neutral
 from frankenmoe.families.rotary import rope
 from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat
 
@@ -32,11 +32,9 @@ MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multipl
 def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
     """A clause for every setting in a dense config that a format cannot represent, to follow the model's name."""
     found = []
-    for name, (neutral, why) in NEUTRAL.items():
-        value = family.read(config, name)
-        kind = tuple(sorted(set(value))) if isinstance(value, list) else value
-        if name not in fmt.holds and kind not in neutral:
-            found.append(f"has {name} {value}, which {fmt.title} does not support: {why}")
+    for name, (_, why) in NEUTRAL.items():
+        if name not in fmt.holds and not is_neutral(family, config, name):
+            found.append(f"has {name} {family.read(config, name)}, which {fmt.title} does not support: {why}")
     found += _rotary_problems(fmt, family, config)
     dims = family.dims(config)
     if not fmt.free_heads and dims.head_dim * dims.heads != dims.hidden:

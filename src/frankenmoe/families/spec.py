@@ -181,13 +181,14 @@ class Note:
 
     `rope` limits it to one rotary type. `renormalizing` limits it to MoEs that renormalise top-k weights to sum 1,
     which changes nothing where every expert is chosen. `free_heads` limits it to models whose heads times head size is
-    not the hidden size.
+    not the hidden size, `setting` to models with a plain setting that changes something.
     """
 
     text: str
     rope: str | None = None
     renormalizing: bool = False
     free_heads: bool = False
+    setting: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
