@@ -28,6 +28,25 @@ MULTIPLIERS = {
     "residual_multiplier": 0.22,
     "attention_multiplier": 0.3,
 }
+# its router divides by the sum of two sigmoids plus 1e-6, which counts where both are small
+LFM2_EPSILON = 5e-3
+LFM2 = {
+    "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    "block_multiple_of": 4,
+    "norm_eps": 3e-5,
+    "pad_token_id": None,
+}
+MAMBA = {
+    "layer_types": ["mamba", "attention", "mamba", "attention"],
+    "num_local_experts": 0,
+    "shared_intermediate_size": 52,
+    "mamba_n_heads": 6,
+    "mamba_d_head": 12,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -39,13 +58,19 @@ LONGROPE = {
 
 @dataclass(frozen=True)
 class Case:
-    """A family built as a format: the parents' config, keys of the recipe, the largest relative difference."""
+    """A family built as a format: the parents' config, keys of the recipe.
+
+    `loading` are options of stock transformers. `close` is the largest relative difference; `dense` that from the
+    dense model, where experts are equal.
+    """
 
     family: str
     fmt: str
     config: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    loading: dict[str, Any] = field(default_factory=dict)
     close: float = 5e-6
+    dense: float = 5e-6
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -75,6 +100,71 @@ CASES: dict[str, Case] = {
             "tie_word_embeddings": True,
             "pad_token_id": None,
         },
+    ),
+    "phi3-partial": Case(
+        "phi3",
+        "glm4_moe",
+        {
+            "head_dim": 8,
+            "hidden_size": 48,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": LONGROPE | {"partial_rotary_factor": 0.75},
+            "pad_token_id": None,
+        },
+    ),
+    "hyperclovax": Case("hyperclovax", "granitemoe", MULTIPLIERS | {"logits_scaling": 0.125, "use_post_norm": False}),
+    "gemma": Case("gemma", "granitemoe", {"head_dim": 8, "tie_word_embeddings": True}),
+    "ernie4_5": Case("ernie4_5", "ernie4_5_moe", {"tie_word_embeddings": True}),
+    "ernie4_5-shared": Case("ernie4_5", "ernie4_5_moe", {"head_dim": 8, "tie_word_embeddings": False}, SHARED),
+    "glm": Case("glm", "glm4_moe", {"head_dim": 8, "pad_token_id": None}),
+    "glm-shared": Case("glm", "glm4_moe", {"head_dim": 8, "attention_bias": False, "pad_token_id": None}, SHARED),
+    "lfm2": Case("lfm2", "lfm2_moe", LFM2, dense=LFM2_EPSILON),
+    "lfm2-bias": Case("lfm2", "lfm2_moe", LFM2 | {"conv_bias": True, "tie_word_embeddings": False}, dense=LFM2_EPSILON),
+    "qwen3_5": Case(
+        "qwen3_5_text",
+        "qwen3_5_moe",
+        {
+            "head_dim": 16,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "partial_rotary_factor": 0.25,
+                "mrope_section": [1, 1, 0],
+            },
+        },
+        close=1e-4,
+        dense=1e-4,
+    ),
+    "smollm3": Case(
+        "smollm3",
+        "granitemoe_swa",
+        {"no_rope_layers": [1, 1, 0, 1], "tie_word_embeddings": True},
+        loading={"attn_implementation": "eager"},
+    ),
+    "ministral": Case(
+        "ministral",
+        "granitemoe_swa",
+        {
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+        },
+        loading={"attn_implementation": "eager"},
+    ),
+    "granite4": Case(
+        "granitemoehybrid",
+        "granitemoehybrid",
+        MULTIPLIERS | MAMBA | {"position_embedding_type": "nope", "tie_word_embeddings": True},
+    ),
+    "granite4-shared": Case(
+        "granitemoehybrid",
+        "granitemoehybrid",
+        MULTIPLIERS | MAMBA | {"position_embedding_type": "rope", "attention_bias": True},
+        SHARED,
     ),
 }
 

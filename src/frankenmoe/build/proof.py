@@ -206,8 +206,11 @@ def _compare_class(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...
         state = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    theirs = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
     ours = {name: (torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
+    theirs = {
+        name: (ours[name][0] if _widened(tensor, ours.get(name)) else tensor.dtype, tuple(tensor.shape))
+        for name, tensor in state.items()
+    }
     for name in sorted(theirs.keys() | ours.keys()):
         if theirs.get(name) != ours.get(name):
             raise ArtifactError(
@@ -216,6 +219,11 @@ def _compare_class(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...
                 hint=hint,
             )
     return Check("class", f"{type(model).__name__} has exactly these {len(state)} tensors")
+
+
+def _widened(tensor: torch.Tensor, ours: tuple[torch.dtype, tuple[int, ...]] | None) -> bool:
+    """Whether a class keeps in float32 what is stored with fewer bits, such as a router; it loads that as it is."""
+    return ours is not None and tensor.dtype == torch.float32 and ours[0].is_floating_point
 
 
 def _spell(found: tuple[torch.dtype, tuple[int, ...]] | None) -> str:

@@ -18,6 +18,7 @@ from frankenmoe.cli.cache import cache_command
 from frankenmoe.cli.card import card_command
 from frankenmoe.cli.evaluate import eval_command
 from frankenmoe.cli.export import export_command
+from frankenmoe.cli.families import families_command
 from frankenmoe.cli.fit import add_expert_command, extract_command, fit_command
 from frankenmoe.cli.heal import heal_command
 from frankenmoe.cli.lora import extract_lora_command
@@ -297,6 +298,7 @@ for command in (
     push_command,
     run_command,
     cache_command,
+    families_command,
 ):
     app.add_command(command)
 

@@ -1,8 +1,10 @@
 """Dense families and the MoE formats they become, as tables. Does not import torch."""
 
-from frankenmoe.families.config import moe_config, rope, rotary_size, unsupported
+from frankenmoe.families.config import moe_config, unsupported
 from frankenmoe.families.dense import FAMILIES, MLPS
 from frankenmoe.families.formats import FORMATS
+from frankenmoe.families.known import is_neutral
+from frankenmoe.families.rotary import rope, rotary_size
 from frankenmoe.families.spec import Family, MoEFormat
 from frankenmoe.families.virtual import VIRTUAL, why_virtual
 
@@ -13,6 +15,7 @@ __all__ = [
     "VIRTUAL",
     "Family",
     "MoEFormat",
+    "is_neutral",
     "moe_config",
     "rope",
     "rotary_size",

@@ -1,10 +1,10 @@
 """The config.json of an MoE, made from that of its base; and what stands in the way."""
 
-from collections.abc import Mapping
 from typing import Any
 
-from frankenmoe.families.known import is_known
-from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat
+from frankenmoe.families.known import NEUTRAL, is_known, is_neutral
+from frankenmoe.families.rotary import rope
+from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat
 
 # fields that dense and MoE configs spell the same
 COPIED = (
@@ -26,55 +26,15 @@ COPIED = (
     "eos_token_id",
     "pad_token_id",
 )
-# lists of layers that are all alike
-SAME = (None, (), (FULL,))
-# plain settings that change what a model computes -> (the values under which they do not, what others would need)
-NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
-    "attention_bias": ((False, None), "its attention does not have all four biases"),
-    "mlp_bias": ((False, None), "its experts have no bias"),
-    "sliding_window": ((None,), "other runtimes disagree on its sliding window"),
-    "layer_types": (SAME, "all its layers are alike"),
-    "embedding_multiplier": ((1, None), "it does not scale embeddings"),
-    "residual_multiplier": ((1, None), "it does not scale what layers add"),
-    "attention_multiplier": ((None,), "its attention scores are divided by the root of the head size"),
-    "logits_scaling": ((1, None), "it does not scale logits"),
-}
 MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
-# rotary types with a context of their own
-WITH_CONTEXT = ("llama3", "yarn", "longrope")
-
-
-def rope(family: Family, config: Config) -> dict[str, Any]:
-    """Rotary settings as transformers 5's one dictionary, read from that form or from transformers 4's fields."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    found = {key: value for key, value in given.items() if value is not None}
-    legacy = found.pop("type", "default")
-    found.setdefault("rope_type", legacy)
-    found["rope_type"] = family.rope_names.get(found["rope_type"], found["rope_type"])
-    found.setdefault("rope_theta", family.value(config, "rope_theta"))
-    partial = found.pop("partial_rotary_factor", None) or family.value(config, "partial_rotary_factor") or 1.0
-    if partial != 1:
-        found["partial_rotary_factor"] = partial
-    # a value beside the rotary settings counts more than one inside, as in transformers
-    context = family.value(config, "original_max_position_embeddings")
-    if context is not None and found["rope_type"] in WITH_CONTEXT:
-        found["original_max_position_embeddings"] = context
-    return found
-
-
-def rotary_size(family: Family, config: Config) -> int:
-    """How many numbers of each head are rotated."""
-    return int(family.dims(config).head_dim * rope(family, config).get("partial_rotary_factor", 1.0))
 
 
 def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
     """A clause for every setting in a dense config that a format cannot represent, to follow the model's name."""
     found = []
-    for name, (neutral, why) in NEUTRAL.items():
-        value = family.read(config, name)
-        kind = tuple(sorted(set(value))) if isinstance(value, list) else value
-        if name not in fmt.holds and kind not in neutral:
-            found.append(f"has {name} {value}, which {fmt.title} does not support: {why}")
+    for name, (_, why) in NEUTRAL.items():
+        if name not in fmt.holds and not is_neutral(family, config, name):
+            found.append(f"has {name} {family.read(config, name)}, which {fmt.title} does not support: {why}")
     found += _rotary_problems(fmt, family, config)
     dims = family.dims(config)
     if not fmt.free_heads and dims.head_dim * dims.heads != dims.hidden:
@@ -120,7 +80,8 @@ def moe_config(
     quantities = {
         "experts": experts,
         "experts_per_token": experts_per_token,
-        "shared_experts": shared_experts or None,
+        "shared": shared_experts,
+        "shared_or_null": shared_experts or None,
         "ffn": dims.ffn,
         "shared_ffn": dims.ffn if shared_experts else fmt.inert_shared_ffn or 0,
     }

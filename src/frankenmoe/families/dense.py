@@ -1,81 +1,27 @@
 """One table per dense family that can be built into a stock MoE."""
 
 from collections.abc import Mapping
-from typing import Any
 
-from frankenmoe.families.spec import Family, Piece, TensorSpec
-
-LAYER = "model.layers.{layer}."
-
-
-def _rows(prefix: str, shapes: Mapping[str, tuple[str, ...]], when: str | None = None) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(prefix + name, shape, when) for name, shape in shapes.items())
-
-
-ENDS = (
-    TensorSpec("model.embed_tokens.weight", ("vocab", "hidden")),
-    TensorSpec("model.norm.weight", ("hidden",)),
-    TensorSpec("lm_head.weight", ("vocab", "hidden"), when="untied"),
+from frankenmoe.checkpoint.tensors import Shift
+from frankenmoe.families.layered import LAYERED
+from frankenmoe.families.rows import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    ENDS,
+    FFN,
+    FFN_BIAS,
+    FUSED_ATTENTION,
+    FUSED_FFN,
+    FUSED_FFN_PIECES,
+    FUSED_QKV_PIECES,
+    LAYER,
+    PRE_NORMS,
+    QKV_BIAS,
+    QKV_BIASES,
+    defaults,
+    rows,
 )
-ATTENTION = _rows(
-    LAYER + "self_attn.",
-    {
-        "q_proj.weight": ("query", "hidden"),
-        "k_proj.weight": ("kv", "hidden"),
-        "v_proj.weight": ("kv", "hidden"),
-        "o_proj.weight": ("hidden", "query"),
-    },
-)
-QKV_BIAS = {"q_proj.bias": ("query",), "k_proj.bias": ("kv",), "v_proj.bias": ("kv",)}
-ATTENTION_BIAS = _rows(LAYER + "self_attn.", QKV_BIAS | {"o_proj.bias": ("hidden",)}, when="attention_bias")
-QKV_BIASES = _rows(LAYER + "self_attn.", QKV_BIAS)
-# q, k and v in one matrix, gate and up in another, as in Phi
-FUSED_ATTENTION = _rows(
-    LAYER + "self_attn.", {"qkv_proj.weight": ("query+kv+kv", "hidden"), "o_proj.weight": ("hidden", "query")}
-)
-FUSED_FFN = _rows(LAYER + "mlp.", {"gate_up_proj.weight": ("ffn+ffn", "hidden"), "down_proj.weight": ("hidden", "ffn")})
-FUSED_QKV_PIECES: Mapping[str, tuple[Piece, ...]] = {
-    LAYER + "self_attn.qkv_proj.weight": (
-        Piece(LAYER + "self_attn.q_proj.weight", "query"),
-        Piece(LAYER + "self_attn.k_proj.weight", "kv"),
-        Piece(LAYER + "self_attn.v_proj.weight", "kv"),
-    )
-}
-FUSED_FFN_PIECES: Mapping[str, tuple[Piece, ...]] = {
-    LAYER + "mlp.gate_up_proj.weight": (
-        Piece(LAYER + "mlp.gate_proj.weight", "ffn"),
-        Piece(LAYER + "mlp.up_proj.weight", "ffn"),
-    )
-}
-PRE_NORMS = _rows(LAYER, {"input_layernorm.weight": ("hidden",), "post_attention_layernorm.weight": ("hidden",)})
-FFN = _rows(
-    LAYER + "mlp.",
-    {
-        "gate_proj.weight": ("ffn", "hidden"),
-        "up_proj.weight": ("ffn", "hidden"),
-        "down_proj.weight": ("hidden", "ffn"),
-    },
-)
-FFN_BIAS = _rows(
-    LAYER + "mlp.",
-    {"gate_proj.bias": ("ffn",), "up_proj.bias": ("ffn",), "down_proj.bias": ("hidden",)},
-    when="mlp_bias",
-)
-
-
-def _defaults(**own: Any) -> Mapping[str, Any]:
-    """Defaults that all families' config classes share, then the family's own."""
-    common = {
-        "hidden_act": "silu",
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "tie_word_embeddings": False,
-        "attention_dropout": 0.0,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 10000.0,
-    }
-    return common | own
-
+from frankenmoe.families.spec import Family
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -85,7 +31,7 @@ FAMILIES: Mapping[str, Family] = {
             plain_mlp="LlamaMLP",
             backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
             ffn=FFN + FFN_BIAS,
-            defaults=_defaults(
+            defaults=defaults(
                 max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, attention_bias=False, mlp_bias=False
             ),
         ),
@@ -94,7 +40,7 @@ FAMILIES: Mapping[str, Family] = {
             plain_mlp="MistralMLP",
             backbone=ENDS + ATTENTION + PRE_NORMS,
             ffn=FFN,
-            defaults=_defaults(
+            defaults=defaults(
                 max_position_embeddings=131072,
                 num_key_value_heads=8,
                 sliding_window=4096,
@@ -107,7 +53,7 @@ FAMILIES: Mapping[str, Family] = {
             plain_mlp="Qwen2MLP",
             backbone=ENDS + ATTENTION + QKV_BIASES + PRE_NORMS,
             ffn=FFN,
-            defaults=_defaults(max_position_embeddings=32768, num_key_value_heads=32),
+            defaults=defaults(max_position_embeddings=32768, num_key_value_heads=32),
             window_switch="use_sliding_window",
         ),
         Family(
@@ -116,10 +62,10 @@ FAMILIES: Mapping[str, Family] = {
             backbone=ENDS
             + ATTENTION
             + ATTENTION_BIAS
-            + _rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
+            + rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
             + PRE_NORMS,
             ffn=FFN,
-            defaults=_defaults(
+            defaults=defaults(
                 max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, attention_bias=False
             ),
             window_switch="use_sliding_window",
@@ -130,13 +76,13 @@ FAMILIES: Mapping[str, Family] = {
             backbone=ENDS
             + ATTENTION
             + ATTENTION_BIAS
-            + _rows(LAYER + "self_attn.", {"q_norm.weight": ("query",), "k_norm.weight": ("kv",)})
-            + _rows(
+            + rows(LAYER + "self_attn.", {"q_norm.weight": ("query",), "k_norm.weight": ("kv",)})
+            + rows(
                 LAYER,
                 {"post_attention_layernorm.weight": ("hidden",), "post_feedforward_layernorm.weight": ("hidden",)},
             ),
             ffn=FFN,
-            defaults=_defaults(
+            defaults=defaults(
                 max_position_embeddings=2048,
                 rms_norm_eps=1e-5,
                 pad_token_id=1,
@@ -149,11 +95,11 @@ FAMILIES: Mapping[str, Family] = {
             plain_mlp="SeedOssMLP",
             backbone=ENDS
             + ATTENTION
-            + _rows(LAYER + "self_attn.", QKV_BIAS, when="attention_bias")
-            + _rows(LAYER + "self_attn.", {"o_proj.bias": ("hidden",)}, when="attention_out_bias")
+            + rows(LAYER + "self_attn.", QKV_BIAS, when="attention_bias")
+            + rows(LAYER + "self_attn.", {"o_proj.bias": ("hidden",)}, when="attention_out_bias")
             + PRE_NORMS,
             ffn=FFN + FFN_BIAS,
-            defaults=_defaults(
+            defaults=defaults(
                 max_position_embeddings=524288,
                 num_key_value_heads=8,
                 head_dim=128,
@@ -174,7 +120,7 @@ FAMILIES: Mapping[str, Family] = {
             backbone=ENDS + FUSED_ATTENTION + PRE_NORMS,
             ffn=FUSED_FFN,
             pieces={**FUSED_QKV_PIECES, **FUSED_FFN_PIECES},
-            defaults=_defaults(
+            defaults=defaults(
                 max_position_embeddings=4096,
                 original_max_position_embeddings=4096,
                 rms_norm_eps=1e-5,
@@ -190,7 +136,7 @@ FAMILIES: Mapping[str, Family] = {
             plain_mlp="GraniteMLP",
             backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
             ffn=FFN + FFN_BIAS,
-            defaults=_defaults(
+            defaults=defaults(
                 max_position_embeddings=2048,
                 bos_token_id=1,
                 eos_token_id=2,
@@ -202,6 +148,99 @@ FAMILIES: Mapping[str, Family] = {
                 attention_multiplier=1.0,
             ),
         ),
+        Family(
+            model_type="hyperclovax",
+            plain_mlp="HyperCLOVAXMLP",
+            backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
+            ffn=FFN + FFN_BIAS,
+            defaults=defaults(
+                max_position_embeddings=2048,
+                bos_token_id=1,
+                eos_token_id=2,
+                attention_bias=False,
+                mlp_bias=False,
+                embedding_multiplier=1.0,
+                logits_scaling=1.0,
+                residual_multiplier=1.0,
+                use_post_norm=True,
+            ),
+            # it multiplies logits where Granite divides
+            reads={"logits_scaling": lambda config: 1 / config["logits_scaling"]},
+        ),
+        Family(
+            model_type="gemma",
+            plain_mlp="GemmaMLP",
+            backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
+            ffn=FFN,
+            # its norms multiply by 1 + weight
+            changes={name: (Shift(1.0),) for name in (*(row.name for row in PRE_NORMS), "model.norm.weight")},
+            defaults=defaults(
+                hidden_act="gelu_pytorch_tanh",
+                max_position_embeddings=8192,
+                num_key_value_heads=16,
+                head_dim=256,
+                pad_token_id=0,
+                bos_token_id=2,
+                eos_token_id=1,
+                tie_word_embeddings=True,
+                attention_bias=False,
+            ),
+            reads={
+                "embedding_multiplier": lambda config: config["hidden_size"] ** 0.5,
+                # in its first configs `gelu` meant the approximation by tanh
+                "hidden_act": lambda config: {"gelu": "gelu_pytorch_tanh"}.get(
+                    config["hidden_act"], config["hidden_act"]
+                ),
+            },
+            fields=frozenset({"hidden_activation"}),
+        ),
+        Family(
+            model_type="ernie4_5",
+            plain_mlp="Ernie4_5MLP",
+            backbone=ENDS
+            + ATTENTION
+            + rows(LAYER + "self_attn.", QKV_BIAS | {"o_proj.bias": ("hidden",)}, when="use_bias")
+            + PRE_NORMS,
+            ffn=FFN
+            + rows(
+                LAYER + "mlp.",
+                {"gate_proj.bias": ("ffn",), "up_proj.bias": ("ffn",), "down_proj.bias": ("hidden",)},
+                when="use_bias",
+            ),
+            defaults=defaults(
+                rope_theta=500000.0,
+                max_position_embeddings=131072,
+                num_key_value_heads=2,
+                head_dim=128,
+                rms_norm_eps=1e-5,
+                pad_token_id=0,
+                bos_token_id=1,
+                eos_token_id=2,
+                tie_word_embeddings=True,
+                use_bias=False,
+            ),
+            reads={"attention_bias": "use_bias", "mlp_bias": "use_bias"},
+            interleaved=True,
+        ),
+        Family(
+            model_type="glm",
+            backbone=ENDS + ATTENTION + rows(LAYER + "self_attn.", QKV_BIAS, when="attention_bias") + PRE_NORMS,
+            ffn=FUSED_FFN,
+            pieces=FUSED_FFN_PIECES,
+            defaults=defaults(
+                max_position_embeddings=131072,
+                num_key_value_heads=2,
+                head_dim=128,
+                rms_norm_eps=1.5625e-7,
+                attention_bias=True,
+                partial_rotary_factor=0.5,
+                pad_token_id=151329,
+                eos_token_id=[151329, 151336, 151338],
+            ),
+            reads={"qkv_bias": "attention_bias", "attention_bias": lambda config: False},
+            interleaved=True,
+        ),
+        *LAYERED,
     )
 }
 

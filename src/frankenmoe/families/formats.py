@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from frankenmoe.families.dense import LAYER, QKV_BIAS
+from frankenmoe.families.rotary import rope
+from frankenmoe.families.rows import LAYER, QKV_BIAS
 from frankenmoe.families.spec import SOFTMAX, Config, Family, MoEFormat, Note, RouterRule, TensorSpec
 
 FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
@@ -45,8 +46,26 @@ GRANITE_COUNTED = {"num_local_experts": "experts", "num_experts_per_tok": "exper
 GRANITE_FIELDS: Mapping[str, str | Callable[[Family, Config], float]] = {
     "attention_multiplier": _attention_multiplier
 } | {name: _multiplier(name) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")}
+MAMBA_FIELDS = (
+    "mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv", "mamba_expand",
+    "mamba_chunk_size", "mamba_conv_bias", "mamba_proj_bias", "position_embedding_type", "layer_types",
+)  # fmt: skip
+LINEAR_FIELDS = (
+    "layer_types", "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
+    "linear_num_value_heads",
+)  # fmt: skip
+
+
+def _layer_thetas(family: Family, config: Config) -> list[float]:
+    """The base of the rotation in every layer; 0 where a layer does not rotate."""
+    theta, layers = rope(family, config)["rope_theta"], family.dims(config).layers
+    rotated = family.read(config, "no_rope_layers") or [1] * layers
+    return [float(theta if turn else 0) for turn in rotated]
+
+
 GRANITE_HOLDS = frozenset(GRANITE_FIELDS) | {"attention_bias"}
 HEADS_IN_VLLM = Note("vLLM assumes heads of hidden size / heads in this format, which is not so here", free_heads=True)
+BIASES_IN_VLLM = Note("vLLM's code for this format has no attention biases", setting="attention_bias")
 
 FORMATS: Mapping[str, MoEFormat] = {
     fmt.name: fmt
@@ -72,14 +91,14 @@ FORMATS: Mapping[str, MoEFormat] = {
             title="Granite MoE",
             model_type="granitemoe",
             architecture="GraniteMoeForCausalLM",
-            families=("granite", "llama", "mistral"),
+            families=("granite", "hyperclovax", "gemma", "llama", "mistral"),
             gate=GRANITE + "router.layer.weight",
             expert=GRANITE_EXPERTS,
             constants={},
             counted=GRANITE_COUNTED,
             fields=GRANITE_FIELDS,
             holds=GRANITE_HOLDS,
-            notes=(HEADS_IN_VLLM,),
+            notes=(HEADS_IN_VLLM, BIASES_IN_VLLM),
         ),
         MoEFormat(
             name="granitemoeshared",
@@ -98,7 +117,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             counted=GRANITE_COUNTED | {"shared_intermediate_size": "shared_ffn"},
             fields=GRANITE_FIELDS,
             holds=GRANITE_HOLDS,
-            notes=(HEADS_IN_VLLM,),
+            notes=(HEADS_IN_VLLM, BIASES_IN_VLLM),
         ),
         MoEFormat(
             name="deepseek",
@@ -126,7 +145,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             counted={
                 "n_routed_experts": "experts",
                 "num_experts_per_tok": "experts_per_token",
-                "n_shared_experts": "shared_experts",
+                "n_shared_experts": "shared_or_null",
                 "moe_intermediate_size": "ffn",
             },
             router=RouterRule(renormalizes_top1=False),
@@ -180,6 +199,159 @@ FORMATS: Mapping[str, MoEFormat] = {
             no_gguf="it lacks FlexOlmo (norms after attention and experts)",
             holds=frozenset({"attention_bias"}),
             counted=COUNTED,
+        ),
+        MoEFormat(
+            name="ernie4_5_moe",
+            title="Ernie 4.5 MoE",
+            model_type="ernie4_5_moe",
+            architecture="Ernie4_5_MoeForCausalLM",
+            families=("ernie4_5",),
+            gate=GATE,
+            expert=EXPERT,
+            shared=_as_is(LAYER + "mlp.shared_experts."),
+            max_shared=1,
+            added=(TensorSpec(LAYER + "mlp.moe_statics.e_score_correction_bias", ("1", "experts"), dtype="F32"),),
+            constants={
+                "use_bias": False,
+                "moe_layer_start_index": 0,
+                "moe_layer_end_index": -1,
+                "moe_layer_interval": 1,
+                "moe_norm_min": 1e-12,
+            },
+            counted={
+                "moe_num_experts": "experts",
+                "moe_k": "experts_per_token",
+                "moe_intermediate_size": "ffn",
+                "moe_num_shared_experts": "shared",
+            },
+            router=RouterRule(wide=True),
+            interleaved=True,
+            no_gguf="its Ernie 4.5 architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="glm4_moe",
+            title="GLM 4 MoE",
+            model_type="glm4_moe",
+            architecture="Glm4MoeForCausalLM",
+            families=("glm", "phi3"),
+            gate=GATE,
+            expert=EXPERT,
+            shared=_as_is(LAYER + "mlp.shared_experts."),
+            max_shared=1,
+            inert_shared_ffn=0,
+            added=(TensorSpec(LAYER + "mlp.gate.e_score_correction_bias", ("experts",), dtype="F32"),),
+            constants={
+                "first_k_dense_replace": 0,
+                "n_group": 1,
+                "topk_group": 1,
+                "routed_scaling_factor": 1.0,
+                "norm_topk_prob": True,
+                "use_qk_norm": False,
+                "num_mtp_layers": 0,
+            },
+            counted={
+                "n_routed_experts": "experts",
+                "num_experts_per_tok": "experts_per_token",
+                "moe_intermediate_size": "ffn",
+                "n_shared_experts": "shared",
+            },
+            fields={
+                "attention_bias": lambda family, config: bool(family.read(config, "qkv_bias")),
+                # absent, its class would take one half
+                "partial_rotary_factor": lambda family, config: rope(family, config).get("partial_rotary_factor", 1.0),
+            },
+            router=RouterRule(score="sigmoid", epsilon=1e-20, rounds_weights=False, wide=True),
+            partial_rotary=True,
+            no_gguf="its GLM 4 architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="lfm2_moe",
+            title="LFM2 MoE",
+            model_type="lfm2_moe",
+            architecture="Lfm2MoeForCausalLM",
+            families=("lfm2",),
+            gate=LAYER + "feed_forward.gate.weight",
+            expert={
+                LAYER + "feed_forward.experts.{expert}." + name: (suffix,)
+                for name, suffix in zip(("w1.weight", "w3.weight", "w2.weight"), FFN_SUFFIXES, strict=True)
+            },
+            added=(TensorSpec(LAYER + "feed_forward.expert_bias", ("experts",), dtype="F32"),),
+            constants={
+                "num_dense_layers": 0,
+                "use_expert_bias": True,
+                "norm_topk_prob": True,
+                "routed_scaling_factor": 1.0,
+            },
+            counted=COUNTED | {"moe_intermediate_size": "ffn"},
+            fields={"norm_eps": "rms_norm_eps", "layer_types": "layer_types"}
+            | {name: name for name in ("conv_bias", "conv_L_cache")},
+            holds=frozenset({"layer_types"}),
+            router=RouterRule(score="sigmoid", epsilon=1e-6),
+            no_gguf="its LFM2 architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="qwen3_5_moe",
+            title="Qwen3.5 MoE",
+            model_type="qwen3_5_moe_text",
+            architecture="Qwen3_5MoeForCausalLM",
+            families=("qwen3_5_text",),
+            gate=GATE,
+            expert=EXPERT,
+            shared=_as_is(LAYER + "mlp.shared_expert."),
+            shared_gate=LAYER + "mlp.shared_expert_gate.weight",
+            max_shared=1,
+            inert_shared_ffn=32,
+            constants={},
+            counted=COUNTED | {"moe_intermediate_size": "ffn", "shared_expert_intermediate_size": "shared_ffn"},
+            fields={name: name for name in LINEAR_FIELDS},
+            holds=frozenset({"layer_types"}),
+            partial_rotary=True,
+            no_gguf="its Qwen3.5 architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="granitemoe_swa",
+            title="Granite MoE SWA",
+            model_type="granitemoe_swa",
+            architecture="GraniteMoeSWAForCausalLM",
+            families=("smollm3", "ministral"),
+            gate=GRANITE + "router.weight",
+            expert={GRANITE + "experts.gate_up_proj": GATE_UP, GRANITE + "experts.down_proj": DOWN},
+            # a sink so far below every score adds nothing to the softmax
+            added=(TensorSpec(LAYER + "self_attn.sinks", ("heads",), fill=-1e4),),
+            constants={"shared_intermediate_size": 0},
+            counted=GRANITE_COUNTED,
+            fields={
+                **GRANITE_FIELDS,
+                "layer_types": "layer_types",
+                "layer_rope_theta": _layer_thetas,
+                # without a window its class wants a number all the same
+                "sliding_window": lambda family, config: (
+                    family.read(config, "sliding_window") or family.read(config, "max_position_embeddings")
+                ),
+            },
+            holds=GRANITE_HOLDS | {"layer_types", "no_rope_layers", "sliding_window"},
+            notes=(Note("transformers runs this format only with attn_implementation='eager'"),),
+            no_gguf="its Granite SWA architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="granitemoehybrid",
+            title="Granite MoE hybrid",
+            model_type="granitemoehybrid",
+            architecture="GraniteMoeHybridForCausalLM",
+            families=("granitemoehybrid",),
+            gate=GRANITE + "router.layer.weight",
+            expert=GRANITE_EXPERTS,
+            shared={
+                LAYER + "shared_mlp.input_linear.weight": GATE_UP,
+                LAYER + "shared_mlp.output_linear.weight": DOWN,
+            },
+            max_shared=1,
+            inert_shared_ffn=32,
+            constants={},
+            counted=GRANITE_COUNTED | {"shared_intermediate_size": "shared_ffn"},
+            fields={**GRANITE_FIELDS, **{name: name for name in MAMBA_FIELDS}},
+            holds=GRANITE_HOLDS | {"layer_types"},
+            no_gguf="its Granite hybrid architecture is not checked yet",
         ),
     )
 }

@@ -3,10 +3,29 @@
 A field that is not known may change what the model computes, so a model with one is not built.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
-from frankenmoe.families.spec import Family
+from frankenmoe.families.spec import FULL, Config, Family
 
+# lists of layers that are all alike
+SAME = (None, (), (FULL,))
+# plain settings that change what a model computes -> (the values under which they do not, what others would need)
+NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False, None), "its attention does not have all four biases"),
+    "mlp_bias": ((False, None), "its experts have no bias"),
+    "sliding_window": ((None,), "other runtimes disagree on its sliding window"),
+    "layer_types": (SAME, "all its layers are alike"),
+    "no_rope_layers": ((None, (), (1,)), "it rotates in every layer"),
+    "embedding_multiplier": ((1, None), "it does not scale embeddings"),
+    "residual_multiplier": ((1, None), "it does not scale what layers add"),
+    "attention_multiplier": ((None,), "its attention scores are divided by the root of the head size"),
+    "logits_scaling": ((1, None), "it does not scale logits"),
+    "use_post_norm": ((False, None), "it has no norms after attention and experts"),
+    "own_experts": ((0, None), "it is a mixture of experts already"),
+    "time_step_limit": ((None,), "it does not limit time steps"),
+    "use_bidirectional_attention": ((False, None), "its attention is causal"),
+}
 # sizes and settings that every family has, read by name
 READ = frozenset(
     {
@@ -35,6 +54,12 @@ HARMLESS = frozenset(
 HARMLESS_PARTS = ("_token_id", "dropout", "_pdrop", "unsloth", "_version", "initializer", "neftune", "transformers.js")
 
 
+def is_neutral(family: Family, config: Config, name: str) -> bool:
+    """Whether a plain setting has a value under which it changes nothing."""
+    value = family.read(config, name)
+    return (tuple(sorted(set(value))) if isinstance(value, list) else value) in NEUTRAL[name][0]
+
+
 def is_known(family: Family, name: str, value: Any) -> bool:
     """Whether a config field is read by the family's table, changes nothing, or is switched off."""
     if value is None or value is False or value in ({}, []):
@@ -42,6 +67,7 @@ def is_known(family: Family, name: str, value: Any) -> bool:
     named = (reading for reading in family.reads.values() if isinstance(reading, str))
     return (
         name in READ
+        or name in NEUTRAL  # their values are examined
         or name in HARMLESS
         or name in family.defaults
         or name in family.fields

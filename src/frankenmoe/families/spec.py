@@ -118,6 +118,13 @@ class Family:
     interleaved: bool = False
     plain_mlp: str | None = None
 
+    @property
+    def down(self) -> tuple[str, ...]:
+        """The suffixes of the FFN tensors that write to the residual stream."""
+        names = [row.name for row in self.ffn]
+        plain = {name: [piece.name for piece in self.pieces.get(name, ())] or [name] for name in names}
+        return tuple(name.split(".")[-2] for name in names if any(".down_proj." in each for each in plain[name]))
+
     def value(self, config: Config, field_name: str) -> Any:
         """A config field, or the default of the family's own config class; None if the family has no such field."""
         if field_name == "sliding_window" and self.window_switch and not config.get(self.window_switch):
@@ -158,7 +165,7 @@ class Family:
     def expand(self, rows: tuple[TensorSpec, ...], config: Config) -> Iterator[tuple[str, TensorSpec]]:
         """(name, row) of every tensor that the rows describe in this config, layer by layer."""
         dims = self.dims(config)
-        flags = {"untied": not self.value(config, "tie_word_embeddings")}
+        flags = {"untied": not self.read(config, "tie_word_embeddings")}
         present = [row for row in rows if row.when is None or flags.get(row.when, bool(self.value(config, row.when)))]
         for row in (row for row in present if not row.per_layer):
             yield row.name, row
@@ -174,13 +181,14 @@ class Note:
 
     `rope` limits it to one rotary type. `renormalizing` limits it to MoEs that renormalise top-k weights to sum 1,
     which changes nothing where every expert is chosen. `free_heads` limits it to models whose heads times head size is
-    not the hidden size.
+    not the hidden size, `setting` to models with a plain setting that changes something.
     """
 
     text: str
     rope: str | None = None
     renormalizing: bool = False
     free_heads: bool = False
+    setting: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,13 +198,15 @@ class RouterRule:
     The top k by `score` ("softmax" over all experts, or "sigmoid" of each) are divided by their sum plus `epsilon`.
     `renormalizes_top1` is False where the format's code does not renormalise the weight of a single chosen expert.
     `rounds_weights` is True where transformers rounds the weights to the model's dtype. A correction bias of the choice
-    is written as zeros, and scaling factors as 1, so neither appears here.
+    is written as zeros, and scaling factors as 1, so neither appears here. `wide`: the scores are computed in float32
+    from the hidden states on.
     """
 
     score: str = "softmax"
     epsilon: float = 0.0
     renormalizes_top1: bool = True
     rounds_weights: bool = True
+    wide: bool = False
 
 
 SOFTMAX = RouterRule(rounds_weights=False)
@@ -209,14 +219,15 @@ class MoEFormat:
 
     `expert` and `shared` map a name in the format to the plain FFN matrices that the tensor stacks along its rows. A
     name without `{expert}` holds all experts, along a first axis. `constants` go into config.json unchanged. `counted`
-    maps a config field to a quantity: `experts`, `experts_per_token`, `shared_experts`, `ffn` or `shared_ffn`.
+    maps a config field to a quantity: `experts`, `experts_per_token`, `ffn`, `shared_ffn`, `shared` (a number) or
+    `shared_or_null`.
     `fields` maps a config field to a plain one, or to what computes it from the family and its config.
     `holds` names the plain settings in `NEUTRAL` that the format can express; with others a model cannot be built.
     `names` maps plain names of the backbone to the format's, where they differ.
-    `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one. `added` tensors are
-    written where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor` of
-    `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `partial_rotary`: it can rotate
-    a part of each head. `on_request`: only where the recipe names it.
+    `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one; it may be 0. `added`
+    tensors are written where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor`
+    of `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `partial_rotary`: it can
+    rotate a part of each head. `on_request`: only where the recipe names it.
     `no_gguf`: why llama.cpp cannot run it, where that is known or not checked.
     """
 

@@ -15,7 +15,7 @@ class Routing(NamedTuple):
     """What a router decided for T tokens.
 
     `weights_TK` scale the outputs of the chosen experts. `ids_TK` (int64) are these experts by descending weight, with
-    -1 for a dropped assignment. `logits_TE` are the raw scores in the dtype of the gate.
+    -1 for a dropped assignment. `logits_TE` are the raw scores, in the dtype of the gate or in float32.
     """
 
     weights_TK: torch.Tensor
@@ -52,7 +52,13 @@ class Router(nn.Module):
 
     def forward(self, hidden_TD: torch.Tensor) -> Routing:
         """Routes T tokens. NaN in `hidden_TD` or in the gate gives NaN weights, without an error."""
-        return self.choose(nn.functional.linear(hidden_TD, self.weight), top_k=self.top_k)
+        return self.choose(self.logits(hidden_TD), top_k=self.top_k)
+
+    def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        """The gate's scores, logits_TE."""
+        if self.rule.wide:
+            return nn.functional.linear(hidden_TD.float(), self.weight.float())
+        return nn.functional.linear(hidden_TD, self.weight)
 
     def choose(self, logits_TE: torch.Tensor, *, top_k: int) -> Routing:
         """The routing that follows from the gate's scores."""
@@ -60,7 +66,7 @@ class Router(nn.Module):
         if self.renormalize:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + self.rule.epsilon)
         if self.rule.rounds_weights:
-            weights_TK = weights_TK.to(logits_TE.dtype)
+            weights_TK = weights_TK.to(self.weight.dtype)
         return Routing(weights_TK, ids_TK, logits_TE)
 
     def scores(self, logits_TE: torch.Tensor) -> torch.Tensor:

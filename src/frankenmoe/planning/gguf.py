@@ -11,8 +11,8 @@ from typing import Any
 
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.families import rope
-from frankenmoe.families.config import MULTIPLIERS, NEUTRAL
+from frankenmoe.families import is_neutral, rope
+from frankenmoe.families.config import MULTIPLIERS
 from frankenmoe.families.llamacpp import (
     ARCHS,
     EXPERTS,
@@ -169,8 +169,9 @@ def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
 
 def multipliers(model: Parts) -> dict[str, float]:
     """Granite's multipliers that are not neutral, by name."""
-    found = {name: model.stock[1].read(model.config, name) for name in MULTIPLIERS}
-    return {name: float(value) for name, value in found.items() if value not in NEUTRAL[name][0]}
+    family = model.stock[1]
+    names = (name for name in MULTIPLIERS if not is_neutral(family, model.config, name))
+    return {name: float(family.read(model.config, name)) for name in names}
 
 
 def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:

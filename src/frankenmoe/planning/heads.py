@@ -14,7 +14,7 @@ def with_own_head(source: Source, *, limit: int | None) -> Source:
     As in transformers 5 (`PreTrainedModel.tie_weights`). `limit` is the number of bytes compared in full, None for all.
     """
     family, tensors = source.family, source.checkpoint.tensors
-    if family is None or not family.value(source.config, "tie_word_embeddings"):
+    if family is None or not family.read(source.config, "tie_word_embeddings"):
         return source
     if HEAD not in tensors or EMBEDDINGS not in tensors or same_values(tensors[HEAD], tensors[EMBEDDINGS], limit=limit):
         return source

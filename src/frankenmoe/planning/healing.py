@@ -3,13 +3,16 @@
 from frankenmoe.checkpoint.tensors import DTYPES
 from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.plan import Plan
-from frankenmoe.planning.tree import DOWN, ExpertNode
+from frankenmoe.planning.tree import ExpertNode, down_names
 from frankenmoe.recipe.sections import HealSettings
 
 
 def down_suffix(leaf: ExpertNode, layer: int) -> str | None:
     """The name, within the FFN, of the matrix that writes to the residual stream; None if it is not known."""
-    return next((each for each in leaf.ffn[layer] if each.startswith(DOWN) and each.endswith(".weight")), None)
+    return next(
+        (each for each in leaf.ffn[layer] if each.startswith(down_names(leaf.source)) and each.endswith(".weight")),
+        None,
+    )
 
 
 def heal_bytes(made: Plan, settings: HealSettings) -> int:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
-from frankenmoe.families import FORMATS, Family, MoEFormat, rope, unsupported, why_virtual
+from frankenmoe.families import FORMATS, Family, MoEFormat, is_neutral, rope, unsupported, why_virtual
 from frankenmoe.families.formats import DOWN
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.translate import Translation, joined
@@ -99,7 +99,10 @@ def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, 
     return [
         f"{fmt.title}: {note.text}"
         for note in fmt.notes
-        if note.rope in (None, rope_type) and (renormalized or not note.renormalizing) and (free or not note.free_heads)
+        if note.rope in (None, rope_type)
+        and (renormalized or not note.renormalizing)
+        and (free or not note.free_heads)
+        and (note.setting is None or not is_neutral(family, base.config, note.setting))
     ]
 
 
@@ -163,7 +166,7 @@ def built_writes(
     groups: list[tuple[TensorWrite, ...]] = [(write,) for write in translation.backbone(backbone)]
     for layer in range(translation.dims.layers):
         groups.append(tuple(_expert_writes(fmt, [translation.ffn(node, layer) for node in nodes], layer)))
-        if fmt.max_shared and (shared or fmt.inert_shared_ffn):
+        if fmt.max_shared and (shared or fmt.inert_shared_ffn is not None):
             groups.append(_shared_writes(translation, layer, shared, gated=gated_shared, dtype=dtype))
     return tuple(groups)
 

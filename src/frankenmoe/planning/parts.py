@@ -61,7 +61,7 @@ class Parts:
     @cached_property
     def translation(self) -> Translation:
         """From the dense tensors to the format's. PlanError if the MoE has none."""
-        return Translation(*self.stock, self.config)
+        return Translation(*self.stock, self.config, len(self.nodes))
 
     @property
     def rule(self) -> RouterRule:
@@ -137,7 +137,7 @@ def parts_of_built(artifact: Artifact) -> Parts:
         )
 
     gated = fmt.shared_gate is not None and fmt.shared_gate.format(layer=0) in artifact.routers
-    there = Translation(fmt, family, config)
+    there = Translation(fmt, family, config, len(record["experts"]))
     no_loras: tuple[Mapping[str, LowRank], ...] = ({},) * layers
 
     def expert(name: str, path: tuple[int, ...], templates: Mapping[str, tuple[str, ...]], index: int) -> ExpertNode:

@@ -302,7 +302,7 @@ def plan(
     writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
     backbone = with_trained(writes, trained)
     check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
-    to = Translation(fmt, base.family, base.config) if fmt is not None and base.family is not None else None
+    to = Translation(fmt, base.family, base.config, len(nodes)) if fmt is not None and base.family is not None else None
     groups = built_writes(to, backbone, nodes, shared, gated_shared=gated, dtype=stored) if to is not None else ()
     layers, hidden = len(base_parts.ffn), int(base.config["hidden_size"])
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)

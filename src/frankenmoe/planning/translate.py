@@ -21,8 +21,8 @@ from frankenmoe.checkpoint.tensors import (
     TensorWrite,
 )
 from frankenmoe.families import Family, MoEFormat, rotary_size
-from frankenmoe.families.dense import LAYER
 from frankenmoe.families.llamacpp import generic_name
+from frankenmoe.families.rows import LAYER
 from frankenmoe.families.spec import Change, Config, Dims, Piece
 from frankenmoe.planning.tree import ExpertNode
 
@@ -32,15 +32,18 @@ QK = ("self_attn.q_proj.", "self_attn.k_proj.")
 
 @dataclass(frozen=True)
 class Translation:
-    """A family's tensors in the language of a format; `config` is that of the dense base."""
+    """A family's tensors in the language of a format; `config` is that of the dense base, `experts` their number."""
 
     fmt: MoEFormat
     family: Family
     config: Config
+    experts: int
 
     @cached_property
     def dims(self) -> Dims:
-        return self.family.dims(self.config)
+        """The base's sizes, and the number of experts."""
+        found = self.family.dims(self.config)
+        return replace(found, more={**found.more, "experts": self.experts})
 
     @cached_property
     def symbols(self) -> dict[str, tuple[str, ...]]:

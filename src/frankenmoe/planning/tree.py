@@ -102,10 +102,11 @@ def _node(
         top_k = expert.experts_per_token or recipe.experts_per_token
         return ExpertNode(expert.name, path, None, children=children, top_k=top_k)
     source, parts = _parent(recipe, expert, sources)
-    if expert.residual_scale is not None and not any(suffix.startswith(DOWN) for suffix in parts.ffn[0]):
+    down = down_names(source)
+    if expert.residual_scale is not None and not any(suffix.startswith(down) for suffix in parts.ffn[0]):
         raise PlanError(
             f"residual_scale of expert {expert.name} cannot be applied: its FFN has {', '.join(parts.ffn[0])}, and "
-            f"none of them is a known down projection ({', '.join(DOWN)})",
+            f"none of them is a known down projection ({', '.join(down)})",
             hint="leave residual_scale out for this family",
         )
     if expert.as_adapter is None:
@@ -123,7 +124,8 @@ def _node(
     changed = tuple(
         {
             suffix: replace(
-                write, steps=(*write.steps, *_steps(recipe, expert, name=write.name, suffix=suffix, path=path))
+                write,
+                steps=(*write.steps, *_steps(recipe, expert, write.name, down=suffix.startswith(down), path=path)),
             )
             for suffix, write in layer.items()
         }
@@ -161,13 +163,18 @@ def ffn_writes(
     return ffn, tuple({key: loras[name] for key, (name, _) in layer.items() if name in loras} for layer in parts.ffn)
 
 
-def _steps(recipe: Recipe, expert: Expert, *, name: str, suffix: str, path: tuple[int, ...]) -> tuple[Step, ...]:
+def down_names(source: Source | None) -> tuple[str, ...]:
+    """The starts of the names of matrices that write to the residual stream, in an FFN of this source."""
+    return DOWN if source is None or source.family is None else source.family.down
+
+
+def _steps(recipe: Recipe, expert: Expert, name: str, *, down: bool, path: tuple[int, ...]) -> tuple[Step, ...]:
     steps: list[Step] = []
     noise = expert.noise_scale if expert.noise_scale is not None else expert.noise_relative
     if noise:
         relative = expert.noise_scale is None
         steps.append(Noise(std=noise, relative=relative, seed=tensor_seed(recipe.seed, path, name)))
-    if expert.residual_scale is not None and suffix.startswith(DOWN):
+    if expert.residual_scale is not None and down:
         steps.append(Scale(expert.residual_scale))
     return tuple(steps)
 

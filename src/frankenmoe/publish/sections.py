@@ -12,6 +12,7 @@ import yaml
 
 from frankenmoe.artifact.record import BACKBONE, BODY_STAGES, HEAL
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
+from frankenmoe.families.runtimes import READ_VLLM, VLLM
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.reports import Evidence
@@ -23,7 +24,6 @@ from frankenmoe.recipe.sections import SECTIONS
 GIB = 2**30
 LOCAL = "folder/of/this/repository"
 # formats that vLLM's list of supported models names
-IN_VLLM = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "deepseek"})
 
 
 @dataclass(frozen=True)
@@ -214,9 +214,10 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
     exported = evidence.get(ExportReport)
     if exported and exported.files:
         parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {exported.files[0].name} -p "Once upon a time" -n 100\n```')
-    if facts.built and facts.fmt and facts.fmt.name in IN_VLLM:
+    known = VLLM.get(facts.fmt.name, READ_VLLM) if facts.built and facts.fmt else None
+    if known is not None and known.runs:
         parts.append(
-            f"vLLM lists this format among those it serves (not tried for this card):\n\n```sh\nvllm serve {model}\n```"
+            f"vLLM serves this format ({known.how}; not tried for this card):\n\n```sh\nvllm serve {model}\n```"
         )
     return "\n\n".join(parts)
 

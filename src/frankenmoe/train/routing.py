@@ -40,7 +40,7 @@ class LearningRouter(Router):
             return super().forward(hidden_TD)
         if self.jitter:
             hidden_TD = hidden_TD * torch.empty_like(hidden_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-        logits_TE = nn.functional.linear(hidden_TD, self.weight)
+        logits_TE = self.logits(hidden_TD)
         if self.noise:
             logits_TE = logits_TE + self.noise * torch.randn_like(logits_TE)
         routing = self.choose(logits_TE, top_k=self.learning_top_k)

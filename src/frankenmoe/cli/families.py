@@ -1,0 +1,45 @@
+"""`frankenmoe families`: what can be built from what, and which programs run it."""
+
+import json
+
+import click
+from rich.table import Table
+
+from frankenmoe.cli.options import JSON, example
+from frankenmoe.cli.show import console
+from frankenmoe.families.runtimes import Pair, pairs, virtual_only
+
+
+@click.command("families", epilog=example("frankenmoe families\nfrankenmoe families --json"))
+@JSON
+def families_command(as_json: bool) -> None:
+    """List dense families, the MoE formats they can be built as, and the programs that run these.
+
+    Families without a format run as virtual MoEs; the list names the reason. --json tells for each program how that is
+    known: tried with a version, or read.
+    """
+    found, reasons = list(pairs()), virtual_only()
+    if as_json:
+        rows = {"built": [pair.to_dict() for pair in found], "virtual": dict(reasons)}
+        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in ("family", "format", "shared expert", "runs in"):
+        table.add_column(name, no_wrap=name != "runs in")
+    before = None
+    for pair in found:
+        table.add_row(
+            "" if pair.family == before else pair.family, pair.fmt, ", ".join(pair.shared) or "-", _runs(pair)
+        )
+        before = pair.family
+    out = console()
+    out.print(table)
+    for model_type, reason in reasons.items():
+        out.print(f"virtual only: {model_type}: {reason}", style="dim", highlight=False, markup=False)
+
+
+def _runs(pair: Pair) -> str:
+    """The programs that run it; a star stands for those where that was read and not tried."""
+    return ", ".join(
+        f"{name}{'' if known.how.startswith('tried') else '*'}" for name, known in pair.programs.items() if known.runs
+    )

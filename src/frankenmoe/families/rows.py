@@ -1,0 +1,79 @@
+"""Rows and defaults that the tables of dense families share."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from frankenmoe.families.spec import Piece, TensorSpec
+
+LAYER = "model.layers.{layer}."
+
+
+def rows(
+    prefix: str, shapes: Mapping[str, tuple[str, ...]], when: str | None = None, kinds: tuple[str, ...] = ()
+) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(prefix + name, shape, when, kinds) for name, shape in shapes.items())
+
+
+ENDS = (
+    TensorSpec("model.embed_tokens.weight", ("vocab", "hidden")),
+    TensorSpec("model.norm.weight", ("hidden",)),
+    TensorSpec("lm_head.weight", ("vocab", "hidden"), when="untied"),
+)
+ATTENTION = rows(
+    LAYER + "self_attn.",
+    {
+        "q_proj.weight": ("query", "hidden"),
+        "k_proj.weight": ("kv", "hidden"),
+        "v_proj.weight": ("kv", "hidden"),
+        "o_proj.weight": ("hidden", "query"),
+    },
+)
+QKV_BIAS = {"q_proj.bias": ("query",), "k_proj.bias": ("kv",), "v_proj.bias": ("kv",)}
+ATTENTION_BIAS = rows(LAYER + "self_attn.", QKV_BIAS | {"o_proj.bias": ("hidden",)}, when="attention_bias")
+QKV_BIASES = rows(LAYER + "self_attn.", QKV_BIAS)
+# q, k and v in one matrix, gate and up in another, as in Phi
+FUSED_ATTENTION = rows(
+    LAYER + "self_attn.", {"qkv_proj.weight": ("query+kv+kv", "hidden"), "o_proj.weight": ("hidden", "query")}
+)
+FUSED_FFN = rows(LAYER + "mlp.", {"gate_up_proj.weight": ("ffn+ffn", "hidden"), "down_proj.weight": ("hidden", "ffn")})
+FUSED_QKV_PIECES: Mapping[str, tuple[Piece, ...]] = {
+    LAYER + "self_attn.qkv_proj.weight": (
+        Piece(LAYER + "self_attn.q_proj.weight", "query"),
+        Piece(LAYER + "self_attn.k_proj.weight", "kv"),
+        Piece(LAYER + "self_attn.v_proj.weight", "kv"),
+    )
+}
+FUSED_FFN_PIECES: Mapping[str, tuple[Piece, ...]] = {
+    LAYER + "mlp.gate_up_proj.weight": (
+        Piece(LAYER + "mlp.gate_proj.weight", "ffn"),
+        Piece(LAYER + "mlp.up_proj.weight", "ffn"),
+    )
+}
+PRE_NORMS = rows(LAYER, {"input_layernorm.weight": ("hidden",), "post_attention_layernorm.weight": ("hidden",)})
+FFN = rows(
+    LAYER + "mlp.",
+    {
+        "gate_proj.weight": ("ffn", "hidden"),
+        "up_proj.weight": ("ffn", "hidden"),
+        "down_proj.weight": ("hidden", "ffn"),
+    },
+)
+FFN_BIAS = rows(
+    LAYER + "mlp.",
+    {"gate_proj.bias": ("ffn",), "up_proj.bias": ("ffn",), "down_proj.bias": ("hidden",)},
+    when="mlp_bias",
+)
+
+
+def defaults(**own: Any) -> Mapping[str, Any]:
+    """Defaults that all families' config classes share, then the family's own."""
+    common = {
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "tie_word_embeddings": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+    }
+    return common | own

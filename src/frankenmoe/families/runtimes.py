@@ -1,0 +1,92 @@
+"""Which programs run a format, and how that is known: tried here with a version, or read in the program's tables."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from frankenmoe.families.dense import FAMILIES
+from frankenmoe.families.formats import FORMATS
+from frankenmoe.families.spec import Family, MoEFormat
+from frankenmoe.families.virtual import VIRTUAL
+
+LLAMACPP = "tried: llama.cpp b11549 (xllamacpp 2026.10)"
+TRANSFORMERS = "tried: transformers 5.23"
+VLLM_TRIED = "tried: vLLM 0.32"
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Whether a program runs a format, and how that is known, or why it does not."""
+
+    runs: bool
+    how: str
+
+
+VLLM: Mapping[str, Known] = {
+    "mixtral": Known(True, VLLM_TRIED),
+    "qwen2_moe": Known(True, VLLM_TRIED),
+    "qwen3_moe": Known(True, VLLM_TRIED),
+    "flex_olmo": Known(True, VLLM_TRIED),
+    "deepseek": Known(False, "vLLM 0.32 asks for trust_remote_code and the hub"),
+}
+# a family in a format that vLLM has, with something that its code for the format has not (read)
+VLLM_LACKS: Mapping[tuple[str, str], Known] = {
+    ("gemma", "granitemoe"): Known(False, "vLLM's Granite MoE supports only silu"),
+    ("llama", "granitemoe"): Known(False, "vLLM's Granite MoE has no attention biases"),
+}
+READ_VLLM = Known(True, "read: in the registry of vLLM 0.32")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A family and a format that it can be built as. `shared` are the kinds of shared expert the format holds."""
+
+    family: str
+    fmt: str
+    title: str
+    shared: tuple[str, ...]
+    programs: Mapping[str, Known]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "family": self.family,
+            "format": self.fmt,
+            "title": self.title,
+            "shared_expert": list(self.shared),
+            "programs": {name: asdict(known) for name, known in self.programs.items()},
+        }
+
+
+def pairs() -> Iterator[Pair]:
+    """Every family with every format, in the order in which formats are tried."""
+    for family in FAMILIES.values():
+        for fmt in (fmt for fmt in FORMATS.values() if family.model_type in fmt.families):
+            yield Pair(family.model_type, fmt.name, fmt.title, _shared(fmt), programs(fmt, family))
+
+
+def _shared(fmt: MoEFormat) -> tuple[str, ...]:
+    gated = ("gated",) if fmt.shared_gate else ()
+    return ("plain", *gated) if fmt.max_shared else ()
+
+
+def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
+    """What is known of a format made of a family, by program."""
+    activation = family.defaults.get("hidden_act")
+    if fmt.no_gguf:
+        llama = Known(False, f"llama.cpp: {fmt.no_gguf}")
+    elif activation != "silu":
+        llama = Known(False, f"llama.cpp: its experts support only silu, not {activation}")
+    else:
+        llama = Known(True, LLAMACPP)
+    needs_code = Known(False, "its class is remote code, which transformers 5 no longer runs")
+    return {
+        "transformers": Known(True, TRANSFORMERS) if fmt.loads_in_transformers else needs_code,
+        "llama.cpp": llama,
+        "vLLM": VLLM_LACKS.get((family.model_type, fmt.name)) or VLLM.get(fmt.name, READ_VLLM),
+        "Ollama": Known(llama.runs, "read: it runs files of llama.cpp; not tried" if llama.runs else llama.how),
+    }
+
+
+def virtual_only() -> Mapping[str, str]:
+    """Model type -> the reason why it cannot be built."""
+    return VIRTUAL
