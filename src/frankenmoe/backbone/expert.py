@@ -16,6 +16,7 @@ from frankenmoe.backbone.heal import Moments, Refit, low_rank, refit
 from frankenmoe.backbone.measure import Losses, block_losses
 from frankenmoe.backbone.stream import Stream
 from frankenmoe.data.blocks import Block
+from frankenmoe.gates.fitted import computing_dtype
 from frankenmoe.moe.dense import load_source, torch_dtype
 from frankenmoe.moe.device import CPU, Weights, check_room, place
 from frankenmoe.moe.load import MoE, load_parts
@@ -57,7 +58,7 @@ class HealedExpert:
     noise: float
 
 
-def alone(plan: Plan, leaf: ExpertNode, *, device: torch.device = CPU) -> MoE:
+def alone(plan: Plan, leaf: ExpertNode, *, dtype: torch.dtype | None = None, device: torch.device = CPU) -> MoE:
     """The MoE with one expert, adapters folded in: what a plan computes if every token goes to `leaf`."""
     rows = tuple({suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in enumerate(leaf.ffn))
     node = replace(leaf, path=(0,), ffn=rows, loras=tuple({} for _ in rows))
@@ -65,7 +66,7 @@ def alone(plan: Plan, leaf: ExpertNode, *, device: torch.device = CPU) -> MoE:
     shapes = dict(plan.routers)
     shapes.update(dict.fromkeys(parts.router_names(()), (1, plan.hidden)))
     gates = {name: torch.zeros(shape, dtype=torch_dtype(plan.dtype)) for name, shape in shapes.items()}
-    return load_parts(parts, gates, device=device)
+    return load_parts(parts, gates, dtype=dtype, device=device)
 
 
 def heal_expert(
@@ -77,17 +78,22 @@ def heal_expert(
     ridges: Sequence[float],
     rank: int | None,
     device: torch.device = CPU,
+    dtype: str | None = None,
     on_tokens: Advance,
 ) -> HealedExpert:
     """Heals a leaf whose down projections are known, on blocks of equal length.
 
     The processes of a launcher share the blocks: all of them call this, and get the same changes.
     `held` choose the ridge of every layer and the share that is kept. Raises PlanError for a family whose layers
-    cannot be healed.
+    cannot be healed, and if the two models do not fit on `device` in `dtype` (by default `computing_dtype`).
     """
     assert leaf.source is not None
-    check_room(Weights(2 * _bytes(plan, leaf), torch_dtype(plan.dtype)), device)
-    parent, own = place(load_source(leaf.source, stored=plan.dtype), device), alone(plan, leaf, device=device)
+    size = 2 * _bytes(plan, leaf)
+    name = dtype or computing_dtype(plan, device, stored=size)
+    kind = getattr(torch, name) if name else None
+    check_room(Weights(size, torch_dtype(plan.dtype)), device, dtype=kind)
+    parent = place(load_source(leaf.source, stored=plan.dtype, dtype=kind), device)
+    own = alone(plan, leaf, dtype=kind, device=device)
     downs = _downs(own, leaf)
 
     def measured(model: PreTrainedModel) -> Losses:

@@ -138,13 +138,13 @@ def load_with_zeros(plan: Plan, *, device: str = AUTO, dtype: str | None = None)
     return load_parts(sharing_equal_experts(parts_of_plan(plan), plan), gates, dtype=wanted, device=place)
 
 
-def computing_dtype(plan: Plan, device: torch.device) -> str | None:
+def computing_dtype(plan: Plan, device: torch.device, *, stored: int | None = None) -> str | None:
     """On a CPU float32, if the weights then take at most half of the free memory; otherwise None (as stored).
 
-    16 bits are less exact, and several times slower on CPUs without 16-bit units. Where a CPU has units for bfloat16,
-    bfloat16 stays, which is three times faster there.
+    The weights are those of the plan, or `stored` bytes. 16 bits are less exact, and several times slower on CPUs
+    without 16-bit units. Where a CPU has units for bfloat16, bfloat16 stays, which is three times faster there.
     """
     if plan.dtype == "BF16" and has_bfloat16_units():
         return None
-    size = plan.bill.memory_virtual * 4 // DTYPES[plan.dtype].itemsize
+    size = (stored or plan.bill.memory_virtual) * 4 // DTYPES[plan.dtype].itemsize
     return "float32" if device.type == "cpu" and size <= free_memory() // 2 else None
