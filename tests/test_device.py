@@ -14,6 +14,7 @@ import frankenmoe as fm
 import tiny
 from elsewhere import DEVICE, second_device
 from frankenmoe.audit.run import look
+from frankenmoe.backbone.run import heal
 from frankenmoe.cli import main
 from frankenmoe.errors import PlanError
 from frankenmoe.moe import device
@@ -94,6 +95,7 @@ def test_the_message_names_what_is_there(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("chat", "RECIPE", "--prompt", "A"),
         ("fit", "RECIPE", "OUT"),
+        ("heal", "RECIPE", "OUT"),
         ("train", "RECIPE", "OUT"),
         ("audit", "RECIPE"),
         ("eval", "RECIPE"),
@@ -216,6 +218,19 @@ def test_gates_from_prompts_made_there_are_the_same(
         subject = fm.open(recipe, cache=False)
         fm.build(subject, tmp_path / name, virtual=True, device=place)
     assert gates(tmp_path / "there") == gates(tmp_path / "here")
+
+
+@pytest.mark.parametrize("backbone", ["average", "regmean"])
+def test_experts_healed_there_are_the_same(backbone: str, recipe: Path, tmp_path: Path, there: torch.device) -> None:
+    recipe.write_text(f"{recipe.read_text()}\nbackbone: {backbone}\n")
+    made = {}
+    for name, place in {"here": HERE, "there": THERE}.items():
+        subject = fm.open(recipe, cache=False)
+        made[name] = heal(subject, tmp_path / name, tokens=512, block=16, **place).report
+    for here, elsewhere in zip(made["here"].experts, made["there"].experts, strict=True):
+        assert elsewhere.step == here.step
+        assert elsewhere.left == pytest.approx(here.left, rel=1e-4)
+        assert min(here.left) < 1
 
 
 def test_an_audit_there_is_the_same(recipe: Path, there: torch.device) -> None:

@@ -220,6 +220,7 @@ class Subject:
         dtype: str | None = None,
         device: str = "cpu",
         int8: bool = False,
+        by_layer: bool = False,
         progress: Progress = SILENT,
         **options: Any,
     ) -> "MoE":
@@ -227,8 +228,9 @@ class Subject:
 
         `dtype` (float32, bfloat16, float16) converts the weights; by default they stay mapped as stored. `device` is a
         name of torch's, or auto for a GPU if there is one. `int8` rounds every linear layer to 8 bits in memory, for
-        inference: half the memory of 16 bits, slightly different logits. `options` are those of MoEBlock:
-        capacity_factor, drop_policy. Raises PlanError if there is no such device or its memory is too small.
+        inference: half the memory of 16 bits, slightly different logits. `by_layer` allows a device that cannot hold
+        the model: its layers are brought there one by one. `options` are those of MoEBlock: capacity_factor,
+        drop_policy. Raises PlanError if there is no such device or its memory is too small.
         """
         if dtype is not None:
             _stored(dtype)
@@ -237,6 +239,7 @@ class Subject:
             self.resolved(progress, device=device)
         import torch
 
+        from frankenmoe.moe.bylayer import placed
         from frankenmoe.moe.dense import as_tensor
         from frankenmoe.moe.device import CPU, check_room, place, resolve
         from frankenmoe.moe.linear import to_int8
@@ -244,15 +247,17 @@ class Subject:
 
         chosen, wanted = resolve(device), getattr(torch, dtype) if dtype else None
         parts = self.parts if self.built else sharing_equal_experts(self.parts, self.plan)
-        check_room(weights_of(parts), chosen, dtype=wanted, int8=int8)
+        check_room(weights_of(parts), CPU if by_layer else chosen, dtype=wanted, int8=int8)
         if self.artifact and self.maker is None:
             gates = {name: as_tensor(write) for name, write in parts.gates.items()}
         else:
             gates = dict(gate_tensors(self.routers(progress, device=device).routers))
-        moe = load_parts(parts, gates, dtype=wanted, device=CPU if int8 else chosen, **options)
+        moe = load_parts(parts, gates, dtype=wanted, device=CPU if int8 or by_layer else chosen, **options)
         if int8:
             to_int8(moe.model, progress)
             place(moe.model, chosen)
+        if by_layer:
+            placed(moe.model, chosen)
         return moe
 
     def with_maker(self, maker: RouterMaker) -> "Subject":

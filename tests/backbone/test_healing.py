@@ -220,6 +220,17 @@ def test_adapter_experts_keep_their_adapters(rank: int | None, near: Path, tmp_p
     torch.testing.assert_close(logits(tmp_path / "out"), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_type_to_compute_in_is_not_the_type_that_is_stored(dtype: str, near: Path, tmp_path: Path) -> None:
+    file = recipe(near, tmp_path / "r.yml", "e0", dtype="bfloat16", experts_per_token=1)
+
+    (found,) = heal(file, tmp_path / "out", dtype=dtype, **SETTINGS).report.experts
+
+    tensors = load_file(tmp_path / "out" / "model-trained.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    assert found.kept
+
+
 def test_nested_experts_are_healed(near: Path, tmp_path: Path) -> None:
     inner = [{"source_model": str(near / name), "name": name, "data": f"{near}/{name}.txt"} for name in ("e0", "e1")]
     experts = [{"name": "both", "experts": inner}, {"source_model": str(near / "base"), "name": "plain"}]

@@ -52,17 +52,20 @@ def regmean_tensors(
     writes = {write.name: write for write in made.backbone}
     linears = backbone_linears(moe.model, list(writes))
     shapes = {name: tuple(moe.model.get_submodule(name).weight.shape) for name in linears}
+    device = moe.model.device
     found: dict[str, torch.Tensor] = {}
 
     def parents(group: Sequence[str]) -> Iterator[Parent]:
         for text in texts:
             blocks = (*text.kept, *text.held) if text.from_prompts else text.kept
             found = grams(moe.model, blocks, group, path=text.path, on_tokens=on_tokens)
-            yield found, _weights(sources[text.path], shapes)
+            yield found, _weights(sources[text.path], shapes, device)
 
-    for group in in_turns(linears, shapes, budget=max(LEAST_BUDGET, free_memory() // 4)):
-        found |= merged(parents(group), _weights(made.base, shapes), alpha=alpha)
-    return {f"{name}.weight": tensor.to(torch_dtype(writes[f"{name}.weight"].dtype)) for name, tensor in found.items()}
+    for group in in_turns(linears, shapes, budget=max(LEAST_BUDGET, free_memory(device) // 4)):
+        found |= merged(parents(group), _weights(made.base, shapes, device), alpha=alpha)
+    return {
+        f"{name}.weight": tensor.cpu().to(torch_dtype(writes[f"{name}.weight"].dtype)) for name, tensor in found.items()
+    }
 
 
 def write_trained(file: Path, tensors: Mapping[str, torch.Tensor], made: Plan) -> None:
@@ -72,13 +75,15 @@ def write_trained(file: Path, tensors: Mapping[str, torch.Tensor], made: Plan) -
     write_atomic(file, save(found, metadata={"format": "pt"}))
 
 
-def _weights(source: Source | None, shapes: Mapping[str, tuple[int, ...]]) -> Callable[[str], torch.Tensor]:
-    """From a linear layer to its weight in a source, with its adapter, in float32."""
+def _weights(
+    source: Source | None, shapes: Mapping[str, tuple[int, ...]], device: torch.device
+) -> Callable[[str], torch.Tensor]:
+    """From a linear layer to its weight in a source, with its adapter, in float32 on `device`."""
     assert source is not None
     tensor = parent_tensors(source)
 
     def weight(name: str) -> torch.Tensor:
         full, shape = f"{name}.weight", shapes[name]
-        return as_tensor(TensorWrite(full, "F32", shape, (tensor(full, shape),)))
+        return as_tensor(TensorWrite(full, "F32", shape, (tensor(full, shape),))).to(device)
 
     return weight

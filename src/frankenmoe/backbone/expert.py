@@ -16,8 +16,10 @@ from frankenmoe.backbone.heal import Moments, Refit, low_rank, refit
 from frankenmoe.backbone.measure import Losses, block_losses
 from frankenmoe.backbone.stream import Stream
 from frankenmoe.data.blocks import Block
+from frankenmoe.gates.fitted import computing_dtype
+from frankenmoe.moe.bylayer import placed
 from frankenmoe.moe.dense import load_source, torch_dtype
-from frankenmoe.moe.device import CPU, Weights, check_room, place
+from frankenmoe.moe.device import CPU, Weights, check_room
 from frankenmoe.moe.load import MoE, load_parts
 from frankenmoe.moe.processes import from_main, world
 from frankenmoe.moe.trace import outer_blocks
@@ -57,7 +59,7 @@ class HealedExpert:
     noise: float
 
 
-def alone(plan: Plan, leaf: ExpertNode, *, device: torch.device = CPU) -> MoE:
+def alone(plan: Plan, leaf: ExpertNode, *, dtype: torch.dtype | None = None) -> MoE:
     """The MoE with one expert, adapters folded in: what a plan computes if every token goes to `leaf`."""
     rows = tuple({suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in enumerate(leaf.ffn))
     node = replace(leaf, path=(0,), ffn=rows, loras=tuple({} for _ in rows))
@@ -65,7 +67,7 @@ def alone(plan: Plan, leaf: ExpertNode, *, device: torch.device = CPU) -> MoE:
     shapes = dict(plan.routers)
     shapes.update(dict.fromkeys(parts.router_names(()), (1, plan.hidden)))
     gates = {name: torch.zeros(shape, dtype=torch_dtype(plan.dtype)) for name, shape in shapes.items()}
-    return load_parts(parts, gates, device=device)
+    return load_parts(parts, gates, dtype=dtype)
 
 
 def heal_expert(
@@ -77,17 +79,23 @@ def heal_expert(
     ridges: Sequence[float],
     rank: int | None,
     device: torch.device = CPU,
+    dtype: str | None = None,
     on_tokens: Advance,
 ) -> HealedExpert:
     """Heals a leaf whose down projections are known, on blocks of equal length.
 
     The processes of a launcher share the blocks: all of them call this, and get the same changes.
     `held` choose the ridge of every layer and the share that is kept. Raises PlanError for a family whose layers
-    cannot be healed.
+    cannot be healed, and if not even a layer fits on `device` in `dtype` (by default `computing_dtype`).
     """
     assert leaf.source is not None
-    check_room(Weights(2 * _bytes(plan, leaf), torch_dtype(plan.dtype)), device)
-    parent, own = place(load_source(leaf.source, stored=plan.dtype), device), alone(plan, leaf, device=device)
+    size = 2 * _bytes(plan, leaf)
+    name = dtype or computing_dtype(plan, device, stored=size)
+    kind = getattr(torch, name) if name else None
+    check_room(Weights(size, torch_dtype(plan.dtype)), CPU, dtype=kind)
+    parent = placed(load_source(leaf.source, stored=plan.dtype, dtype=kind), device)
+    own = alone(plan, leaf, dtype=kind)
+    placed(own.model, device)
     downs = _downs(own, leaf)
 
     def measured(model: PreTrainedModel) -> Losses:
@@ -181,7 +189,7 @@ def _moments(
     """
     weight = weight_of(down)
     outputs, inputs = weight.shape if isinstance(down, nn.Linear) else weight.T.shape
-    found = (Moments(inputs, outputs, device=weight.device), Moments(inputs, outputs, device=weight.device))
+    found = (Moments(inputs, outputs, device=leading.device), Moments(inputs, outputs, device=leading.device))
     for start, target_BTO, (out_BTO, inputs_BTI) in zip(leading.starts, leading.states, outs, strict=True):
         target_BTO = target_BTO.float()
         error_BTO = (target_BTO - out_BTO.float()) / gain
@@ -225,4 +233,4 @@ def weight_of(down: nn.Module) -> torch.Tensor:
 def changed(down: nn.Module, weight: torch.Tensor, change_OI: torch.Tensor) -> torch.Tensor:
     """A weight plus a change, in the weight's type. Conv1D, as in GPT-2, stores its weight as [I, O]."""
     change = change_OI if isinstance(down, nn.Linear) else change_OI.T
-    return (weight.float() + change).to(weight.dtype)
+    return (weight.float() + change.to(weight.device)).to(weight.dtype)

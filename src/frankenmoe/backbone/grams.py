@@ -56,7 +56,7 @@ def grams(
             module = model.get_submodule(name)
             hooks.callback(module.register_forward_pre_hook(partial(sums.add, name)).remove)
         for batch in batches(blocks):
-            ids_BT, sums.mask_BT = padded([block.ids for block in batch])
+            ids_BT, sums.mask_BT = padded([block.ids for block in batch], device=model.device)
             model.get_decoder()(input_ids=ids_BT, attention_mask=sums.mask_BT.long(), use_cache=False)
             sums.last = None
             on_tokens(sum(len(block.ids) for block in batch))

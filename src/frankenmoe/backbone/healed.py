@@ -133,6 +133,7 @@ def heal_all(
     *,
     out: Path,
     device: torch.device,
+    dtype: str | None,
     progress: Progress,
 ) -> tuple[dict[str, Any], HealReport] | None:
     """Writes healed experts into `partial`, which will become `out`; returns the recipe that names them, and a report.
@@ -148,7 +149,7 @@ def heal_all(
             progress.advance(_cost(patient))
         else:
             progress.note(patient.name)
-            _heal_one(plan, patient, settings, scaffold, device=device, progress=progress)
+            _heal_one(plan, patient, settings, scaffold, device=device, dtype=dtype, progress=progress)
     progress.note("")
     return _written(plan, patients, settings, partial, out=out) if is_main() else None
 
@@ -194,6 +195,7 @@ def _heal_one(
     scaffold: Path,
     *,
     device: torch.device,
+    dtype: str | None,
     progress: Progress,
 ) -> None:
     """Heals one expert and writes its tensors, then its row of the report, into `scaffold`."""
@@ -207,6 +209,7 @@ def _heal_one(
         ridges=(settings.ridge,) if settings.ridge else RIDGES,
         rank=settings.rank,
         device=device,
+        dtype=dtype,
         on_tokens=progress.advance,
     )
     if not is_main():

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from frankenmoe.moe.device import in_float64
+
 Parent = tuple[Mapping[str, torch.Tensor], Callable[[str], torch.Tensor]]
 """(Grams of a parent's text by linear layer, a function from a linear layer to the parent's weight)"""
 RIDGE = 1e-6  # of a Gram's mean diagonal
@@ -37,8 +39,9 @@ class Sums:
         """The merged weight minus the base's [O, I], in float32. Solved in float64."""
         assert self.gram_II is not None
         assert self.moved_OI is not None
-        factor_II = torch.linalg.cholesky(self.gram_II.double())
-        return torch.cholesky_solve(self.moved_OI.double().T, factor_II).T.float()
+        factor_II = torch.linalg.cholesky(in_float64(self.gram_II))
+        solved_OI = torch.cholesky_solve(in_float64(self.moved_OI).T, factor_II).T.float()
+        return solved_OI.to(self.gram_II.device)
 
 
 def shrunk(gram_II: torch.Tensor, *, alpha: float) -> torch.Tensor:

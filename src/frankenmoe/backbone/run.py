@@ -61,13 +61,15 @@ def heal(
     data: Texts | None = None,
     settings: HealSettings | None = None,
     device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
     **changes: Any,
 ) -> Healed:
     """Refits every expert's down projections so that the MoE's states follow its parent's, into a virtual artifact.
 
     `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
-    working directory. `changes` are settings by name. Models run on `device`. An expert is left as it is unless its
+    working directory. `changes` are settings by name. Models run on `device` and compute in `dtype`, by default
+    as in `fit`. An expert is left as it is unless its
     held-out loss falls by more than one standard error. The routers of a recipe are made afterwards; those of an
     artifact are kept. A built artifact needs its sources, and the result is virtual too. If killed, the same call
     continues after the last finished expert. Several processes of torchrun share the text; the first one writes.
@@ -75,10 +77,12 @@ def heal(
     out, place = Path(os.path.realpath(out)), resolve(device)
     refuse_occupied(out)
     subject, settings, patients, digest = _prepared(
-        open_subject(what).resolved(progress, device=device), settings, changes, data
+        open_subject(what).resolved(progress, device=device), settings, changes, data, dtype
     )
     with growing_once(out, digest=digest) as partial:
-        found = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
+        found = heal_all(
+            subject.plan, patients, settings, partial, out=out, device=place, dtype=dtype, progress=progress
+        )
         if found:
             # planned in the partial folder, which is next to `out`, so relative paths are valid in both
             _write_recipe(found[0], partial)
@@ -96,15 +100,18 @@ def heal_recipe(
     *,
     settings: HealSettings,
     device: str = AUTO,
+    dtype: str | None = None,
     progress: Progress = SILENT,
 ) -> HealReport:
     """Like `heal`, but `out` holds only recipe.yml, the tensors that it names and STAGES, so no routers are made."""
     out, place = Path(os.path.realpath(out)), resolve(device)
     subject, settings, patients, digest = _prepared(
-        open_subject(what).resolved(progress, device=device), settings, {}, None
+        open_subject(what).resolved(progress, device=device), settings, {}, None, dtype
     )
     with growing_once(out, digest=f"{digest}/recipe") as partial:
-        found = heal_all(subject.plan, patients, settings, partial, out=out, device=place, progress=progress)
+        found = heal_all(
+            subject.plan, patients, settings, partial, out=out, device=place, dtype=dtype, progress=progress
+        )
         if found:
             table, report = found
             _write_recipe(table, partial)
@@ -119,8 +126,9 @@ def _prepared(
     settings: HealSettings | None,
     changes: Mapping[str, Any],
     data: Texts | None,
+    dtype: str | None,
 ) -> tuple[Subject, HealSettings, tuple[Patient, ...], str]:
-    """What is to be healed, how, from which text, and the digest of all three."""
+    """What is to be healed, how, from which text, and the digest of all of it."""
     subject = open_subject(what)
     settings = settings_with(settings or subject.recipe.heal or HealSettings(), changes)
     plan = subject.plan
@@ -129,7 +137,7 @@ def _prepared(
     patients = patients_of(plan, settings, data=located(data or {}))
     texts = [[patient.name, _states(patient, folder=plan.recipe.folder)] for patient in patients]
     routers = subject.artifact and sha256(subject.artifact.folder / ROUTERS)
-    facts = [plan.digest, routers, settings.model_dump(mode="json"), texts]
+    facts = [plan.digest, routers, settings.model_dump(mode="json"), texts, dtype]
     return subject, settings, patients, hashlib.sha256(json.dumps(facts).encode()).hexdigest() + "/heal"
 
 

@@ -43,7 +43,8 @@ class Stream:
     def __init__(self, model: PreTrainedModel, ids_NT: torch.Tensor, *, together: bool = False) -> None:
         self._layers = {layer: holder for layer, (holder, _) in mlp_modules(model).items()}
         size = max(1, BATCH_TOKENS // ids_NT.shape[1])
-        ids_NT = ids_NT.to(model.device)
+        self.device = model.device
+        ids_NT = ids_NT.to(self.device)
         starts = range(0, len(ids_NT), size)
         self.starts = split(starts) if together else list(starts)
         batches = [ids_NT[start : start + size] for start in self.starts]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from frankenmoe.cli.options import DEVICE, JSON, REMOTE, example
+from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.cli.show import command, console, warn
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     help="An expert's text, as file or hub dataset; default: the recipe's data (repeatable).",
 )  # fmt: skip
 @settings_options(HealSettings)
-@DEVICE
+@placed
 @JSON
 @REMOTE
 def heal_command(
@@ -36,6 +36,7 @@ def heal_command(
     out: Path,
     data: tuple[str, ...],
     device: str,
+    dtype: str | None,
     as_json: bool,
     trust_remote_code: bool,
     **options: Any,
@@ -55,7 +56,7 @@ def heal_command(
     from frankenmoe.backbone.run import heal
 
     with bars() as progress:
-        found = heal(subject, out, data=named, device=device, progress=progress, **given(options))
+        found = heal(subject, out, data=named, device=device, dtype=dtype, progress=progress, **given(options))
     if as_json:
         click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
     else:
@@ -80,6 +81,8 @@ def _show(report: "HealReport", folder: Path) -> None:
         if expert.reason:
             click.echo(f"{expert.name} was not healed: {expert.reason}", err=True)
     if not report.kept:
-        click.secho("healing surely lowered the held-out loss of no expert, so none was changed", fg="yellow", err=True)
+        click.secho(
+            "no expert's held-out loss fell by more than one standard error, so none was changed", fg="yellow", err=True
+        )
     click.echo(f"{len(report.kept)} experts changed, {report.bytes / 2**20:,.1f} MiB; artifact in {folder}")
     click.echo(f"next: {command('chat', folder)}")

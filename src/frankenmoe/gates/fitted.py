@@ -16,8 +16,9 @@ from frankenmoe.gates.fit import Fit, fit_gates
 from frankenmoe.gates.forcing import gates_of
 from frankenmoe.gates.statistics import Fitted, statistics_bytes
 from frankenmoe.gates.texts import OwnText, read_texts
+from frankenmoe.moe.bylayer import placed
 from frankenmoe.moe.dense import load_tokenizer, torch_dtype
-from frankenmoe.moe.device import AUTO, Weights, check_room, free_memory, resolve
+from frankenmoe.moe.device import AUTO, CPU, Weights, check_room, free_memory, resolve
 from frankenmoe.moe.load import MoE, load_parts
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths, router_names
@@ -131,23 +132,28 @@ def _named(plan: Plan, path: RouterPath, layers: Sequence[torch.Tensor]) -> dict
 
 
 def load_with_zeros(plan: Plan, *, device: str = AUTO, dtype: str | None = None) -> MoE:
-    """The plan's MoE with gates of zeros, in `dtype` (by default `computing_dtype`)."""
+    """The plan's MoE with gates of zeros, in `dtype` (by default `computing_dtype`).
+
+    On a device that is too small for it, it runs layer by layer.
+    """
     place = resolve(device)
     name = dtype or computing_dtype(plan, place)
     wanted = getattr(torch, name) if name else None
     kind = wanted or torch_dtype(plan.dtype)
     gates = {name: torch.zeros(shape, dtype=kind) for name, shape in plan.routers.items()}
-    check_room(Weights(plan.bill.memory_virtual, torch_dtype(plan.dtype)), place, dtype=wanted)
-    return load_parts(sharing_equal_experts(parts_of_plan(plan), plan), gates, dtype=wanted, device=place)
+    check_room(Weights(plan.bill.memory_virtual, torch_dtype(plan.dtype)), CPU, dtype=wanted)
+    moe = load_parts(sharing_equal_experts(parts_of_plan(plan), plan), gates, dtype=wanted)
+    placed(moe.model, place)
+    return moe
 
 
-def computing_dtype(plan: Plan, device: torch.device) -> str | None:
+def computing_dtype(plan: Plan, device: torch.device, *, stored: int | None = None) -> str | None:
     """On a CPU float32, if the weights then take at most half of the free memory; otherwise None (as stored).
 
-    16 bits are less exact, and several times slower on CPUs without 16-bit units. Where a CPU has units for bfloat16,
-    bfloat16 stays, which is two to three times faster there.
+    The weights are those of the plan, or `stored` bytes. 16 bits are less exact, and several times slower on CPUs
+    without 16-bit units. Where a CPU has units for bfloat16, bfloat16 stays, which is two to three times faster there.
     """
     if plan.dtype == "BF16" and has_bfloat16_units():
         return None
-    size = plan.bill.memory_virtual * 4 // DTYPES[plan.dtype].itemsize
+    size = (stored or plan.bill.memory_virtual) * 4 // DTYPES[plan.dtype].itemsize
     return "float32" if device.type == "cpu" and size <= free_memory() // 2 else None

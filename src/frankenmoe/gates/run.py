@@ -97,7 +97,7 @@ def fit(
         if is_main():
             finish_replacing(artifact.folder)
     made = subject.plan
-    moe = subject.load(dtype=dtype or computing_dtype(made, resolve(device)), device=device)
+    moe = subject.load(dtype=dtype or computing_dtype(made, resolve(device)), device=device, by_layer=True)
     fitted = fit_plan(
         made,
         method=method,

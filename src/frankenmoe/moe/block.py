@@ -102,6 +102,10 @@ class MoEBlock(nn.Module):
             out_TD = out_TD + self._shared_output(self.shared, hidden_TD)
         return out_TD.reshape(hidden.shape)
 
+    def keep_apart(self) -> None:
+        """Leaves every expert's weights where they are, because they come to the device for one call only."""
+        self._packing = Packing(off=True)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         # .to() and similar calls move each weight separately, so the packed memory is no longer needed
         self._packing, self._one_token = Packing(), OneToken()

@@ -66,7 +66,7 @@ def _heal(job: Job, progress: Progress) -> None:
     from frankenmoe.backbone.run import heal_recipe
 
     assert job.recipe.heal is not None
-    heal_recipe(job.subject, job.folder("heal"), settings=job.recipe.heal, device=job.device, progress=progress)
+    heal_recipe(job.subject, job.folder("heal"), settings=job.recipe.heal, progress=progress, **job.place)
 
 
 def _make_virtual(job: Job, progress: Progress) -> None:

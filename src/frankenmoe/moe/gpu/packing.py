@@ -75,9 +75,10 @@ Packed = Distinct | Adapted
 
 
 class Packing(Transient):
-    """The packed experts of a block."""
+    """The packed experts of a block. `off` packs nothing: the experts are on the device for one call only."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, off: bool = False) -> None:
+        self.off = off
         self._first: Group | None = None  # of the groups that are packed
         self._weights: Sequence[torch.Tensor] = ()
         self._addresses: Sequence[int] = ()
@@ -91,7 +92,7 @@ class Packing(Transient):
         Weights that moved are packed again, without waiting for the device. This happens at most OFTEN times, because
         two blocks that share an expert would otherwise pack it in turns.
         """
-        if hidden_TD.device.type not in DEVICES:
+        if self.off or hidden_TD.device.type not in DEVICES:
             return None
         same = groups[0] is self._first  # torch.compile cannot compare tuples by identity
         if torch.compiler.is_compiling():  # addresses cannot be traced
