@@ -91,6 +91,18 @@ def test_healing_is_the_same(recipe: Path, tmp_path: Path, small: torch.device) 
         assert (there.before, there.parent) == pytest.approx((here.before, here.parent), rel=1e-6)
 
 
+def test_an_evaluation_is_the_same(recipe: Path, small: torch.device) -> None:
+    pytest.importorskip("lm_eval")
+    from frankenmoe.evaluate.run import evaluate
+    from frankenmoe.evaluate.score import Scoring
+
+    one, two = (evaluate([recipe], limit=1, scoring=Scoring(memory=10**7), **place) for place in (HERE, THERE))
+    assert [each.name for each in one.results] == [each.name for each in two.results]
+    for here, there in zip(one.results, two.results, strict=True):
+        for domain, losses in here.losses.items():
+            assert there.losses[domain].nats == pytest.approx(losses.nats, rel=1e-6)
+
+
 def test_a_device_without_room_for_one_layer_is_refused(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

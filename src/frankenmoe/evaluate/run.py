@@ -25,14 +25,15 @@ from frankenmoe.evaluate import bootstrap
 from frankenmoe.evaluate.compare import BASE, MERGE, PARENT, Gains, best_of_parents, gains, kept
 from frankenmoe.evaluate.contestants import Contestant, contestant, own_parents, rivals, with_unique_names
 from frankenmoe.evaluate.domains import GENERAL, GENERAL_FILE, TRAINING, DomainText, read_domain
-from frankenmoe.evaluate.identity import memory_of, tokenizer_digest
+from frankenmoe.evaluate.identity import tokenizer_digest
 from frankenmoe.evaluate.plot import Point, check_plot, plot
 from frankenmoe.evaluate.prompts import SEED
 from frankenmoe.evaluate.score import Result, Scoring, Suite, check_names, load_suite, run
 from frankenmoe.evaluate.tasks import PERPLEXITY, task_names
 from frankenmoe.evaluate.verdict import verdict
+from frankenmoe.moe.bylayer import placed
 from frankenmoe.moe.dense import load_tokenizer
-from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
+from frankenmoe.moe.device import AUTO, CPU, check_room, resolve
 from frankenmoe.moe.load import weights_of
 from frankenmoe.moe.processes import main_first
 from frankenmoe.planning.fitting import HELD_OUT_DATA
@@ -111,7 +112,7 @@ def evaluate(
         if not each.built:
             each.resolved(progress, device=device)
     for each in moes:
-        check_room(weights_of(each.parts), chosen, dtype=getattr(torch, dtype) if dtype else None)
+        check_room(weights_of(each.parts), CPU, dtype=getattr(torch, dtype) if dtype else None)
     if settings.against_parents and (len(opened) != 1 or not moes):
         raise PlanError(
             "--against-parents compares one MoE with its parents, found " + ", ".join(each.origin for each in opened),
@@ -169,9 +170,7 @@ def _run_all(
         if digest not in blocks:
             blocks[digest] = {source.name: read_domain(source, tokenizer, limit=limit) for source in sources}
         try:
-            model = each.load()
-            check_room(Weights(memory_of(model), model.dtype), device)
-            model = place(model, device)
+            model = placed(each.load(), device)
         except FrankenMoEError as error:
             if each.kind not in (MERGE, PARENT):
                 raise
