@@ -22,8 +22,8 @@ from frankenmoe.recipe.sections import SECTIONS
 
 GIB = 2**30
 LOCAL = "folder/of/this/repository"
-# formats that vLLM's list of supported models names
-IN_VLLM = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo", "deepseek"})
+# formats that vLLM serves (benchmarks/in_vllm.py) -> the option of those for which it fetches code from the hub
+IN_VLLM = {"mixtral": "", "qwen2_moe": "", "qwen3_moe": "", "flex_olmo": "", "deepseek": " --trust-remote-code"}
 
 
 @dataclass(frozen=True)
@@ -215,8 +215,10 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
     if exported and exported.files:
         parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {exported.files[0].name} -p "Once upon a time" -n 100\n```')
     if facts.built and facts.fmt and facts.fmt.name in IN_VLLM:
+        options = IN_VLLM[facts.fmt.name]
+        code = ", with code that it fetches from the hub" if options else ""
         parts.append(
-            f"vLLM lists this format among those it serves (not tried for this card):\n\n```sh\nvllm serve {model}\n```"
+            f"vLLM serves this format{code} (not tried for this card):\n\n```sh\nvllm serve {model}{options}\n```"
         )
     return "\n\n".join(parts)
 
