@@ -79,7 +79,16 @@ def main() -> None:
     log(f"vLLM {VERSION} is in {environment()}, made in {seconds:.0f} s")
     if options.make:
         return
-    rows = [Row("making vLLM's environment", seconds, "s", None, {}, note="with the downloads")]
+    rows = [
+        Row(
+            "making vLLM's environment",
+            seconds,
+            "s",
+            None,
+            {},
+            note="with the downloads; of a run that went on, its last part",
+        )
+    ]
     with workspace(options.work) as work:
         for fmt in FORMATS:
             rows += compared(fmt, toy(fmt, work / fmt), PROMPT)
