@@ -1,15 +1,17 @@
 """The two demos differ in their parents, sizes and questions; their recipes are valid."""
 
-import contextlib
 from pathlib import Path
 
 import pytest
 
 import frankenmoe as fm
+import tiny
 from frankenmoe.demo import kits
-from frankenmoe.demo.run import write_recipe, write_texts
+from frankenmoe.demo.run import _answers, write_recipe, write_texts
 from frankenmoe.demo.text import DOMAINS
+from frankenmoe.progress import SILENT
 from refusals import refused
+from rowfiles import write_rows
 
 
 def recipe(folder: Path, parents: Path, kit: kits.Kit) -> fm.Recipe:
@@ -32,13 +34,17 @@ def test_the_real_parents_are_named_by_their_place_in_the_cache(tmp_path: Path) 
     assert "tasks" not in made["eval"]
 
 
-def test_the_tasks_are_answered_from_the_given_rows(tmp_path: Path) -> None:
-    with contextlib.chdir(tmp_path):
-        made = recipe(tmp_path / "demo-real", tmp_path / "cache", kits.real(tasks=8, rows=Path("rows")))
-    assert made.eval is not None
-    assert made.eval.limit == 8
-    assert "leaderboard-v1" in made.eval.tasks
-    assert made.eval.data_dir == str(tmp_path / "rows")
+def test_base_and_moe_answer_the_six_tasks_once(tmp_path: Path) -> None:
+    """All other models would make it hours; answers are kept for the next run."""
+    write_rows(tmp_path / "rows")
+    sizes = {"max_position_embeddings": 512}
+    models = {name: tiny.make_parent(tmp_path / name, seed=seed, **sizes) for seed, name in enumerate(("base", "MoE"))}
+    found, failed = _answers(tmp_path / "rows", models, tmp_path / "answers", SILENT)
+    assert not failed
+    assert list(found) == ["ARC", "HellaSwag", "MMLU", "TruthfulQA", "Winogrande", "GSM8K"]
+    assert all(list(row) == ["base", "MoE"] and 0 <= min(row.values()) <= 1 for row in found.values())
+    assert list((tmp_path / "answers").iterdir())
+    assert _answers(None, models, tmp_path / "answers", SILENT) == ({}, ())
 
 
 def test_rows_for_the_toys_are_refused(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Rows that are missing or wrong are refused by file and line."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ pytest.importorskip("lm_eval")
 from frankenmoe.errors import SourceError
 from frankenmoe.evaluate.prompts import BENCHMARKS
 from frankenmoe.evaluate.rows import arc_gold, read_rows
+from frankenmoe.evaluate.run import evaluate
 from frankenmoe.evaluate.tasks import load_tasks, task_names
 from rowfiles import ROWS, write_rows, write_split
 
@@ -88,3 +90,9 @@ def test_an_unknown_task_gets_the_nearest_name() -> None:
     with pytest.raises(SourceError, match="hellaswagg") as error:
         task_names("arc_challenge,hellaswagg")
     assert error.value.hint == "did you mean 'hellaswag'?"
+
+
+def test_the_home_folder_may_be_written_as_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SourceError, match=re.escape(str(tmp_path / "rows" / "gsm8k"))):
+        evaluate([], tasks=("gsm8k",), data_dir="~/rows")

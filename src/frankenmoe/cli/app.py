@@ -257,7 +257,7 @@ def chat_command(
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="With --real: also answer 8 questions of each leaderboard task, from rows in this folder.",
+    help="With --real: base and MoE also answer a few questions of each leaderboard task, from rows in this folder.",
 )
 @JSON
 def demo_command(out: Path | None, real: bool, data_dir: Path | None, as_json: bool) -> None:

@@ -14,11 +14,9 @@ from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, program
 from frankenmoe.demo import kits
 from frankenmoe.demo.real import check_available, real_folder
-from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, RANDOM, TRAINED, Story, tell
+from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, QUESTIONS, RANDOM, TRAINED, Story, tell
 from frankenmoe.demo.text import DOMAINS
 from frankenmoe.planning.bill import billions
-
-QUESTIONS = 8  # of each task, with --real
 
 
 def demo(out: Path, *, real: bool = False, rows: Path | None = None, as_json: bool) -> None:
@@ -27,7 +25,7 @@ def demo(out: Path, *, real: bool = False, rows: Path | None = None, as_json: bo
         check_available()
     where = real_folder() if real else out / "parents"
     click.echo(f"making a base and {len(DOMAINS)} experts in {where} (once), then an MoE of them ...", err=True)
-    kit = kits.real(tasks=QUESTIONS if rows else 0, rows=rows) if real else kits.TOY
+    kit = kits.real(rows=rows) if real else kits.TOY
     with bars() as progress:
         story = tell(out, kit=kit, progress=progress)
     if as_json:
@@ -60,6 +58,15 @@ def _print(story: Story, out: Path) -> None:
         f"Quiz (choose the right one of four endings): base {right['dense base']:.0%}, MoE {right['MoE']:.0%}.",
         highlight=False,
     )
+    if story.tasks:
+        show.print(_task_table(story.tasks))
+        for line in story.failed:
+            show.print(line, style="yellow", highlight=False, markup=False)
+        show.print(
+            f"{QUESTIONS} questions each, of MMLU one per subject: these show that tasks run. To compare models, ask "
+            "all of them (`frankenmoe eval --tasks leaderboard-v1`).",
+            highlight=False,
+        )
     show.print("\n4. Where tokens go", style="bold")
     shares = ", ".join(f"{domain} {share:.0%}" for domain, share in story.own_share.items())
     show.print(
@@ -108,6 +115,17 @@ def _loss_table(losses: Mapping[str, Mapping[str, float]]) -> Table:
             for domain in DOMAINS
         ]
         table.add_row(name, *cells, f"{mean(row.values()):.3f}")
+    return table
+
+
+def _task_table(tasks: Mapping[str, Mapping[str, float]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    models = list(next(iter(tasks.values())))
+    for name in models:
+        table.add_column(name, justify="right")
+    for task, row in tasks.items():
+        table.add_row(task, *(f"{row[name]:.0%}" if name in row else "failed" for name in models))
     return table
 
 

@@ -1,9 +1,8 @@
 """The two demos: with toys that train in a minute, and with fine-tunes of a real model that writes English."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from frankenmoe.demo.parents import BASE, make_parents
 from frankenmoe.demo.real import TUNINGS, Text, make_base, make_tuned, real_folder
@@ -19,7 +18,8 @@ class Kit:
 
     `parents` makes them, given a folder of the demo's own, and returns each by name, the base first. `prompts` are the
     card's; the first one is also the reply that is shown. `random_seeds` random gates are measured. `threads`: of
-    torch, by default as many as there are. `evaluation` adds to the recipe's section `eval`.
+    torch, by default as many as there are. `blocks` of each text are measured by the recipe's stage `eval`. `rows`: a
+    folder with rows of the leaderboard's tasks, some of whose questions base and MoE then answer.
     """
 
     name: str
@@ -29,17 +29,12 @@ class Kit:
     random_seeds: int
     train_steps: int
     threads: int | None = None
-    evaluation: Mapping[str, Any] = field(default_factory=dict)
+    blocks: int | None = None
+    rows: Path | None = None
 
 
-def real(*, tasks: int = 0, rows: Path | None = None) -> Kit:
-    """The demo with SmolLM2-135M-Instruct and fine-tunes of its FFNs, made once in the user's cache.
-
-    `tasks` is how many questions of each of the six leaderboard tasks it also answers, read from the folder `rows`.
-    """
-    evaluation: dict[str, Any] = {"limit": tasks, "tasks": ["leaderboard-v1", "ppl"]} if tasks else {"limit": 16}
-    if rows is not None:
-        evaluation["data_dir"] = str(rows.absolute())
+def real(*, rows: Path | None = None) -> Kit:
+    """The demo with SmolLM2-135M-Instruct and fine-tunes of its FFNs, made once in the user's cache."""
     return Kit(
         name="demo-real",
         parents=_real_parents,
@@ -52,7 +47,8 @@ def real(*, tasks: int = 0, rows: Path | None = None) -> Kit:
         reply_tokens=80,
         random_seeds=1,
         train_steps=20,
-        evaluation=evaluation,
+        blocks=6,
+        rows=rows,
     )
 
 

@@ -20,7 +20,10 @@ from frankenmoe.build.proof import Check, verify
 from frankenmoe.demo.kits import TOY, Kit
 from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
+from frankenmoe.evaluate.prompts import BENCHMARKS
 from frankenmoe.evaluate.quiz import quiz
+from frankenmoe.evaluate.run import evaluate
+from frankenmoe.evaluate.score import Scoring
 from frankenmoe.gates.forcing import forced
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.generate import Reply, reply
@@ -37,6 +40,7 @@ FORCED = "MoE, own expert forced"
 TEXT_CHARACTERS = 40_000  # of each domain, for fitting and training; held-out text is separate
 FIT_TOKENS = 4096
 TEXT_SEED = 1
+QUESTIONS = 8  # of each task, but one of each of MMLU's 57 subjects: they show that tasks run, and compare no models
 # stage -> (the module that it needs, the extra that installs it)
 NEEDS = {
     "train": ("accelerate", "train"),
@@ -50,6 +54,8 @@ class Story:
     """The demo's results.
 
     `losses`: row name -> domain -> nats per token on held-out text. `quiz`: model -> domain -> share of right answers.
+    `tasks`: task -> model -> its score, from 0 to 1, on the questions that were asked; empty without rows. `failed`
+    says why one is missing.
     `lacking`: stages that were skipped -> the extra that installs what they need.
     """
 
@@ -62,6 +68,8 @@ class Story:
     lacking: Mapping[str, str]
     losses: Mapping[str, Mapping[str, float]]
     quiz: Mapping[str, Mapping[str, float]]
+    tasks: Mapping[str, Mapping[str, float]]
+    failed: tuple[str, ...]
     own_share: Mapping[str, float]
     prompt: str
     reply: Reply = field(repr=False)
@@ -80,6 +88,8 @@ class Story:
             "left_out": dict(self.lacking),
             "held_out_loss": {name: dict(row) | {"mean": mean(row.values())} for name, row in self.losses.items()},
             "quiz": {name: dict(row) for name, row in self.quiz.items()},
+            "tasks": {name: dict(row) for name, row in self.tasks.items()},
+            "tasks_failed": list(self.failed),
             "tokens_to_own_expert": dict(self.own_share),
             "prompt": self.prompt,
             "reply": self.reply.text,
@@ -113,6 +123,7 @@ def _tell(out: Path, kit: Kit, progress: Progress) -> Story:
     finished = run(subject, out / "run", progress=progress)
     built = finished.artifact
     moe = load(built)
+    tasks, failed = _answers(kit.rows, {"base": parents["base"], "MoE": built.folder}, out / "answers", progress)
     losses = dict(_losses(subject.plan.recipe, parents, out / "run", moe, kit.random_seeds, progress))
     return Story(
         folder=out,
@@ -124,6 +135,8 @@ def _tell(out: Path, kit: Kit, progress: Progress) -> Story:
         lacking=lacking,
         losses=losses,
         quiz=_quiz(parents, moe),
+        tasks=tasks,
+        failed=failed,
         own_share=_own_shares(moe),
         prompt=kit.prompts[0],
         reply=reply(
@@ -164,7 +177,7 @@ def write_recipe(file: Path, parents: Mapping[str, Path], *, kit: Kit = TOY, wit
         "eval": {
             "texts": {domain: f"text/{domain}.heldout.txt" for domain in DOMAINS},
             "against_parents": True,
-            **kit.evaluation,
+            **({"limit": kit.blocks} if kit.blocks else {}),
         },
         "export": {"types": ["q8_0"]},
         "card": {"prompts": list(kit.prompts), "max_new_tokens": kit.reply_tokens},
@@ -223,6 +236,32 @@ def _quiz(parents: Mapping[str, Path], moe: MoE) -> Mapping[str, Mapping[str, fl
     with quiet_transformers():
         base = AutoModelForCausalLM.from_pretrained(parents["base"]).eval()
     return {name: quiz(model, moe.tokenizer(), texts) for name, model in (("dense base", base), ("MoE", moe.model))}
+
+
+def _answers(
+    rows: Path | None, models: Mapping[str, Path], store: Path, progress: Progress
+) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
+    """(title of each of the six tasks -> model -> its score on a few questions, why others failed).
+
+    Answers in `store` are used again.
+    """
+    found: dict[str, dict[str, float]] = {}
+    failed: list[str] = []
+    for benchmark in BENCHMARKS.values() if rows is not None else ():
+        if benchmark.counted:
+            report = evaluate(
+                list(models.values()),
+                tasks=(benchmark.name,),
+                data_dir=str(rows),
+                limit=1 if benchmark.by_subject else QUESTIONS,
+                scoring=Scoring(store=store),
+                progress=progress,
+            )
+            values = [result.outcomes[benchmark.name].value for result in report.results]
+            named = zip(models, values, strict=True)
+            found[benchmark.title] = {name: value for name, value in named if value is not None}
+            failed += report.errors
+    return found, tuple(failed)
 
 
 def _changed(recipe: Recipe, data: Mapping[str, Any]) -> Recipe:

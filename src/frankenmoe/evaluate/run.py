@@ -103,7 +103,7 @@ def evaluate(
     scoring = scoring or Scoring(store=cache_folder("scores"))
     names = task_names(",".join(settings.tasks)) if settings.tasks else (PERPLEXITY,)
     tasks = [name for name in names if name != PERPLEXITY]
-    data_dir = Path(settings.data_dir) if settings.data_dir else None
+    data_dir = Path(os.path.expanduser(settings.data_dir)) if settings.data_dir else None
     opened = [open_model(model) if isinstance(model, str | Path) else model for model in models]
     moes = [each for each in opened if isinstance(each, Subject)]
     with main_first():  # which downloads the rows

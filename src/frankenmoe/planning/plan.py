@@ -373,7 +373,9 @@ def _own_warnings(made: Plan) -> list[str]:
     if not made.trained:  # training, or regmean, has replaced tensors of the backbone
         found.extend(lost_differences(made.choice, made.distances))
     if made.fmt is not None and not made.fmt.loads_in_transformers:
-        found.append(f"{made.fmt.title} loads in vLLM, llama.cpp and frankenmoe; transformers needs remote code for it")
+        found.append(
+            f"{made.fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it"
+        )
     if made.fmt is not None and made.fmt.inert_shared_ffn and not made.shared:
         found.append(
             f"{made.fmt.title} must have a shared expert: one of {made.fmt.inert_shared_ffn} zero neurons is written"
