@@ -309,7 +309,8 @@ def plan(
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
     whole = fmt is None or fmt.router.renormalizes_top1 or recipe.experts_per_token > 1
-    equals_base = whole and not shared and choice.from_base and backbone == writes and _equals_base(nodes, base_node)
+    plain = whole and not shared and choice.from_base and backbone == writes
+    equals_base = plain and all(same_expert(leaf, base_node) for node in nodes for leaf in node.leaves())
     made = Plan(
         recipe=recipe,
         translation=to,
@@ -398,7 +399,3 @@ def _own_warnings(made: Plan) -> list[str]:
     found += [each.warning for each in made.extracted.values() if not each.certain]
     found += licence_warnings(made.sources)
     return found
-
-
-def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:
-    return all(same_expert(leaf, base_node) for node in made_of for leaf in node.leaves())
