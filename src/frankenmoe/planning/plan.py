@@ -349,9 +349,8 @@ def plan(
 
 
 def _with_warnings(made: Plan, others: list[Source]) -> Plan:
-    return replace(
-        made, warnings=(*_identity_warnings(made), *_own_warnings(made), *source_warnings(made.base, others))
-    )
+    warnings = (*_identity_warnings(made), *_own_warnings(made), *source_warnings(made.base, others))
+    return replace(made, warnings=warnings)
 
 
 def _identity_warnings(made: Plan) -> list[str]:
