@@ -254,6 +254,14 @@ def test_end_tokens_of_all_three_places_are_kept(tmp_path: Path) -> None:
     assert found.notes == ()
 
 
+def test_an_end_token_without_text_is_kept(tmp_path: Path) -> None:
+    """An embedding's row that the tokenizer does not name: the model can still choose it."""
+    tokenizer = gguftools.bpe("gpt-2")
+    tokenizer.save_pretrained(tmp_path)
+    found = read_vocabulary(tmp_path, {"eos_token_id": [2, len(tokenizer) + 3]}, rows=len(tokenizer) + 8)
+    assert (found.special["eos"], found.special["eot"]) == (2, len(tokenizer) + 3)
+
+
 def test_end_tokens_without_room_are_named_unless_llama_cpp_knows_them(tmp_path: Path) -> None:
     extra = ["<a>", "<|im_end|>", "<b>", "<c>"]
     found, ids = with_ends(tmp_path, generation=[2, 400, 401, 402, 403, True, -1, 9999], config=[2], extra=extra)

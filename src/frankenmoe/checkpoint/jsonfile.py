@@ -6,12 +6,24 @@ from typing import Any
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.errors import SourceError
 
+MOST = 2**28  # bytes; the largest vocabularies and indexes have a tenth of it
+
+
+def check_size(file: Path) -> None:
+    """Raises SourceError for a file that is too large to be a config or a tokenizer; OSError if it is not there."""
+    size = file.stat().st_size
+    if size > MOST:
+        raise SourceError(
+            f"{file} has {size:,} bytes, expected at most {MOST:,}", hint="fetch the file again, or remove it"
+        )
+
 
 def read_object(file: Path, *, hint: str) -> dict[str, Any]:
     """The JSON object in a file. Raises SourceError if it is missing, no file or no object."""
     if file.exists() and not file.is_file():  # reading a pipe would never return
         raise SourceError(f"{file} is not a file", hint=hint)
     try:
+        check_size(file)
         return parse_object(file.read_bytes())
     except FileNotFoundError:
         raise SourceError(f"{file.parent} has no {file.name}", hint=hint) from None

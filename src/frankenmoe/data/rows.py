@@ -190,7 +190,7 @@ def _turn(entry: Any, *, speaker: str, said: str, where: str) -> Turn:
         )
     turn = Turn(role=role, content=whole(text or "", where=where))
     if calls:
-        turn[CALLS] = calls
+        turn["tool_calls"] = calls
     for key in PASSED:
         if isinstance(entry.get(key), str):
             turn[key] = entry[key]  # type: ignore[literal-required]

@@ -177,9 +177,8 @@ def token_notes(
     odd = split_otherwise(vocabulary, load_tokenizer(parts.folder), texts)
     if not odd:
         return []
-    return [
-        f"llama.cpp splits {len(odd)} of {len(texts)} texts into other tokens than the source, such as {odd[0]!r:.60}"
-    ]
+    count = f"{len(odd)} of {len(texts)} texts"
+    return [f"llama.cpp splits {count} into other tokens than the source, such as {odd[0]!r:.60}"]
 
 
 def write_report(

@@ -90,10 +90,11 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
     missing = rows - len(found.tokens)
     padding = [f"[PAD{index}]" for index in range(len(found.tokens), rows)]
     types = (*found.types, *[UNUSED] * missing)
-    special, lost = _special(folder, settings, config, found.tokens)
+    tokens = _distinct(folder, (*found.tokens, *padding), types)
+    special, lost = _special(folder, settings, config, tokens)
     return replace(
         found,
-        tokens=_distinct(folder, (*found.tokens, *padding), types),
+        tokens=tokens,
         types=types,
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
         special=special,

@@ -88,11 +88,16 @@ def _check_bias(value: Any, *, vocab: int, where: str) -> None:
     """Checks `sequence_bias`: (token ids, bias) pairs, or a mapping of the one to the other."""
     if value is None:
         return
-    pairs = list(value.items()) if isinstance(value, Mapping) else value
-    for pair in pairs if _is_list(pairs) else [None]:
-        fine = _is_list(pair) and len(pair) == 2 and _in_range(pair[1], -1e9, 1e9)
-        if not fine or not _is_list(pair[0]) or not all(_is_id(each, vocab, "") for each in pair[0]):
-            raise _refusal(where, "sequence_bias", value, "a list of [token ids, number]")
+    pairs: Any = list(value.items()) if isinstance(value, Mapping) else value
+    if not _is_list(pairs) or not all(_is_bias(pair, vocab) for pair in pairs):
+        raise _refusal(where, "sequence_bias", value, "a list of [token ids, number]")
+
+
+def _is_bias(pair: Any, vocab: int) -> bool:
+    if not _is_list(pair) or len(pair) != 2:
+        return False
+    ids, bias = pair
+    return _in_range(bias, -1e9, 1e9) and _is_list(ids) and all(_is_id(each, vocab, "") for each in ids)
 
 
 def _in_range(value: object, lowest: float, highest: float) -> bool:

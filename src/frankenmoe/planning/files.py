@@ -6,6 +6,7 @@ from pathlib import Path
 
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import check_size
 from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.errors import SourceError
 from frankenmoe.planning.sources import Source
@@ -71,6 +72,8 @@ def check_small_files(base: Source) -> None:
                 f"{file} is not a file{', but a link that leads to none' if file.is_symlink() else ''}",
                 hint="fetch it again, or remove it if the base does without",
             )
+        if file.is_file():
+            check_size(file)
     file = base.folder / GENERATION
     if not file.is_file():
         return

@@ -52,6 +52,7 @@ DEQUANTIZE: Mapping[str, str] = {
 }
 # tables are expanded per layer, so absurd numbers must be rejected first
 MOST_LAYERS = 10_000
+MOST_LABELS = 100_000
 WRONG_FILE = "fetch config.json again: the one that save_pretrained wrote beside the weights"
 WRONG_CONFIG = "config.json and weights are of two different models"
 
@@ -224,6 +225,12 @@ def check_config(source: Source) -> None:
             wrong = family is not None and key == "rms_norm_eps" and key in source.config
         if wrong:
             raise SourceError(f"{file} has {key} {value!r:.40}, expected a positive number", hint=WRONG_FILE)
+    labels = source.config.get("num_labels", 0)
+    if type(labels) is not int or not 0 <= labels <= MOST_LABELS:  # transformers makes a table of them
+        raise SourceError(
+            f"{file} has num_labels {labels!r:.40}, expected a whole number up to {MOST_LABELS}",
+            hint="remove the setting: a language model has no labels",
+        )
     window = source.config.get("sliding_window")
     if family and window is not None and type(window) is not int:
         raise SourceError(f"{file} has sliding_window {window!r:.40}, expected a whole number or null", hint=WRONG_FILE)

@@ -91,7 +91,7 @@ def make_card(
     }
     head, lacking = _head(facts, evidence)
     missing = dict(lacking)
-    body = [f"# {plain(facts.name)}", facts.settings.description or "", _opening(facts)]
+    body = [f"# {plain(' '.join(facts.name.split()))}", facts.settings.description or "", _opening(facts)]
     for title, section in sections.items():
         said = section(facts, evidence)
         if isinstance(said, Missing):

@@ -4,6 +4,7 @@ A section without evidence returns the reason. Every number comes from the plan,
 """
 
 import html
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from frankenmoe.recipe.sections import SECTIONS
 
 GIB = 2**30
 LOCAL = "folder/of/this/repository"
-# formats that vLLM's list of supported models names
+CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 
 @dataclass(frozen=True)
@@ -286,13 +287,17 @@ def _cell(text: str) -> str:
 
 
 def plain(text: str) -> str:
-    """Text from a name or a report, with HTML in it escaped."""
-    return html.escape(text, quote=False)
+    """Text from a name or a report, without HTML, links and images; control characters are spelt out."""
+    return html.escape(_without_controls(text), quote=False).replace("](", "]\\(").replace("][", "]\\[")
 
 
 def code(text: str) -> str:
     """Text as Markdown's code."""
-    return "`" + text.replace("`", "'") + "`"
+    return "`" + " ".join(_without_controls(text).replace("`", "'").split()) + "`"
+
+
+def _without_controls(text: str) -> str:
+    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def gigabytes(count: int) -> str:

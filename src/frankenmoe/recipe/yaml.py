@@ -13,6 +13,7 @@ MAX_BYTES = 1_000_000
 # aliases can expand a short file without end; both limits are far above hand-written recipes
 MAX_NODES = 100_000
 MAX_DEPTH = 100
+DESCRIPTORS = ("/dev/", "/proc/")  # pipes that a shell made for this command
 
 Location = tuple[str | int, ...]
 
@@ -40,6 +41,8 @@ class YamlFile:
 def read_text(path: Path) -> str:
     """The UTF-8 text of a recipe file. Raises RecipeError if it cannot be read."""
     try:
+        if path.is_fifo() and not str(path).startswith(DESCRIPTORS):  # nobody may ever write to it
+            raise RecipeError(f"{path}: expected a recipe file, found a pipe", hint="name a file")
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
@@ -55,10 +58,7 @@ def read_text(path: Path) -> str:
             f"{path}: the recipe cannot be opened: {error.strerror}", hint="check the path and its permissions"
         ) from error
     if len(content) > MAX_BYTES:
-        raise RecipeError(
-            f"{path}: a recipe has at most {MAX_BYTES:,} bytes, found more",
-            hint="is this the recipe? long texts belong in files named by `data`",
-        )
+        raise _too_long(str(path))
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -69,8 +69,17 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def _too_long(origin: str) -> RecipeError:
+    return RecipeError(
+        f"{origin}: a recipe has at most {MAX_BYTES:,} bytes, found more",
+        hint="is this the recipe? long texts belong in files named by `data`",
+    )
+
+
 def parse_yaml(text: str, *, origin: str) -> YamlFile:
     """Reads `text` as one YAML mapping of plain values; otherwise raises a RecipeError that starts with `origin`."""
+    if len(text) > MAX_BYTES:
+        raise _too_long(origin)
     try:
         loader = yaml.SafeLoader(text)
         root = loader.get_single_node()
