@@ -307,7 +307,8 @@ def plan(
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
     whole = fmt is None or fmt.router.renormalizes_top1 or recipe.experts_per_token > 1
-    equals_base = whole and not shared and choice.from_base and backbone == writes and _equals_base(nodes, base_node)
+    plain = whole and not shared and choice.from_base and backbone == writes
+    equals_base = plain and all(same_expert(leaf, base_node) for node in nodes for leaf in node.leaves())
     made = Plan(
         recipe=recipe,
         translation=to,
@@ -371,7 +372,9 @@ def _own_warnings(made: Plan) -> list[str]:
     if not made.trained:  # training, or regmean, has replaced tensors of the backbone
         found.extend(lost_differences(made.choice, made.distances))
     if made.fmt is not None and not made.fmt.loads_in_transformers:
-        found.append(f"{made.fmt.title} loads in vLLM, llama.cpp and frankenmoe; transformers needs remote code for it")
+        found.append(
+            f"{made.fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it"
+        )
     if made.fmt is not None and made.fmt.inert_shared_ffn and not made.shared:
         found.append(
             f"{made.fmt.title} must have a shared expert: one of {made.fmt.inert_shared_ffn} zero neurons is written"
@@ -394,7 +397,3 @@ def _own_warnings(made: Plan) -> list[str]:
     found += [each.warning for each in made.extracted.values() if not each.certain]
     found += licence_warnings(made.sources)
     return found
-
-
-def _equals_base(made_of: tuple[ExpertNode, ...], base_node: ExpertNode) -> bool:
-    return all(same_expert(leaf, base_node) for node in made_of for leaf in node.leaves())
