@@ -155,6 +155,17 @@ CASES: dict[str, Case] = {
         },
         loading={"attn_implementation": "eager"},
     ),
+    "cohere2": Case(
+        "cohere2",
+        "cohere2_moe",
+        {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "logit_scale": 0.25,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "helium": Case("helium", "mixtral", {"pad_token_id": None}),
     "granite4": Case(
         "granitemoehybrid",
         "granitemoehybrid",

@@ -66,7 +66,7 @@ def test_every_stage_works_on_every_family(name: str, tmp_path: Path) -> None:
     base = make_parent(tmp_path / "base", case)
     parents = [near(tmp_path / f"e{seed}", base, case, seed=seed) for seed in (1, 2, 3)]
     texts = [words(tmp_path / f"{index}.txt", letters) for index, letters in enumerate(("abcdef", "uvwxyz", "012345"))]
-    path = write_recipe(tmp_path / "r.yml", case, base, parents[:2], gate_mode="ridge", backbone="average")
+    path = write_recipe(tmp_path / "r.yml", case, base, parents[:2], gate_mode="ridge", backbone="base")
     recipe = yaml.safe_load(path.read_text())
     for expert, text in zip(recipe["experts"], texts, strict=False):
         expert["data"] = [str(text)]
@@ -76,6 +76,9 @@ def test_every_stage_works_on_every_family(name: str, tmp_path: Path) -> None:
     built = fm.build(path, tmp_path / "built")
     outputs = [logits(fm.load(each).model) for each in (virtual, built)]
     assert float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()) < 1e-5
+
+    average = write_recipe(tmp_path / "a.yml", case, base, parents[:2], backbone="average")
+    assert torch.isfinite(logits(fm.load(average).model)).all()
 
     audit(built, out=tmp_path / "audit", tokens=128)
     report = evaluate([built.folder], texts={"one": str(texts[0])}, limit=4, scoring=Scoring())

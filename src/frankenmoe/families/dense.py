@@ -21,7 +21,10 @@ from frankenmoe.families.rows import (
     defaults,
     rows,
 )
-from frankenmoe.families.spec import Family
+from frankenmoe.families.spec import Family, Reading
+
+# where the field called attention_bias is that of q, k and v
+BIAS_OF_QKV: Mapping[str, Reading] = {"qkv_bias": "attention_bias", "attention_bias": lambda config: False}
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
@@ -112,7 +115,7 @@ FAMILIES: Mapping[str, Family] = {
                 eos_token_id=2,
             ),
             # its attention_bias is that of q, k and v only
-            reads={"attention_bias": "attention_out_bias"},
+            reads={"attention_bias": "attention_out_bias", "qkv_bias": "attention_bias"},
             fields=frozenset({"residual_dropout"}),
         ),
         Family(
@@ -237,7 +240,27 @@ FAMILIES: Mapping[str, Family] = {
                 pad_token_id=151329,
                 eos_token_id=[151329, 151336, 151338],
             ),
-            reads={"qkv_bias": "attention_bias", "attention_bias": lambda config: False},
+            reads=BIAS_OF_QKV,
+            interleaved=True,
+        ),
+        Family(
+            model_type="helium",
+            plain_mlp="HeliumMLP",
+            backbone=ENDS + ATTENTION + rows(LAYER + "self_attn.", QKV_BIAS, when="attention_bias") + PRE_NORMS,
+            ffn=FFN + FFN_BIAS,
+            reads=BIAS_OF_QKV,
+            defaults=defaults(
+                max_position_embeddings=4096,
+                num_key_value_heads=20,
+                head_dim=128,
+                rms_norm_eps=1e-8,
+                rope_theta=100000.0,
+                pad_token_id=3,
+                bos_token_id=1,
+                eos_token_id=2,
+                attention_bias=False,
+                mlp_bias=False,
+            ),
             interleaved=True,
         ),
         *LAYERED,

@@ -75,7 +75,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             title="Mixtral",
             model_type="mixtral",
             architecture="MixtralForCausalLM",
-            families=("llama", "mistral", "phi3"),
+            families=("llama", "mistral", "phi3", "helium"),
             gate=LAYER + "block_sparse_moe.gate.weight",
             expert={
                 LAYER + "block_sparse_moe.experts.{expert}." + name: (suffix,)
@@ -173,6 +173,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             added=tuple(TensorSpec(LAYER + "self_attn." + name, shape) for name, shape in QKV_BIAS.items()),
             constants=QWEN | {"qkv_bias": True},
             counted=COUNTED | {"moe_intermediate_size": "ffn", "shared_expert_intermediate_size": "shared_ffn"},
+            holds=frozenset({"qkv_bias"}),
             notes=(WEAKER, NO_LLAMA3),
         ),
         MoEFormat(
@@ -261,6 +262,7 @@ FORMATS: Mapping[str, MoEFormat] = {
                 "partial_rotary_factor": lambda family, config: rope(family, config).get("partial_rotary_factor", 1.0),
             },
             router=RouterRule(score="sigmoid", epsilon=1e-20, rounds_weights=False, wide=True),
+            holds=frozenset({"qkv_bias"}),
             partial_rotary=True,
             no_gguf="its GLM 4 architecture is not checked yet",
         ),
@@ -352,6 +354,31 @@ FORMATS: Mapping[str, MoEFormat] = {
             fields={**GRANITE_FIELDS, **{name: name for name in MAMBA_FIELDS}},
             holds=GRANITE_HOLDS | {"layer_types"},
             no_gguf="its Granite hybrid architecture is not checked yet",
+        ),
+        MoEFormat(
+            name="cohere2_moe",
+            title="Cohere2 MoE",
+            model_type="cohere2_moe",
+            architecture="Cohere2MoeForCausalLM",
+            families=("cohere2",),
+            gate=GATE,
+            expert=EXPERT,
+            constants={
+                "rms_norm_eps": None,
+                "num_shared_experts": 0,
+                "expert_selection_fn": "softmax",
+                "norm_topk_prob": True,
+            },
+            counted=COUNTED,
+            fields={
+                "layer_types": "layer_types",
+                "layer_norm_eps": "layer_norm_eps",
+                "logit_scale": "logit_scale",
+                "mlp_layer_types": lambda family, config: ["sparse"] * family.dims(config).layers,
+            },
+            holds=frozenset({"layer_types", "sliding_window", "attention_bias"}),
+            interleaved=True,
+            no_gguf="its Cohere2 architecture is not checked yet",
         ),
     )
 }

@@ -13,6 +13,7 @@ SAME = (None, (), (FULL,))
 # plain settings that change what a model computes -> (the values under which they do not, what others would need)
 NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False, None), "its attention does not have all four biases"),
+    "qkv_bias": ((False, None), "its attention does not have biases of q, k and v"),
     "mlp_bias": ((False, None), "its experts have no bias"),
     "sliding_window": ((None,), "other runtimes disagree on its sliding window"),
     "layer_types": (SAME, "all its layers are alike"),

@@ -73,6 +73,13 @@ def _ministral_kinds(config: Config) -> tuple[str, ...]:
     return tuple(config.get("layer_types") or [kind] * config["num_hidden_layers"])
 
 
+def _cohere2_kinds(config: Config) -> tuple[str, ...]:
+    """Windows in all layers but every fourth, where the config does not list them."""
+    every = int(config.get("sliding_window_pattern") or 4)
+    layers = range(1, config["num_hidden_layers"] + 1)
+    return tuple(config.get("layer_types") or (SLIDING if layer % every else FULL for layer in layers))
+
+
 def _granite4_kinds(config: Config) -> tuple[str, ...]:
     """What its layers are, in the words of transformers 5; its own are `mamba` and `attention`."""
     kinds = config.get("layer_types") or [LINEAR] * config["num_hidden_layers"]
@@ -341,4 +348,26 @@ GRANITE4 = Family(
     kinds=_granite4_kinds,
     fields=frozenset({"num_experts_per_tok", "router_aux_loss_coef", "position_embedding_type"}),
 )
-LAYERED = (LFM2, QWEN3_5, SMOLLM3, MINISTRAL, GRANITE4)
+COHERE2 = Family(
+    model_type="cohere2",
+    plain_mlp="Cohere2MLP",
+    # attention and FFN read the same norm
+    backbone=(*ENDS, *ATTENTION, *ATTENTION_BIAS, *rows(LAYER, {"input_layernorm.weight": ("hidden",)})),
+    ffn=FFN,
+    defaults=defaults(
+        max_position_embeddings=8192,
+        sliding_window=4096,
+        layer_norm_eps=1e-5,
+        logit_scale=0.0625,
+        pad_token_id=0,
+        bos_token_id=5,
+        eos_token_id=255001,
+        tie_word_embeddings=True,
+        attention_bias=False,
+    ),
+    reads={"layer_types": lambda config: list(_cohere2_kinds(config))},
+    kinds=_cohere2_kinds,
+    fields=frozenset({"sliding_window_pattern", "cache_implementation", "order_of_interleaved_layers"}),
+    interleaved=True,
+)
+LAYERED = (LFM2, QWEN3_5, SMOLLM3, MINISTRAL, GRANITE4, COHERE2)

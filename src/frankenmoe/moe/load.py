@@ -101,13 +101,20 @@ def load_parts(
     """
     configs = {folder: read_config(folder, trust_remote_code=parts.trust_remote_code) for folder in parts.sources}
     config = configs.get(parts.folder) or AutoConfig.for_model(
-        **{key: value for key, value in parts.config.items() if key != "architectures"}
+        **{key: _decoded(value) for key, value in parts.config.items() if key != "architectures"}
     )
     if parts.own_head:
         config.tie_word_embeddings = False
     made = _assemble(parts, config, configs, gates, dtype=dtype, **options)
     place(made.model, device)
     return made
+
+
+def _decoded(value: Any) -> Any:
+    """A config value with infinities in place of the mappings that transformers writes for them in JSON."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else value
 
 
 def _assemble(
