@@ -182,7 +182,7 @@ def _planned(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
     return wanted | {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
 
 
-def _compare_headers(plan: Plan, tensors: dict[str, TensorRef]) -> None:
+def _compare_headers(plan: Plan, tensors: Mapping[str, TensorRef]) -> None:
     wanted = _planned(plan)
     found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
