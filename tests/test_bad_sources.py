@@ -83,6 +83,7 @@ def test_a_truncated_shard(build: tuple[object, ...], bad: Path, tmp_path: Path)
 
 def test_a_missing_shard(build: tuple[object, ...], bad: Path, tmp_path: Path) -> None:
     index = shard(bad, "model-00001-of-00001.safetensors")
+    (bad / "model.safetensors").unlink()
     facts = (str(index), "names model-00001-of-00001.safetensors, which is not there")
     refused(*build, inside=tmp_path, facts=facts, hint="missing shard")
 
@@ -92,6 +93,7 @@ def test_an_index_that_names_a_file_elsewhere(
     build: tuple[object, ...], bad: Path, tmp_path: Path, elsewhere: str
 ) -> None:
     index = shard(bad, elsewhere)
+    (bad / "model.safetensors").unlink()
     facts = (str(index), repr(elsewhere), "expected the bare name")
     refused(*build, inside=tmp_path, facts=facts, hint="do not use this source")
 

@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from frankenmoe.data.blocks import text_blocks
-from frankenmoe.data.documents import Document
+from frankenmoe.data.rows import Document
 from frankenmoe.gates.states import mean_loss
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

@@ -12,8 +12,9 @@ from frankenmoe.audit.examine import Audit, DomainText, examine
 from frankenmoe.audit.tokens import Passage
 from frankenmoe.audit.write import check_place, write_report
 from frankenmoe.data.blocks import check_vocabulary, encode, packed
-from frankenmoe.data.documents import Document, check_data, read_documents
+from frankenmoe.data.documents import check_data, read_documents
 from frankenmoe.data.given import Pair
+from frankenmoe.data.rows import Document
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.moe.device import AUTO
 from frankenmoe.moe.load import MoE

@@ -18,7 +18,7 @@ def check_links(folder: Path) -> tuple[str, ...]:
     """
     real, notes = Path(os.path.realpath(folder)), []
     for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-        if not entry.is_symlink() or not entry.is_file():
+        if not entry.is_symlink() or not os.path.isfile(entry.path):  # which takes loops, too
             continue
         target = Path(os.path.realpath(entry.path))
         if target.is_relative_to(real) or _is_blob(target, real):

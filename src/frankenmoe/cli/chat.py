@@ -23,7 +23,7 @@ LAYERS_TITLE = "first choice by layer"
 ROOMY = 60  # columns; a narrower terminal gets a shorter title
 
 
-class Spelt(TextStreamer):
+class Spelt(TextStreamer):  # type: ignore[misc]  # transformers has no types
     """Prints a reply as it is made, with control characters spelt out."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:

@@ -48,7 +48,7 @@ def with_rows_of(base: Source, other: Source) -> Source:
             for name, shape in anatomy(base).backbone.items()
             if group_of(name) in (EMBEDDINGS, HEAD) and shape[:1] == (rows,)
         }
-    config = other.config | {VOCAB: rows}
+    config = dict(other.config) | {VOCAB: rows}
     if "tie_word_embeddings" in base.config:
         config["tie_word_embeddings"] = base.config["tie_word_embeddings"]
     checkpoint = replace(other.checkpoint, config=config, tensors=kept)
