@@ -111,7 +111,7 @@ def test_deepseek_can_say_an_ordinary_llama_and_two_words_of_rotary_scaling(tmp_
     assert not made.problems
     assert made.config["rope_scaling"] == {"type": "linear", "factor": 2.0}
     assert made.config["rope_parameters"] == linear
-    assert any("transformers needs remote code" in text for text in made.warnings)
+    assert any("transformers and vLLM need remote code" in text for text in made.warnings)
 
 
 # licences
