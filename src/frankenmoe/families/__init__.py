@@ -1,7 +1,7 @@
 """Dense families and the MoE formats they become, as tables. Does not import torch."""
 
 from frankenmoe.families.config import moe_config, unsupported
-from frankenmoe.families.dense import FAMILIES, MLPS
+from frankenmoe.families.dense import FAMILIES, MLPS, OPAQUE
 from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.known import is_neutral
 from frankenmoe.families.rotary import rope, rotary_size
@@ -12,6 +12,7 @@ __all__ = [
     "FAMILIES",
     "FORMATS",
     "MLPS",
+    "OPAQUE",
     "VIRTUAL",
     "Family",
     "MoEFormat",

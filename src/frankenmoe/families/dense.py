@@ -267,5 +267,8 @@ FAMILIES: Mapping[str, Family] = {
     )
 }
 
+OPAQUE = frozenset(name for family in FAMILIES.values() for name in family.opaque)
+"""Names of modules whose code reads the weights of its linear layers itself, so that these cannot be wrapped."""
+
 MLPS = tuple(dict.fromkeys(family.mlp for family in FAMILIES.values()))
 """Names of the module that is an FFN, in all families; models without a table call it `mlp`."""

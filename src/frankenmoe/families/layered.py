@@ -253,6 +253,7 @@ SMOLLM3 = Family(
     backbone=ENDS + ATTENTION + ATTENTION_BIAS + PRE_NORMS,
     ffn=FFN + FFN_BIAS,
     defaults=defaults(
+        rope_theta=2000000.0,
         max_position_embeddings=32768,
         num_key_value_heads=4,
         pad_token_id=128004,
@@ -282,6 +283,7 @@ MINISTRAL = Family(
 GRANITE4 = Family(
     model_type="granitemoehybrid",
     mlp="shared_mlp",
+    opaque=("mamba",),
     backbone=(
         *ENDS,
         *PRE_NORMS,
@@ -332,7 +334,6 @@ GRANITE4 = Family(
         mamba_n_heads=128,
         mamba_n_groups=1,
         mamba_d_state=256,
-        mamba_d_head="auto",
         mamba_d_conv=4,
         mamba_expand=2,
         mamba_chunk_size=256,
@@ -343,10 +344,12 @@ GRANITE4 = Family(
         "intermediate_size": "shared_intermediate_size",
         "own_experts": "num_local_experts",
         "time_step_limit": _time_step_limit,
+        "mamba_d_head": lambda config: int(config["mamba_expand"] * config["hidden_size"] / config["mamba_n_heads"]),
+        "layer_types": lambda config: config.get("layer_types") or [LINEAR] * config["num_hidden_layers"],
     },
     sizes=_granite4_sizes,
     kinds=_granite4_kinds,
-    fields=frozenset({"num_experts_per_tok", "router_aux_loss_coef", "position_embedding_type"}),
+    fields=frozenset({"num_experts_per_tok", "router_aux_loss_coef", "position_embedding_type", "mamba_d_head"}),
 )
 COHERE2 = Family(
     model_type="cohere2",

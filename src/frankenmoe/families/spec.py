@@ -99,7 +99,7 @@ class Family:
     `kinds` the kinds of its layers. `fields` are further config fields that are known and change nothing here.
     `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
     adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
-    down(act(gate x) * up x).
+    down(act(gate x) * up x). `opaque` names modules whose code reads the weights of its linear layers itself.
     """
 
     model_type: str
@@ -117,6 +117,7 @@ class Family:
     rope_names: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     plain_mlp: str | None = None
+    opaque: tuple[str, ...] = ()
 
     @property
     def down(self) -> tuple[str, ...]:

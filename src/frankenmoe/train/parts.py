@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from frankenmoe.errors import PlanError
+from frankenmoe.families import OPAQUE
 from frankenmoe.moe.adapter import LoraLinear, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.trace import outer_blocks
@@ -171,13 +172,19 @@ def _embeddings(model: Any) -> Slots:
 
 
 def _attention(model: Any, *, rank: int, seed: int) -> Slots:
-    """A LoRA on every linear layer of the backbone except the head; an existing one is trained further."""
+    """A LoRA on every linear layer of the backbone except the head; an existing one is trained further.
+
+    Modules whose code reads the weights of its layers itself, such as Mamba's, get none.
+    """
     head = model.get_output_embeddings()
     slots: Slots = {}
     found = [
         (name, module)
         for name, module in _backbone_modules(model)
-        if module is not head and isinstance(module, nn.Linear | LoraLinear) and not name.endswith(".base")
+        if module is not head
+        and isinstance(module, nn.Linear | LoraLinear)
+        and not name.endswith(".base")
+        and not OPAQUE.intersection(name.split("."))
     ]
     for name, module in found:
         if isinstance(module, nn.Linear):
