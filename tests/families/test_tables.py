@@ -13,7 +13,7 @@ from family_cases import CASES
 from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope
 
 VARIANTS = [{}, {"tie_word_embeddings": True}, {"attention_bias": True}, {"mlp_bias": True}]
-PLAIN = {"llama", "mistral", "qwen2", "qwen3", "olmo2", "seed_oss", "granite"}
+PLAIN = ("llama", "mistral", "qwen2", "qwen3", "olmo2", "seed_oss", "granite")
 TENSORS = [(name, variant) for name in PLAIN for variant in VARIANTS] + [
     (case.family, case.sizes) for case in CASES.values()
 ]
