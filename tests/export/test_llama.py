@@ -49,6 +49,7 @@ def recipe(tmp_path: Path, folders: list[Path], *, shared: dict[str, Any] | None
         ("granite", MULTIPLIERS | {"attention_bias": True}, {"shared": {}}, "granitemoe"),
         ("seed_oss", {"attention_bias": True}, {}, "llama"),
         ("phi3", {"sliding_window": None}, {}, "llama"),
+        ("helium", {}, {}, "llama"),
     ],
 )  # fmt: skip
 def test_every_architecture_computes_what_the_source_computes(
