@@ -30,8 +30,8 @@ def recipe(own: list[Path], tmp_path: Path) -> Path:
 
 
 def edit(file: Path) -> None:
-    """Adds one field to the JSON: a minimal edit."""
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"edited": True}))
+    """Adds one field to the JSON, which no program reads: a minimal edit."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_edited": True}))
 
 
 @FORMS

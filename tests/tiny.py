@@ -9,6 +9,7 @@ import torch
 import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
@@ -44,7 +45,8 @@ def make_parent(
             if parameter.dim() == 1:
                 parameter.copy_(torch.randn_like(parameter) * 0.2 + 1)
     model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
+    tokenizer = make_qwen_tokenizer() if family.startswith("qwen3_5") else make_tokenizer()
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -55,6 +57,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     raw.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     raw.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
+
+
+def make_qwen_tokenizer() -> Qwen3_5Tokenizer:
+    """The same tokens in the class that transformers takes for Qwen3.5's MoE, whatever its tokenizer.json says."""
+    words = ["<s>", "</s>", "\u0120", *map(chr, range(33, 127))]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    return Qwen3_5Tokenizer(vocabulary, [], unk_token=None, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
 def write_recipe(file: Path, base: Path, parents: list[Path], *, prompts: bool = False, **keys: Any) -> Path:

@@ -27,7 +27,7 @@ def tokenizer_files(plan: Plan) -> dict[str, bytes]:
 
     Raises ArtifactError if the base's tokenizer cannot be written so that transformers splits text alike.
     """
-    base = _base_tokenizer(plan)
+    base, rows = _base_tokenizer(plan), _rows(plan)
     if base is None:
         return {}
     with TemporaryDirectory() as name:
@@ -35,12 +35,12 @@ def tokenizer_files(plan: Plan) -> dict[str, bytes]:
         (folder / "config.json").write_text(json.dumps(plan.config))
         for file in plan.small_files:
             (folder / file.name).write_bytes(file.read_bytes())
-        if (folder / WHOLE).is_file() and first_difference(base, folder) is None:
+        if (folder / WHOLE).is_file() and first_difference(base, folder, rows=rows) is None:
             return {}
-        found = _written_out(base, folder)
+        found = _written_out(base, folder, rows=rows)
         for file_name, raw in found.items():
             (folder / file_name).write_bytes(raw)
-        odd = first_difference(base, folder)
+        odd = first_difference(base, folder, rows=rows)
         if odd is not None:
             raise ArtifactError(
                 f"beside the MoE's config, the tokenizer of {plan.base.folder} splits {odd!r:.80} otherwise than "
@@ -55,27 +55,32 @@ def compared_texts(plan: Plan, folder: Path) -> int | None:
 
     Raises ArtifactError if it splits one otherwise.
     """
-    base = _base_tokenizer(plan)
+    base, rows = _base_tokenizer(plan), _rows(plan)
     if base is None:
         return None
-    odd = first_difference(base, folder)
+    odd = first_difference(base, folder, rows=rows)
     if odd is not None:
         raise ArtifactError(
             f"the tokenizer of {folder} splits {odd!r:.80} otherwise than that of its base {plan.base.folder}",
             hint="build it again with this version",
         )
-    return len(hard_texts(base))
+    return len(hard_texts(base, rows=rows))
 
 
-def first_difference(base: Any, folder: Path) -> str | None:
+def first_difference(base: Any, folder: Path, *, rows: int) -> str | None:
     """The first hard text that the tokenizer in `folder` splits otherwise than `base`; None if there is none."""
     try:
         other = load_tokenizer(folder)
     except SourceError:
-        return hard_texts(base)[0]
-    texts = hard_texts(base)
+        return hard_texts(base, rows=rows)[0]
+    texts = hard_texts(base, rows=rows)
     pairs = zip(texts, token_ids(base, texts), token_ids(other, texts), strict=True)
     return next((text for text, ours, theirs in pairs if ours != theirs), None)
+
+
+def _rows(plan: Plan) -> int:
+    """The rows of the embedding."""
+    return int(plan.base.config["vocab_size"])
 
 
 def _base_tokenizer(plan: Plan) -> Any:
@@ -89,16 +94,23 @@ def _base_tokenizer(plan: Plan) -> Any:
     return None
 
 
-def _written_out(tokenizer: Any, folder: Path) -> dict[str, bytes]:
-    """tokenizer.json, and the settings in `folder` with a class that takes that file as it is."""
+def _written_out(tokenizer: Any, folder: Path, *, rows: int) -> dict[str, bytes]:
+    """tokenizer.json, and the settings in `folder` with a class that takes that file as it is.
+
+    Left out are tokens that the base's class adds behind the `rows` of the embedding, such as Qwen2's default for
+    padding: no model can read them.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:  # a tokenizer in Python
         return {}
     settings = json.loads((folder / SETTINGS).read_bytes()) if (folder / SETTINGS).is_file() else {}
     for key in SPECIAL:
-        settings.setdefault(key, getattr(tokenizer, key))
+        token = getattr(tokenizer, key)
+        settings.setdefault(key, token if token and tokenizer.convert_tokens_to_ids(token) < rows else None)
+    found = json.loads(backend.to_str())
+    found["added_tokens"] = [token for token in found["added_tokens"] if token["id"] < rows]
     settings["tokenizer_class"] = PLAIN_CLASS
     return {
-        WHOLE: backend.to_str(pretty=True).encode(),
+        WHOLE: (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode(),
         SETTINGS: (json.dumps(settings, indent=2, ensure_ascii=False) + "\n").encode(),
     }

@@ -12,9 +12,10 @@ HARD = (
 MOST_SPECIAL = 40
 
 
-def hard_texts(tokenizer: Any) -> list[str]:
-    """HARD, and the tokenizer's special tokens between words."""
-    special = sorted({*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()})[:MOST_SPECIAL]
+def hard_texts(tokenizer: Any, *, rows: int) -> list[str]:
+    """HARD, and between words the tokenizer's special tokens among the first `rows`, which a model can read."""
+    known = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+    special = sorted(token for token in known if tokenizer.convert_tokens_to_ids(token) < rows)[:MOST_SPECIAL]
     return [*HARD, *(f"one{token}two {token} three" for token in special)]
 
 
