@@ -131,6 +131,22 @@ def test_another_recipe_source_or_text_is_fitted_anew(
     recipe.write_text(recipe.read_text().replace("ridge", "lda"))
     fm.load(recipe)
     assert len(fits) == 4
+    recipe.write_text(recipe.read_text() + "fit: {tokens: 512, block: 16}\n")
+    fm.load(recipe)
+    assert len(fits) == 5
+
+
+def test_every_command_fits_as_the_recipe_says(parents: Parents, tmp_path: Path, empty_cache: Path) -> None:
+    recipe = with_data(tmp_path, list(parents["llama"]))
+    recipe.write_text(recipe.read_text() + "fit: {tokens: 512, block: 16}\n")
+
+    texts = [
+        fm.build(recipe, tmp_path / "built", virtual=True).record["stages"][-1]["fit"]["text"],
+        fm.fit(recipe, tmp_path / "fitted").report["text"],
+        fm.fit(tmp_path / "built", keep_anyway=True).report["text"],
+    ]
+    assert [text["e0"]["block"] for text in texts] == [16, 16, 16]
+    assert [text["e0"]["tokens"] for text in texts] == [29 * 16] * 3
 
 
 def test_the_data_of_a_shared_expert_is_part_of_the_key(

@@ -13,15 +13,16 @@ from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import user_path
 from frankenmoe.planning import Plan
 from frankenmoe.planning.names import expert_data
+from frankenmoe.recipe.sections import FitSettings
 
 KIND = "routers"
 VERSION = 4  # increase it when a change of the code gives other gates for the same plan and text
 
 
 def key_of(plan: Plan) -> str | None:
-    """The digest of plan and text; None if some text is not a local file, because its changes would go unnoticed."""
-    states = text_states(plan)
-    return None if states is None else digest_of(VERSION, plan.digest, states)
+    """The digest of plan, settings and text; None if some text is not a local file, which may change unseen."""
+    states, settings = text_states(plan), plan.recipe.fit or FitSettings()
+    return None if states is None else digest_of(VERSION, plan.digest, settings.to_dict(), states)
 
 
 def text_states(plan: Plan) -> list[tuple[str, int, int]] | None:

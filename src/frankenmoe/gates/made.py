@@ -19,6 +19,7 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import Progress
 from frankenmoe.recipe.gatemodes import FIT_MODES, RANDOM_MODES
+from frankenmoe.recipe.sections import FitSettings
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,11 @@ def _compute(plan: Plan, progress: Progress, device: str) -> MadeRouters:
     if mode in FIT_MODES:
         from frankenmoe.gates.fitted import fit_plan
 
-        fitted = fit_plan(plan, method=mode, together=world() > 1, device=device, progress=progress)
+        settings = plan.recipe.fit or FitSettings()
+        method = settings.method or mode
+        fitted = fit_plan(
+            plan, method=method, settings=settings, together=world() > 1, device=device, progress=progress
+        )
         return MadeRouters(fitted.routers, fitted.statistics)
     from frankenmoe.gates.prompted import prompted_routers
 

@@ -74,13 +74,14 @@ def fit(
     """Fits every router to the experts' text: of an artifact in place, of a recipe into a virtual artifact `out`.
 
     `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
-    working directory. `changes` are settings by name. The default method is the recipe's gate mode if it fits routers,
-    else regret for data and logistic for prompts. An artifact keeps its old routers if the new ones do not lower the
-    mean held-out loss, unless `keep_anyway` is set or the old ones were fitted to these held-out prompts. The model
-    runs on `device` and computes in `dtype`, by default as stored on a GPU, and in float32 on a CPU with enough memory.
+    working directory. `settings` are by default the recipe's `fit`; `changes` are settings by name. The default method
+    is the recipe's gate mode if it fits routers, else regret for data and logistic for prompts. An artifact keeps its
+    old routers if the new ones do not lower the mean held-out loss, unless `keep_anyway` is set or the old ones were
+    fitted to these held-out prompts. The model runs on `device` and computes in `dtype`, by default as stored on a GPU,
+    and in float32 on a CPU with enough memory.
     """
     subject = open_subject(what)
-    settings = settings_with(settings or FitSettings(), changes)
+    settings = settings_with(settings or subject.recipe.fit or FitSettings(), changes)
     given = located(data or {})
     method = settings.method or _method(subject.recipe, given)
     if subject.artifact is None:
