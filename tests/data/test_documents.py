@@ -40,7 +40,7 @@ def test_a_long_text_comes_in_pieces_that_end_with_a_line(tmp_path: Path) -> Non
     assert "".join(document.text for document in found) == "".join(lines)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.JSONL", "rows.ndjson"])
 def test_rows_with_text_and_conversations(tmp_path: Path, name: str) -> None:
     messages = {"messages": [dict(turn) for turn in TURNS]}
     write(tmp_path, name, {"text": "one\u2028two"}, CHAT, messages)

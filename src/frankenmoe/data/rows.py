@@ -235,7 +235,8 @@ def _calls(value: Any, *, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call)
         plain = dict(function) if isinstance(function, Mapping) else {}
         if isinstance(plain.get("arguments"), str):
-            plain["arguments"] = _parsed(plain["arguments"]) or plain["arguments"]
+            parsed = _parsed(plain["arguments"])
+            plain["arguments"] = plain["arguments"] if parsed is None else parsed
         found.append({**{key: each for key, each in call.items() if key != "function"}, "function": plain})
     return found
 
