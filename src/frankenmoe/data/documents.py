@@ -20,8 +20,8 @@ def read_documents(names: Sequence[str], *, folder: Path) -> Iterator[Document]:
     """The documents of all names in order; `data.given` says which names are paths, from `folder`, and which datasets.
 
     `.jsonl` and `.ndjson` files have one JSON object per line, `.json` files a list of them, `.parquet` files rows: see
-    data/rows.py. Endings may be in capitals. Hub datasets have such rows, and are streamed. Any other file is text, in pieces of bounded size. Raises SourceError
-    during iteration for files that are missing, empty, broken or not UTF-8.
+    data/rows.py. Endings may be in capitals. Hub datasets have such rows, and are streamed. Any other file is text, in
+    pieces of bounded size. Raises SourceError during iteration for files that are missing, empty, broken or not UTF-8.
     """
     for name in names:
         found = False
