@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
-from frankenmoe.checkpoint.lorasettings import lora_scale
+from frankenmoe.checkpoint.lorasettings import check_settings, lora_scale
 from frankenmoe.checkpoint.reader import Adapter
 from refusals import refused
 
@@ -191,3 +191,40 @@ def test_alpha_patterns_match_as_in_peft(pattern: str, matches: bool, tmp_path: 
     assert (get_pattern_key([pattern], name) == pattern) is matches
     adapter = Adapter(tmp_path, {"lora_alpha": 2, "alpha_pattern": {pattern: 6}}, {})
     assert lora_scale(adapter, name, rank=2) == (3 if matches else 1)
+
+
+# the fields that PEFT 0.4, 0.10, 0.14 and 0.18 write into every adapter_config.json, with what they are if nobody sets
+# them, and what LLaMA-Factory, unsloth and ms-swift put there
+PEFT_4 = {
+    "auto_mapping": None, "base_model_name_or_path": "org/name", "bias": "none", "fan_in_fan_out": False,
+    "inference_mode": True, "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
+    "lora_alpha": 16, "lora_dropout": 0.05, "modules_to_save": None, "peft_type": "LORA", "r": 8, "revision": None,
+    "target_modules": ["up_proj", "down_proj"], "task_type": "CAUSAL_LM",
+}  # fmt: skip
+PEFT_10 = PEFT_4 | {
+    "alpha_pattern": {}, "rank_pattern": {}, "loftq_config": {}, "megatron_config": None,
+    "megatron_core": "megatron.core", "use_rslora": False, "use_dora": False, "layer_replication": None,
+}  # fmt: skip
+PEFT_14 = PEFT_10 | {"eva_config": None, "exclude_modules": None, "lora_bias": False}
+PEFT_18 = PEFT_14 | {
+    "alora_invocation_tokens": None, "arrow_config": None, "corda_config": None, "ensure_weight_tying": False,
+    "peft_version": "0.18.0", "qalora_group_size": 16, "target_parameters": None, "trainable_token_indices": None,
+    "use_qalora": False,
+}  # fmt: skip
+UNSLOTH = PEFT_18 | {
+    "auto_mapping": {"base_model_class": "LlamaForCausalLM", "parent_library": "x", "unsloth_fixed": True},
+    "target_modules": "(?:.*?(?:language|text).*?(?:mlp).*?(?:up_proj|down_proj).*?)",
+}
+SWIFT = PEFT_10 | {"lora_dtype": None, "lorap_emb_lr": 1e-6, "lorap_lr_ratio": 16.0, "use_qa_lora": False}
+
+
+@pytest.mark.parametrize("config", [PEFT_4, PEFT_10, PEFT_14, PEFT_18, UNSLOTH, SWIFT])
+def test_what_trainers_write_is_understood(config: dict[str, Any], tmp_path: Path) -> None:
+    check_settings(Adapter(tmp_path, config, {}))
+    assert lora_scale(Adapter(tmp_path, config, {}), "model.layers.0.mlp.up_proj", rank=8) == 2
+
+
+def test_what_peft_does_without_settings(tmp_path: Path) -> None:
+    adapter = Adapter(tmp_path, {"peft_type": "LORA", "init_lora_weights": None}, {})
+    check_settings(adapter)
+    assert lora_scale(adapter, "up_proj", rank=16) == LoraConfig().lora_alpha / 16

@@ -158,6 +158,18 @@ def test_links_into_a_cache_are_followed(folder: Path) -> None:
     assert checkpoint.notes == ()
 
 
+def test_a_folder_inside_a_snapshot_and_links_into_another_cache_are_followed(folder: Path) -> None:
+    put_shards(folder)
+    model = folder.parent / "models--org--name"
+    (model / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        file.rename(model / "blobs" / str(number))
+        file.symlink_to(model / "blobs" / str(number))
+    assert open_checkpoint(folder).notes == ()
+    (model / "snapshots" / "revision").mkdir(parents=True)
+    assert open_checkpoint(folder.rename(model / "snapshots" / "revision" / "step-100")).notes == ()
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "chat_template.jinja", "LICENSE", "README.md"])
 def test_a_link_to_another_file_of_this_machine_is_refused(folder: Path, name: str) -> None:
     put_whole(folder)

@@ -114,11 +114,26 @@ def test_held_out_blocks_are_a_steady_share(count: int, share: float) -> None:
     assert len(held) == max(1, int(count * share))
 
 
+def test_a_template_that_thinks_in_the_last_reply_only() -> None:
+    """As Qwen3's: the conversation is read up to each reply, as the model sees it."""
+    template = TEMPLATE.replace(
+        "{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}j{% endif %}{{ m.content }}"
+    )
+    tokenizer = make(template=template)
+    ids, _ = encode(Document(turns=CHAT), tokenizer)
+    first, second = "<|user|>ab<|assistant|>jcd</s>", "<|user|>ab<|assistant|>cd</s><|user|>e<|assistant|>jf</s>"
+    assert "".join(tokenizer.convert_ids_to_tokens(ids)) == first + second
+    assert learnt(Document(turns=CHAT), tokenizer) == "jcd</s>jf</s>"
+
+
 @pytest.mark.parametrize(
     ("template", "message"),
     [
         (None, "has no chat template"),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "changes earlier turns"),
+        (
+            "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}",
+            "writes the turns before a reply in another way",
+        ),
         ("{{ raise_exception('roles must alternate') }}", "refuses a conversation of user, assistant.*must alternate"),
     ],
 )

@@ -40,7 +40,7 @@ def test_a_long_text_comes_in_pieces_that_end_with_a_line(tmp_path: Path) -> Non
     assert "".join(document.text for document in found) == "".join(lines)
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.JSONL", "rows.ndjson"])
 def test_rows_with_text_and_conversations(tmp_path: Path, name: str) -> None:
     messages = {"messages": [dict(turn) for turn in TURNS]}
     write(tmp_path, name, {"text": "one\u2028two"}, CHAT, messages)
@@ -115,6 +115,11 @@ def test_a_real_datasets_library_streams_rows(tmp_path: Path) -> None:
             r"a.jsonl:1, messages\[0\] has a part of the type 'image_url'",
         ),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": 7}]}', r"messages\[0\] has content of the type int"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "assistant", "tool_calls": [{"name": "\\ud83d"}]}]}',
+            "half a character",
+        ),
         ("a.jsonl", b'{"messages": [{"role": "assistant", "tool_calls": "f"}]}', r"messages\[0\] has tool_calls 'f'"),
         ("a.jsonl", b'{"tools": "[", "messages": [{"role": "assistant", "content": "a"}]}', "tools that are not JSON"),
         ("a.parquet", b"PAR1", "a.parquet cannot be read as parquet"),
@@ -174,6 +179,17 @@ SHAPES = [
         TURNS,
     ),
     ({"text": None, "messages": [dict(turn) for turn in TURNS], "meta": None}, TURNS),
+    (
+        {"messages": [TURNS[0], TURNS[1] | {"reasoning_content": "Greet."}]},
+        (TURNS[0], TURNS[1] | {"reasoning_content": "Greet."}),
+    ),
+    (
+        {"messages": [TURNS[0], {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
+        (
+            TURNS[0],
+            {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]},
+        ),
+    ),
     ({"instruction": "Hello?", "input": "", "output": "Hello."}, TURNS),
     ({"instruction": "Hello?", "input": None, "output": "Hello."}, TURNS),
     ({"question": "Hello?", "answer": "Hello."}, TURNS),

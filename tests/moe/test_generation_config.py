@@ -41,6 +41,9 @@ FINE: list[dict[str, Any]] = [
     {"prompt_lookup_num_tokens": 3},
     {"guidance_scale": 1.5},
     {"max_time": 0.0},
+    {"do_sample": False, "temperature": 0.0},
+    {"pad_token_id": -1},
+    {"pad_token_id": 32000, "bos_token_id": 32001},
     {"do_sample": True, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9, "temperature": 0.7},
 ]
 
@@ -68,7 +71,6 @@ BAD: list[tuple[str, Any]] = [
     ("repetition_penalty", -1.0),
     ("repetition_penalty", "much"),
     ("encoder_repetition_penalty", math.nan),
-    ("temperature", 0.0),
     ("top_p", 7),
     ("min_p", -0.5),
     ("top_k", -3),

@@ -8,6 +8,7 @@ from frankenmoe.errors import SourceError
 
 WEIGHTS = ".safetensors"
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
+MODEL = "models--"  # how the hub's cache begins the name of a model's folder
 
 
 def check_links(folder: Path) -> tuple[str, ...]:
@@ -33,7 +34,12 @@ def check_links(folder: Path) -> tuple[str, ...]:
 
 
 def _is_blob(target: Path, folder: Path) -> bool:
-    """Whether a file is in the blobs of the same model in the hub's cache, or in those of the user's own cache."""
+    """Whether a file is in the blobs of the same model in the hub's cache, or in those of any model in a cache.
+
+    The cache need not be the one of today: it may be on another disk, or the folder may be inside a snapshot.
+    """
     if folder.parent.name == SNAPSHOTS and target.parent == folder.parent.parent / BLOBS:
         return True
-    return target.parent.name == BLOBS and target.is_relative_to(os.path.realpath(cache_folder()))
+    if target.parent.name != BLOBS:
+        return False
+    return target.parents[1].name.startswith(MODEL) or target.is_relative_to(os.path.realpath(cache_folder()))

@@ -14,11 +14,12 @@ TOLD_BY_TENSORS = frozenset({"r", "rank_pattern", "target_modules", "exclude_mod
 TOLD_BY_TENSORS |= {"layers_pattern", "bias", "modules_to_save", "trainable_token_indices", "ensure_weight_tying"}
 TRAINING = frozenset({"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"})
 TRAINING |= {"peft_version", "lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config"}
-# the last two mean nothing without another setting
-TRAINING |= {"runtime_config", "megatron_core", "qalora_group_size"}
+# these mean nothing without another setting; the last two are those of ms-swift
+TRAINING |= {"runtime_config", "megatron_core", "qalora_group_size", "lorap_lr_ratio", "lorap_emb_lr"}
 UNDERSTOOD = COMPUTED | TOLD_BY_TENSORS | TRAINING
 # initialisations that keep the base's weights; PiSSA, OLoRA and the like change them on loading
-PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")
+PLAIN_INIT = (None, True, False, "gaussian", "eva", "orthogonal")
+USUAL_ALPHA = 8  # PEFT's, where a config has no lora_alpha
 # a pattern for modules that cannot take long: no repeated group, and few repetitions
 PLAIN_PATTERN = re.compile(r"(?:[\w\-|()^$\[\]. ]|\\[\w.\-]|(?<![)*+?])[*+?])*", re.ASCII)
 LONGEST_PATTERN = 500
@@ -51,7 +52,7 @@ def lora_scale(adapter: Adapter, module: str, *, rank: int) -> float:
     Raises SourceError for an alpha that is no number, and for a pattern that is no plain one.
     """
     own = list(_own_alphas(adapter, module))
-    alpha = own[0] if own else adapter.config.get("lora_alpha", rank)
+    alpha = own[0] if own else adapter.config.get("lora_alpha", USUAL_ALPHA)
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < MOST:
         raise _odd_setting(adapter, f"lora_alpha {_short(alpha)} for {module}", expected="a finite number")
     return alpha / (rank**0.5 if adapter.config.get("use_rslora") else rank)

@@ -149,7 +149,11 @@ def _encode_answer(document: Document, tokenizer: Any) -> Marked:
 
 
 def _encode_turns(document: Document, tokenizer: Any) -> Marked:
-    """A conversation through the chat template; tokens that begin in a reply or its end mark are learned."""
+    """A conversation through the chat template; tokens that begin in a reply or its end mark are learned.
+
+    Templates such as Qwen3's write a reply in another way once another one follows. Then the conversation is read up to
+    each of its replies, one after the other, as the model will see it.
+    """
     if not tokenizer.chat_template:
         raise SourceError(
             "the data holds conversations, but the base's tokenizer has no chat template",
@@ -159,26 +163,34 @@ def _encode_turns(document: Document, tokenizer: Any) -> Marked:
     tools = {"tools": list(document.tools)} if document.tools else {}
     text = _rendered(turns, tokenizer, **tools)
     replies = [
-        _reply_span(turns, at, text, tokenizer, **tools) for at, turn in enumerate(turns) if turn["role"] == "assistant"
+        (
+            _rendered(turns[:at], tokenizer, add_generation_prompt=True, **tools),
+            _rendered(turns[: at + 1], tokenizer, **tools),
+        )
+        for at, turn in enumerate(turns)
+        if turn["role"] == "assistant"
     ]
+    if any(not after.startswith(before) for before, after in replies):
+        raise SourceError(
+            "the chat template writes the turns before a reply in another way than without it, so the reply cannot be "
+            "found in the text",
+            hint="use a chat template that only adds to what it wrote for the turns before",
+        )
+    spans = [(len(before), len(after)) for before, after in replies]
+    if all(text.startswith(after) for _, after in replies):
+        return _encode_spans(text, spans, tokenizer)
+    parts = [_encode_spans(after, [span], tokenizer) for (_, after), span in zip(replies, spans, strict=True)]
+    return [token for ids, _ in parts for token in ids], [mark for _, learn in parts for mark in learn]
+
+
+def _encode_spans(text: str, spans: Sequence[Span], tokenizer: Any) -> Marked:
+    """A text of which the tokens that begin in `spans`, in characters, are learned; without BOS."""
     found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = list(found["input_ids"])
-    learn = [any(start <= begin < end for start, end in replies) for begin, _ in found["offset_mapping"]]
+    learn = [any(start <= begin < end for start, end in spans) for begin, _ in found["offset_mapping"]]
     if ids and ids[0] == tokenizer.bos_token_id:  # every block has its own
         ids, learn = ids[1:], learn[1:]
     return ids, learn
-
-
-def _reply_span(turns: Sequence[Turn], at: int, text: str, tokenizer: Any, **tools: Any) -> tuple[int, int]:
-    """(start, end) of the reply `turns[at]` with its end mark, in characters of the rendered conversation."""
-    before = _rendered(turns[:at], tokenizer, add_generation_prompt=True, **tools)
-    after = _rendered(turns[: at + 1], tokenizer, **tools)
-    if not (text.startswith(after) and after.startswith(before)):
-        raise SourceError(
-            "the chat template changes earlier turns when later ones follow, so replies cannot be found in the text",
-            hint="split such conversations so that each ends with the reply to learn",
-        )
-    return len(before), len(after)
 
 
 def _rendered(turns: Sequence[Turn], tokenizer: Any, **options: Any) -> str:

@@ -12,15 +12,16 @@ from frankenmoe.data.rows import Document, document
 from frankenmoe.errors import SourceError
 
 PIECE = 2**20  # characters of a text file per document, so that files of any size are streamed
+LINES = (".jsonl", ".ndjson")  # endings of files with a row per line
 LONGEST_LINE = 2**26  # characters of a row in a JSONL file
 
 
 def read_documents(names: Sequence[str], *, folder: Path) -> Iterator[Document]:
     """The documents of all names in order; `data.given` says which names are paths, from `folder`, and which datasets.
 
-    `.jsonl` files have one JSON object per line, `.json` files a list of them, `.parquet` files rows: see data/rows.py.
-    Hub datasets have such rows, and are streamed. Any other file is text, in pieces of bounded size. Raises SourceError
-    during iteration for files that are missing, empty, broken or not UTF-8.
+    `.jsonl` and `.ndjson` files have one JSON object per line, `.json` files a list of them, `.parquet` files rows: see
+    data/rows.py. Endings may be in capitals. Hub datasets have such rows, and are streamed. Any other file is text, in
+    pieces of bounded size. Raises SourceError during iteration for files that are missing, empty, broken or not UTF-8.
     """
     for name in names:
         found = False
@@ -39,13 +40,14 @@ def check_data(names: Sequence[str], *, folder: Path) -> None:
 
 def _read(name: str, folder: Path) -> Iterator[Document]:
     path = _place(name, folder)
+    ending = path.suffix.lower() if path else ""
     if path is None:
         yield from _documents(_hub_rows(name), origin=f"dataset {name}", unit="row")
-    elif path.suffix == ".jsonl":
+    elif ending in LINES:
         yield from _documents(_lines(path), origin=str(path), unit="line")
-    elif path.suffix == ".json":
+    elif ending == ".json":
         yield from _documents(_list(path), origin=str(path), unit="entry")
-    elif path.suffix == ".parquet":
+    elif ending == ".parquet":
         yield from _documents(enumerate(parquet_rows(path), 1), origin=str(path), unit="row")
     else:
         yield from _pieces(path)

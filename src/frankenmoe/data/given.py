@@ -14,7 +14,7 @@ from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.errors import RecipeError
 
 DATASET = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[^:@]+))?(?::(?P<rest>[^@]+))?", re.ASCII)
-FILE_ENDINGS = (".txt", ".md", ".text", ".json", ".jsonl", ".csv", ".parquet", ".gz", ".zst")
+FILE_ENDINGS = (".txt", ".md", ".text", ".json", ".jsonl", ".ndjson", ".csv", ".parquet", ".gz", ".zst")
 
 Pair = tuple[str | None, str]
 """(label or None, value)"""

@@ -28,7 +28,7 @@ PAIRS = (
 )
 PROMPT, COMPLETION = "prompt", "completion"
 CALLS = "tool_calls"
-PASSED = ("name", "tool_call_id")  # keys of a turn that templates may read
+PASSED = ("name", "tool_call_id", "reasoning_content", "thinking")  # keys of a turn that templates may read
 
 
 class Turn(TypedDict):
@@ -39,6 +39,8 @@ class Turn(TypedDict):
     tool_calls: NotRequired[list[dict[str, Any]]]
     name: NotRequired[str]
     tool_call_id: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    thinking: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def _tools(row: Mapping[str, Any], *, where: str) -> tuple[dict[str, Any], ...]:
         raise SourceError(
             f"{where} has tools {str(said)[:60]!r}, expected a list of objects", hint="repair or remove them"
         )
+    whole(json.dumps(list(said), ensure_ascii=False, default=str), where=where)
     return tuple(dict(tool) for tool in said)
 
 
@@ -193,7 +196,7 @@ def _turn(entry: Any, *, speaker: str, said: str, where: str) -> Turn:
         turn["tool_calls"] = calls
     for key in PASSED:
         if isinstance(entry.get(key), str):
-            turn[key] = entry[key]  # type: ignore[literal-required]
+            turn[key] = whole(entry[key], where=where)  # type: ignore[literal-required]
     return turn
 
 
@@ -235,8 +238,10 @@ def _calls(value: Any, *, where: str) -> list[dict[str, Any]]:
         function = call.get("function", call)
         plain = dict(function) if isinstance(function, Mapping) else {}
         if isinstance(plain.get("arguments"), str):
-            plain["arguments"] = _parsed(plain["arguments"]) or plain["arguments"]
+            parsed = _parsed(plain["arguments"])
+            plain["arguments"] = plain["arguments"] if parsed is None else parsed
         found.append({**{key: each for key, each in call.items() if key != "function"}, "function": plain})
+    whole(json.dumps(found, ensure_ascii=False, default=str), where=where)
     return found
 
 

@@ -12,7 +12,6 @@ from frankenmoe.errors import SourceError
 # field -> (lowest, highest) value; where generation divides by it, the lowest is not 0
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), (1e-3, 1e3)),
-    "temperature": (1e-3, 1e3),
     **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"), (0, 1)),
     "length_penalty": (-1e3, 1e3),
 }
@@ -22,10 +21,11 @@ COUNTS = (
     "max_new_tokens",
 )  # fmt: skip
 MOST = 2**31 - 1
-# fields of token ids, in lists of any depth
+# fields of token ids, in lists of any depth. Those of the begin and padding tokens, and the temperature, are not here:
+# a reply has its own.
 IDS = (
-    "bad_words_ids", "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
-    "suppress_tokens", "begin_suppress_tokens",
+    "bad_words_ids", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
+    "begin_suppress_tokens",
 )  # fmt: skip
 # several answers, or another way to search than token by token: one reply is always made the plain way
 OTHER_SEARCHES = (
@@ -48,7 +48,7 @@ def check_generation(settings: GenerationConfig, *, vocab: int, where: str) -> N
         if value is not None and not (type(value) is int and 0 <= value <= MOST):
             raise _refusal(where, key, value, f"a whole number from 0 to {MOST}")
     for key in IDS:
-        bad = next((each for each in _ids(getattr(settings, key, None)) if not _is_id(each, vocab, key)), None)
+        bad = next((each for each in _ids(getattr(settings, key, None)) if not _is_id(each, vocab)), None)
         if bad is not None:
             raise _refusal(where, key, bad, f"token ids from 0 to {vocab - 1}")
     words = getattr(settings, "bad_words_ids", None)
@@ -97,7 +97,7 @@ def _is_bias(pair: Any, vocab: int) -> bool:
     if not _is_list(pair) or len(pair) != 2:
         return False
     ids, bias = pair
-    return _in_range(bias, -1e9, 1e9) and _is_list(ids) and all(_is_id(each, vocab, "") for each in ids)
+    return _in_range(bias, -1e9, 1e9) and _is_list(ids) and all(_is_id(each, vocab) for each in ids)
 
 
 def _in_range(value: object, lowest: float, highest: float) -> bool:
@@ -116,9 +116,8 @@ def _ids(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _is_id(value: object, vocab: int, key: str) -> bool:
-    # -1 stands for no padding token in old files
-    return type(value) is int and (0 <= value < vocab or (key == "pad_token_id" and value == -1))
+def _is_id(value: object, vocab: int) -> bool:
+    return type(value) is int and 0 <= value < vocab
 
 
 def _refusal(where: str, key: str, value: object, expected: str) -> SourceError:
