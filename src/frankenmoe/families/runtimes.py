@@ -72,6 +72,11 @@ def _shared(fmt: MoEFormat) -> tuple[str, ...]:
     return ("plain", *gated) if fmt.max_shared else ()
 
 
+def in_vllm(family: str, fmt: str) -> Known:
+    """What is known of vLLM and a format made of a family."""
+    return NOT_IN_VLLM.get(fmt) or VLLM.get((family, fmt), READ_VLLM)
+
+
 def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
     """What is known of a format made of a family, by program."""
     activation = family.defaults.get("hidden_act")
@@ -85,7 +90,7 @@ def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
     return {
         "transformers": Known(True, TRANSFORMERS) if fmt.loads_in_transformers else needs_code,
         "llama.cpp": llama,
-        "vLLM": NOT_IN_VLLM.get(fmt.name) or VLLM.get((family.model_type, fmt.name), READ_VLLM),
+        "vLLM": in_vllm(family.model_type, fmt.name),
         "Ollama": Known(llama.runs, "read: it runs files of llama.cpp; not tried" if llama.runs else llama.how),
     }
 
