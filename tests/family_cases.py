@@ -146,6 +146,23 @@ CASES: dict[str, Case] = {
         {"no_rope_layers": [1, 1, 0, 1], "tie_word_embeddings": True},
         loading={"attn_implementation": "eager"},
     ),
+    # masks follow layer_types, whatever use_sliding_window says
+    "smollm3-window": Case(
+        "smollm3",
+        "granitemoe_swa",
+        {
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "sliding_window": 8,
+            "use_sliding_window": False,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1e4,
+                "factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        },
+        loading={"attn_implementation": "eager"},
+    ),
     "ministral": Case(
         "ministral",
         "granitemoe_swa",

@@ -34,6 +34,7 @@ def families_command(as_json: bool) -> None:
         before = pair.family
     out = console()
     out.print(table)
+    out.print("* read in the program's tables, not tried", style="dim", highlight=False, markup=False)
     for model_type, reason in reasons.items():
         out.print(f"virtual only: {model_type}: {reason}", style="dim", highlight=False, markup=False)
 

@@ -33,8 +33,15 @@ def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
     """A clause for every setting in a dense config that a format cannot represent, to follow the model's name."""
     found = []
     for name, (_, why) in NEUTRAL.items():
-        if name not in fmt.holds and not is_neutral(family, config, name):
+        if is_neutral(family, config, name):
+            continue
+        if name not in fmt.holds:
             found.append(f"has {name} {family.read(config, name)}, which {fmt.title} does not support: {why}")
+        elif not family.has(name):
+            found.append(
+                f"has {name} {family.read(config, name)}, which transformers does not read in {family.model_type} "
+                "models (delete it from config.json)"
+            )
     found += _rotary_problems(fmt, family, config)
     dims = family.dims(config)
     if not fmt.free_heads and dims.head_dim * dims.heads != dims.hidden:
@@ -90,6 +97,8 @@ def moe_config(
     if fmt.two_word_rope:
         scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
     copied = {key: family.read(config, key) for key in COPIED}
+    if "sliding_window" not in fmt.holds:
+        copied["sliding_window"] = None  # it is as long as the context
     # transformers 5.23 rejects null where it expects a number or a truth value, so what the family lacks is left out
     copied = {key: value for key, value in copied.items() if value is not None or key in MAY_BE_NULL}
     partial = {key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary}

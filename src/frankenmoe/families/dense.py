@@ -58,6 +58,7 @@ FAMILIES: Mapping[str, Family] = {
             ffn=FFN,
             defaults=defaults(max_position_embeddings=32768, num_key_value_heads=32),
             window_switch="use_sliding_window",
+            reads={"qkv_bias": lambda config: True},
         ),
         Family(
             model_type="qwen3",
@@ -130,9 +131,11 @@ FAMILIES: Mapping[str, Family] = {
                 bos_token_id=1,
                 eos_token_id=32000,
                 pad_token_id=32000,
+                sliding_window=None,
             ),
             rope_names={"su": "longrope", "yarn": "longrope"},
-            fields=frozenset({"resid_pdrop", "embd_pdrop"}),
+            # Phi-4-mini's; code of the time before transformers had the class reads them
+            fixed={"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False},
         ),
         Family(
             model_type="granite",
@@ -168,7 +171,10 @@ FAMILIES: Mapping[str, Family] = {
                 use_post_norm=True,
             ),
             # it multiplies logits where Granite divides
-            reads={"logits_scaling": lambda config: 1 / config["logits_scaling"]},
+            reads={
+                "logits_scaling": lambda config: 1 / config["logits_scaling"],
+                "attention_multiplier": "attention_multiplier",
+            },
         ),
         Family(
             model_type="gemma",

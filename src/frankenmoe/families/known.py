@@ -3,6 +3,7 @@
 A field that is not known may change what the model computes, so a model with one is not built.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "own_experts": ((0, None), "it is a mixture of experts already"),
     "time_step_limit": ((None,), "it does not limit time steps"),
     "use_bidirectional_attention": ((False, None), "its attention is causal"),
+    "is_causal": ((True, None), "its attention is causal"),
 }
 # sizes and settings that every family has, read by name
 READ = frozenset(
@@ -50,6 +52,7 @@ HARMLESS = frozenset(
         "forced_eos_token_id", "remove_invalid_values", "exponential_decay_length_penalty", "suppress_tokens",
         "begin_suppress_tokens", "tie_encoder_decoder", "name_or_path", "model_max_length", "padding_side",
         "truncation_side", "bos_token", "eos_token", "pad_token", "unk_token", "license", "ms_path", "cutoff_len",
+        "max_sequence_length", "min_p", "max_new_tokens",
     }
 )  # fmt: skip
 HARMLESS_PARTS = ("_token_id", "dropout", "_pdrop", "unsloth", "_version", "initializer", "neftune", "transformers.js")
@@ -58,11 +61,15 @@ HARMLESS_PARTS = ("_token_id", "dropout", "_pdrop", "unsloth", "_version", "init
 def is_neutral(family: Family, config: Config, name: str) -> bool:
     """Whether a plain setting has a value under which it changes nothing."""
     value = family.read(config, name)
+    if name == "sliding_window" and value is not None:  # within its context a text cannot see a window that is as long
+        return bool(value >= (family.read(config, "max_position_embeddings") or math.inf))
     return (tuple(sorted(set(value))) if isinstance(value, list) else value) in NEUTRAL[name][0]
 
 
 def is_known(family: Family, name: str, value: Any) -> bool:
     """Whether a config field is read by the family's table, changes nothing, or is switched off."""
+    if name in family.fixed:
+        return value is None or value == family.fixed[name]
     if value is None or value is False or value in ({}, []):
         return True
     named = (reading for reading in family.reads.values() if isinstance(reading, str))

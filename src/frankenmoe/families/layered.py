@@ -185,15 +185,14 @@ LFM2 = Family(
             "conv_dim_out",
             "num_heads",
             "theta",
-            "use_pos_enc",
             "block_norm_eps",
-            "block_use_swiglu",
             "block_mlp_init_scale",
             "block_out_init_scale",
             "block_use_xavier_init",
             "conv_use_xavier_init",
         }
     ),
+    fixed={"use_pos_enc": True, "block_use_swiglu": True},
 )
 QWEN3_5 = Family(
     model_type="qwen3_5_text",
@@ -246,6 +245,7 @@ QWEN3_5 = Family(
     sizes=_qwen3_5_sizes,
     kinds=_qwen3_5_kinds,
     fields=frozenset({"full_attention_interval", "mtp_num_hidden_layers"}),
+    fixed={"attn_output_gate": True, "mamba_ssm_dtype": "float32"},
 )
 SMOLLM3 = Family(
     model_type="smollm3",
@@ -264,10 +264,11 @@ SMOLLM3 = Family(
         mlp_bias=False,
         no_rope_layer_interval=4,
         use_sliding_window=False,
+        sliding_window=None,
     ),
     reads={"layer_types": lambda config: list(_smollm3_kinds(config)), "no_rope_layers": _smollm3_rotated},
+    # `use_sliding_window` counts only where `layer_types` is absent: masks follow that list
     kinds=_smollm3_kinds,
-    window_switch="use_sliding_window",
 )
 MINISTRAL = Family(
     model_type="ministral",
@@ -349,7 +350,19 @@ GRANITE4 = Family(
     },
     sizes=_granite4_sizes,
     kinds=_granite4_kinds,
-    fields=frozenset({"num_experts_per_tok", "router_aux_loss_coef", "position_embedding_type", "mamba_d_head"}),
+    fields=frozenset(
+        {
+            "num_experts_per_tok",
+            "router_aux_loss_coef",
+            "position_embedding_type",
+            "mamba_d_head",
+            "init_method",
+            "time_step_min",
+            "time_step_max",
+            "time_step_floor",
+        }
+    ),
+    fixed={"normalization_function": "rmsnorm"},
 )
 COHERE2 = Family(
     model_type="cohere2",
@@ -370,7 +383,17 @@ COHERE2 = Family(
     ),
     reads={"layer_types": lambda config: list(_cohere2_kinds(config))},
     kinds=_cohere2_kinds,
-    fields=frozenset({"sliding_window_pattern", "cache_implementation", "order_of_interleaved_layers"}),
+    fields=frozenset({"sliding_window_pattern", "layer_switch", "cache_implementation", "order_of_interleaved_layers"}),
+    # Command R7B's
+    fixed={
+        "position_embedding_type": "rope_gptj",
+        "rotary_pct": 1.0,
+        "use_embedding_sharing": True,
+        "use_gated_activation": True,
+        "use_parallel_block": True,
+        "use_parallel_embedding": True,
+        "use_qk_norm": False,
+    },
     interleaved=True,
 )
 LAYERED = (LFM2, QWEN3_5, SMOLLM3, MINISTRAL, GRANITE4, COHERE2)

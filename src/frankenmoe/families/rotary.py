@@ -9,8 +9,11 @@ WITH_CONTEXT = ("llama3", "yarn", "longrope")
 
 
 def rope(family: Family, config: Config) -> dict[str, Any]:
-    """Rotary settings as transformers 5's one dictionary, read from that form or from transformers 4's fields."""
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """Rotary settings as transformers 5's one dictionary, read from that form or from transformers 4's fields.
+
+    Where a config has both, transformers takes `rope_scaling`.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     found = {key: value for key, value in given.items() if value is not None}
     legacy = found.pop("type", "default")
     found.setdefault("rope_type", legacy)

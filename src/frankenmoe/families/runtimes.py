@@ -22,18 +22,21 @@ class Known:
     how: str
 
 
-VLLM: Mapping[str, Known] = {
-    "mixtral": Known(True, VLLM_TRIED),
-    "qwen2_moe": Known(True, VLLM_TRIED),
-    "qwen3_moe": Known(True, VLLM_TRIED),
-    "flex_olmo": Known(True, VLLM_TRIED),
-    "deepseek": Known(False, "vLLM 0.32 asks for trust_remote_code and the hub"),
-}
-# a family in a format that vLLM has, with something that its code for the format has not (read)
-VLLM_LACKS: Mapping[tuple[str, str], Known] = {
+# (family, format): with a format alone nothing is tried, as families differ in windows, rotation and biases
+VLLM: Mapping[tuple[str, str], Known] = {
+    ("llama", "mixtral"): Known(True, VLLM_TRIED),
+    ("qwen2", "qwen2_moe"): Known(True, VLLM_TRIED),
+    ("qwen3", "qwen3_moe"): Known(True, VLLM_TRIED),
+    ("olmo2", "flex_olmo"): Known(True, VLLM_TRIED),
+    # the format's code there lacks something that the family has (read)
     ("gemma", "granitemoe"): Known(False, "vLLM's Granite MoE supports only silu"),
     ("llama", "granitemoe"): Known(False, "vLLM's Granite MoE has no attention biases"),
 }
+NOT_IN_VLLM: Mapping[str, Known] = {
+    "deepseek": Known(False, "vLLM 0.32 asks for trust_remote_code and the hub"),
+}
+# models of a family that llama.cpp does not run, though it runs others
+LLAMACPP_LACKS: Mapping[str, str] = {"phi3": "models with longrope are refused"}
 READ_VLLM = Known(True, "read: in the registry of vLLM 0.32")
 
 
@@ -69,6 +72,11 @@ def _shared(fmt: MoEFormat) -> tuple[str, ...]:
     return ("plain", *gated) if fmt.max_shared else ()
 
 
+def in_vllm(family: str, fmt: str) -> Known:
+    """What is known of vLLM and a format made of a family."""
+    return NOT_IN_VLLM.get(fmt) or VLLM.get((family, fmt), READ_VLLM)
+
+
 def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
     """What is known of a format made of a family, by program."""
     activation = family.defaults.get("hidden_act")
@@ -77,12 +85,12 @@ def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
     elif activation != "silu":
         llama = Known(False, f"llama.cpp: its experts support only silu, not {activation}")
     else:
-        llama = Known(True, LLAMACPP)
+        llama = Known(True, "; ".join(filter(None, (LLAMACPP, LLAMACPP_LACKS.get(family.model_type)))))
     needs_code = Known(False, "its class is remote code, which transformers 5 no longer runs")
     return {
         "transformers": Known(True, TRANSFORMERS) if fmt.loads_in_transformers else needs_code,
         "llama.cpp": llama,
-        "vLLM": VLLM_LACKS.get((family.model_type, fmt.name)) or VLLM.get(fmt.name, READ_VLLM),
+        "vLLM": in_vllm(family.model_type, fmt.name),
         "Ollama": Known(llama.runs, "read: it runs files of llama.cpp; not tried" if llama.runs else llama.how),
     }
 

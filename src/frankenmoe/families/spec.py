@@ -97,6 +97,7 @@ class Family:
     holds, if not the one of the same name. `changes` are the steps from a dense number to the plain one, by plain name.
     `reads` gives plain config fields that the family spells otherwise or derives; `sizes` gives its own shape symbols,
     `kinds` the kinds of its layers. `fields` are further config fields that are known and change nothing here.
+    `fixed` are fields that its class does not read, with the only value that agrees with what the class computes.
     `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
     adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
     down(act(gate x) * up x). `opaque` names modules whose code reads the weights of its linear layers itself.
@@ -114,6 +115,7 @@ class Family:
     sizes: Callable[[Config], Mapping[str, int]] | None = None
     kinds: Callable[[Config], tuple[str, ...]] | None = None
     fields: frozenset[str] = frozenset()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     rope_names: Mapping[str, str] = field(default_factory=dict)
     interleaved: bool = False
     plain_mlp: str | None = None
@@ -125,6 +127,14 @@ class Family:
         names = [row.name for row in self.ffn]
         plain = {name: [piece.name for piece in self.pieces.get(name, ())] or [name] for name in names}
         return tuple(name.split(".")[-2] for name in names if any(".down_proj." in each for each in plain[name]))
+
+    def has(self, setting: str) -> bool:
+        """Whether its class reads a plain setting, or the table derives it."""
+        return (
+            setting in self.defaults
+            or setting in self.reads
+            or (setting == "sliding_window" and bool(self.window_switch))
+        )
 
     def value(self, config: Config, field_name: str) -> Any:
         """A config field, or the default of the family's own config class; None if the family has no such field."""

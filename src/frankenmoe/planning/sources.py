@@ -212,7 +212,7 @@ def check_config(source: Source) -> None:
                 f"{file} has {said}, expected a whole number from 1 to {most}",
                 hint=WRONG_FILE,
             )
-    rotary = source.config.get("rope_parameters") or source.config.get("rope_scaling") or {}
+    rotary = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
     if not isinstance(rotary, Mapping):
         raise SourceError(
             f"{file} has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}",

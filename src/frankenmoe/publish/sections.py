@@ -13,7 +13,7 @@ import yaml
 
 from frankenmoe.artifact.record import BACKBONE, BODY_STAGES, HEAL
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
-from frankenmoe.families.runtimes import READ_VLLM, VLLM
+from frankenmoe.families.runtimes import in_vllm
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.reports import Evidence
@@ -215,7 +215,8 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
     exported = evidence.get(ExportReport)
     if exported and exported.files:
         parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {exported.files[0].name} -p "Once upon a time" -n 100\n```')
-    known = VLLM.get(facts.fmt.name, READ_VLLM) if facts.built and facts.fmt else None
+    family = facts.plan.base.family if facts.plan else None  # unknown where the sources are gone
+    known = in_vllm(family.model_type if family else "", facts.fmt.name) if facts.built and facts.fmt else None
     if known is not None and known.runs:
         parts.append(
             f"vLLM serves this format ({known.how}; not tried for this card):\n\n```sh\nvllm serve {model}\n```"
