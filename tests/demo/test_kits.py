@@ -71,6 +71,6 @@ def test_without_the_package_the_real_demo_says_what_to_install(
 
 def test_a_folder_without_rows_is_refused_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
-    with pytest.raises(SourceError, match="arc_challenge.* cannot be read"):
+    with pytest.raises(SourceError, match=r"arc_challenge.* cannot be read"):
         tell(tmp_path / "out", kit=kits.real(rows=tmp_path / "rows"))
     assert not (tmp_path / "out").exists()
