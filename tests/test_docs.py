@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = sorted(ROOT.glob("docs/*.md"))
 DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *PAGES, *ROOT.glob("benchmarks/*.md")]
-SHORT = 6_000  # characters of a text
+SHORT = 12_000  # characters of a text
 SETS_UP = ("make ", "python3 -m venv", ".venv/bin/")  # these make the environment that this test runs in
 # the two headings are all that any model prints alike: what it says depends on its training, which is shorter here
 SAME_IN_EVERY_CHAT = ("experts: ", "token ")
