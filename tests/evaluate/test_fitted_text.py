@@ -9,6 +9,7 @@ import tiny
 from frankenmoe.data.blocks import Span, hold_out, joined_spans, text_blocks
 from frankenmoe.data.documents import read_documents
 from frankenmoe.evaluate.domains import DomainText, read_domain
+from frankenmoe.evaluate.run import _spans
 
 CHARACTERS = 20_000
 CUT, FIT = 127, 255  # characters of a block: BOS is the first of its 128 or 256 tokens
@@ -61,3 +62,10 @@ def test_text_that_was_fitted_whole_is_read_all_the_same(text: str, tmp_path: Pa
     both = (*spans(tmp_path, length=256), *spans(tmp_path, length=64))
 
     assert places(text, tmp_path, *both) == places(text, tmp_path)
+
+
+def test_a_record_without_places_counts_as_the_beginning_of_the_text() -> None:
+    """Records of before named only the amount; every tenth block of what a fit read was held out."""
+    assert _spans({"tokens": 900, "block": 100}) == [(0, 1100)]
+    assert _spans({"tokens": 900, "block": 100, "spans": [[5, 9]]}) == [(5, 9)]
+    assert _spans({"tokens": 900}) == []

@@ -14,6 +14,7 @@ from frankenmoe.data.hardtext import hard_texts, token_ids
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.planning import Plan
+from frankenmoe.planning.vocabulary import VOCAB
 
 WHOLE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -44,7 +45,7 @@ def tokenizer_files(plan: Plan) -> dict[str, bytes]:
         if odd is not None:
             raise ArtifactError(
                 f"beside the MoE's config, the tokenizer of {plan.base.folder} splits {odd!r:.80} otherwise than "
-                "beside the base's",
+                "beside the base's config",
                 hint="save it with tokenizer.backend_tokenizer.save('tokenizer.json') beside the base's weights",
             )
         return found
@@ -80,7 +81,7 @@ def first_difference(base: Any, folder: Path, *, rows: int) -> str | None:
 
 def _rows(plan: Plan) -> int:
     """The rows of the embedding."""
-    return int(plan.base.config["vocab_size"])
+    return int(plan.base.config[VOCAB])
 
 
 def _base_tokenizer(plan: Plan) -> Any:

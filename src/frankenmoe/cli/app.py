@@ -46,7 +46,7 @@ from frankenmoe.cli.train import train_command
 from frankenmoe.errors import FrankenMoEError, PlanError
 from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
-from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings, FitSettings
+from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.subject import kind_of, open_subject
 
 TOGETHER = {"train", "eval", "fit", "heal"}  # commands that several processes of a launcher can share
@@ -99,7 +99,7 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
 
         rows, reason = forecast(made)
         gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
-        cost = fit_forecast(made, made.recipe.fit or FitSettings())
+        cost = fit_forecast(made, made.recipe.fit_settings)
         heal = {"bytes": heal_bytes(made, made.recipe.heal)} if made.recipe.heal else None
         facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict(), "heal": heal}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
@@ -252,7 +252,7 @@ def chat_command(
     help="Folder for all results.  [default: demo-out, with --real demo-real]",
 )
 @click.option(
-    "--real", is_flag=True, help="With fine-tunes of a real model (needs the extra `real`), about half an hour."
+    "--real", is_flag=True, help="With fine-tunes of a real model (needs the extra `real`), within an hour."
 )
 @click.option(
     "--data-dir",

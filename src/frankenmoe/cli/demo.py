@@ -100,7 +100,7 @@ def _print(story: Story, out: Path) -> None:
     ):
         click.echo(f"  {program()} {command}")
     if not story.real:
-        click.echo(f"\nThe same with a real model that writes English, in about half an hour: {program()} demo --real")
+        click.echo(f"\nThe same with a real model that writes English, within an hour: {program()} demo --real")
 
 
 def _loss_table(losses: Mapping[str, Mapping[str, float]]) -> Table:

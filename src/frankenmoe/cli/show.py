@@ -23,7 +23,6 @@ from frankenmoe.planning.fitting import fit_forecast
 from frankenmoe.planning.forecast import forecast
 from frankenmoe.planning.groups import FFN
 from frankenmoe.planning.healing import heal_bytes
-from frankenmoe.recipe.sections import FitSettings
 
 WIDTH = 80
 GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
@@ -137,7 +136,7 @@ def _percent(share: float | None) -> str:
 
 
 def _fit_lines(made: Plan) -> list[tuple[str, str]]:
-    cost = fit_forecast(made, made.recipe.fit or FitSettings())
+    cost = fit_forecast(made, made.recipe.fit_settings)
     if cost is None:
         return []
     return [("  fit", f"{cost.method}: {cost.forward_passes:.1f} forward passes over about {cost.tokens:,} tokens")]

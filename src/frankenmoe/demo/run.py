@@ -20,7 +20,7 @@ from frankenmoe.build.proof import Check, verify
 from frankenmoe.demo.kits import TOY, Kit
 from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
 from frankenmoe.evaluate.perplexity import mean_loss
-from frankenmoe.evaluate.prompts import BENCHMARKS, Benchmark
+from frankenmoe.evaluate.prompts import BENCHMARKS, SIX
 from frankenmoe.evaluate.quiz import quiz
 from frankenmoe.evaluate.run import evaluate
 from frankenmoe.evaluate.score import Scoring, load_suite
@@ -113,8 +113,8 @@ def tell(out: Path, *, kit: Kit = TOY, progress: Progress = SILENT) -> Story:
 
 
 def _tell(out: Path, kit: Kit, progress: Progress) -> Story:
-    if kit.rows is not None:  # a folder without them shall not be noticed after half an hour
-        load_suite([benchmark.name for benchmark in _six()], data_dir=kit.rows, limit=None)
+    if kit.rows is not None:  # checked now, because they are only read at the end
+        load_suite(SIX, data_dir=kit.rows, limit=None)
     with quiet_transformers():
         parents = kit.parents(out / "parents", progress)
     lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
@@ -249,7 +249,7 @@ def _answers(
     """
     found: dict[str, dict[str, float]] = {}
     failed: list[str] = []
-    for benchmark in _six() if rows is not None else ():
+    for benchmark in [BENCHMARKS[name] for name in SIX] if rows is not None else ():
         report = evaluate(
             list(models.values()),
             tasks=(benchmark.name,),
@@ -263,11 +263,6 @@ def _answers(
         found[benchmark.title] = {name: value for name, value in named if value is not None}
         failed += report.errors
     return found, tuple(failed)
-
-
-def _six() -> list[Benchmark]:
-    """The tasks of the leaderboard."""
-    return [benchmark for benchmark in BENCHMARKS.values() if benchmark.counted]
 
 
 def _changed(recipe: Recipe, data: Mapping[str, Any]) -> Recipe:

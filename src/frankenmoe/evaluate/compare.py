@@ -9,7 +9,7 @@ from typing import Any
 
 from frankenmoe.evaluate.bootstrap import Group, Interval, minus, weighted
 from frankenmoe.evaluate.domains import GENERAL, Losses
-from frankenmoe.evaluate.prompts import BENCHMARKS
+from frankenmoe.evaluate.prompts import SIX
 from frankenmoe.evaluate.score import Result
 
 BASE, PARENT, MERGE, RANDOM, MOE, MODEL = "base", "parent", "merge", "random gates", "moe", "model"
@@ -55,15 +55,14 @@ def gains(moe: Result, other: Result) -> Gains:
         for name in moe.outcomes
         if name in other.outcomes and not moe.outcomes[name].error and not other.outcomes[name].error
     }
-    six = [name for name, benchmark in BENCHMARKS.items() if benchmark.counted]
-    every = [group for name in six if name in tasks for group in tasks[name]]
+    every = [group for name in SIX if name in tasks for group in tasks[name]]
     return Gains(
         other=other.name,
         kind=other.kind,
         domains={name: weighted([group]) for name, group in losses.items()},
         loss=weighted(_weighted(list(losses.values()), len(losses))) if losses else None,
         tasks={name: weighted(groups) for name, groups in tasks.items()},
-        average=weighted(_weighted(every, len(six))) if all(name in tasks for name in six) else None,
+        average=weighted(_weighted(every, len(SIX))) if all(name in tasks for name in SIX) else None,
         identical=bool(every_loss)
         and all(
             abs(gain) <= SAME * tokens

@@ -275,4 +275,6 @@ _ALL = (
 )  # fmt: skip
 BENCHMARKS: Mapping[str, Benchmark] = {benchmark.name: benchmark for benchmark in _ALL}
 
+SIX = tuple(benchmark.name for benchmark in _ALL if benchmark.counted)
+"""The tasks whose mean is the leaderboard's average."""
 SUITES: Mapping[str, tuple[str, ...]] = {"leaderboard-v1": tuple(BENCHMARKS)}

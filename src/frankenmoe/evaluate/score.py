@@ -18,7 +18,7 @@ from frankenmoe.errors import FrankenMoEError, SourceError
 from frankenmoe.evaluate.domains import GENERAL, Losses, domain_losses
 from frankenmoe.evaluate.identity import memory_of, parameters_of
 from frankenmoe.evaluate.lm import PrefixLM
-from frankenmoe.evaluate.prompts import BENCHMARKS, GSM8K_TOKENS, Benchmark
+from frankenmoe.evaluate.prompts import BENCHMARKS, GSM8K_TOKENS, SIX, Benchmark
 from frankenmoe.evaluate.samples import write_samples
 from frankenmoe.evaluate.store import Store
 from frankenmoe.evaluate.tasks import LeaderboardTask, load_tasks
@@ -101,8 +101,7 @@ class Result:
     @property
     def average(self) -> float | None:
         """The mean of the six benchmarks, or None if one is missing."""
-        six = [name for name, benchmark in BENCHMARKS.items() if benchmark.counted]
-        values = [self.outcomes[name].value if name in self.outcomes else None for name in six]
+        values = [self.outcomes[name].value if name in self.outcomes else None for name in SIX]
         return mean(value for value in values if value is not None) if None not in values else None
 
     @property

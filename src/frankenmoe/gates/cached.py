@@ -13,7 +13,6 @@ from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import user_path
 from frankenmoe.planning import Plan
 from frankenmoe.planning.names import expert_data
-from frankenmoe.recipe.sections import FitSettings
 
 KIND = "routers"
 VERSION = 4  # increase it when a change of the code gives other gates for the same plan and text
@@ -21,8 +20,9 @@ VERSION = 4  # increase it when a change of the code gives other gates for the s
 
 def key_of(plan: Plan) -> str | None:
     """The digest of plan, settings and text; None if some text is not a local file, which may change unseen."""
-    states, settings = text_states(plan), plan.recipe.fit or FitSettings()
-    return None if states is None else digest_of(VERSION, plan.digest, settings.to_dict(), states)
+    states = text_states(plan)
+    settings = plan.recipe.fit_settings.to_dict()
+    return None if states is None else digest_of(VERSION, plan.digest, settings, states)
 
 
 def text_states(plan: Plan) -> list[tuple[str, int, int]] | None:

@@ -19,7 +19,6 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import Progress
 from frankenmoe.recipe.gatemodes import FIT_MODES, RANDOM_MODES
-from frankenmoe.recipe.sections import FitSettings
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def _compute(plan: Plan, progress: Progress, device: str) -> MadeRouters:
     if mode in FIT_MODES:
         from frankenmoe.gates.fitted import fit_plan
 
-        settings = plan.recipe.fit or FitSettings()
+        settings = plan.recipe.fit_settings
         method = settings.method or mode
         fitted = fit_plan(
             plan, method=method, settings=settings, together=world() > 1, device=device, progress=progress

@@ -81,7 +81,7 @@ def fit(
     and in float32 on a CPU with enough memory.
     """
     subject = open_subject(what)
-    settings = settings_with(settings or subject.recipe.fit or FitSettings(), changes)
+    settings = settings_with(settings or subject.recipe.fit_settings, changes)
     given = located(data or {})
     method = settings.method or _method(subject.recipe, given)
     if subject.artifact is None:
@@ -197,7 +197,9 @@ def add_expert(
     no statistics.
     """
     subject = open_subject(what)
-    settings = settings_with(settings or FitSettings(), changes)
+    # the recipe's method may need the text of every expert
+    own = subject.recipe.fit_settings.model_copy(update={"method": None})
+    settings = settings_with(settings or own, changes)
     artifact = subject.need_artifact(hint="add the expert to the recipe, or run `frankenmoe fit` first")
     known = load_statistics(artifact.folder / STATISTICS)
     if settings.method not in (None, *CLOSED):

@@ -117,6 +117,11 @@ class Recipe(Closed):
             raise recipe_error(error, file=file) from None
 
     @property
+    def fit_settings(self) -> FitSettings:
+        """How its routers are fitted, by every command."""
+        return self.fit or FitSettings()
+
+    @property
     def folder(self) -> Path:
         """The absolute folder at which relative paths start."""
         return self._context.folder
