@@ -212,6 +212,10 @@ class Bed:
         """Every expert's training text."""
         return {domain: [str(folder / f"{domain}.train.txt")] for domain, folder in self.parents.texts.items()}
 
+    def with_texts(self) -> dict[str, dict[str, Any]]:
+        """The same as keys of a recipe's experts."""
+        return {domain: {"data": files} for domain, files in self.data().items()}
+
 
 @torch.no_grad()
 def nats(model: Any, blocks: Sequence[Block], batch: int = 8) -> list[float]:

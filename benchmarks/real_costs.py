@@ -44,8 +44,7 @@ def fit_cost(bed: Bed) -> Iterator[Row]:
     """Forward passes over the text that fitting takes, and memory above the loaded model."""
     count = len(bed.domains)
     file = bed.work / "fit.yml"
-    given = {domain: {"data": files} for domain, files in bed.data().items()}
-    recipe = bed.recipe(given, gate_mode="random", backbone="average", **fit_keys(bed))
+    recipe = bed.recipe(bed.with_texts(), gate_mode="random", backbone="average", **fit_keys(bed))
     file.write_text(yaml.safe_dump(recipe.to_dict(), allow_unicode=True))
     script = str(Path(__file__).with_name("real_once.py"))
     before = measure([sys.executable, script, "load", str(file), str(bed.work / "none")])

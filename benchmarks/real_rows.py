@@ -84,8 +84,7 @@ def eight(bed: Bed) -> Iterator[Row]:
 
 def routers(bed: Bed) -> Iterator[Row]:
     """Top-2 with routers that were not trained, and the best of them against the best dense merge."""
-    prompts, data = bed.prompts(), bed.data()
-    given = {domain: {"data": files} for domain, files in data.items()}
+    prompts, given = bed.prompts(), bed.with_texts()
     contestants: dict[str, Callable[[], fm.Recipe]] = {
         "random, base": lambda: bed.recipe(gate_mode="random", backbone="base"),
         "mergekit hidden, base": lambda: bed.recipe(prompts, gate_mode="hidden", backbone="base"),
@@ -109,7 +108,7 @@ def product(bed: Bed) -> Iterator[Row]:
     with attempted("top-2, healed, fitted") as rows:
         rows += _verdict(bed, "top-2, healed, fitted", _fitted(bed))
     yield from rows
-    yield from _trained(bed, _fitted(bed))
+    yield from _trained(bed)
 
 
 def lora(bed: Bed) -> Iterator[Row]:
@@ -123,8 +122,8 @@ def lora(bed: Bed) -> Iterator[Row]:
     for name in ("base", "average", "auto"):
         with attempted(f"LoRA parents, forced, {name}") as rows:
             keys = {"backbone": BACKBONES[name]}
-            data = bed.data() if name in MEASURED else {}
-            given = {domain: row | ({"data": data[domain]} if data else {}) for domain, row in experts.items()}
+            texts = bed.with_texts() if name in MEASURED else {}
+            given = {domain: row | texts.get(domain, {}) for domain, row in experts.items()}
             recipe = bed.recipe(given, **keys)
             losses = bed.known(f"forced {name}", partial(_own_experts, bed, recipe))
             rows.append(kept_row(bed, f"LoRA parents, forced, {name}", losses, least=95.0))
@@ -163,8 +162,7 @@ def _with_data(bed: Bed, backbone: Any) -> fm.Recipe:
     """A recipe with this backbone; with the experts' text where the backbone is measured on it."""
     if backbone not in MEASURED:
         return bed.recipe(backbone=backbone)
-    given = {domain: {"data": files} for domain, files in bed.data().items()}
-    return bed.recipe(given, backbone=backbone)
+    return bed.recipe(bed.with_texts(), backbone=backbone)
 
 
 def _forced(bed: Bed, name: str) -> Losses:
@@ -195,8 +193,7 @@ def _healed(bed: Bed, name: str) -> Path:
     if not out.exists():
         file = bed.kept_in / "heal.yml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        given = {domain: {"data": files} for domain, files in bed.data().items()}
-        recipe = bed.recipe(given, backbone=BACKBONES[name])
+        recipe = bed.recipe(bed.with_texts(), backbone=BACKBONES[name])
         file.write_text(yaml.safe_dump(recipe.to_dict(), allow_unicode=True))
         options = ["--tokens", str(bed.scale.heal), "--device", bed.device]
         command([*FRANKENMOE, "heal", str(file), str(out), *options])
@@ -237,7 +234,7 @@ def _on_general(bed: Bed, what: str, model: Callable[[], Any]) -> list[float]:
     return bed.known(f"general {what}", lambda: {"general": nats(model(), _general(bed))})["general"]
 
 
-def _trained(bed: Bed, artifact: Path) -> Iterator[Row]:
+def _trained(bed: Bed) -> Iterator[Row]:
     """100 steps of training of routers and norms on top, kept even if the guard would not keep them."""
     from frankenmoe.recipe.train import TrainSettings
     from frankenmoe.train.run import train
@@ -247,7 +244,7 @@ def _trained(bed: Bed, artifact: Path) -> Iterator[Row]:
         if not out.exists():
             steps = 100 if bed.scale.held_out > 512 else 2
             settings = TrainSettings.model_validate({"what": "routers,norms", "steps": steps})
-            train(artifact, out, data=bed.data(), settings=settings, keep_anyway=True, device=bed.device)
+            train(_fitted(bed), out, data=bed.data(), settings=settings, keep_anyway=True, device=bed.device)
         losses = bed.known("trained", lambda: bed.losses(bed.load(out).model))
         rows.append(kept_row(bed, "trained 100 steps: routers, norms", losses, least=98.0))
     yield from rows

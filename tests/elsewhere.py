@@ -4,8 +4,9 @@ Values are the CPU's, so a stage must give the same results there. A tensor that
 it meets the model's.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,16 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import tiny
+
 DEVICE = torch.device("mps")  # a type that this torch has no code for
 KINDS = ("is_cpu", "is_cuda", "is_mps", "device")
 COPIES = {torch.Tensor.copy_, torch.Tensor.__setitem__}  # may take tensors of both devices
 AWAY = {torch.Tensor.numpy, torch.Tensor.__array__}
+# where a stage runs and in which type: float32, which both devices compute alike
+HERE = {"device": "cpu", "dtype": "float32"}
+THERE = {"device": "auto", "dtype": "float32"}
+TEXTS = {"e0": "ABCDEFGH ", "e1": "123456789+="}
 
 
 class Elsewhere(torch.Tensor):
@@ -103,3 +110,13 @@ def second_device(patch: pytest.MonkeyPatch, *, free: int = 10**12) -> Iterator[
     patch.setattr("transformers.generation.utils.DeferredStopCheck.is_supported", lambda *_, **__: False)
     with _Mode():
         yield DEVICE
+
+
+def recipe_with_texts(folder: Path, parents: Sequence[Path], **keys: Any) -> Path:
+    """A recipe, in `folder`, of a base and two experts that have a text each; its routers are random."""
+    base, *others = parents
+    experts = []
+    for (name, letters), parent in zip(TEXTS.items(), others, strict=True):
+        (folder / f"{name}.txt").write_text("".join(letters[at * at % 31 % len(letters)] for at in range(300)))
+        experts.append({"source_model": str(parent), "name": name, "data": f"{name}.txt"})
+    return tiny.write_recipe(folder / "r.yml", base, [], experts=experts, gate_mode="random", **keys)

@@ -9,25 +9,15 @@ from torch import nn
 
 import frankenmoe as fm
 import tiny
-from elsewhere import second_device
+from elsewhere import HERE, THERE, recipe_with_texts, second_device
 from frankenmoe.backbone.run import heal
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.device import CPU, KEPT_FREE
 
-TEXTS = {"e0": "ABCDEFGH ", "e1": "123456789+="}
-HERE = {"device": "cpu", "dtype": "float32"}
-THERE = {"device": "auto", "dtype": "float32"}
-
 
 @pytest.fixture
 def recipe(parents: dict[str, list[Path]], tmp_path: Path) -> Path:
-    """A recipe whose experts have a text each."""
-    experts = []
-    for (name, letters), parent in zip(TEXTS.items(), parents["llama"][1:], strict=True):
-        (tmp_path / f"{name}.txt").write_text("".join(letters[at * at % 31 % len(letters)] for at in range(300)))
-        experts.append({"source_model": str(parent), "name": name, "data": f"{name}.txt"})
-    keys = {"experts": experts, "gate_mode": "random", "backbone": "average"}
-    return tiny.write_recipe(tmp_path / "r.yml", parents["llama"][0], [], **keys)
+    return recipe_with_texts(tmp_path, parents["llama"], backbone="average")
 
 
 def least(model: nn.Module) -> int:

@@ -12,7 +12,7 @@ import torch
 
 import frankenmoe as fm
 import tiny
-from elsewhere import DEVICE, second_device
+from elsewhere import DEVICE, HERE, THERE, recipe_with_texts, second_device
 from frankenmoe.audit.run import look
 from frankenmoe.backbone.run import heal
 from frankenmoe.cli import main
@@ -21,21 +21,12 @@ from frankenmoe.moe import device
 from frankenmoe.moe.device import CPU, Weights, check_room, resolve
 from frankenmoe.moe.generate import reply
 
-TEXTS = {"e0": "ABCDEFGH ", "e1": "123456789+="}
 GIB = 2**30
-# (device, dtype) of every stage: float32, which both devices compute alike
-THERE = {"device": "auto", "dtype": "float32"}
-HERE = {"device": "cpu", "dtype": "float32"}
 
 
 @pytest.fixture
 def recipe(parents: dict[str, list[Path]], tmp_path: Path) -> Path:
-    """A recipe whose experts have a text each."""
-    experts = []
-    for (name, letters), parent in zip(TEXTS.items(), parents["llama"][1:], strict=True):
-        (tmp_path / f"{name}.txt").write_text("".join(letters[at * at % 31 % len(letters)] for at in range(300)))
-        experts.append({"source_model": str(parent), "name": name, "data": f"{name}.txt"})
-    return tiny.write_recipe(tmp_path / "r.yml", parents["llama"][0], [], experts=experts, gate_mode="random")
+    return recipe_with_texts(tmp_path, parents["llama"])
 
 
 @pytest.fixture

@@ -1,5 +1,8 @@
 """The two demos differ in their parents, sizes and questions; their recipes are valid."""
 
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,7 +12,7 @@ import tiny
 from frankenmoe.demo import kits
 from frankenmoe.demo.run import _answers, tell, write_recipe, write_texts
 from frankenmoe.demo.text import DOMAINS
-from frankenmoe.errors import SourceError
+from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.progress import SILENT
 from refusals import refused
 from rowfiles import write_rows
@@ -46,6 +49,20 @@ def test_base_and_moe_answer_the_six_tasks_once(tmp_path: Path) -> None:
     assert all(list(row) == ["base", "MoE"] and 0 <= min(row.values()) <= 1 for row in found.values())
     assert list((tmp_path / "answers").iterdir())
     assert _answers(None, models, tmp_path / "answers", SILENT) == ({}, ())
+
+
+def test_the_demo_runs_without_the_library_of_evaluations() -> None:
+    code = "import sys; sys.modules['lm_eval'] = None; import frankenmoe.cli.demo, frankenmoe.demo.run"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_rows_without_the_library_of_evaluations_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frankenmoe.demo.run.find_spec", lambda name: None if name == "lm_eval" else find_spec(name))
+    with pytest.raises(PlanError, match="need the library 'lm_eval'") as raised:
+        tell(tmp_path / "out", kit=kits.real(rows=tmp_path / "rows"))
+    assert "frankenmoe[eval]" in (raised.value.hint or "")
+    assert not (tmp_path / "out").exists()
 
 
 def test_rows_for_the_toys_are_refused(tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ from frankenmoe.suggest import did_you_mean
 REPORT = "heal.json"
 SCAFFOLD = "healing"  # the finished experts of a run that has not ended
 LEAST = 8  # blocks of text, two of which are held out
-SHARE, ENOUGH = 0.3, 24  # of the blocks that are held out, unless that is more than enough; then a tenth, or enough
+SHARE, ENOUGH = 0.3, 24  # held out is this share of the blocks, or so many if that is less, but at least a tenth
 NO_DATA = "it has no data"
 
 
@@ -115,8 +115,8 @@ def _text(plan: Plan, tokenizer: Any, name: str, settings: HealSettings, data: T
 def ending(text: OwnText) -> OwnText:
     """The same text with its end held out. What fits hold out is not kept either.
 
-    Blocks between kept ones would not do: they continue the same documents, so that what a refit has learnt from their
-    neighbours helps there, and nowhere else.
+    Blocks between kept ones would not do. They belong to the same documents, so a change that helps only in these
+    documents would look good.
     """
     blocks = sorted((*text.kept, *text.held), key=lambda block: block.span)
     start = len(blocks) - max(round(len(blocks) * HELD_OUT_DATA), min(round(len(blocks) * SHARE), ENOUGH))

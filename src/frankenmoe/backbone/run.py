@@ -68,11 +68,11 @@ def heal(
     """Refits every expert's down projections so that the MoE's states follow its parent's, into a virtual artifact.
 
     `data` maps names of experts to files or datasets and replaces the recipe's data; relative paths start at the
-    working directory. `changes` are settings by name. Models run on `device` and compute in `dtype`, by default
-    as in `fit`. An expert is left as it is unless its
-    held-out loss falls by more than one standard error. The routers of a recipe are made afterwards; those of an
-    artifact are kept. A built artifact needs its sources, and the result is virtual too. If killed, the same call
-    continues after the last finished expert. Several processes of torchrun share the text; the first one writes.
+    working directory. `changes` are settings by name. Models run on `device` and compute in `dtype`, by default as in
+    `fit`. An expert is left as it is unless its held-out loss falls by more than one standard error. The routers of a
+    recipe are made afterwards; those of an artifact are kept. A built artifact needs its sources, and the result is
+    virtual too. If killed, the same call continues after the last finished expert. Several processes of torchrun share
+    the text; the first one writes.
     """
     out, place = Path(os.path.realpath(out)), resolve(device)
     refuse_occupied(out)

@@ -251,9 +251,7 @@ def chat_command(
     type=click.Path(path_type=Path),
     help="Folder for all results.  [default: demo-out, with --real demo-real]",
 )
-@click.option(
-    "--real", is_flag=True, help="With fine-tunes of a real model (needs the extra `real`), within an hour."
-)
+@click.option("--real", is_flag=True, help="With fine-tunes of a real model (needs the extra `real`), within an hour.")
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),

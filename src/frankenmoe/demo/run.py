@@ -19,11 +19,10 @@ from frankenmoe.artifact.folder import Artifact
 from frankenmoe.build.proof import Check, verify
 from frankenmoe.demo.kits import TOY, Kit
 from frankenmoe.demo.text import DOMAINS, generate, held_out, prompts
+from frankenmoe.errors import PlanError
 from frankenmoe.evaluate.perplexity import mean_loss
 from frankenmoe.evaluate.prompts import BENCHMARKS, SIX
 from frankenmoe.evaluate.quiz import quiz
-from frankenmoe.evaluate.run import evaluate
-from frankenmoe.evaluate.score import Scoring, load_suite
 from frankenmoe.gates.forcing import forced
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.generate import Reply, reply
@@ -45,6 +44,7 @@ QUESTIONS = 8  # of each task, but one of each of MMLU's 57 subjects: they show 
 NEEDS = {
     "train": ("accelerate", "train"),
     "audit": ("vl_convert", "audit"),
+    "eval": ("lm_eval", "eval"),
     "export": ("xllamacpp", "gguf"),
 }
 
@@ -113,11 +113,11 @@ def tell(out: Path, *, kit: Kit = TOY, progress: Progress = SILENT) -> Story:
 
 
 def _tell(out: Path, kit: Kit, progress: Progress) -> Story:
-    if kit.rows is not None:  # checked now, because they are only read at the end
-        load_suite(SIX, data_dir=kit.rows, limit=None)
+    lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
+    if kit.rows is not None:
+        _check_rows(kit.rows, lacking)
     with quiet_transformers():
         parents = kit.parents(out / "parents", progress)
-    lacking = {stage: extra for stage, (module, extra) in NEEDS.items() if find_spec(module) is None}
     write_texts(out / "text")
     file = write_recipe(out / "recipe.yml", parents, kit=kit, without=tuple(lacking))
     recipe = Recipe.load(file)
@@ -240,6 +240,18 @@ def _quiz(parents: Mapping[str, Path], moe: MoE) -> Mapping[str, Mapping[str, fl
     return {name: quiz(model, moe.tokenizer(), texts) for name, model in (("dense base", base), ("MoE", moe.model))}
 
 
+def _check_rows(rows: Path, lacking: Mapping[str, str]) -> None:
+    """Raises PlanError or SourceError now for what `_answers` would find only after half an hour."""
+    if "eval" in lacking:
+        raise PlanError(
+            f"the questions in {rows} need the library {NEEDS['eval'][0]!r}, which is not installed",
+            hint=f"pip install 'frankenmoe[{lacking['eval']}]', or leave --data-dir out",
+        )
+    from frankenmoe.evaluate.score import load_suite
+
+    load_suite(SIX, data_dir=rows, limit=None)
+
+
 def _answers(
     rows: Path | None, models: Mapping[str, Path], store: Path, progress: Progress
 ) -> tuple[dict[str, dict[str, float]], tuple[str, ...]]:
@@ -247,22 +259,29 @@ def _answers(
 
     Answers in `store` are used again.
     """
+    if rows is None:
+        return {}, ()
+    from frankenmoe.evaluate.run import evaluate
+    from frankenmoe.evaluate.score import Scoring
+
     found: dict[str, dict[str, float]] = {}
     failed: list[str] = []
-    for benchmark in [BENCHMARKS[name] for name in SIX] if rows is not None else ():
+    for by_subject, limit in ((False, QUESTIONS), (True, 1)):
+        group = [benchmark for benchmark in (BENCHMARKS[name] for name in SIX) if benchmark.by_subject is by_subject]
         report = evaluate(
             list(models.values()),
-            tasks=(benchmark.name,),
+            tasks=tuple(benchmark.name for benchmark in group),
             data_dir=str(rows),
-            limit=1 if benchmark.by_subject else QUESTIONS,
+            limit=limit,
             scoring=Scoring(store=store),
             progress=progress,
         )
-        values = [result.outcomes[benchmark.name].value for result in report.results]
-        named = zip(models, values, strict=True)
-        found[benchmark.title] = {name: value for name, value in named if value is not None}
+        for benchmark in group:
+            values = [result.outcomes[benchmark.name].value for result in report.results]
+            named = zip(models, values, strict=True)
+            found[benchmark.title] = {name: value for name, value in named if value is not None}
         failed += report.errors
-    return found, tuple(failed)
+    return {BENCHMARKS[name].title: found[BENCHMARKS[name].title] for name in SIX}, tuple(failed)
 
 
 def _changed(recipe: Recipe, data: Mapping[str, Any]) -> Recipe:

@@ -10,7 +10,7 @@ from torch import nn
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import mlp_modules
-from frankenmoe.moe.device import KEPT_FREE, amount, free_memory, place
+from frankenmoe.moe.device import amount, free_memory, place, usable
 from frankenmoe.moe.router import Router
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -21,22 +21,22 @@ Spot = tuple[dict[str, Any], str, torch.Tensor]
 def placed(model: Model, device: torch.device) -> Model:
     """The model on a device if that can hold it, else with its layers left where they are, mostly mapped from files.
 
-    Then every layer's weights are copied to the device for each of its calls, which makes it as slow as the copying;
-    everything outside of the layers, and every router, moves there. Raises PlanError if not even the largest layer
-    fits beside these.
+    What is outside of the layers, and every router, then moves to the device. The weights of a layer are copied there
+    for each of its calls, so a call takes as long as the copying. Raises PlanError if the largest layer does not fit
+    beside what moves.
     """
     if device.type == "cpu":
         return model
-    usable = int(free_memory(device) * (1 - KEPT_FREE))
-    if _bytes(_spots(model.modules())) <= usable:
+    room = usable(free_memory(device))
+    if _bytes(_spots(model.modules())) <= room:
         return place(model, device)
     layers = [layer for layer, _ in mlp_modules(model).values()]
     inside = {id(part) for layer in layers for part in _staying(layer)}
     outside = [module for module in model.modules() if id(module) not in inside]
     needed = _bytes(_spots(outside)) + max((_bytes(_spots(_staying(layer))) for layer in layers), default=0)
-    if needed > usable:
+    if needed > room:
         raise PlanError(
-            f"{device} has {amount(usable)} of memory free, but one layer with the embeddings needs {amount(needed)}",
+            f"{device} has {amount(room)} of memory free, but one layer with the embeddings needs {amount(needed)}",
             hint="use --device cpu, which keeps weights mapped from their files",
         )
     _move(_spots(outside), device)

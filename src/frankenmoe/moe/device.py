@@ -88,6 +88,11 @@ def free_memory(device: torch.device | str = "cpu") -> int:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
 
 
+def usable(free: int) -> int:
+    """The bytes of a device's free memory that weights may take."""
+    return int(free * (1 - KEPT_FREE))
+
+
 def check_room(weights: Weights, device: torch.device, *, dtype: torch.dtype | None = None, int8: bool = False) -> None:
     """Raises PlanError if a device has too little memory for these weights in `dtype`; the hint says what would fit.
 
@@ -97,27 +102,24 @@ def check_room(weights: Weights, device: torch.device, *, dtype: torch.dtype | N
     if device.type == "cpu" and same:
         return
     needed, free = weights.bytes(dtype, int8=int8), free_memory(device)
-    usable = int(free * (1 - KEPT_FREE))
-    if needed <= usable:
+    if needed <= usable(free):
         return
     kind = "int8" if int8 else str(dtype or weights.dtype).removeprefix("torch.")
     raise PlanError(
         f"{device} has {amount(free)} of memory free, but the weights need {amount(needed)} as {kind}",
-        hint="what fits: " + ", or ".join(_fitting(weights, device, needed, usable)),
+        hint="what fits: " + ", or ".join(_fitting(weights, device, needed, usable(free))),
     )
 
 
-def _fitting(weights: Weights, device: torch.device, needed: int, usable: int) -> Iterator[str]:
+def _fitting(weights: Weights, device: torch.device, needed: int, room: int) -> Iterator[str]:
     """Options with which the weights fit; at least one, because the CPU need not copy them."""
-    if weights.bytes(torch.bfloat16) < needed and weights.bytes(torch.bfloat16) <= usable:
+    if weights.bytes(torch.bfloat16) < needed and weights.bytes(torch.bfloat16) <= room:
         yield f"--dtype bfloat16 ({amount(weights.bytes(torch.bfloat16))})"
-    if weights.bytes(int8=True) < needed and weights.bytes(int8=True) <= usable:
+    if weights.bytes(int8=True) < needed and weights.bytes(int8=True) <= room:
         yield f"--int8 of `chat` ({amount(weights.bytes(int8=True))})"
     others = [each for kind in _ACCELERATORS for each in _present(kind) if torch.device(each) != device]
     yield from (
-        f"--device {each} ({amount(free)} free)"
-        for each in others
-        if needed <= (1 - KEPT_FREE) * (free := free_memory(each))
+        f"--device {each} ({amount(free)} free)" for each in others if needed <= usable(free := free_memory(each))
     )
     if device.type == "cpu":
         yield "no --dtype, which keeps weights mapped as they are stored"
