@@ -80,6 +80,9 @@ class Case:
 CASES: dict[str, Case] = {
     "llama": Case("llama", "mixtral"),
     "mistral-window": Case("mistral", "mixtral", {"sliding_window": 8, "tie_word_embeddings": True}),
+    "llama-qwen": Case("llama", "qwen2_moe", recipe={"architecture": "Qwen MoE"}),
+    "mistral-qwen": Case("mistral", "qwen2_moe", {"sliding_window": None}, {"architecture": "Qwen MoE"}),
+    "mistral-granite": Case("mistral", "granitemoe", {"sliding_window": None}, {"architecture": "Granite MoE"}),
     "qwen2": Case("qwen2", "qwen2_moe"),
     "qwen3": Case("qwen3", "qwen3_moe", {"attention_bias": True, "head_dim": 8}),
     "olmo2": Case("olmo2", "flex_olmo"),

@@ -23,8 +23,8 @@ LAYERS_TITLE = "first choice by layer"
 ROOMY = 60  # columns; a narrower terminal gets a shorter title
 
 
-class Spelt(TextStreamer):  # type: ignore[misc]  # transformers has no types
-    """Prints a reply as it is made, with control characters spelt out."""
+class SafeStreamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
+    """Prints a reply as it is made, with control characters escaped."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         click.echo(spelled_out(text), nl=stream_end)
@@ -63,7 +63,7 @@ def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: b
             history,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
-            streamer=None if as_json else Spelt(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=None if as_json else SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         history.append({"role": "assistant", "content": made.text})
         if as_json:

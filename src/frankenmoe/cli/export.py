@@ -68,10 +68,6 @@ def _as_data(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> list[d
     return [file.to_dict() | {"check": found.get(file.path)} for file in files]
 
 
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
 def _show(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> None:
     from rich.table import Table
 
@@ -101,7 +97,8 @@ def _show(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> None:
         if different := check.prompts - check.same_prompts:
             warn([f"{check.path.name} tokenizes {different} of {check.prompts} prompts differently"])
         if check.runs_past:
-            warn([f"in {check.path.name}, a reply goes on after the source's end tokens {_listed(check.runs_past)}"])
+            ends = ", ".join(map(str, check.runs_past))
+            warn([f"in {check.path.name}, a reply goes on after the source's end tokens {ends}"])
         if not check.reads_template:
             warn([f"llama.cpp cannot read the chat template in {check.path.name}; pass another one when you run it"])
     click.echo(f"in {files[0].path.parent}; next: {command('chat', files[-1].path)}")

@@ -7,7 +7,8 @@ from rich.table import Table
 
 from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console
-from frankenmoe.families.runtimes import Pair, pairs, virtual_only
+from frankenmoe.families import VIRTUAL
+from frankenmoe.families.runtimes import Pair, pairs
 
 
 @click.command("families", epilog=example("frankenmoe families\nfrankenmoe families --json"))
@@ -15,19 +16,18 @@ from frankenmoe.families.runtimes import Pair, pairs, virtual_only
 def families_command(as_json: bool) -> None:
     """List dense families, the MoE formats they can be built as, and the programs that run these.
 
-    Families without a format run as virtual MoEs; the list names the reason. --json tells for each program how that is
-    known: tried with a version, or read.
+    Families without a format run as virtual MoEs; the list names the reason. --json says for each program how that is
+    known: tried here with a certain version, or only read in the program's tables.
     """
-    found, reasons = list(pairs()), virtual_only()
     if as_json:
-        rows = {"built": [pair.to_dict() for pair in found], "virtual": dict(reasons)}
+        rows = {"built": [pair.to_dict() for pair in pairs()], "virtual": dict(VIRTUAL)}
         click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     table = Table(box=None, pad_edge=False)
     for name in ("family", "format", "shared expert", "runs in"):
         table.add_column(name, no_wrap=name != "runs in")
     before = None
-    for pair in found:
+    for pair in pairs():
         table.add_row(
             "" if pair.family == before else pair.family, pair.fmt, ", ".join(pair.shared) or "-", _runs(pair)
         )
@@ -35,7 +35,7 @@ def families_command(as_json: bool) -> None:
     out = console()
     out.print(table)
     out.print("* read in the program's tables, not tried", style="dim", highlight=False, markup=False)
-    for model_type, reason in reasons.items():
+    for model_type, reason in VIRTUAL.items():
         out.print(f"virtual only: {model_type}: {reason}", style="dim", highlight=False, markup=False)
 
 

@@ -5,7 +5,7 @@ from frankenmoe.families.dense import FAMILIES, MLPS, OPAQUE
 from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.known import is_neutral
 from frankenmoe.families.rotary import rope, rotary_size
-from frankenmoe.families.spec import Family, MoEFormat
+from frankenmoe.families.spec import SOFTMAX, Family, MoEFormat
 from frankenmoe.families.virtual import VIRTUAL, why_virtual
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FORMATS",
     "MLPS",
     "OPAQUE",
+    "SOFTMAX",
     "VIRTUAL",
     "Family",
     "MoEFormat",

@@ -26,7 +26,6 @@ COPIED = (
     "eos_token_id",
     "pad_token_id",
 )
-MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
 
 
 def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:

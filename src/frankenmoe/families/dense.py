@@ -1,6 +1,7 @@
 """One table per dense family that can be built into a stock MoE."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from frankenmoe.checkpoint.tensors import Shift
 from frankenmoe.families.layered import LAYERED
@@ -206,16 +207,8 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             model_type="ernie4_5",
             plain_mlp="Ernie4_5MLP",
-            backbone=ENDS
-            + ATTENTION
-            + rows(LAYER + "self_attn.", QKV_BIAS | {"o_proj.bias": ("hidden",)}, when="use_bias")
-            + PRE_NORMS,
-            ffn=FFN
-            + rows(
-                LAYER + "mlp.",
-                {"gate_proj.bias": ("ffn",), "up_proj.bias": ("ffn",), "down_proj.bias": ("hidden",)},
-                when="use_bias",
-            ),
+            backbone=ENDS + ATTENTION + tuple(replace(row, when="use_bias") for row in ATTENTION_BIAS) + PRE_NORMS,
+            ffn=FFN + tuple(replace(row, when="use_bias") for row in FFN_BIAS),
             defaults=defaults(
                 rope_theta=500000.0,
                 max_position_embeddings=131072,

@@ -8,6 +8,7 @@ from frankenmoe.families.spec import SOFTMAX, Config, Family, MoEFormat, Note, R
 
 FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 GATE_UP, DOWN = FFN_SUFFIXES[:2], FFN_SUFFIXES[2:]
+W132 = ("w1.weight", "w3.weight", "w2.weight")
 # source: llama.cpp's graphs (norm_w is false) and converters (only the Llama classes write rope_freqs)
 WEAKER = Note(
     "llama.cpp does not renormalise the top-k weights of this format, so experts have less weight there than in "
@@ -20,8 +21,9 @@ NO_LLAMA3 = Note(
 )
 
 
-def _as_is(prefix: str) -> Mapping[str, tuple[str, ...]]:
-    return {prefix + suffix: (suffix,) for suffix in FFN_SUFFIXES}
+def _alone(prefix: str, names: tuple[str, ...] = FFN_SUFFIXES) -> Mapping[str, tuple[str, ...]]:
+    """A tensor for each matrix of an FFN; `names` are those of gate, up and down."""
+    return {prefix + name: (suffix,) for name, suffix in zip(names, FFN_SUFFIXES, strict=True)}
 
 
 def _attention_multiplier(family: Family, config: Config) -> float:
@@ -37,12 +39,16 @@ def _multiplier(name: str) -> Callable[[Family, Config], float]:
 
 # the names that every format but Mixtral's gives to gates and experts
 GATE = LAYER + "mlp.gate.weight"
-EXPERT = _as_is(LAYER + "mlp.experts.{expert}.")
+EXPERT = _alone(LAYER + "mlp.experts.{expert}.")
 COUNTED = {"num_experts": "experts", "num_experts_per_tok": "experts_per_token"}
 QWEN = {"decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [], "use_sliding_window": False}
 GRANITE = LAYER + "block_sparse_moe."
 GRANITE_EXPERTS = {GRANITE + "input_linear.weight": GATE_UP, GRANITE + "output_linear.weight": DOWN}
-GRANITE_COUNTED = {"num_local_experts": "experts", "num_experts_per_tok": "experts_per_token"}
+GRANITE_SHARED = {
+    LAYER + "shared_mlp.input_linear.weight": GATE_UP,
+    LAYER + "shared_mlp.output_linear.weight": DOWN,
+}
+LOCAL_COUNTED = {"num_local_experts": "experts", "num_experts_per_tok": "experts_per_token"}
 GRANITE_FIELDS: Mapping[str, str | Callable[[Family, Config], float]] = {
     "attention_multiplier": _attention_multiplier
 } | {name: _multiplier(name) for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling")}
@@ -77,12 +83,9 @@ FORMATS: Mapping[str, MoEFormat] = {
             architecture="MixtralForCausalLM",
             families=("llama", "mistral", "phi3", "helium"),
             gate=LAYER + "block_sparse_moe.gate.weight",
-            expert={
-                LAYER + "block_sparse_moe.experts.{expert}." + name: (suffix,)
-                for name, suffix in zip(("w1.weight", "w3.weight", "w2.weight"), FFN_SUFFIXES, strict=True)
-            },
+            expert=_alone(LAYER + "block_sparse_moe.experts.{expert}.", W132),
             constants={"router_jitter_noise": 0.0},
-            counted={"num_local_experts": "experts", "num_experts_per_tok": "experts_per_token"},
+            counted=LOCAL_COUNTED,
             holds=frozenset({"sliding_window"}),
             router=SOFTMAX,
         ),
@@ -95,7 +98,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             gate=GRANITE + "router.layer.weight",
             expert=GRANITE_EXPERTS,
             constants={},
-            counted=GRANITE_COUNTED,
+            counted=LOCAL_COUNTED,
             fields=GRANITE_FIELDS,
             holds=GRANITE_HOLDS,
             notes=(HEADS_IN_VLLM, BIASES_IN_VLLM),
@@ -108,13 +111,10 @@ FORMATS: Mapping[str, MoEFormat] = {
             families=("granite", "llama", "mistral"),
             gate=GRANITE + "router.layer.weight",
             expert=GRANITE_EXPERTS,
-            shared={
-                LAYER + "shared_mlp.input_linear.weight": GATE_UP,
-                LAYER + "shared_mlp.output_linear.weight": DOWN,
-            },
+            shared=GRANITE_SHARED,
             max_shared=1,
             constants={},
-            counted=GRANITE_COUNTED | {"shared_intermediate_size": "shared_ffn"},
+            counted=LOCAL_COUNTED | {"shared_intermediate_size": "shared_ffn"},
             fields=GRANITE_FIELDS,
             holds=GRANITE_HOLDS,
             notes=(HEADS_IN_VLLM, BIASES_IN_VLLM),
@@ -127,7 +127,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             families=("llama", "mistral"),
             gate=GATE,
             expert=EXPERT,
-            shared=_as_is(LAYER + "mlp.shared_experts."),
+            shared=_alone(LAYER + "mlp.shared_experts."),
             max_shared=1,
             constants={
                 "first_k_dense_replace": 0,
@@ -165,7 +165,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             families=("qwen2", "seed_oss", "llama", "mistral"),
             gate=GATE,
             expert=EXPERT,
-            shared=_as_is(LAYER + "mlp.shared_expert."),
+            shared=_alone(LAYER + "mlp.shared_expert."),
             shared_gate=LAYER + "mlp.shared_expert_gate.weight",
             max_shared=1,
             # 32 is the narrowest row that llama.cpp's quantizers take
@@ -209,7 +209,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             families=("ernie4_5",),
             gate=GATE,
             expert=EXPERT,
-            shared=_as_is(LAYER + "mlp.shared_experts."),
+            shared=_alone(LAYER + "mlp.shared_experts."),
             max_shared=1,
             added=(TensorSpec(LAYER + "mlp.moe_statics.e_score_correction_bias", ("1", "experts"), dtype="F32"),),
             constants={
@@ -237,7 +237,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             families=("glm", "phi3"),
             gate=GATE,
             expert=EXPERT,
-            shared=_as_is(LAYER + "mlp.shared_experts."),
+            shared=_alone(LAYER + "mlp.shared_experts."),
             max_shared=1,
             inert_shared_ffn=0,
             added=(TensorSpec(LAYER + "mlp.gate.e_score_correction_bias", ("experts",), dtype="F32"),),
@@ -273,10 +273,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             architecture="Lfm2MoeForCausalLM",
             families=("lfm2",),
             gate=LAYER + "feed_forward.gate.weight",
-            expert={
-                LAYER + "feed_forward.experts.{expert}." + name: (suffix,)
-                for name, suffix in zip(("w1.weight", "w3.weight", "w2.weight"), FFN_SUFFIXES, strict=True)
-            },
+            expert=_alone(LAYER + "feed_forward.experts.{expert}.", W132),
             added=(TensorSpec(LAYER + "feed_forward.expert_bias", ("experts",), dtype="F32"),),
             constants={
                 "num_dense_layers": 0,
@@ -285,8 +282,12 @@ FORMATS: Mapping[str, MoEFormat] = {
                 "routed_scaling_factor": 1.0,
             },
             counted=COUNTED | {"moe_intermediate_size": "ffn"},
-            fields={"norm_eps": "rms_norm_eps", "layer_types": "layer_types"}
-            | {name: name for name in ("conv_bias", "conv_L_cache")},
+            fields={
+                "norm_eps": "rms_norm_eps",
+                "layer_types": "layer_types",
+                "conv_bias": "conv_bias",
+                "conv_L_cache": "conv_L_cache",
+            },
             holds=frozenset({"layer_types"}),
             router=RouterRule(score="sigmoid", epsilon=1e-6),
             no_gguf="its LFM2 architecture is not checked yet",
@@ -299,7 +300,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             families=("qwen3_5_text",),
             gate=GATE,
             expert=EXPERT,
-            shared=_as_is(LAYER + "mlp.shared_expert."),
+            shared=_alone(LAYER + "mlp.shared_expert."),
             shared_gate=LAYER + "mlp.shared_expert_gate.weight",
             max_shared=1,
             inert_shared_ffn=32,
@@ -321,7 +322,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             # a sink so far below every score adds nothing to the softmax
             added=(TensorSpec(LAYER + "self_attn.sinks", ("heads",), fill=-1e4),),
             constants={"shared_intermediate_size": 0},
-            counted=GRANITE_COUNTED,
+            counted=LOCAL_COUNTED,
             fields={
                 **GRANITE_FIELDS,
                 "layer_types": "layer_types",
@@ -343,14 +344,11 @@ FORMATS: Mapping[str, MoEFormat] = {
             families=("granitemoehybrid",),
             gate=GRANITE + "router.layer.weight",
             expert=GRANITE_EXPERTS,
-            shared={
-                LAYER + "shared_mlp.input_linear.weight": GATE_UP,
-                LAYER + "shared_mlp.output_linear.weight": DOWN,
-            },
+            shared=GRANITE_SHARED,
             max_shared=1,
             inert_shared_ffn=32,
             constants={},
-            counted=GRANITE_COUNTED | {"shared_intermediate_size": "shared_ffn"},
+            counted=LOCAL_COUNTED | {"shared_intermediate_size": "shared_ffn"},
             fields={**GRANITE_FIELDS, **{name: name for name in MAMBA_FIELDS}},
             holds=GRANITE_HOLDS | {"layer_types"},
             no_gguf="its Granite hybrid architecture is not checked yet",

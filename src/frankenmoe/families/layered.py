@@ -1,7 +1,7 @@
 """Dense families whose layers differ: windows, rotation in some layers only, linear attention, convolution, Mamba."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from frankenmoe.families.rows import (
@@ -10,6 +10,7 @@ from frankenmoe.families.rows import (
     ENDS,
     FFN,
     FFN_BIAS,
+    GATE_UP_PIECES,
     LAYER,
     PRE_NORMS,
     defaults,
@@ -18,14 +19,16 @@ from frankenmoe.families.rows import (
 from frankenmoe.families.spec import FULL, SLIDING, Config, Family, Piece, TensorSpec
 
 LINEAR = "linear_attention"
+# Granite's layers, in the words of transformers 5 and in its own
+GRANITE_ATTENTION, GRANITE_MAMBA = (FULL, "attention"), (LINEAR, "mamba")
 
 
-def _lfm2_kinds(config: Config) -> tuple[str, ...]:
+def _lfm2_kinds(config: Config) -> list[str]:
     """What its layers are: from `layer_types`, or from the older list of attention layers."""
     if config.get("layer_types"):
-        return tuple(config["layer_types"])
+        return list(config["layer_types"])
     full = config.get("full_attn_idxs")
-    return tuple(FULL if full is None or layer in full else "conv" for layer in range(config["num_hidden_layers"]))
+    return [FULL if full is None or layer in full else "conv" for layer in range(config["num_hidden_layers"])]
 
 
 def _lfm2_ffn(config: Config) -> int:
@@ -37,11 +40,15 @@ def _lfm2_ffn(config: Config) -> int:
     return -(-width // step) * step
 
 
-def _qwen3_5_kinds(config: Config) -> tuple[str, ...]:
-    """Linear attention in all layers but every fourth, where the config does not list them."""
-    every = int(config.get("full_attention_interval") or 4)
-    layers = range(1, config["num_hidden_layers"] + 1)
-    return tuple(config.get("layer_types") or (LINEAR if layer % every else FULL for layer in layers))
+def _all_but_every(kind: str, interval: str) -> Callable[[Config], list[str]]:
+    """Full attention in every n-th layer, by default every fourth, and `kind` in the others; unless they are listed."""
+
+    def kinds(config: Config) -> list[str]:
+        every = int(config.get(interval) or 4)
+        layers = range(1, config["num_hidden_layers"] + 1)
+        return list(config.get("layer_types") or (kind if layer % every else FULL for layer in layers))
+
+    return kinds
 
 
 def _qwen3_5_sizes(config: Config) -> Mapping[str, int]:
@@ -62,28 +69,15 @@ def _smollm3_rotated(config: Config) -> list[int]:
     return list(config.get("no_rope_layers") or (int(layer % every != 0) for layer in layers))
 
 
-def _smollm3_kinds(config: Config) -> tuple[str, ...]:
+def _smollm3_kinds(config: Config) -> list[str]:
     window = config["use_sliding_window"] and config.get("sliding_window") is not None
     rotated = _smollm3_rotated(config)
-    return tuple(config.get("layer_types") or (SLIDING if window and not turn else FULL for turn in rotated))
+    return list(config.get("layer_types") or (SLIDING if window and not turn else FULL for turn in rotated))
 
 
-def _ministral_kinds(config: Config) -> tuple[str, ...]:
+def _ministral_kinds(config: Config) -> list[str]:
     kind = FULL if config.get("sliding_window") is None else SLIDING
-    return tuple(config.get("layer_types") or [kind] * config["num_hidden_layers"])
-
-
-def _cohere2_kinds(config: Config) -> tuple[str, ...]:
-    """Windows in all layers but every fourth, where the config does not list them."""
-    every = int(config.get("sliding_window_pattern") or 4)
-    layers = range(1, config["num_hidden_layers"] + 1)
-    return tuple(config.get("layer_types") or (SLIDING if layer % every else FULL for layer in layers))
-
-
-def _granite4_kinds(config: Config) -> tuple[str, ...]:
-    """What its layers are, in the words of transformers 5; its own are `mamba` and `attention`."""
-    kinds = config.get("layer_types") or [LINEAR] * config["num_hidden_layers"]
-    return tuple({"mamba": LINEAR, "attention": FULL}.get(kind, kind) for kind in kinds)
+    return list(config.get("layer_types") or [kind] * config["num_hidden_layers"])
 
 
 def _time_step_limit(config: Config) -> object:
@@ -169,12 +163,11 @@ LFM2 = Family(
     ),
     reads={
         "rms_norm_eps": "norm_eps",
-        "layer_types": lambda config: list(_lfm2_kinds(config)),
+        "layer_types": _lfm2_kinds,
         "intermediate_size": _lfm2_ffn,
         "tie_word_embeddings": lambda config: config.get("tie_embedding", config["tie_word_embeddings"]),
     },
     sizes=lambda config: {"kernel": int(config["conv_L_cache"])},
-    kinds=_lfm2_kinds,
     fields=frozenset(
         {
             "block_ff_dim",
@@ -241,9 +234,8 @@ QWEN3_5 = Family(
         linear_num_key_heads=16,
         linear_num_value_heads=32,
     ),
-    reads={"layer_types": lambda config: list(_qwen3_5_kinds(config))},
+    reads={"layer_types": _all_but_every(LINEAR, "full_attention_interval")},
     sizes=_qwen3_5_sizes,
-    kinds=_qwen3_5_kinds,
     fields=frozenset({"full_attention_interval", "mtp_num_hidden_layers"}),
     fixed={"attn_output_gate": True, "mamba_ssm_dtype": "float32"},
 )
@@ -266,9 +258,8 @@ SMOLLM3 = Family(
         use_sliding_window=False,
         sliding_window=None,
     ),
-    reads={"layer_types": lambda config: list(_smollm3_kinds(config)), "no_rope_layers": _smollm3_rotated},
     # `use_sliding_window` counts only where `layer_types` is absent: masks follow that list
-    kinds=_smollm3_kinds,
+    reads={"layer_types": _smollm3_kinds, "no_rope_layers": _smollm3_rotated},
 )
 MINISTRAL = Family(
     model_type="ministral",
@@ -278,8 +269,7 @@ MINISTRAL = Family(
     defaults=defaults(
         max_position_embeddings=131072, num_key_value_heads=8, sliding_window=4096, bos_token_id=1, eos_token_id=2
     ),
-    reads={"layer_types": lambda config: list(_ministral_kinds(config))},
-    kinds=_ministral_kinds,
+    reads={"layer_types": _ministral_kinds},
 )
 GRANITE4 = Family(
     model_type="granitemoehybrid",
@@ -288,7 +278,7 @@ GRANITE4 = Family(
     backbone=(
         *ENDS,
         *PRE_NORMS,
-        *(replace(row, kinds=(FULL,)) for row in ATTENTION + ATTENTION_BIAS),
+        *(replace(row, kinds=GRANITE_ATTENTION) for row in ATTENTION + ATTENTION_BIAS),
         *rows(
             LAYER + "mamba.",
             {
@@ -300,14 +290,14 @@ GRANITE4 = Family(
                 "norm.weight": ("inner",),
                 "out_proj.weight": ("hidden", "inner"),
             },
-            kinds=(LINEAR,),
+            kinds=GRANITE_MAMBA,
         ),
-        *rows(LAYER + "mamba.", {"conv1d.bias": ("convolved",)}, "mamba_conv_bias", (LINEAR,)),
+        *rows(LAYER + "mamba.", {"conv1d.bias": ("convolved",)}, "mamba_conv_bias", GRANITE_MAMBA),
         *rows(
             LAYER + "mamba.",
             {"in_proj.bias": ("projected",), "out_proj.bias": ("hidden",)},
             "mamba_proj_bias",
-            (LINEAR,),
+            GRANITE_MAMBA,
         ),
     ),
     ffn=rows(
@@ -315,10 +305,7 @@ GRANITE4 = Family(
         {"input_linear.weight": ("ffn+ffn", "hidden"), "output_linear.weight": ("hidden", "ffn")},
     ),
     pieces={
-        LAYER + "shared_mlp.input_linear.weight": (
-            Piece(LAYER + "mlp.gate_proj.weight", "ffn"),
-            Piece(LAYER + "mlp.up_proj.weight", "ffn"),
-        ),
+        LAYER + "shared_mlp.input_linear.weight": GATE_UP_PIECES,
         LAYER + "shared_mlp.output_linear.weight": (Piece(LAYER + "mlp.down_proj.weight", ""),),
     },
     defaults=defaults(
@@ -349,7 +336,6 @@ GRANITE4 = Family(
         "layer_types": lambda config: config.get("layer_types") or [LINEAR] * config["num_hidden_layers"],
     },
     sizes=_granite4_sizes,
-    kinds=_granite4_kinds,
     fields=frozenset(
         {
             "num_experts_per_tok",
@@ -381,8 +367,7 @@ COHERE2 = Family(
         tie_word_embeddings=True,
         attention_bias=False,
     ),
-    reads={"layer_types": lambda config: list(_cohere2_kinds(config))},
-    kinds=_cohere2_kinds,
+    reads={"layer_types": _all_but_every(SLIDING, "sliding_window_pattern")},
     fields=frozenset({"sliding_window_pattern", "layer_switch", "cache_implementation", "order_of_interleaved_layers"}),
     # Command R7B's
     fixed={

@@ -43,12 +43,8 @@ FUSED_QKV_PIECES: Mapping[str, tuple[Piece, ...]] = {
         Piece(LAYER + "self_attn.v_proj.weight", "kv"),
     )
 }
-FUSED_FFN_PIECES: Mapping[str, tuple[Piece, ...]] = {
-    LAYER + "mlp.gate_up_proj.weight": (
-        Piece(LAYER + "mlp.gate_proj.weight", "ffn"),
-        Piece(LAYER + "mlp.up_proj.weight", "ffn"),
-    )
-}
+GATE_UP_PIECES = (Piece(LAYER + "mlp.gate_proj.weight", "ffn"), Piece(LAYER + "mlp.up_proj.weight", "ffn"))
+FUSED_FFN_PIECES: Mapping[str, tuple[Piece, ...]] = {LAYER + "mlp.gate_up_proj.weight": GATE_UP_PIECES}
 PRE_NORMS = rows(LAYER, {"input_layernorm.weight": ("hidden",), "post_attention_layernorm.weight": ("hidden",)})
 FFN = rows(
     LAYER + "mlp.",

@@ -7,7 +7,6 @@ from typing import Any
 from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.spec import Family, MoEFormat
-from frankenmoe.families.virtual import VIRTUAL
 
 LLAMACPP = "tried: llama.cpp b11549 (xllamacpp 2026.10)"
 TRANSFORMERS = "tried: transformers 5.23"
@@ -93,8 +92,3 @@ def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
         "vLLM": in_vllm(family.model_type, fmt.name),
         "Ollama": Known(llama.runs, "read: it runs files of llama.cpp; not tried" if llama.runs else llama.how),
     }
-
-
-def virtual_only() -> Mapping[str, str]:
-    """Model type -> the reason why it cannot be built."""
-    return VIRTUAL

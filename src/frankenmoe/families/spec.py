@@ -95,8 +95,9 @@ class Family:
 
     `ffn` rows become an expert; `mlp` is the name of their module. `pieces` tells which plain tensors a dense one
     holds, if not the one of the same name. `changes` are the steps from a dense number to the plain one, by plain name.
-    `reads` gives plain config fields that the family spells otherwise or derives; `sizes` gives its own shape symbols,
-    `kinds` the kinds of its layers. `fields` are further config fields that are known and change nothing here.
+    `reads` gives plain config fields that the family spells otherwise or derives; with `layer_types` among them, layers
+    are of these kinds. `sizes` gives its own shape symbols. `fields` are further config fields that are known and
+    change nothing here.
     `fixed` are fields that its class does not read, with the only value that agrees with what the class computes.
     `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
     adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
@@ -113,7 +114,6 @@ class Family:
     changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
     reads: Mapping[str, Reading] = field(default_factory=dict)
     sizes: Callable[[Config], Mapping[str, int]] | None = None
-    kinds: Callable[[Config], tuple[str, ...]] | None = None
     fields: frozenset[str] = frozenset()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rope_names: Mapping[str, str] = field(default_factory=dict)
@@ -165,7 +165,7 @@ class Family:
             head_dim=int(self.value(config, "head_dim") or hidden // heads),
             vocab=int(config["vocab_size"]),
             more=self.sizes(self.filled(config)) if self.sizes else {},
-            kinds=self.kinds(self.filled(config)) if self.kinds else (),
+            kinds=tuple(self.read(config, "layer_types")) if "layer_types" in self.reads else (),
         )
 
     def shapes(self, rows: tuple[TensorSpec, ...], config: Config) -> dict[str, tuple[int, ...]]:
@@ -219,6 +219,10 @@ class RouterRule:
     rounds_weights: bool = True
     wide: bool = False
 
+    def renormalizes(self, top_k: int) -> bool:
+        """Whether the weights of `top_k` chosen experts are scaled to sum to one."""
+        return top_k > 1 or self.renormalizes_top1
+
 
 SOFTMAX = RouterRule(rounds_weights=False)
 """Mixtral's rule, which also holds for MoEs that fit no format."""
@@ -234,7 +238,6 @@ class MoEFormat:
     `shared_or_null`.
     `fields` maps a config field to a plain one, or to what computes it from the family and its config.
     `holds` names the plain settings in `NEUTRAL` that the format can express; with others a model cannot be built.
-    `names` maps plain names of the backbone to the format's, where they differ.
     `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one; it may be 0. `added`
     tensors are written where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor`
     of `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `partial_rotary`: it can
@@ -253,7 +256,6 @@ class MoEFormat:
     counted: Mapping[str, str]
     fields: Mapping[str, str | Callable[[Family, Config], Any]] = field(default_factory=dict)
     holds: frozenset[str] = frozenset()
-    names: Mapping[str, str] = field(default_factory=dict)
     max_shared: int = 0
     shared: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     shared_gate: str | None = None

@@ -12,9 +12,11 @@ from typing import Any
 
 from frankenmoe.data.blocks import hold_out
 from frankenmoe.data.given import user_path
+from frankenmoe.planning.groups import group_of
 from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths
 from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.plan import Plan
+from frankenmoe.recipe.backbone import HEAD
 from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.sections import FitSettings
 from frankenmoe.recipe.text import written
@@ -165,7 +167,7 @@ def head_share(made: Plan) -> float:
     """The share of the head among the weights that one token is multiplied with."""
     config = made.base.config
     head = int(config["vocab_size"]) * int(config["hidden_size"])
-    tied = all(write.name not in ("lm_head.weight", "embed_out.weight") for write in made.backbone)
+    tied = all(group_of(write.name) != HEAD for write in made.backbone)
     layers = made.bill.active - head * (1 if tied else 2)
     return head / max(head + layers, head)
 

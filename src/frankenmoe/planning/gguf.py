@@ -12,7 +12,7 @@ from typing import Any
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import is_neutral, rope
-from frankenmoe.families.config import MULTIPLIERS
+from frankenmoe.families.formats import GRANITE_FIELDS
 from frankenmoe.families.llamacpp import (
     ARCHS,
     EXPERTS,
@@ -170,7 +170,7 @@ def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
 def multipliers(model: Parts) -> dict[str, float]:
     """Granite's multipliers that are not neutral, by name."""
     family = model.stock[1]
-    names = (name for name in MULTIPLIERS if not is_neutral(family, model.config, name))
+    names = (name for name in GRANITE_FIELDS if not is_neutral(family, model.config, name))
     return {name: float(family.read(model.config, name)) for name in names}
 
 
@@ -253,11 +253,11 @@ def _experts(model: Parts, layer: int, wide: Mapping[str, int]) -> Iterator[Gguf
         parts = tuple(row[suffix] for row in rows)
         yield GgufTensor(name.format(layer=layer), (count, *shape), parts)
     for node in model.shared:
+        row = model.translation.ffn(node, layer)
         for suffix, name in SHARED_EXPERT.items():
             down = suffix.startswith("down")
-            write = model.translation.ffn(node, layer)[suffix]
             shape = (hidden, ffn) if down else (ffn, hidden)
-            yield GgufTensor(name.format(layer=layer), shape, (write,))
+            yield GgufTensor(name.format(layer=layer), shape, (row[suffix],))
     if model.shared_kind == "gated":
         assert fmt.shared_gate is not None
         write = model.gates[fmt.shared_gate.format(layer=layer)]

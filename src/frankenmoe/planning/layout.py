@@ -93,7 +93,7 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
 def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, recipe: Recipe) -> list[str]:
     """Warnings about how other programs compute this format, where they apply to this recipe."""
     rope_type, top_k = rope(family, base.config)["rope_type"], recipe.experts_per_token
-    renormalized = top_k < experts and (top_k > 1 or fmt.router.renormalizes_top1)
+    renormalized = top_k < experts and fmt.router.renormalizes(top_k)
     dims = family.dims(base.config)
     free = dims.heads * dims.head_dim != dims.hidden
     return [
@@ -181,7 +181,7 @@ def extra_writes(
     """Writes that are neither the sources' backbone nor routed experts: the shared expert and what a format adds."""
     if translation is None:
         return [write for node in shared for write in node.folded_writes()]
-    given = {translation.own_name(write.name) for write in translation.plain(backbone)}
+    given = {write.name for write in translation.plain(backbone)}
     given |= {
         name.format(layer=layer, expert=index)
         for name in translation.fmt.expert
@@ -219,11 +219,11 @@ def _shared_writes(
     """
     fmt, hidden = translation.fmt, translation.dims.hidden
     half = fmt.shared_gate is not None and not gated
+    row = translation.ffn(shared[0], layer) if shared else {}
     writes = []
     for name, suffixes in fmt.shared.items():
         name = name.format(layer=layer)
         if shared:
-            row = translation.ffn(shared[0], layer)
             write = _stacked([row[suffix] for suffix in suffixes], name)
             doubled = half and suffixes == DOWN
             writes.append(replace(write, steps=(*write.steps, Scale(2.0))) if doubled else write)

@@ -10,8 +10,8 @@ from frankenmoe.artifact.folder import Artifact, check_no_stray
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Constant, LowRank, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError, PlanError
-from frankenmoe.families import FAMILIES, FORMATS, Family, MoEFormat
-from frankenmoe.families.spec import SOFTMAX, RouterRule
+from frankenmoe.families import FAMILIES, FORMATS, SOFTMAX, Family, MoEFormat
+from frankenmoe.families.spec import RouterRule
 from frankenmoe.planning.compare import licence, one_for_all, shared_licence
 from frankenmoe.planning.layout import SHARED, router_names
 from frankenmoe.planning.plan import Plan
@@ -71,7 +71,7 @@ class Parts:
     @property
     def renormalizes(self) -> bool:
         """Whether the weights of the selected experts are scaled to sum to one."""
-        return self.top_k > 1 or self.rule.renormalizes_top1
+        return self.rule.renormalizes(self.top_k)
 
     @property
     def normalizes(self) -> bool | None:

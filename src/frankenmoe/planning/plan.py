@@ -16,7 +16,7 @@ from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.families import MoEFormat, moe_config
+from frankenmoe.families import SOFTMAX, MoEFormat, moe_config
 from frankenmoe.planning.asadapter import Extracted, extracted_adapters, savings
 from frankenmoe.planning.backbone import Choice, backbone_writes, choose, lost_differences
 from frankenmoe.planning.bill import Bill, kv_numbers, make_bill, statistics_bytes
@@ -308,7 +308,7 @@ def plan(
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
-    whole = fmt is None or fmt.router.renormalizes_top1 or recipe.experts_per_token > 1
+    whole = (SOFTMAX if fmt is None else fmt.router).renormalizes(recipe.experts_per_token)
     plain = whole and not shared and choice.from_base and backbone == writes
     equals_base = plain and all(same_expert(leaf, base_node) for node in nodes for leaf in node.leaves())
     made = Plan(

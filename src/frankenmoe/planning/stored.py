@@ -25,7 +25,7 @@ def stored_backbone(tensors: Tensors, translation: Translation) -> tuple[TensorW
     """Every backbone tensor under its dense name. ArtifactError if one is missing."""
     family, config = translation.family, translation.config
     return tuple(
-        translation.dense(name, shape, lambda plain: stored(tensors, translation.own_name(plain), plain))
+        translation.dense(name, shape, lambda plain: stored(tensors, plain, plain))
         for name, shape in family.shapes(family.backbone, config).items()
     )
 

@@ -66,8 +66,8 @@ class Translation:
                 start += rows
 
     def backbone(self, writes: Sequence[TensorWrite]) -> list[TensorWrite]:
-        """The backbone in the format: its tensors under their names there, then those that the format adds."""
-        found = [replace(write, name=self.own_name(write.name)) for write in self.plain(writes)]
+        """The backbone in the format: its plain tensors, then those that the format adds."""
+        found = list(self.plain(writes))
         return [*found, *self._added({write.name for write in found}, writes[0].dtype)]
 
     def ffn(self, node: ExpertNode, layer: int) -> dict[str, TensorWrite]:
@@ -75,11 +75,6 @@ class Translation:
         here = LAYER.format(layer=layer)
         dense = [replace(node.folded(layer, key), name=f"{here}{self.family.mlp}.{key}") for key in node.ffn[layer]]
         return {write.name.removeprefix(f"{here}mlp."): write for write in self.plain(dense)}
-
-    def own_name(self, plain: str) -> str:
-        """The format's name of a plain tensor."""
-        layer, generic = generic_name(plain)
-        return self.fmt.names.get(generic, generic).format(layer=layer)
 
     def dense(self, name: str, shape: tuple[int, ...], plain: Plain) -> TensorWrite:
         """A dense tensor, put together again from the plain ones that `plain` finds by name."""
