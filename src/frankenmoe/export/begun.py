@@ -15,6 +15,7 @@ from typing import Self
 from frankenmoe.artifact.folder import ROUTERS
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.export.files import is_file_name
 from frankenmoe.gates.cached import key_of
 from frankenmoe.recipe.sections import ExportSettings
 from frankenmoe.subject import Subject
@@ -32,7 +33,7 @@ class Begun:
     @classmethod
     def of(cls, subject: Subject, out: Path, settings: ExportSettings) -> Self:
         """The note of an export to `out`, a folder or a .gguf file."""
-        folder = out.parent if out.suffix == ".gguf" and not out.is_dir() else out
+        folder = out.parent if is_file_name(out) else out
         if subject.artifact is None:
             model = key_of(subject.plan) or subject.plan.digest
         else:
