@@ -4,7 +4,6 @@ A file gets its name when it is whole. The note beside it says which files of wh
 is written.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
@@ -16,7 +15,7 @@ from frankenmoe.artifact.folder import ROUTERS
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.export.files import is_file_name
-from frankenmoe.gates.cached import key_of
+from frankenmoe.gates.cached import digest_of, key_of
 from frankenmoe.recipe.sections import ExportSettings
 from frankenmoe.subject import Subject
 
@@ -39,8 +38,7 @@ class Begun:
         else:
             model = f"{subject.artifact.record['recipe_digest']}/{sha256(subject.artifact.folder / ROUTERS)}"
         chosen = settings.model_dump(mode="json", include={"imatrix", "pad256"})
-        key = hashlib.sha256(json.dumps([str(subject.origin), model, chosen]).encode()).hexdigest()
-        return cls(folder / BEGUN, key)
+        return cls(folder / BEGUN, digest_of(str(subject.origin), model, chosen))
 
     def finished(self) -> frozenset[Path]:
         """The files that were begun by the same export and have their names."""

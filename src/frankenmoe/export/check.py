@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from frankenmoe.export.llama import Distribution, Engine
 from frankenmoe.export.samples import PROMPTS
+from frankenmoe.moe.generation import end_tokens
 from frankenmoe.moe.load import MoE
 
 TOP = 1000  # tokens of a distribution that are compared; the rest counts as one token
@@ -90,7 +91,7 @@ def reference(
             logits_TV = moe.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
         passages.append(Expected(tuple(ids), places, logits_TV[list(places)].log_softmax(-1).numpy()))
         on_step(1)
-    ends = _ends(moe, tokenizer)
+    ends = end_tokens(moe.model.generation_config, tokenizer)
     asked, replies = [], []
     for prompt in prompts:
         prompt_ids = tokenizer(prompt)["input_ids"]
@@ -180,12 +181,6 @@ def _places(length: int, positions: int) -> tuple[int, ...]:
     """Up to `positions` evenly spread places of a text, each with a next token."""
     last = length - 1
     return tuple(sorted({round(place) for place in np.linspace(0, last - 1, min(positions, last))}))
-
-
-def _ends(moe: MoE, tokenizer: Any) -> tuple[int, ...]:
-    end = moe.model.generation_config.eos_token_id
-    end = tokenizer.eos_token_id if end is None else end
-    return tuple(end) if isinstance(end, list) else () if end is None else (end,)
 
 
 def _greedy(moe: MoE, ids: Sequence[int], tokens: int, *, ends: Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from frankenmoe.checkpoint.writer import partial_of
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.export.head import head_bytes
 from frankenmoe.export.quantize import require
-from frankenmoe.export.tokenizer import read_vocabulary
+from frankenmoe.export.tokenizer import vocabulary_of
 from frankenmoe.export.write import Importance, Target, write_files
 from frankenmoe.families.llamacpp import FILE_TYPES, FileType
 from frankenmoe.planning.gguf import GgufLayout, layout, suggestion
@@ -78,7 +78,7 @@ def export_files(
         model, out, types=types, pad256=pad256, importance=importance is not None, finished=finished
     )
     held = {kind.name: found.types(kind, imatrix=importance is not None) for kind in kinds}
-    vocabulary = read_vocabulary(model.folder, model.config, rows=model.stock[1].dims(model.config).vocab)
+    vocabulary = vocabulary_of(model)
     targets = [
         Target(
             path=path,

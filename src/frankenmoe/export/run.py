@@ -171,13 +171,12 @@ def token_notes(
     from frankenmoe.data.hardtext import HARD
     from frankenmoe.export.probe import split_otherwise
     from frankenmoe.export.samples import PROMPTS
-    from frankenmoe.export.tokenizer import read_vocabulary
+    from frankenmoe.export.tokenizer import vocabulary_of
     from frankenmoe.moe.dense import load_tokenizer
 
     parts = open_subject(what).parts
-    vocabulary = read_vocabulary(parts.folder, parts.config, rows=parts.stock[1].dims(parts.config).vocab)
     texts = [text for text in (*PROMPTS, *HARD) if text.strip()]
-    odd = split_otherwise(vocabulary, load_tokenizer(parts.folder), texts)
+    odd = split_otherwise(vocabulary_of(parts), load_tokenizer(parts.folder), texts)
     if not odd:
         return []
     count = f"{len(odd)} of {len(texts)} texts"
