@@ -131,6 +131,7 @@ def test_a_variant_beside_the_pickle_that_transformers_would_load(folder: Path, 
 def test_one_of_several_shards_is_not_the_whole_model(folder: Path) -> None:
     save_file({"a": torch.zeros(1)}, folder / "model-00001-of-00002.safetensors")
     assert "has model-00001-of-00002.safetensors alone, one of 2 files" in message(folder)
+    assert not open_checkpoint(folder, whole=False).has_weights
 
 
 def test_the_only_shard_is_the_whole_model(folder: Path) -> None:

@@ -258,3 +258,10 @@ def test_a_backslash_that_yaml_takes_for_an_escape_is_named(line: str, hint: str
     assert error.message.startswith("r.yml:1:")
     assert error.hint is not None
     assert hint in error.hint
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r", "\u2028"])
+def test_the_line_with_a_backslash_is_found_whatever_ends_a_line(end: str) -> None:
+    error = refused(f'seed: 1{end}base_model: "a\\m"{end}')
+    assert error.message.startswith("r.yml:2:")
+    assert str(error.hint).endswith('base_model: "a/m"')

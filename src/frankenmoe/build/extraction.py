@@ -6,6 +6,7 @@ from pathlib import Path
 
 from frankenmoe.artifact.folder import Artifact, become, check_disk, growing, refuse_occupied, write_json
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
+from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
 from frankenmoe.errors import ArtifactError
 from frankenmoe.planning.files import TOKENIZER_FILES
@@ -35,9 +36,7 @@ def extract(
     with growing(out, digest=f"{digest}/extract") as partial:
         check_disk(partial, need=need, hint="choose a folder on another disk")
         progress.start("writing", need, "B")
-        write_shard(
-            partial / "model.safetensors", writes, metadata={"format": "pt"}, on_bytes=progress.advance, scanned=set()
-        )
+        write_shard(partial / SINGLE, writes, metadata={"format": "pt"}, on_bytes=progress.advance, scanned=set())
         write_json(partial / "config.json", _config(parts, writes[-1].dtype))
         for file in small:
             write_atomic(partial / file.name, file.read_bytes())

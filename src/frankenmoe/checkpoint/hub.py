@@ -45,7 +45,7 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
     return snapshot
 
 
-def cache_folder() -> Path:
+def hub_cache() -> Path:
     """The folder of the Hugging Face cache."""
     from huggingface_hub import constants
 

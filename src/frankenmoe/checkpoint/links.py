@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from frankenmoe.checkpoint.hub import cache_folder
+from frankenmoe.checkpoint.hub import hub_cache
 from frankenmoe.errors import SourceError
 
 WEIGHTS = ".safetensors"
@@ -42,4 +42,4 @@ def _is_blob(target: Path, folder: Path) -> bool:
         return True
     if target.parent.name != BLOBS:
         return False
-    return target.parents[1].name.startswith(MODEL) or target.is_relative_to(os.path.realpath(cache_folder()))
+    return target.parents[1].name.startswith(MODEL) or target.is_relative_to(os.path.realpath(hub_cache()))

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from frankenmoe.checkpoint.reader import Adapter
@@ -51,8 +52,7 @@ def lora_scale(adapter: Adapter, module: str, *, rank: int) -> float:
 
     Raises SourceError for an alpha that is no number, and for a pattern that is no plain one.
     """
-    own = list(_own_alphas(adapter, module))
-    alpha = own[0] if own else adapter.config.get("lora_alpha", USUAL_ALPHA)
+    alpha = next(_own_alphas(adapter, module), adapter.config.get("lora_alpha", USUAL_ALPHA))
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < MOST:
         raise _odd_setting(adapter, f"lora_alpha {_short(alpha)} for {module}", expected="a finite number")
     return alpha / (rank**0.5 if adapter.config.get("use_rslora") else rank)
@@ -63,23 +63,28 @@ def _own_alphas(adapter: Adapter, module: str) -> Iterator[Any]:
     if not isinstance(patterns, Mapping):
         raise _odd_setting(adapter, f"alpha_pattern {patterns!r:.40}", expected="a mapping from modules to numbers")
     for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({_plain(adapter, pattern)})$", module):
+        expression = _expression(pattern)
+        if expression is None:
+            raise _odd_setting(
+                adapter,
+                f"an alpha_pattern {pattern!r:.80}",
+                expected="names of modules, or plain regular expressions for them",
+            )
+        if expression.match(module):
             yield value
 
 
-def _plain(adapter: Adapter, pattern: str) -> str:
-    """The pattern, a regular expression for the end of a module's name, if it cannot run for long."""
+@lru_cache(2**14)  # an adapter may have a pattern for every module, and re keeps only 512 of them
+def _expression(pattern: str) -> re.Pattern[str] | None:
+    """The expression for a module's name that ends as `pattern` says; None if it is broken or could run for long."""
     repeats = sum(pattern.count(mark) for mark in "*+")
-    if len(pattern) <= LONGEST_PATTERN and repeats <= MOST_REPEATS and PLAIN_PATTERN.fullmatch(pattern):
-        try:
-            re.compile(pattern)
-        except re.error:
-            pass
-        else:
-            return pattern
-    raise _odd_setting(
-        adapter, f"an alpha_pattern {pattern!r:.80}", expected="names of modules, or plain regular expressions for them"
-    )
+    if len(pattern) > LONGEST_PATTERN or repeats > MOST_REPEATS or not PLAIN_PATTERN.fullmatch(pattern):
+        return None
+    try:
+        re.compile(pattern)  # alone, as parentheses could match those around it
+        return re.compile(rf"(.*\.)?({pattern})$")
+    except re.error:
+        return None
 
 
 def _short(value: object) -> str:

@@ -19,7 +19,10 @@ from frankenmoe.checkpoint.values import check_finite
 
 Wide = NDArray[np.float64]
 Basis = Callable[[int], Floats]
-"""How many -> that many leading right singular vectors as columns [I, R], of any length; the caller may change them."""
+"""Count R -> the R leading right singular vectors as columns [I, R].
+
+Their lengths need not be 1, and the caller may change the array.
+"""
 
 BLOCK = 2**20  # elements that are decoded at a time
 KEPT = 2**24  # elements; a smaller difference stays in memory (64 MiB) between the passes
@@ -28,8 +31,9 @@ CHEAP = 8  # sketches as wide as one 8th of the shorter side cost as much as the
 SPARE = 16  # sketch columns beyond the rank; a flat spectrum needs more of them, so at least the rank is doubled
 PASSES = 12  # at most so many power iterations
 ENOUGH = 2e-4  # iterations end when the energy grows by less than this share
-SKETCH = 2**25  # numbers in the largest sketch (128 MiB), and
-WIDEST = 2048  # its columns: bound the rank that an energy may ask for
+# both limits also bound the rank that an energy may ask for
+SKETCH = 2**25  # numbers in the largest sketch (128 MiB)
+WIDEST = 2048  # columns of the largest sketch
 PANEL = 128  # columns that are worked on together where all of them would take much memory
 
 

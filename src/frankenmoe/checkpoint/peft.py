@@ -10,10 +10,11 @@ from typing import Any, Self
 
 from frankenmoe.checkpoint.cast import Floats, encode
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
+from frankenmoe.checkpoint.weights import ADAPTER
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
 
 PREFIX = "base_model.model."
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS = "adapter_config.json", ADAPTER
 SPOOL = f"{WEIGHTS}.spool"  # the factors in the order they came, until their header is known
 
 

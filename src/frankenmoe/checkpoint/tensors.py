@@ -230,7 +230,7 @@ class TensorWrite:
             parents = f"{len(first.weights)} parents{' and the base' if MERGES[first.method] else ''}"
             raise ValueError(f"{self.name}: {first.method} of {parents} with {len(self.inputs)} inputs")
         if any(isinstance(step, FIRST) for step in self.steps[1:]):
-            raise ValueError(f"{self.name}: Merge and Constant can only be the first step, like Join, Part and Permute")
+            raise ValueError(f"{self.name}: Merge, Constant, Join, Part and Permute can only be the first step")
         self._check_sizes(first)
         for step in self.steps:
             if isinstance(step, LowRank):
@@ -248,7 +248,9 @@ class TensorWrite:
             case _:
                 fits = all(size == self.numel for size in sizes)
         if not fits:
-            raise ValueError(f"{self.name}: every input must have the {self.numel} elements of {list(self.shape)}")
+            raise ValueError(
+                f"{self.name}: inputs of {sizes} elements, expected {self.numel} elements for {list(self.shape)}"
+            )
 
     def _check_lora(self, step: LowRank) -> None:
         ranks = (step.a.shape[:1], step.b.shape[1:])

@@ -59,7 +59,8 @@ def unfinished(folder: Path) -> bool:
         return False
     if os.path.lexists(folder / INDEX):
         return not all((folder / name).is_file() for name in set(_weight_map(folder / INDEX).values()))
-    return len(_files_beside(folder)) > 1
+    files = _files_beside(folder)
+    return len(files) > 1 or any(_shards(file) != 1 for file in files)
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -120,13 +121,18 @@ def _lone_file(folder: Path) -> Path | None:
             f"{folder} has {len(files)} safetensors files and no {INDEX} that says which tensor is in which",
             hint="fetch the index of the sharded model, or remove the files that do not belong to it",
         )
-    shard = SHARD.search(files[0].name)
-    if shard is not None and int(shard["count"][:9]) != 1:
+    if (count := _shards(files[0])) != 1:
         raise SourceError(
-            f"{folder} has {files[0].name} alone, one of {int(shard['count'][:9])} files, and no {INDEX}",
+            f"{folder} has {files[0].name} alone, one of {count} files, and no {INDEX}",
             hint="the download was cut off; fetch the other files and the index",
         )
     return files[0]
+
+
+def _shards(file: Path) -> int:
+    """The number of files that a file's name says there are."""
+    shard = SHARD.search(file.name)
+    return int(shard["count"][:9]) if shard else 1
 
 
 def _indexed(index: Path) -> Weights:

@@ -10,7 +10,7 @@ from frankenmoe.errors import SourceError
 
 T = TypeVar("T")
 Span = tuple[int, int]
-"""The first and last place, plus one, of tokens in the stream of all documents' tokens."""
+"""(start, end) of a run of tokens or characters; `end` is the place behind the last one."""
 Marked = tuple[list[int], list[bool]]
 """Token ids, and for each whether it is to be learned."""
 
@@ -19,7 +19,7 @@ Marked = tuple[list[int], list[bool]]
 class Block:
     """Tokens that are read together. `learn[i]`: whether token i is a target of the loss.
 
-    `span` is its place in the stream; BOS has none there.
+    `span` is its place in the stream of all documents' tokens; BOS has none there.
     """
 
     ids: tuple[int, ...]

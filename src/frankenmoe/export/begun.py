@@ -4,7 +4,6 @@ A file gets its name when it is whole. The note beside it says which files of wh
 is written.
 """
 
-import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,7 +14,8 @@ from typing import Self
 from frankenmoe.artifact.folder import ROUTERS
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.gates.cached import key_of
+from frankenmoe.export.files import is_file_name
+from frankenmoe.gates.cached import digest_of, key_of
 from frankenmoe.recipe.sections import ExportSettings
 from frankenmoe.subject import Subject
 
@@ -32,14 +32,13 @@ class Begun:
     @classmethod
     def of(cls, subject: Subject, out: Path, settings: ExportSettings) -> Self:
         """The note of an export to `out`, a folder or a .gguf file."""
-        folder = out.parent if out.suffix == ".gguf" and not out.is_dir() else out
+        folder = out.parent if is_file_name(out) else out
         if subject.artifact is None:
             model = key_of(subject.plan) or subject.plan.digest
         else:
             model = f"{subject.artifact.record['recipe_digest']}/{sha256(subject.artifact.folder / ROUTERS)}"
         chosen = settings.model_dump(mode="json", include={"imatrix", "pad256"})
-        key = hashlib.sha256(json.dumps([str(subject.origin), model, chosen]).encode()).hexdigest()
-        return cls(folder / BEGUN, key)
+        return cls(folder / BEGUN, digest_of(str(subject.origin), model, chosen))
 
     def finished(self) -> frozenset[Path]:
         """The files that were begun by the same export and have their names."""

@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from frankenmoe.export.llama import Distribution, Engine
 from frankenmoe.export.samples import PROMPTS
+from frankenmoe.moe.generation import end_tokens
 from frankenmoe.moe.load import MoE
 
 TOP = 1000  # tokens of a distribution that are compared; the rest counts as one token
@@ -90,11 +91,12 @@ def reference(
             logits_TV = moe.model(input_ids=torch.tensor([list(ids)])).logits[0].float()
         passages.append(Expected(tuple(ids), places, logits_TV[list(places)].log_softmax(-1).numpy()))
         on_step(1)
+    ends = end_tokens(moe.model.generation_config, tokenizer)
     asked, replies = [], []
     for prompt in prompts:
         prompt_ids = tokenizer(prompt)["input_ids"]
         asked.append(tuple(prompt_ids))
-        replies.append(_greedy(moe, prompt_ids, tokens))
+        replies.append(_greedy(moe, prompt_ids, tokens, ends=ends))
         on_step(1)
     losses = [
         -row_V[passage.ids[place + 1]]
@@ -102,16 +104,7 @@ def reference(
         for place, row_V in zip(passage.positions, passage.logprobs, strict=True)
     ]
     perplexity = math.exp(float(np.mean(losses))) if losses else math.nan
-    end = moe.model.generation_config.eos_token_id
-    ends = end if isinstance(end, list) else [end if end is not None else tokenizer.eos_token_id]
-    return Reference(
-        tuple(passages),
-        tuple(prompts),
-        tuple(asked),
-        tuple(replies),
-        perplexity,
-        ends=tuple(each for each in ends if each is not None),
-    )
+    return Reference(tuple(passages), tuple(prompts), tuple(asked), tuple(replies), perplexity, ends)
 
 
 def steps(texts: Sequence[Sequence[int]], *, positions: int, prompts: int) -> int:
@@ -190,12 +183,12 @@ def _places(length: int, positions: int) -> tuple[int, ...]:
     return tuple(sorted({round(place) for place in np.linspace(0, last - 1, min(positions, last))}))
 
 
-def _greedy(moe: MoE, ids: Sequence[int], tokens: int) -> tuple[int, ...]:
+def _greedy(moe: MoE, ids: Sequence[int], tokens: int, *, ends: Sequence[int]) -> tuple[int, ...]:
     """Greedy tokens, without the generation settings of the checkpoint."""
     own = moe.model.generation_config
-    end = own.eos_token_id
-    pad = end[0] if isinstance(end, list) else end
-    moe.model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
+    moe.model.generation_config = GenerationConfig(
+        eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else None
+    )
     try:
         out = moe.model.generate(
             input_ids=torch.tensor([list(ids)]),

@@ -12,7 +12,7 @@ from frankenmoe.checkpoint.writer import partial_of
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.export.head import head_bytes
 from frankenmoe.export.quantize import require
-from frankenmoe.export.tokenizer import read_vocabulary
+from frankenmoe.export.tokenizer import vocabulary_of
 from frankenmoe.export.write import Importance, Target, write_files
 from frankenmoe.families.llamacpp import FILE_TYPES, FileType
 from frankenmoe.planning.gguf import GgufLayout, layout, suggestion
@@ -68,8 +68,8 @@ def export_files(
     """Writes a file per type, all in one pass over the weights, each whole or not at all.
 
     `out` is a folder, which is made if needed, or a name that ends in .gguf for a single type. The default of `types`
-    is a q4 and a q5 that suit the model's shape. `notes` are added to those of every file. `finished` files
-    are described and not written again.
+    is a q4 and a q5 that suit the model's shape. `notes` are added to those of every file. `finished` files are
+    described, but not written again.
 
     Raises PlanError (a type or an MoE that llama.cpp does not support), SourceError (tokenizer, broken weights),
     NumericsError, ArtifactError (the file exists, the disk is too small).
@@ -78,7 +78,7 @@ def export_files(
         model, out, types=types, pad256=pad256, importance=importance is not None, finished=finished
     )
     held = {kind.name: found.types(kind, imatrix=importance is not None) for kind in kinds}
-    vocabulary = read_vocabulary(model.folder, model.config, rows=model.stock[1].dims(model.config).vocab)
+    vocabulary = vocabulary_of(model)
     targets = [
         Target(
             path=path,
@@ -94,15 +94,16 @@ def export_files(
     wanted = [target for target in targets if target.path not in finished]
     _check_disk(paths, sum(target.size for target in wanted))
     paths[0].parent.mkdir(parents=True, exist_ok=True)
-    names = ", ".join(kind.name for kind, target in zip(kinds, targets, strict=True) if target in wanted)
-    progress.start(f"writing {names}", sum(target.tensor_bytes for target in wanted), "B")
-    write_files(
-        wanted,
-        found.tensors,
-        threads=threads or len(os.sched_getaffinity(0)),
-        importance=importance,
-        on_bytes=progress.advance,
-    )
+    if wanted:
+        names = ", ".join(kind.name for kind, path in zip(kinds, paths, strict=True) if path not in finished)
+        progress.start(f"writing {names}", sum(target.tensor_bytes for target in wanted), "B")
+        write_files(
+            wanted,
+            found.tensors,
+            threads=threads or len(os.sched_getaffinity(0)),
+            importance=importance,
+            on_bytes=progress.advance,
+        )
     notes = (*notes, *vocabulary.notes)
     return [_describe(found, kind, target, notes) for kind, target in zip(kinds, targets, strict=True)]
 
@@ -123,7 +124,7 @@ def check_output(
     """
     found = layout(model, pad256=pad256)
     kinds = file_types(types) or default_types(found)
-    paths = output_paths(model, out, kinds)
+    paths = _paths(model, out, kinds)
     taken = next((path for path in paths if os.path.lexists(path) and path not in finished), None)
     if taken is not None:
         raise _taken(taken)
@@ -149,9 +150,14 @@ def _taken(path: Path) -> ArtifactError:
     return ArtifactError(f"{path} exists already", hint="choose another folder, or remove that file first")
 
 
-def output_paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
+def is_file_name(out: Path) -> bool:
+    """Whether the `out` of an export is the name of its only file, and not a folder."""
+    return out.suffix == ".gguf" and not out.is_dir()
+
+
+def _paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
     """The paths of the files. Raises ArtifactError if their folder is a file."""
-    if out.suffix == ".gguf" and not out.is_dir():
+    if is_file_name(out):
         if len(kinds) > 1:
             raise ArtifactError(
                 f"{out} is one file, but {len(kinds)} types were asked for",

@@ -125,7 +125,7 @@ def check_files(
     `settings` select the files, by default small ones, and the texts.
     """
     settings = settings or ExportSettings()
-    files = [file for file in files if settings.check or (settings.check is None and file.bytes < SMALL_FILE)]
+    files = [file for file in files if _is_checked(file, settings)]
     if not files:
         return []
     from frankenmoe.data.blocks import text_blocks
@@ -154,27 +154,29 @@ def check_files(
     return found
 
 
+def _is_checked(file: GgufFile, settings: ExportSettings) -> bool:
+    return file.bytes < SMALL_FILE if settings.check is None else settings.check
+
+
 def token_notes(
     what: Subject | Recipe | Artifact | str | Path, files: Sequence[GgufFile], *, settings: ExportSettings | None = None
 ) -> list[str]:
-    """A sentence if llama.cpp splits some prompts otherwise than the source.
+    """A sentence if llama.cpp splits some texts otherwise than the source.
 
-    Looks at files that are too large to be compared by default, whose vocabulary can be compared all the same.
+    Only for files that are too large to be checked by default. Their vocabulary is small enough for it.
     """
     settings = settings or ExportSettings()
-    large = [file for file in files if settings.check is None and file.bytes >= SMALL_FILE]
-    if not large:
+    if settings.check is not None or all(_is_checked(file, settings) for file in files):
         return []
     from frankenmoe.data.hardtext import HARD
     from frankenmoe.export.probe import split_otherwise
     from frankenmoe.export.samples import PROMPTS
-    from frankenmoe.export.tokenizer import read_vocabulary
+    from frankenmoe.export.tokenizer import vocabulary_of
     from frankenmoe.moe.dense import load_tokenizer
 
     parts = open_subject(what).parts
-    vocabulary = read_vocabulary(parts.folder, parts.config, rows=parts.stock[1].dims(parts.config).vocab)
     texts = [text for text in (*PROMPTS, *HARD) if text.strip()]
-    odd = split_otherwise(vocabulary, load_tokenizer(parts.folder), texts)
+    odd = split_otherwise(vocabulary_of(parts), load_tokenizer(parts.folder), texts)
     if not odd:
         return []
     count = f"{len(odd)} of {len(texts)} texts"

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.errors import SourceError
 from frankenmoe.export.sentencepiece import read_model
+from frankenmoe.planning.parts import Parts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 NO_MERGE = -1e9  # score of a piece that no merge makes; below every rank
@@ -63,6 +64,11 @@ class Vocabulary:
     special: Mapping[str, int] = field(default_factory=dict)
     chat_template: str | None = None
     notes: tuple[str, ...] = ()
+
+
+def vocabulary_of(parts: Parts) -> Vocabulary:
+    """The vocabulary of a planned or built MoE. Raises SourceError as `read_vocabulary` does."""
+    return read_vocabulary(parts.folder, parts.config, rows=parts.stock[1].dims(parts.config).vocab)
 
 
 def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vocabulary:

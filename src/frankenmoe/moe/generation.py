@@ -1,4 +1,4 @@
-"""The settings of generation_config.json for one reply: which are used, and which are refused."""
+"""The settings of generation_config.json for one reply: which are used, which are refused, and where it ends."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -35,6 +35,12 @@ OTHER_SEARCHES = (
     "token_healing", "cache_implementation", "use_cache",
 )  # fmt: skip
 MOST_STOPS = 1000  # stop strings, and letters of one
+
+
+def end_tokens(settings: GenerationConfig, tokenizer: Any) -> tuple[int, ...]:
+    """The tokens at which a reply ends: those of the settings, else that of the tokenizer; none if neither has one."""
+    end = tokenizer.eos_token_id if settings.eos_token_id is None else settings.eos_token_id
+    return tuple(end) if isinstance(end, list) else () if end is None else (end,)
 
 
 def check_generation(settings: GenerationConfig, *, vocab: int, where: str) -> None:

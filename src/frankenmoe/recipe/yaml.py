@@ -114,11 +114,9 @@ def _unreadable(origin: str, mark: yaml.Mark | None, problem: str, text: str) ->
 
 
 def _without_backslashes(text: str, mark: yaml.Mark) -> str:
-    line = text.split("\n")[mark.line].strip()
-    return (
-        "between double quotes a backslash begins an escape; for a path, write forward slashes: "
-        f"{line.replace(chr(92), '/'):.200}"
-    )
+    # splitlines() ends lines where YAML does; what else it splits at is no character of YAML
+    line = text.splitlines()[mark.line].strip().replace("\\", "/")
+    return f"between double quotes a backslash begins an escape; for a path, write forward slashes: {line:.200}"
 
 
 def _too_much(origin: str) -> RecipeError:
