@@ -30,6 +30,7 @@ def recipe_with(tmp_path: Path, parents: Parents, settings: dict[str, Any]) -> P
 
 
 FINE: list[dict[str, Any]] = [
+    {"eos_token_id": []},
     {"stop_strings": ["never ever"]},
     {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
     {"bad_words_ids": [[5], [6, 7]], "suppress_tokens": [8], "forced_eos_token_id": 1},

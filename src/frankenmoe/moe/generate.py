@@ -12,7 +12,7 @@ import torch
 
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.dense import one_line
-from frankenmoe.moe.generation import plain_generation
+from frankenmoe.moe.generation import end_tokens, plain_generation
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
 
@@ -50,9 +50,7 @@ def reply(
     ids = _encode(tokenizer, history, moe.model.config).to(moe.model.device)
     limit = getattr(moe.model.config, "max_position_embeddings", None)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - ids.shape[-1])
-    settings = moe.model.generation_config
-    eos = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
-    pad = eos[0] if isinstance(eos, list) else eos
+    ends = end_tokens(moe.model.generation_config, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     began = time.perf_counter()
     where = str(moe.folder / "generation_config.json")
@@ -63,8 +61,8 @@ def reply(
             max_new_tokens=room,
             streamer=streamer,
             tokenizer=tokenizer,  # for stop strings
-            eos_token_id=eos,
-            pad_token_id=0 if pad is None else pad,
+            eos_token_id=list(ends) or None,
+            pad_token_id=ends[0] if ends else 0,
             **sampling,
         )[0]
     seconds = time.perf_counter() - began

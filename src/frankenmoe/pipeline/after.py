@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -124,7 +125,7 @@ def _eval_summary(job: Job) -> str:
 
 
 def _export(job: Job, progress: Progress) -> None:
-    from frankenmoe.export.run import check_files, export_gguf, write_report
+    from frankenmoe.export.run import check_files, export_gguf, token_notes, write_report
 
     section: ExportSettings = job.settings("export")
     found = {key: [_located(job, text) for text in getattr(section, key)] for key in ("imatrix", "texts")}
@@ -132,16 +133,18 @@ def _export(job: Job, progress: Progress) -> None:
     with _scratch(job, "export") as folder:
         files = export_gguf(job.open(job.model), folder, settings=settings, progress=progress)
         checks = check_files(job.open(job.model), files, settings=settings, progress=progress)
+        notes = token_notes(job.open(job.model), files, settings=settings)
         shutil.rmtree(job.model / GGUF, ignore_errors=True)
         _move(folder, job.model / GGUF)
     job.reports.mkdir(parents=True, exist_ok=True)
+    files = [replace(file, notes=(*file.notes, *notes)) for file in files]
     write_report(files, checks, what=job.open(job.model), report=job.reports / "export.json")
 
 
 def _check_export(job: Job) -> None:
     """Raises for a type, shape or tokenizer that llama.cpp does not have, before days of training."""
     from frankenmoe.export.files import check_output, disk_bytes
-    from frankenmoe.export.tokenizer import read_vocabulary
+    from frankenmoe.export.tokenizer import vocabulary_of
     from frankenmoe.planning.forecast import gguf_parts
 
     settings: ExportSettings = job.settings("export")
@@ -157,7 +160,7 @@ def _check_export(job: Job) -> None:
         importance=bool(settings.imatrix),
         spare=earlier,
     )
-    read_vocabulary(parts.folder, parts.config, rows=parts.stock[1].dims(parts.config).vocab)
+    vocabulary_of(parts)
 
 
 def _export_summary(job: Job) -> str:
