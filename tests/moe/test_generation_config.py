@@ -124,9 +124,9 @@ def test_control_characters_are_spelt_out(text: str, shown: str) -> None:
 def test_the_streamer_spells_them_out(parents: Parents, capsys: pytest.CaptureFixture[str]) -> None:
     from transformers import AutoTokenizer
 
-    from frankenmoe.cli.chat import Spelt
+    from frankenmoe.cli.chat import SafeStreamer
 
-    streamer = Spelt(AutoTokenizer.from_pretrained(parents["llama"][0]))
+    streamer = SafeStreamer(AutoTokenizer.from_pretrained(parents["llama"][0]))
     streamer.on_finalized_text("a\x1b[31m", stream_end=False)
     streamer.on_finalized_text("b", stream_end=True)
     assert capsys.readouterr().out == "a\\x1b[31mb\n"
