@@ -1,6 +1,8 @@
 """Where models run: names, memory that is too small, and every stage on a second device with the CPU's results."""
 
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -275,3 +277,13 @@ def gates(artifact: Path) -> dict[str, list[list[float]]]:
 
     found = gate_tensors(fm.open(artifact).routers().routers)
     return {name: gate.tolist() for name, gate in found.items()}
+
+
+@pytest.mark.parametrize(("wanted", "found"), [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")])
+def test_few_compiled_products_are_kept_unless_the_user_says_how_many(wanted: dict[str, str], found: str) -> None:
+    code = "import os, frankenmoe.moe.dense; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    plain = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain | wanted, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.strip() == found

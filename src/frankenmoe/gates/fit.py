@@ -22,8 +22,8 @@ from frankenmoe.gates.regret import regret
 from frankenmoe.gates.samples import Lost, Samples, read_losses, read_samples, solved
 from frankenmoe.gates.scale import search
 from frankenmoe.gates.states import mean_loss
-from frankenmoe.gates.texts import OwnText, rough_blocks, router_texts, size_of, unseen
-from frankenmoe.planning.fitting import BEFORE, SCALE, SOLVING, fit_steps
+from frankenmoe.gates.texts import OwnText, router_texts, searched_blocks, size_of, unseen
+from frankenmoe.planning.fitting import AFTER, BEFORE, SCALE, SOLVING, fit_steps
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.progress import SILENT, Progress
 
@@ -120,18 +120,20 @@ def fit_gates(
     unscaled = made = closed_gates(own.kept, first)
     if own.everything is not own.kept:
         made = closed_gates(own.everything, first)
-    closed_scale, gates, after = _scaled(job, unscaled, at=CLOSED_START, rough=not closed_only)
+    closed_scale, gates = _scaled(job, unscaled, at=CLOSED_START)
     scale = closed_scale
     if not closed_only:
         set_gates(model, gates)
         samples = read_samples(model, texts, bos=bos, meter=meter, together=together)
         unscaled, made = _by_states(job, samples, own.kept, BY_STATES.get(method, logistic))
-        scale, gates, after = _scaled(job, unscaled, at=LOGISTIC_START, rough=method == "regret")
+        scale, gates = _scaled(job, unscaled, at=LOGISTIC_START)
     if method == "regret":
         set_gates(model, gates)
         lost = read_losses(model, texts, samples, places, classes, meter=meter)
         unscaled, made = _regret(job, samples, own.kept, lost, begun=(gates, times(made, scale)))
-        scale, gates, after = _scaled(job, unscaled, at=REGRET_START)
+        scale, gates = _scaled(job, unscaled, at=REGRET_START)
+    set_gates(model, gates)
+    after = _losses(job, AFTER)
     final = times(made, scale)
     set_gates(model, final)
     return Fit(
@@ -216,22 +218,16 @@ def _twice(job: Job, samples: Samples, make_kept: Make, make_all: Make) -> tuple
     return made[0], made[-1]
 
 
-def _scaled(job: Job, gates: Gates, *, at: float, rough: bool = False) -> tuple[float, Gates, Losses]:
-    """The factor for all gates with the lowest mean held-out loss, the gates times this factor, and the losses.
-
-    `rough` reads a part of the held-out text and trusts the parabola, so that it knows the losses of a factor nearby.
-    """
-    held = {text.name: rough_blocks(text) if rough else text.held for text in job.own_texts}
-    found: dict[float, Losses] = {}
+def _scaled(job: Job, gates: Gates, *, at: float) -> tuple[float, Gates]:
+    """The factor for all gates with the lowest mean loss on a part of the held-out text, and the gates times it."""
+    held = {text.name: searched_blocks(text) for text in job.own_texts}
 
     def loss(scale: float) -> float:
         set_gates(job.model, times(gates, scale))
-        found[scale] = _losses(job, SCALE, held)
-        return found[scale].mean
+        return _losses(job, SCALE, held).mean
 
-    tokens = sum(block.targets for blocks in held.values() for block in blocks)
-    scale, tried = search(loss, start=at, tokens=tokens, guess=rough)
-    return scale, times(gates, scale), found[min(tried, key=lambda factor: tried[factor])]
+    scale = search(loss, start=at, tokens=sum(block.targets for blocks in held.values() for block in blocks))
+    return scale, times(gates, scale)
 
 
 def times(gates: Gates, scale: float) -> Gates:

@@ -15,10 +15,10 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.fitting import (
     HELD_OUT_DATA,
     HELD_OUT_PROMPTS,
-    ROUGH,
+    SEARCHED,
     TextSize,
     piece_lengths,
-    rough_length,
+    searched_length,
     text_size,
 )
 from frankenmoe.planning.layout import SHARED, RouterPath
@@ -189,12 +189,12 @@ def fitted_blocks(text: OwnText) -> list[Block]:
     return [*text.kept, *unseen(text)]
 
 
-def rough_blocks(text: OwnText) -> Sequence[Block]:
-    """About a ROUGH-th of the held-out text: every ROUGH-th block, or the start of the first one if there are fewer."""
-    if len(text.held) >= ROUGH:
-        return text.held[::ROUGH]
+def searched_blocks(text: OwnText) -> Sequence[Block]:
+    """One in SEARCHED of the held-out blocks, or the start of the first one if there are fewer."""
+    if len(text.held) >= SEARCHED:
+        return text.held[::SEARCHED]
     first = text.held[0]
-    length = rough_length(sum(len(block.ids) for block in text.held))
+    length = searched_length(sum(len(block.ids) for block in text.held))
     start = Block(first.ids[:length], first.learn[:length])
     return [start if start.targets else first]
 

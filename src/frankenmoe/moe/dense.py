@@ -1,6 +1,7 @@
 """Loads dense transformers models from mapped tensors, and finds their `mlp` modules."""
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ from frankenmoe.planning.tree import dense_writes
 
 WRONG_CONFIG = "check that config.json was saved with these weights"
 LONGEST = 200  # characters that are quoted of another library's message
+# oneDNN, which multiplies 16-bit matrices on CPUs, keeps compiled code for 1,024 shapes, nearly 1 MB each. Experts read
+# another number of tokens in every batch, so it would keep them all. It reads this variable at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 MLP_NAME = re.compile(rf"(?:^|.*\.)(\d+)\.({'|'.join(MLPS)})$")
 
 
