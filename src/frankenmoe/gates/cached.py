@@ -15,7 +15,7 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.names import expert_data
 
 KIND = "routers"
-VERSION = 4  # increase it when a change of the code gives other gates for the same plan and text
+VERSION = 5  # increase it when a change of the code gives other gates for the same plan and text
 
 
 def key_of(plan: Plan) -> str | None:
