@@ -52,6 +52,17 @@ MAMBA = {
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
 }
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 8,
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
+}
 LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e4,
@@ -189,6 +200,25 @@ CASES: dict[str, Case] = {
             "logit_scale": 0.25,
             "tie_word_embeddings": True,
         },
+    ),
+    "gemma4": Case("gemma4_text", "gemma4", GEMMA4),
+    # the last two layers read the keys of earlier ones
+    "gemma4-inputs": Case(
+        "gemma4_text",
+        "gemma4",
+        GEMMA4
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 5,
+            "vocab_size_per_layer_input": 101,
+            "attention_k_eq_v": False,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": None,
+        },
+        # scores are not divided by the root of the head size: rounding the embeddings moves the logits by 3e-6
+        close=1e-5,
     ),
     "helium": Case("helium", "mixtral", {"pad_token_id": None}),
     "granite4": Case(
