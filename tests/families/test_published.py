@@ -12,6 +12,10 @@ from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope, unsupported
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 HYBRID = {"num_local_experts": 0, "mamba_n_heads": 8, "mamba_d_head": 8, "shared_intermediate_size": 48}
+GEMMA4 = {
+    "attention_k_eq_v": True, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0, "sliding_window": 32,
+}  # fmt: skip
 # model -> (family, format, its extra settings)
 PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LLaMA 7B": ("llama", "mixtral", {"max_sequence_length": 2048, "pad_token_id": -1}),
@@ -38,6 +42,11 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "rotary_pct": 1.0, "use_embedding_sharing": True, "use_gated_activation": True,
             "use_parallel_block": True, "use_parallel_embedding": True, "use_qk_norm": False,
         },
+    ),
+    "Gemma 4 31B, its text": (
+        "gemma4_text",
+        "gemma4",
+        GEMMA4 | {"final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision", "num_experts": None},
     ),
     "Qwen3.5": (
         "qwen3_5_text",
@@ -73,6 +82,9 @@ def test_published_configs_are_built(model: str) -> None:
         # transformers attends in both directions with these; an MoE made of such a model would not
         ("mixtral", "llama", "is_causal", False),
         ("granitemoe", "gemma", "use_bidirectional_attention", True),
+        ("gemma4", "gemma4_text", "use_bidirectional_attention", "all"),
+        ("gemma4", "gemma4_text", "per_layer_config", {"0": {"sliding_window": 4}}),
+        ("gemma4", "gemma4_text", "query_pre_attn_scalar", 64),
         # its class ignores them, but the format's does not
         ("mixtral", "llama", "sliding_window", 8),
         ("granitemoe", "llama", "embedding_multiplier", 12.0),
@@ -109,3 +121,19 @@ def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path:
     ours = rope(FAMILIES["qwen3"], config_of("qwen3", **own))
     assert {key: theirs[key] for key in ours} == ours
     assert ours["rope_type"] == "yarn"
+
+
+def test_both_spellings_of_sizes_of_full_attention_are_read() -> None:
+    family, config = FAMILIES["gemma4_text"], config_of("gemma4_text", **GEMMA4)
+    theirs = AutoConfig.for_model(**config).to_dict()
+    assert "global_head_dim" not in theirs
+    assert family.dims(theirs).more == family.dims(config).more
+    assert family.dims(config).cached == 2 * 8 + 1 * 16  # a layer of each kind
+
+
+def test_gemma_4_with_ffns_of_two_widths_stays_virtual() -> None:
+    wide = {"use_double_wide_mlp": True, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    layers = ["sliding_attention", "full_attention"] * 2
+    found = problems("gemma4", "gemma4_text", **GEMMA4 | wide | {"layer_types": layers})
+    assert len(found) == 1
+    assert "use_double_wide_mlp" in found[0]

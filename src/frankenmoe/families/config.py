@@ -55,6 +55,10 @@ def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
 
 
 def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
+    if family.rope_by_kind:
+        return (
+            [] if fmt.rope_by_kind else [f"has rotary settings per layer type, but {fmt.title} has one for all layers"]
+        )
     rotary, found = rope(family, config), []
     if any(isinstance(value, dict) for value in rotary.values()):
         found.append(f"has rotary settings per layer type, but {fmt.title} has one for all layers")
@@ -65,6 +69,22 @@ def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str
             f"rotates {rotary['partial_rotary_factor']} of each head (partial_rotary_factor), {fmt.title} whole heads"
         )
     return found
+
+
+def _rotary_fields(fmt: MoEFormat, family: Family, config: Config) -> dict[str, Any]:
+    """Rotary settings in the spellings of transformers 4 and 5; by kind of layer there is only that of 5."""
+    if family.rope_by_kind:
+        return {"rope_parameters": family.rope_by_kind(family.filled(config))}
+    rotary = rope(family, config)
+    scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    if fmt.two_word_rope:
+        scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
+    return {
+        "rope_theta": rotary["rope_theta"],
+        "rope_scaling": None if rotary["rope_type"] == "default" else scaling,
+        "rope_parameters": rotary,
+        **{key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary},
+    }
 
 
 def moe_config(
@@ -91,16 +111,11 @@ def moe_config(
         "ffn": dims.ffn,
         "shared_ffn": dims.ffn if shared_experts else fmt.inert_shared_ffn or 0,
     }
-    rotary = rope(family, config)
-    scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
-    if fmt.two_word_rope:
-        scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
     copied = {key: family.read(config, key) for key in COPIED}
     if "sliding_window" not in fmt.holds:
         copied["sliding_window"] = None  # it is as long as the context
     # transformers 5.23 rejects null where it expects a number or a truth value, so what the family lacks is left out
     copied = {key: value for key, value in copied.items() if value is not None or key in MAY_BE_NULL}
-    partial = {key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary}
     own = {
         key: family.read(config, plain) if isinstance(plain, str) else plain(family, config)
         for key, plain in fmt.fields.items()
@@ -111,10 +126,7 @@ def moe_config(
         **copied,
         "num_key_value_heads": dims.kv_heads,
         "head_dim": dims.head_dim,
-        "rope_theta": rotary["rope_theta"],
-        "rope_scaling": None if rotary["rope_type"] == "default" else scaling,
-        "rope_parameters": rotary,
-        **partial,
+        **_rotary_fields(fmt, family, config),
         **own,
         **fmt.constants,
         **{key: quantities[quantity] for key, quantity in fmt.counted.items()},

@@ -24,6 +24,8 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "attention_multiplier": ((None,), "its attention scores are divided by the root of the head size"),
     "logits_scaling": ((1, None), "it does not scale logits"),
     "use_post_norm": ((False, None), "it has no norms after attention and experts"),
+    "use_double_wide_mlp": ((False, None), "all its experts have one width"),
+    "per_layer_config": ((None,), "only layers with full attention have sizes of their own"),
     "own_experts": ((0, None), "it is a mixture of experts already"),
     "time_step_limit": ((None,), "it does not limit time steps"),
     "use_bidirectional_attention": ((False, None), "its attention is causal"),

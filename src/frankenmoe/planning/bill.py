@@ -140,8 +140,7 @@ def kv_numbers(base: Source) -> int:
     """Cached numbers per token: keys and values of every layer."""
     config = base.config
     if base.family is not None:
-        dims = base.family.dims(config)
-        return 2 * dims.attention_layers * dims.kv_heads * dims.head_dim
+        return 2 * base.family.dims(config).cached
     head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
     return 2 * int(config["num_hidden_layers"]) * odd_heads(config) * head_dim
 

@@ -12,7 +12,6 @@ from typing import Any
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import is_neutral, rope
-from frankenmoe.families.formats import GRANITE_FIELDS
 from frankenmoe.families.llamacpp import (
     ARCHS,
     EXPERTS,
@@ -31,6 +30,7 @@ from frankenmoe.families.llamacpp import (
     row_bytes,
     tensor_type,
 )
+from frankenmoe.families.words import GRANITE_FIELDS
 from frankenmoe.planning.parts import Parts
 
 ALIGNMENT = 32  # bytes, of each tensor in a GGUF file

@@ -6,7 +6,7 @@ from dataclasses import replace
 from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import FORMATS, Family, MoEFormat, is_neutral, rope, unsupported, why_virtual
-from frankenmoe.families.formats import DOWN
+from frankenmoe.families.words import DOWN
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.translate import Translation, joined
 from frankenmoe.planning.tree import ExpertNode
@@ -166,7 +166,7 @@ def built_writes(
     groups: list[tuple[TensorWrite, ...]] = [(write,) for write in translation.backbone(backbone)]
     for layer in range(translation.dims.layers):
         groups.append(tuple(_expert_writes(fmt, [translation.ffn(node, layer) for node in nodes], layer)))
-        if fmt.max_shared and (shared or fmt.inert_shared_ffn is not None):
+        if fmt.shared and (shared or fmt.inert_shared_ffn is not None):
             groups.append(_shared_writes(translation, layer, shared, gated=gated_shared, dtype=dtype))
     return tuple(groups)
 

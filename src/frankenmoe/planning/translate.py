@@ -4,7 +4,7 @@ Follows the tables: a family's pieces and changes give plain tensors, a format's
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -68,7 +68,7 @@ class Translation:
     def backbone(self, writes: Sequence[TensorWrite]) -> list[TensorWrite]:
         """The backbone in the format: its plain tensors, then those that the format adds."""
         found = list(self.plain(writes))
-        return [*found, *self._added({write.name for write in found}, writes[0].dtype)]
+        return [*found, *self._added({write.name: write for write in found}, writes[0].dtype)]
 
     def ffn(self, node: ExpertNode, layer: int) -> dict[str, TensorWrite]:
         """Plain suffix (`gate_proj.weight`) -> write, of one expert in one layer, with its adapter folded in."""
@@ -90,16 +90,23 @@ class Translation:
 
     def _changes(self, plain: str) -> tuple[Change, ...]:
         """The steps from dense numbers to plain ones."""
-        found = self.family.changes.get(plain, ())
+        filled = self.family.filled(self.config)
+        found = tuple(each(filled) if callable(each) else each for each in self.family.changes.get(plain, ()))
         if self.family.interleaved and not self.fmt.interleaved and any(part in plain for part in QK):
             found = (*found, halves_of_pairs(self.dims.head_dim, rotary_size(self.family, self.config)))
         return found
 
-    def _added(self, present: set[str], dtype: str) -> Iterator[TensorWrite]:
+    def _added(self, present: Mapping[str, TensorWrite], dtype: str) -> Iterator[TensorWrite]:
+        filled = self.family.filled(self.config)
         for name, spec in self.family.expand(self.fmt.added, self.config):
-            if name not in present:
-                fill = (Constant(spec.fill),)
-                yield TensorWrite(name, spec.dtype or dtype, self.dims.shape(spec.shape), (), fill)
+            value = spec.fill(filled) if callable(spec.fill) else spec.fill
+            if name in present:
+                continue
+            if spec.like is not None:
+                plain = present[spec.like.format(layer=generic_name(name)[0])]
+                yield replace(changed(plain, () if value == 1 else (Scale(value),)), name=name)
+            else:
+                yield TensorWrite(name, spec.dtype or dtype, self.dims.shape(spec.shape), (), (Constant(value),))
 
 
 def halves_of_pairs(head: int, rotary: int) -> Permute:
