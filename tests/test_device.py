@@ -287,3 +287,22 @@ def test_few_compiled_products_are_kept_unless_the_user_says_how_many(wanted: di
         [sys.executable, "-c", code], env=plain | wanted, capture_output=True, text=True, check=True, timeout=300
     )
     assert done.stdout.strip() == found
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    code = """
+import ctypes
+from pathlib import Path
+from frankenmoe.moe.memory import give_back_memory
+def anonymous():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
+kept = [bytearray(2**16) for _ in range(2000)][-1]  # glibc keeps what lies below it
+before = anonymous()
+give_back_memory()
+print(before - anonymous() if hasattr(ctypes.CDLL(None), "malloc_trim") else "none")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() == "none":
+        pytest.skip("this C library cannot return memory")
+    assert int(done.stdout) > 100_000

@@ -111,11 +111,11 @@ def test_the_forecast_adds_up() -> None:
 
 
 def test_a_text_is_cut_into_whole_blocks_quarters_and_sixteenths() -> None:
-    # of 256 with BOS: whole; 63 + BOS four times, 3 + BOS; 15 + BOS seventeen times
-    pieces = [[256] * 2, [4, *[64] * 4], [16] * 17]
+    # of 256 with BOS: whole; 255 in four parts and BOS; 15 and BOS seventeen times
+    pieces = [[256] * 2, [64, 65, 65, 65], [16] * 17]
     size = fitting.text_size((0,), [256] * 4, [256] * 4, (), head=1)
     assert size.cut == sum(map(sum, pieces))
-    assert size.lost == 256 + (4 + 64) + 6 * 16
+    assert size.lost == 256 + (64 + 65) + 6 * 16
     assert size.searched == 2 * 256
     assert fitting.text_size((0,), [256] * 4, [256], (), head=1).searched == 85
     assert fitting.text_size((0,), [40] * 4, [40], (), head=1).searched == 40  # too short for a part of it

@@ -34,7 +34,7 @@ Make = Callable[[RouterPath, int, States, torch.Tensor], torch.Tensor]
 # the methods that need single states; `regret` starts from logistic gates
 BY_STATES: Mapping[str, Callable[[States], torch.Tensor]] = MappingProxyType({"logistic": logistic})
 TINY = 1e-12
-CLOSED_START, LOGISTIC_START, REGRET_START = 4.0, 1.5, 1.0  # where the search for the scale starts
+CLOSED_START, LOGISTIC_START, REGRET_START = 4.0, 2.4, 1.0  # where the search for the scale starts
 
 
 @dataclass(frozen=True)

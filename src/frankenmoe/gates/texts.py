@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from frankenmoe.planning.fitting import (
     HELD_OUT_PROMPTS,
     SEARCHED,
     TextSize,
+    piece_ends,
     piece_lengths,
     searched_length,
     text_size,
@@ -222,7 +223,6 @@ def mixed_cuts(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block,
 
 def _pieces(block: Block, length: int, bos: int | None) -> Iterator[Block]:
     head = int(block.ids[0] == bos)
-    room = length - head
-    for start in range(head, len(block.ids), room):
-        part, learn = block.ids[start : start + room], block.learn[start : start + room]
+    for start, end in pairwise([head, *piece_ends(len(block.ids), length, head=head)]):
+        part, learn = block.ids[start:end], block.learn[start:end]
         yield Block((*block.ids[:head], *part), (*block.learn[:head], *learn))

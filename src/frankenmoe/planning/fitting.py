@@ -7,6 +7,7 @@ those of layers and head, without embeddings, which are looked up. Of every MoE 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +104,24 @@ def piece_lengths(longest: int) -> list[int]:
     return [length for cut in CUTS if (length := longest // cut) >= SHORTEST or cut == 1]
 
 
+def piece_ends(block: int, length: int, *, head: int) -> list[int]:
+    """Where a block is cut into pieces of about `length` tokens, BOS included: the end of each.
+
+    The pieces are of equal length, so that a batch of them has no padding.
+    """
+    rest = block - head
+    count = max(1, round(rest / (length - head)))
+    return [head + rest * (piece + 1) // count for piece in range(count)]
+
+
 def _pieces(blocks: Sequence[int], head: int) -> list[list[int]]:
     """The lengths of the pieces, in ascending order, for each of `piece_lengths`."""
     lengths = piece_lengths(max(blocks, default=0))
     return [
         sorted(
-            head + min(room, block - head - start)
+            head + end - start
             for block in blocks[first :: len(lengths)]
-            for room in [length - head]
-            for start in range(0, block - head, room)
+            for start, end in pairwise([head, *piece_ends(block, length, head=head)])
         )
         for first, length in enumerate(lengths)
     ]
