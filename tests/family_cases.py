@@ -214,6 +214,9 @@ CASES: dict[str, Case] = {
             "tie_word_embeddings": True,
         },
     ),
+    "cohere": Case(
+        "cohere", "cohere2_moe", {"logit_scale": 0.25, "attention_bias": True, "tie_word_embeddings": False}
+    ),
     # its MoE has one more layer, which changes nothing
     "gemma3": Case("gemma3_text", "gemma4", GEMMA3, close=ROUNDED_AGAIN),
     "gemma3-full": Case(

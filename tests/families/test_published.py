@@ -58,6 +58,7 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gemma4",
         GEMMA4 | {"final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision", "num_experts": None},
     ),
+    "Command R": ("cohere", "cohere2_moe", {"logit_scale": 0.0625, "model_max_length": 131072, "use_qk_norm": False}),
     "Qwen3.5": (
         "qwen3_5_text",
         "qwen3_5_moe",
@@ -86,6 +87,7 @@ def test_published_configs_are_built(model: str) -> None:
         ("glm4_moe", "phi3", "interpolate_factor", 2),
         ("cohere2_moe", "cohere2", "use_parallel_block", False),
         ("cohere2_moe", "cohere2", "rotary_pct", 0.5),
+        ("cohere2_moe", "cohere", "use_qk_norm", True),  # Command R+
         ("granitemoehybrid", "granitemoehybrid", "normalization_function", "layernorm"),
         ("qwen3_5_moe", "qwen3_5_text", "attn_output_gate", False),
         ("lfm2_moe", "lfm2", "use_pos_enc", False),
