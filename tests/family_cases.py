@@ -35,6 +35,8 @@ MULTIPLIERS = {
 }
 # its router divides by the sum of two sigmoids plus 1e-6, which counts where both are small
 LFM2_EPSILON = 5e-3
+# weights that are rounded once more move the logits of any MoE of these sizes by up to 2e-5, as they move gates
+ROUNDED_AGAIN = 3e-5
 LFM2 = {
     "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     "block_multiple_of": 4,
@@ -51,6 +53,17 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
+}
+GEMMA3 = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 8,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+    },
 }
 GEMMA4 = {
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
@@ -200,6 +213,23 @@ CASES: dict[str, Case] = {
             "logit_scale": 0.25,
             "tie_word_embeddings": True,
         },
+    ),
+    "cohere": Case(
+        "cohere", "cohere2_moe", {"logit_scale": 0.25, "attention_bias": True, "tie_word_embeddings": False}
+    ),
+    # its MoE has one more layer, which changes nothing
+    "gemma3": Case("gemma3_text", "gemma4", GEMMA3, close=ROUNDED_AGAIN),
+    "gemma3-full": Case(
+        "gemma3_text",
+        "gemma4",
+        GEMMA3
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 3.0,
+        },
+        close=ROUNDED_AGAIN,
     ),
     "gemma4": Case("gemma4_text", "gemma4", GEMMA4),
     # the last two layers read the keys of earlier ones

@@ -90,3 +90,9 @@ def test_bfloat16_costs_at_most_twice_what_it_costs_the_dense_model(name: str, t
     loading = {"dtype": torch.bfloat16, "experts_implementation": "eager"} | case.loading
     moe = logits(stock(tmp_path / "built", **loading), ids)
     assert 0 < divergence(truth, moe) <= 2 * divergence(truth, dense)
+
+
+def test_gemma_3_is_not_built_in_a_type_that_loses_its_small_numbers(tmp_path: Path) -> None:
+    base = make_parent(tmp_path / "base", CASES["gemma3"])
+    recipe = write_recipe(tmp_path / "r.yml", CASES["gemma3"], base, [base] * 2, dtype="float16")
+    assert any("float16" in problem for problem in fm.plan(fm.Recipe.load(recipe)).problems)

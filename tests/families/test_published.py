@@ -43,11 +43,22 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "use_parallel_block": True, "use_parallel_embedding": True, "use_qk_norm": False,
         },
     ),
+    # from the time before transformers 5, when the settings of rotation were three fields
+    "Gemma 3 1B": (
+        "gemma3_text",
+        "gemma4",
+        {
+            "attn_logit_softcapping": None, "cache_implementation": "hybrid", "final_logit_softcapping": None,
+            "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
+            "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 32, "sliding_window_pattern": 6,
+        },
+    ),
     "Gemma 4 31B, its text": (
         "gemma4_text",
         "gemma4",
         GEMMA4 | {"final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision", "num_experts": None},
     ),
+    "Command R": ("cohere", "cohere2_moe", {"logit_scale": 0.0625, "model_max_length": 131072, "use_qk_norm": False}),
     "Qwen3.5": (
         "qwen3_5_text",
         "qwen3_5_moe",
@@ -76,12 +87,15 @@ def test_published_configs_are_built(model: str) -> None:
         ("glm4_moe", "phi3", "interpolate_factor", 2),
         ("cohere2_moe", "cohere2", "use_parallel_block", False),
         ("cohere2_moe", "cohere2", "rotary_pct", 0.5),
+        ("cohere2_moe", "cohere", "use_qk_norm", True),  # Command R+
         ("granitemoehybrid", "granitemoehybrid", "normalization_function", "layernorm"),
         ("qwen3_5_moe", "qwen3_5_text", "attn_output_gate", False),
         ("lfm2_moe", "lfm2", "use_pos_enc", False),
         # transformers attends in both directions with these; an MoE made of such a model would not
         ("mixtral", "llama", "is_causal", False),
         ("granitemoe", "gemma", "use_bidirectional_attention", True),
+        ("gemma4", "gemma3_text", "attn_logit_softcapping", 50.0),
+        ("gemma4", "gemma3_text", "use_bidirectional_attention", True),
         ("gemma4", "gemma4_text", "use_bidirectional_attention", "all"),
         ("gemma4", "gemma4_text", "per_layer_config", {"0": {"sliding_window": 4}}),
         ("gemma4", "gemma4_text", "query_pre_attn_scalar", 64),
@@ -137,3 +151,27 @@ def test_gemma_4_with_ffns_of_two_widths_stays_virtual() -> None:
     found = problems("gemma4", "gemma4_text", **GEMMA4 | wide | {"layer_types": layers})
     assert len(found) == 1
     assert "use_double_wide_mlp" in found[0]
+
+
+def test_gemma_3_reads_rotation_in_both_spellings() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = config_of("gemma3_text", rope_scaling=scaling, rope_theta=1e6, rope_local_base_freq=2e4)
+    family, theirs = FAMILIES["gemma3_text"], AutoConfig.for_model(**old)
+    for config in (old, theirs.to_dict()):
+        assert family.rope_by_kind(family.filled(config)) == theirs.rope_parameters
+
+
+def test_a_layer_that_changes_nothing_stands_in_for_full_attention_at_the_end() -> None:
+    for layers, more in ((5, 1), (6, 0)):
+        config = config_of("gemma3_text", num_hidden_layers=layers)
+        made = moe_config(
+            FORMATS["gemma4"],
+            FAMILIES["gemma3_text"],
+            config,
+            experts=4,
+            experts_per_token=2,
+            shared_experts=0,
+            dtype="float32",
+        )
+        assert made["num_hidden_layers"] == len(made["layer_types"]) == layers + more
+        assert made["layer_types"][-1] == "full_attention"

@@ -4,14 +4,13 @@ from typing import Any
 
 from frankenmoe.families.known import NEUTRAL, is_known, is_neutral
 from frankenmoe.families.rotary import rope
-from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat
+from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat
 
 # fields that dense and MoE configs spell the same
 COPIED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "hidden_act",
     "max_position_embeddings",
@@ -120,10 +119,14 @@ def moe_config(
         key: family.read(config, plain) if isinstance(plain, str) else plain(family, config)
         for key, plain in fmt.fields.items()
     }
+    idle = fmt.idle_layers(family, config)
+    if idle:
+        own["layer_types"] = [*own["layer_types"], *[FULL] * idle]
     return {
         "architectures": [fmt.architecture],
         "model_type": fmt.model_type,
         **copied,
+        "num_hidden_layers": dims.layers + idle,
         "num_key_value_heads": dims.kv_heads,
         "head_dim": dims.head_dim,
         **_rotary_fields(fmt, family, config),

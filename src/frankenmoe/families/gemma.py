@@ -1,9 +1,12 @@
 """Gemma 3 and Gemma 4: norms on both sides of attention and FFN, windows, and rotary settings per kind of layer."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from frankenmoe.families.rows import ENDS, FFN, LAYER, defaults, rows
+from frankenmoe.checkpoint.tensors import Scale, Shift
+from frankenmoe.families.rows import ATTENTION, ATTENTION_BIAS, ENDS, FFN, LAYER, defaults, rows
 from frankenmoe.families.spec import FULL, ONE_FOR_BOTH, SLIDING, Config, Family, TensorSpec
 
 # layers that take keys and values from an earlier layer of their kind
@@ -163,4 +166,77 @@ GEMMA4 = Family(
     fields=frozenset({"num_experts", "top_k_experts", "moe_intermediate_size"}),
     rope_by_kind=lambda config: config.get("rope_parameters") or GEMMA4_ROPES,
 )
-GEMMAS = (GEMMA4,)
+
+
+# Gemma 4 has a norm on values, which Gemma 3 lacks: so far below its epsilon it only scales
+FADED = 2.0**-24
+NEAR = 0.05
+
+
+def _raised(config: Config) -> float:
+    """What makes up for faded values: a power of two if one is near, as for the published models.
+
+    bfloat16 then keeps every weight, and the norm behind attention takes out the difference.
+    """
+    exact = config["rms_norm_eps"] ** 0.5 / FADED
+    power = 2.0 ** round(math.log2(exact))
+    return power if abs(power / exact - 1) < NEAR else exact
+
+
+def _gemma3_types(config: Config) -> list[str]:
+    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
+    layers = range(1, config["num_hidden_layers"] + 1)
+    return list(config.get("layer_types") or (SLIDING if layer % every else FULL for layer in layers))
+
+
+def _gemma3_ropes(config: Config) -> dict[str, dict[str, Any]]:
+    """Rotary settings by kind of layer; in older configs `rope_scaling` is that of full attention alone."""
+    given, scaling = config.get("rope_parameters") or {}, dict(config.get("rope_scaling") or {})
+    if "type" in scaling:
+        scaling.setdefault("rope_type", scaling.pop("type"))
+    first = {"rope_type": "default"}
+    return {
+        SLIDING: first | {"rope_theta": config["rope_local_base_freq"]} | dict(given.get(SLIDING) or {}),
+        FULL: first | {"rope_theta": config["rope_theta"]} | dict(given.get(FULL) or {}) | scaling,
+    }
+
+
+HEAD_NORMS = rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
+GEMMA3 = Family(
+    model_type="gemma3_text",
+    plain_mlp="Gemma3MLP",
+    backbone=ENDS + ATTENTION + ATTENTION_BIAS + HEAD_NORMS + FOUR_NORMS,
+    ffn=FFN,
+    changes={
+        # its norms multiply by 1 + weight
+        **{row.name: (Shift(1.0),) for row in (*FOUR_NORMS, *HEAD_NORMS, ENDS[1])},
+        HEAD_NORMS[0].name: (Shift(1.0), lambda config: Scale(config["query_pre_attn_scalar"] ** -0.5)),
+        LAYER + "self_attn.v_proj.weight": (Scale(FADED),),
+        LAYER + "self_attn.v_proj.bias": (Scale(FADED),),
+        LAYER + "self_attn.o_proj.weight": (lambda config: Scale(_raised(config)),),
+        LAYER + "self_attn.o_proj.bias": (
+            lambda config: Scale(_raised(config) * FADED / config["rms_norm_eps"] ** 0.5),
+        ),
+    },
+    wide_range=True,
+    defaults={
+        **COMMON,
+        "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4,
+        "sliding_window": 4096,
+        "query_pre_attn_scalar": 256,
+    },
+    reads={
+        "hidden_act": "hidden_activation",
+        "layer_types": _gemma3_types,
+        "global_head_dim": "head_dim",
+        "num_global_key_value_heads": "num_key_value_heads",
+        "attention_k_eq_v": lambda config: False,
+        "num_kv_shared_layers": lambda config: 0,
+        "hidden_size_per_layer_input": lambda config: 0,
+        "vocab_size_per_layer_input": "vocab_size",
+    },
+    fields=frozenset({"sliding_window_pattern", "cache_implementation"}),
+    rope_by_kind=_gemma3_ropes,
+)
+GEMMAS = (GEMMA3, GEMMA4)

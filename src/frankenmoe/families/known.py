@@ -23,6 +23,7 @@ NEUTRAL: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "residual_multiplier": ((1, None), "it does not scale what layers add"),
     "attention_multiplier": ((None,), "its attention scores are divided by the root of the head size"),
     "logits_scaling": ((1, None), "it does not scale logits"),
+    "use_qk_norm": ((False, None), "its attention has no norms of q and k"),
     "use_post_norm": ((False, None), "it has no norms after attention and experts"),
     "use_double_wide_mlp": ((False, None), "all its experts have one width"),
     "per_layer_config": ((None,), "only layers with full attention have sizes of their own"),

@@ -140,7 +140,7 @@ LAYERED_FORMATS = (
         title="Cohere2 MoE",
         model_type="cohere2_moe",
         architecture="Cohere2MoeForCausalLM",
-        families=("cohere2",),
+        families=("cohere2", "cohere"),
         gate=GATE,
         expert=EXPERT,
         constants={
@@ -165,7 +165,7 @@ LAYERED_FORMATS = (
         title="Gemma 4",
         model_type="gemma4_text",
         architecture="Gemma4ForCausalLM",
-        families=("gemma4_text",),
+        families=("gemma4_text", "gemma3_text"),
         gate=LAYER + "router.proj.weight",
         expert={LAYER + "experts.gate_up_proj": GATE_UP, LAYER + "experts.down_proj": DOWN},
         # beside its experts it always has an FFN, whose norm is off here
@@ -199,6 +199,7 @@ LAYERED_FORMATS = (
         holds=frozenset({"layer_types", "sliding_window", "attention_bias"}),
         router=SOFTMAX,
         rope_by_kind=True,
+        ends_in_full=True,
         no_gguf="its Gemma 4 architecture is not checked yet",
     ),
 )

@@ -109,6 +109,7 @@ class Family:
     `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
     adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
     down(act(gate x) * up x). `opaque` names modules whose code reads the weights of its linear layers itself.
+    `wide_range`: its changes give numbers that float16 is too narrow for.
     """
 
     model_type: str
@@ -128,6 +129,7 @@ class Family:
     interleaved: bool = False
     plain_mlp: str | None = None
     opaque: tuple[str, ...] = ()
+    wide_range: bool = False
 
     @property
     def down(self) -> tuple[str, ...]:
@@ -253,8 +255,9 @@ class MoEFormat:
     `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one; it may be 0. `added`
     tensors are written where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor`
     of `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `rope_by_kind`: it has rotary
-    settings for each kind of layer. `partial_rotary`: it can rotate a part of each head. `on_request`: only where the
-    recipe names it.
+    settings for each kind of layer. `ends_in_full`: its last layer always has full attention, so behind any other a
+    layer follows that changes nothing. `partial_rotary`: it can rotate a part of each head. `on_request`: only where
+    the recipe names it.
     `no_gguf`: why llama.cpp cannot run it, where that is known or not checked.
     """
 
@@ -280,8 +283,13 @@ class MoEFormat:
     two_word_rope: bool = False
     ropes: tuple[str, ...] | None = None
     rope_by_kind: bool = False
+    ends_in_full: bool = False
     partial_rotary: bool = False
     free_heads: bool = True
     interleaved: bool = False
     no_gguf: str | None = None
     notes: tuple[Note, ...] = ()
+
+    def idle_layers(self, family: Family, config: Config) -> int:
+        """How many layers that change nothing follow the last one."""
+        return int(self.ends_in_full and family.read(config, "layer_types")[-1] != FULL)

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import SourceError
-from frankenmoe.families import MLPS
+from frankenmoe.families import MLPS, text_config, wrapper_of
 from frankenmoe.moe.linear import is_linear, keep_stored
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.planning.tree import dense_writes
@@ -46,8 +47,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder. SourceError if this transformers version cannot read it."""
+    """The transformers config of a folder's language model. SourceError if this transformers version cannot read it."""
     try:
+        whole = read_object(folder / "config.json", hint=WRONG_CONFIG)
+        if wrapper_of(whole):
+            return AutoConfig.for_model(**text_config(whole), name_or_path=str(folder))
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # its validators have classes of their own
         raise SourceError(

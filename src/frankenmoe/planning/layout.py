@@ -6,6 +6,7 @@ from dataclasses import replace
 from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import FORMATS, Family, MoEFormat, is_neutral, rope, unsupported, why_virtual
+from frankenmoe.families.llamacpp import generic_name
 from frankenmoe.families.words import DOWN
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.translate import Translation, joined
@@ -74,6 +75,13 @@ def _unshareable(fmt: MoEFormat, recipe: Recipe) -> tuple[str, ...]:
 def _unsupported(fmt: MoEFormat, base: Source, family: Family) -> tuple[str, ...]:
     """A clause for every setting in the base's config that this format cannot represent."""
     return tuple(f"{base.name} {clause}" for clause in unsupported(fmt, family, base.config))
+
+
+def lost_in(stored: str, base: Source) -> tuple[str, ...]:
+    """A clause if a built MoE would lose numbers in the stored type."""
+    if stored == "F16" and base.family is not None and base.family.wide_range:
+        return (f"{base.name} as float16 would lose small numbers of its attention; dtype: bfloat16 keeps them",)
+    return ()
 
 
 def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[ExpertNode, ...]) -> tuple[str, ...]:
@@ -164,11 +172,28 @@ def built_writes(
     """
     fmt = translation.fmt
     groups: list[tuple[TensorWrite, ...]] = [(write,) for write in translation.backbone(backbone)]
-    for layer in range(translation.dims.layers):
+    layers = translation.dims.layers
+    for layer in range(layers):
         groups.append(tuple(_expert_writes(fmt, [translation.ffn(node, layer) for node in nodes], layer)))
         if fmt.shared and (shared or fmt.inert_shared_ffn is not None):
             groups.append(_shared_writes(translation, layer, shared, gated=gated_shared, dtype=dtype))
+    idle = fmt.idle_layers(translation.family, translation.config)
+    groups += [tuple(_idle_writes(translation, groups, layer, dtype=dtype)) for layer in range(layers, layers + idle)]
     return tuple(groups)
+
+
+def _idle_writes(
+    translation: Translation, groups: list[tuple[TensorWrite, ...]], layer: int, *, dtype: str
+) -> Iterator[TensorWrite]:
+    """A layer of zeros, shaped like the last one; numbers that the format gives stay. Its norms let nothing through."""
+    last = translation.dims.layers - 1
+    for write in (write for group in groups for write in group):
+        where, generic = generic_name(write.name)
+        if where == last:
+            steps = (Constant(0.0),) if write.inputs else write.steps
+            yield replace(write, name=generic.format(layer=layer), inputs=(), steps=steps)
+    gate = translation.fmt.gate.format(layer=layer)
+    yield _zeros(gate, (translation.experts, translation.dims.hidden), dtype)
 
 
 def extra_writes(

@@ -40,6 +40,7 @@ from frankenmoe.planning.layout import (
     expert_conflicts,
     extra_writes,
     format_notes,
+    lost_in,
     router_shapes,
     stored_dtype,
 )
@@ -289,11 +290,10 @@ def plan(
     shared = nodes_with_trained(shared, trained)
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
-        problems = (*problems, *expert_conflicts(base, nodes, shared))
+        problems = (*problems, *expert_conflicts(base, nodes, shared), *lost_in(stored, base))
     lacking = [str(source.name) for source in opened.values() if not source.checkpoint.has_weights]
     if lacking:
         problems = (*problems, f"no weights in {', '.join(lacking)} (enough for a plan, not for a model)")
-
     prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
     can_gate = fmt is not None and fmt.shared_gate is not None
     gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)

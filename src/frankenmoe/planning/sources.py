@@ -13,7 +13,7 @@ from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
 from frankenmoe.errors import SourceError
-from frankenmoe.families import FAMILIES, MLPS, Family
+from frankenmoe.families import FAMILIES, MLPS, Family, text_config, text_name, wrapper_of
 from frankenmoe.families.spec import Dims
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
@@ -159,7 +159,7 @@ def open_source(
     found = resolve(name.path, revision=name.revision, folder=folder, weights=weights)
     # planning a hub model needs no weights: an interrupted download is completed when the model is built
     opened = open_checkpoint(found, whole=weights or is_folder(name.path, folder=folder))
-    checkpoint = replace(opened, config=in_one_spelling(opened.config))
+    checkpoint = language_model(opened)
     model_type = str(checkpoint.config.get("model_type"))
     own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES
     if own_code and not trust_remote_code and not known_to_transformers(model_type):
@@ -174,7 +174,21 @@ def open_source(
         return source
     if adapter and "@" in adapter and not os.path.exists(local_path(adapter, folder=folder)):
         path, revision = adapter.rsplit("@", 1)
-    return replace(source, adapter=open_adapter(resolve(path, revision=revision, folder=folder, weights=True)))
+    opened_adapter = open_adapter(resolve(path, revision=revision, folder=folder, weights=True))
+    return replace(source, adapter=language_adapter(opened_adapter) if wrapper_of(opened.config) else opened_adapter)
+
+
+def language_model(opened: Checkpoint) -> Checkpoint:
+    """A checkpoint with the config and the names of its language model, which may be nested in another model."""
+    config, tensors = in_one_spelling(text_config(opened.config)), opened.tensors
+    if wrapper_of(opened.config):
+        tensors = {text_name(name): ref for name, ref in tensors.items()}
+    return replace(opened, config=config, tensors=tensors)
+
+
+def language_adapter(adapter: Adapter) -> Adapter:
+    """An adapter of a model around a language model, with the names of the language model."""
+    return replace(adapter, tensors={text_name(name): ref for name, ref in adapter.tensors.items()})
 
 
 @cache
