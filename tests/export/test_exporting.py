@@ -404,3 +404,30 @@ def test_files_of_another_export_are_not_taken_for_its_own(
         answer = CliRunner().invoke(app, arguments)
         assert isinstance(answer.exception, ArtifactError), answer.output
         assert "exists already" in str(answer.exception)
+
+
+def test_an_interrupted_export_is_known_by_any_path_and_beside_other_files(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(place, tmp_path / "out", monkeypatch, "--types", "q8_0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(place / "virtual")
+    runs = [("link", "out/", "f16"), (os.path.relpath(place / "virtual"), "./out", "q8_0")]
+    for what, out, kind in runs:
+        answer = CliRunner().invoke(app, ["export", what, out, "--types", kind, "--no-check"])
+        assert answer.exit_code == 0, answer.output
+    names = {"tiny-moe-F16.gguf", "tiny-moe-Q8_0.gguf"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"export.json"}
+    assert {file["path"] for file in json.loads((tmp_path / "out" / "export.json").read_text())["files"]} == names
+
+
+def test_a_changed_calibration_text_is_another_export(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(gguftools.WORDS)
+    command = ["--types", "q8_0", "--imatrix", str(text)]
+    interrupted(place, tmp_path / "out", monkeypatch, *command)
+    text.write_text(gguftools.WORDS * 2)
+    answer = CliRunner().invoke(app, ["export", str(place / "virtual"), str(tmp_path / "out"), *command, "--no-check"])
+    assert "exists already" in str(answer.exception)
