@@ -152,13 +152,12 @@ def test_an_audit_gives_picture_legend_and_faults(artifact: Artifact) -> None:
 
 
 def test_a_card_without_the_drawing_library_says_so(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("card", "found"):
-        monkeypatch.setattr(f"frankenmoe.publish.{module}.can_draw", lambda: False)
+    monkeypatch.setattr("frankenmoe.charts.can_draw", lambda: False)
     put(artifact, "audit.json", audit(artifact))
     card = make_card(artifact)
     assert card.picture is None
     assert "routing.png" not in card.text
-    assert "- picture: drawing needs `pip install 'frankenmoe[audit]'`" in card.text.partition("## Not in this card")[2]
+    assert "not installed; pip install 'frankenmoe[audit]'" in card.text.partition("\n- picture: drawing needs")[2]
 
 
 @pytest.mark.parametrize(

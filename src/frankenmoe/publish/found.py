@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from frankenmoe.artifact.reports import AuditReport, EvalReport, EvaluatedModel, ExportReport, SamplesReport
-from frankenmoe.charts import EXTRA, can_draw
 from frankenmoe.publish.facts import Facts
 from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, average, ordered, rounded
 from frankenmoe.publish.reports import Evidence
@@ -19,14 +18,14 @@ TRACED = 24  # tokens of the first sample
 RIVALS = {"base": "its base", "parent": "the parent {name}", "merge": "the dense merge {name}"}
 
 
-def routing(facts: Facts, evidence: Evidence) -> str | Missing:
-    """The picture of the routing, its legend, and the experts of a few tokens."""
+def routing(facts: Facts, evidence: Evidence, *, picture: bool) -> str | Missing:
+    """The picture of the routing if there is one, its legend, and the experts of a few tokens."""
     seen, said = evidence.get(AuditReport), evidence.get(SamplesReport)
     parts = []
     if seen is not None:
         legend = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(seen.model.experts))
         top = max(max(row) for row in seen.shares)
-        if can_draw():
+        if picture:
             parts.append(
                 f"![Share of tokens per layer and expert]({PICTURE})\n\nA row per layer, a column per expert "
                 f"({legend}); the darkest square stands for {top:.0%} of a layer's assignments. Counted over "
@@ -38,7 +37,7 @@ def routing(facts: Facts, evidence: Evidence) -> str | Missing:
     if said is not None and any(item.trace for item in said.samples):
         parts.append(_trace(said))
     if not parts and seen is not None:
-        return Missing(f"drawing needs `{EXTRA}`")
+        return Missing("the picture could not be drawn")
     if not parts:
         return Missing("routing was not audited; run `frankenmoe audit`")
     return "\n\n".join(parts)
