@@ -7,16 +7,14 @@ limited. So it runs in a child process, which is this module as a program.
 import base64
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from frankenmoe.child import limit, program
 from frankenmoe.errors import PlanError, first_line
 
 Spec = dict[str, Any]
@@ -64,15 +62,9 @@ def draw(specs: Sequence[Spec], *, form: str = "svg", look: Spec = PAPER) -> lis
     if not specs:
         return []
     job = {"form": form, "charts": [_complete(spec, look) for spec in specs]}
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
     try:
         done = subprocess.run(
-            [sys.executable, "-P", "-m", "frankenmoe.charts"],
-            input=json.dumps(job).encode(),
-            capture_output=True,
-            cwd=Path(__file__).parent,  # the user's may be gone
-            env=os.environ | {"PYTHONPATH": paths},
-            timeout=PATIENCE,
+            **program(__name__), input=json.dumps(job).encode(), capture_output=True, timeout=PATIENCE
         )
     except subprocess.TimeoutExpired:
         raise _failed(f"it took more than {PATIENCE} seconds") from None
@@ -116,20 +108,15 @@ def _serve() -> None:
     """The child process: a job on stdin, the drawings in base64 on stdout."""
     import vl_convert
 
-    with suppress(ImportError):  # Windows has neither this module nor core files
-        import resource
-
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    limit({"RLIMIT_CORE": 0})
     job = json.load(sys.stdin)
-    draw_one = {
-        "svg": lambda chart: vl_convert.vegalite_to_svg(chart).encode(),
-        "png": lambda chart: vl_convert.vegalite_to_png(chart, scale=PIXELS),
-        "pdf": vl_convert.vegalite_to_pdf,
-    }[job["form"]]
+    options = {"scale": PIXELS} if job["form"] == "png" else {}
+    convert: Callable[..., str | bytes] = getattr(vl_convert, f"vegalite_to_{job['form']}")
     try:
-        drawn = [base64.b64encode(draw_one(chart)).decode() for chart in job["charts"]]
+        made = [convert(chart, **options) for chart in job["charts"]]
     except ValueError as error:
         raise SystemExit(first_line(error)) from None
+    drawn = [base64.b64encode(each.encode() if isinstance(each, str) else each).decode() for each in made]
     json.dump(drawn, sys.stdout)
 
 

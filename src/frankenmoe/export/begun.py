@@ -38,7 +38,7 @@ class Begun:
             model = key_of(subject.plan) or subject.plan.digest
         else:
             model = f"{subject.artifact.record['recipe_digest']}/{sha256(subject.artifact.folder / ROUTERS)}"
-        texts = states_of(settings.imatrix, folder=Path.cwd()) or list(settings.imatrix)
+        texts = states_of(settings.imatrix, folder=Path.cwd()) or settings.imatrix
         return cls(folder / BEGUN, digest_of(os.path.realpath(subject.origin), model, texts, settings.pad256))
 
     def finished(self) -> frozenset[Path]:
