@@ -19,6 +19,7 @@ from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 from frankenmoe.publish.card import is_ours, make_card, write_card
 from frankenmoe.publish.leaderboard import TASKS
+from frankenmoe.publish.markdown import without_controls
 from frankenmoe.recipe.sections import CardSettings as Settings
 
 
@@ -208,7 +209,7 @@ def test_samples_are_asked_for_and_quoted_word_for_word(artifact: Artifact) -> N
     text = (artifact.folder / "README.md").read_text()
     assert said["routers_sha256"] == sha256(artifact.folder / ROUTERS)
     (sample,) = said["samples"]
-    assert f"> say |this|\n\n```text\n{sample['reply']}\n```" in text or "````" in text
+    assert f"> say &#124;this&#124;\n\n```text\n{without_controls(sample['reply'])}\n```" in text or "````" in text
     assert "greedy, at most 6 new tokens" in text
     assert "experts: 0 e0  1 e1\n" in text
     assert len(sample["trace"][0]["experts"]) == 2

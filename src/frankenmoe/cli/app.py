@@ -100,11 +100,12 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
         from frankenmoe.planning.forecast import forecast
         from frankenmoe.planning.healing import heal_bytes
 
-        rows, reason = forecast(made)
-        gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
+        gguf = forecast(made)
         cost = fit_forecast(made, made.recipe.fit_settings)
         heal = {"bytes": heal_bytes(made, made.recipe.heal)} if made.recipe.heal else None
-        facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict(), "heal": heal}
+        facts = made.to_dict() | {"gguf": gguf.to_dict(), "fit": cost and cost.to_dict(), "heal": heal}
+        if gguf.impossible:
+            facts["memory"] |= {"q4_0": None, "q5_0": None}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         show_plan(made)

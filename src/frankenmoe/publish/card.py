@@ -19,6 +19,7 @@ from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import Facts, gather
 from frankenmoe.publish.found import PICTURE, limits, results, routing, samples
 from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, Origin, eval_results
+from frankenmoe.publish.markdown import plain, sentence
 from frankenmoe.publish.picture import heat_map
 from frankenmoe.publish.reports import Evidence, collect
 from frankenmoe.publish.sections import (
@@ -28,7 +29,6 @@ from frankenmoe.publish.sections import (
     files,
     licences,
     merged,
-    plain,
     primer,
     recipe,
     routers,
@@ -104,7 +104,9 @@ def make_card(
         missing["picture"] = undrawn
     missing = {what: facts.names.text(why) for what, why in missing.items()}
     if missing:
-        body.append("## Not in this card\n\n" + "\n".join(f"- {what}: {plain(why)}" for what, why in missing.items()))
+        body.append(
+            "## Not in this card\n\n" + "\n".join(f"- {what}: {sentence(why)}" for what, why in missing.items())
+        )
     body_text = facts.names.text("\n\n".join(part for part in body if part))
     text = signed(f"---\n{head}\n---\n\n{body_text}\n")
     check(text, facts)
