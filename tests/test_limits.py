@@ -8,7 +8,6 @@ import pytest
 
 import tiny
 from frankenmoe.errors import RecipeError
-from frankenmoe.publish.sections import code, plain
 from frankenmoe.recipe import Recipe
 from refusals import copy_of, refused
 
@@ -56,13 +55,6 @@ def test_recipes_without_end(text: str, message: str) -> None:
         Recipe.parse(text, folder=Path("/nowhere"), origin="r.yml")
     assert message in caught.value.message
     assert len(caught.value.message) < 400
-
-
-def test_what_a_card_prints_of_a_name() -> None:
-    assert plain("<script>x</script>") == "&lt;script&gt;x&lt;/script&gt;"
-    assert plain("red \x1b[31m\x00") == "red \\x1b[31m\\x00"
-    assert "](" not in plain("![pixel](http://example.org/x.png)")
-    assert code("a`b\nc\x1b") == "`a'b c\\x1b`"
 
 
 def test_an_index_that_is_not_one_stays_a_sentence(base: Path, tmp_path: Path) -> None:

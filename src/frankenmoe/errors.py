@@ -13,6 +13,10 @@ class FrankenMoEError(Exception):
         return f"{self.message}\n  hint: {self.hint}" if self.hint else self.message
 
 
+class FrankenMoEWarning(UserWarning):
+    """Something was left out or done in another way; the result can be used."""
+
+
 class RecipeError(FrankenMoEError):
     """The recipe cannot be read or is not valid."""
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -43,7 +44,7 @@ from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
 from frankenmoe.cli.text import is_unicode, printable
 from frankenmoe.cli.train import train_command
-from frankenmoe.errors import FrankenMoEError, PlanError
+from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError
 from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
@@ -53,6 +54,8 @@ TOGETHER = {"train", "eval", "fit", "heal"}  # commands that several processes o
 GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 RESUMING = {"build", "heal", "train", "eval", "run", "push"}
+
+_python_shows = warnings.showwarning
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
@@ -97,11 +100,12 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
         from frankenmoe.planning.forecast import forecast
         from frankenmoe.planning.healing import heal_bytes
 
-        rows, reason = forecast(made)
-        gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
+        gguf = forecast(made)
         cost = fit_forecast(made, made.recipe.fit_settings)
         heal = {"bytes": heal_bytes(made, made.recipe.heal)} if made.recipe.heal else None
-        facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict(), "heal": heal}
+        facts = made.to_dict() | {"gguf": gguf.to_dict(), "fit": cost and cost.to_dict(), "heal": heal}
+        if gguf.impossible:
+            facts["memory"] |= {"q4_0": None, "q5_0": None}
         click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
     else:
         show_plan(made)
@@ -315,10 +319,19 @@ def _one_voice() -> Iterator[None]:
         raise
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Shows a Python warning; ours like every other warning of a command, without the line of code."""
+    if issubclass(category, FrankenMoEWarning):
+        warn([str(message)])
+    else:
+        _python_shows(message, category, *where, **more)
+
+
 def main() -> None:
     """Runs a command. Errors are printed as one sentence and a hint; the exit code is then 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
+    warnings.showwarning = _show_warning
     try:
         with _one_voice():
             app(standalone_mode=False)

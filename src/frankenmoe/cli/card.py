@@ -9,6 +9,7 @@ import click
 from frankenmoe.cli.options import JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.text import printable
 from frankenmoe.recipe.sections import CardSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import open_subject
@@ -49,4 +50,4 @@ def card_command(
         return
     click.echo(f"card in {file}")
     for what, why in card.missing.items():
-        click.echo(f"missing: {what}: {why}")
+        click.echo(f"missing: {what}: {printable(why)}")

@@ -10,9 +10,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cache import cache_folder
+from frankenmoe.charts import ChartError
 from frankenmoe.cli.options import REMOTE, SIZE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.show import warn
 from frankenmoe.data.given import pairs
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.moe.processes import is_main
@@ -118,8 +120,12 @@ def _put_out(report: "Report", json_file: Path | None, plot_file: Path | None) -
 
     _write(report, json_file)
     if plot_file is not None and any(result.losses or result.outcomes for result in report.results):
-        draw(report, plot_file)
-        click.echo(f"plot: {plot_file}", err=True)
+        try:
+            draw(report, plot_file)
+        except ChartError as error:  # the scores are worth more than their picture
+            warn([f"{plot_file} was not drawn: {error.message}"])
+        else:
+            click.echo(f"plot: {plot_file}", err=True)
 
 
 def _rows(batch_size: str) -> int | None:

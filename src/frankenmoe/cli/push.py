@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cli.options import REMOTE, example, json_option
+from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, gib, warn
 from frankenmoe.subject import open_subject
 
@@ -47,7 +48,8 @@ def push_command(
 
     groups = [part.strip() for part in files.split(",") if part.strip()] if files is not None else None
     subject = open_subject(folder, trust_remote_code=trust_remote_code)
-    shipment = prepare(subject, repo, private=private, groups=groups)
+    with bars() as progress:
+        shipment = prepare(subject, repo, private=private, groups=groups, progress=progress)
     if as_json:
         click.echo(json.dumps(shipment.to_dict(), indent=2, ensure_ascii=False))
     else:

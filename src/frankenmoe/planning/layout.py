@@ -1,6 +1,6 @@
 """Chooses the MoE format of a recipe and lists its tensors in byte order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
@@ -21,6 +21,20 @@ RouterPath = tuple[int, ...]
 
 # the path of the shared expert
 SHARED: RouterPath = (-1,)
+
+
+NO_WEIGHTS = "no weights in"  # how a problem begins that only the sources' files have
+
+
+def without_weights(sources: Iterable[Source]) -> tuple[str, ...]:
+    """The problem of sources that have a config alone."""
+    lacking = ", ".join(str(source.name) for source in sources if not source.checkpoint.has_weights)
+    return (f"{NO_WEIGHTS} {lacking} (enough for a plan, not for a model)",) if lacking else ()
+
+
+def misfits(problems: Sequence[str]) -> tuple[str, ...]:
+    """The reasons why an MoE cannot be built whatever files its sources have: then it has no sizes as a checkpoint."""
+    return tuple(problem for problem in problems if not problem.startswith(NO_WEIGHTS))
 
 
 def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple[str, ...]]:

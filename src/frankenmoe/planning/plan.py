@@ -41,8 +41,10 @@ from frankenmoe.planning.layout import (
     extra_writes,
     format_notes,
     lost_in,
+    misfits,
     router_shapes,
     stored_dtype,
+    without_weights,
 )
 from frankenmoe.planning.siblings import check_ffns, check_siblings
 from frankenmoe.planning.sources import Source, anatomy, check_tensors, open_source, sources_of
@@ -159,6 +161,7 @@ class Plan:
             small_files=sum(file.stat().st_size for file in small_files(self.base))
             + sum(each.bytes for each in self.extracted.values())
             + (statistics_bytes(self.routers) if fitted else 0),
+            stock=not misfits(self.problems),
         )
 
     @cached_property
@@ -225,7 +228,7 @@ class Plan:
                 {"name": str(source.name), "folder": str(source.folder), "licence": licence(source.folder)}
                 for source in self.sources
             ],
-            "disk": {"need": self.bill.built, "free": shutil.disk_usage(Path.cwd()).free},
+            "disk": {"need": self.bill.on_disk, "free": shutil.disk_usage(Path.cwd()).free},
         }
 
     def __str__(self) -> str:
@@ -234,8 +237,8 @@ class Plan:
         return (
             f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, {self.layers} layers, "
             f"{self.experts} experts, top-{self.recipe.experts_per_token}, {self.dtype_name}\n"
-            f"{bill.total:,} parameters, {bill.active:,} active per token; "
-            f"{bill.built / 2**30:.2f} GiB built, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
+            f"{bill.total:,} parameters, {bill.active:,} active per token; {bill.on_disk / 2**30:.2f} GiB "
+            f"{'virtual' if bill.built is None else 'built'}, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
             + "\n".join(f"warning: {text}" for text in self.warnings)
         )
 
@@ -291,9 +294,7 @@ def plan(
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
         problems = (*problems, *expert_conflicts(base, nodes, shared), *lost_in(stored, base))
-    lacking = [str(source.name) for source in opened.values() if not source.checkpoint.has_weights]
-    if lacking:
-        problems = (*problems, f"no weights in {', '.join(lacking)} (enough for a plan, not for a model)")
+    problems = (*problems, *without_weights(opened.values()))
     prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
     can_gate = fmt is not None and fmt.shared_gate is not None
     gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)

@@ -4,6 +4,7 @@ Fields are those of records, recipes, reports, configs and the metadata of safet
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -34,6 +35,7 @@ PATH_KEYS = frozenset(
 CONFIG_KEY = re.compile(r".*(name_or_path|_file|_path|_dir)")
 # files whose keys are tokens or tensors
 VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", INDEX})
+LARGE = 2**26  # bytes; larger files are not read into memory
 HERE = "recipe_folder_from_here"
 
 OnText = Callable[[str], str]
@@ -47,7 +49,7 @@ class Rewriter:
     on_path: OnText
     on_text: OnText
 
-    def file(self, file: Path, *, path: str) -> bytes | None:
+    def file(self, file: Path, *, path: str) -> "bytes | Spliced | None":
         """The new bytes of the file at `path` in an artifact; None if nothing in it changes."""
         if file.suffix == ".safetensors":
             return self._safetensors(file)
@@ -121,18 +123,18 @@ class Rewriter:
         for name in hashes:
             new = self.file(folder / name, path=name) if (folder / name).is_file() else None
             if new is not None:
-                hashes[name] = hashlib.sha256(new).hexdigest()
+                hashes[name] = _sha256(new)
         # configs of adapters that lie in the artifact are published with it
         for was, config in zip(record.get("configs", ()), changed.get("configs", ()), strict=True):
             inside = os.path.relpath(was["file"], record["recipe_folder"])
             there = not inside.startswith("..") and (folder / inside).is_file()
             new = self.file(folder / inside, path=inside) if there else None
             if new is not None:
-                config["sha256"] = hashlib.sha256(new).hexdigest()
+                config["sha256"] = _sha256(new)
         return changed | {"files": hashes}
 
-    def _safetensors(self, file: Path) -> bytes | None:
-        """A safetensors file with its metadata rewritten; tensors stay as they are."""
+    def _safetensors(self, file: Path) -> "bytes | Spliced | None":
+        """A safetensors file with its metadata rewritten; tensors stay where they are."""
         try:
             raw, _ = raw_header(file)
             header = json.loads(raw)
@@ -144,7 +146,11 @@ class Rewriter:
             return None
         head = json.dumps(header | {"__metadata__": new}, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % PREFIX)
-        return len(head).to_bytes(PREFIX, "little") + head + file.read_bytes()[PREFIX + len(raw) :]
+        made = Spliced(len(head).to_bytes(PREFIX, "little") + head, file, PREFIX + len(raw))
+        if made.size > LARGE:
+            return made
+        with made:
+            return made.read()
 
     def _metadata(self, text: str) -> str:
         """A value of the metadata, which often is JSON itself."""
@@ -154,6 +160,48 @@ class Rewriter:
             return self.on_text(text)
         changed = self.value(value) if isinstance(value, dict | list) else value
         return text if changed == value else json.dumps(changed)
+
+
+class Spliced(io.BufferedIOBase):
+    """A stream of `head`, followed by what lies in a file from position `start` on: a large file with another head."""
+
+    def __init__(self, head: bytes, file: Path, start: int) -> None:
+        self._head, self._file, self._start, self._at = head, file.open("rb"), start, 0
+        self.size = len(head) + file.stat().st_size - start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self.size - self._at)
+        wanted = rest if size is None or size < 0 else min(size, rest)
+        found = self._head[self._at : self._at + wanted]
+        if len(found) < wanted:
+            self._file.seek(self._start + max(0, self._at - len(self._head)))
+            found += self._file.read(wanted - len(found))
+        self._at += len(found)
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _sha256(new: "bytes | Spliced") -> str:
+    if isinstance(new, bytes):
+        return hashlib.sha256(new).hexdigest()
+    with new:
+        return hashlib.file_digest(new, "sha256").hexdigest()
 
 
 def _is_text(value: object) -> bool:
