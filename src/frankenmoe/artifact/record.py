@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import ArtifactError
 from frankenmoe.recipe.refusals import first_problem, found, refusal
 
@@ -77,7 +78,7 @@ class Record(BaseModel):
 def read_record(file: Path) -> dict[str, Any]:
     """The record in `file` as plain data; ArtifactError if it cannot be read or is not complete."""
     try:
-        record = parse_object(file.read_bytes())
+        record = parse_object(small_bytes(file))
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error.strerror}", hint="check its permissions") from error
     except ValueError as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.data.hardtext import hard_texts, token_ids
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.moe.dense import load_tokenizer
@@ -35,7 +36,7 @@ def tokenizer_files(plan: Plan) -> dict[str, bytes]:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(plan.config))
         for file in plan.small_files:
-            (folder / file.name).write_bytes(file.read_bytes())
+            (folder / file.name).write_bytes(small_bytes(file))
         if (folder / WHOLE).is_file() and first_difference(base, folder, rows=rows) is None:
             return {}
         found = _written_out(base, folder, rows=rows)

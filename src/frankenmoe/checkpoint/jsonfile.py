@@ -1,4 +1,4 @@
-"""Reads the small JSON files beside weights: configs and indexes."""
+"""Reads the small files beside weights, such as configs, indexes and tokenizers; none is larger than a limit."""
 
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,18 @@ def check_size(file: Path) -> None:
         )
 
 
+def small_bytes(file: Path) -> bytes:
+    """The content of a small file. Raises SourceError for one that is too large; OSError if it cannot be read."""
+    check_size(file)
+    return file.read_bytes()
+
+
 def read_object(file: Path, *, hint: str) -> dict[str, Any]:
     """The JSON object in a file. Raises SourceError if it is missing, no file or no object."""
     if file.exists() and not file.is_file():  # reading a pipe would never return
         raise SourceError(f"{file} is not a file", hint=hint)
     try:
-        check_size(file)
-        return parse_object(file.read_bytes())
+        return parse_object(small_bytes(file))
     except FileNotFoundError:
         raise SourceError(f"{file.parent} has no {file.name}", hint=hint) from None
     except OSError as error:

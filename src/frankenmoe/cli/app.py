@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -42,9 +42,9 @@ from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
-from frankenmoe.cli.text import is_unicode, printable
+from frankenmoe.cli.text import is_unicode, printable, spelled_out
 from frankenmoe.cli.train import train_command
-from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError
+from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError, bounded, explained
 from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
@@ -336,19 +336,22 @@ def main() -> None:
         with _one_voice():
             app(standalone_mode=False)
     except FrankenMoEError as error:
-        click.echo(f"error: {printable(error.message)}", err=True)
-        if error.hint:
-            click.echo(f"  hint: {printable(error.hint)}", err=True)
-        sys.exit(2)
+        _refuse(error)
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(spelled_out(bounded(said.getvalue().rstrip())), err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         resumes = bool(RESUMING & set(sys.argv[1:2]))
         click.echo(f"interrupted; the same command {'continues from here' if resumes else 'starts again'}", err=True)
         sys.exit(INTERRUPTED)
     except OSError as error:  # of stdout, for example; those of sources and artifacts are FrankenMoEErrors by now
-        where = f" ({printable(str(error.filename))})" if error.filename else ""
-        click.echo(f"error: system error: {error.strerror or error}{where}", err=True)
-        click.echo("  hint: check permissions, free space and the output path", err=True)
-        sys.exit(2)
+        _refuse(explained(error))
+
+
+def _refuse(error: FrankenMoEError) -> NoReturn:
+    click.echo(f"error: {printable(error.message)}", err=True)
+    if error.hint:
+        click.echo(f"  hint: {printable(error.hint)}", err=True)
+    sys.exit(2)

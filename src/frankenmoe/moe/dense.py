@@ -61,10 +61,12 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, without remote code. SourceError if it cannot be loaded."""
+    """The tokenizer in a folder, without remote code. SourceError if it cannot be loaded, or cannot split text."""
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer("a text")  # only now are some settings used, such as the longest length
+            return tokenizer
     except Exception as error:  # tokenizers raises a plain Exception if it cannot parse a file
         raise SourceError(
             f"{folder} has no tokenizer that transformers can load: {one_line(error)}",

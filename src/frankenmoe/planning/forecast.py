@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import PlanError
 from frankenmoe.families.llamacpp import FILE_TYPES
 from frankenmoe.planning.gguf import layout, suggestion
@@ -94,7 +95,7 @@ def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:
     A tokenizer that cannot be read counts as empty; export reports it.
     """
     try:
-        words, rest = _vocabulary(json.loads((folder / "tokenizer.json").read_bytes())["model"], vocab)
+        words, rest = _vocabulary(json.loads(small_bytes(folder / "tokenizer.json"))["model"], vocab)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         words, rest = [], 0
     size = sum(8 + len(word.encode(errors="replace")) for word in words) + 10 * max(0, vocab - len(words)) + 4 * vocab

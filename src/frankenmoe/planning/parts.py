@@ -12,6 +12,7 @@ from frankenmoe.checkpoint.tensors import Constant, LowRank, TensorRef, TensorWr
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.families import FAMILIES, FORMATS, SOFTMAX, Family, MoEFormat
 from frankenmoe.families.spec import RouterRule
+from frankenmoe.families.values import odd_value
 from frankenmoe.planning.compare import licence, one_for_all, shared_licence
 from frankenmoe.planning.layout import SHARED, router_names
 from frankenmoe.planning.plan import Plan
@@ -126,15 +127,13 @@ def parts_of_built(artifact: Artifact) -> Parts:
     record, tensors = artifact.record, open_checkpoint(artifact.folder).tensors
     config = record["base_config"]
     fmt, family = FORMATS.get(record["format"]), FAMILIES.get(str(config.get("model_type")))
-    try:
-        layers = family.dims(config).layers if family else 0
-    except (KeyError, TypeError, ValueError):
-        layers = 0
-    if fmt is None or family is None or not layers:
+    odd = odd_value(family, config) if family else "is of an unknown family"
+    if fmt is None or family is None or odd is not None:
+        wrong = "an unknown format" if fmt is None else f"a base_config that {odd}"
         raise ArtifactError(
-            f"the record of {artifact.folder} has an unknown format or an invalid base_config",
-            hint="the record was edited; build the artifact again",
+            f"the record of {artifact.folder} has {wrong}", hint="the record was edited; build the artifact again"
         )
+    layers = family.dims(config).layers
 
     gated = fmt.shared_gate is not None and fmt.shared_gate.format(layer=0) in artifact.routers
     there = Translation(fmt, family, config, len(record["experts"]))

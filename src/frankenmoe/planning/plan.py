@@ -233,12 +233,12 @@ class Plan:
 
     def __str__(self) -> str:
         """A summary of a few lines, for notebooks."""
-        bill = self.bill
+        bill, form = self.bill, "virtual" if self.bill.built is None else "built"
         return (
             f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, {self.layers} layers, "
             f"{self.experts} experts, top-{self.recipe.experts_per_token}, {self.dtype_name}\n"
             f"{bill.total:,} parameters, {bill.active:,} active per token; {bill.on_disk / 2**30:.2f} GiB "
-            f"{'virtual' if bill.built is None else 'built'}, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
+            f"{form}, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
             + "\n".join(f"warning: {text}" for text in self.warnings)
         )
 
@@ -289,8 +289,7 @@ def plan(
     adapters = {path: each.adapter for path, each in extracted.items()}
     made_of = partial(expert_nodes, recipe, sources=parts, dtype=stored, extracted=adapters)
     nodes = nodes_with_trained(made_of(experts=recipe.experts), trained)
-    shared = made_of(experts=recipe.shared_experts, path=SHARED)
-    shared = nodes_with_trained(shared, trained)
+    shared = nodes_with_trained(made_of(experts=recipe.shared_experts, path=SHARED), trained)
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
         problems = (*problems, *expert_conflicts(base, nodes, shared), *lost_in(stored, base))

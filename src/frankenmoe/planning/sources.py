@@ -15,6 +15,7 @@ from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, MLPS, Family, text_config, text_name, wrapper_of
 from frankenmoe.families.spec import Dims
+from frankenmoe.families.values import MOST_LAYERS, odd_value
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
 
@@ -50,8 +51,6 @@ DEQUANTIZE: Mapping[str, str] = {
     "mxfp4": "Mxfp4Config(dequantize=True)",
     "compressed-tensors": "CompressedTensorsConfig(dequantize=True)",
 }
-# tables are expanded per layer, so absurd numbers must be rejected first
-MOST_LAYERS = 10_000
 MOST_LABELS = 100_000
 WRONG_FILE = "fetch config.json again: the one that save_pretrained wrote beside the weights"
 WRONG_CONFIG = "config.json and weights are of two different models"
@@ -250,6 +249,9 @@ def check_config(source: Source) -> None:
         raise SourceError(f"{file} has sliding_window {window!r:.40}, expected a whole number or null", hint=WRONG_FILE)
     _refuse_quantized(source)
     if family:
+        odd = odd_value(family, source.config)
+        if odd is not None:
+            raise SourceError(f"{file} {odd}", hint=WRONG_FILE)
         _check_heads(file, family.dims(source.config))
 
 

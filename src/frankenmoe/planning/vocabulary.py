@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.planning.groups import group_of
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.recipe.backbone import EMBEDDINGS, HEAD
@@ -80,7 +81,7 @@ def token_ids(folder: Path) -> Mapping[str, int]:
 @lru_cache(maxsize=8)
 def _table(file: Path, size: int, mtime_ns: int) -> Mapping[str, int]:
     try:
-        data = parse_object(file.read_bytes())
+        data = parse_object(small_bytes(file))
     except (OSError, ValueError):
         return {}
     if file.name != "tokenizer.json":

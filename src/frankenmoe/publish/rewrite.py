@@ -17,6 +17,7 @@ import yaml
 
 from frankenmoe.artifact.folder import RECORD
 from frankenmoe.checkpoint.header import PREFIX, raw_header
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.recipe.sourcename import SourceName, parse_source
@@ -62,7 +63,7 @@ class Rewriter:
                 return _bytes(value, self.value(value), _as_yaml)
             if file.suffix != ".json" or file.name in VOCABULARIES:
                 return None
-            value = json.loads(file.read_bytes())
+            value = json.loads(small_bytes(file))
         except (ValueError, RecursionError, yaml.YAMLError):
             return None
         if path == RECORD:
