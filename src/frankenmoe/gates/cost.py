@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from frankenmoe.gates.states import Advance
 from frankenmoe.moe.block import MoEBlock
-from frankenmoe.moe.memory import give_back_memory
 from frankenmoe.moe.processes import all_reduce, world
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.progress import Progress
@@ -48,7 +47,6 @@ class Meter:
     def reading(self, step: str, *, head: bool = True) -> Advance:
         """A callback for the readings of `states`: counts the tokens of a step, which are read with or without head."""
         self.note(step)
-        give_back_memory()
         self._steps.setdefault(step, 0.0)  # also if all of its batches are read by other processes
         part = 1.0 if head else self.layers
 

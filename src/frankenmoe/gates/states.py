@@ -14,6 +14,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from frankenmoe.data.blocks import Block
+from frankenmoe.moe.memory import give_back_memory
 from frankenmoe.moe.processes import all_reduce, split
 from frankenmoe.moe.trace import outer_blocks
 
@@ -52,6 +53,7 @@ def watch_inputs(
         with _watched(model, mask_BT, on_states, keep_N=_part(keep_N, start, batch)):
             decoder(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         on_tokens(_length(batch))
+    give_back_memory()
 
 
 def mean_loss(
@@ -96,6 +98,8 @@ def next_losses(
             found_N[at : at + length - 1] *= torch.tensor(block.learn[1:])
             at += length
         on_tokens(_length(batch))
+        del logits
+    give_back_memory()
     return all_reduce(found_N) if together else found_N
 
 
