@@ -42,7 +42,7 @@ from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
-from frankenmoe.cli.text import is_unicode, printable, spelled_out
+from frankenmoe.cli.text import is_unicode, json_text, printable, spelled_out
 from frankenmoe.cli.train import train_command
 from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError, bounded, explained
 from frankenmoe.moe.processes import is_main, world
@@ -106,7 +106,7 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
         facts = made.to_dict() | {"gguf": gguf.to_dict(), "fit": cost and cost.to_dict(), "heal": heal}
         if gguf.impossible:
             facts["memory"] |= {"q4_0": None, "q5_0": None}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        click.echo(json_text(facts))
     else:
         show_plan(made)
 
@@ -168,7 +168,7 @@ def verify_command(folder: Path, as_json: bool, trust_remote_code: bool) -> None
     with bars() as progress:
         checks = verify(subject, progress=progress)
     if as_json:
-        click.echo(json.dumps({check.what: check.found for check in checks}, indent=2))
+        click.echo(json_text({check.what: check.found for check in checks}))
     else:
         show_checks(folder, checks)
 

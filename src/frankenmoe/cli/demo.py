@@ -1,6 +1,5 @@
 """Prints the demo's results for readers who are new to MoEs."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from rich.table import Table
 from frankenmoe.cli.chat import show_trace
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, program
+from frankenmoe.cli.text import json_text
 from frankenmoe.demo import kits
 from frankenmoe.demo.real import check_available, real_folder
 from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, QUESTIONS, RANDOM, TRAINED, Story, tell
@@ -29,7 +29,7 @@ def demo(out: Path, *, real: bool = False, rows: Path | None = None, as_json: bo
     with bars() as progress:
         story = tell(out, kit=kit, progress=progress)
     if as_json:
-        click.echo(json.dumps(story.to_dict(), indent=2))
+        click.echo(json_text(story.to_dict()))
     else:
         _print(story, out)
 

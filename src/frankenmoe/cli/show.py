@@ -9,11 +9,10 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.artifact.folder import Artifact
-from frankenmoe.cli.text import printable
+from frankenmoe.cli.text import cell, printable
 from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
 from frankenmoe.planning.bill import billions
@@ -46,7 +45,7 @@ def show_plan(made: Plan) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _plan_rows(made, facts):
-        table.add_row(name, escape(printable(value)))
+        table.add_row(name, cell(value))
     out = console()
     out.print(table)
     show_distances(made.distances)
@@ -131,7 +130,7 @@ def show_distances(distances: Sequence[Distance]) -> None:
     for group in groups:
         table.add_column("FFN" if group == FFN else group, justify="right", no_wrap=True)
     for each in rows[:SHOWN_DISTANCES]:
-        table.add_row(escape(printable(each.expert)), *(_percent(each.groups.get(group)) for group in groups))
+        table.add_row(cell(each.expert), *(_percent(each.groups.get(group)) for group in groups))
     out = console()
     out.print(f"distance of the parents to the base, of its norm{sampled}", style="bold", highlight=False)
     out.print(table)
@@ -196,7 +195,7 @@ def show_checks(folder: Path, checks: Sequence[Any]) -> None:
     table.add_column(style="green", no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
-        table.add_row(f"ok  {check.what}", check.found)
+        table.add_row(cell(f"ok  {check.what}"), cell(check.found))
     console().print(table)
     click.echo(f"{folder} matches its recipe")
 

@@ -222,7 +222,7 @@ class Plan:
             "as_adapter": savings(self.extracted, (*self.nodes, *self.shared)),
             "warnings": list(self.warnings),
             "problems": list(self.problems),
-            "writes": len(self.writes) + len(self.routers),
+            "writes": len(self.routers) + (0 if self.bill.built is None else len(self.writes)),
             "unused": [{"source": source, "tensor": name, "reason": why} for source, name, why in self.unused],
             "sources": [
                 {"name": str(source.name), "folder": str(source.folder), "licence": licence(source.folder)}
@@ -237,7 +237,7 @@ class Plan:
         return (
             f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, {self.layers} layers, "
             f"{self.experts} experts, top-{self.recipe.experts_per_token}, {self.dtype_name}\n"
-            f"{bill.total:,} parameters, {bill.active:,} active per token; {bill.on_disk / 2**30:.2f} GiB "
+            f"{bill.total:,} parameters, {bill.active:,} active per token; {bill.on_disk / 2**30:.2f} GiB as "
             f"{form}, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
             + "\n".join(f"warning: {text}" for text in self.warnings)
         )
@@ -370,23 +370,20 @@ def _identity_warnings(made: Plan) -> list[str]:
 
 def _own_warnings(made: Plan) -> list[str]:
     recipe, found = made.recipe, list(made.recipe.notes)
+    fmt = None if misfits(made.problems) else made.fmt
     if not made.trained:  # training, or regmean, has replaced tensors of the backbone
         found.extend(lost_differences(made.choice, made.distances))
-    if made.fmt is not None and not made.fmt.loads_in_transformers:
-        found.append(
-            f"{made.fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it"
-        )
-    if made.fmt is not None and made.fmt.inert_shared_ffn and not made.shared:
-        found.append(
-            f"{made.fmt.title} must have a shared expert: one of {made.fmt.inert_shared_ffn} zero neurons is written"
-        )
+    if fmt is not None and not fmt.loads_in_transformers:
+        found.append(f"{fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it")
+    if fmt is not None and fmt.inert_shared_ffn and not made.shared:
+        found.append(f"{fmt.title} must have a shared expert: one of {fmt.inert_shared_ffn} zero neurons is written")
     if made.base.own_head:
         found.append(
             f"{made.base.name} sets tie_word_embeddings, but its stored lm_head.weight differs from its embeddings; "
             "the stored head is used, as in transformers, and the MoE is untied"
         )
-    if made.fmt is not None and made.base.family is not None:
-        found.extend(format_notes(made.fmt, made.base, made.base.family, experts=made.experts, recipe=recipe))
+    if fmt is not None and made.base.family is not None:
+        found.extend(format_notes(fmt, made.base, made.base.family, experts=made.experts, recipe=recipe))
     if made.shared and all(expert.residual_scale is None for expert in (*recipe.experts, *recipe.shared_experts)):
         found.append(
             "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all experts corrects this"
