@@ -1,7 +1,6 @@
 """A seeded fuzzer of the files that other people make: what it breaks must be computed with, or refused in a sentence.
 
-`python tests/fuzzing.py KIND SEED` repeats one mutation and shows what the commands say. With a report file and several
-seeds it works through them: what asserts, takes too long or too much memory is written there, seed by seed.
+`python tests/fuzzing.py KIND SEED` repeats one mutation and shows what the commands say.
 """
 
 import contextlib
@@ -14,7 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -59,6 +58,26 @@ experts:
 """
 
 
+READING_TEXT = """\
+base_model: base
+gate_mode: centroid
+fit:
+  tokens: 512
+  block: 32
+experts:
+  - {source_model: base, name: first, data: plain.jsonl}
+  - {source_model: one, name: second, data: [chat.jsonl]}
+"""
+README = """\
+---
+license: apache-2.0
+tags: [merge, moe]
+base_model: {a: b}
+---
+# A model
+"""
+
+
 @dataclass(frozen=True)
 class Kind:
     """Files that are broken, one at a time, each with what is opened then; ways to break them, and commands.
@@ -79,6 +98,7 @@ VERIFY = "verify {what}"
 CARD = "card {what}"
 EXTRACT = "extract {what} out --expert first"
 RECIPE = "r.yml"
+READING = "reading.yml"
 JSON, TENSORS = (mutations.odd_json,), (mutations.odd_tensors, mutations.odd_tensors, mutations.odd_numbers)
 # dense families and formats whose tables read most of the settings there are
 FAMILIES = ("qwen3", "granite", "phi3-longrope", "qwen3_5", "lfm2", "smollm3", "granite4")
@@ -106,6 +126,10 @@ KINDS: Mapping[str, Kind] = {
         tuple((f"base/{name}.json", RECIPE) for name in ("tokenizer", "tokenizer_config", "generation_config")),
         JSON,
         ((PLAN, VIRTUAL), (PLAN, BUILD), (PLAN, CHAT)),
+    ),
+    "readme": Kind((("base/README.md", RECIPE),), (mutations.odd_head,), ((PLAN, VIRTUAL),)),
+    "text": Kind(
+        (("chat.jsonl", READING), ("plain.jsonl", READING)), (mutations.odd_json_lines,), ((PLAN, VIRTUAL), (CHAT,))
     ),
     "record": Kind(
         (("virtual/frankenmoe.json", "virtual"), ("built/frankenmoe.json", "built"), ("built/config.json", "built")),
@@ -155,6 +179,12 @@ def make_world(folder: Path) -> Path:
     (shards / "model.safetensors").unlink()
     AutoModelForCausalLM.from_pretrained(one).save_pretrained(shards, max_shard_size="20KB")
     (folder / "r.yml").write_text(TEXT)
+    (folder / "base" / "README.md").write_text(README)
+    words = [" ".join(f"{(place * step) % 97}" for place in range(60)) for step in range(1, 40)]
+    (folder / "plain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words))
+    turns = ([{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text}] for text in words)
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps({"messages": each}) for each in turns))
+    (folder / READING).write_text(READING_TEXT)
     for name in FAMILIES:
         case = family_cases.CASES[name]
         family_cases.make_parent(folder / name, case)
@@ -247,22 +277,17 @@ def used() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmData"))
 
 
-def work(world: Path, name: str, seeds: range, report: Path) -> None:
-    """Works through seeds; the report gets a line before and after each."""
-    try_unbroken(world, name)  # which also imports what the limits should not count
+def work(world: Path, cases: Sequence[tuple[str, int]], report: Path) -> None:
+    """Works through kinds and seeds; the report gets a line before and after each."""
     gc.collect()
     faulthandler.register(signal.SIGPROF, chain=True)  # a hang is then ended by the signal, with a traceback
     resource.setrlimit(resource.RLIMIT_DATA, (used() + MEMORY, resource.RLIM_INFINITY))
     with report.open("a", buffering=1) as lines:
-        for seed in seeds:
-            print(json.dumps([seed, BEGUN]), file=lines)
-            print(json.dumps([seed, limited(world, name, seed)]), file=lines)
+        for kind, seed in cases:
+            print(json.dumps([kind, seed, BEGUN]), file=lines)
+            print(json.dumps([kind, seed, limited(world, kind, seed)]), file=lines)
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case [name, seed]:
-            with tempfile.TemporaryDirectory() as folder:
-                try_one(make_world(Path(folder) / "world"), name, int(seed), show=True)
-        case [name, first, last, world, report]:
-            work(Path(world), name, range(int(first), int(last)), Path(report))
+    with tempfile.TemporaryDirectory() as folder:
+        try_one(make_world(Path(folder) / "world"), sys.argv[1], int(sys.argv[2]), show=True)

@@ -205,6 +205,21 @@ def odd_yaml(random: Random, data: bytes) -> bytes:
     return odd_bytes(random, raw) if kind > 0.9 else raw
 
 
+def odd_json_lines(random: Random, data: bytes) -> bytes:
+    """A file of JSON lines, one of them broken."""
+    lines = data.splitlines()
+    at = random.randrange(len(lines))
+    lines[at] = odd_json(random, lines[at]).replace(b"\n", b" ")
+    raw = b"\n".join(lines)
+    return odd_bytes(random, raw) if random.random() < 0.2 else raw
+
+
+def odd_head(random: Random, data: bytes) -> bytes:
+    """A text whose YAML head is broken."""
+    head, rest = data.removeprefix(b"---\n").split(b"---\n", 1)
+    return b"---\n" + odd_yaml(random, head) + pick(random, (b"\n---\n", b"\n---\n", b"---")) + rest
+
+
 def odd_tensors(random: Random, data: bytes) -> bytes:
     """A safetensors file with a broken header, or with more or less data than that says."""
     length = int.from_bytes(data[:8], "little")

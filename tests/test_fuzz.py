@@ -1,19 +1,19 @@
-"""Thousands of broken recipes, configs, headers, adapters, tokenizers and records: computed with, or refused."""
+"""Broken recipes, configs, headers, adapters, tokenizers, texts and records: used, or refused in a sentence."""
 
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-import frankenmoe
+import forks
 import fuzzing
 
-SOURCES = (Path(frankenmoe.__file__).parents[1], Path(__file__).parent)
-FEW, MANY = 4, 110  # mutations of each kind
-FIRST = int(os.environ.get("FUZZ_SEED", "0"))  # another one tries other mutations
+FEW, MANY = 3, 100  # mutations of each kind
+FIRST = int(os.environ.get("FUZZ_SEED", "0"))  # another number tries other mutations
+WORK = "import json, sys, pathlib, fuzzing; world, report, cases = sys.argv[1:]; "
+WORK += "fuzzing.work(pathlib.Path(world), json.loads(cases), pathlib.Path(report))"
 
 
 @pytest.fixture(scope="module")
@@ -21,33 +21,39 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fuzzing.make_world(tmp_path_factory.mktemp("fuzz") / "world")
 
 
-def broken_by(kind: str, seeds: range, *, world: Path, report: Path) -> list[str]:
-    """What goes wrong with these seeds, each with the command that repeats it; in processes with limits."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, SOURCES))}
-    found, first = [], seeds.start
-    while first < seeds.stop:
-        words = [sys.executable, fuzzing.__file__, kind, str(first), str(seeds.stop), str(world), str(report)]
-        child = subprocess.run(words, capture_output=True, text=True, env=environment)
+def failures(world: Path, cases: Sequence[tuple[str, int]], *, report: Path) -> list[str]:
+    """What goes wrong with these kinds and seeds, each with the command that repeats it; in processes with limits."""
+    found: list[str] = []
+    done = 0
+    while done < len(cases):
+        report.unlink(missing_ok=True)
+        child = forks.run(WORK, world, report, json.dumps(cases[done:]))
         lines = [json.loads(line) for line in report.read_text().splitlines()] if report.exists() else []
-        assert lines, f"what is not broken fails: {child.stderr[-3000:]}"
-        seed, state = lines[-1]
-        if state == fuzzing.BEGUN:  # the process died of it
-            found.append(f"{seed} ended the process with {child.returncode}: {child.stderr[-3000:]}")
-        elif child.returncode:
-            raise AssertionError(f"{kind} {seed}: {child.stderr[-3000:]}")
-        first = seed + 1
-    found += [f"{seed}: {state}" for seed, state in lines if state not in (None, fuzzing.BEGUN)]
-    return [f"python tests/fuzzing.py {kind} {each}" for each in found]
+        assert lines, f"nothing was tried: {child.stderr[-3000:]}"
+        if lines[-1][-1] == fuzzing.BEGUN:  # the process died of it
+            lines[-1][-1] = f"it ended the process with {child.returncode}: {child.stderr[-3000:]}"
+        failed = (line for line in lines if line[-1] not in (None, fuzzing.BEGUN))
+        found += [f"python tests/fuzzing.py {kind} {seed}\n{state}" for kind, seed, state in failed]
+        done += len({(kind, seed) for kind, seed, _ in lines})
+    return found
 
 
-def test_a_fuzzer_that_finds_nothing_would_be_none(tmp_path: Path, world: Path, capfd: pytest.CaptureFixture) -> None:
-    """An invented command fails, so that failures are seen to be reported with their seed."""
-    with pytest.raises(AssertionError, match="exit code 2"):
-        fuzzing.inside(tmp_path, "plan --no-such-option")
+def test_a_fuzzer_that_cannot_fail_would_prove_nothing(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = fuzzing.Kind((("r.yml", "r.yml"),), (lambda random, data: data,), (("plan --no-such-option",),))
+    monkeypatch.setitem(fuzzing.KINDS, "odd", kind)
+    with pytest.raises(AssertionError, match="No such option"):
+        fuzzing.try_one(world, "odd", 5)
 
 
+def test_a_few_of_every_kind(world: Path, tmp_path: Path) -> None:
+    cases = [(kind, FIRST + seed) for kind in fuzzing.KINDS for seed in range(FEW)]
+    found = failures(world, cases, report=tmp_path / "report")
+    assert not found, "\n\n".join(found)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", fuzzing.KINDS)
-@pytest.mark.parametrize("count", [FEW, pytest.param(MANY, marks=pytest.mark.slow)])
-def test_what_is_broken_is_computed_with_or_refused(kind: str, count: int, world: Path, tmp_path: Path) -> None:
-    found = broken_by(kind, range(FIRST, FIRST + count), world=world, report=tmp_path / "report")
+def test_a_hundred_of_every_kind(kind: str, world: Path, tmp_path: Path) -> None:
+    fuzzing.try_unbroken(world, kind)
+    found = failures(world, [(kind, FIRST + seed) for seed in range(MANY)], report=tmp_path / "report")
     assert not found, "\n\n".join(found)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 QUOTED = 200  # characters of input that a message quotes
 LONGEST = 1500  # characters of a message; the longest lists of choices have half of it
 _LONG_WORD = re.compile(rf"\S{{{QUOTED + 1},}}")
+# between quotation marks, which apostrophes are not: they have a letter before or behind them
+_LONG_QUOTE = re.compile(rf"(?<![^\s(\[=:])(?P<mark>['\"])(?P<text>[^'\"]{{{QUOTED + 1},}})(?P=mark)(?![^\s.,;:)\]])")
 
 
 # system error -> (what it means, what to do)
@@ -82,10 +84,11 @@ def brief(text: str, most: int = QUOTED) -> str:
 
 
 def bounded(message: str) -> str:
-    """The message with every word that is longer than QUOTED cut, such as a path, and of at most LONGEST characters.
+    """The message with long words and long texts between quotation marks cut, and of at most LONGEST characters.
 
-    This catches what was not cut where it was quoted: text with spaces must be cut there by `brief`.
+    This catches what was not cut where it was quoted.
     """
+    message = _LONG_QUOTE.sub(lambda quote: f"{quote['mark']}{brief(quote['text'])}{quote['mark']}", message)
     return brief(_LONG_WORD.sub(lambda word: brief(word[0]), message), LONGEST)
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -351,7 +351,8 @@ def main() -> None:
 
 
 def _refuse(error: FrankenMoEError) -> NoReturn:
-    click.echo(f"error: {printable(error.message)}", err=True)
-    if error.hint:
-        click.echo(f"  hint: {printable(error.hint)}", err=True)
+    with suppress(OSError):  # nobody reads it, or its disk is full
+        click.echo(f"error: {printable(error.message)}", err=True)
+        if error.hint:
+            click.echo(f"  hint: {printable(error.hint)}", err=True)
     sys.exit(2)

@@ -16,6 +16,7 @@ from frankenmoe.demo import kits
 from frankenmoe.demo.real import check_available, real_folder
 from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, QUESTIONS, RANDOM, TRAINED, Story, tell
 from frankenmoe.demo.text import DOMAINS
+from frankenmoe.errors import bounded
 from frankenmoe.planning.bill import billions
 
 
@@ -24,7 +25,8 @@ def demo(out: Path, *, real: bool = False, rows: Path | None = None, as_json: bo
     if real:
         check_available()
     where = real_folder() if real else out / "parents"
-    click.echo(f"making a base and {len(DOMAINS)} experts in {where} (once), then an MoE of them ...", err=True)
+    beginning = f"making a base and {len(DOMAINS)} experts in {where} (once), then an MoE of them ..."
+    click.echo(bounded(beginning), err=True)
     kit = kits.real(rows=rows) if real else kits.TOY
     with bars() as progress:
         story = tell(out, kit=kit, progress=progress)

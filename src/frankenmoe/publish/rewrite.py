@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from frankenmoe.artifact.folder import RECORD
-from frankenmoe.checkpoint.header import PREFIX, raw_header
+from frankenmoe.checkpoint.header import PREFIX, raw_header, read_header
 from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.errors import FrankenMoEError
@@ -137,10 +137,11 @@ class Rewriter:
     def _safetensors(self, file: Path) -> "bytes | Spliced | None":
         """A safetensors file with its metadata rewritten; tensors stay where they are."""
         try:
+            read_header(file)
             raw, _ = raw_header(file)
-            header = json.loads(raw)
-        except (ValueError, FrankenMoEError):
+        except FrankenMoEError:  # it is none
             return None
+        header = json.loads(raw)
         old = header.get("__metadata__") or {}
         new = {key: self._metadata(value) for key, value in old.items()}
         if new == old:
@@ -157,7 +158,7 @@ class Rewriter:
         """A value of the metadata, which often is JSON itself."""
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return self.on_text(text)
         changed = self.value(value) if isinstance(value, dict | list) else value
         return text if changed == value else json.dumps(changed)

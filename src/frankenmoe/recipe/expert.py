@@ -5,10 +5,11 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
+from frankenmoe.errors import brief
 from frankenmoe.recipe.asadapter import AdapterSettings
 from frankenmoe.recipe.backbone import ExpertMerge
 from frankenmoe.recipe.context import SourceField, read_source
-from frankenmoe.recipe.fields import Count, Finite, Prompts, Share, Strings, Text
+from frankenmoe.recipe.fields import LONGEST_NAME, Count, Finite, Name, Prompts, Share, Strings, Text
 from frankenmoe.recipe.refusals import found, refusal
 from frankenmoe.recipe.sections import Section
 from frankenmoe.recipe.settings import Closed
@@ -38,6 +39,10 @@ def named(experts: "tuple[Expert, ...]") -> "tuple[Expert, ...]":
 
 
 def _stem(expert: "Expert") -> str:
+    return brief(_named_after(expert), LONGEST_NAME)
+
+
+def _named_after(expert: "Expert") -> str:
     if expert.merge is not None:
         return "-".join(_tail(source.path) for source in expert.merge.models)
     source = expert.source_model
@@ -65,7 +70,7 @@ class Expert(Closed):
     source_model: SourceField | None = Field(
         None, description="The parent: a hub id or folder, optionally with @revision and +adapter."
     )
-    name: Text = Field("", description="The expert's name in reports; default: the last part of its source.")
+    name: Name = Field("", description="The expert's name in reports; default: the last part of its source.")
     positive_prompts: Prompts = Field((), description="Prompts that should be routed to this expert.")
     negative_prompts: Prompts = Field((), description="Prompts that should not be routed to this expert.")
     noise_scale: Share | None = Field(None, description="Standard deviation of Gaussian noise added to the weights.")

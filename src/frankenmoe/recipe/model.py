@@ -20,7 +20,7 @@ from frankenmoe.recipe.backbone import (
 )
 from frankenmoe.recipe.context import Context, SourceField
 from frankenmoe.recipe.expert import Expert, Experts, named
-from frankenmoe.recipe.fields import Count, Dtype, GateMode, Seed, Text
+from frankenmoe.recipe.fields import Count, Dtype, GateMode, Name, Seed, Text
 from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, PROMPT_MODES
 from frankenmoe.recipe.refusals import recipe_error, refusal, setting_error
 from frankenmoe.recipe.sections import (
@@ -72,7 +72,7 @@ class Recipe(Closed):
     experts_per_token: Count = Field(2, description="Experts per token in each layer (top-k).")
     dtype: Dtype | None = Field(None, description="Type of the stored weights; default: the base model's.")
     architecture: Text | None = Field(None, description="The MoE format to build, if the base allows several.")
-    name: Text | None = Field(None, description="The model's name.")
+    name: Name | None = Field(None, description="The model's name.")
     seed: Seed = Field(0, description="Seed of noise and random gates.")
     backbone: Backbone | None = Field(
         None,
