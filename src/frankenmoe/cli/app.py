@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.adopt import adopt_command
 from frankenmoe.cli.audit import audit_command
 from frankenmoe.cli.cache import cache_command
 from frankenmoe.cli.card import card_command
@@ -286,6 +287,7 @@ for command in (
     fit_command,
     heal_command,
     add_expert_command,
+    adopt_command,
     extract_command,
     extract_lora_command,
     train_command,

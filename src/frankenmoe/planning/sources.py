@@ -11,9 +11,10 @@ from typing import Any
 
 from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
-from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
+from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, MLPS, Family
+from frankenmoe.families.mixtures import MixtureConfig, format_of
 from frankenmoe.families.spec import Dims
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
@@ -91,11 +92,25 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What of a mixture a source is: its backbone and the expert `name`, a number or `shared` (planning/mixture.py).
+
+    `tensors` have the names of a dense model. `gates` are per layer those that the expert is a row of.
+    """
+
+    mixture: MixtureConfig
+    name: str
+    tensors: Mapping[str, TensorRef | TensorWrite]
+    gates: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """An opened dense checkpoint. Its headers have been read and checked, its weights have not.
 
     `trust_remote_code` allows Python code in its folder to run. With `merged`, it stands for a merge of several
-    checkpoints; then config and folder are those of the first model, and no single file has its tensors.
+    checkpoints; then config and folder are those of the first model, and no single file has its tensors. With `part`,
+    it is a part of a mixture as a dense model, and so is its config.
     """
 
     name: SourceName
@@ -107,6 +122,7 @@ class Source:
     merged: Merged | None = None
     # how many rows its own embeddings have, if the base's stand in: see planning/vocabulary.py
     own_rows: int | None = None
+    part: Part | None = None
 
     @property
     def models(self) -> tuple["Source", ...]:
@@ -120,10 +136,10 @@ class Source:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What identifies a parent: the folders of model and adapter, or what is merged and how."""
+        """What identifies a parent: the folders of model and adapter with its part, or what is merged and how."""
         if self.merged is not None:
             return str(self.merged.settings.to_dict()), *(single.key for single in self.singles)
-        return self.folder, self.adapter.folder if self.adapter else None
+        return self.folder, self.adapter.folder if self.adapter else None, self.part.name if self.part else None
 
     @property
     def folder(self) -> Path:
@@ -138,12 +154,18 @@ class Source:
         """The table of this source's family; None if only a virtual MoE is possible."""
         return FAMILIES.get(str(self.config.get("model_type")))
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> TensorRef:
+    @property
+    def tensors(self) -> Mapping[str, TensorRef | TensorWrite]:
+        """Its tensors by the names of a dense model."""
+        return self.part.tensors if self.part else self.checkpoint.tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> TensorRef | TensorWrite:
         """The tensor of that name; without weights, a reference with a shape and no bytes."""
-        if name in self.checkpoint.tensors:
-            return self.checkpoint.tensors[name]
+        if name in self.tensors:
+            return self.tensors[name]
         dtype = {"float32": "F32", "float16": "F16"}.get(str(self.dtype), "BF16")
-        return TensorRef(name=name, dtype=dtype, shape=shape, file=self.folder / "(no weights)", start=0, end=0)
+        no_weights = f"(no weights{f' of expert {self.part.name}' if self.part else ''})"
+        return TensorRef(name=name, dtype=dtype, shape=shape, file=self.folder / no_weights, start=0, end=0)
 
     @property
     def dtype(self) -> str:
@@ -161,7 +183,7 @@ def open_source(
     opened = open_checkpoint(found, whole=weights or is_folder(name.path, folder=folder))
     checkpoint = replace(opened, config=in_one_spelling(opened.config))
     model_type = str(checkpoint.config.get("model_type"))
-    own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES
+    own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES and not format_of(checkpoint.config)
     if own_code and not trust_remote_code and not known_to_transformers(model_type):
         raise SourceError(
             f"{name} is a {model_type!r} model with Python code of its own, which is not run",
@@ -351,7 +373,7 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
     if not source.checkpoint.has_weights:
         return
     wanted = parts.shapes
-    missing = [name for name in wanted if name not in source.checkpoint.tensors]
+    missing = [name for name in wanted if name not in source.tensors]
     if missing:
         raise SourceError(
             f"{source.name} lacks {len(missing)} of the {len(wanted)} tensors that its config.json requires, the "
@@ -359,7 +381,7 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
             hint="download it again, or check that config.json belongs to these weights",
         )
     for name, shape in wanted.items():
-        found = source.checkpoint.tensors[name].shape
+        found = source.tensors[name].shape
         if found != shape:
             raise SourceError(
                 f"{source.name} holds {name} of shape {list(found)}, but its config.json says {list(shape)}",
@@ -367,7 +389,7 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
             )
     # a family without a table may have integer buffers in its backbone, but not in its FFNs
     numbers = wanted if source.family else parts.ffn_shapes
-    coded = next((ref for name in numbers if (ref := source.checkpoint.tensors[name]).dtype not in FLOATS), None)
+    coded = next((ref for name in numbers if (ref := source.tensors[name]).dtype not in FLOATS), None)
     if coded is not None:
         raise SourceError(
             f"{source.name} is quantized: it holds {coded.name} as {coded.dtype}, expected weights in float32, float16 "
