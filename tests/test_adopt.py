@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import frankenmoe as fm
+import gguftools
 import tiny
 from family_cases import CASES, LONG, Case
-from frankenmoe.artifact.folder import ROUTERS
 from frankenmoe.families import FAMILIES, FORMATS, moe_config
 from frankenmoe.families.config import NORMALIZES
 from frankenmoe.families.mixtures import VIEWS, read_mixture
@@ -103,17 +103,18 @@ def test_a_setting_that_is_left_out_has_the_default_of_the_formats_class(name: s
     theirs = AutoConfig.for_model(fmt.model_type).to_dict()
     family = FAMILIES[view.family]
     sizes = {key: theirs[key] for key in theirs if key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    sizes |= {key: 4 for key in (*fmt.counted, "intermediate_size")} | {"vocab_size": 8, "model_type": fmt.model_type}
+    sizes |= dict.fromkeys((*fmt.counted, "intermediate_size"), 4) | {"vocab_size": 8, "model_type": fmt.model_type}
     read = read_mixture(fmt, sizes)
-    for key in ("rms_norm_eps", "num_key_value_heads", "head_dim", "attention_bias", "max_position_embeddings"):
+    dims = family.dims(read.dense)
+    assert dims.kv_heads == theirs.get("num_key_value_heads", dims.kv_heads)
+    assert dims.head_dim == (theirs.get("head_dim") or dims.hidden // dims.heads)
+    for key in ("rms_norm_eps", "attention_bias", "max_position_embeddings", "tie_word_embeddings"):
         if theirs.get(key) is not None and key in family.defaults:
             assert family.value(read.dense, key) == theirs[key], key
     assert rope(family, read.dense)["rope_theta"] == theirs["rope_parameters"]["rope_theta"]
     assert read.rule.normalizes == theirs.get(NORMALIZES, True)
-    lost = [key for key, value in fmt.constants.items() if key in theirs and theirs[key] != value]
-    assert {key for key in lost if key in view.defaults or key == NORMALIZES} >= {
-        key for key in lost if key not in ("use_sliding_window", "norm_topk_prob", "use_expert_bias", "rms_norm_eps")
-    }
+    written = sizes | {key: theirs[key] for key in fmt.constants if theirs.get(key) is not None}
+    assert read.problems == read_mixture(fmt, written).problems
 
 
 def test_weights_that_are_not_divided_by_their_sum_and_a_wide_shared_expert(tmp_path: Path) -> None:
@@ -132,15 +133,15 @@ def test_weights_that_are_not_divided_by_their_sum_and_a_wide_shared_expert(tmp_
 
 @pytest.fixture(scope="module")
 def retrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with parents, recipe.yml, our build of it, and that build as a trainer saves it, experts 0 and 2 swapped."""
+    """A folder with parents, recipe.yml, our build, and that build as a trainer saves it, experts 0 and 2 swapped."""
     root = tmp_path_factory.mktemp("retrained")
-    parents = [tiny.make_parent(root / f"p{seed}", "llama", seed=seed) for seed in range(3)]
+    parents = gguftools.parents(root, "llama")
     texts = {"one": "ABCDEFGH ", "two": "123456789+= ", "three": "abcabcxyz. "}
     rows = []
     for (name, text), parent in zip(texts.items(), parents, strict=True):
         (root / f"{name}.txt").write_text(text * 300)
         rows.append({"source_model": f"./{parent.name}", "name": name, "data": [f"{name}.txt"]})
-    recipe = {"base_model": "./p0", "gate_mode": "random", "experts_per_token": 1, "experts": rows}
+    recipe = {"base_model": "./llama0", "gate_mode": "random", "experts_per_token": 1, "experts": rows}
     (root / "recipe.yml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     fm.build(root / "recipe.yml", root / "built")
     model = AutoModelForCausalLM.from_pretrained(root / "built")
@@ -150,7 +151,9 @@ def retrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for layer in model.model.layers:
             for tensor in (layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj, layer.mlp.gate.weight):
                 tensor.copy_(tensor[[2, 1, 0]])
-    saved(model, root / "tuned")
+    model.save_pretrained(root / "tuned")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(root / "built" / name, root / "tuned")
     return root
 
 
@@ -164,7 +167,7 @@ def tuned(retrained: Path, tmp_path: Path) -> Path:
 def test_experts_are_paired_with_their_sources_by_content(tuned: Path) -> None:
     said = json.loads(output("adopt", tuned, "--recipe", tuned.parent / "recipe.yml", "--json"))
     assert [row["name"] for row in said["experts"]] == ["three", "two", "one"]
-    assert [row["made_from"] for row in said["experts"]] == ["./p2", "./p1", "./p0"]
+    assert [row["made_from"] for row in said["experts"]] == ["./llama2", "./llama1", "./llama0"]
     assert all(row["distance"] < 0.05 < 1 < row["next"] for row in said["experts"])
     recipe = fm.Recipe.load(tuned / "recipe.yml")
     assert [expert.data for expert in recipe.experts] == [(f"../{name}.txt",) for name in ("three", "two", "one")]
@@ -183,9 +186,8 @@ def test_every_command_works_on_an_adopted_folder(tuned: Path, tmp_path: Path) -
     assert sum(after) < sum(before)
     assert fitted["replaced"]
     assert "matches its recipe" in output("verify", tuned)
-    output(
-        "train", tuned, tmp_path / "trained", "--steps", 3, "--what", "routers,experts", "--block", 32, "--keep-anyway"
-    )
+    words = ["--steps", 3, "--what", "routers,experts", "--block", 32, "--keep-anyway", "--straight-through"]
+    output("train", tuned, tmp_path / "trained", *words)
     output("extract", tuned, tmp_path / "dense", "--expert", "two")
     one = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").model.layers[1].mlp.down_proj.weight
     name = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
@@ -234,29 +236,29 @@ def test_what_mergekit_moe_writes(retrained: Path, tmp_path: Path) -> None:
     from mergekit.scripts.moe import build
 
     rows = [
-        {"source_model": str(retrained / f"p{at}"), "positive_prompts": [text]} for at, text in ((1, "A"), (2, "b"))
+        {"source_model": str(retrained / f"llama{at}"), "positive_prompts": [text]} for at, text in ((1, "A"), (2, "b"))
     ]
-    recipe = {"base_model": str(retrained / "p0"), "gate_mode": "hidden", "dtype": "float32", "experts": rows}
+    recipe = {"base_model": str(retrained / "llama0"), "gate_mode": "hidden", "dtype": "float32", "experts": rows}
     (tmp_path / "merge.yml").write_text(yaml.safe_dump(recipe))
     build(MoEMergeConfig.model_validate(recipe), str(tmp_path / "merged"), MergeOptions(), device="cpu")
     said = fm.adopt(tmp_path / "merged", tmp_path / "adopted", recipe=tmp_path / "merge.yml")
-    assert [row["name"] for row in said.facts["experts"]] == ["p1", "p2"]
+    assert [row["name"] for row in said.facts["experts"]] == ["llama1", "llama2"]
     assert [row["distance"] for row in said.facts["experts"]] == [0.0, 0.0]
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert apart(logits(stock, tiny.ids()), logits(fm.load(tmp_path / "adopted").model, tiny.ids())) <= 5e-6
 
 
 def test_one_expert_of_a_mixture_beside_a_dense_model(retrained: Path, tmp_path: Path) -> None:
-    text = f"base_model: {retrained}/p0\ngate_mode: random\nexperts:\n"
-    text += f"- source_model: {retrained}/tuned#1\n- source_model: {retrained}/p2\n"
+    text = f"base_model: {retrained}/llama0\ngate_mode: random\nexperts:\n"
+    text += f"- source_model: {retrained}/tuned#1\n- source_model: {retrained}/llama2\n"
     made = fm.Recipe.parse(text, folder=tmp_path, origin="r.yml")
-    assert [expert.name for expert in made.experts] == ["tuned-1", "p2"]
+    assert [expert.name for expert in made.experts] == ["tuned-1", "llama2"]
 
 
 @pytest.mark.parametrize(
     ("words", "facts", "hint"),
     [
-        (["adopt", "p0"], ("'llama' model, expected a mixture of experts",), "name it in a recipe"),
+        (["adopt", "llama0"], ("'llama' model, expected a mixture of experts",), "name it in a recipe"),
         (["adopt", "built"], ("is an artifact already",), "move frankenmoe.json"),
         (["adopt", "neox"], ("'gpt_neox' model, expected a mixture",), "known formats: Mixtral"),
         (["adopt", "cut"], ("is truncated",), "fetch the file again"),
@@ -268,7 +270,7 @@ def test_one_expert_of_a_mixture_beside_a_dense_model(retrained: Path, tmp_path:
         (["adopt", "unknown"], ("secret_factor 2.5",), "eval runs it"),
         (["adopt", "fewer"], ("its config.json says [4, 32]",), "two different models"),
         (["adopt", "taken"], ("holds a recipe.yml",), "adopt taken OUT"),
-        (["adopt", "tuned", "p0"], ("exists and is not empty",), ""),
+        (["adopt", "tuned", "llama0"], ("exists and is not empty",), ""),
         (["eval", "tuned-out", "--against-parents", "--text", "one=one.txt"], ("are not known",), "name the models"),
         (["heal", "tuned-out", "healed"], ("are not known",), "train"),
         (["fit", "tuned"], ("is a recipe",), ""),

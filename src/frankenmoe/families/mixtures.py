@@ -53,8 +53,12 @@ def _rotated(config: Config) -> list[int] | None:
 def _usual_attention(config: Config) -> float | None:
     """Granite's attention multiplier; None where it is what other attention divides by."""
     found = config.get("attention_multiplier", 1.0)
-    head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return None if found == head**-0.5 else found
+    return None if found == _head_dim(config) ** -0.5 else found
+
+
+def _head_dim(config: Config) -> int:
+    """The head size of a class that has no other default for it."""
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
 VIEWS: Mapping[str, DenseView] = {
@@ -63,7 +67,7 @@ VIEWS: Mapping[str, DenseView] = {
     "granitemoeshared": DenseView("granite", {"shared_intermediate_size": 0}),
     "deepseek": DenseView("llama", {"first_k_dense_replace": 0, "moe_layer_freq": 1, NORMALIZES: False}),
     "qwen2_moe": DenseView("qwen2", {"num_key_value_heads": 16, NORMALIZES: False}),
-    "qwen3_moe": DenseView("qwen3", {"num_key_value_heads": 4, NORMALIZES: False}),
+    "qwen3_moe": DenseView("qwen3", {"num_key_value_heads": 4, NORMALIZES: False}, derived={"head_dim": _head_dim}),
     "flex_olmo": DenseView(
         "olmo2", {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 5e5, NORMALIZES: False}
     ),
@@ -76,6 +80,7 @@ VIEWS: Mapping[str, DenseView] = {
     "glm4_moe": DenseView(
         "glm",
         {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "attention_bias": False, "first_k_dense_replace": 1},
+        derived={"head_dim": _head_dim},
         ignored=frozenset({"num_nextn_predict_layers"}),  # further layers that only guess ahead
     ),
     "lfm2_moe": DenseView("lfm2", {"num_dense_layers": 2}, fixed={"block_auto_adjust_ff_dim": False}),
