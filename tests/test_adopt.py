@@ -14,7 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import frankenmoe as fm
 import gguftools
 import tiny
-from family_cases import CASES, LONG, Case
+from family_cases import CASES, LONG, SHARED, Case, make_parent, write_recipe
+from frankenmoe.artifact.folder import RECORD
 from frankenmoe.families import FAMILIES, FORMATS, moe_config
 from frankenmoe.families.config import NORMALIZES
 from frankenmoe.families.mixtures import VIEWS, read_mixture
@@ -90,6 +91,20 @@ def test_every_format_computes_what_transformers_does(name: str, tmp_path: Path)
     for folder in (saved(model, tmp_path / "saved"), saved_packed(model, tmp_path / "packed")):
         ours = fm.load(fm.adopt(folder).artifact).model
         assert apart(theirs, logits(ours, ids)) <= case.close
+
+
+@pytest.mark.parametrize("name", ["llama-qwen", "gemma", "glm-shared", "ernie4_5-shared", "deepseek"])
+def test_our_own_build_that_has_lost_its_record(name: str, tmp_path: Path) -> None:
+    """With what a format adds: zero biases and shared experts, doubled projections, permuted rows, shifted norms."""
+    deepseek = Case("llama", "deepseek", {"head_dim": 6}, {"architecture": "DeepSeek", **SHARED})
+    case = CASES.get(name, deepseek)
+    base, other = (make_parent(tmp_path / str(seed), case, seed=seed) for seed in range(2))
+    built = fm.build(write_recipe(tmp_path / "r.yml", case, base, [base, other, other, base]), tmp_path / "built")
+    before = logits(fm.load(built).model, tiny.ids(LONG))
+    (tmp_path / "built" / RECORD).unlink()
+    again = fm.load(tmp_path / "built")
+    assert again.experts == ("expert-0", "expert-1", "expert-2", "expert-3")
+    assert apart(before, logits(again.model, tiny.ids(LONG))) <= case.close
 
 
 def test_every_format_has_a_view_and_is_tried() -> None:
@@ -214,6 +229,10 @@ def test_reading_needs_no_adoption(tuned: Path, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "gguf" / "export.json").read_text())
     assert report["files"][0]["check"]["kl"] < 1e-4
     output("chat", tuned, "--prompt", "ABC", "--max-new-tokens", 3)
+    assert json.loads(output("plan", tuned, "--json"))["experts"] == 3
+    output("build", tuned, tmp_path / "built")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(folder).eval() for folder in (tmp_path / "built", tuned))
+    assert torch.equal(logits(ours, tiny.ids()), logits(theirs, tiny.ids()))
     assert tree(tuned) == before
 
 
@@ -274,6 +293,7 @@ def test_one_expert_of_a_mixture_beside_a_dense_model(retrained: Path, tmp_path:
         (["eval", "tuned-out", "--against-parents", "--text", "one=one.txt"], ("are not known",), "name the models"),
         (["heal", "tuned-out", "healed"], ("are not known",), "train"),
         (["fit", "tuned"], ("is a recipe",), ""),
+        (["card", "tuned"], ("a mixture of another program",), "frankenmoe adopt tuned"),
     ],
 )
 def test_what_cannot_be_adopted(

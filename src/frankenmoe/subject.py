@@ -55,6 +55,11 @@ class Subject:
     def need_artifact(self, *, hint: str) -> Artifact:
         """The artifact. Raises PlanError with this hint for a recipe."""
         if not isinstance(self.what, Artifact):
+            if kind_of(self.origin) == "mixture":
+                raise PlanError(
+                    f"{self.origin} is a mixture of another program, expected an artifact",
+                    hint=f"frankenmoe adopt {self.origin}",
+                )
             raise PlanError(f"{self.origin} is a recipe, expected an artifact", hint=hint)
         return self.what
 

@@ -78,12 +78,13 @@ def adopt(
     mixture = mixture_in(what)
     if out is None:
         _check_place(mixture, what)
-    named, pairs = _paired(what, mixture, recipe, out) if recipe is not None else (NOTHING, ())
+    made_from = Recipe.load(recipe) if recipe is not None else None
+    named, pairs = _paired(what, mixture, made_from, out) if made_from is not None else (NOTHING, ())
     made = plan(recipe_of_mixture(what, mixture, named=named, inside=out is None), weights=True)
     check_loadable(made)
     progress.start("checking", made.bill.memory_virtual, "B")
     prove_sources(made, on_bytes=progress.advance)
-    stage = _origin(mixture, made, recipe, pairs)
+    stage = _origin(mixture, made, made_from, pairs)
     files = {
         ROUTERS: routers_bytes(kept_routers(made)),
         RECIPE: yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True).encode(),
@@ -135,23 +136,22 @@ def _check_place(mixture: Mixture, what: str) -> None:
     raise ArtifactError(f"{what} {reason}", hint=f"give a folder of its own: frankenmoe adopt {what} OUT")
 
 
-def _paired(what: str, mixture: Mixture, recipe: str | Path, out: Path | None) -> tuple[Named, Sequence[Pair]]:
+def _paired(what: str, mixture: Mixture, made_from: Recipe, out: Path | None) -> tuple[Named, Sequence[Pair]]:
     """The names that a recipe gives, in the mixture's order, and the pairs behind them."""
-    source = Recipe.load(recipe)
     alone = recipe_of_mixture(what, mixture)
-    pairs = paired(plan(alone, weights=True), plan(source, weights=True))
+    pairs = paired(plan(alone, weights=True), plan(made_from, weights=True))
     start = mixture.checkpoint.folder if out is None else alone.folder
-    moved = moved_recipe(source, out=start, adapters={})
+    moved = moved_recipe(made_from, out=start, adapters={})
     rows = [moved["experts"][pair.expert] for pair in pairs]
     shared = moved.get("shared_experts") or [{}]
-    return Named(rows, shared[0], source.name), pairs
+    return Named(rows, shared[0], made_from.name), pairs
 
 
-def _origin(mixture: Mixture, made: Plan, recipe: str | Path | None, pairs: Sequence[Pair]) -> dict[str, Any]:
+def _origin(mixture: Mixture, made: Plan, made_from: Recipe | None, pairs: Sequence[Pair]) -> dict[str, Any]:
     """What is known of where a mixture comes from: for the record and the user."""
     folder, config = mixture.checkpoint.folder, mixture.checkpoint.config
     saved = config.get("transformers_version")
-    parents = [str(expert.source_model or expert.merge) for expert in Recipe.load(recipe).experts] if recipe else []
+    parents = [str(expert.source_model or expert.merge) for expert in (made_from.experts if made_from else ())]
     experts = [
         {
             "name": node.name,
@@ -166,7 +166,7 @@ def _origin(mixture: Mixture, made: Plan, recipe: str | Path | None, pairs: Sequ
         "format": mixture.fmt.name,
         "saved_by": f"transformers {saved}" if saved else None,
         "mergekit": (folder / MERGEKIT).is_file(),
-        "recipe": str(recipe) if recipe is not None else None,
+        "recipe": made_from.origin if made_from else None,
         "experts": experts,
         "shared_experts": [node.name for node in made.shared],
         "experts_per_token": made.recipe.experts_per_token,

@@ -90,7 +90,8 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
     from frankenmoe.planning import plan
     from frankenmoe.planning.trained import read_routers
 
-    made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
+    opened = open_subject(recipe).recipe if kind_of(recipe) == "mixture" else Recipe.load(recipe)
+    made = plan(opened, dtype=dtype, trust_remote_code=trust_remote_code)
     if made.routers_file is not None:
         read_routers(made.routers_file, made.routers)
     if as_json:

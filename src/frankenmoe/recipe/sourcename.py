@@ -13,7 +13,7 @@ from frankenmoe.recipe.yaml import Location
 SOURCE_KEYS = ("model", "lora", "expert", "override_architecture")
 PATH_KEYS = ("path", "revision")
 SHARED_PART = "shared"  # the shared expert of a mixture
-PART = re.compile(rf"#(\d+|{SHARED_PART})(?=\+|$)")
+PART = re.compile(rf"(?P<head>[^+]*)#(?P<part>\d+|{SHARED_PART})(?P<tail>(?:\+.*)?)", re.DOTALL | re.ASCII)
 
 
 def _text_or_object(required: str, **properties: Any) -> dict[str, Any]:
@@ -51,7 +51,8 @@ class SourceName:
     def to_data(self) -> str | dict[str, Any]:
         """Plain data that reads back as this name: text, or mergekit's long form where a mark is part of a name."""
         parts = (self.path, self.revision, self.adapter, self.adapter_revision)
-        if not any(mark in part for part in parts if part for mark in "@+") and not PART.search(self.path):
+        marked = any(mark in part for part in parts if part for mark in "@+")
+        if not marked and not PART.fullmatch(_joined(self.path, self.revision)):
             return str(self)
         table: dict[str, Any] = {"model": _path_table(self.path, self.revision)}
         if self.part is not None:
@@ -85,10 +86,9 @@ def parse_source(value: object, *, folder: Path) -> SourceName:
 
 
 def _from_text(text: str, *, folder: Path) -> SourceName:
-    match = PART.search(text)
-    if match and not is_folder(text[: match.end()], folder=folder):
-        whole = _from_text(text[: match.start()] + text[match.end() :], folder=folder)
-        return replace(whole, part=match[1])
+    match = PART.fullmatch(text)
+    if match and match["head"] and not is_folder(f"{match['head']}#{match['part']}", folder=folder):
+        return replace(_from_text(match["head"] + match["tail"], folder=folder), part=match["part"])
     path, revision, rest = _cut(text, folder=folder, marks="@+")
     if not rest:
         return SourceName(path=path, revision=revision)
