@@ -118,7 +118,7 @@ def test_other_values_are_refused_by_name(fmt: str, family: str, field: str, val
 def test_a_window_as_long_as_the_context_is_not_written() -> None:
     config = config_of("phi3", sliding_window=262144, max_position_embeddings=131072)
     made = moe_config(
-        FORMATS["glm4_moe"], FAMILIES["phi3"], config, experts=4, experts_per_token=2, shared_experts=0, dtype="float32"
+        FORMATS["glm4_moe"], FAMILIES["phi3"], config, experts=4, experts_per_token=2, shared_ffn=0, dtype="float32"
     )
     assert made["sliding_window"] is None
 

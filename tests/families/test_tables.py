@@ -76,7 +76,7 @@ BUILDABLE = [(name, family) for name, fmt in FORMATS.items() for family in fmt.f
 
 def written(name: str, family: str, config: dict[str, Any]) -> dict[str, Any]:
     return moe_config(
-        FORMATS[name], FAMILIES[family], config, experts=4, experts_per_token=2, shared_experts=0, dtype="float32"
+        FORMATS[name], FAMILIES[family], config, experts=4, experts_per_token=2, shared_ffn=0, dtype="float32"
     )
 
 

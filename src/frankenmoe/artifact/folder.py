@@ -62,7 +62,7 @@ def check_no_stray(folder: Path) -> None:
     if stray.exists():
         raise ArtifactError(
             f"{stray} was added after the build, and transformers would load it instead of the shards and the routers",
-            hint="move it away",
+            hint=f"move it away; or move {RECORD} away and run `frankenmoe adopt`, which takes what transformers loads",
         )
 
 

@@ -13,6 +13,7 @@ from frankenmoe.recipe.refusals import first_problem, found, refusal
 RECORD_VERSION = 1
 FORMS = ("virtual", "built")
 BACKBONE = "backbone"  # the stage that says how the backbone was chosen; it comes first
+ADOPT = "adopt"  # the stage that says where a mixture of another program comes from
 HEAL = "heal"  # the stage that refitted experts to the backbone
 BODY_STAGES = frozenset({BACKBONE, HEAL})  # these say nothing about routers
 

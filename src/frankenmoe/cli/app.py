@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.adopt import adopt_command
 from frankenmoe.cli.audit import audit_command
 from frankenmoe.cli.cache import cache_command
 from frankenmoe.cli.card import card_command
@@ -92,7 +93,8 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
     from frankenmoe.planning import plan
     from frankenmoe.planning.trained import read_routers
 
-    made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
+    opened = open_subject(recipe).recipe if kind_of(recipe) == "mixture" else Recipe.load(recipe)
+    made = plan(opened, dtype=dtype, trust_remote_code=trust_remote_code)
     if made.routers_file is not None:
         read_routers(made.routers_file, made.routers)
     if as_json:
@@ -290,6 +292,7 @@ for command in (
     fit_command,
     heal_command,
     add_expert_command,
+    adopt_command,
     extract_command,
     extract_lora_command,
     train_command,

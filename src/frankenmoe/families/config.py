@@ -4,8 +4,9 @@ from typing import Any
 
 from frankenmoe.families.known import NEUTRAL, is_known, is_neutral
 from frankenmoe.families.rotary import rope
-from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat
+from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat, RouterRule
 
+NORMALIZES = "norm_topk_prob"
 # fields that dense and MoE configs spell the same
 COPIED = (
     "vocab_size",
@@ -93,22 +94,24 @@ def moe_config(
     *,
     experts: int,
     experts_per_token: int,
-    shared_experts: int,
+    shared_ffn: int,
     dtype: str,
+    rule: RouterRule | None = None,
 ) -> dict[str, Any]:
     """config.json of the MoE: fields copied from the base, or its family's defaults, then the format's own fields.
 
     Rotary settings and dtype are written in the spellings of transformers 4 and 5. Without `rope_theta`, transformers 4
-    would take the *format's* default. `dtype` is a torch name such as `bfloat16`.
+    would take the *format's* default. `dtype` is a torch name such as `bfloat16`. `shared_ffn` is the width of the
+    shared expert, 0 for none. `rule` is the format's, if not given.
     """
     dims = family.dims(config)
     quantities = {
         "experts": experts,
         "experts_per_token": experts_per_token,
-        "shared": shared_experts,
-        "shared_or_null": shared_experts or None,
+        "shared": shared_ffn // dims.ffn,
+        "shared_or_null": shared_ffn // dims.ffn or None,
         "ffn": dims.ffn,
-        "shared_ffn": dims.ffn if shared_experts else fmt.inert_shared_ffn or 0,
+        "shared_ffn": shared_ffn or fmt.inert_shared_ffn or 0,
     }
     copied = {key: family.read(config, key) for key in COPIED}
     if "sliding_window" not in fmt.holds:
@@ -132,6 +135,7 @@ def moe_config(
         **_rotary_fields(fmt, family, config),
         **own,
         **fmt.constants,
+        **({NORMALIZES: (rule or fmt.router).normalizes} if NORMALIZES in fmt.constants else {}),
         **{key: quantities[quantity] for key, quantity in fmt.counted.items()},
         "output_router_logits": False,
         "dtype": dtype,

@@ -221,6 +221,7 @@ class RouterRule:
     """How a format turns a gate's scores into weights.
 
     The top k by `score` ("softmax" over all experts, or "sigmoid" of each) are divided by their sum plus `epsilon`.
+    `normalizes` is False where the weights stay as they are, which a finished mixture may ask for.
     `renormalizes_top1` is False where the format's code does not renormalise the weight of a single chosen expert.
     `rounds_weights` is True where transformers rounds the weights to the model's dtype. A correction bias of the choice
     is written as zeros, and scaling factors as 1, so neither appears here. `wide`: the scores are computed in float32
@@ -229,13 +230,14 @@ class RouterRule:
 
     score: str = "softmax"
     epsilon: float = 0.0
+    normalizes: bool = True
     renormalizes_top1: bool = True
     rounds_weights: bool = True
     wide: bool = False
 
     def renormalizes(self, top_k: int) -> bool:
         """Whether the weights of `top_k` chosen experts are scaled to sum to one."""
-        return top_k > 1 or self.renormalizes_top1
+        return self.normalizes and (top_k > 1 or self.renormalizes_top1)
 
 
 SOFTMAX = RouterRule(rounds_weights=False)

@@ -60,6 +60,25 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def source_config(source: Source) -> Any:
+    """The transformers config of a source as a dense model. SourceError if this transformers version cannot read it."""
+    if source.part is None:
+        return read_config(source.folder, trust_remote_code=source.trust_remote_code)
+    return made_config(source.config)
+
+
+def made_config(config: Mapping[str, Any]) -> Any:
+    """A transformers config from the content of a config.json."""
+    return AutoConfig.for_model(**{key: _decoded(value) for key, value in config.items() if key != "architectures"})
+
+
+def _decoded(value: Any) -> Any:
+    """A config value with infinities in place of the mappings that transformers writes for them in JSON."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else value
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a folder, without remote code. SourceError if it cannot be loaded, or cannot split text."""
     try:
@@ -96,7 +115,7 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
 
 def load_source(source: Source, *, stored: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A source as a dense model with its adapter merged. Merged weights are rounded to `stored`, then to `dtype`."""
-    config = read_config(source.folder, trust_remote_code=source.trust_remote_code)
+    config = source_config(source)
     if source.own_rows is not None:  # the base's embeddings stand in for its own
         config.vocab_size = source.config["vocab_size"]
         config.tie_word_embeddings = source.config.get("tie_word_embeddings", config.tie_word_embeddings)

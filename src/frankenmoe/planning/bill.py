@@ -7,7 +7,8 @@ from typing import Any
 
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
-from frankenmoe.planning.sources import Source, odd_heads
+from frankenmoe.planning.configs import odd_heads
+from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
 
 KV_BYTES = 2  # a 16-bit cache

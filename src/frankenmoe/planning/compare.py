@@ -93,7 +93,8 @@ def _refs(leaf: ExpertNode) -> list[TensorRef]:
 
 
 def _same_name(one: TensorRef, two: TensorRef) -> bool:
-    return (one.file, one.name) == (two.file, two.name)
+    # several experts may be parts of one tensor
+    return (one.file, one.name, one.start) == (two.file, two.name, two.start)
 
 
 def _same_content(one: TensorRef, two: TensorRef) -> bool:

@@ -16,7 +16,8 @@ from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.families import SOFTMAX, MoEFormat, moe_config
+from frankenmoe.families import MoEFormat, moe_config
+from frankenmoe.families.spec import RouterRule
 from frankenmoe.planning.asadapter import Extracted, extracted_adapters, savings
 from frankenmoe.planning.backbone import Choice, backbone_writes, choose, lost_differences
 from frankenmoe.planning.bill import Bill, kv_numbers, make_bill, statistics_bytes
@@ -40,21 +41,24 @@ from frankenmoe.planning.layout import (
     expert_conflicts,
     extra_writes,
     format_notes,
+    gates_shared,
     lost_in,
     misfits,
     router_shapes,
+    rule_of,
     stored_dtype,
     without_weights,
 )
+from frankenmoe.planning.mixture import opened_sources
 from frankenmoe.planning.siblings import check_ffns, check_siblings
-from frankenmoe.planning.sources import Source, anatomy, check_tensors, open_source, sources_of
+from frankenmoe.planning.sources import Source, anatomy, check_tensors
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
 from frankenmoe.planning.translate import Translation
 from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.planning.vocabulary import with_rows_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
+from frankenmoe.recipe import FIT_MODES, Recipe
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,11 @@ class Plan:
     def fmt(self) -> MoEFormat | None:
         """The stock format, if it fits one."""
         return self.translation.fmt if self.translation is not None else None
+
+    @property
+    def rule(self) -> RouterRule:
+        """How the gates' scores become weights."""
+        return rule_of(self.fmt, self.base)
 
     @property
     def trust_remote_code(self) -> bool:
@@ -142,8 +151,9 @@ class Plan:
             self.base.config,
             experts=self.experts,
             experts_per_token=self.recipe.experts_per_token,
-            shared_experts=len(self.shared),
+            shared_ffn=self.translation.width(self.shared[0]) if self.shared else 0,
             dtype=self.dtype_name,
+            rule=self.rule,
         )
 
     @cached_property
@@ -258,17 +268,10 @@ def plan(
     With weights and `extract`, adapters of `as_adapter` experts are extracted into the user's cache, unless it or the
     artifact `inside` has them. Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
     """
-    opened = {
-        (str(name), adapter): with_own_head(
-            open_source(
-                name, folder=recipe.folder, weights=weights, adapter=adapter, trust_remote_code=trust_remote_code
-            ),
-            limit=None if weights else COMPARE_LIMIT,
-        )
-        for name, adapter in dict.fromkeys(sources_of(recipe))
-    }
+    opened = opened_sources(recipe, weights=weights, trust_remote_code=trust_remote_code)
+    opened = {key: with_own_head(one, limit=None if weights else COMPARE_LIMIT) for key, one in opened.items()}
     base = opened[(str(recipe.base_model), None)]
-    opened = {key: with_rows_of(base, source) for key, source in opened.items()}
+    opened = {key: with_rows_of(base, one) for key, one in opened.items()}
     check_small_files(base)
     others = [source for source in opened.values() if source is not base]
     check_siblings(base, others)
@@ -294,9 +297,7 @@ def plan(
     if fmt is not None:
         problems = (*problems, *expert_conflicts(base, nodes, shared), *lost_in(stored, base))
     problems = (*problems, *without_weights(opened.values()))
-    prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
-    can_gate = fmt is not None and fmt.shared_gate is not None
-    gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)
+    gated = gates_shared(recipe, fmt)
     apart = distances(base_pair, nodes)
     choice = choose(recipe, base_pair, nodes, apart)
     writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
@@ -308,7 +309,7 @@ def plan(
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
-    whole = (SOFTMAX if fmt is None else fmt.router).renormalizes(recipe.experts_per_token)
+    whole = rule_of(fmt, base).renormalizes(recipe.experts_per_token)
     plain = whole and not shared and choice.from_base and backbone == writes
     equals_base = plain and all(same_expert(leaf, base_node) for node in nodes for leaf in node.leaves())
     made = Plan(
@@ -388,7 +389,7 @@ def _own_warnings(made: Plan) -> list[str]:
         found.append(
             "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all experts corrects this"
         )
-    if recipe.experts_per_token == 1 and made.experts > 1 and (made.fmt is None or made.fmt.router.renormalizes_top1):
+    if recipe.experts_per_token == 1 and made.experts > 1 and made.rule.renormalizes(1):
         found.append(
             "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
         )

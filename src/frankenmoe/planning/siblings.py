@@ -3,8 +3,10 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from frankenmoe.errors import SourceError
+from frankenmoe.families.mixtures import WIDTH
 from frankenmoe.planning.groups import group_of
 from frankenmoe.planning.sources import Anatomy, Source
+from frankenmoe.recipe.sourcename import SHARED_PART
 
 # config fields in which parents must agree -> their name in messages
 MUST_AGREE: Mapping[str, str] = {
@@ -23,7 +25,7 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
         differ = {
             words: (base.config.get(key), other.config.get(key))
             for key, words in MUST_AGREE.items()
-            if base.config.get(key) != other.config.get(key)
+            if base.config.get(key) != other.config.get(key) and not (key == WIDTH and is_shared(other))
         }
         if set(differ) == {"vocabulary"}:
             raise _other_vocabulary(base, other)
@@ -47,7 +49,12 @@ def _other_vocabulary(base: Source, other: Source) -> SourceError:
 
 def check_ffns(base: tuple[Source, Anatomy], others: Iterable[tuple[Source, Anatomy]]) -> None:
     """Raises SourceError if an FFN matrix of another source does not fit the base's."""
-    _check_shapes(base, others, shapes=_matrices)
+    _check_shapes(base, (each for each in others if not is_shared(each[0])), shapes=_matrices)
+
+
+def is_shared(source: Source) -> bool:
+    """Whether a source is the shared expert of a mixture, which may be wider or narrower than the routed ones."""
+    return source.part is not None and source.part.name == SHARED_PART
 
 
 def check_backbones(

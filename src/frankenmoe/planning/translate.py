@@ -50,17 +50,17 @@ class Translation:
         """Plain name of a backbone tensor, with `{layer}` -> the symbols of its shape."""
         found = {}
         for spec in self.family.backbone:
-            for piece in self._pieces(spec.name):
+            for piece in self.pieces(spec.name):
                 found[piece.name] = (piece.rows, *spec.shape[1:]) if piece.rows else spec.shape
         return found
 
-    def plain(self, writes: Sequence[TensorWrite]) -> Iterator[TensorWrite]:
-        """The plain tensors that dense writes hold, in their order."""
+    def plain(self, writes: Sequence[TensorWrite], dims: Dims | None = None) -> Iterator[TensorWrite]:
+        """The plain tensors that dense writes hold, in their order; `dims` are those of the base if not given."""
         for write in writes:
             layer, generic = generic_name(write.name)
             start = 0
-            for piece in self._pieces(generic):
-                rows = self.dims.size(piece.rows) if piece.rows else write.shape[0]
+            for piece in self.pieces(generic):
+                rows = (dims or self.dims).size(piece.rows) if piece.rows else write.shape[0]
                 found = rows_of(write, piece.name.format(layer=layer), start, rows)
                 yield changed(found, self._changes(piece.name))
                 start += rows
@@ -74,18 +74,25 @@ class Translation:
         """Plain suffix (`gate_proj.weight`) -> write, of one expert in one layer, with its adapter folded in."""
         here = LAYER.format(layer=layer)
         dense = [replace(node.folded(layer, key), name=f"{here}{self.family.mlp}.{key}") for key in node.ffn[layer]]
-        return {write.name.removeprefix(f"{here}mlp."): write for write in self.plain(dense)}
+        dims = replace(self.dims, ffn=self.width(node))
+        return {write.name.removeprefix(f"{here}mlp."): write for write in self.plain(dense, dims)}
+
+    def width(self, node: ExpertNode) -> int:
+        """The width of an expert's FFN, which may be another one in a shared expert."""
+        down = next(spec.name for spec in self.family.ffn if spec.shape == ("hidden", "ffn"))
+        return node.ffn[0][down.partition(f".{self.family.mlp}.")[2]].shape[1]
 
     def dense(self, name: str, shape: tuple[int, ...], plain: Plain) -> TensorWrite:
         """A dense tensor, put together again from the plain ones that `plain` finds by name."""
         layer, generic = generic_name(name)
         parts = [
             changed(plain(piece.name.format(layer=layer)), undone(self._changes(piece.name)))
-            for piece in self._pieces(generic)
+            for piece in self.pieces(generic)
         ]
         return replace(parts[0], name=name, shape=shape) if len(parts) == 1 else joined(name, parts)
 
-    def _pieces(self, generic: str) -> tuple[Piece, ...]:
+    def pieces(self, generic: str) -> tuple[Piece, ...]:
+        """The plain tensors that a dense one holds."""
         return self.family.pieces.get(generic) or (Piece(generic, ""),)
 
     def _changes(self, plain: str) -> tuple[Change, ...]:

@@ -30,7 +30,7 @@ def unused_tensors(
     rows: list[UnusedTensor] = []
     for source, found in parts:
         inside_ffn = found.ffn_shapes.keys()
-        for name, ref in source.checkpoint.tensors.items():
+        for name, ref in source.tensors.items():
             if ref not in used:
                 why = _reason(name, found, inside_ffn, by_group=by_group, is_base=source is base)
                 rows.append((str(source.name), name, f"{why}, or training replaced it" if trained else why))

@@ -127,12 +127,13 @@ def _picture(seen: AuditReport | None) -> tuple[bytes | None, str]:
 def _opening(facts: Facts) -> str:
     plan = facts.plan
     count = len(facts.experts)
+    merged, made = ("", "Adopted by") if facts.adopted else (" merged from dense models", "Made with")
     used = facts.artifact.record.get("experts_per_token")
     kind = f"{facts.fmt.title} checkpoint" if facts.built and facts.fmt else "virtual mixture"
     size = f" {billions(plan.bill.total)} parameters, {billions(plan.bill.active)} active per token." if plan else ""
     return (
-        f"A mixture of {count} experts merged from dense models, {used} of them per token, as a {kind}.{size} "
-        "Made with frankenmoe, which also wrote this card from what it found on disk."
+        f"A mixture of {count} experts{merged}, {used} of them per token, as a {kind}.{size} "
+        f"{made} frankenmoe, which also wrote this card from what it found on disk."
     )
 
 

@@ -34,11 +34,29 @@ class Missing:
 
 def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per expert."""
+    if facts.adopted is not None:
+        return _adopted(facts, facts.adopted)
     rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
     head = ("expert", "made of", "prompts", "data")
     return (
         f"{table(head, rows)}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts "
         f"(embeddings, attention, norms, head) {_backbone(facts)}.{_measured(facts)}{_healed(facts)}"
+    )
+
+
+def _adopted(facts: Facts, origin: Mapping[str, Any]) -> str:
+    """Where a mixture that another program made comes from, as far as it is known, and a row per expert."""
+    known = {row["name"]: row["made_from"] for row in origin.get("experts", ()) if row.get("made_from")}
+    rows = [
+        (f"{index} {plain(row.name)}", code(facts.names.short(known[row.name])) if row.name in known else "not known")
+        for index, row in enumerate(facts.experts)
+    ]
+    rows += [(f"shared: {plain(row.name)}", "not known") for row in facts.shared]
+    saved = f", and its files were saved by {plain(str(origin['saved_by']))}" if origin.get("saved_by") else ""
+    paired = " The experts were matched with those of a recipe by content." if known else ""
+    return (
+        f"{table(('expert', 'made from'), rows)}\n\nAnother program made or trained this mixture{saved}; frankenmoe "
+        f"adopted it. Its experts and what surrounds them are its own.{paired}"
     )
 
 

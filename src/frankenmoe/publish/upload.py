@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from frankenmoe.artifact.folder import UNFINISHED, Artifact
+from frankenmoe.artifact.folder import ROUTERS, UNFINISHED, Artifact
+from frankenmoe.checkpoint.weights import INDEX, SINGLE
 from frankenmoe.errors import ArtifactError, FrankenMoEError, first_line
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.publish.facts import gather
@@ -150,7 +151,13 @@ def _warnings(
     yield from findings
     if lost:
         yield f"the sources' licences cannot be read: {lost}"
-    if artifact.form == "virtual" and "weights" in groups:
+    if (artifact.folder / SINGLE).is_file() or (artifact.folder / INDEX).is_file():
+        if artifact.form == "virtual" and "weights" in groups:
+            yield (
+                f"other programs read the routers in the weights, and not {ROUTERS}, which a fit changes; "
+                "`frankenmoe build` writes a checkpoint with them"
+            )
+    elif artifact.form == "virtual" and "weights" in groups:
         yield "a virtual artifact has only recipe and routers, and needs its sources to run"
 
 

@@ -49,7 +49,8 @@ def _named_after(expert: "Expert") -> str:
     if source is None:
         return "moe"
     adapter = expert.adapter or source.adapter
-    return "+".join(_tail(path) for path in (source.path, adapter) if path)
+    own = _tail(source.path) if source.part is None else f"{_tail(source.path)}-{source.part}"
+    return "+".join((own, _tail(adapter)) if adapter else (own,))
 
 
 def _tail(path: str) -> str:
@@ -68,7 +69,9 @@ class Expert(Closed):
     """A parent whose FFNs become an expert in every layer, or a nested mixture of experts."""
 
     source_model: SourceField | None = Field(
-        None, description="The parent: a hub id or folder, optionally with @revision and +adapter."
+        None,
+        description="The parent: a hub id or folder, optionally with @revision and +adapter; of a mixture, #0 is the "
+        "first expert.",
     )
     name: Name = Field("", description="The expert's name in reports; default: the last part of its source.")
     positive_prompts: Prompts = Field((), description="Prompts that should be routed to this expert.")
