@@ -4,7 +4,7 @@ The virtual and the built form load the same way. Writes nothing.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -35,7 +35,7 @@ from frankenmoe.moe.dense import (
 from frankenmoe.moe.device import CPU, Weights, place
 from frankenmoe.moe.router import Router
 from frankenmoe.moe.trace import RoutingTrace, concat, record
-from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning import ExpertNode
 from frankenmoe.planning.bill import distinct_bytes
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.parts import Parts
@@ -77,11 +77,11 @@ def gate_tensors(routers: Routers) -> Gates:
     }
 
 
-def check_loadable(plan: Plan) -> None:
-    """SourceError if transformers cannot make a generating model from the sources. Reads configs only."""
-    for folder in {source.folder: None for source in plan.sources}:
-        skeleton(read_config(folder, trust_remote_code=plan.trust_remote_code))
-    _generation_config(plan.base.folder)
+def check_loadable(sources: Iterable[Path], *, base: Path, trust_remote_code: bool) -> None:
+    """SourceError if transformers cannot make a generating model from these folders. Reads configs only."""
+    for folder in sources:
+        skeleton(read_config(folder, trust_remote_code=trust_remote_code))
+    _generation_config(base)
 
 
 def weights_of(parts: Parts) -> Weights:
