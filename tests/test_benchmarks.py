@@ -62,7 +62,7 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
     ("script", "rows"),
     [
         ("load.py", 15),
-        ("build.py", 14),
+        ("build.py", 26),
         ("experts.py", 30),
         ("compose.py", 4),
         ("audit.py", 4 if REAL_PARENTS else 2),

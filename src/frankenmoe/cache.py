@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # fitted routers, measured backbones, answers scored by `eval`, distances of parents from their base, adapters extracted
-# from parents, compiled kernels, the models of `demo --real`, the environment in which benchmarks run vLLM
-KINDS = ("routers", "backbones", "scores", "distances", "adapters", "kernels", "real", "vllm")
+# from parents, what transformers agreed with, compiled kernels, the models of `demo --real`, the environment in which
+# benchmarks run vLLM
+KINDS = ("routers", "backbones", "scores", "distances", "adapters", "proofs", "kernels", "real", "vllm")
 NAME = "name.txt"  # file in an entry with its name for `frankenmoe cache`
 PARTIAL = ".partial"  # suffix of an entry that is being written
 SHOWN = 12  # characters of an entry's file name, if it has no other name

@@ -26,16 +26,17 @@ from frankenmoe.artifact.folder import (
 )
 from frankenmoe.artifact.record import ADOPT
 from frankenmoe.artifact.replacing import replace_files
+from frankenmoe.build.agreement import agree
 from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.proof import prove_sources
 from frankenmoe.build.record import record_of
+from frankenmoe.build.target import target_of
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.links import SNAPSHOTS
 from frankenmoe.checkpoint.weights import INDEX, NAMED, SINGLE
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
 from frankenmoe.gates.kept import kept_routers
-from frankenmoe.moe.load import check_loadable
 from frankenmoe.planning import Plan, plan
 from frankenmoe.planning.adopting import NOTHING, Named, mixture_in, on_hub, recipe_of_mixture
 from frankenmoe.planning.mixture import Mixture
@@ -81,7 +82,7 @@ def adopt(
     made_from = Recipe.load(recipe) if recipe is not None else None
     named, pairs = _paired(what, mixture, made_from, out) if made_from is not None else (NOTHING, ())
     made = plan(recipe_of_mixture(what, mixture, named=named, inside=out is None), weights=True)
-    check_loadable(made)
+    agree(target_of(made, virtual=True))
     progress.start("checking", made.bill.memory_virtual, "B")
     prove_sources(made, on_bytes=progress.advance)
     stage = _origin(mixture, made, made_from, pairs)

@@ -1,6 +1,6 @@
 """Checks that an artifact matches its recipe: names, shapes, finite values, bytes of the sources, model class.
 
-Changes nothing.
+Changes nothing. Imports torch last, and only for the model class and the tokenizer of a built artifact.
 """
 
 import json
@@ -9,28 +9,22 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
-from transformers import AutoConfig
-from transformers.core_model_loading import revert_weight_conversion
 
 from frankenmoe.artifact.folder import Artifact, check_no_stray, small_hashes
-from frankenmoe.build.tokens import compared_texts
+from frankenmoe.build.target import planned, target_of
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError
-from frankenmoe.moe.dense import causal_class, quiet_transformers, torch_dtype
 from frankenmoe.planning import Plan
 from frankenmoe.planning.recall import facts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.subject import Subject, open_subject
 
 DAMAGED = "the folder was changed or damaged after the build; build it again"
-UNKNOWN_CLASS = "the installed transformers has a new layout for this format; update frankenmoe"
 SAMPLE = 2**16  # bytes compared of each copied tensor if sampled
 Listener = Callable[[int], None]
 
@@ -67,7 +61,7 @@ def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT
         *checks,
         *prove_routers(made, artifact.folder),
         *prove_body(made, artifact.folder, on_bytes=progress.advance),
-        *prove_tokenizer(made, artifact.folder),
+        *prove_agreement(made, artifact.folder),
     )
 
 
@@ -86,10 +80,9 @@ def _small_files(artifact: Artifact) -> Check:
 
 
 def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:
-    """Compares the built weights with the plan, the model class and the sources.
+    """Compares the built weights with the plan and the sources.
 
-    `sampled` compares one block per tensor and not the class: the folder has the tensors and config of the plan, for
-    which `prove_class` checks it.
+    `sampled` compares one block per tensor, and the config with the planned one, on which transformers was asked ahead.
     """
     checkpoint = open_checkpoint(folder)
     tensors = checkpoint.tensors
@@ -98,28 +91,27 @@ def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = 
     if sampled:
         _compare_config(plan, checkpoint.config, folder)
         _read_ahead(tensors.values())
-    elif plan.fmt is not None and plan.fmt.loads_in_transformers:
-        found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
-        checks.append(_compare_class(folder, found, where="the folder", hint=DAMAGED))
     wanted = _sampled_once(plan.writes, tensors) if sampled else plan.writes
     compared = sum(_compare_bytes(write, tensors[write.name], sampled=sampled, on_bytes=on_bytes) for write in wanted)
     extent = "one block of each tensor, " if sampled else "every byte, "
     return (*checks, Check("values", f"{extent}{compared:,} bytes, finite and equal to the sources"))
 
 
-def prove_tokenizer(plan: Plan, folder: Path) -> tuple[Check, ...]:
-    """Compares the ids that the folder and the base give to hard texts; no check if the base has no tokenizer."""
-    count = compared_texts(plan, folder)
-    return () if count is None else (Check("tokenizer", f"the base's ids for {count} hard texts"),)
+def prove_agreement(plan: Plan, folder: Path) -> tuple[Check, ...]:
+    """Compares the built folder with transformers: the tensors of its class, the ids that it gives to hard texts.
 
+    Imports torch and transformers. No checks if no class loads the format; none of texts if the base has no tokenizer.
+    """
+    from frankenmoe.build.agreement import compare_class
+    from frankenmoe.build.tokens import compared_texts
 
-def prove_class(plan: Plan) -> None:
-    """Checks that the planned tensors are those of the model class, made from the planned config."""
-    if plan.fmt is None or not plan.fmt.loads_in_transformers:
-        return
-    with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(plan.config))
-        _compare_class(Path(folder), _planned(plan), where="the plan", hint=UNKNOWN_CLASS)
+    target = target_of(plan)
+    if target.config is None:
+        return ()
+    found = {name: (ref.dtype, ref.shape) for name, ref in open_checkpoint(folder).tensors.items()}
+    checks = (Check("class", compare_class(folder, found, where="the folder", hint=DAMAGED)),)
+    count = compared_texts(target, folder)
+    return checks if count is None else (*checks, Check("tokenizer", f"the base's ids for {count} hard texts"))
 
 
 def _sampled_once(writes: Iterable[TensorWrite], tensors: Mapping[str, TensorRef]) -> Iterator[TensorWrite]:
@@ -177,14 +169,8 @@ def _hashes(artifact: Artifact, made: Plan, on_bytes: Listener) -> Check:
     return Check("values", f"every byte of {len(made.source_files)} source files, by SHA-256")
 
 
-def _planned(plan: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (safetensors dtype, shape) of every tensor of the built form."""
-    wanted = {write.name: (write.dtype, write.shape) for write in plan.writes}
-    return wanted | {name: (plan.dtype, shape) for name, shape in plan.routers.items()}
-
-
 def _compare_headers(plan: Plan, tensors: Mapping[str, TensorRef]) -> None:
-    wanted = _planned(plan)
+    wanted = planned(plan)
     found = {name: (ref.dtype, ref.shape) for name, ref in tensors.items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
@@ -197,38 +183,6 @@ def _compare_headers(plan: Plan, tensors: Mapping[str, TensorRef]) -> None:
 def _compare_config(plan: Plan, config: Mapping[str, object], folder: Path) -> None:
     if config != json.loads(json.dumps(plan.config)):
         raise ArtifactError(f"{folder / 'config.json'} is not the planned config", hint=DAMAGED)
-
-
-def _compare_class(folder: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, where: str, hint: str) -> Check:
-    """Checks that `tensors` are exactly those that the model class of the folder's config would save."""
-    with torch.device("meta"), quiet_transformers():
-        config = AutoConfig.from_pretrained(folder)
-        model = causal_class(config)._from_config(config, dtype=config.dtype)
-        state = revert_weight_conversion(model, model.state_dict())
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    ours = {name: (torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
-    theirs = {
-        name: (ours[name][0] if _widened(tensor, ours.get(name)) else tensor.dtype, tuple(tensor.shape))
-        for name, tensor in state.items()
-    }
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            raise ArtifactError(
-                f"{type(model).__name__} and {where} disagree on {name}: the class has "
-                f"{_spell(theirs.get(name))}, {where} {_spell(ours.get(name))}",
-                hint=hint,
-            )
-    return Check("class", f"{type(model).__name__} has exactly these {len(state)} tensors")
-
-
-def _widened(tensor: torch.Tensor, ours: tuple[torch.dtype, tuple[int, ...]] | None) -> bool:
-    """Whether a class keeps in float32 what is stored with fewer bits, such as a router; it loads that as it is."""
-    return ours is not None and tensor.dtype == torch.float32 and ours[0].is_floating_point
-
-
-def _spell(found: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
-    return "nothing" if found is None else f"{found[0]} {list(found[1])}"
 
 
 def _read_ahead(tensors: Iterable[TensorRef]) -> None:

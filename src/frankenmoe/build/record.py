@@ -10,6 +10,8 @@ from frankenmoe.artifact.folder import STATISTICS
 from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import versions
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
+from frankenmoe.checkpoint.header import read_metadata
+from frankenmoe.errors import ArtifactError
 from frankenmoe.planning import Plan
 from frankenmoe.planning.asadapter import copied_to
 from frankenmoe.planning.recall import facts
@@ -82,6 +84,7 @@ def _fit_report(folder: Path) -> dict[str, Any]:
     """The fit's report, read from the statistics file, because it must survive a killed and resumed run."""
     if not (folder / STATISTICS).exists():
         return {}
-    from frankenmoe.gates.statistics import load_statistics
-
-    return {"fit": load_statistics(folder / STATISTICS).facts}
+    facts = read_metadata(folder / STATISTICS).get("facts")
+    if facts is None:
+        raise ArtifactError(f"{folder / STATISTICS} is damaged: it has no facts", hint="fit the routers again")
+    return {"fit": json.loads(facts)}

@@ -1,14 +1,11 @@
 """Recipe or virtual artifact -> artifact: plan, routers, weights, verification.
 
-Imports torch in a thread while weights are already being copied.
+Imports torch only to fit routers, and if transformers must be asked about this recipe for the first time.
 """
 
 import os
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from importlib import import_module
+from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +21,12 @@ from frankenmoe.artifact.folder import (
     small_hashes,
     write_routers,
 )
+from frankenmoe.build.asking import asked
 from frankenmoe.build.backbone import moved_record, with_own_backbone
 from frankenmoe.build.body import compose, copy_small_files
+from frankenmoe.build.proof import prove_body, prove_routers, prove_sources
 from frankenmoe.build.record import record_of, stages_beside
+from frankenmoe.build.target import target_of
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError, SourceError
@@ -38,8 +38,6 @@ from frankenmoe.recipe import RANDOM_MODES, Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
-
-SWITCH_INTERVAL = 2e-4  # seconds; see torch_ahead
 
 
 def build(
@@ -74,8 +72,12 @@ def build(
     digest = (
         f"{made.digest}/{'virtual' if virtual else shard_size}{f'/{sha256(given.folder / ROUTERS)}' if given else ''}"
     )
-    with growing(out, digest=digest) as partial, torch_ahead(made, virtual=virtual) as ahead:
-        if virtual or made.recipe.gate_mode not in RANDOM_MODES:
+    here = virtual or (
+        made.recipe.gate_mode not in RANDOM_MODES and given is None
+    )  # at once, or torch is needed anyway
+    asking = asked(target_of(made, virtual=virtual), here=here, cache=subject.cache, name=subject.name)
+    with growing(out, digest=digest) as partial, asking as ahead:
+        if here:
             ahead.result()
         if virtual:
             _check_sources(made, progress)
@@ -109,41 +111,6 @@ def build(
         return finish(partial, out, record=record)
 
 
-@contextmanager
-def torch_ahead(made: Plan, *, virtual: bool) -> Iterator[Future[dict[str, bytes]]]:
-    """Imports torch and transformers in a thread, which takes as long as copying gigabytes, and checks the plan there.
-
-    Yields a future of tokenizer files to write, which raises what the checks found. Wait for it before importing
-    transformers, which cannot be imported from two threads at once. A short switch interval keeps the imports from
-    delaying the copying.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        try:
-            yield pool.submit(_check_ahead, made, virtual=virtual)
-        finally:
-            pool.shutdown()
-            sys.setswitchinterval(before)
-
-
-def _check_ahead(made: Plan, *, virtual: bool) -> dict[str, bytes]:
-    """Checks that transformers can load the sources, and that the planned tensors are those of the target class.
-
-    Returns the tokenizer files of a built folder that must differ from the base's.
-    """
-    prove = import_module("frankenmoe.build.proof")
-    from frankenmoe.moe.load import check_loadable
-
-    check_loadable(made)
-    if virtual:
-        return {}
-    prove.prove_class(made)
-    from frankenmoe.build.tokens import tokenizer_files
-
-    return tokenizer_files(made)
-
-
 def _unless_failed(ahead: Future[Any], on_bytes: Callable[[int], None]) -> Callable[[int], None]:
     """`on_bytes`, but raises an error of the thread, so that writing stops early."""
 
@@ -157,16 +124,12 @@ def _unless_failed(ahead: Future[Any], on_bytes: Callable[[int], None]) -> Calla
 
 def _check_sources(made: Plan, progress: Progress) -> None:
     """Checks all values that a virtual MoE will read."""
-    from frankenmoe.build.proof import prove_sources
-
     progress.start("checking", made.bill.memory_virtual, "B")
     prove_sources(made, on_bytes=progress.advance)
 
 
 def _prove(made: Plan, folder: Path) -> None:
     """Checks that the written files match the plan."""
-    from frankenmoe.build.proof import prove_body, prove_routers
-
     try:
         prove_routers(made, folder)
         prove_body(made, folder, sampled=True, on_bytes=lambda amount: None)

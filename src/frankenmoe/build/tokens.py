@@ -10,12 +10,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from frankenmoe.build.target import Target
 from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.data.hardtext import hard_texts, token_ids
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.moe.dense import load_tokenizer
-from frankenmoe.planning import Plan
-from frankenmoe.planning.vocabulary import VOCAB
 
 WHOLE = "tokenizer.json"
 SETTINGS = "tokenizer_config.json"
@@ -24,18 +23,18 @@ PLAIN_CLASS = "PreTrainedTokenizerFast"  # loads tokenizer.json as it is, in tra
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
-def tokenizer_files(plan: Plan) -> dict[str, bytes]:
+def tokenizer_files(target: Target) -> dict[str, bytes]:
     """Name -> content of the tokenizer files that must replace the base's in a built folder; none if they are right.
 
     Raises ArtifactError if the base's tokenizer cannot be written so that transformers splits text alike.
     """
-    base, rows = _base_tokenizer(plan), _rows(plan)
+    base, rows = _base_tokenizer(target), target.rows
     if base is None:
         return {}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(plan.config))
-        for file in plan.small_files:
+        (folder / "config.json").write_text(json.dumps(target.config))
+        for file in target.small_files:
             (folder / file.name).write_bytes(small_bytes(file))
         if (folder / WHOLE).is_file() and first_difference(base, folder, rows=rows) is None:
             return {}
@@ -45,25 +44,25 @@ def tokenizer_files(plan: Plan) -> dict[str, bytes]:
         odd = first_difference(base, folder, rows=rows)
         if odd is not None:
             raise ArtifactError(
-                f"beside the MoE's config, the tokenizer of {plan.base.folder} splits {odd!r:.80} otherwise than "
+                f"beside the MoE's config, the tokenizer of {target.base} splits {odd!r:.80} otherwise than "
                 "beside the base's config",
                 hint="save it with tokenizer.backend_tokenizer.save('tokenizer.json') beside the base's weights",
             )
         return found
 
 
-def compared_texts(plan: Plan, folder: Path) -> int | None:
+def compared_texts(target: Target, folder: Path) -> int | None:
     """The number of hard texts that `folder` splits as the base does; None if the base has no tokenizer.
 
     Raises ArtifactError if it splits one otherwise.
     """
-    base, rows = _base_tokenizer(plan), _rows(plan)
+    base, rows = _base_tokenizer(target), target.rows
     if base is None:
         return None
     odd = first_difference(base, folder, rows=rows)
     if odd is not None:
         raise ArtifactError(
-            f"the tokenizer of {folder} splits {odd!r:.80} otherwise than that of its base {plan.base.folder}",
+            f"the tokenizer of {folder} splits {odd!r:.80} otherwise than that of its base {target.base}",
             hint="build it again with this version",
         )
     return len(hard_texts(base, rows=rows))
@@ -80,19 +79,14 @@ def first_difference(base: Any, folder: Path, *, rows: int) -> str | None:
     return next((text for text, ours, theirs in pairs if ours != theirs), None)
 
 
-def _rows(plan: Plan) -> int:
-    """The rows of the embedding."""
-    return int(plan.base.config[VOCAB])
-
-
-def _base_tokenizer(plan: Plan) -> Any:
+def _base_tokenizer(target: Target) -> Any:
     """The base's tokenizer; None if it has none that transformers can load by itself, or no class will load the MoE."""
-    if plan.fmt is None or not plan.fmt.loads_in_transformers:
+    if target.config is None:
         return None
-    if not any(file.name in FILES for file in plan.small_files):
+    if not any(file.name in FILES for file in target.small_files):
         return None
     with suppress(SourceError):
-        return load_tokenizer(plan.base.folder)
+        return load_tokenizer(target.base)
     return None
 
 

@@ -35,6 +35,13 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     return {ref.name: ref for ref in refs}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file carries beside its tensors. Raises SourceError for a damaged header."""
+    found: dict[str, str] = _parse(path, raw_header(path)[0]).get("__metadata__", {})
+    _check_metadata(path, found)
+    return found
+
+
 def raw_header(path: Path) -> tuple[bytes, int]:
     """The header's JSON bytes, unparsed, and the size of the file in bytes.
 

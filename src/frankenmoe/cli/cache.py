@@ -17,7 +17,7 @@ KIND = click.argument("kind", required=False, type=click.Choice(KINDS))
 @JSON
 @click.pass_context
 def cache_command(context: click.Context, as_json: bool) -> None:
-    """List cached routers, backbones, scores, distances of parents and CPU kernels.
+    """List cached routers, backbones, scores, distances of parents, what transformers said and CPU kernels.
 
     The cache is in $XDG_CACHE_HOME/frankenmoe, by default ~/.cache/frankenmoe. Everything in it can be computed again.
     """

@@ -4,7 +4,7 @@ The virtual and the built form load the same way. Writes nothing.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from frankenmoe.moe.dense import (
     made_config,
     mlp_modules,
     one_line,
+    read_config,
     skeleton,
     source_config,
     torch_dtype,
@@ -36,11 +37,11 @@ from frankenmoe.moe.dense import (
 from frankenmoe.moe.device import CPU, Weights, place
 from frankenmoe.moe.router import Router
 from frankenmoe.moe.trace import RoutingTrace, concat, record
-from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning import ExpertNode
 from frankenmoe.planning.bill import distinct_bytes
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.parts import Parts
-from frankenmoe.planning.sources import Source
+from frankenmoe.planning.sources import first_of_folders
 
 Gates = Mapping[str, torch.Tensor]
 ROUTERS_AGAIN = "the routers file was changed after it was written: fit the routers or build the artifact again"
@@ -79,11 +80,16 @@ def gate_tensors(routers: Routers) -> Gates:
     }
 
 
-def check_loadable(plan: Plan) -> None:
-    """SourceError if transformers cannot make a generating model from the sources. Reads configs only."""
-    for source in _first_of_folders(plan.sources):
-        skeleton(source_config(source))
-    _generation_config(plan.base.folder)
+def check_loadable(
+    sources: Iterable[tuple[Path, Mapping[str, Any] | None]], *, base: Path, trust_remote_code: bool
+) -> None:
+    """SourceError if transformers cannot make a generating model from these folders. Reads configs only.
+
+    A config stands in the place of a folder's own.
+    """
+    for folder, config in sources:
+        skeleton(read_config(folder, trust_remote_code=trust_remote_code) if config is None else made_config(config))
+    _generation_config(base)
 
 
 def weights_of(parts: Parts) -> Weights:
@@ -102,17 +108,13 @@ def load_parts(
     drop_policy. Raises SourceError, ArtifactError or NumericsError for sources, tensors or gates that cannot be used.
     """
     # the first source of a folder counts, which is no shared expert
-    configs = {source.folder: source_config(source) for source in _first_of_folders(parts.sources)}
+    configs = {source.folder: source_config(source) for source in first_of_folders(parts.sources)}
     config = configs.get(parts.folder) or made_config(parts.config)
     if parts.own_head:
         config.tie_word_embeddings = False
     made = _assemble(parts, config, configs, gates, dtype=dtype, **options)
     place(made.model, device)
     return made
-
-
-def _first_of_folders(sources: Sequence[Source]) -> Iterable[Source]:
-    return {source.folder: source for source in reversed(sources)}.values()
 
 
 def _assemble(

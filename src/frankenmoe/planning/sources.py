@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -219,6 +219,11 @@ def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
         if expert.merge is not None:
             base = merge_base(recipe, expert.merge)
             yield from ((name, None) for name in (*expert.merge.models, *((base,) if base else ())))
+
+
+def first_of_folders(sources: Sequence[Source]) -> Iterable[Source]:
+    """One source of each folder."""
+    return {source.folder: source for source in reversed(sources)}.values()
 
 
 def merge_base(recipe: Recipe, merge: ExpertMerge) -> SourceName | None:

@@ -1,0 +1,94 @@
+"""Whether transformers agrees with a target: it loads the sources, its class has the tensors, it splits text alike.
+
+Imports torch and transformers, which takes seconds; build/asking.py remembers the answer. As a process of its own, this
+module reads a target from stdin and writes the answer to stdout.
+"""
+
+import base64
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+from transformers.core_model_loading import revert_weight_conversion
+
+from frankenmoe.build.target import Target
+from frankenmoe.build.tokens import tokenizer_files
+from frankenmoe.errors import ArtifactError, FrankenMoEError
+from frankenmoe.moe.dense import causal_class, quiet_transformers, torch_dtype
+from frankenmoe.moe.load import check_loadable
+
+UNKNOWN_CLASS = "the installed transformers has a new layout for this format; update frankenmoe"
+Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def agree(target: Target) -> dict[str, bytes]:
+    """Checks a target. Returns the tokenizer files of a built folder that must differ from the base's.
+
+    Raises SourceError for a source that transformers cannot load, ArtifactError if it has other tensors or splits text
+    otherwise.
+    """
+    check_loadable(target.sources, base=target.base, trust_remote_code=target.trust_remote_code)
+    if target.config is None:
+        return {}
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(target.config))
+        compare_class(Path(folder), target.tensors, where="the plan", hint=UNKNOWN_CLASS)
+    return tokenizer_files(target)
+
+
+def compare_class(folder: Path, tensors: Tensors, *, where: str, hint: str) -> str:
+    """Checks that `tensors` are exactly those that the model class of the folder's config would save.
+
+    Returns what was found, in words.
+    """
+    with torch.device("meta"), quiet_transformers():
+        config = AutoConfig.from_pretrained(folder)
+        model = causal_class(config)._from_config(config, dtype=config.dtype)
+        state = revert_weight_conversion(model, model.state_dict())
+    if config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    ours = {name: (torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
+    theirs = {
+        name: (ours[name][0] if _widened(tensor, ours.get(name)) else tensor.dtype, tuple(tensor.shape))
+        for name, tensor in state.items()
+    }
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise ArtifactError(
+                f"{type(model).__name__} and {where} disagree on {name}: the class has "
+                f"{_spell(theirs.get(name))}, {where} {_spell(ours.get(name))}",
+                hint=hint,
+            )
+    return f"{type(model).__name__} has exactly these {len(state)} tensors"
+
+
+def _widened(tensor: torch.Tensor, ours: tuple[torch.dtype, tuple[int, ...]] | None) -> bool:
+    """Whether a class keeps in float32 what is stored with fewer bits, such as a router; it loads that as it is."""
+    return ours is not None and tensor.dtype == torch.float32 and ours[0].is_floating_point
+
+
+def _spell(found: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
+    return "nothing" if found is None else f"{found[0]} {list(found[1])}"
+
+
+def answer_on_stdout() -> None:
+    """Reads a target from stdin and writes the answer to stdout: files, or the error.
+
+    What transformers prints to stdout goes to stderr.
+    """
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    found: dict[str, Any]
+    try:
+        files = agree(Target.from_json(sys.stdin.read()))
+        found = {"files": {name: base64.b64encode(raw).decode() for name, raw in files.items()}}
+    except FrankenMoEError as error:
+        found = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
+    with os.fdopen(stdout, "w") as out:
+        out.write(json.dumps(found))
