@@ -37,7 +37,7 @@ from frankenmoe.errors import ArtifactError
 from frankenmoe.gates.kept import kept_routers
 from frankenmoe.moe.load import check_loadable
 from frankenmoe.planning import Plan, plan
-from frankenmoe.planning.adopting import NOTHING, Named, mixture_in, on_hub, recipe_of_mixture
+from frankenmoe.planning.adopting import MERGEKIT, NOTHING, Named, mixture_in, on_hub, recipe_of_mixture
 from frankenmoe.planning.mixture import Mixture
 from frankenmoe.planning.pairing import Pair, paired
 from frankenmoe.progress import SILENT, Progress
@@ -45,7 +45,6 @@ from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.moved import moved_recipe
 
 RECIPE = "recipe.yml"
-MERGEKIT = "mergekit_moe_config.yml"  # which mergekit-moe writes beside its weights
 
 
 @dataclass(frozen=True)
