@@ -211,6 +211,7 @@ def test_every_command_works_on_an_adopted_folder(tuned: Path, tmp_path: Path) -
     output("export", tmp_path / "trained", tmp_path / "gguf", "--types", "f16", "--no-check")
     output("card", tuned)
     assert "Another program made or trained this mixture" in (tuned / "README.md").read_text()
+    assert "other programs read the routers in the weights" in cli("push", tuned, "me/moe", "--dry-run").stderr
     for what in (tuned, tmp_path / "trained"):
         output("build", what, tmp_path / f"built-{what.name}")
         output("verify", tmp_path / f"built-{what.name}")

@@ -165,7 +165,7 @@ def _origin(mixture: Mixture, made: Plan, made_from: Recipe | None, pairs: Seque
         "format": mixture.fmt.name,
         "saved_by": f"transformers {saved}" if saved else None,
         "mergekit": (folder / MERGEKIT).is_file(),
-        "recipe": made_from.origin if made_from else None,
+        "recipe": Path(made_from.origin).name if made_from else None,
         "experts": experts,
         "shared_experts": [node.name for node in made.shared],
         "experts_per_token": made.recipe.experts_per_token,
