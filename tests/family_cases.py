@@ -1,12 +1,17 @@
 """Every pair of a dense family and an MoE format that tests build, with a config that makes a loss visible."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 import tiny
+from frankenmoe.families import FAMILIES, FORMATS
 
 # odd sizes, groups of heads, four layers
 SIZES: dict[str, Any] = {
@@ -30,6 +35,8 @@ MULTIPLIERS = {
 }
 # its router divides by the sum of two sigmoids plus 1e-6, which counts where both are small
 LFM2_EPSILON = 5e-3
+# weights that are rounded once more move the logits of any MoE of these sizes by up to 2e-5, as they move gates
+ROUNDED_AGAIN = 3e-5
 LFM2 = {
     "layer_types": ["conv", "full_attention", "conv", "full_attention"],
     "block_multiple_of": 4,
@@ -46,6 +53,28 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
+}
+GEMMA3 = {
+    "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+    "sliding_window": 8,
+    "head_dim": 8,
+    "query_pre_attn_scalar": 24,
+    "tie_word_embeddings": True,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e2},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+    },
+}
+GEMMA4 = {
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 8,
+    "head_dim": 8,
+    "global_head_dim": 12,
+    "num_global_key_value_heads": 2,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 3.0,
+    "tie_word_embeddings": True,
 }
 LONGROPE = {
     "rope_type": "longrope",
@@ -185,6 +214,42 @@ CASES: dict[str, Case] = {
             "tie_word_embeddings": True,
         },
     ),
+    "cohere": Case(
+        "cohere", "cohere2_moe", {"logit_scale": 0.25, "attention_bias": True, "tie_word_embeddings": False}
+    ),
+    # its MoE has one more layer, which changes nothing
+    "gemma3": Case("gemma3_text", "gemma4", GEMMA3, close=ROUNDED_AGAIN),
+    "gemma3-full": Case(
+        "gemma3_text",
+        "gemma4",
+        GEMMA3
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": 3.0,
+        },
+        close=ROUNDED_AGAIN,
+    ),
+    "gemma4": Case("gemma4_text", "gemma4", GEMMA4),
+    # the last two layers read the keys of earlier ones
+    "gemma4-inputs": Case(
+        "gemma4_text",
+        "gemma4",
+        GEMMA4
+        | {
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "num_kv_shared_layers": 2,
+            "hidden_size_per_layer_input": 5,
+            "vocab_size_per_layer_input": 101,
+            "attention_k_eq_v": False,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "final_logit_softcapping": None,
+        },
+        # scores are not divided by the root of the head size: rounding the embeddings moves the logits by 3e-6
+        close=1e-5,
+    ),
     "helium": Case("helium", "mixtral", {"pad_token_id": None}),
     "granite4": Case(
         "granitemoehybrid",
@@ -218,3 +283,64 @@ def write_recipe(file: Path, case: Case, base: Path, parents: list[Path], *, hal
             each["residual_scale"] = 0.5
         file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file
+
+
+class PerToken(nn.Module):
+    """An MoE written down as its definition: token by token, expert by expert.
+
+    `experts` and `shared` are FFNs of stock dense models. `shared_gate` (1, D) weighs the shared one.
+    """
+
+    def __init__(
+        self,
+        fmt: str,
+        gate_ED: torch.Tensor,
+        experts: list[nn.Module],
+        shared: nn.Module | None,
+        shared_gate: torch.Tensor | None,
+        *,
+        top_k: int,
+    ) -> None:
+        super().__init__()
+        self.rule = FORMATS[fmt].router
+        self.gate_ED, self.shared_gate, self.top_k = gate_ED, shared_gate, top_k
+        self.experts, self.shared = nn.ModuleList(experts), shared
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        tokens = hidden.reshape(-1, hidden.shape[-1])
+        return torch.stack([self.one(token) for token in tokens]).reshape(hidden.shape)
+
+    def one(self, token_D: torch.Tensor) -> torch.Tensor:
+        """The sum for one token."""
+        scores = (self.gate_ED @ token_D).tolist()
+        raised = torch.tensor(scores).sigmoid() if self.rule.score == "sigmoid" else torch.tensor(scores).softmax(0)
+        weights = dict(sorted(enumerate(raised.tolist()), key=lambda pair: -pair[1])[: self.top_k])
+        whole = sum(weights.values()) + self.rule.epsilon
+        total = torch.zeros_like(token_D)
+        for index, weight in weights.items():
+            total += weight / whole * self.experts[index](token_D[None])[0]
+        if self.shared is not None:
+            share = 1.0 if self.shared_gate is None else (self.shared_gate @ token_D).sigmoid()
+            total += share * self.shared(token_D[None])[0]
+        return total
+
+
+def per_token(
+    case: Case, base: Path, parents: list[Path], gates: Mapping[str, torch.Tensor], *, shared: Path | None
+) -> Any:
+    """The stock model of `base` with a loop in place of every FFN; `gates` are an artifact's stored routers."""
+    fmt, mlp = FORMATS[case.fmt], FAMILIES[case.family].mlp
+    model, *others = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (base, *parents))
+    common = AutoModelForCausalLM.from_pretrained(shared).eval() if shared else None
+    for index, layer in enumerate(model.model.layers):
+        own = gates.get(fmt.shared_gate.format(layer=index)) if fmt.shared_gate and common is not None else None
+        loop = PerToken(
+            case.fmt,
+            gates[fmt.gate.format(layer=index)],
+            [getattr(other.model.layers[index], mlp) for other in others],
+            getattr(common.model.layers[index], mlp) if common is not None else None,
+            own,
+            top_k=2,
+        )
+        setattr(layer, mlp, loop)
+    return model

@@ -1,6 +1,8 @@
 """Where models run: names, memory that is too small, and every stage on a second device with the CPU's results."""
 
 import io
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -275,3 +277,32 @@ def gates(artifact: Path) -> dict[str, list[list[float]]]:
 
     found = gate_tensors(fm.open(artifact).routers().routers)
     return {name: gate.tolist() for name, gate in found.items()}
+
+
+@pytest.mark.parametrize(("wanted", "found"), [({}, "64"), ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "7"}, "7")])
+def test_few_compiled_products_are_kept_unless_the_user_says_how_many(wanted: dict[str, str], found: str) -> None:
+    code = "import os, frankenmoe.moe.dense; print(os.environ['ONEDNN_PRIMITIVE_CACHE_CAPACITY'])"
+    plain = {name: value for name, value in os.environ.items() if name != "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=plain | wanted, capture_output=True, text=True, check=True, timeout=300
+    )
+    assert done.stdout.strip() == found
+
+
+def test_freed_memory_goes_back_to_the_system() -> None:
+    code = """
+import ctypes
+from pathlib import Path
+from frankenmoe.moe.memory import give_back_memory
+def anonymous():
+    return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
+kept = [bytearray(2**16) for _ in range(2000)][-1]  # glibc keeps what lies below it
+before = anonymous()
+give_back_memory()
+print(before - anonymous() if hasattr(ctypes.CDLL(None), "malloc_trim") else "none")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.strip() == "none":
+        pytest.skip("this C library cannot return memory")
+    assert int(done.stdout) > 100_000

@@ -15,7 +15,7 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own row and from lower ones. A name is a package, or one file of it
 LAYERS = (
-    {"errors", "suggest", "progress", "palette", "cache", "charts", "system"},
+    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "system"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
     {"moe", "gates", "backbone", "subject"},
@@ -27,7 +27,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 # independent of one another; all of them may use build, which makes artifacts
 STAGES = LAYERS[4] - {"build"}
 TORCH_FREE = {*LAYERS[0], *LAYERS[1], *LAYERS[2], "publish", "build.body"}
-WITH_TORCH = {"publish.samples"}
+WITH_TORCH = {"publish.samples", "data.templates"}  # templates: transformers without torch, in a child process
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
 MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")
 

@@ -196,7 +196,7 @@ def test_an_output_that_is_full_is_one_sentence(recipe: Path, option: str) -> No
     command = f"{sys.executable} -m frankenmoe.cli plan {recipe} {option} > /dev/full"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "error: system error: No space left on device" in done.stderr
+    assert "error: the disk or the quota is full" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -41,9 +41,9 @@ def make_parent(
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.copy_(torch.randn_like(parameter) * 0.2 + 1)
+        for tensor in model.state_dict().values():  # with the buffers that are saved
+            if tensor.dim() == 1:
+                tensor.copy_(torch.randn_like(tensor) * 0.2 + 1)
     model.save_pretrained(folder)
     tokenizer = make_qwen_tokenizer() if family.startswith("qwen3_5") else make_tokenizer()
     tokenizer.save_pretrained(folder)

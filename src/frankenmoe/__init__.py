@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from frankenmoe.artifact.folder import Artifact
     from frankenmoe.backbone.run import heal
+    from frankenmoe.build.adopt import adopt
     from frankenmoe.build.extraction import extract
     from frankenmoe.build.lora import extract_lora
     from frankenmoe.build.proof import verify
@@ -29,6 +30,7 @@ _HOMES = {
     "Recipe": "frankenmoe.recipe",
     "Subject": "frankenmoe.subject",
     "add_expert": "frankenmoe.gates.run",
+    "adopt": "frankenmoe.build.adopt",
     "build": "frankenmoe.build.run",
     "export_gguf": "frankenmoe.export.run",
     "extract": "frankenmoe.build.extraction",
@@ -52,6 +54,7 @@ __all__ = [
     "Recipe",
     "Subject",
     "add_expert",
+    "adopt",
     "build",
     "export_gguf",
     "extract",

@@ -18,6 +18,7 @@ from frankenmoe.gates.cached import key_of
 from frankenmoe.gates.made import MadeRouters, RouterMaker, artifact_routers, make_routers
 from frankenmoe.moe.processes import main_first
 from frankenmoe.planning import Plan, plan
+from frankenmoe.planning.adopting import is_mixture, mixture_in, recipe_of_mixture
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.planning.parts import Parts, parts_of_built, parts_of_plan, sharing_equal_experts
 from frankenmoe.planning.recall import plan_of, recipe_of
@@ -27,7 +28,7 @@ from frankenmoe.recipe import Recipe
 if TYPE_CHECKING:
     from frankenmoe.moe.load import MoE
 
-Kind = Literal["recipe", "artifact", "gguf", "dense"]
+Kind = Literal["recipe", "artifact", "gguf", "mixture", "dense"]
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,11 @@ class Subject:
     def need_artifact(self, *, hint: str) -> Artifact:
         """The artifact. Raises PlanError with this hint for a recipe."""
         if not isinstance(self.what, Artifact):
+            if kind_of(self.origin) == "mixture":
+                raise PlanError(
+                    f"{self.origin} is a mixture of another program, expected an artifact",
+                    hint=f"frankenmoe adopt {self.origin}",
+                )
             raise PlanError(f"{self.origin} is a recipe, expected an artifact", hint=hint)
         return self.what
 
@@ -313,9 +319,18 @@ def open_subject(
             f"expected a recipe, an artifact or a path, found {what!r}"[:200], hint="open one by its path"
         )
     if isinstance(what, str | Path):
-        what = Recipe.load(what) if kind_of(what) == "recipe" else open_artifact(Path(what))
+        what = _opened(str(what))
     known = like.plan if like and isinstance(what, Artifact) and same_plan(what, like) else None
     return Subject(what, dtype=dtype, cache=cache, trust_remote_code=trust_remote_code, known=known)
+
+
+def _opened(what: str) -> Recipe | Artifact:
+    match kind_of(what):
+        case "recipe":
+            return Recipe.load(what)
+        case "mixture":
+            return recipe_of_mixture(what, mixture_in(what))
+    return open_artifact(Path(what))
 
 
 def same_plan(artifact: Artifact, like: Subject) -> bool:
@@ -329,7 +344,7 @@ def same_plan(artifact: Artifact, like: Subject) -> bool:
 
 def open_model(what: str | Path, *, cache: bool = True, trust_remote_code: bool = False) -> Subject | Dense:
     """Like `open_subject`, but also opens a dense model: a folder or a hub id (with @revision)."""
-    if kind_of(what) != "dense":
+    if kind_of(what) not in ("dense", "mixture"):
         return open_subject(what, cache=cache, trust_remote_code=trust_remote_code)
     name, _, revision = str(what).partition("@") if not Path(what).exists() else (str(what), "", "")
     folder = resolve(name, revision=revision or None, folder=Path.cwd())
@@ -337,13 +352,19 @@ def open_model(what: str | Path, *, cache: bool = True, trust_remote_code: bool 
 
 
 def kind_of(what: str | Path) -> Kind:
-    """What a path names. A missing file ending in .yml or .yaml is a recipe; a folder without a record is dense."""
+    """What a path names.
+
+    A missing file ending in .yml or .yaml is a recipe. A folder without a record is dense, unless its config.json is
+    that of a mixture in a known format. That is opened as the recipe that means it; `adopt` makes an artifact of it.
+    """
     path = Path(what)
     if path.suffix == ".gguf" and not path.is_dir():
         return "gguf"
     if path.is_file() or (path.suffix in (".yml", ".yaml") and not path.is_dir()):
         return "recipe"
-    return "artifact" if (path / RECORD).is_file() else "dense"
+    if (path / RECORD).is_file():
+        return "artifact"
+    return "mixture" if is_mixture(path) else "dense"
 
 
 def load(

@@ -18,6 +18,7 @@ import synthetic
 from frankenmoe import palette
 from frankenmoe.audit.page import page
 from frankenmoe.audit.write import write_report
+from frankenmoe.errors import FrankenMoEWarning
 
 SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -298,10 +299,22 @@ def test_nothing_is_loaded_from_anywhere() -> None:
 
 
 def test_without_the_drawing_library_the_page_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frankenmoe.charts.can_draw", lambda: False)
     monkeypatch.setattr("frankenmoe.audit.page.can_draw", lambda: False)
     html = page([synthetic.make_audit(experts=3, layers=2, tokens=20)])
     assert "pip install 'frankenmoe[audit]'" in html
     assert "<svg" not in html
+    assert "All layers in numbers" in html
+
+
+def test_a_drawing_library_that_crashes_costs_the_charts_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("frankenmoe.charts.NOT_XML", re.compile("(?!)"))  # lets ESC through, on which it aborts
+    audit = synthetic.make_audit(experts=3, layers=2, tokens=20)
+    audit.report["model"]["experts"][0] = "law\x1b"
+    with pytest.warns(FrankenMoEWarning, match="no charts: the drawing library 'vl_convert' failed"):
+        html = page([audit])
+    assert "<svg" not in html
+    assert "No charts: the drawing library 'vl_convert' failed" in html
     assert "All layers in numbers" in html
 
 

@@ -106,7 +106,7 @@ def test_a_changed_input_is_asked_about_again(change: str, old: Path, monkeypatc
     made = target_of(fm.plan(fm.Recipe.load(old)))
     before = made.key()
     if change == "config of an expert":
-        tiny.edit_config(made.sources[1], use_cache=False)
+        tiny.edit_config(made.sources[1][0], use_cache=False)
     elif change == "tokenizer":
         (made.base / "merges.txt").write_text("#version: 0.2\n")
     elif change == "another file":
@@ -121,7 +121,7 @@ def test_a_changed_input_is_asked_about_again(change: str, old: Path, monkeypatc
 
 def test_the_same_files_elsewhere_are_not_asked_about_again(old: Path, tmp_path: Path) -> None:
     before = target_of(fm.plan(fm.Recipe.load(old)))
-    folders = [Path(shutil.copytree(folder, tmp_path / f"copy-{folder.name}")) for folder in before.sources]
+    folders = [Path(shutil.copytree(folder, tmp_path / f"copy-{folder.name}")) for folder, _ in before.sources]
     moved = target_of(fm.plan(fm.Recipe.load(tiny.write_recipe(tmp_path / "c.yml", folders[0], folders))))
     assert moved.base != before.base
     assert moved.key() == before.key()

@@ -180,6 +180,17 @@ def test_a_link_to_another_file_of_this_machine_is_refused(folder: Path, name: s
     assert f"{folder / name} is a link to {folder.parent / 'private'}, outside its folder" in message(folder)
 
 
+@pytest.mark.parametrize("name", ["additional_chat_templates", "additional_chat_templates/tools.jinja"])
+def test_a_link_where_transformers_reads_templates_is_refused(folder: Path, name: str) -> None:
+    put_whole(folder)
+    private = folder.parent / "private"
+    private.mkdir()
+    (private / "tools.jinja").write_text("mine")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(private / "tools.jinja" if "/" in name else private)
+    assert f"{folder / name} is a link to {private}" in message(folder)
+
+
 def test_links_inside_the_folder_and_links_to_weights_are_taken(folder: Path) -> None:
     save_file({"a": torch.zeros(1)}, folder.parent / "elsewhere.safetensors")
     (folder / "model.safetensors").symlink_to("../elsewhere.safetensors")

@@ -50,9 +50,9 @@ def test_files_are_llama_cpps_own(sizes: dict[str, int], experts: int, layers: i
 def test_sizes_are_known_before_anything_is_written(family: str, pad256: bool, tmp_path: Path) -> None:
     base, *others = gguftools.parents(tmp_path, family, **ODD)
     path = tiny.write_recipe(tmp_path / "r.yml", base, others)
-    rows, reason = forecast(plan(Recipe.load(path)))
-    assert reason is None
-    said = {row.type: row.padded_bytes if pad256 else row.bytes for row in rows}
+    outlook = forecast(plan(Recipe.load(path)))
+    assert outlook.impossible is None
+    said = {row.type: row.padded_bytes if pad256 else row.bytes for row in outlook.files}
     for file in export_gguf(path, tmp_path / "out", types=list(FILE_TYPES), pad256=pad256, allow_random=True):
         assert file.bytes == file.path.stat().st_size
         assert said[file.type] == pytest.approx(file.bytes, rel=0.01)

@@ -287,6 +287,30 @@ def test_a_template_that_llama_cpp_cannot_read_costs_the_template_only(tmp_path:
     assert "cannot read the file's chat template" in said.stderr
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{{ i }}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("when", ["true", "messages|length > 2", "'zz' in messages[-1].content"])
+def test_a_template_without_end_does_not_hang_llama_cpp(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("frankenmoe.export.trial.SECONDS", 4)
+    tokenizer = gguftools.bpe("gpt-2")
+    plain = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.chat_template = f"{{% if {when} %}}{LOOP}{{% endif %}}{plain}"
+    base, *others = gguftools.parents(tmp_path, "llama", tokenizer=tokenizer)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, others)
+    (file,) = export_gguf(recipe, tmp_path / "out", types=["f16"], allow_random=True)
+    said = CliRunner().invoke(app, ["chat", str(file.path), "--max-new-tokens", "2"], input=b"a\nzz\n")
+    if "zz" in when:
+        assert isinstance(said.exception, FrankenMoEError)
+        assert "chat template takes more than 4 seconds" in said.exception.message
+        assert len(said.stdout.splitlines()) == 1  # the answer to the first message
+    else:
+        assert said.exit_code == 0, said.output
+        assert "cannot read the file's chat template" in said.stderr
+
+
 def test_bytes_that_are_no_text_are_told_to_whoever_chats_with_a_file(f16: Path) -> None:
     said = CliRunner().invoke(app, ["chat", str(f16)], input=b"\xff\n")
     assert said.exit_code == 2
@@ -404,3 +428,30 @@ def test_files_of_another_export_are_not_taken_for_its_own(
         answer = CliRunner().invoke(app, arguments)
         assert isinstance(answer.exception, ArtifactError), answer.output
         assert "exists already" in str(answer.exception)
+
+
+def test_an_interrupted_export_is_known_by_any_path_and_beside_other_files(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(place, tmp_path / "out", monkeypatch, "--types", "q8_0")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(place / "virtual")
+    runs = [("link", "out/", "f16"), (os.path.relpath(place / "virtual"), "./out", "q8_0")]
+    for what, out, kind in runs:
+        answer = CliRunner().invoke(app, ["export", what, out, "--types", kind, "--no-check"])
+        assert answer.exit_code == 0, answer.output
+    names = {"tiny-moe-F16.gguf", "tiny-moe-Q8_0.gguf"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"export.json"}
+    assert {file["path"] for file in json.loads((tmp_path / "out" / "export.json").read_text())["files"]} == names
+
+
+def test_a_changed_calibration_text_is_another_export(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(gguftools.WORDS)
+    command = ["--types", "q8_0", "--imatrix", str(text)]
+    interrupted(place, tmp_path / "out", monkeypatch, *command)
+    text.write_text(gguftools.WORDS * 2)
+    answer = CliRunner().invoke(app, ["export", str(place / "virtual"), str(tmp_path / "out"), *command, "--no-check"])
+    assert "exists already" in str(answer.exception)

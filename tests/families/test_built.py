@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
-from family_cases import CASES, LONG, make_parent, write_recipe
+from family_cases import CASES, LONG, make_parent, per_token, write_recipe
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.families import FAMILIES, FORMATS
 
@@ -70,5 +71,28 @@ def test_different_experts_virtual_is_built_is_stock(name: str, tmp_path: Path) 
     )
     assert apart(first, again) <= case.close
     assert apart(first, other) <= case.close
+    gates = load_file(tmp_path / "built" / "model-routers.safetensors")
+    shared = base if case.recipe.get("shared_experts") else None
+    assert apart(other, logits(per_token(case, base, [base, *others], gates, shared=shared), ids)) <= case.close
     assert made.bill.total == sum(ref.numel for ref in open_checkpoint(tmp_path / "built").tensors.values())
     fm.verify(tmp_path / "built")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bfloat16_costs_at_most_twice_what_it_costs_the_dense_model(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    base = make_parent(tmp_path / "base", case, dtype=torch.bfloat16)
+    recipe = write_recipe(tmp_path / "r.yml", case, base, [base] * 4, half=True, experts_per_token=2)
+    fm.build(recipe, tmp_path / "built", allow_identical=True)
+    ids = tiny.ids(LONG, batch=8)
+    truth, dense = (logits(stock(base, dtype=dtype), ids) for dtype in (torch.float32, torch.bfloat16))
+    # torch's grouped products take only sizes that are multiples of 8
+    loading = {"dtype": torch.bfloat16, "experts_implementation": "eager"} | case.loading
+    moe = logits(stock(tmp_path / "built", **loading), ids)
+    assert 0 < divergence(truth, moe) <= 2 * divergence(truth, dense)
+
+
+def test_gemma_3_is_not_built_in_a_type_that_loses_its_small_numbers(tmp_path: Path) -> None:
+    base = make_parent(tmp_path / "base", CASES["gemma3"])
+    recipe = write_recipe(tmp_path / "r.yml", CASES["gemma3"], base, [base] * 2, dtype="float16")
+    assert any("float16" in problem for problem in fm.plan(fm.Recipe.load(recipe)).problems)

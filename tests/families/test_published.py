@@ -12,6 +12,10 @@ from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope, unsupported
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 HYBRID = {"num_local_experts": 0, "mamba_n_heads": 8, "mamba_d_head": 8, "shared_intermediate_size": 48}
+GEMMA4 = {
+    "attention_k_eq_v": True, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
+    "hidden_size_per_layer_input": 0, "sliding_window": 32,
+}  # fmt: skip
 # model -> (family, format, its extra settings)
 PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LLaMA 7B": ("llama", "mixtral", {"max_sequence_length": 2048, "pad_token_id": -1}),
@@ -39,6 +43,22 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
             "use_parallel_block": True, "use_parallel_embedding": True, "use_qk_norm": False,
         },
     ),
+    # from the time before transformers 5, when the settings of rotation were three fields
+    "Gemma 3 1B": (
+        "gemma3_text",
+        "gemma4",
+        {
+            "attn_logit_softcapping": None, "cache_implementation": "hybrid", "final_logit_softcapping": None,
+            "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "rope_local_base_freq": 10000,
+            "rope_scaling": None, "rope_theta": 1000000, "sliding_window": 32, "sliding_window_pattern": 6,
+        },
+    ),
+    "Gemma 4 31B, its text": (
+        "gemma4_text",
+        "gemma4",
+        GEMMA4 | {"final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision", "num_experts": None},
+    ),
+    "Command R": ("cohere", "cohere2_moe", {"logit_scale": 0.0625, "model_max_length": 131072, "use_qk_norm": False}),
     "Qwen3.5": (
         "qwen3_5_text",
         "qwen3_5_moe",
@@ -67,12 +87,18 @@ def test_published_configs_are_built(model: str) -> None:
         ("glm4_moe", "phi3", "interpolate_factor", 2),
         ("cohere2_moe", "cohere2", "use_parallel_block", False),
         ("cohere2_moe", "cohere2", "rotary_pct", 0.5),
+        ("cohere2_moe", "cohere", "use_qk_norm", True),  # Command R+
         ("granitemoehybrid", "granitemoehybrid", "normalization_function", "layernorm"),
         ("qwen3_5_moe", "qwen3_5_text", "attn_output_gate", False),
         ("lfm2_moe", "lfm2", "use_pos_enc", False),
         # transformers attends in both directions with these; an MoE made of such a model would not
         ("mixtral", "llama", "is_causal", False),
         ("granitemoe", "gemma", "use_bidirectional_attention", True),
+        ("gemma4", "gemma3_text", "attn_logit_softcapping", 50.0),
+        ("gemma4", "gemma3_text", "use_bidirectional_attention", True),
+        ("gemma4", "gemma4_text", "use_bidirectional_attention", "all"),
+        ("gemma4", "gemma4_text", "per_layer_config", {"0": {"sliding_window": 4}}),
+        ("gemma4", "gemma4_text", "query_pre_attn_scalar", 64),
         # its class ignores them, but the format's does not
         ("mixtral", "llama", "sliding_window", 8),
         ("granitemoe", "llama", "embedding_multiplier", 12.0),
@@ -92,7 +118,7 @@ def test_other_values_are_refused_by_name(fmt: str, family: str, field: str, val
 def test_a_window_as_long_as_the_context_is_not_written() -> None:
     config = config_of("phi3", sliding_window=262144, max_position_embeddings=131072)
     made = moe_config(
-        FORMATS["glm4_moe"], FAMILIES["phi3"], config, experts=4, experts_per_token=2, shared_experts=0, dtype="float32"
+        FORMATS["glm4_moe"], FAMILIES["phi3"], config, experts=4, experts_per_token=2, shared_ffn=0, dtype="float32"
     )
     assert made["sliding_window"] is None
 
@@ -109,3 +135,43 @@ def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path:
     ours = rope(FAMILIES["qwen3"], config_of("qwen3", **own))
     assert {key: theirs[key] for key in ours} == ours
     assert ours["rope_type"] == "yarn"
+
+
+def test_both_spellings_of_sizes_of_full_attention_are_read() -> None:
+    family, config = FAMILIES["gemma4_text"], config_of("gemma4_text", **GEMMA4)
+    theirs = AutoConfig.for_model(**config).to_dict()
+    assert "global_head_dim" not in theirs
+    assert family.dims(theirs).more == family.dims(config).more
+    assert family.dims(config).cached == 2 * 8 + 1 * 16  # a layer of each kind
+
+
+def test_gemma_4_with_ffns_of_two_widths_stays_virtual() -> None:
+    wide = {"use_double_wide_mlp": True, "num_hidden_layers": 4, "num_kv_shared_layers": 2}
+    layers = ["sliding_attention", "full_attention"] * 2
+    found = problems("gemma4", "gemma4_text", **GEMMA4 | wide | {"layer_types": layers})
+    assert len(found) == 1
+    assert "use_double_wide_mlp" in found[0]
+
+
+def test_gemma_3_reads_rotation_in_both_spellings() -> None:
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    old = config_of("gemma3_text", rope_scaling=scaling, rope_theta=1e6, rope_local_base_freq=2e4)
+    family, theirs = FAMILIES["gemma3_text"], AutoConfig.for_model(**old)
+    for config in (old, theirs.to_dict()):
+        assert family.rope_by_kind(family.filled(config)) == theirs.rope_parameters
+
+
+def test_a_layer_that_changes_nothing_stands_in_for_full_attention_at_the_end() -> None:
+    for layers, more in ((5, 1), (6, 0)):
+        config = config_of("gemma3_text", num_hidden_layers=layers)
+        made = moe_config(
+            FORMATS["gemma4"],
+            FAMILIES["gemma3_text"],
+            config,
+            experts=4,
+            experts_per_token=2,
+            shared_experts=0,
+            dtype="float32",
+        )
+        assert made["num_hidden_layers"] == len(made["layer_types"]) == layers + more
+        assert made["layer_types"][-1] == "full_attention"

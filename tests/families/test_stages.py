@@ -25,7 +25,7 @@ STAGED = {
     (case.family, case.fmt): name for name, case in reversed(CASES.items()) if not case.recipe.get("shared_experts")
 }
 # norms after the FFN: what it adds is not proportional to its output
-UNHEALED = {"olmo2"}
+UNHEALED = {"olmo2", "gemma3_text", "gemma4_text"}
 SMALL: dict[str, Any] = {"tokens": 512, "block": 16}
 
 

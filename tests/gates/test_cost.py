@@ -96,28 +96,29 @@ def test_a_fit_says_what_it_cost_and_a_plan_what_it_will(parents: Parents, tmp_p
 
 
 def test_the_forecast_adds_up() -> None:
-    one = fitting.TextSize((0,), kept=900, held=100, unseen=0, rough=30, cut=920, lost=310)
+    one = fitting.TextSize((0,), kept=900, held=100, unseen=0, searched=30, cut=920, lost=310)
     texts = [one, replace(one, path=(1,))]
     steps = fitting.fit_steps("regret", texts, {(): 2}, layers=0.5, compare=True)
     assert steps == {
         fitting.BEFORE: 200,
         fitting.STATISTICS: 900,
         fitting.OWN_LOSS: 200,
-        fitting.SCALE: 2 * (3 * 30 + 3 * 30 + 4 * 100),
+        fitting.SCALE: 2 * 3 * 3 * 30,
+        fitting.AFTER: 200,
         fitting.STATES: 920,
         fitting.LOSSES: 2 * 620,
     }
 
 
 def test_a_text_is_cut_into_whole_blocks_quarters_and_sixteenths() -> None:
-    # of 256 with BOS: whole; 63 + BOS four times, 3 + BOS; 15 + BOS seventeen times
-    pieces = [[256] * 2, [4, *[64] * 4], [16] * 17]
+    # of 256 with BOS: whole; 255 in four parts and BOS; 15 and BOS seventeen times
+    pieces = [[256] * 2, [64, 65, 65, 65], [16] * 17]
     size = fitting.text_size((0,), [256] * 4, [256] * 4, (), head=1)
     assert size.cut == sum(map(sum, pieces))
-    assert size.lost == 256 + (4 + 64) + 6 * 16
-    assert size.rough == 2 * 256
-    assert fitting.text_size((0,), [256] * 4, [256], (), head=1).rough == 85
-    assert fitting.text_size((0,), [40] * 4, [40], (), head=1).rough == 40  # too short for a part of it
+    assert size.lost == 256 + (64 + 65) + 6 * 16
+    assert size.searched == 2 * 256
+    assert fitting.text_size((0,), [256] * 4, [256], (), head=1).searched == 85
+    assert fitting.text_size((0,), [40] * 4, [40], (), head=1).searched == 40  # too short for a part of it
 
 
 @pytest.mark.parametrize("tokens", [640, 2560])

@@ -267,7 +267,7 @@ def test_every_token_is_cut_into_one_block_of_three_lengths() -> None:
     blocks = [whole(number) for number in range(7)]
     cuts = mixed_cuts(blocks, bos=0)
     assert cuts[0] == (blocks[0], blocks[3], blocks[6])
-    assert [max(len(block.ids) for block in cut) for cut in cuts] == [257, 64, 16]
+    assert [max(len(block.ids) for block in cut) for cut in cuts] == [257, 65, 17]
     for cut, numbers in zip(cuts, ([0, 3, 6], [1, 4], [2, 5]), strict=True):
         assert all(each.ids[0] == 0 and not each.learn[0] and all(each.learn[1:]) for each in cut)
         assert [token for each in cut for token in each.ids[1:]] == [

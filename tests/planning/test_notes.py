@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
-from frankenmoe.planning.sources import odd_heads
+from frankenmoe.planning.configs import odd_heads
 
 WEAKER = "llama.cpp does not renormalise the top-k weights"
 NO_LLAMA3 = "drops the llama3 rotary factors"

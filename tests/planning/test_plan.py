@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 import frankenmoe as fm
 import tiny
+from frankenmoe.cli.app import app
 from frankenmoe.planning.bill import gguf_bytes
+from frankenmoe.planning.forecast import forecast
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 Parents = dict[str, list[Path]]
@@ -198,3 +201,44 @@ def test_plan_writes_nothing(parents: Parents, tmp_path: Path) -> None:
     file = tiny.write_recipe(tmp_path / "r.yml", base, [one, two])
     planned(file)
     assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_recipe_that_cannot_be_built_has_no_sizes_as_a_checkpoint(parents: Parents, tmp_path: Path) -> None:
+    base, one, two = map(str, parents["llama"])
+    inner = {"name": "inner", "experts": [{"source_model": one}, {"source_model": two}]}
+    recipe = tmp_path / "r.yml"
+    tiny.write_recipe(recipe, Path(base), [], experts=[inner, {"source_model": two}])
+    made = planned(recipe)
+    facts = made.to_dict()
+    assert (facts["buildable"], facts["bytes"]["built"], facts["memory"]["built"]) == (False, None, None)
+    assert facts["memory"]["q4_0"] is None
+    assert facts["disk"]["need"] == facts["bytes"]["virtual"] > 0
+    assert facts["writes"] == len(made.routers)
+    assert "built" not in str(made)
+    shown = CliRunner().invoke(app, ["plan", str(recipe)])
+    assert shown.stdout.count("not possible as built") == 2
+    assert "cannot be built: no stock MoE format has nested experts" in shown.stderr
+    said = json.loads(CliRunner().invoke(app, ["plan", str(recipe), "--json"]).stdout)
+    assert (said["gguf"]["files"], said["memory"]["q5_0"]) == ([], None)
+
+
+def test_a_config_without_weights_still_has_sizes(parents: Parents, tmp_path: Path) -> None:
+    base = shutil.copytree(parents["llama"][0], tmp_path / "base")
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, base])
+    whole = planned(recipe).bill
+    (base / "model.safetensors").unlink()
+    made = planned(recipe)
+    assert not made.to_dict()["buildable"]
+    assert made.bill.built == whole.built
+
+
+@pytest.mark.parametrize("window", [8, None, 4096])
+def test_a_window_that_a_gguf_file_loses_is_said(window: int | None, tmp_path: Path) -> None:
+    base = tiny.make_parent(tmp_path / "base", "mistral", sliding_window=window)
+    other = tiny.make_parent(tmp_path / "other", "mistral", seed=1, sliding_window=window)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, other])
+    notes = forecast(planned(recipe)).notes
+    assert any("no sliding window" in note for note in notes) == (window == 8)
+    shown = CliRunner().invoke(app, ["plan", str(recipe)]).stdout
+    assert ("beyond 8 tokens it" in " ".join(shown.split())) == (window == 8)
+    assert json.loads(CliRunner().invoke(app, ["plan", str(recipe), "--json"]).stdout)["gguf"]["notes"] == list(notes)

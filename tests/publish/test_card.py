@@ -19,6 +19,7 @@ from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 from frankenmoe.publish.card import is_ours, make_card, write_card
 from frankenmoe.publish.leaderboard import TASKS
+from frankenmoe.publish.markdown import without_controls
 from frankenmoe.recipe.sections import CardSettings as Settings
 
 
@@ -152,13 +153,12 @@ def test_an_audit_gives_picture_legend_and_faults(artifact: Artifact) -> None:
 
 
 def test_a_card_without_the_drawing_library_says_so(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("card", "found"):
-        monkeypatch.setattr(f"frankenmoe.publish.{module}.can_draw", lambda: False)
+    monkeypatch.setattr("frankenmoe.charts.can_draw", lambda: False)
     put(artifact, "audit.json", audit(artifact))
     card = make_card(artifact)
     assert card.picture is None
     assert "routing.png" not in card.text
-    assert "- picture: drawing needs `pip install 'frankenmoe[audit]'`" in card.text.partition("## Not in this card")[2]
+    assert "not installed; pip install 'frankenmoe[audit]'" in card.text.partition("\n- picture: drawing needs")[2]
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_samples_are_asked_for_and_quoted_word_for_word(artifact: Artifact) -> N
     text = (artifact.folder / "README.md").read_text()
     assert said["routers_sha256"] == sha256(artifact.folder / ROUTERS)
     (sample,) = said["samples"]
-    assert f"> say |this|\n\n```text\n{sample['reply']}\n```" in text or "````" in text
+    assert f"> say &#124;this&#124;\n\n```text\n{without_controls(sample['reply'])}\n```" in text or "````" in text
     assert "greedy, at most 6 new tokens" in text
     assert "experts: 0 e0  1 e1\n" in text
     assert len(sample["trace"][0]["experts"]) == 2

@@ -3,7 +3,7 @@
 import re
 import struct
 
-from frankenmoe.charts import svg
+from frankenmoe.charts import draw
 from frankenmoe.publish.picture import CELL, chart, heat_map
 
 SHARES = [[0.5, 0.25, 0.25], [0.0, 0.1, 0.9]]
@@ -22,7 +22,7 @@ def cells(drawn: str) -> list[tuple[int, int]]:
 
 
 def test_more_load_is_darker() -> None:
-    found = sorted(cells(svg(chart(SHARES, **LABELS))))
+    found = sorted(cells(draw([chart(SHARES, **LABELS)])[0].decode()))
     assert [share for share, _ in found] == sorted(100 * share for row in SHARES for share in row)
     brightness = [bright for _, bright in found]
     assert brightness == sorted(brightness, reverse=True)
@@ -30,7 +30,7 @@ def test_more_load_is_darker() -> None:
 
 
 def test_layers_and_experts_are_named() -> None:
-    drawn = svg(chart(SHARES, **LABELS))
+    drawn = draw([chart(SHARES, **LABELS)])[0].decode()
     assert all(f">{label}</text>" in drawn for label in ("layer", "expert", "0 maths", "1 law", "2 verse", "90"))
 
 

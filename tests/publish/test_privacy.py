@@ -1,6 +1,8 @@
 """Nothing that is sent names a folder, the user or the host of this machine, whatever was done to the artifact."""
 
+import io
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ from frankenmoe.artifact.folder import RECORD, STATISTICS, open_artifact
 from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError
 from frankenmoe.pipeline import run
-from frankenmoe.publish.privacy import local_names
+from frankenmoe.publish import rewrite, scan
+from frankenmoe.publish.privacy import LocalNames, as_published, local_names
+from frankenmoe.publish.scan import leaks
 from frankenmoe.publish.upload import prepare, send
 
 # parts of every local path that the artifacts below were made from
@@ -34,6 +38,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for parent in gguftools.parents(models, "llama"):
         config = parent / "tokenizer_config.json"
         named = {"name_or_path": str(root / "trained" / "base"), "tokenizer_file": str(parent / "tokenizer.json")}
+        named["special_tokens_map_file"] = "C:\\Users\\zaphod\\acmeclient\\vocab.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | named))
     for name, words in (("abc", "abc bca cab "), ("xyz", "xyz zyx yxz "), ("more", "xyz abc ")):
         (texts / f"{name}.txt").write_text(words * 260)
@@ -96,6 +101,10 @@ def test_the_card_names_no_folder_before_it_is_sent(made: Path) -> None:
     assert "| 1 xyz | `llama2` | - | `xyz.txt` |" in text
 
 
+def found_in(data: bytes, names: LocalNames, **options: int) -> list[str]:
+    return [what for what, _ in leaks(io.BytesIO(data), names, **options)]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
@@ -103,6 +112,9 @@ def test_the_card_names_no_folder_before_it_is_sent(made: Path) -> None:
         ("added_tokens.json", '{{"note": "see {root}/betelgeuse/llama1"}}', "in the field 'note'"),
         ("chat_template.jinja", "{{# {home}/notes.txt #}}", "names the path /mansion/zaphod in byte 3"),
         ("vocab.txt", "/srv/zaphod/notes", "names the user zaphod"),
+        ("vocab.txt", "see ../../betelgeuse/llama0 there", "names the path ../../betelgeuse/llama0"),
+        ("chat_template.jinja", "{{# file://{other} #}}", "names the path"),
+        ("added_tokens.json", '{{"note": "a\\\\n{other}/x"}}', "names the path.*'note'"),
         ("vocab.txt", "trained on heart-of-gold-42", "names the host heart-of-gold-42"),
     ],
 )
@@ -113,8 +125,9 @@ def test_what_cannot_be_shortened_is_refused(
     monkeypatch.setattr("getpass.getuser", lambda: "zaphod")
     monkeypatch.setattr("platform.node", lambda: "heart-of-gold-42")
     root = next(parent for parent in made.parents if parent.name.startswith("zaphod"))
-    file = made / name
-    file.write_text(text.format(root=root, home="/mansion/zaphod"))
+    file, other = made / name, root / "of nobody's records"
+    other.mkdir(exist_ok=True)
+    file.write_text(text.format(root=root, home="/mansion/zaphod", other=other))
     try:
         with pytest.raises(ArtifactError, match=words) as caught:
             prepare(open_artifact(made), "me/moe")
@@ -130,6 +143,7 @@ def test_paths_of_one_name_stay_apart_and_evidence_stays_as_it_is(made: Path) ->
     assert names.short("texts/a.txt") == "texts/a.txt"
     assert names.short("abc=/x/y/acmeclient/z.txt") == "abc=z.txt"
     assert names.short("../y/z.txt") == "z.txt"
+    assert names.short("C:\\Users\\zaphod\\z.txt") == names.short("\\\\pc\\zaphod\\z.txt") == "z.txt"
     assert names.text("see /etc/passwd and https://hub/zaphod") == "see /etc/passwd and https://hub/zaphod"
     assert names.text(f"in {made}/config.json") == f"in {made.name}/config.json"
     assert names.text(f"in {made}. It is file://{made}/config.json") == "in model. It is file://model/config.json"
@@ -140,4 +154,70 @@ def test_a_path_after_an_escaped_line_end_is_shortened(made: Path) -> None:
     names = local_names(open_artifact(made))
     for escape in (r"\n", r"\t", r"\r", "\n"):
         assert names.text(f"see{escape}{made}/config.json") == f"see{escape}{made.name}/config.json"
-        assert list(names.leaks(f"see{escape}{made}/x".encode()))
+        assert found_in(f"see{escape}{made}/x".encode(), names)
+
+
+@pytest.mark.parametrize("piece", [1, 7, 64, 2**24])
+def test_a_name_is_found_wherever_pieces_end(made: Path, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = local_names(open_artifact(made))
+    monkeypatch.setattr(scan, "PIECE", piece)
+    monkeypatch.setattr(scan, "OVERLAP", 512)
+    longer = f"{made}stone, {made}-x and x{made} ".encode()  # other names
+    assert not any(str(made) == what.removeprefix("the path ") for what in found_in(longer, names))
+    clean = b"see /etc/passwd, /usr/lib/x, https://hub/tmp/a and <b></a/b> " * 20
+    assert found_in(clean, names) == []
+    for numbers in ({}, {"text": 64}):
+        assert any(str(made) in what for what in found_in(clean + f" {made}/x ".encode() + clean, names, **numbers))
+
+
+def test_numbers_raise_no_alarm_by_chance(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "ann")
+    monkeypatch.setattr("platform.node", lambda: "pc-7")
+    names = local_names(open_artifact(made))
+    data = random.Random(0).randbytes(2**24) + b"(/ann)\0(/tmp/x)"
+    assert found_in(data, names, text=0) == []
+    assert found_in(data[-16:], names)[0] == "the user ann"
+
+
+@pytest.mark.parametrize("user", ["root", "a", "app", "ubuntu"])
+def test_user_names_of_nobody_in_particular(made: Path, user: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: user)
+    monkeypatch.setenv("HOME", "/")
+    assert found_in(f"/srv/{user}/notes, {user}, /{user}/x".encode(), local_names(open_artifact(made))) == []
+
+
+@pytest.mark.parametrize("name", ["gguf/x.gguf", "model-x.safetensors"])
+def test_bytes_of_weights_and_gguf_are_looked_at_too(made: Path, name: str) -> None:
+    file = made / name
+    file.parent.mkdir(exist_ok=True)
+    header = b'{"a":{"dtype":"U8","shape":[999],"data_offsets":[0,999]}}'
+    body = b"\1" * 500 + f"\0{made.parent}/x\0".encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + body + b"\1" * (999 - len(body)))
+    try:
+        with pytest.raises(ArtifactError, match=rf"{file.name} names the path"):
+            prepare(open_artifact(made), "me/moe")
+    finally:
+        file.unlink()
+
+
+def test_a_large_file_with_other_metadata_is_sent_in_pieces(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = local_names(open_artifact(made))
+    whole = as_published(made / STATISTICS, path=STATISTICS, names=names)
+    monkeypatch.setattr(rewrite, "LARGE", 100)
+    spliced = as_published(made / STATISTICS, path=STATISTICS, names=names)
+    assert isinstance(whole, bytes)
+    assert isinstance(spliced, rewrite.Spliced)
+    with spliced as stream:
+        assert b"".join(iter(lambda: stream.read(777), b"")) == whole
+        for place in (0, 5, len(whole) // 2, len(whole) - 3, len(whole) + 9):
+            stream.seek(place)
+            assert stream.read(100) == whole[place : place + 100]
+        assert stream.seek(-4, io.SEEK_END) == len(whole) - 4
+        assert stream.read() == whole[-4:]
+
+
+def test_the_hub_takes_a_file_in_pieces(made: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = as_published(made / STATISTICS, path=STATISTICS, names=local_names(open_artifact(made)))
+    monkeypatch.setattr(rewrite, "LARGE", 100)
+    send(prepare(open_artifact(made), "me/large"), message="test")
+    assert hub.repos["me/large"][STATISTICS] == whole

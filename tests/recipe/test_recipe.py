@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from frankenmoe.errors import RecipeError
 from frankenmoe.recipe import FIT_MODES, IGNORED_KEYS, PROMPT_MODES, RANDOM_MODES, Recipe, SourceName, schema
 from frankenmoe.recipe.backbone import GROUPS
+from frankenmoe.recipe.gatemodes import KEPT
 
 ROOT = Path(__file__).parents[2]
 MINIMAL: dict[str, Any] = {
@@ -193,7 +194,7 @@ def test_random_modes_need_no_prompts() -> None:
     for mode in RANDOM_MODES:
         recipe = parse(f"base_model: b\ngate_mode: {mode}\nexperts: [{{source_model: x}}, {{source_model: x}}]\n")
         assert recipe.gate_mode == mode
-    assert set(schema()["properties"]["gate_mode"]["enum"]) == PROMPT_MODES | RANDOM_MODES | FIT_MODES
+    assert set(schema()["properties"]["gate_mode"]["enum"]) == PROMPT_MODES | RANDOM_MODES | FIT_MODES | {KEPT}
 
 
 def test_load_knows_its_folder_and_keeps_existing_folders_whole(

@@ -21,6 +21,7 @@ from frankenmoe import system
 from frankenmoe.artifact.record import RECORD_VERSION, Form, read_record
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import header_bytes, read_header
+from frankenmoe.checkpoint.jsonfile import check_size
 from frankenmoe.checkpoint.links import check_links
 from frankenmoe.checkpoint.reader import unmap
 from frankenmoe.checkpoint.tensors import TensorRef
@@ -62,7 +63,7 @@ def check_no_stray(folder: Path) -> None:
     if stray.exists():
         raise ArtifactError(
             f"{stray} was added after the build, and transformers would load it instead of the shards and the routers",
-            hint="move it away",
+            hint=f"move it away; or move {RECORD} away and run `frankenmoe adopt`, which takes what transformers loads",
         )
 
 
@@ -315,15 +316,14 @@ def clear_building(out: Path) -> None:
 def small_hashes(folder: Path) -> dict[str, str]:
     """Name -> SHA-256 of every file of an artifact that cannot be compared with a source: routers, configs, tokenizer.
 
-    Leaves out the body, the record, and the files about the building.
+    Leaves out the body, the record, and the files about the building. SourceError for a file that is too large.
     """
     skipped, kept = {RECORD, UNFINISHED, LOCK}, {ROUTERS, STATISTICS}
-    files = (file for file in folder.iterdir() if file.is_file() and file.name not in skipped)
-    return {
-        file.name: sha256(file)
-        for file in sorted(files)
-        if file.name in kept or file.suffix not in (".safetensors", ".partial")
-    }
+    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name not in skipped)
+    small = [file for file in files if file.suffix not in (".safetensors", ".partial")]
+    for file in small:
+        check_size(file)
+    return {file.name: sha256(file) for file in files if file.name in kept or file in small}
 
 
 def write_routers(folder: Path, routers: Routers) -> None:

@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, model_validator
 
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import ArtifactError
 from frankenmoe.recipe.refusals import first_problem, found, refusal
 
 RECORD_VERSION = 1
 FORMS = ("virtual", "built")
 BACKBONE = "backbone"  # the stage that says how the backbone was chosen; it comes first
+ADOPT = "adopt"  # the stage that says where a mixture of another program comes from
 HEAL = "heal"  # the stage that refitted experts to the backbone
 BODY_STAGES = frozenset({BACKBONE, HEAL})  # these say nothing about routers
 
@@ -77,7 +79,7 @@ class Record(BaseModel):
 def read_record(file: Path) -> dict[str, Any]:
     """The record in `file` as plain data; ArtifactError if it cannot be read or is not complete."""
     try:
-        record = parse_object(file.read_bytes())
+        record = parse_object(small_bytes(file))
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error.strerror}", hint="check its permissions") from error
     except ValueError as error:

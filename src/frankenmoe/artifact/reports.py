@@ -16,6 +16,7 @@ from frankenmoe.artifact.folder import ROUTERS, Artifact, write_json
 from frankenmoe.artifact.record import AnyText
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import ArtifactError
 from frankenmoe.recipe.refusals import first_problem, refusal
 
@@ -87,7 +88,7 @@ class StageReport(ReportPart):
 def read_object(file: Path) -> dict[str, Any]:
     """A JSON file that holds an object."""
     try:
-        return parse_object(file.read_bytes())
+        return parse_object(small_bytes(file))
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error.strerror}", hint="check the path") from error
     except ValueError as error:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from frankenmoe.charts import Spec, svg
+from frankenmoe.charts import Spec, draw
 from frankenmoe.palette import COLOURS
 
 Facts = Mapping[str, Any]
@@ -50,9 +50,26 @@ class Series:
     values: Sequence[float | None]
 
 
-def drawn(chart: Chart, width: int) -> str:
-    """The chart as an SVG element."""
-    return svg(chart.spec(width), look=LOOK)
+@dataclass(frozen=True)
+class Figure:
+    """A drawn chart: SVG elements for a screen and for a phone. `full` if it takes the whole width of the page."""
+
+    chart: Chart
+    full: bool
+    wide: str
+    narrow: str
+
+
+def figures(found: Sequence[Sequence[Chart]]) -> list[list[Figure]]:
+    """The charts of every report as figures, all drawn at once. Raises ChartError."""
+    plans = [[(chart, _is_full(chart, charts)) for chart in charts] for charts in found]
+    specs = [chart.spec(width) for rows in plans for chart, full in rows for width in (WIDE if full else HALF, NARROW)]
+    drawings = (drawn.decode() for drawn in draw(specs, look=LOOK))
+    return [[Figure(chart, full, next(drawings), next(drawings)) for chart, full in rows] for rows in plans]
+
+
+def _is_full(chart: Chart, charts: Sequence[Chart]) -> bool:
+    return chart.caption.startswith("Load") or sum(other.key == chart.key for other in charts) == 1
 
 
 def charts(routers: Sequence[Facts], experts: Sequence[str]) -> tuple[Chart, ...]:

@@ -4,6 +4,7 @@ Names and tokens are escaped, and a content policy forbids all requests.
 """
 
 import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -12,29 +13,28 @@ from itertools import zip_longest
 from typing import Any
 
 from frankenmoe.audit.answers import spelt
-from frankenmoe.audit.charts import HALF, NARROW, WIDE, Chart, charts, drawn
+from frankenmoe.audit.charts import Figure, charts, figures
 from frankenmoe.audit.compare import OTHER_TEXT, paired, same_text
 from frankenmoe.audit.examine import Audit
 from frankenmoe.audit.measures import Facts, Measure, compared, on_page, own_shares
 from frankenmoe.audit.tokens import encoded
-from frankenmoe.charts import can_draw
+from frankenmoe.charts import ChartError, can_draw
+from frankenmoe.errors import FrankenMoEWarning
 from frankenmoe.palette import mark
 
 LARGEST = 4_900_000  # bytes of a page; token data is thinned out to stay below
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 HALF_WIDE = 6  # so many experts' table fits in half of the page
-NO_CHARTS = (
-    "Charts need the extra <code>audit</code>: <code>pip install 'frankenmoe[audit]'</code>. All numbers are below."
-)
 
 
 def page(audits: Sequence[Audit]) -> str:
-    """The page of one audit or of two side by side."""
+    """The page of one audit or of two side by side. If charts cannot be drawn, the page says why, and has the rest."""
     reports = [audit.report for audit in audits]
     names = [report["subject"]["name"] for report in reports]
     title = f"Audit of {' and '.join(dict.fromkeys(names))}"
     layers = max(len(_outer(report)) for report in reports)
-    body = "".join(_question(number, reports) for number in range(len(reports[0]["answers"])))
+    drawn = _drawn(reports)
+    body = "".join(_question(number, reports, drawn) for number in range(len(reports[0]["answers"])))
     head = f"""<!doctype html>
 <html lang="en">
 <head>
@@ -146,42 +146,55 @@ def _chip(expert: int) -> str:
     return f'<span class="chip {own.pattern}" style="{style}">{own.digit}</span>'
 
 
-def _question(number: int, reports: Sequence[Facts]) -> str:
+def _question(number: int, reports: Sequence[Facts], drawn: Sequence[Mapping[str, str]]) -> str:
     answer = reports[0]["answers"][number]
-    sides = "".join(_side(report["answers"][number], report, index, reports) for index, report in enumerate(reports))
+    sides = "".join(
+        _side(report["answers"][number], report, index, reports, drawn[index]) for index, report in enumerate(reports)
+    )
     return (
         f'<section class="question" id="{answer["key"]}"><h2>{number + 1}. {escape(answer["question"])}</h2>'
         f'<div class="sides">{sides}</div></section>'
     )
 
 
-def _side(answer: Facts, report: Facts, index: int, reports: Sequence[Facts]) -> str:
+def _side(answer: Facts, report: Facts, index: int, reports: Sequence[Facts], drawn: Mapping[str, str]) -> str:
     key = answer["key"]
     title = f"<h3>{escape(_called(report, reports))}</h3>" if len(reports) > 1 else ""
     tokens = _tokens(index) if key == "token" else ""
     return (
         f'<div class="side">{title}<p>{_verdict(answer)} {escape(answer["sentence"])}</p>'
-        f'<div class="{"both" if key != "token" else ""}">{_charts(key, report)}'
+        f'<div class="{"both" if key != "token" else ""}">{drawn.get(key, "")}'
         f'<div class="here" id="here-{key}-{index}"></div></div>{tokens}{_table(key, report)}</div>'
     )
 
 
-def _charts(key: str, report: Facts) -> str:
-    wanted = [chart for chart in charts(_outer(report), report["model"]["experts"]) if chart.key == key]
-    if not wanted:
-        return ""
-    if not can_draw():
-        return f'<p class="soft">{NO_CHARTS}</p>'
-    return f'<div class="charts">{"".join(_figure(chart, alone=len(wanted) == 1) for chart in wanted)}</div>'
+def _drawn(reports: Sequence[Facts]) -> list[dict[str, str]]:
+    """For each report: the key of a question -> its charts as HTML, or the reason why there are none."""
+    found = [charts(_outer(report), report["model"]["experts"]) for report in reports]
+    try:
+        drawn = figures(found)
+    except ChartError as error:
+        if can_draw():  # otherwise the command has said so before its work
+            warnings.warn(f"the page has no charts: {error.message}", FrankenMoEWarning, stacklevel=2)
+        why = f'<p class="soft">No charts: {escape(str(error), quote=False)}. All numbers are below.</p>'
+        return [{chart.key: why for chart in each} for each in found]
+    keys = [dict.fromkeys(figure.chart.key for figure in each) for each in drawn]
+    return [
+        {key: _figures([figure for figure in each if figure.chart.key == key]) for key in own}
+        for each, own in zip(drawn, keys, strict=True)
+    ]
 
 
-def _figure(chart: Chart, *, alone: bool) -> str:
-    full = alone or chart.caption.startswith("Load")
+def _figures(found: Sequence[Figure]) -> str:
+    return f'<div class="charts">{"".join(map(_figure, found))}</div>'
+
+
+def _figure(figure: Figure) -> str:
     drawings = "".join(
-        f'<div class="chart {name}">{drawn(chart, width)}</div>'
-        for name, width in (("wide", WIDE if full else HALF), ("narrow", NARROW))
+        f'<div class="chart {name}">{svg}</div>' for name, svg in (("wide", figure.wide), ("narrow", figure.narrow))
     )
-    return f"<figure{' class=full' if full else ''}><figcaption>{escape(chart.caption)}</figcaption>{drawings}</figure>"
+    start = f"<figure{' class=full' if figure.full else ''}><figcaption>{escape(figure.chart.caption)}</figcaption>"
+    return f"{start}{drawings}</figure>"
 
 
 def _tokens(index: int) -> str:

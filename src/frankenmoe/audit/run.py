@@ -18,6 +18,7 @@ from frankenmoe.data.rows import Document
 from frankenmoe.errors import RecipeError, SourceError
 from frankenmoe.moe.device import AUTO
 from frankenmoe.moe.load import MoE
+from frankenmoe.planning import Plan
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import AuditSettings
@@ -82,7 +83,7 @@ def look(
         texts[name] = DomainText(chain([first], blocks), domain.origin, domain.own)
     return examine(
         moe,
-        plan=subject.plan_or_none,
+        plan=_plan_with_base(subject),
         texts=texts,
         passages=list(_passages(moe, tokenizer, settings.prompt, openings)),
         subject=_head(subject),
@@ -90,6 +91,12 @@ def look(
         window=window,
         progress=progress,
     )
+
+
+def _plan_with_base(subject: Subject) -> Plan | None:
+    """The plan, if the MoE has a dense base to compare with: an adopted mixture has none."""
+    found = subject.plan_or_none
+    return found if found is not None and found.base.part is None else None
 
 
 def check(what: Subject | Recipe | Artifact | str | Path, *, data: Sequence[Pair] = ()) -> None:

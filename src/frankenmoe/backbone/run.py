@@ -34,7 +34,7 @@ from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.gates.made import MadeRouters
 from frankenmoe.moe.device import AUTO, resolve
 from frankenmoe.moe.processes import wait
-from frankenmoe.planning.buildable import check_buildable
+from frankenmoe.planning.buildable import check_buildable, check_parents
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import HealSettings
@@ -134,6 +134,7 @@ def _prepared(
     plan = subject.plan
     if subject.artifact is None:
         check_buildable(plan, virtual=True, allow_identical=True)
+    check_parents(plan, doing="healing", hint="train the experts in place of it: frankenmoe train --what experts")
     patients = patients_of(plan, settings, data=located(data or {}))
     texts = [[patient.name, _states(patient, folder=plan.recipe.folder)] for patient in patients]
     routers = subject.artifact and sha256(subject.artifact.folder / ROUTERS)

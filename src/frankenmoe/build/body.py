@@ -10,6 +10,7 @@ from pathlib import Path
 from threading import Event
 
 from frankenmoe.artifact.folder import ROUTERS, check_disk, write_json
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
@@ -114,7 +115,7 @@ def copy_small_files(plan: Plan, folder: Path) -> None:
     Copies adapters that were extracted from parents, too.
     """
     for file in plan.small_files:
-        write_atomic(folder / file.name, file.read_bytes())
+        write_atomic(folder / file.name, small_bytes(file))
     copy_adapters(plan.extracted.values(), folder)
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from frankenmoe.artifact.folder import Artifact, become, check_disk, growing, refuse_occupied, write_json
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
@@ -39,7 +40,7 @@ def extract(
         write_shard(partial / SINGLE, writes, metadata={"format": "pt"}, on_bytes=progress.advance, scanned=set())
         write_json(partial / "config.json", _config(parts, writes[-1].dtype))
         for file in small:
-            write_atomic(partial / file.name, file.read_bytes())
+            write_atomic(partial / file.name, small_bytes(file))
         become(partial, out)
     return out
 

@@ -15,6 +15,7 @@ from frankenmoe.artifact.reports import versions
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.gates.cached import digest_of
 from frankenmoe.planning import Plan
+from frankenmoe.planning.sources import first_of_folders
 from frankenmoe.planning.vocabulary import VOCAB
 
 VERSION = 1  # increase it when the checks of build/agreement.py change
@@ -25,13 +26,14 @@ HASHED = 2**26  # bytes; a larger file beside the weights is no tokenizer
 
 @dataclass(frozen=True)
 class Target:
-    """`tensors` maps names to (safetensors type, shape), `rows` are those of the embedding.
+    """`sources` are folders, each with the config that stands in the place of its own, or None.
 
-    Without a `config`, no class of transformers will load the result as it is: it is virtual, or for llama.cpp alone.
+    `tensors` maps names to (safetensors type, shape), `rows` are those of the embedding. Without a `config`, no class
+    of transformers will load the result as it is: it is virtual, or for llama.cpp alone.
     """
 
     base: Path
-    sources: tuple[Path, ...]
+    sources: tuple[tuple[Path, Mapping[str, Any] | None], ...]
     small_files: tuple[Path, ...]
     config: Mapping[str, Any] | None
     tensors: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -47,7 +49,8 @@ class Target:
         """The target that `to_json` wrote."""
         found = json.loads(text)
         found["base"] = Path(found["base"])
-        found |= {name: tuple(map(Path, found[name])) for name in ("sources", "small_files")}
+        found["small_files"] = tuple(map(Path, found["small_files"]))
+        found["sources"] = tuple((Path(folder), config) for folder, config in found["sources"])
         found["tensors"] = {name: (dtype, tuple(shape)) for name, (dtype, shape) in found["tensors"].items()}
         return cls(**{each.name: found[each.name] for each in fields(cls)})
 
@@ -56,7 +59,7 @@ class Target:
         now = {**versions(), **{name: _version(name) for name in READERS}}
         if self.trust_remote_code or any("dev" in str(found) for found in now.values()):
             return None
-        configs = [sha256(folder / "config.json") for folder in self.sources]
+        configs = [(sha256(folder / "config.json"), config) for folder, config in self.sources]
         facts = (self.config, {name: list(found) for name, found in self.tensors.items()}, self.rows)
         copied = [file.name for file in self.small_files]
         return digest_of(VERSION, now, configs, _small(self.base), copied, *facts)
@@ -67,7 +70,9 @@ def target_of(plan: Plan, *, virtual: bool = False) -> Target:
     loads = not virtual and plan.fmt is not None and plan.fmt.loads_in_transformers
     return Target(
         base=plan.base.folder,
-        sources=tuple(dict.fromkeys(source.folder for source in plan.sources)),
+        sources=tuple(
+            (source.folder, source.config if source.part else None) for source in first_of_folders(plan.sources)
+        ),
         small_files=plan.small_files,
         config=plan.config if loads else None,
         tensors=planned(plan) if loads else {},

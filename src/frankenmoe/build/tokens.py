@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from frankenmoe.build.target import Target
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.data.hardtext import hard_texts, token_ids
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.moe.dense import load_tokenizer
@@ -34,7 +35,7 @@ def tokenizer_files(target: Target) -> dict[str, bytes]:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(target.config), encoding="utf-8")
         for file in target.small_files:
-            (folder / file.name).write_bytes(file.read_bytes())
+            (folder / file.name).write_bytes(small_bytes(file))
         if (folder / WHOLE).is_file() and first_difference(base, folder, rows=rows) is None:
             return {}
         found = _written_out(base, folder, rows=rows)

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef
-from frankenmoe.errors import SourceError
+from frankenmoe.errors import SourceError, brief
 
 PREFIX = 8  # bytes of the length before the JSON
 _MAX_HEADER = 100_000_000  # limit of the reference implementation; real headers have a few megabytes at most
+_LONGEST_NAME = 1000  # characters; patterns are matched against names, and real ones have a tenth of it
 _MAX_DIMENSIONS = 32  # numpy 1.x holds no more
 _ALIGNMENT = 4096  # data on a page boundary can be mapped, and shared by file systems with extents
 _DAMAGED = "the file is damaged or was not written by a safetensors library; download or save it again"
@@ -115,7 +116,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         key.encode()  # raises ValueError for a lone surrogate, which only JSON allows
         if key in found:
-            raise ValueError(f"the key {key!r} occurs twice")
+            raise ValueError(f"the key {brief(key)!r} occurs twice")
         found[key] = value
     return found
 
@@ -127,15 +128,17 @@ def _check_metadata(path: Path, metadata: object) -> None:
 
 def _tensor(path: Path, name: str, entry: object, *, data_start: int) -> TensorRef:
     def wrong(text: str, *, hint: str = _DAMAGED) -> SourceError:
-        return SourceError(f"tensor {name!r} in {path} {text}", hint=hint)
+        return SourceError(f"tensor {brief(name)!r} in {path} {text}", hint=hint)
 
+    if len(name) > _LONGEST_NAME:
+        raise wrong(f"has a name of {len(name):,} characters, expected at most {_LONGEST_NAME:,}")
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or entry.keys() != set(fields):
         raise wrong("is not described by exactly dtype, shape and data_offsets")
     dtype, shape, offsets = (entry[field] for field in fields)
     if not isinstance(dtype, str) or dtype not in DTYPES:
         hint = "convert the source to bfloat16 with transformers first"
-        raise wrong(f"has dtype {dtype!r}, expected one of {', '.join(DTYPES)}", hint=hint)
+        raise wrong(f"has dtype {dtype!r:.40}, expected one of {', '.join(DTYPES)}", hint=hint)
     if not _are_counts(shape) or len(shape) > _MAX_DIMENSIONS:
         raise wrong(f"has shape {shape!r:.100}, expected up to {_MAX_DIMENSIONS} sizes from 0 up")
     if not _are_counts(offsets) or len(offsets) != 2:
@@ -158,7 +161,9 @@ def _check_cover(path: Path, refs: Sequence[TensorRef], *, data_start: int, size
     for ref in refs:
         if ref.start != cursor:
             what = "overlaps the tensor before it by" if ref.start < cursor else "leaves a hole before it of"
-            raise SourceError(f"tensor {ref.name!r} in {path} {what} {abs(ref.start - cursor)} bytes", hint=_DAMAGED)
+            raise SourceError(
+                f"tensor {brief(ref.name)!r} in {path} {what} {abs(ref.start - cursor)} bytes", hint=_DAMAGED
+            )
         cursor = ref.end
     if cursor > size:
         raise SourceError(

@@ -7,6 +7,7 @@ from frankenmoe.checkpoint.hub import hub_cache
 from frankenmoe.errors import SourceError
 
 WEIGHTS = ".safetensors"
+TEMPLATES = "additional_chat_templates"  # a folder that transformers reads with a tokenizer
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
 MODEL = "models--"  # how the hub's cache begins the name of a model's folder
 
@@ -18,8 +19,9 @@ def check_links(folder: Path) -> tuple[str, ...]:
     of weights, which may be on another disk: the sentences returned name these. Broken links are not judged here.
     """
     real, notes = Path(os.path.realpath(folder)), []
-    for entry in sorted(os.scandir(folder), key=lambda each: each.name):
-        if not entry.is_symlink() or not os.path.isfile(entry.path):  # which takes loops, too
+    for entry in _entries(folder):
+        read = os.path.isfile(entry.path) or (entry.name == TEMPLATES and os.path.isdir(entry.path))
+        if not entry.is_symlink() or not read:  # which takes loops, too
             continue
         target = Path(os.path.realpath(entry.path))
         if target.is_relative_to(real) or _is_blob(target, real):
@@ -31,6 +33,13 @@ def check_links(folder: Path) -> tuple[str, ...]:
             )
         notes.append(f"{entry.path} is a link to {target}, outside its folder")
     return tuple(notes)
+
+
+def _entries(folder: Path) -> list[os.DirEntry[str]]:
+    """What lies in a folder and in the one below it that transformers reads, by name."""
+    below = folder / TEMPLATES
+    folders = [folder, below] if below.is_dir() else [folder]
+    return sorted((entry for each in folders for entry in os.scandir(each)), key=lambda entry: entry.name)
 
 
 def _is_blob(target: Path, folder: Path) -> bool:

@@ -20,6 +20,7 @@ NAMED = "transformers_weights"  # the config field that names the file to load
 # what transformers loads if neither SINGLE nor INDEX is there
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 PICKLES = ("*.bin", "*.pt", "*.pth")
+LONGEST_NAME = 255  # characters; no file system allows more
 SHARD = re.compile(r"-\d+-of-0*(?P<count>\d+)\.safetensors$")
 
 
@@ -174,5 +175,8 @@ def _is_bare(file: object) -> bool:
     Checks only the name: in the Hugging Face cache the file itself is a link to ../../blobs.
     """
     return (
-        isinstance(file, str) and file.endswith(".safetensors") and not any(mark in file for mark in ("/", "\\", "\0"))
+        isinstance(file, str)
+        and file.endswith(".safetensors")
+        and len(file) <= LONGEST_NAME
+        and not any(mark in file for mark in ("/", "\\", "\0"))
     )

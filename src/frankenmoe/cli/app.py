@@ -5,14 +5,16 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from frankenmoe import __version__
+from frankenmoe.cli.adopt import adopt_command
 from frankenmoe.cli.audit import audit_command
 from frankenmoe.cli.cache import cache_command
 from frankenmoe.cli.card import card_command
@@ -41,9 +43,9 @@ from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
-from frankenmoe.cli.text import is_unicode, printable
+from frankenmoe.cli.text import is_unicode, json_text, printable, spelled_out
 from frankenmoe.cli.train import train_command
-from frankenmoe.errors import FrankenMoEError, PlanError
+from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError, bounded, explained
 from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
@@ -53,6 +55,8 @@ TOGETHER = {"train", "eval", "fit", "heal"}  # commands that several processes o
 GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
 RESUMING = {"build", "heal", "train", "eval", "run", "push"}
+
+_python_shows = warnings.showwarning
 
 RECIPE = click.argument("recipe", type=click.Path(path_type=Path))
 
@@ -89,7 +93,8 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
     from frankenmoe.planning import plan
     from frankenmoe.planning.trained import read_routers
 
-    made = plan(Recipe.load(recipe), dtype=dtype, trust_remote_code=trust_remote_code)
+    opened = open_subject(recipe).recipe if kind_of(recipe) == "mixture" else Recipe.load(recipe)
+    made = plan(opened, dtype=dtype, trust_remote_code=trust_remote_code)
     if made.routers_file is not None:
         read_routers(made.routers_file, made.routers)
     if as_json:
@@ -97,12 +102,13 @@ def plan_command(recipe: Path, dtype: str | None, as_json: bool, trust_remote_co
         from frankenmoe.planning.forecast import forecast
         from frankenmoe.planning.healing import heal_bytes
 
-        rows, reason = forecast(made)
-        gguf = {"files": [row.to_dict() for row in rows], "impossible": reason}
+        gguf = forecast(made)
         cost = fit_forecast(made, made.recipe.fit_settings)
         heal = {"bytes": heal_bytes(made, made.recipe.heal)} if made.recipe.heal else None
-        facts = made.to_dict() | {"gguf": gguf, "fit": cost and cost.to_dict(), "heal": heal}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        facts = made.to_dict() | {"gguf": gguf.to_dict(), "fit": cost and cost.to_dict(), "heal": heal}
+        if gguf.impossible:
+            facts["memory"] |= {"q4_0": None, "q5_0": None}
+        click.echo(json_text(facts))
     else:
         show_plan(made)
 
@@ -164,7 +170,7 @@ def verify_command(folder: Path, as_json: bool, trust_remote_code: bool) -> None
     with bars() as progress:
         checks = verify(subject, progress=progress)
     if as_json:
-        click.echo(json.dumps({check.what: check.found for check in checks}, indent=2))
+        click.echo(json_text({check.what: check.found for check in checks}))
     else:
         show_checks(folder, checks)
 
@@ -286,6 +292,7 @@ for command in (
     fit_command,
     heal_command,
     add_expert_command,
+    adopt_command,
     extract_command,
     extract_lora_command,
     train_command,
@@ -315,27 +322,40 @@ def _one_voice() -> Iterator[None]:
         raise
 
 
+def _show_warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Shows a Python warning; ours like every other warning of a command, without the line of code."""
+    if issubclass(category, FrankenMoEWarning):
+        warn([str(message)])
+    else:
+        _python_shows(message, category, *where, **more)
+
+
 def main() -> None:
     """Runs a command. Errors are printed as one sentence and a hint; the exit code is then 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals without UTF-8
+    warnings.showwarning = _show_warning
     try:
         with _one_voice():
             app(standalone_mode=False)
     except FrankenMoEError as error:
-        click.echo(f"error: {printable(error.message)}", err=True)
-        if error.hint:
-            click.echo(f"  hint: {printable(error.hint)}", err=True)
-        sys.exit(2)
+        _refuse(error)
     except click.ClickException as error:
-        error.show()
+        said = io.StringIO()
+        error.show(said)
+        click.echo(spelled_out(bounded(said.getvalue().rstrip())), err=True)
         sys.exit(2)
     except (click.Abort, KeyboardInterrupt):
         resumes = bool(RESUMING & set(sys.argv[1:2]))
         click.echo(f"interrupted; the same command {'continues from here' if resumes else 'starts again'}", err=True)
         sys.exit(INTERRUPTED)
     except OSError as error:  # of stdout, for example; those of sources and artifacts are FrankenMoEErrors by now
-        where = f" ({printable(str(error.filename))})" if error.filename else ""
-        click.echo(f"error: system error: {error.strerror or error}{where}", err=True)
-        click.echo("  hint: check permissions, free space and the output path", err=True)
-        sys.exit(2)
+        _refuse(explained(error))
+
+
+def _refuse(error: FrankenMoEError) -> NoReturn:
+    with suppress(OSError):  # nobody reads it, or its disk is full
+        click.echo(f"error: {printable(error.message)}", err=True)
+        if error.hint:
+            click.echo(f"  hint: {printable(error.hint)}", err=True)
+    sys.exit(2)

@@ -14,7 +14,7 @@ from frankenmoe.cli.options import NO_CACHE, REMOTE, example, json_option, place
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import console, expert_style
-from frankenmoe.cli.text import in_cells, is_unicode, printable
+from frankenmoe.cli.text import in_cells, is_unicode, json_safe, printable
 from frankenmoe.data.given import pairs
 from frankenmoe.palette import mark
 from frankenmoe.recipe.sections import AuditSettings
@@ -96,7 +96,7 @@ def audit_command(
         ]
     folder = write_report(audits, out)
     if as_json:
-        click.echo(as_text(audits))
+        click.echo(json_safe(as_text(audits)))
         click.echo(f"page: {printable(str(folder / 'audit.html'))}", err=True)
         return
     show = console()

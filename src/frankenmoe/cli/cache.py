@@ -1,6 +1,5 @@
 """`frankenmoe cache`: lists and clears the user's cache."""
 
-import json
 from datetime import datetime
 
 import click
@@ -9,7 +8,7 @@ from rich.table import Table
 from frankenmoe.cache import KINDS, cache_folder, clear, entries
 from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console, gib
-from frankenmoe.cli.text import printable
+from frankenmoe.cli.text import json_text, printable
 
 KIND = click.argument("kind", required=False, type=click.Choice(KINDS))
 
@@ -30,7 +29,7 @@ def cache_command(context: click.Context, as_json: bool) -> None:
             {"kind": each.kind, "name": each.name, "path": str(each.path), "bytes": each.bytes, "used": each.used}
             for each in found
         ]
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        click.echo(json_text(rows))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("kind", no_wrap=True)

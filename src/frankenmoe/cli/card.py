@@ -1,6 +1,5 @@
 """`frankenmoe card`: makes samples, writes the model card and lists what is missing in it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import click
 from frankenmoe.cli.options import JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.text import json_text, printable
 from frankenmoe.recipe.sections import CardSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import open_subject
@@ -45,8 +45,8 @@ def card_command(
     file = write_card(subject, card, overwrite=overwrite)
     if as_json:
         facts = {"file": str(file), "head": card.metadata, "missing": dict(card.missing)}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False, default=str))
+        click.echo(json_text(facts, default=str))
         return
     click.echo(f"card in {file}")
     for what, why in card.missing.items():
-        click.echo(f"missing: {what}: {why}")
+        click.echo(f"missing: {what}: {printable(why)}")

@@ -1,6 +1,5 @@
 """Chats with an MoE in the terminal: prints tokens as they are generated, and the experts of each token."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import TextStreamer
 from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, expert_style
-from frankenmoe.cli.text import in_cells, printable, spelled_out
+from frankenmoe.cli.text import in_cells, json_text, printable, spelled_out
 from frankenmoe.moe.generate import Reply, reply, weight_shares
 from frankenmoe.moe.linear import prepare_kernels
 from frankenmoe.palette import mark
@@ -67,7 +66,7 @@ def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: b
         )
         history.append({"role": "assistant", "content": made.text})
         if as_json:
-            click.echo(json.dumps(_as_data(made, moe.experts, tokenizer), ensure_ascii=False, indent=2))
+            click.echo(json_text(_as_data(made, moe.experts, tokenizer)))
         elif settings.trace:
             show_trace(made, moe.experts, tokenizer)
         click.echo(f"{made.tokens_per_second:.1f} tokens/s", err=True)

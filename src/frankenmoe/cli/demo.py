@@ -1,6 +1,5 @@
 """Prints the demo's results for readers who are new to MoEs."""
 
-import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,10 +11,12 @@ from rich.table import Table
 from frankenmoe.cli.chat import show_trace
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, program
+from frankenmoe.cli.text import json_text
 from frankenmoe.demo import kits
 from frankenmoe.demo.real import check_available, real_folder
 from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, QUESTIONS, RANDOM, TRAINED, Story, tell
 from frankenmoe.demo.text import DOMAINS
+from frankenmoe.errors import bounded
 from frankenmoe.planning.bill import billions
 
 
@@ -24,12 +25,13 @@ def demo(out: Path, *, real: bool = False, rows: Path | None = None, as_json: bo
     if real:
         check_available()
     where = real_folder() if real else out / "parents"
-    click.echo(f"making a base and {len(DOMAINS)} experts in {where} (once), then an MoE of them ...", err=True)
+    beginning = f"making a base and {len(DOMAINS)} experts in {where} (once), then an MoE of them ..."
+    click.echo(bounded(beginning), err=True)
     kit = kits.real(rows=rows) if real else kits.TOY
     with bars() as progress:
         story = tell(out, kit=kit, progress=progress)
     if as_json:
-        click.echo(json.dumps(story.to_dict(), indent=2))
+        click.echo(json_text(story.to_dict()))
     else:
         _print(story, out)
 

@@ -1,18 +1,19 @@
 """`frankenmoe eval`: its options, tables and verdict."""
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cache import cache_folder
+from frankenmoe.charts import ChartError
 from frankenmoe.cli.options import REMOTE, SIZE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.show import warn
+from frankenmoe.cli.text import cell, json_text, printable
 from frankenmoe.data.given import pairs
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.moe.processes import is_main
@@ -118,8 +119,12 @@ def _put_out(report: "Report", json_file: Path | None, plot_file: Path | None) -
 
     _write(report, json_file)
     if plot_file is not None and any(result.losses or result.outcomes for result in report.results):
-        draw(report, plot_file)
-        click.echo(f"plot: {plot_file}", err=True)
+        try:
+            draw(report, plot_file)
+        except ChartError as error:  # the scores are worth more than their picture
+            warn([f"{plot_file} was not drawn: {error.message}"])
+        else:
+            click.echo(f"plot: {plot_file}", err=True)
 
 
 def _rows(batch_size: str) -> int | None:
@@ -157,7 +162,7 @@ def _check_out(json_file: Path | None, log_samples: Path | None) -> None:
 
 def _write(report: "Report", json_file: Path | None) -> None:
     if json_file is not None and json_file.name == "-":
-        click.echo(json.dumps(report.to_report().to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(report.to_report().to_dict()))
         return
     show(report)
     if json_file is not None:
@@ -183,7 +188,7 @@ def show(report: "Report") -> None:
     for note in _notes(report):
         out.print(note, style="dim", highlight=False, markup=False)
     for line in report.verdict:
-        out.print(line, style="bold" if line is report.verdict[0] else "", highlight=False, markup=False)
+        out.print(printable(line), style="bold" if line is report.verdict[0] else "", highlight=False, markup=False)
 
 
 def _percent(value: float | None) -> str:
@@ -193,7 +198,7 @@ def _percent(value: float | None) -> str:
 def _one(report: "Report") -> Table:
     """One model: a row per task."""
     (result,) = report.results
-    table = Table(box=None, pad_edge=False, title=escape(result.name), title_justify="left")
+    table = Table(box=None, pad_edge=False, title=cell(result.name), title_justify="left")
     table.add_column("task", overflow="fold")
     for name in ("shots", "documents", "metric", "score", "stderr"):
         table.add_column(name, justify="left" if name == "metric" else "right", no_wrap=True)
@@ -223,7 +228,7 @@ def _several(report: "Report") -> Table:
     for result in report.results:
         cells = [_percent(result.outcomes[name].value if name in result.outcomes else None) for name in names]
         cells += [_percent(result.average)] if len(names) == len(SHORT) else []
-        table.add_row(escape(result.name), *cells, style="bold" if result.kind == "moe" else "")
+        table.add_row(cell(result.name), *cells, style="bold" if result.kind == "moe" else "")
     return table
 
 
@@ -238,7 +243,7 @@ def _losses(report: "Report") -> Table:
     table = Table(box=None, pad_edge=False)
     table.add_column("nats per token" if one_tokenizer else "bits per byte", overflow="fold")
     for name in (*shown, "mean", *(["general"] if general else []), "MB", "token/s"):
-        table.add_column(escape(name), justify="right", no_wrap=True)
+        table.add_column(cell(name), justify="right", no_wrap=True)
     for result in report.results:
         values = {
             name: losses.mean if one_tokenizer else losses.bits_per_byte for name, losses in result.losses.items()
@@ -247,7 +252,7 @@ def _losses(report: "Report") -> Table:
         cells = [f"{values[name]:.3f}" if name in values else "-" for name in (*shown, *([GENERAL] if general else []))]
         cells.insert(len(shown), mean)
         cost = (f"{result.facts['memory_bytes'] / 1e6:.0f}", f"{result.facts['tokens_per_second']:.0f}")
-        table.add_row(escape(result.name), *cells, *cost, style="bold" if result.kind == "moe" else "")
+        table.add_row(cell(result.name), *cells, *cost, style="bold" if result.kind == "moe" else "")
     return table
 
 

@@ -1,6 +1,5 @@
 """`frankenmoe export`: its options and its table of files."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ import click
 from frankenmoe.cli.options import COUNT, JSON, NO_CACHE, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
+from frankenmoe.cli.text import json_text
 from frankenmoe.recipe.sections import ExportSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import open_subject
@@ -58,7 +58,7 @@ def export_command(
     files = [replace(file, notes=(*file.notes, *notes)) for file in files]
     write_report(files, checks, what=subject)
     if as_json:
-        click.echo(json.dumps(_as_data(files, checks), indent=2, ensure_ascii=False))
+        click.echo(json_text(_as_data(files, checks)))
     else:
         _show(files, checks)
 

@@ -1,12 +1,11 @@
 """`frankenmoe families`: what can be built from what, and which programs run it."""
 
-import json
-
 import click
 from rich.table import Table
 
 from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console
+from frankenmoe.cli.text import json_text
 from frankenmoe.families import VIRTUAL
 from frankenmoe.families.runtimes import Pair, pairs
 
@@ -21,7 +20,7 @@ def families_command(as_json: bool) -> None:
     """
     if as_json:
         rows = {"built": [pair.to_dict() for pair in pairs()], "virtual": dict(VIRTUAL)}
-        click.echo(json.dumps(rows, indent=2, ensure_ascii=False))
+        click.echo(json_text(rows))
         return
     table = Table(box=None, pad_edge=False)
     for name in ("family", "format", "shared expert", "runs in"):

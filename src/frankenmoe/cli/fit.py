@@ -1,6 +1,5 @@
 """`frankenmoe fit`, `add-expert` and `extract`: their options and output."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
@@ -13,6 +12,7 @@ from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.cli.show import command, console, warn
+from frankenmoe.cli.text import cell, json_text
 from frankenmoe.recipe.sections import FitSettings
 from frankenmoe.subject import open_subject
 
@@ -147,7 +147,7 @@ def extract_command(folder: Path, out: Path, expert: str, trust_remote_code: boo
 def show(result: "FitResult", *, as_json: bool) -> None:
     """Prints the losses by expert, and whether the routers were replaced."""
     if as_json:
-        click.echo(json.dumps(result.to_dict(), indent=2))
+        click.echo(json_text(result.to_dict()))
         return
     report = result.report
     out = console()
@@ -176,7 +176,7 @@ def loss_table(losses: Mapping[str, Any]) -> Table:
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for expert in losses["after"]:
-        table.add_row(expert, *(f"{values[expert]:.3f}" for values in columns.values()))
+        table.add_row(cell(expert), *(f"{values[expert]:.3f}" for values in columns.values()))
     if len(losses["after"]) > 1:
         table.add_row("mean", *(f"{mean(values.values()):.3f}" for values in columns.values()), style="bold")
     return table

@@ -1,13 +1,12 @@
 """Chats with a GGUF file in the terminal, through llama.cpp and the file's chat template."""
 
-import json
 from pathlib import Path
 
 import click
 
 from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.show import warn
-from frankenmoe.cli.text import spelled_out
+from frankenmoe.cli.text import json_text, spelled_out
 from frankenmoe.export.llama import Engine, check_loadable
 
 
@@ -37,6 +36,6 @@ def chat_gguf(
             on_text=lambda piece: None if as_json else click.echo(spelled_out(piece), nl=False),
         )
         history.append({"role": "assistant", "content": text})
-        click.echo(json.dumps({"reply": text}, ensure_ascii=False) if as_json else "")
+        click.echo(json_text({"reply": text}, indent=None) if as_json else "")
         if prompt is not None:
             return

@@ -1,6 +1,5 @@
 """`frankenmoe heal`: its options and its table of losses."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,7 @@ from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.cli.show import command, console, warn
+from frankenmoe.cli.text import cell, json_text, printable
 from frankenmoe.recipe.sections import HealSettings
 from frankenmoe.subject import open_subject
 
@@ -58,7 +58,7 @@ def heal_command(
     with bars() as progress:
         found = heal(subject, out, data=named, device=device, dtype=dtype, progress=progress, **given(options))
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(found.to_dict()))
     else:
         _show(found.report, found.artifact.folder)
 
@@ -73,13 +73,15 @@ def _show(report: "HealReport", folder: Path) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for expert in report.tried:
         losses = (expert.parent, expert.before, expert.after, expert.noise)
-        table.add_row(expert.name, *(f"{loss:.4f}" for loss in losses), f"{expert.step:.0%}" if expert.kept else "no")
+        table.add_row(
+            cell(expert.name), *(f"{loss:.4f}" for loss in losses), f"{expert.step:.0%}" if expert.kept else "no"
+        )
     if len(report.tried) > 1:
         table.add_row("mean", *(f"{loss:.4f}" for loss in report.means.values()), "", "", style="bold")
     console().print(table)
     for expert in report.experts:
         if expert.reason:
-            click.echo(f"{expert.name} was not healed: {expert.reason}", err=True)
+            click.echo(f"{printable(expert.name)} was not healed: {printable(expert.reason)}", err=True)
     if not report.kept:
         click.secho(
             "no expert's held-out loss fell by more than one standard error, so none was changed", fg="yellow", err=True

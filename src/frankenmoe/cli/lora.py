@@ -1,18 +1,16 @@
 """`frankenmoe extract-lora`: its options and output."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cli.options import JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import console, gib
-from frankenmoe.cli.text import printable
+from frankenmoe.cli.text import cell, json_text
 from frankenmoe.planning.difference import by_group
 from frankenmoe.recipe.asadapter import AdapterSettings
 
@@ -56,7 +54,7 @@ def extract_lora_command(
             model, out, base=base, texts=texts, trust_remote_code=trust_remote_code, progress=progress, **settings
         )
     if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(made.to_dict()))
     else:
         show(made)
 
@@ -80,7 +78,7 @@ def show(made: "ExtractedLora") -> None:
         for text, loss in made.losses.items():
             kept = made.advantage_kept(text)
             losses.add_row(
-                escape(printable(Path(text).name)), *(f"{loss[key]:.3f}" for key in ("base", "model", "adapter")),
+                cell(Path(text).name), *(f"{loss[key]:.3f}" for key in ("base", "model", "adapter")),
                 "no advantage" if kept is None else f"{kept:.0%}",
             )  # fmt: skip
         out.print()

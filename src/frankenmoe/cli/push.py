@@ -1,16 +1,16 @@
 """`frankenmoe push`: lists the files, asks for confirmation, uploads."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cli.options import REMOTE, example, json_option
+from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, gib, warn
+from frankenmoe.cli.text import cell, json_text
 from frankenmoe.subject import open_subject
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ def push_command(
 
     groups = [part.strip() for part in files.split(",") if part.strip()] if files is not None else None
     subject = open_subject(folder, trust_remote_code=trust_remote_code)
-    shipment = prepare(subject, repo, private=private, groups=groups)
+    with bars() as progress:
+        shipment = prepare(subject, repo, private=private, groups=groups, progress=progress)
     if as_json:
-        click.echo(json.dumps(shipment.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(shipment.to_dict()))
     else:
         _show(shipment)
     warn(shipment.warnings)
@@ -70,7 +71,7 @@ def _show(shipment: "Shipment") -> None:
     table.add_column("kind")
     table.add_column("size", justify="right", no_wrap=True)
     for item in shipment.items:
-        table.add_row(escape(item.path), item.group, gib(item.size))
+        table.add_row(cell(item.path), item.group, gib(item.size))
     table.add_row("total", "", gib(shipment.size), style="bold")
     out = console()
     out.print(table)

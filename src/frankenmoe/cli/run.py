@@ -1,6 +1,5 @@
 """`frankenmoe run`: its options and its table of stages."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ import click
 from frankenmoe.cli.options import JSON, NO_CACHE, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import command, console, warn
+from frankenmoe.cli.text import cell, json_text
 from frankenmoe.recipe import Recipe
 from frankenmoe.subject import open_subject
 
@@ -48,13 +48,12 @@ def run_command(
         finished = run(subject, out, device=device, dtype=dtype, progress=progress)
     if as_json:
         facts = {"artifact": str(finished.artifact.folder), "steps": [asdict(step) for step in finished.steps]}
-        click.echo(json.dumps(facts, indent=2, ensure_ascii=False))
+        click.echo(json_text(facts))
     else:
         _show(finished)
 
 
 def _show(finished: "Finished") -> None:
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
@@ -64,7 +63,7 @@ def _show(finished: "Finished") -> None:
     table.add_column("result", overflow="fold")
     for step in finished.steps:
         state = "done" if step.now else "unchanged"
-        table.add_row(step.name, state, f"{step.seconds:.1f} s" if step.now else "", escape(step.summary))
+        table.add_row(step.name, state, f"{step.seconds:.1f} s" if step.now else "", cell(step.summary))
     console().print(table)
     click.echo(f"model in {finished.artifact.folder}")
     click.echo(f"next: {command('push', finished.artifact.folder, 'ORG/NAME', '--dry-run')}")

@@ -3,17 +3,16 @@
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.artifact.folder import Artifact
-from frankenmoe.cli.text import printable
+from frankenmoe.cli.text import cell, printable
 from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
 from frankenmoe.planning.bill import billions
@@ -23,6 +22,7 @@ from frankenmoe.planning.fitting import fit_forecast
 from frankenmoe.planning.forecast import forecast
 from frankenmoe.planning.groups import FFN
 from frankenmoe.planning.healing import heal_bytes
+from frankenmoe.planning.layout import misfits
 
 WIDTH = 80
 GGUF_SHOWN = ("q4_0", "q5_0", "q4_k_m", "q8_0")
@@ -45,7 +45,7 @@ def show_plan(made: Plan) -> None:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in _plan_rows(made, facts):
-        table.add_row(name, escape(printable(value)))
+        table.add_row(name, cell(value))
     out = console()
     out.print(table)
     show_distances(made.distances)
@@ -61,7 +61,7 @@ def show_plan(made: Plan) -> None:
     warn(made.warnings)
     for problem in made.problems:
         click.secho(f"cannot be built: {printable(problem)}", fg="red", err=True)
-    if made.problems and not any("no weights" in problem for problem in made.problems):
+    if misfits(made.problems) == made.problems != ():
         click.secho("  hint: use `frankenmoe build --virtual`, or change the recipe", err=True)
 
 
@@ -81,15 +81,22 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("  shared by all", f"{counts['shared']:,}"),
         ("  per expert", f"{counts['per_expert']:,}"),
         *(("" if at else "as adapters", line) for at, line in enumerate(_adapter_lines(facts["as_adapter"]))),
-        ("on disk", f"{gib(facts['bytes']['built'])} built, {gib(facts['bytes']['virtual'])} virtual"),
+        ("on disk", _sizes(facts["bytes"])),
         *_heal_lines(made),
-        ("memory to load", f"{gib(memory['built'])} built, {gib(memory['virtual'])} virtual"),
+        ("memory to load", _sizes(memory)),
         *(("" if at else "  as GGUF", line) for at, line in enumerate(_gguf_lines(made))),
         ("  KV cache", f"{memory['kv_per_token'] / 2**10:.1f} KiB per token (16 bit)"),
         ("tensors", f"{facts['writes']:,} to write, {len(facts['unused']):,} left unused in the sources"),
         ("disk here", f"{gib(free)} free{'' if free >= need else f', {gib(need - free)} short'}"),
         ("licences", ", ".join(licences) or "none declared"),
     ]
+
+
+def _sizes(sizes: Mapping[str, int | None]) -> str:
+    built = sizes["built"]
+    return (
+        f"{'not possible as built' if built is None else f'{gib(built)} built'}, {gib(sizes['virtual'] or 0)} virtual"
+    )
 
 
 def _adapter_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -123,7 +130,7 @@ def show_distances(distances: Sequence[Distance]) -> None:
     for group in groups:
         table.add_column("FFN" if group == FFN else group, justify="right", no_wrap=True)
     for each in rows[:SHOWN_DISTANCES]:
-        table.add_row(escape(printable(each.expert)), *(_percent(each.groups.get(group)) for group in groups))
+        table.add_row(cell(each.expert), *(_percent(each.groups.get(group)) for group in groups))
     out = console()
     out.print(f"distance of the parents to the base, of its norm{sampled}", style="bold", highlight=False)
     out.print(table)
@@ -145,20 +152,21 @@ def _fit_lines(made: Plan) -> list[tuple[str, str]]:
 def _heal_lines(made: Plan) -> list[tuple[str, str]]:
     """What `heal:` adds to the virtual form; a built model has the same size either way."""
     most = heal_bytes(made, made.recipe.heal) if made.recipe.heal else 0
-    return [("  healed", f"at most {gib(most)} more virtual, the same built")] if most else []
+    same = "" if made.bill.built is None else ", the same built"
+    return [("  healed", f"at most {gib(most)} more virtual{same}")] if most else []
 
 
 def _gguf_lines(made: Plan) -> list[str]:
     """Sizes of common file types, with the actual type of the weights if the shape does not allow a K-quant."""
-    rows, reason = forecast(made)
-    if reason is not None:
-        return [f"not possible: {reason}"]
+    outlook = forecast(made)
+    if outlook.impossible is not None:
+        return [f"not possible: {outlook.impossible}"]
     shown = []
-    for row in (row for row in rows if row.type in GGUF_SHOWN):
+    for row in (row for row in outlook.files if row.type in GGUF_SHOWN):
         padded = f", {gib(row.padded_bytes)} with --pad256" if row.advice and row.padded_bytes else ""
         really = f": mostly {next(iter(row.holds))}{padded}" if row.advice else ""
         shown.append(f"{gib(row.bytes)} {row.type} ({row.bits_per_weight:.2f} bits{really})")
-    return shown
+    return [*shown, *outlook.notes]
 
 
 def _unused_by_reason(rows: Sequence[dict[str, str]]) -> dict[str, list[str]]:
@@ -187,7 +195,7 @@ def show_checks(folder: Path, checks: Sequence[Any]) -> None:
     table.add_column(style="green", no_wrap=True)
     table.add_column(overflow="fold")
     for check in checks:
-        table.add_row(f"ok  {check.what}", check.found)
+        table.add_row(cell(f"ok  {check.what}"), cell(check.found))
     console().print(table)
     click.echo(f"{folder} matches its recipe")
 

@@ -1,6 +1,5 @@
 """`frankenmoe train`: its options and its table of losses."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import click
 from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import by_expert, given, settings_options
+from frankenmoe.cli.text import cell, json_text
 from frankenmoe.errors import PlanError
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.recipe.train import TrainSettings
@@ -75,7 +75,7 @@ def train_command(
             progress=progress,
         )
     if as_json:
-        click.echo(json.dumps(found.report, indent=2, ensure_ascii=False))
+        click.echo(json_text(found.report))
     else:
         _show(found.report, found.artifact.folder)
 
@@ -95,7 +95,7 @@ def _show(report: Mapping[str, Any], folder: Path) -> None:
     rows = {name: (losses["before"][name], losses[kept][name]) for name in losses["before"]}
     rows["mean"] = (means["before"], means[kept])
     for name, (before, after) in rows.items():
-        table.add_row(name, f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
+        table.add_row(cell(name), f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}")
     table.add_row("largest load of an expert", f"{loads['before']:.0%}", f"{loads[kept]:.0%}", "")
     console().print(table)
     if not report["improved"]:

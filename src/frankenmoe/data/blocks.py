@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, TypeVar
 
-from frankenmoe.data.rows import Document, Turn
+from frankenmoe.data.rows import Document
+from frankenmoe.data.templates import rendered
 from frankenmoe.errors import SourceError
 
 T = TypeVar("T")
@@ -160,12 +161,11 @@ def _encode_turns(document: Document, tokenizer: Any) -> Marked:
             hint="put the chat_template.jinja that the parents were trained with beside the base's tokenizer",
         )
     turns = document.turns
-    tools = {"tools": list(document.tools)} if document.tools else {}
-    text = _rendered(turns, tokenizer, **tools)
+    text = rendered(turns, tokenizer, tools=document.tools)
     replies = [
         (
-            _rendered(turns[:at], tokenizer, add_generation_prompt=True, **tools),
-            _rendered(turns[: at + 1], tokenizer, **tools),
+            rendered(turns[:at], tokenizer, tools=document.tools, add_generation_prompt=True),
+            rendered(turns[: at + 1], tokenizer, tools=document.tools),
         )
         for at, turn in enumerate(turns)
         if turn["role"] == "assistant"
@@ -191,13 +191,3 @@ def _encode_spans(text: str, spans: Sequence[Span], tokenizer: Any) -> Marked:
     if ids and ids[0] == tokenizer.bos_token_id:  # every block has its own
         ids, learn = ids[1:], learn[1:]
     return ids, learn
-
-
-def _rendered(turns: Sequence[Turn], tokenizer: Any, **options: Any) -> str:
-    try:
-        return str(tokenizer.apply_chat_template([dict(turn) for turn in turns], tokenize=False, **options))
-    except Exception as error:  # templates can raise anything
-        raise SourceError(
-            f"the chat template refuses a conversation of {', '.join(turn['role'] for turn in turns)}: {error}",
-            hint="most templates want user and assistant in turn, system only in front",
-        ) from error

@@ -12,6 +12,7 @@ from frankenmoe.checkpoint.tensors import Merge
 from frankenmoe.evaluate.compare import BASE, FORCED, MERGE, MODEL, MOE, PARENT, RANDOM
 from frankenmoe.evaluate.parents import dense_model, merged_model, parents, randomize_gates, stock_model
 from frankenmoe.planning import Plan
+from frankenmoe.planning.buildable import check_parents
 from frankenmoe.planning.layout import RouterPath
 from frankenmoe.planning.sources import Source
 from frankenmoe.progress import Progress
@@ -81,8 +82,11 @@ def merges(parents: int) -> dict[str, Merge]:
 def rivals(made: Plan, moe: Contestant, dtype: str | None, skipped: dict[str, str]) -> list[Contestant]:
     """Base, parents, dense merges, and the MoE with random gates and with the own expert forced.
 
-    `skipped` gets the reason why a rival is left out.
+    `skipped` gets the reason why a rival is left out. Raises PlanError if the parents are not known.
     """
+    check_parents(
+        made, doing="--against-parents", hint=f"name the models: frankenmoe eval {moe.origin} MODEL MODEL ..."
+    )
     distinct = list(parents(made))
     return [
         *_dense(made, distinct, dtype),

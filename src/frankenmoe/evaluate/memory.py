@@ -38,16 +38,23 @@ def sizes(model: Any) -> Sizes:
     chosen = max(
         (top_k for module in model.modules() if isinstance(top_k := getattr(module, "top_k", 1), int)), default=1
     )
-    all_heads = getattr(config, "num_attention_heads", None) or 1
-    heads = getattr(config, "num_key_value_heads", None) or all_heads
-    head = getattr(config, "head_dim", None) or hidden // all_heads
-    keys = 2 * heads * head * width
+    # layers of one model may have heads of different sizes
+    several = getattr(config, "is_heterogeneous", False)
+    layers = [config.per_layer_config[layer] if several else config for layer in range(config.num_hidden_layers)]
+    keys = [2 * _keys(layer, hidden) * width for layer in layers]
     return Sizes(
-        layer=width * (HIDDEN_COPIES * hidden + 3 * ffn * chosen) + 2 * keys,
-        kept=keys * config.num_hidden_layers,
+        layer=width * (HIDDEN_COPIES * hidden + 3 * ffn * chosen) + 2 * max(keys),
+        kept=sum(keys),
         mask=width,
         logits=2 * 4 * config.vocab_size,
     )
+
+
+def _keys(config: Any, hidden: int) -> int:
+    """The numbers of a token's keys in a layer with this config."""
+    all_heads = getattr(config, "num_attention_heads", None) or 1
+    heads = getattr(config, "num_key_value_heads", None) or all_heads
+    return int(heads * (getattr(config, "head_dim", None) or hidden // all_heads))
 
 
 @dataclass

@@ -16,7 +16,7 @@ from frankenmoe.moe.dense import (
     load_source,
     one_line,
     quiet_transformers,
-    read_config,
+    source_config,
     torch_dtype,
 )
 from frankenmoe.moe.linear import keep_stored
@@ -38,7 +38,7 @@ def parents(made: Plan) -> Iterator[tuple[str, Source]]:
 
 def dense_model(source: Source, *, dtype: torch.dtype | None) -> Any:
     """A parent as a dense model, with its adapter merged into the weights; or the merge that is the parent."""
-    if source.adapter is None and source.merged is None:
+    if source.adapter is None and source.merged is None and source.part is None:
         return stock_model(source.folder, dtype=dtype, trust_remote_code=source.trust_remote_code)
     return load_source(source, stored=_stored(source), dtype=dtype)
 
@@ -63,7 +63,7 @@ def merged_model(base: Source, sources: Sequence[Source], merge: Merge, *, dtype
     tensors = {
         name: as_tensor(_merged(write, [writes[name] for writes in theirs], merge)) for name, write in ours.items()
     }
-    config = read_config(base.folder, trust_remote_code=base.trust_remote_code)
+    config = source_config(base)
     return load_dense(config, tensors, dtype=dtype or torch_dtype(stored))
 
 
@@ -81,7 +81,7 @@ def _merged(base: TensorWrite, parents: Sequence[TensorWrite], merge: Merge) -> 
 
 def _stored(source: Source) -> str:
     """The dtype of most of a source's floating-point bytes."""
-    floats = [ref for ref in source.checkpoint.tensors.values() if ref.dtype in FLOATS]
+    floats = [ref for ref in source.tensors.values() if ref.dtype in FLOATS]
     return max(floats, key=lambda ref: ref.nbytes).dtype
 
 

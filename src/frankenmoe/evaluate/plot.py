@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from frankenmoe.charts import INK, Spec, check_drawing, pdf, png, svg
+from frankenmoe.charts import INK, Spec, check_drawing, draw
 from frankenmoe.errors import ArtifactError
 
 FORMATS = (".svg", ".png", ".pdf")
@@ -38,7 +38,7 @@ class Point:
 
 
 def check_plot(file: Path) -> None:
-    """ArtifactError for a file name with another ending than FORMATS, PlanError without the drawing library."""
+    """ArtifactError for a file name with another ending than FORMATS, ChartError without the drawing library."""
     if file.suffix not in FORMATS:
         raise ArtifactError(f"{file} must end in {', '.join(FORMATS)}", hint=f"write {file.with_suffix('.svg')}")
     check_drawing()
@@ -46,8 +46,7 @@ def check_plot(file: Path) -> None:
 
 def plot(points: Sequence[Point], file: Path, *, quality: str) -> None:
     """Draws the points; `quality` names the vertical axis and says which way is better."""
-    spec = _spec(points, quality)
-    drawn = {".svg": lambda: svg(spec).encode(), ".png": lambda: png(spec), ".pdf": lambda: pdf(spec)}[file.suffix]()
+    (drawn,) = draw([_spec(points, quality)], form=file.suffix.removeprefix("."))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(drawn)

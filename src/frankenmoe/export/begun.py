@@ -5,7 +5,8 @@ is written.
 """
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Collection, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from frankenmoe.artifact.folder import ROUTERS
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.export.files import is_file_name
-from frankenmoe.gates.cached import digest_of, key_of
+from frankenmoe.gates.cached import digest_of, key_of, states_of
 from frankenmoe.recipe.sections import ExportSettings
 from frankenmoe.subject import Subject
 
@@ -37,8 +38,8 @@ class Begun:
             model = key_of(subject.plan) or subject.plan.digest
         else:
             model = f"{subject.artifact.record['recipe_digest']}/{sha256(subject.artifact.folder / ROUTERS)}"
-        chosen = settings.model_dump(mode="json", include={"imatrix", "pad256"})
-        return cls(folder / BEGUN, digest_of(str(subject.origin), model, chosen))
+        texts = states_of(settings.imatrix, folder=Path.cwd()) or settings.imatrix
+        return cls(folder / BEGUN, digest_of(os.path.realpath(subject.origin), model, texts, settings.pad256))
 
     def finished(self) -> frozenset[Path]:
         """The files that were begun by the same export and have their names."""
@@ -50,7 +51,22 @@ class Begun:
         return frozenset()
 
     def note(self, paths: Iterable[Path]) -> None:
-        """Notes that these files are going to be written."""
+        """Notes that these files are going to be written; those of the same model that wait for a report stay noted."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        data = {"key": self.key, "files": sorted(path.name for path in paths)}
-        write_atomic(self.file, (json.dumps(data, indent=2) + "\n").encode())
+        _write(self.file, self.key, {path.name for path in (*paths, *self.finished())})
+
+
+def reported(folder: Path, names: Collection[str]) -> None:
+    """Takes files that now have a report from the note in `folder`, and removes an empty note."""
+    file = folder / BEGUN
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        data = json.loads(file.read_bytes())
+        left = {name for name in data["files"] if name not in names and (folder / name).is_file()}
+        if left:
+            _write(file, data["key"], left)
+            return
+    file.unlink(missing_ok=True)
+
+
+def _write(file: Path, key: str, names: Iterable[str]) -> None:
+    write_atomic(file, (json.dumps({"key": key, "files": sorted(names)}, indent=2) + "\n").encode())

@@ -94,7 +94,7 @@ def _architecture(writer: gguf.GGUFWriter, model: Parts, layout: GgufLayout) -> 
     if name in ("qwen2moe", "qwen3moe", "deepseek"):
         writer.add_expert_feed_forward_length(layout.ffn)
     if name in ("qwen2moe", "granitemoe") and model.shared:
-        writer.add_expert_shared_feed_forward_length(layout.ffn)
+        writer.add_expert_shared_feed_forward_length(layout.shared_ffn)
     if layout.arch.multipliers:
         given = multipliers(model)
         writer.add_logit_scale(given.get("logits_scaling", 1.0))

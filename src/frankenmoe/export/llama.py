@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from frankenmoe import system
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.export.quantize import INSTALL
+from frankenmoe.export.trial import can_read, check_renders
 from frankenmoe.families.llamacpp import ARCHS, MAX_EXPERTS
 
 STAND_IN = "chatml"  # a chat template that llama.cpp knows by name
@@ -42,9 +43,11 @@ class Engine:
         """Loads a file. Raises ArtifactError if llama.cpp cannot load it or is not installed.
 
         `exact_cache` keeps keys and values in float32, so that only the weights are rounded. Afterwards
-        `reads_template` is false if llama.cpp cannot read the file's chat template.
+        `reads_template` is false if llama.cpp cannot read the file's chat template, or must not.
         """
-        self._whole_token = int(check_loadable(file)["whole_token"])
+        facts = check_loadable(file)
+        self._whole_token = int(facts["whole_token"])
+        self._template = str(facts["chat_template"])
         try:
             import xllamacpp
         except ImportError as error:
@@ -64,15 +67,12 @@ class Engine:
         if exact_cache:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        self.reads_template = True
+        self.reads_template = not self._template or can_read(self._template)
+        if not self.reads_template:
+            params.chat_template = STAND_IN
         try:
             with _silence():
-                try:
-                    self._server = xllamacpp.Server(params)
-                except RuntimeError:  # it says only "Failed to init server"; a bad template is one reason
-                    self.reads_template = False
-                    params.chat_template = STAND_IN
-                    self._server = xllamacpp.Server(params)
+                self._server = xllamacpp.Server(params)
                 # A server that is destroyed before its thread runs never ends. This answer comes from that thread.
                 self._server.handle_metrics()
         except Exception as error:
@@ -139,6 +139,7 @@ class Engine:
 
         options = {"n_predict": tokens, "max_tokens": tokens, "temperature": temperature, "seed": seed, "stream": True}
         if templated:
+            check_renders(self._template, history)
             self._server.handle_chat_completions({"messages": list(history), **options}, hear)
         else:
             said = "".join(turn["content"] for turn in history)
@@ -171,7 +172,8 @@ def check_loadable(file: Path) -> dict[str, Any]:
         reader = gguf.GGUFReader(file)
         size = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
         facts = {name: reader.fields[name].contents() for name in reader.fields if not name.startswith("tokenizer.")}
-        facts["chat_template"] = "tokenizer.chat_template" in reader.fields
+        template = reader.fields.get("tokenizer.chat_template")
+        facts["chat_template"] = template.contents() if template else ""
         words, kinds = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
         facts["whole_token"] = next(
             (at for at, word in enumerate(words) if word.isascii() and word.isalnum() and kinds[at] == NORMAL), 0

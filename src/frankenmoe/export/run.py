@@ -14,7 +14,7 @@ from frankenmoe.artifact.record import BODY_STAGES
 from frankenmoe.artifact.reports import ExportReport, about, versions
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
-from frankenmoe.export.begun import BEGUN, Begun
+from frankenmoe.export.begun import Begun, reported
 from frankenmoe.export.files import GgufFile, check_output, export_files
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.planning.forecast import gguf_parts
@@ -205,7 +205,7 @@ def write_report(
     kept |= {file.path.name: file.to_dict() | {"path": file.path.name, "check": found.get(file.path)} for file in files}
     ExportReport.model_validate({**now, "files": list(kept.values())}).write(report)
     for folder in {file.path.parent for file in files}:
-        (folder / BEGUN).unlink(missing_ok=True)
+        reported(folder, {file.path.name for file in files if file.path.parent == folder})
     return report
 
 

@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import SourceError
 
 BPE = 2
@@ -23,7 +24,7 @@ def read_model(file: Path) -> tuple[list[Piece], bool, bool]:
     """
     try:
         pieces, is_bpe, prefix = [], False, True
-        for number, value in _fields(file.read_bytes()):
+        for number, value in _fields(small_bytes(file)):
             if number == 1 and isinstance(value, bytes):
                 pieces.append(_piece(value))
             elif number == 2 and isinstance(value, bytes):

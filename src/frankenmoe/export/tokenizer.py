@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import SourceError
 from frankenmoe.export.sentencepiece import read_model
 from frankenmoe.planning.parts import Parts
@@ -314,7 +315,7 @@ def _is_id(value: object, tokens: Sequence[str]) -> TypeGuard[int]:
 def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return small_bytes(file).decode(errors="replace")
     said = settings.get("chat_template") or _json(folder / "chat_template.json").get("chat_template")
     if isinstance(said, list):  # several by name; a plain conversation uses the one called default
         said = next((entry.get("template") for entry in said if entry.get("name") == "default"), None)
@@ -325,7 +326,7 @@ def _json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        return parse_object(file.read_bytes())
+        return parse_object(small_bytes(file))
     except ValueError as error:
         raise SourceError(f"{file} is not JSON: {error}", hint="fetch the file again") from error
 

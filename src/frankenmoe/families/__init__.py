@@ -7,6 +7,7 @@ from frankenmoe.families.known import is_neutral
 from frankenmoe.families.rotary import rope, rotary_size
 from frankenmoe.families.spec import SOFTMAX, Family, MoEFormat
 from frankenmoe.families.virtual import VIRTUAL, why_virtual
+from frankenmoe.families.wrapped import text_config, text_name, wrapper_of
 
 __all__ = [
     "FAMILIES",
@@ -21,6 +22,9 @@ __all__ = [
     "moe_config",
     "rope",
     "rotary_size",
+    "text_config",
+    "text_name",
     "unsupported",
     "why_virtual",
+    "wrapper_of",
 ]

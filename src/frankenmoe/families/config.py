@@ -4,14 +4,14 @@ from typing import Any
 
 from frankenmoe.families.known import NEUTRAL, is_known, is_neutral
 from frankenmoe.families.rotary import rope
-from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat
+from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat, RouterRule
 
+NORMALIZES = "norm_topk_prob"
 # fields that dense and MoE configs spell the same
 COPIED = (
     "vocab_size",
     "hidden_size",
     "intermediate_size",
-    "num_hidden_layers",
     "num_attention_heads",
     "hidden_act",
     "max_position_embeddings",
@@ -55,6 +55,10 @@ def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
 
 
 def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
+    if family.rope_by_kind:
+        return (
+            [] if fmt.rope_by_kind else [f"has rotary settings per layer type, but {fmt.title} has one for all layers"]
+        )
     rotary, found = rope(family, config), []
     if any(isinstance(value, dict) for value in rotary.values()):
         found.append(f"has rotary settings per layer type, but {fmt.title} has one for all layers")
@@ -67,6 +71,22 @@ def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str
     return found
 
 
+def _rotary_fields(fmt: MoEFormat, family: Family, config: Config) -> dict[str, Any]:
+    """Rotary settings in the spellings of transformers 4 and 5; by kind of layer there is only that of 5."""
+    if family.rope_by_kind:
+        return {"rope_parameters": family.rope_by_kind(family.filled(config))}
+    rotary = rope(family, config)
+    scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
+    if fmt.two_word_rope:
+        scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
+    return {
+        "rope_theta": rotary["rope_theta"],
+        "rope_scaling": None if rotary["rope_type"] == "default" else scaling,
+        "rope_parameters": rotary,
+        **{key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary},
+    }
+
+
 def moe_config(
     fmt: MoEFormat,
     family: Family,
@@ -74,49 +94,48 @@ def moe_config(
     *,
     experts: int,
     experts_per_token: int,
-    shared_experts: int,
+    shared_ffn: int,
     dtype: str,
+    rule: RouterRule | None = None,
 ) -> dict[str, Any]:
     """config.json of the MoE: fields copied from the base, or its family's defaults, then the format's own fields.
 
     Rotary settings and dtype are written in the spellings of transformers 4 and 5. Without `rope_theta`, transformers 4
-    would take the *format's* default. `dtype` is a torch name such as `bfloat16`.
+    would take the *format's* default. `dtype` is a torch name such as `bfloat16`. `shared_ffn` is the width of the
+    shared expert, 0 for none. `rule` is the format's, if not given.
     """
     dims = family.dims(config)
     quantities = {
         "experts": experts,
         "experts_per_token": experts_per_token,
-        "shared": shared_experts,
-        "shared_or_null": shared_experts or None,
+        "shared": shared_ffn // dims.ffn,
+        "shared_or_null": shared_ffn // dims.ffn or None,
         "ffn": dims.ffn,
-        "shared_ffn": dims.ffn if shared_experts else fmt.inert_shared_ffn or 0,
+        "shared_ffn": shared_ffn or fmt.inert_shared_ffn or 0,
     }
-    rotary = rope(family, config)
-    scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
-    if fmt.two_word_rope:
-        scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
     copied = {key: family.read(config, key) for key in COPIED}
     if "sliding_window" not in fmt.holds:
         copied["sliding_window"] = None  # it is as long as the context
     # transformers 5.23 rejects null where it expects a number or a truth value, so what the family lacks is left out
     copied = {key: value for key, value in copied.items() if value is not None or key in MAY_BE_NULL}
-    partial = {key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary}
     own = {
         key: family.read(config, plain) if isinstance(plain, str) else plain(family, config)
         for key, plain in fmt.fields.items()
     }
+    idle = fmt.idle_layers(family, config)
+    if idle:
+        own["layer_types"] = [*own["layer_types"], *[FULL] * idle]
     return {
         "architectures": [fmt.architecture],
         "model_type": fmt.model_type,
         **copied,
+        "num_hidden_layers": dims.layers + idle,
         "num_key_value_heads": dims.kv_heads,
         "head_dim": dims.head_dim,
-        "rope_theta": rotary["rope_theta"],
-        "rope_scaling": None if rotary["rope_type"] == "default" else scaling,
-        "rope_parameters": rotary,
-        **partial,
+        **_rotary_fields(fmt, family, config),
         **own,
         **fmt.constants,
+        **({NORMALIZES: (rule or fmt.router).normalizes} if NORMALIZES in fmt.constants else {}),
         **{key: quantities[quantity] for key, quantity in fmt.counted.items()},
         "output_router_logits": False,
         "dtype": dtype,

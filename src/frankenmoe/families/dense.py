@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from frankenmoe.checkpoint.tensors import Shift
+from frankenmoe.families.gemma import GEMMAS
 from frankenmoe.families.layered import LAYERED
 from frankenmoe.families.rows import (
     ATTENTION,
@@ -263,6 +264,7 @@ FAMILIES: Mapping[str, Family] = {
             interleaved=True,
         ),
         *LAYERED,
+        *GEMMAS,
     )
 }
 

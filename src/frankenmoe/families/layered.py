@@ -1,9 +1,10 @@
 """Dense families whose layers differ: windows, rotation in some layers only, linear attention, convolution, Mamba."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
+from frankenmoe.families.cohere import COHERE, COHERE2
 from frankenmoe.families.rows import (
     ATTENTION,
     ATTENTION_BIAS,
@@ -13,6 +14,7 @@ from frankenmoe.families.rows import (
     GATE_UP_PIECES,
     LAYER,
     PRE_NORMS,
+    all_but_every,
     defaults,
     rows,
 )
@@ -38,17 +40,6 @@ def _lfm2_ffn(config: Config) -> int:
         return width
     width, step = int(config["block_ffn_dim_multiplier"] * int(2 * width / 3)), int(config["block_multiple_of"])
     return -(-width // step) * step
-
-
-def _all_but_every(kind: str, interval: str) -> Callable[[Config], list[str]]:
-    """Full attention in every n-th layer, by default every fourth, and `kind` in the others; unless they are listed."""
-
-    def kinds(config: Config) -> list[str]:
-        every = int(config.get(interval) or 4)
-        layers = range(1, config["num_hidden_layers"] + 1)
-        return list(config.get("layer_types") or (kind if layer % every else FULL for layer in layers))
-
-    return kinds
 
 
 def _qwen3_5_sizes(config: Config) -> Mapping[str, int]:
@@ -234,7 +225,7 @@ QWEN3_5 = Family(
         linear_num_key_heads=16,
         linear_num_value_heads=32,
     ),
-    reads={"layer_types": _all_but_every(LINEAR, "full_attention_interval")},
+    reads={"layer_types": all_but_every(LINEAR, "full_attention_interval")},
     sizes=_qwen3_5_sizes,
     fields=frozenset({"full_attention_interval", "mtp_num_hidden_layers"}),
     fixed={"attn_output_gate": True, "mamba_ssm_dtype": "float32"},
@@ -350,35 +341,4 @@ GRANITE4 = Family(
     ),
     fixed={"normalization_function": "rmsnorm"},
 )
-COHERE2 = Family(
-    model_type="cohere2",
-    plain_mlp="Cohere2MLP",
-    # attention and FFN read the same norm
-    backbone=(*ENDS, *ATTENTION, *ATTENTION_BIAS, *rows(LAYER, {"input_layernorm.weight": ("hidden",)})),
-    ffn=FFN,
-    defaults=defaults(
-        max_position_embeddings=8192,
-        sliding_window=4096,
-        layer_norm_eps=1e-5,
-        logit_scale=0.0625,
-        pad_token_id=0,
-        bos_token_id=5,
-        eos_token_id=255001,
-        tie_word_embeddings=True,
-        attention_bias=False,
-    ),
-    reads={"layer_types": _all_but_every(SLIDING, "sliding_window_pattern")},
-    fields=frozenset({"sliding_window_pattern", "layer_switch", "cache_implementation", "order_of_interleaved_layers"}),
-    # Command R7B's
-    fixed={
-        "position_embedding_type": "rope_gptj",
-        "rotary_pct": 1.0,
-        "use_embedding_sharing": True,
-        "use_gated_activation": True,
-        "use_parallel_block": True,
-        "use_parallel_embedding": True,
-        "use_qk_norm": False,
-    },
-    interleaved=True,
-)
-LAYERED = (LFM2, QWEN3_5, SMOLLM3, MINISTRAL, GRANITE4, COHERE2)
+LAYERED = (LFM2, QWEN3_5, SMOLLM3, MINISTRAL, GRANITE4, COHERE2, COHERE)

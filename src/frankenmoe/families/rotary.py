@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from frankenmoe.families.spec import Config, Family
+from frankenmoe.families.spec import FULL, Config, Family
 
 # rotary types with a context of their own
 WITH_CONTEXT = ("llama3", "yarn", "longrope")
@@ -11,8 +11,11 @@ WITH_CONTEXT = ("llama3", "yarn", "longrope")
 def rope(family: Family, config: Config) -> dict[str, Any]:
     """Rotary settings as transformers 5's one dictionary, read from that form or from transformers 4's fields.
 
-    Where a config has both, transformers takes `rope_scaling`.
+    Where a config has both, transformers takes `rope_scaling`. For a family with settings by kind of layer, those of
+    full attention.
     """
+    if family.rope_by_kind:
+        return dict(family.rope_by_kind(family.filled(config))[FULL])
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     found = {key: value for key, value in given.items() if value is not None}
     legacy = found.pop("type", "default")

@@ -1,9 +1,9 @@
 """Rows and defaults that the tables of dense families share."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from frankenmoe.families.spec import Piece, TensorSpec
+from frankenmoe.families.spec import FULL, Config, Piece, TensorSpec
 
 LAYER = "model.layers.{layer}."
 
@@ -73,3 +73,14 @@ def defaults(**own: Any) -> Mapping[str, Any]:
         "rope_theta": 10000.0,
     }
     return common | own
+
+
+def all_but_every(kind: str, interval: str) -> Callable[[Config], list[str]]:
+    """Full attention in every n-th layer, by default every fourth, and `kind` in the others; unless they are listed."""
+
+    def kinds(config: Config) -> list[str]:
+        every = int(config.get(interval) or 4)
+        layers = range(1, config["num_hidden_layers"] + 1)
+        return list(config.get("layer_types") or (kind if layer % every else FULL for layer in layers))
+
+    return kinds

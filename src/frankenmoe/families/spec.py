@@ -19,7 +19,9 @@ MAY_BE_NULL = frozenset(
     {"sliding_window", "bos_token_id", "eos_token_id", "pad_token_id", "num_key_value_heads", "head_dim"}
 )
 FULL, SLIDING = "full_attention", "sliding_attention"
-ATTENTION_KINDS = (FULL, SLIDING, "attention")
+# full attention with one matrix for keys and values
+ONE_FOR_BOTH = "full_attention, keys as values"
+ATTENTION_KINDS = (FULL, SLIDING, ONE_FOR_BOTH, "attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,24 +58,27 @@ class Dims:
         return tuple(map(self.size, symbols))
 
     @property
-    def attention_layers(self) -> int:
-        """The number of layers that cache keys and values."""
-        return sum(kind in ATTENTION_KINDS for kind in self.kinds) if self.kinds else self.layers
+    def cached(self) -> int:
+        """The numbers of a token's keys in all layers that cache them; as many again are its values."""
+        layers = sum(kind in ATTENTION_KINDS for kind in self.kinds) if self.kinds else self.layers
+        return self.more.get("cached", layers * self.kv_heads * self.head_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """A tensor: `name` may contain `{layer}`; with `when`, only where that config field is true.
 
-    With `kinds`, only in layers of these kinds. `fill` is the value of a tensor that a format adds. `dtype` is its
-    safetensors type where that is not the MoE's.
+    With `kinds`, only in layers of these kinds. A tensor that a format adds has the value `fill`, which may follow from
+    the config, or the numbers of the plain tensor `like` times `fill`. `dtype` is its safetensors type where that is
+    not the MoE's.
     """
 
     name: str
     shape: tuple[str, ...]
     when: str | None = None
     kinds: tuple[str, ...] = ()
-    fill: float = 0.0
+    fill: float | Callable[[Config], float] = 0.0
+    like: str | None = None
     dtype: str | None = None
 
     @property
@@ -95,13 +100,16 @@ class Family:
 
     `ffn` rows become an expert; `mlp` is the name of their module. `pieces` tells which plain tensors a dense one
     holds, if not the one of the same name. `changes` are the steps from a dense number to the plain one, by plain name.
+    A change may follow from the config.
     `reads` gives plain config fields that the family spells otherwise or derives; with `layer_types` among them, layers
-    are of these kinds. `sizes` gives its own shape symbols. `fields` are further config fields that are known and
-    change nothing here.
+    are of these kinds, or of those of `kinds`, if that has finer ones. `sizes` gives its own shape symbols; `cached`
+    among them is the number that `Dims` has. `rope_by_kind` gives rotary settings by kind of layer. `fields` are
+    further config fields that are known and change nothing here.
     `fixed` are fields that its class does not read, with the only value that agrees with what the class computes.
     `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
     adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
     down(act(gate x) * up x). `opaque` names modules whose code reads the weights of its linear layers itself.
+    `wide_range`: its changes give numbers that float16 is too narrow for.
     """
 
     model_type: str
@@ -111,15 +119,17 @@ class Family:
     window_switch: str | None = None
     mlp: str = "mlp"
     pieces: Mapping[str, tuple[Piece, ...]] = field(default_factory=dict)
-    changes: Mapping[str, tuple[Change, ...]] = field(default_factory=dict)
+    changes: Mapping[str, tuple[Change | Callable[[Config], Change], ...]] = field(default_factory=dict)
     reads: Mapping[str, Reading] = field(default_factory=dict)
     sizes: Callable[[Config], Mapping[str, int]] | None = None
     fields: frozenset[str] = frozenset()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     rope_names: Mapping[str, str] = field(default_factory=dict)
+    rope_by_kind: Callable[[Config], Mapping[str, Mapping[str, Any]]] | None = None
     interleaved: bool = False
     plain_mlp: str | None = None
     opaque: tuple[str, ...] = ()
+    wide_range: bool = False
 
     @property
     def down(self) -> tuple[str, ...]:
@@ -165,8 +175,12 @@ class Family:
             head_dim=int(self.value(config, "head_dim") or hidden // heads),
             vocab=int(config["vocab_size"]),
             more=self.sizes(self.filled(config)) if self.sizes else {},
-            kinds=tuple(self.read(config, "layer_types")) if "layer_types" in self.reads else (),
+            kinds=tuple(self.read(config, kinds)) if (kinds := self._kinds) else (),
         )
+
+    @property
+    def _kinds(self) -> str | None:
+        return next((name for name in ("kinds", "layer_types") if name in self.reads), None)
 
     def shapes(self, rows: tuple[TensorSpec, ...], config: Config) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor that the rows describe in this config, layer by layer."""
@@ -207,6 +221,7 @@ class RouterRule:
     """How a format turns a gate's scores into weights.
 
     The top k by `score` ("softmax" over all experts, or "sigmoid" of each) are divided by their sum plus `epsilon`.
+    `normalizes` is False where the weights stay as they are, which a finished mixture may ask for.
     `renormalizes_top1` is False where the format's code does not renormalise the weight of a single chosen expert.
     `rounds_weights` is True where transformers rounds the weights to the model's dtype. A correction bias of the choice
     is written as zeros, and scaling factors as 1, so neither appears here. `wide`: the scores are computed in float32
@@ -215,13 +230,14 @@ class RouterRule:
 
     score: str = "softmax"
     epsilon: float = 0.0
+    normalizes: bool = True
     renormalizes_top1: bool = True
     rounds_weights: bool = True
     wide: bool = False
 
     def renormalizes(self, top_k: int) -> bool:
         """Whether the weights of `top_k` chosen experts are scaled to sum to one."""
-        return top_k > 1 or self.renormalizes_top1
+        return self.normalizes and (top_k > 1 or self.renormalizes_top1)
 
 
 SOFTMAX = RouterRule(rounds_weights=False)
@@ -240,8 +256,10 @@ class MoEFormat:
     `holds` names the plain settings in `NEUTRAL` that the format can express; with others a model cannot be built.
     `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one; it may be 0. `added`
     tensors are written where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor`
-    of `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `partial_rotary`: it can
-    rotate a part of each head. `on_request`: only where the recipe names it.
+    of `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `rope_by_kind`: it has rotary
+    settings for each kind of layer. `ends_in_full`: its last layer always has full attention, so behind any other a
+    layer follows that changes nothing. `partial_rotary`: it can rotate a part of each head. `on_request`: only where
+    the recipe names it.
     `no_gguf`: why llama.cpp cannot run it, where that is known or not checked.
     """
 
@@ -266,8 +284,14 @@ class MoEFormat:
     on_request: bool = False
     two_word_rope: bool = False
     ropes: tuple[str, ...] | None = None
+    rope_by_kind: bool = False
+    ends_in_full: bool = False
     partial_rotary: bool = False
     free_heads: bool = True
     interleaved: bool = False
     no_gguf: str | None = None
     notes: tuple[Note, ...] = ()
+
+    def idle_layers(self, family: Family, config: Config) -> int:
+        """How many layers that change nothing follow the last one."""
+        return int(self.ends_in_full and family.read(config, "layer_types")[-1] != FULL)

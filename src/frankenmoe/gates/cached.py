@@ -5,6 +5,7 @@ The key of an entry is a digest of plan and text. Does not import torch.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from frankenmoe.artifact import store
@@ -15,7 +16,7 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.names import expert_data
 
 KIND = "routers"
-VERSION = 4  # increase it when a change of the code gives other gates for the same plan and text
+VERSION = 5  # increase it when a change of the code gives other gates for the same plan and text
 
 
 def key_of(plan: Plan) -> str | None:
@@ -27,7 +28,12 @@ def key_of(plan: Plan) -> str | None:
 
 def text_states(plan: Plan) -> list[tuple[str, int, int]] | None:
     """(path, size, time of change) of every text of the experts; None if some is not a local file."""
-    texts = [Path(user_path(name, folder=plan.recipe.folder)) for name in expert_data(plan.recipe)]
+    return states_of(expert_data(plan.recipe), folder=plan.recipe.folder)
+
+
+def states_of(names: Iterable[str], *, folder: Path) -> list[tuple[str, int, int]] | None:
+    """(path, size, time of change) of every text; relative names start at `folder`. None if some is not a file."""
+    texts = [Path(user_path(name, folder=folder)) for name in names]
     if not all(text.is_absolute() and text.is_file() for text in texts):
         return None
     return [(str(text), text.stat().st_size, text.stat().st_mtime_ns) for text in texts]

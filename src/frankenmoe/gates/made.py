@@ -1,6 +1,6 @@
 """Plan -> routers, by the recipe's gate mode, from a file, or from the user's cache.
 
-Imports torch only if gates are computed; random and cached ones need none.
+Imports torch only if gates are computed; random, kept and cached ones need none.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +14,12 @@ from frankenmoe.checkpoint.values import check_finite, materialize
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.gates import cached
 from frankenmoe.gates.chance import random_routers
+from frankenmoe.gates.kept import kept_routers
 from frankenmoe.moe.processes import from_main, is_main, world
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import read_routers
 from frankenmoe.progress import Progress
-from frankenmoe.recipe.gatemodes import FIT_MODES, RANDOM_MODES
+from frankenmoe.recipe.gatemodes import FIT_MODES, KEPT, RANDOM_MODES
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ def make_routers(plan: Plan, progress: Progress, *, cache: bool = True, device: 
         return MadeRouters(_read(plan.routers_file, plan.routers, dtype=plan.dtype))
     if plan.recipe.gate_mode in RANDOM_MODES:
         return MadeRouters(random_routers(plan))
+    if plan.recipe.gate_mode == KEPT:
+        return MadeRouters(kept_routers(plan))
     key = cached.key_of(plan) if cache else None
     folder = from_main(cached.find(key) if key else None)  # all processes of a launcher must decide alike
     if folder is not None:

@@ -18,7 +18,7 @@ from frankenmoe.errors import NumericsError, RecipeError, SourceError
 from frankenmoe.gates.capture import encode, layer_inputs
 from frankenmoe.gates.chance import encoded
 from frankenmoe.gates.methods import STATE_MODES, direction, embedding_sum, prompt_mean
-from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, read_config
+from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, source_config
 from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
 from frankenmoe.planning import Plan
 from frankenmoe.planning.layout import SHARED, router_names
@@ -97,7 +97,7 @@ def _state_sides(plan: Plan, device: str) -> Side:
     tokenizer, reduce = load_tokenizer(plan.base.folder), STATE_MODES[plan.recipe.gate_mode]
     tensors = {write.name: as_tensor(write) for write in _base_writes(plan)}
     dtype = next(iter(tensors.values())).dtype
-    config = read_config(plan.base.folder, trust_remote_code=plan.trust_remote_code)
+    config = source_config(plan.base)
     chosen = resolve(device)
     check_room(Weights(sum(tensor.nbytes for tensor in tensors.values()), dtype), chosen)
     model = place(load_dense(config, tensors, dtype=dtype), chosen)

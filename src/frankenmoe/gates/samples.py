@@ -24,7 +24,7 @@ from frankenmoe.planning.layout import SHARED, RouterPath
 
 Make = Callable[[int, States, torch.Tensor], torch.Tensor]
 """(layer, one router's states, their rows among all) -> its gate."""
-STATES_BYTES = 400 * 2**20  # of all states in memory
+STATES_BYTES = 320 * 2**20  # of all states in memory
 
 
 @dataclass(frozen=True)

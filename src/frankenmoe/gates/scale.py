@@ -7,22 +7,19 @@ FACTOR = 1.6
 MOST = 12  # tries
 DEVIATION = 0.5  # of the prior of the factor's logarithm
 FARTHEST = 1.5  # steps from the middle one of three factors to where their parabola is trusted
-CLOSE = 0.2  # steps; a factor so near to one that was tried is not tried
 
 
-def search(
-    loss: Callable[[float], float], *, start: float, tokens: int, guess: bool = False
-) -> tuple[float, dict[float, float]]:
-    """The best factor, and the value of every factor that was tried: usually four, at most MOST.
+def search(loss: Callable[[float], float], *, start: float, tokens: int) -> float:
+    """The factor of lowest value, after usually three tries, at most MOST.
 
     The value is the loss (nats per token over `tokens` tokens) plus each token's share of a log-normal prior around
     `start`. With thousands of held-out tokens the prior has no effect. With a few hundred it keeps chance from making
     routers very sharp or flat.
 
     The search tries `start`, a step of FACTOR up, and the next step on the better side, further while the parabola
-    through the best three falls beyond them; then the parabola's lowest point, which `guess` returns without trying it.
-    The loss is smooth in the factor's logarithm and has one minimum: at 0 experts are averaged, at infinity only the
-    first one counts.
+    through the best three falls beyond them. The lowest point of this parabola is the result, or the best try if there
+    is none. The loss is smooth in the factor's logarithm and has one minimum: at 0 experts are averaged, at infinity
+    only the first one counts.
     """
     tried: dict[float, float] = {}  # steps from `start` -> value
 
@@ -35,10 +32,8 @@ def search(
     while (beyond := _beyond(tried)) is not None and len(tried) < MOST:
         look(beyond)
     lowest = _lowest(tried)
-    if not guess and lowest is not None and all(abs(lowest - steps) >= CLOSE for steps in tried):
-        look(lowest)
-    best = lowest if guess and lowest is not None else min(tried, key=lambda steps: tried[steps])
-    return start * FACTOR**best, {start * FACTOR**steps: value for steps, value in tried.items()}
+    best = min(tried, key=lambda steps: tried[steps]) if lowest is None else lowest
+    return float(start * FACTOR**best)
 
 
 def _beyond(tried: dict[float, float]) -> float | None:

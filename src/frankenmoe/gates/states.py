@@ -14,11 +14,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from frankenmoe.data.blocks import Block
+from frankenmoe.moe.memory import give_back_memory
 from frankenmoe.moe.processes import all_reduce, split
 from frankenmoe.moe.trace import outer_blocks
 
 BATCH_TOKENS = 2048
-LOGITS_BYTES = 2**27  # of a batch's logits in float32, unless one block has more
+LOGITS_BYTES = 2**26  # of a batch's logits in float32, unless one block has more
+WIDENED = 64  # tokens whose logits are converted to float32 at a time
 OnStates = Callable[[int, torch.Tensor], None]
 """Called with (layer, states_ND), once per batch and layer; the states are on the model's device, in its type."""
 Advance = Callable[[int], None]
@@ -51,6 +53,7 @@ def watch_inputs(
         with _watched(model, mask_BT, on_states, keep_N=_part(keep_N, start, batch)):
             decoder(input_ids=ids_BT, attention_mask=mask_BT.long(), use_cache=False)
         on_tokens(_length(batch))
+    give_back_memory()
 
 
 def mean_loss(
@@ -88,12 +91,15 @@ def next_losses(
         at = start
         for row, block in enumerate(batch):
             length = len(block.ids)
-            losses = functional.cross_entropy(
-                logits[row, : length - 1].float(), ids_BT[row, 1:length], reduction="none"
-            )
-            found_N[at : at + length - 1] = losses.cpu() * torch.tensor(block.learn[1:])
+            for part in range(0, length - 1, WIDENED):
+                end = min(part + WIDENED, length - 1)
+                logits_TV, next_T = logits[row, part:end].float(), ids_BT[row, part + 1 : end + 1]
+                found_N[at + part : at + end] = functional.cross_entropy(logits_TV, next_T, reduction="none").cpu()
+            found_N[at : at + length - 1] *= torch.tensor(block.learn[1:])
             at += length
         on_tokens(_length(batch))
+        del logits
+    give_back_memory()
     return all_reduce(found_N) if together else found_N
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.fitting import (
     HELD_OUT_DATA,
     HELD_OUT_PROMPTS,
-    ROUGH,
+    SEARCHED,
     TextSize,
+    piece_ends,
     piece_lengths,
-    rough_length,
+    searched_length,
     text_size,
 )
 from frankenmoe.planning.layout import SHARED, RouterPath
@@ -189,12 +190,12 @@ def fitted_blocks(text: OwnText) -> list[Block]:
     return [*text.kept, *unseen(text)]
 
 
-def rough_blocks(text: OwnText) -> Sequence[Block]:
-    """About a ROUGH-th of the held-out text: every ROUGH-th block, or the start of the first one if there are fewer."""
-    if len(text.held) >= ROUGH:
-        return text.held[::ROUGH]
+def searched_blocks(text: OwnText) -> Sequence[Block]:
+    """One in SEARCHED of the held-out blocks, or the start of the first one if there are fewer."""
+    if len(text.held) >= SEARCHED:
+        return text.held[::SEARCHED]
     first = text.held[0]
-    length = rough_length(sum(len(block.ids) for block in text.held))
+    length = searched_length(sum(len(block.ids) for block in text.held))
     start = Block(first.ids[:length], first.learn[:length])
     return [start if start.targets else first]
 
@@ -222,7 +223,6 @@ def mixed_cuts(blocks: Sequence[Block], *, bos: int | None) -> list[tuple[Block,
 
 def _pieces(block: Block, length: int, bos: int | None) -> Iterator[Block]:
     head = int(block.ids[0] == bos)
-    room = length - head
-    for start in range(head, len(block.ids), room):
-        part, learn = block.ids[start : start + room], block.learn[start : start + room]
+    for start, end in pairwise([head, *piece_ends(len(block.ids), length, head=head)]):
+        part, learn = block.ids[start:end], block.learn[start:end]
         yield Block((*block.ids[:head], *part), (*block.learn[:head], *learn))

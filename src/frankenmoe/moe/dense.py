@@ -1,6 +1,7 @@
 """Loads dense transformers models from mapped tensors, and finds their `mlp` modules."""
 
 import copy
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,16 +16,20 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import SourceError
-from frankenmoe.families import MLPS
+from frankenmoe.families import MLPS, text_config, wrapper_of
 from frankenmoe.moe.linear import is_linear, keep_stored
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.planning.tree import dense_writes
 
 WRONG_CONFIG = "check that config.json was saved with these weights"
 LONGEST = 200  # characters that are quoted of another library's message
+# oneDNN, which multiplies 16-bit matrices on CPUs, keeps compiled code for 1,024 shapes, nearly 1 MB each. Experts read
+# another number of tokens in every batch, so it would keep them all. It reads this variable at its first product.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 MLP_NAME = re.compile(rf"(?:^|.*\.)(\d+)\.({'|'.join(MLPS)})$")
 
 
@@ -42,8 +47,11 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
-    """The transformers config of a folder. SourceError if this transformers version cannot read it."""
+    """The transformers config of a folder's language model. SourceError if this transformers version cannot read it."""
     try:
+        whole = read_object(folder / "config.json", hint=WRONG_CONFIG)
+        if wrapper_of(whole):
+            return AutoConfig.for_model(**text_config(whole), name_or_path=str(folder))
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # its validators have classes of their own
         raise SourceError(
@@ -52,11 +60,32 @@ def read_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         ) from error
 
 
+def source_config(source: Source) -> Any:
+    """The transformers config of a source as a dense model. SourceError if this transformers version cannot read it."""
+    if source.part is None:
+        return read_config(source.folder, trust_remote_code=source.trust_remote_code)
+    return made_config(source.config)
+
+
+def made_config(config: Mapping[str, Any]) -> Any:
+    """A transformers config from the content of a config.json."""
+    return AutoConfig.for_model(**{key: _decoded(value) for key, value in config.items() if key != "architectures"})
+
+
+def _decoded(value: Any) -> Any:
+    """A config value with infinities in place of the mappings that transformers writes for them in JSON."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
+    return [_decoded(each) for each in value] if isinstance(value, list) else value
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer in a folder, without remote code. SourceError if it cannot be loaded."""
+    """The tokenizer in a folder, without remote code. SourceError if it cannot be loaded, or cannot split text."""
     try:
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            tokenizer("a text")  # only now are some settings used, such as the longest length
+            return tokenizer
     except Exception as error:  # tokenizers raises a plain Exception if it cannot parse a file
         raise SourceError(
             f"{folder} has no tokenizer that transformers can load: {one_line(error)}",
@@ -86,7 +115,7 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
 
 def load_source(source: Source, *, stored: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A source as a dense model with its adapter merged. Merged weights are rounded to `stored`, then to `dtype`."""
-    config = read_config(source.folder, trust_remote_code=source.trust_remote_code)
+    config = source_config(source)
     if source.own_rows is not None:  # the base's embeddings stand in for its own
         config.vocab_size = source.config["vocab_size"]
         config.tie_word_embeddings = source.config.get("tie_word_embeddings", config.tie_word_embeddings)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from frankenmoe.data.templates import rendered
 from frankenmoe.errors import SourceError
-from frankenmoe.moe.dense import one_line
 from frankenmoe.moe.generation import end_tokens, plain_generation
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
@@ -88,15 +88,8 @@ def _encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> t
     SourceError if it has no tokens, too many tokens for a model of this `config`, or ids without an embedding.
     """
     if tokenizer.chat_template:
-        try:
-            found = tokenizer.apply_chat_template(
-                list(history), add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # a template is a program and may raise anything
-            raise SourceError(
-                f"the chat template of the base fails: {one_line(error)}",
-                hint="repair chat_template.jinja (or the one in tokenizer_config.json), or remove it to use plain text",
-            ) from error
+        text = rendered(history, tokenizer, add_generation_prompt=True)
+        found = tokenizer(text, add_special_tokens=False, return_tensors="pt")
     else:
         found = tokenizer("".join(turn["content"] for turn in history), return_tensors="pt")
     ids = found["input_ids"]

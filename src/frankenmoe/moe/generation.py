@@ -21,18 +21,17 @@ COUNTS = (
     "max_new_tokens",
 )  # fmt: skip
 MOST = 2**31 - 1
-# fields of token ids, in lists of any depth. Those of the begin and padding tokens, and the temperature, are not here:
-# a reply has its own.
+# fields of token ids, in lists of any depth; neither that of the padding token nor the temperature: a reply has its own
 IDS = (
     "bad_words_ids", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
     "begin_suppress_tokens",
 )  # fmt: skip
-# several answers, or another way to search than token by token: one reply is always made the plain way
+# several answers, another way to search than token by token, or a begin: one plain reply goes on from its prompt
 OTHER_SEARCHES = (
     "num_beams", "num_beam_groups", "num_return_sequences", "diversity_penalty", "early_stopping", "penalty_alpha",
     "dola_layers", "constraints", "force_words_ids", "prompt_lookup_num_tokens", "return_dict_in_generate",
     "output_scores", "output_logits", "output_attentions", "output_hidden_states", "guidance_scale", "max_time",
-    "token_healing", "cache_implementation", "use_cache",
+    "token_healing", "cache_implementation", "use_cache", "bos_token_id", "decoder_start_token_id",
 )  # fmt: skip
 MOST_STOPS = 1000  # stop strings, and letters of one
 

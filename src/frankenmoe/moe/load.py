@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from frankenmoe.artifact.folder import Routers
 from frankenmoe.checkpoint import tensors as checkpoint
@@ -26,10 +26,12 @@ from frankenmoe.moe.dense import (
     linear_names,
     load_dense,
     load_tokenizer,
+    made_config,
     mlp_modules,
     one_line,
     read_config,
     skeleton,
+    source_config,
     torch_dtype,
 )
 from frankenmoe.moe.device import CPU, Weights, place
@@ -39,6 +41,7 @@ from frankenmoe.planning import ExpertNode
 from frankenmoe.planning.bill import distinct_bytes
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.parts import Parts
+from frankenmoe.planning.sources import first_of_folders
 
 Gates = Mapping[str, torch.Tensor]
 ROUTERS_AGAIN = "the routers file was changed after it was written: fit the routers or build the artifact again"
@@ -77,10 +80,15 @@ def gate_tensors(routers: Routers) -> Gates:
     }
 
 
-def check_loadable(sources: Iterable[Path], *, base: Path, trust_remote_code: bool) -> None:
-    """SourceError if transformers cannot make a generating model from these folders. Reads configs only."""
-    for folder in sources:
-        skeleton(read_config(folder, trust_remote_code=trust_remote_code))
+def check_loadable(
+    sources: Iterable[tuple[Path, Mapping[str, Any] | None]], *, base: Path, trust_remote_code: bool
+) -> None:
+    """SourceError if transformers cannot make a generating model from these folders. Reads configs only.
+
+    A config stands in the place of a folder's own.
+    """
+    for folder, config in sources:
+        skeleton(read_config(folder, trust_remote_code=trust_remote_code) if config is None else made_config(config))
     _generation_config(base)
 
 
@@ -99,22 +107,14 @@ def load_parts(
     On the CPU, weights stay memory-mapped unless `dtype` converts them. `options` are MoEBlock's: capacity_factor,
     drop_policy. Raises SourceError, ArtifactError or NumericsError for sources, tensors or gates that cannot be used.
     """
-    configs = {folder: read_config(folder, trust_remote_code=parts.trust_remote_code) for folder in parts.sources}
-    config = configs.get(parts.folder) or AutoConfig.for_model(
-        **{key: _decoded(value) for key, value in parts.config.items() if key != "architectures"}
-    )
+    # the first source of a folder counts, which is no shared expert
+    configs = {source.folder: source_config(source) for source in first_of_folders(parts.sources)}
+    config = configs.get(parts.folder) or made_config(parts.config)
     if parts.own_head:
         config.tie_word_embeddings = False
     made = _assemble(parts, config, configs, gates, dtype=dtype, **options)
     place(made.model, device)
     return made
-
-
-def _decoded(value: Any) -> Any:
-    """A config value with infinities in place of the mappings that transformers writes for them in JSON."""
-    if isinstance(value, dict):
-        return float(value["__float__"]) if set(value) == {"__float__"} else {k: _decoded(v) for k, v in value.items()}
-    return [_decoded(each) for each in value] if isinstance(value, list) else value
 
 
 def _assemble(
@@ -137,7 +137,8 @@ def _assemble(
         wrap_linear(model, name, *_lora(lora, tensors[f"{name}.weight"].dtype))
     places = mlp_modules(model)
     own = {layer: mlp for layer, (_, mlp) in places.items()}
-    pattern = cache(_patterns(config, configs, own))
+    shared = made_config(parts.shared_config) if parts.shared_config else None
+    pattern = _patterns(config, configs, own, shared=shared)
     make = _block_maker(parts, gates, pattern, tensor, dtype, options)
     for layer, (holder, dense_mlp) in places.items():
         name = next(key for key, module in holder.named_children() if module is dense_mlp)
@@ -214,12 +215,12 @@ def _tensor_cache(dtype: torch.dtype | None) -> Callable[[TensorWrite], torch.Te
 def _block_maker(
     parts: Parts,
     gates: Gates,
-    pattern: Callable[[Path | None], Mapping[int, nn.Module]],
+    pattern: Callable[[ExpertNode], Mapping[int, nn.Module]],
     tensor: Callable[[TensorWrite], torch.Tensor],
     dtype: torch.dtype | None,
     options: Mapping[str, Any],
 ) -> Callable[[int], MoEBlock]:
-    """Layer -> its MoEBlock. `pattern` gives the `mlp` modules of a source. Experts of equal content share a module."""
+    """Layer -> its MoEBlock. `pattern` gives an expert's `mlp` modules. Experts of equal content share a module."""
     dense: dict[object, nn.Module] = {}
 
     def gate(path: tuple[int, ...], layer: int) -> torch.Tensor | None:
@@ -240,7 +241,7 @@ def _block_maker(
         return found.to(dtype) if dtype is not None else found
 
     def leaf(node: ExpertNode, layer: int) -> nn.Module:
-        row, modules = node.ffn[layer], pattern(node.source.folder if node.source else None)
+        row, modules = node.ffn[layer], pattern(node)
         key = (id(modules), layer, tuple(row.values()))  # equal weights with another activation are another FFN
         if key not in dense:
             tensors = {suffix: tensor(write) for suffix, write in row.items()}
@@ -272,16 +273,23 @@ def _block_maker(
 
 
 def _patterns(
-    config: Any, configs: Mapping[Path, Any], own: Mapping[int, nn.Module]
-) -> Callable[[Path | None], Mapping[int, nn.Module]]:
-    """Source folder -> the `mlp` modules of that source's config, to be copied with other weights.
+    config: Any, configs: Mapping[Path, Any], own: Mapping[int, nn.Module], *, shared: Any
+) -> Callable[[ExpertNode], Mapping[int, nn.Module]]:
+    """Expert -> the `mlp` modules of its source's config, to be copied with other weights.
 
     These are the dense model's modules, `own`, if the configs agree. Another activation, for example, needs others.
+    `shared` is the config of the shared expert where it has one of its own.
     """
 
-    def pattern(folder: Path | None) -> Mapping[int, nn.Module]:
-        its = configs.get(folder, config) if folder else config
+    @cache
+    def modules(folder: Path | None) -> Mapping[int, nn.Module]:
+        its = shared if folder is None else configs.get(folder, config)
         return own if its is config or _of_mlp(its) == _of_mlp(config) else skeleton(its)
+
+    def pattern(node: ExpertNode) -> Mapping[int, nn.Module]:
+        if shared is not None and node.path[:1] == SHARED:
+            return modules(None)
+        return own if node.source is None else modules(node.source.folder)
 
     return pattern
 

@@ -7,7 +7,8 @@ from typing import Any
 
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
-from frankenmoe.planning.sources import Source, odd_heads
+from frankenmoe.planning.configs import odd_heads
+from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode
 
 KV_BYTES = 2  # a 16-bit cache
@@ -15,19 +16,24 @@ KV_BYTES = 2  # a 16-bit cache
 
 @dataclass(frozen=True, slots=True)
 class Bill:
-    """Counts in parameters, sizes in bytes."""
+    """Counts in parameters, sizes in bytes. Sizes of forms that the MoE cannot have are None."""
 
     total: int
     active: int
     shared: int
     per_expert: int
-    built: int
+    built: int | None
     virtual: int
-    memory_built: int
+    memory_built: int | None
     memory_virtual: int
-    memory_q4_0: int
-    memory_q5_0: int
+    memory_q4_0: int | None
+    memory_q5_0: int | None
     kv_per_token: int
+
+    @property
+    def on_disk(self) -> int:
+        """Bytes of the built form, or of the virtual one if there is no other."""
+        return self.virtual if self.built is None else self.built
 
     def to_dict(self) -> dict[str, Any]:
         """The three tables of the plan's JSON: parameters, bytes and memory."""
@@ -55,11 +61,12 @@ def make_bill(
     itemsize: int,
     kv_numbers: int,
     small_files: int,
+    stock: bool,
 ) -> Bill:
     """Adds everything up.
 
     `extra` are the shared expert and the zeros that a format requires, `kv_numbers` the cached numbers per token over
-    all layers, `small_files` the bytes of tokenizer, configs and router statistics.
+    all layers, `small_files` the bytes of tokenizer, configs and router statistics. `stock`: it fits a stock format.
     """
     static = [*backbone, *extra]
     router_parameters = sum(math.prod(shape) for shape in routers.values())
@@ -77,12 +84,12 @@ def make_bill(
         active=shared + sum(sizes[:top_k]),
         shared=shared,
         per_expert=max(experts),
-        built=body + router_bytes + small_files,
+        built=body + router_bytes + small_files if stock else None,
         virtual=router_bytes + small_files,
-        memory_built=body + router_bytes,
+        memory_built=body + router_bytes if stock else None,
         memory_virtual=distinct_bytes(static, leaves) + router_bytes,
-        memory_q4_0=gguf_bytes(shapes, "Q4_0", experts=len(nodes)),
-        memory_q5_0=gguf_bytes(shapes, "Q5_0", experts=len(nodes)),
+        memory_q4_0=gguf_bytes(shapes, "Q4_0", experts=len(nodes)) if stock else None,
+        memory_q5_0=gguf_bytes(shapes, "Q5_0", experts=len(nodes)) if stock else None,
         kv_per_token=kv_numbers * KV_BYTES,
     )
 
@@ -140,8 +147,7 @@ def kv_numbers(base: Source) -> int:
     """Cached numbers per token: keys and values of every layer."""
     config = base.config
     if base.family is not None:
-        dims = base.family.dims(config)
-        return 2 * dims.attention_layers * dims.kv_heads * dims.head_dim
+        return 2 * base.family.dims(config).cached
     head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // int(config["num_attention_heads"]))
     return 2 * int(config["num_hidden_layers"]) * odd_heads(config) * head_dim
 

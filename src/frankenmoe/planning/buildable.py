@@ -1,4 +1,4 @@
-"""Checks that a plan can become a virtual or built artifact. Does not import torch."""
+"""Checks what a plan can become and what can be done with it. Does not import torch."""
 
 from frankenmoe.errors import PlanError
 from frankenmoe.planning.plan import Plan
@@ -23,4 +23,16 @@ def check_buildable(made: Plan, *, virtual: bool, allow_identical: bool) -> None
             f"all {made.experts} experts hold the same weights"
             f"{' in every block compared' if made.identical_sampled else ''}, so routers make no difference",
             hint="set noise_relative (such as 0.01) or add adapters; --allow-identical builds it anyway, for training",
+        )
+
+
+def check_parents(made: Plan, *, doing: str, hint: str) -> None:
+    """Raises PlanError if an expert is that of a finished mixture, whose parents are not known."""
+    leaves = (leaf for node in made.nodes for leaf in node.leaves())
+    lone = next((leaf for leaf in leaves if leaf.source is not None and leaf.source.part is not None), None)
+    if lone is not None:
+        raise PlanError(
+            f"{doing} needs the parents of the experts, and those of {lone.name} are not known: it was taken from a "
+            "finished mixture",
+            hint=hint,
         )

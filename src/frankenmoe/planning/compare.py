@@ -12,6 +12,7 @@ import yaml
 
 from frankenmoe.checkpoint.fingerprint import same_place, same_values
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import LowRank, TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
@@ -92,7 +93,8 @@ def _refs(leaf: ExpertNode) -> list[TensorRef]:
 
 
 def _same_name(one: TensorRef, two: TensorRef) -> bool:
-    return (one.file, one.name) == (two.file, two.name)
+    # several experts may be parts of one tensor
+    return (one.file, one.name, one.start) == (two.file, two.name, two.start)
 
 
 def _same_content(one: TensorRef, two: TensorRef) -> bool:
@@ -169,7 +171,7 @@ def tokenizer_facts(folder: Path) -> dict[str, Any]:
             facts[key.replace("_", " ")] = value.get("content") if isinstance(value, dict) else value
     template = folder / "chat_template.jinja"
     if template.is_file():
-        facts["chat template"] = template.read_text(encoding="utf-8", errors="replace")
+        facts["chat template"] = small_bytes(template).decode(errors="replace")
     elif settings:
         facts["chat template"] = settings.get("chat_template")
     return facts
@@ -177,7 +179,7 @@ def tokenizer_facts(folder: Path) -> dict[str, Any]:
 
 def _vocabulary(file: Path) -> str:
     """A digest of the token -> id table; of a SentencePiece file, a digest of the whole file."""
-    raw = file.read_bytes()
+    raw = small_bytes(file)
     return _table_digest(raw) if file.suffix == ".json" else hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 
@@ -193,7 +195,7 @@ def _table_digest(raw: bytes) -> str:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    return _parsed(file.read_bytes()) if file.is_file() else {}
+    return _parsed(small_bytes(file)) if file.is_file() else {}
 
 
 def _parsed(raw: bytes) -> dict[str, Any]:
@@ -230,13 +232,13 @@ def card_head(folder: Path) -> dict[str, Any]:
     card = folder / "README.md"
     if not card.is_file():
         return {}
-    text = card.read_text(encoding="utf-8-sig", errors="replace")
+    text = small_bytes(card).decode("utf-8-sig", errors="replace")
     lines = text.splitlines()
     ends = [number for number, line in enumerate(lines[1:], 1) if line.strip() == "---"]
     if not ends or lines[0].strip() != "---":
         return {}
     try:
         found = yaml.safe_load("\n".join(lines[1 : ends[0]]))
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -55,6 +55,8 @@ def checked_pair(model: Source, base: Source) -> tuple[Anatomy, Anatomy]:
     Raises SourceError if they do not fit, are quantized, lack weights, or store their layers transposed.
     """
     for source in (base, model):
+        if source.part is not None:
+            raise SourceError(f"{source.name} is a part of a mixture, expected a dense model", hint="use it as it is")
         if source.adapter is not None:
             raise SourceError(
                 f"{source.name} has an adapter, expected a whole checkpoint",

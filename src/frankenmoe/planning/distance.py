@@ -19,8 +19,8 @@ import numpy as np
 from frankenmoe.cache import cache_folder, trim
 from frankenmoe.checkpoint.cast import Floats, decode, encode
 from frankenmoe.checkpoint.reader import map_bytes
-from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, LowRank, TensorRef
-from frankenmoe.checkpoint.values import values
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, LowRank, TensorRef, TensorWrite
+from frankenmoe.checkpoint.values import materialize, values
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.planning.files import deciding_files, states
@@ -93,12 +93,16 @@ class _Sums:
         return math.sqrt(squared) if math.isfinite(squared) else None
 
 
-def _named_sources(nodes: tuple[ExpertNode, ...]) -> list[Named]:
-    """(expert, source, anatomy) of every routed expert; one row for each model of a merge."""
+def _named_sources(base: Source, nodes: tuple[ExpertNode, ...]) -> list[Named]:
+    """(expert, source, anatomy) of every routed expert; one row for each model of a merge.
+
+    The experts of the base, if it is a mixture, are left out: they have its backbone.
+    """
     return [
         (name, single, anatomy(single))
         for name, leaf in named_leaves(nodes)
         for single in (leaf.source.models if leaf.source else ())
+        if not (base.part and single.part and base.folder == single.folder)
     ]
 
 
@@ -109,7 +113,7 @@ def distances(base: tuple[Source, Anatomy], nodes: tuple[ExpertNode, ...]) -> tu
     """
     if not base[0].checkpoint.has_weights:
         return ()
-    able = [each for each in _named_sources(nodes) if each[1].checkpoint.has_weights]
+    able = [each for each in _named_sources(base[0], nodes) if each[1].checkpoint.has_weights]
     keys = [_key(base[0], source) for _, source, _ in able]
     known = {key: found for key in dict.fromkeys(keys) if (found := _recalled(key)) is not None}
     fresh = {key: each for key, each in zip(keys, able, strict=True) if key not in known}
@@ -164,13 +168,15 @@ def _spans(size: int, group: str) -> list[tuple[int, int]]:
     return [(start, start + length) for start in (index * (size - length) // (count - 1) for index in range(count))]
 
 
-def _sampled(ref: TensorRef, spans: Sequence[tuple[int, int]]) -> Floats:
-    width, raw = DTYPES[ref.dtype].itemsize, map_bytes(ref)
+def _sampled(ref: TensorRef | TensorWrite, spans: Sequence[tuple[int, int]]) -> Floats:
+    width, raw = DTYPES[ref.dtype].itemsize, map_bytes(ref) if isinstance(ref, TensorRef) else materialize(ref)
     parts = [raw[start * width : stop * width] for start, stop in spans]
     return decode(parts[0] if len(parts) == 1 else np.concatenate(parts), dtype=ref.dtype)
 
 
-def _difference(base: TensorRef, base_N: Floats, ref: TensorRef, spans: Sequence[tuple[int, int]]) -> Floats:
+def _difference(
+    base: TensorRef | TensorWrite, base_N: Floats, ref: TensorRef | TensorWrite, spans: Sequence[tuple[int, int]]
+) -> Floats:
     """Parent minus base. If their types differ, both are rounded to the coarser: a conversion is no difference."""
     if ref == base:
         return np.zeros_like(base_N)
@@ -208,7 +214,8 @@ def _key(base: Source, source: Source) -> str:
     factors = [ref.file for adapter in adapters for ref in adapter.tensors.values()]
     files = [list(each.checkpoint.files) for each in both]
     # the order of the two matters, the order of files does not
-    facts = [VERSION, *(states(group, ()) for group in (*files, list(dict.fromkeys(factors))))]
+    facts: list[object] = [VERSION, *(states(group, ()) for group in (*files, list(dict.fromkeys(factors))))]
+    facts += [each.part.name for each in both if each.part]
     small = states((), deciding_files(base, both))
     return hashlib.sha256(json.dumps([facts, small]).encode()).hexdigest()
 

@@ -7,6 +7,7 @@ those of layers and head, without embeddings, which are looked up. Of every MoE 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ LOSSES = "losses with every expert"
 SOLVING = "gates from states"  # reads nothing
 STATES_MODES = frozenset({"logistic", "regret"})  # these need single states; the others only sums
 HELD_OUT_DATA, HELD_OUT_PROMPTS = 0.1, 0.25
-TRIES, ROUGH_TRIES = 4, 3  # usual tries of the scale, and where it need not be exact
-ROUGH = 3  # the scale of gates that others follow is searched on a ROUGH-th of the held-out text
-ENOUGH = 64  # tokens; of a text with few held-out blocks, so much is read for that
+TRIES = 3  # usual tries of a scale
+SEARCHED = 3  # scales are searched on one in SEARCHED of the held-out blocks
+ENOUGH = 64  # tokens; of a text with few held-out blocks, at least so much is read for that
 ONE_IN = 3  # of the blocks that `regret` reads with every expert
 CUTS = (1, 4, 16)  # a third of the blocks is read whole, one in quarters, one in sixteenths
 SHORTEST = 16  # tokens of the shortest pieces
@@ -43,8 +44,8 @@ CHARACTERS = 4  # a token has about as many
 class TextSize:
     """Tokens of a text that goes to the expert at `path`.
 
-    `kept` are fitted, `held` held out, `unseen` held out but fitted in the end. `rough` of the held-out ones are read
-    where the scale need not be exact. `cut` are the fitted ones in short pieces, `lost` those that are read with every
+    `kept` are fitted, `held` held out, `unseen` held out but fitted in the end. `searched` of the held-out ones are
+    read for every scale that is tried. `cut` are the fitted ones in short pieces, `lost` those that are read with every
     expert.
     """
 
@@ -52,7 +53,7 @@ class TextSize:
     kept: float
     held: float
     unseen: float
-    rough: float
+    searched: float
     cut: float
     lost: float
     negative: bool = False
@@ -86,16 +87,16 @@ def text_size(
         kept=sum(kept),
         held=sum(held),
         unseen=sum(unseen),
-        rough=sum(held[::ROUGH]) if len(held) >= ROUGH else min([*held[:1], rough_length(sum(held))]),
+        searched=sum(held[::SEARCHED]) if len(held) >= SEARCHED else min([*held[:1], searched_length(sum(held))]),
         cut=sum(map(sum, pieces)),
         lost=sum(sum(share[::ONE_IN]) for share in pieces),
         negative=negative,
     )
 
 
-def rough_length(held: int) -> int:
-    """The tokens of the first held-out block that stand for all `held` ones if there are fewer than ROUGH blocks."""
-    return max(ENOUGH, held // ROUGH)
+def searched_length(held: int) -> int:
+    """The tokens of the first held-out block that stand for all `held` ones if there are fewer than SEARCHED blocks."""
+    return max(ENOUGH, held // SEARCHED)
 
 
 def piece_lengths(longest: int) -> list[int]:
@@ -103,15 +104,24 @@ def piece_lengths(longest: int) -> list[int]:
     return [length for cut in CUTS if (length := longest // cut) >= SHORTEST or cut == 1]
 
 
+def piece_ends(block: int, length: int, *, head: int) -> list[int]:
+    """Where a block is cut into pieces of about `length` tokens, BOS included: the end of each.
+
+    The pieces are of equal length, so that a batch of them has no padding.
+    """
+    rest = block - head
+    count = max(1, round(rest / (length - head)))
+    return [head + rest * (piece + 1) // count for piece in range(count)]
+
+
 def _pieces(blocks: Sequence[int], head: int) -> list[list[int]]:
     """The lengths of the pieces, in ascending order, for each of `piece_lengths`."""
     lengths = piece_lengths(max(blocks, default=0))
     return [
         sorted(
-            head + min(room, block - head - start)
+            head + end - start
             for block in blocks[first :: len(lengths)]
-            for room in [length - head]
-            for start in range(0, block - head, room)
+            for start, end in pairwise([head, *piece_ends(block, length, head=head)])
         )
         for first, length in enumerate(lengths)
     ]
@@ -123,13 +133,12 @@ def fit_steps(
     """Step -> tokens through the whole model. `routers` are the experts of each, `layers` the share of the layers."""
     own = [text for text in texts if not text.negative]
     held = sum(text.held for text in own)
+    scales = {"logistic": 2, "regret": 3}.get(method, 1)  # those of the gates that these start from, and their own
     # held-out prompts are read for their loss and statistics at once
     steps = {BEFORE: held if compare else 0, STATISTICS: layers * sum(text.kept for text in texts), OWN_LOSS: held}
-    if method not in STATES_MODES:
-        return steps | {SCALE: TRIES * held}
-    followed = 2 if method == "regret" else 1  # gates that others follow
-    rough = sum(text.rough for text in own)
-    steps |= {SCALE: followed * ROUGH_TRIES * rough + TRIES * held, STATES: layers * sum(text.cut for text in texts)}
+    steps |= {SCALE: scales * TRIES * sum(text.searched for text in own), AFTER: held}
+    if method in STATES_MODES:
+        steps[STATES] = layers * sum(text.cut for text in texts)
     if method == "regret":
         steps[LOSSES] = sum(
             experts * text.lost

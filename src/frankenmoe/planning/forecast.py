@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import PlanError
 from frankenmoe.families.llamacpp import FILE_TYPES
 from frankenmoe.planning.gguf import layout, suggestion
+from frankenmoe.planning.layout import misfits
 from frankenmoe.planning.parts import Parts, parts_of_plan
 from frankenmoe.planning.plan import Plan
 
@@ -28,13 +30,29 @@ class Forecast:
         return asdict(self)
 
 
-def forecast(made: Plan) -> tuple[tuple[Forecast, ...], str | None]:
-    """(a forecast per type, None), or ((), the reason why llama.cpp does not support this MoE)."""
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What becomes of an MoE in llama.cpp: its possible files and what they lack, or why there are none."""
+
+    files: tuple[Forecast, ...] = ()
+    notes: tuple[str, ...] = ()
+    impossible: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "files": [file.to_dict() for file in self.files],
+            "notes": list(self.notes),
+            "impossible": self.impossible,
+        }
+
+
+def forecast(made: Plan) -> Outlook:
+    """The outlook of a plan, with a file of each type."""
     try:
         model = gguf_parts(made)
         plain = layout(model)
     except PlanError as error:
-        return (), error.message
+        return Outlook(impossible=error.message)
     try:
         padded = layout(model, pad256=True)
     except PlanError:
@@ -54,7 +72,7 @@ def forecast(made: Plan) -> tuple[tuple[Forecast, ...], str | None]:
                 advice=suggestion(plain, kind),
             )
         )
-    return tuple(rows), None
+    return Outlook(tuple(rows), plain.notes)
 
 
 def gguf_parts(made: Plan) -> Parts:
@@ -62,7 +80,7 @@ def gguf_parts(made: Plan) -> Parts:
 
     The sources may lack weights, which sizes do not need.
     """
-    problems = [problem for problem in made.problems if not problem.startswith("no weights in")]
+    problems = misfits(made.problems)
     if made.fmt is None or made.base.family is None or problems:
         raise PlanError(
             f"llama.cpp does not support this MoE: {'; '.join(problems) or 'it fits no stock format'}",
@@ -77,7 +95,7 @@ def metadata_bytes(folder: Path, *, tensors: int, vocab: int) -> int:
     A tokenizer that cannot be read counts as empty; export reports it.
     """
     try:
-        words, rest = _vocabulary(json.loads((folder / "tokenizer.json").read_bytes())["model"], vocab)
+        words, rest = _vocabulary(json.loads(small_bytes(folder / "tokenizer.json"))["model"], vocab)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         words, rest = [], 0
     size = sum(8 + len(word.encode(errors="replace")) for word in words) + 10 * max(0, vocab - len(words)) + 4 * vocab

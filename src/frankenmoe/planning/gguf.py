@@ -12,7 +12,6 @@ from typing import Any
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.families import is_neutral, rope
-from frankenmoe.families.formats import GRANITE_FIELDS
 from frankenmoe.families.llamacpp import (
     ARCHS,
     EXPERTS,
@@ -31,6 +30,7 @@ from frankenmoe.families.llamacpp import (
     row_bytes,
     tensor_type,
 )
+from frankenmoe.families.words import GRANITE_FIELDS
 from frankenmoe.planning.parts import Parts
 
 ALIGNMENT = 32  # bytes, of each tensor in a GGUF file
@@ -59,7 +59,8 @@ class GgufTensor:
 class GgufLayout:
     """A GGUF file without its types. `tensors` are in order, `facts` decide types in mixed files.
 
-    `hidden` and `ffn` are the sizes in the file, larger than the model's if padded. `notes` are sentences for users.
+    `hidden`, `ffn` and `shared_ffn` are the sizes in the file, larger than the model's if padded. `notes` are sentences
+    for users.
     """
 
     arch: Arch
@@ -67,6 +68,7 @@ class GgufLayout:
     facts: MixFacts
     hidden: int
     ffn: int
+    shared_ffn: int
     eps: float
     notes: tuple[str, ...]
 
@@ -114,7 +116,9 @@ def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
         )
     family = model.stock[1]
     dims = family.dims(model.config)
-    wide = {"hidden": _up(dims.hidden), "ffn": _up(dims.ffn)} if pad256 else {"hidden": dims.hidden, "ffn": dims.ffn}
+    shared = model.translation.width(model.shared[0]) if model.shared else 0
+    wide = {"hidden": dims.hidden, "ffn": dims.ffn, "shared": shared}
+    wide = {name: _up(size) for name, size in wide.items()} if pad256 else wide
     if pad256 and not arch.free_heads:
         raise PlanError(
             f"--pad256 changes the hidden size, which in llama.cpp's {arch.name} must equal heads x head size",
@@ -135,6 +139,7 @@ def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
         ),
         hidden=wide["hidden"],
         ffn=wide["ffn"],
+        shared_ffn=wide["shared"],
         eps=family.value(model.config, "rms_norm_eps") * dims.hidden / wide["hidden"],
         notes=notes,
     )
@@ -256,7 +261,7 @@ def _experts(model: Parts, layer: int, wide: Mapping[str, int]) -> Iterator[Gguf
         row = model.translation.ffn(node, layer)
         for suffix, name in SHARED_EXPERT.items():
             down = suffix.startswith("down")
-            shape = (hidden, ffn) if down else (ffn, hidden)
+            shape = (hidden, wide["shared"]) if down else (wide["shared"], hidden)
             yield GgufTensor(name.format(layer=layer), shape, (row[suffix],))
     if model.shared_kind == "gated":
         assert fmt.shared_gate is not None

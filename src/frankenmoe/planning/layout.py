@@ -1,16 +1,19 @@
 """Chooses the MoE format of a recipe and lists its tensors in byte order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
-from frankenmoe.families import FORMATS, Family, MoEFormat, is_neutral, rope, unsupported, why_virtual
-from frankenmoe.families.formats import DOWN
+from frankenmoe.families import FORMATS, SOFTMAX, Family, MoEFormat, is_neutral, rope, unsupported, why_virtual
+from frankenmoe.families.llamacpp import generic_name
+from frankenmoe.families.spec import RouterRule
+from frankenmoe.families.words import DOWN
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.translate import Translation, joined
 from frankenmoe.planning.tree import ExpertNode
-from frankenmoe.recipe import Recipe
+from frankenmoe.recipe import RANDOM_MODES, Recipe
+from frankenmoe.recipe.gatemodes import KEPT
 from frankenmoe.suggest import did_you_mean
 
 # increased when a release writes other bytes for the same recipe, so that no build resumes with mixed layouts
@@ -20,6 +23,20 @@ RouterPath = tuple[int, ...]
 
 # the path of the shared expert
 SHARED: RouterPath = (-1,)
+
+
+NO_WEIGHTS = "no weights in"  # how a problem begins that only the sources' files have
+
+
+def without_weights(sources: Iterable[Source]) -> tuple[str, ...]:
+    """The problem of sources that have a config alone."""
+    lacking = ", ".join(str(source.name) for source in sources if not source.checkpoint.has_weights)
+    return (f"{NO_WEIGHTS} {lacking} (enough for a plan, not for a model)",) if lacking else ()
+
+
+def misfits(problems: Sequence[str]) -> tuple[str, ...]:
+    """The reasons why an MoE cannot be built whatever files its sources have: then it has no sizes as a checkpoint."""
+    return tuple(problem for problem in problems if not problem.startswith(NO_WEIGHTS))
 
 
 def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple[str, ...]]:
@@ -33,13 +50,17 @@ def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple
         return None, (why_virtual(str(base.config.get("model_type"))),)
     if any(expert.experts for expert in recipe.experts):
         return None, ("no stock MoE format has nested experts",)
-    fitting = [fmt for fmt in _asked(recipe) if family.model_type in fmt.families]
+    mixture = base.part.mixture if base.part else None
+    asked = [mixture.fmt] if mixture and recipe.architecture is None else _asked(recipe)
+    fitting = [fmt for fmt in asked if family.model_type in fmt.families]
     if not fitting:
         return None, (f"architecture {recipe.architecture} cannot be built from {family.model_type}",)
     fitting.sort(key=lambda fmt: bool(_unshareable(fmt, recipe)))
     problems = {fmt.name: (*_unshareable(fmt, recipe), *_unsupported(fmt, base, family)) for fmt in fitting}
     chosen = next((fmt for fmt in fitting if not problems[fmt.name]), fitting[0])
     reasons = problems[chosen.name]
+    if mixture and chosen is not mixture.fmt and not mixture.rule.normalizes:
+        reasons += (f"{base.name} does not divide the weights of the chosen experts by their sum, {chosen.title} does",)
     others = [fmt for fmt in FORMATS.values() if family.model_type in fmt.families and fmt not in fitting]
     able = [fmt.title for fmt in others if not _unshareable(fmt, recipe) and not _unsupported(fmt, base, family)]
     # a format that the recipe asks for is never replaced silently
@@ -76,6 +97,13 @@ def _unsupported(fmt: MoEFormat, base: Source, family: Family) -> tuple[str, ...
     return tuple(f"{base.name} {clause}" for clause in unsupported(fmt, family, base.config))
 
 
+def lost_in(stored: str, base: Source) -> tuple[str, ...]:
+    """A clause if a built MoE would lose numbers in the stored type."""
+    if stored == "F16" and base.family is not None and base.family.wide_range:
+        return (f"{base.name} as float16 would lose small numbers of its attention; dtype: bfloat16 keeps them",)
+    return ()
+
+
 def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[ExpertNode, ...]) -> tuple[str, ...]:
     """A clause for every expert whose activation or FFN bias differs: a built format has one for all experts."""
     found = []
@@ -90,10 +118,25 @@ def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[
     return tuple(dict.fromkeys(found))
 
 
+def gates_shared(recipe: Recipe, fmt: MoEFormat | None) -> bool:
+    """Whether the shared expert gets a gate: it has prompts, or it can have one that is random or kept."""
+    if not recipe.shared_experts:
+        return False
+    can = fmt is not None and fmt.shared_gate is not None
+    return bool(recipe.shared_experts[0].positive_prompts) or (can and recipe.gate_mode in {*RANDOM_MODES, KEPT})
+
+
+def rule_of(fmt: MoEFormat | None, base: Source) -> RouterRule:
+    """How gates become weights: as in the mixture that the base is, if it is one, else as in the format."""
+    if base.part is not None and base.part.mixture.fmt is fmt:
+        return base.part.mixture.rule
+    return SOFTMAX if fmt is None else fmt.router
+
+
 def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, recipe: Recipe) -> list[str]:
     """Warnings about how other programs compute this format, where they apply to this recipe."""
     rope_type, top_k = rope(family, base.config)["rope_type"], recipe.experts_per_token
-    renormalized = top_k < experts and fmt.router.renormalizes(top_k)
+    renormalized = top_k < experts and rule_of(fmt, base).renormalizes(top_k)
     dims = family.dims(base.config)
     free = dims.heads * dims.head_dim != dims.hidden
     return [
@@ -164,11 +207,28 @@ def built_writes(
     """
     fmt = translation.fmt
     groups: list[tuple[TensorWrite, ...]] = [(write,) for write in translation.backbone(backbone)]
-    for layer in range(translation.dims.layers):
+    layers = translation.dims.layers
+    for layer in range(layers):
         groups.append(tuple(_expert_writes(fmt, [translation.ffn(node, layer) for node in nodes], layer)))
-        if fmt.max_shared and (shared or fmt.inert_shared_ffn is not None):
+        if fmt.shared and (shared or fmt.inert_shared_ffn is not None):
             groups.append(_shared_writes(translation, layer, shared, gated=gated_shared, dtype=dtype))
+    idle = fmt.idle_layers(translation.family, translation.config)
+    groups += [tuple(_idle_writes(translation, groups, layer, dtype=dtype)) for layer in range(layers, layers + idle)]
     return tuple(groups)
+
+
+def _idle_writes(
+    translation: Translation, groups: list[tuple[TensorWrite, ...]], layer: int, *, dtype: str
+) -> Iterator[TensorWrite]:
+    """A layer of zeros, shaped like the last one; numbers that the format gives stay. Its norms let nothing through."""
+    last = translation.dims.layers - 1
+    for write in (write for group in groups for write in group):
+        where, generic = generic_name(write.name)
+        if where == last:
+            steps = (Constant(0.0),) if write.inputs else write.steps
+            yield replace(write, name=generic.format(layer=layer), inputs=(), steps=steps)
+    gate = translation.fmt.gate.format(layer=layer)
+    yield _zeros(gate, (translation.experts, translation.dims.hidden), dtype)
 
 
 def extra_writes(

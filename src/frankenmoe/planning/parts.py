@@ -11,10 +11,15 @@ from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Constant, LowRank, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.families import FAMILIES, FORMATS, SOFTMAX, Family, MoEFormat
+from frankenmoe.families.mixtures import of_width, rule_in
 from frankenmoe.families.spec import RouterRule
+from frankenmoe.families.values import odd_value
+from frankenmoe.families.words import DOWN
 from frankenmoe.planning.compare import licence, one_for_all, shared_licence
 from frankenmoe.planning.layout import SHARED, router_names
 from frankenmoe.planning.plan import Plan
+from frankenmoe.planning.siblings import is_shared
+from frankenmoe.planning.sources import Source
 from frankenmoe.planning.stored import stored, stored_backbone, stored_ffn
 from frankenmoe.planning.translate import Translation
 from frankenmoe.planning.tree import ExpertNode
@@ -24,9 +29,10 @@ from frankenmoe.planning.tree import ExpertNode
 class Parts:
     """What loading, exporting, extracting and training need to know of an MoE.
 
-    `config` is that of the dense base. `folder` holds the tokenizer and generation settings. `sources` are the folders
-    whose configs give the experts' activations; empty for a built artifact. `gates` are zeros until routers are made.
-    `about` goes into the metadata of exported files.
+    `config` is that of the dense base. `folder` holds the tokenizer and generation settings. `sources` are those whose
+    configs give the experts' activations; empty for a built artifact. `gates` are zeros until routers are made. `rule`
+    says how the gate's scores become weights. `shared_config` is that of a dense model with the shared expert, where
+    its width is another than that of the routed ones. `about` goes into the metadata of exported files.
     """
 
     name: str
@@ -41,7 +47,9 @@ class Parts:
     gates: Mapping[str, TensorWrite]
     gated_shared: bool
     top_k: int
-    sources: tuple[Path, ...] = ()
+    rule: RouterRule = SOFTMAX
+    shared_config: Mapping[str, Any] | None = None
+    sources: tuple[Source, ...] = ()
     own_head: bool = False
     trust_remote_code: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
@@ -62,11 +70,6 @@ class Parts:
     def translation(self) -> Translation:
         """From the dense tensors to the format's. PlanError if the MoE has none."""
         return Translation(*self.stock, self.config, len(self.nodes))
-
-    @property
-    def rule(self) -> RouterRule:
-        """How the gate's scores become weights."""
-        return self.fmt.router if self.fmt is not None else SOFTMAX
 
     @property
     def renormalizes(self) -> bool:
@@ -108,7 +111,11 @@ def parts_of_plan(plan: Plan) -> Parts:
         },
         gated_shared=plan.gated_shared,
         top_k=plan.recipe.experts_per_token,
-        sources=tuple(dict.fromkeys(source.folder for source in plan.sources)),
+        rule=plan.rule,
+        shared_config=next(
+            (node.source.config for node in plan.shared if node.source and is_shared(node.source)), None
+        ),
+        sources=plan.sources,
         own_head=plan.base.own_head,
         trust_remote_code=plan.trust_remote_code,
         about={"licence": _licence(plan), "recipe_digest": plan.recipe.digest},
@@ -123,26 +130,28 @@ def sharing_equal_experts(parts: Parts, plan: Plan) -> Parts:
 def parts_of_built(artifact: Artifact) -> Parts:
     """The parts of a built artifact. ArtifactError if its record or its tensors are damaged."""
     check_no_stray(artifact.folder)
-    record, tensors = artifact.record, open_checkpoint(artifact.folder).tensors
+    opened = open_checkpoint(artifact.folder)
+    record, tensors = artifact.record, opened.tensors
     config = record["base_config"]
     fmt, family = FORMATS.get(record["format"]), FAMILIES.get(str(config.get("model_type")))
-    try:
-        layers = family.dims(config).layers if family else 0
-    except (KeyError, TypeError, ValueError):
-        layers = 0
-    if fmt is None or family is None or not layers:
+    odd = odd_value(family, config) if family else "is of an unknown family"
+    if fmt is None or family is None or odd is not None:
+        wrong = "an unknown format" if fmt is None else f"a base_config that {odd}"
         raise ArtifactError(
-            f"the record of {artifact.folder} has an unknown format or an invalid base_config",
-            hint="the record was edited; build the artifact again",
+            f"the record of {artifact.folder} has {wrong}", hint="the record was edited; build the artifact again"
         )
+    layers = family.dims(config).layers
 
     gated = fmt.shared_gate is not None and fmt.shared_gate.format(layer=0) in artifact.routers
     there = Translation(fmt, family, config, len(record["experts"]))
+    shared_config = _shared_config(there, tensors) if record["shared_experts"] else None
     no_loras: tuple[Mapping[str, LowRank], ...] = ({},) * layers
 
     def expert(name: str, path: tuple[int, ...], templates: Mapping[str, tuple[str, ...]], index: int) -> ExpertNode:
-        halved = path[: len(SHARED)] == SHARED and fmt.shared_gate is not None and not gated
-        rows = stored_ffn(tensors, there, templates, index=index, halved=halved)
+        beside = path[: len(SHARED)] == SHARED
+        halved = beside and fmt.shared_gate is not None and not gated
+        into = replace(there, config=shared_config) if beside and shared_config else there
+        rows = stored_ffn(tensors, into, templates, index=index, halved=halved)
         return ExpertNode(name, path, None, rows, no_loras)
 
     shared = tuple(expert(name, (*SHARED, 0), fmt.shared, 0) for name in record["shared_experts"])
@@ -159,8 +168,17 @@ def parts_of_built(artifact: Artifact) -> Parts:
         gates={name: stored(tensors, name, name) for name in artifact.routers},
         gated_shared=gated,
         top_k=record["experts_per_token"],
+        rule=rule_in(fmt, opened.config),
+        shared_config=shared_config,
         about={"licence": licence(artifact.folder), "recipe_digest": record.get("recipe_digest")},
     )
+
+
+def _shared_config(there: Translation, tensors: Mapping[str, TensorRef]) -> dict[str, Any] | None:
+    """The config of a dense model with the shared expert, if its width is another than that of the routed ones."""
+    down = next(name for name, suffixes in there.fmt.shared.items() if suffixes == DOWN)
+    ref = tensors.get(down.format(layer=0))
+    return of_width(there.fmt, there.config, ref.shape[-1]) if ref and ref.shape[-1] != there.dims.ffn else None
 
 
 def _licence(plan: Plan) -> str | None:

@@ -16,7 +16,8 @@ from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.families import SOFTMAX, MoEFormat, moe_config
+from frankenmoe.families import MoEFormat, moe_config
+from frankenmoe.families.spec import RouterRule
 from frankenmoe.planning.asadapter import Extracted, extracted_adapters, savings
 from frankenmoe.planning.backbone import Choice, backbone_writes, choose, lost_differences
 from frankenmoe.planning.bill import Bill, kv_numbers, make_bill, statistics_bytes
@@ -40,18 +41,24 @@ from frankenmoe.planning.layout import (
     expert_conflicts,
     extra_writes,
     format_notes,
+    gates_shared,
+    lost_in,
+    misfits,
     router_shapes,
+    rule_of,
     stored_dtype,
+    without_weights,
 )
+from frankenmoe.planning.mixture import opened_sources
 from frankenmoe.planning.siblings import check_ffns, check_siblings
-from frankenmoe.planning.sources import Source, anatomy, check_tensors, open_source, sources_of
+from frankenmoe.planning.sources import Source, anatomy, check_tensors
 from frankenmoe.planning.trained import check_used, nodes_with_trained, open_trained, with_trained
 from frankenmoe.planning.translate import Translation
 from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.planning.vocabulary import with_rows_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import FIT_MODES, RANDOM_MODES, Recipe
+from frankenmoe.recipe import FIT_MODES, Recipe
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,11 @@ class Plan:
     def fmt(self) -> MoEFormat | None:
         """The stock format, if it fits one."""
         return self.translation.fmt if self.translation is not None else None
+
+    @property
+    def rule(self) -> RouterRule:
+        """How the gates' scores become weights."""
+        return rule_of(self.fmt, self.base)
 
     @property
     def trust_remote_code(self) -> bool:
@@ -139,8 +151,9 @@ class Plan:
             self.base.config,
             experts=self.experts,
             experts_per_token=self.recipe.experts_per_token,
-            shared_experts=len(self.shared),
+            shared_ffn=self.translation.width(self.shared[0]) if self.shared else 0,
             dtype=self.dtype_name,
+            rule=self.rule,
         )
 
     @cached_property
@@ -158,6 +171,7 @@ class Plan:
             small_files=sum(file.stat().st_size for file in small_files(self.base))
             + sum(each.bytes for each in self.extracted.values())
             + (statistics_bytes(self.routers) if fitted else 0),
+            stock=not misfits(self.problems),
         )
 
     @cached_property
@@ -218,23 +232,23 @@ class Plan:
             "as_adapter": savings(self.extracted, (*self.nodes, *self.shared)),
             "warnings": list(self.warnings),
             "problems": list(self.problems),
-            "writes": len(self.writes) + len(self.routers),
+            "writes": len(self.routers) + (0 if self.bill.built is None else len(self.writes)),
             "unused": [{"source": source, "tensor": name, "reason": why} for source, name, why in self.unused],
             "sources": [
                 {"name": str(source.name), "folder": str(source.folder), "licence": licence(source.folder)}
                 for source in self.sources
             ],
-            "disk": {"need": self.bill.built, "free": shutil.disk_usage(Path.cwd()).free},
+            "disk": {"need": self.bill.on_disk, "free": shutil.disk_usage(Path.cwd()).free},
         }
 
     def __str__(self) -> str:
         """A summary of a few lines, for notebooks."""
-        bill = self.bill
+        bill, form = self.bill, "virtual" if self.bill.built is None else "built"
         return (
             f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, {self.layers} layers, "
             f"{self.experts} experts, top-{self.recipe.experts_per_token}, {self.dtype_name}\n"
-            f"{bill.total:,} parameters, {bill.active:,} active per token; "
-            f"{bill.built / 2**30:.2f} GiB built, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
+            f"{bill.total:,} parameters, {bill.active:,} active per token; {bill.on_disk / 2**30:.2f} GiB as "
+            f"{form}, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
             + "\n".join(f"warning: {text}" for text in self.warnings)
         )
 
@@ -254,17 +268,10 @@ def plan(
     With weights and `extract`, adapters of `as_adapter` experts are extracted into the user's cache, unless it or the
     artifact `inside` has them. Raises RecipeError, SourceError or PlanError if not even a virtual MoE is possible.
     """
-    opened = {
-        (str(name), adapter): with_own_head(
-            open_source(
-                name, folder=recipe.folder, weights=weights, adapter=adapter, trust_remote_code=trust_remote_code
-            ),
-            limit=None if weights else COMPARE_LIMIT,
-        )
-        for name, adapter in dict.fromkeys(sources_of(recipe))
-    }
+    opened = opened_sources(recipe, weights=weights, trust_remote_code=trust_remote_code)
+    opened = {key: with_own_head(one, limit=None if weights else COMPARE_LIMIT) for key, one in opened.items()}
     base = opened[(str(recipe.base_model), None)]
-    opened = {key: with_rows_of(base, source) for key, source in opened.items()}
+    opened = {key: with_rows_of(base, one) for key, one in opened.items()}
     check_small_files(base)
     others = [source for source in opened.values() if source is not base]
     check_siblings(base, others)
@@ -285,18 +292,12 @@ def plan(
     adapters = {path: each.adapter for path, each in extracted.items()}
     made_of = partial(expert_nodes, recipe, sources=parts, dtype=stored, extracted=adapters)
     nodes = nodes_with_trained(made_of(experts=recipe.experts), trained)
-    shared = made_of(experts=recipe.shared_experts, path=SHARED)
-    shared = nodes_with_trained(shared, trained)
+    shared = nodes_with_trained(made_of(experts=recipe.shared_experts, path=SHARED), trained)
     fmt, problems = choose_format(recipe, base)
     if fmt is not None:
-        problems = (*problems, *expert_conflicts(base, nodes, shared))
-    lacking = [str(source.name) for source in opened.values() if not source.checkpoint.has_weights]
-    if lacking:
-        problems = (*problems, f"no weights in {', '.join(lacking)} (enough for a plan, not for a model)")
-
-    prompted = bool(shared) and bool(recipe.shared_experts[0].positive_prompts)
-    can_gate = fmt is not None and fmt.shared_gate is not None
-    gated = prompted or (bool(shared) and can_gate and recipe.gate_mode in RANDOM_MODES)
+        problems = (*problems, *expert_conflicts(base, nodes, shared), *lost_in(stored, base))
+    problems = (*problems, *without_weights(opened.values()))
+    gated = gates_shared(recipe, fmt)
     apart = distances(base_pair, nodes)
     choice = choose(recipe, base_pair, nodes, apart)
     writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
@@ -308,7 +309,7 @@ def plan(
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
-    whole = (SOFTMAX if fmt is None else fmt.router).renormalizes(recipe.experts_per_token)
+    whole = rule_of(fmt, base).renormalizes(recipe.experts_per_token)
     plain = whole and not shared and choice.from_base and backbone == writes
     equals_base = plain and all(same_expert(leaf, base_node) for node in nodes for leaf in node.leaves())
     made = Plan(
@@ -370,28 +371,25 @@ def _identity_warnings(made: Plan) -> list[str]:
 
 def _own_warnings(made: Plan) -> list[str]:
     recipe, found = made.recipe, list(made.recipe.notes)
+    fmt = None if misfits(made.problems) else made.fmt
     if not made.trained:  # training, or regmean, has replaced tensors of the backbone
         found.extend(lost_differences(made.choice, made.distances))
-    if made.fmt is not None and not made.fmt.loads_in_transformers:
-        found.append(
-            f"{made.fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it"
-        )
-    if made.fmt is not None and made.fmt.inert_shared_ffn and not made.shared:
-        found.append(
-            f"{made.fmt.title} must have a shared expert: one of {made.fmt.inert_shared_ffn} zero neurons is written"
-        )
+    if fmt is not None and not fmt.loads_in_transformers:
+        found.append(f"{fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it")
+    if fmt is not None and fmt.inert_shared_ffn and not made.shared:
+        found.append(f"{fmt.title} must have a shared expert: one of {fmt.inert_shared_ffn} zero neurons is written")
     if made.base.own_head:
         found.append(
             f"{made.base.name} sets tie_word_embeddings, but its stored lm_head.weight differs from its embeddings; "
             "the stored head is used, as in transformers, and the MoE is untied"
         )
-    if made.fmt is not None and made.base.family is not None:
-        found.extend(format_notes(made.fmt, made.base, made.base.family, experts=made.experts, recipe=recipe))
+    if fmt is not None and made.base.family is not None:
+        found.extend(format_notes(fmt, made.base, made.base.family, experts=made.experts, recipe=recipe))
     if made.shared and all(expert.residual_scale is None for expert in (*recipe.experts, *recipe.shared_experts)):
         found.append(
             "shared and routed experts add up to about two FFNs; residual_scale: 0.5 on all experts corrects this"
         )
-    if recipe.experts_per_token == 1 and made.experts > 1 and (made.fmt is None or made.fmt.router.renormalizes_top1):
+    if recipe.experts_per_token == 1 and made.experts > 1 and made.rule.renormalizes(1):
         found.append(
             "with one expert per token its weight is always 1, so a language-model loss cannot train the routers"
         )

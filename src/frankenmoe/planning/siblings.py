@@ -3,8 +3,10 @@
 from collections.abc import Callable, Collection, Iterable, Mapping
 
 from frankenmoe.errors import SourceError
+from frankenmoe.families.mixtures import WIDTH
 from frankenmoe.planning.groups import group_of
 from frankenmoe.planning.sources import Anatomy, Source
+from frankenmoe.recipe.sourcename import SHARED_PART
 
 # config fields in which parents must agree -> their name in messages
 MUST_AGREE: Mapping[str, str] = {
@@ -23,7 +25,7 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
         differ = {
             words: (base.config.get(key), other.config.get(key))
             for key, words in MUST_AGREE.items()
-            if base.config.get(key) != other.config.get(key)
+            if base.config.get(key) != other.config.get(key) and not _may_differ(key, base, other)
         }
         if set(differ) == {"vocabulary"}:
             raise _other_vocabulary(base, other)
@@ -33,6 +35,21 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
                 f"{other.name} does not fit beside the base {base.name}: {sides}",
                 hint="experts must be fine-tunes of one architecture; choose parents of the base's family and size",
             )
+
+
+def _may_differ(key: str, base: Source, other: Source) -> bool:
+    """Whether a field may differ because one of the two is a part of a mixture.
+
+    A Mixtral is read as a Mistral, also if its experts were Llamas: what must agree is how an FFN is written.
+    """
+    if key == WIDTH:
+        return is_shared(other)
+    if key != "model_type" or not (base.part or other.part):
+        return False
+    ours, theirs = (
+        {row.name for row in each.family.ffn if len(row.shape) > 1} if each.family else None for each in (base, other)
+    )
+    return ours is not None and ours == theirs
 
 
 def _other_vocabulary(base: Source, other: Source) -> SourceError:
@@ -47,7 +64,12 @@ def _other_vocabulary(base: Source, other: Source) -> SourceError:
 
 def check_ffns(base: tuple[Source, Anatomy], others: Iterable[tuple[Source, Anatomy]]) -> None:
     """Raises SourceError if an FFN matrix of another source does not fit the base's."""
-    _check_shapes(base, others, shapes=_matrices)
+    _check_shapes(base, (each for each in others if not is_shared(each[0])), shapes=_matrices)
+
+
+def is_shared(source: Source) -> bool:
+    """Whether a source is the shared expert of a mixture, which may be wider or narrower than the routed ones."""
+    return source.part is not None and source.part.name == SHARED_PART
 
 
 def check_backbones(

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
@@ -11,10 +11,11 @@ from typing import Any
 
 from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
-from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
+from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.errors import SourceError
-from frankenmoe.families import FAMILIES, MLPS, Family
-from frankenmoe.families.spec import Dims
+from frankenmoe.families import FAMILIES, MLPS, Family, text_config, text_name, wrapper_of
+from frankenmoe.families.mixtures import MixtureConfig, format_of
+from frankenmoe.planning.configs import WRONG_CONFIG, check_config, dequantizing
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
 
@@ -24,37 +25,12 @@ FFN_NAME = re.compile(rf"^(?P<prefix>.*\.(?P<layer>\d+)\.({'|'.join(MLPS)})\.)(?
 OWN_EXPERTS = re.compile(r"\.\d+\.(\w+\.)*experts\.")
 BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
 
-# sizes that every config must have, those that families with a table need too, and optional ones
-SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
-FAMILY_SIZES = ("intermediate_size", "vocab_size")
-OPTIONAL_SIZES = (
-    "num_key_value_heads", "num_kv_heads", "multi_query_group_num", "head_dim", "max_position_embeddings",
-)  # fmt: skip
 # older spellings of these sizes; transformers' configs accept both
 SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "hidden_size": ("n_embd", "d_model"),
     "num_hidden_layers": ("n_layer", "num_layers"),
     "num_attention_heads": ("n_head", "num_heads"),
 }
-# families whose config classes have multi_query on by default
-MULTI_QUERY = ("falcon", "gpt_bigcode")
-GROUPED = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
-# numbers that must be positive and finite, or every model computes NaN
-POSITIVE = ("rope_theta", "rms_norm_eps")
-MOST = 1e30
-# config fields of quantized weights
-QUANTIZED = ("quantization_config", "compression_config")
-# how transformers dequantizes while loading; other methods do it afterwards, if at all
-DEQUANTIZE: Mapping[str, str] = {
-    "fp8": "FineGrainedFP8Config(dequantize=True)",
-    "mxfp4": "Mxfp4Config(dequantize=True)",
-    "compressed-tensors": "CompressedTensorsConfig(dequantize=True)",
-}
-# tables are expanded per layer, so absurd numbers must be rejected first
-MOST_LAYERS = 10_000
-MOST_LABELS = 100_000
-WRONG_FILE = "fetch config.json again: the one that save_pretrained wrote beside the weights"
-WRONG_CONFIG = "config.json and weights are of two different models"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +67,25 @@ class Merged:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What of a mixture a source is: its backbone and the expert `name`, a number or `shared` (planning/mixture.py).
+
+    `tensors` have the names of a dense model. `gates` are per layer those that the expert is a row of.
+    """
+
+    mixture: MixtureConfig
+    name: str
+    tensors: Mapping[str, TensorRef | TensorWrite]
+    gates: tuple[TensorRef, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Source:
     """An opened dense checkpoint. Its headers have been read and checked, its weights have not.
 
     `trust_remote_code` allows Python code in its folder to run. With `merged`, it stands for a merge of several
-    checkpoints; then config and folder are those of the first model, and no single file has its tensors.
+    checkpoints; then config and folder are those of the first model, and no single file has its tensors. With `part`,
+    it is a part of a mixture as a dense model, and so is its config.
     """
 
     name: SourceName
@@ -107,6 +97,7 @@ class Source:
     merged: Merged | None = None
     # how many rows its own embeddings have, if the base's stand in: see planning/vocabulary.py
     own_rows: int | None = None
+    part: Part | None = None
 
     @property
     def models(self) -> tuple["Source", ...]:
@@ -120,10 +111,10 @@ class Source:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What identifies a parent: the folders of model and adapter, or what is merged and how."""
+        """What identifies a parent: the folders of model and adapter with its part, or what is merged and how."""
         if self.merged is not None:
             return str(self.merged.settings.to_dict()), *(single.key for single in self.singles)
-        return self.folder, self.adapter.folder if self.adapter else None
+        return self.folder, self.adapter.folder if self.adapter else None, self.part.name if self.part else None
 
     @property
     def folder(self) -> Path:
@@ -138,12 +129,18 @@ class Source:
         """The table of this source's family; None if only a virtual MoE is possible."""
         return FAMILIES.get(str(self.config.get("model_type")))
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> TensorRef:
+    @property
+    def tensors(self) -> Mapping[str, TensorRef | TensorWrite]:
+        """Its tensors by the names of a dense model."""
+        return self.part.tensors if self.part else self.checkpoint.tensors
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> TensorRef | TensorWrite:
         """The tensor of that name; without weights, a reference with a shape and no bytes."""
-        if name in self.checkpoint.tensors:
-            return self.checkpoint.tensors[name]
+        if name in self.tensors:
+            return self.tensors[name]
         dtype = {"float32": "F32", "float16": "F16"}.get(str(self.dtype), "BF16")
-        return TensorRef(name=name, dtype=dtype, shape=shape, file=self.folder / "(no weights)", start=0, end=0)
+        no_weights = f"(no weights{f' of expert {self.part.name}' if self.part else ''})"
+        return TensorRef(name=name, dtype=dtype, shape=shape, file=self.folder / no_weights, start=0, end=0)
 
     @property
     def dtype(self) -> str:
@@ -159,22 +156,36 @@ def open_source(
     found = resolve(name.path, revision=name.revision, folder=folder, weights=weights)
     # planning a hub model needs no weights: an interrupted download is completed when the model is built
     opened = open_checkpoint(found, whole=weights or is_folder(name.path, folder=folder))
-    checkpoint = replace(opened, config=in_one_spelling(opened.config))
+    checkpoint = language_model(opened)
     model_type = str(checkpoint.config.get("model_type"))
-    own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES
+    own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES and not format_of(checkpoint.config)
     if own_code and not trust_remote_code and not known_to_transformers(model_type):
         raise SourceError(
             f"{name} is a {model_type!r} model with Python code of its own, which is not run",
             hint="read that code; if you trust it, add --trust-remote-code",
         )
     source = Source(name, checkpoint, trust_remote_code=trust_remote_code)
-    check_config(source)
+    check_config(source.name, source.folder, source.config)
     path, revision = (adapter, None) if adapter else (name.adapter, name.adapter_revision)
     if path is None:
         return source
     if adapter and "@" in adapter and not os.path.exists(local_path(adapter, folder=folder)):
         path, revision = adapter.rsplit("@", 1)
-    return replace(source, adapter=open_adapter(resolve(path, revision=revision, folder=folder, weights=True)))
+    opened_adapter = open_adapter(resolve(path, revision=revision, folder=folder, weights=True))
+    return replace(source, adapter=language_adapter(opened_adapter) if wrapper_of(opened.config) else opened_adapter)
+
+
+def language_model(opened: Checkpoint) -> Checkpoint:
+    """A checkpoint with the config and the names of its language model, which may be nested in another model."""
+    config, tensors = in_one_spelling(text_config(opened.config)), opened.tensors
+    if wrapper_of(opened.config):
+        tensors = {text_name(name): ref for name, ref in tensors.items()}
+    return replace(opened, config=config, tensors=tensors)
+
+
+def language_adapter(adapter: Adapter) -> Adapter:
+    """An adapter of a model around a language model, with the names of the language model."""
+    return replace(adapter, tensors={text_name(name): ref for name, ref in adapter.tensors.items()})
 
 
 @cache
@@ -197,89 +208,6 @@ def in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
     return found | dict(config)
 
 
-def check_config(source: Source) -> None:
-    """Raises SourceError if config.json lacks a size or has an impossible one."""
-    file, family = source.folder / "config.json", source.family
-    if not isinstance(source.config.get("model_type"), str):
-        raise SourceError(f"{file} has no model_type, expected the name of a family", hint=WRONG_FILE)
-    required = (*SIZES, *(FAMILY_SIZES if family else ()))
-    for key in (*required, *(key for key in OPTIONAL_SIZES if source.config.get(key) is not None)):
-        value = source.config.get(key)
-        most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
-        if type(value) is not int or not 1 <= value <= most:  # `true` is an int to Python and not to us
-            said = f"{key} {value!r:.40}" if key in source.config else f"no {key}"
-            raise SourceError(
-                f"{file} has {said}, expected a whole number from 1 to {most}",
-                hint=WRONG_FILE,
-            )
-    rotary = source.config.get("rope_scaling") or source.config.get("rope_parameters") or {}
-    if not isinstance(rotary, Mapping):
-        raise SourceError(
-            f"{file} has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}",
-            hint="fetch config.json again, or delete the setting",
-        )
-    for key, value in (("rope_theta", rotary.get("rope_theta")), *((key, source.config.get(key)) for key in POSITIVE)):
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            wrong = not 0 < value < MOST
-        else:
-            wrong = family is not None and key == "rms_norm_eps" and key in source.config
-        if wrong:
-            raise SourceError(f"{file} has {key} {value!r:.40}, expected a positive number", hint=WRONG_FILE)
-    labels = source.config.get("num_labels", 0)
-    if type(labels) is not int or not 0 <= labels <= MOST_LABELS:  # transformers makes a table of them
-        raise SourceError(
-            f"{file} has num_labels {labels!r:.40}, expected a whole number up to {MOST_LABELS}",
-            hint="remove the setting: a language model has no labels",
-        )
-    window = source.config.get("sliding_window")
-    if family and window is not None and type(window) is not int:
-        raise SourceError(f"{file} has sliding_window {window!r:.40}, expected a whole number or null", hint=WRONG_FILE)
-    _refuse_quantized(source)
-    if family:
-        _check_heads(file, family.dims(source.config))
-
-
-def _refuse_quantized(source: Source) -> None:
-    """Raises SourceError for quantized weights."""
-    said = next((source.config[key] for key in QUANTIZED if source.config.get(key)), None)
-    if said is not None:
-        method = (said.get("quant_method") or said.get("quant_algo")) if isinstance(said, Mapping) else said
-        raise SourceError(
-            f"{source.name} is quantized: config.json has a quantization_config, method {method!s:.40}; expected "
-            "weights in float32, float16 or bfloat16",
-            hint=f"name the model it was quantized from, or dequantize it first: {_dequantizing(str(method))}",
-        )
-
-
-def _dequantizing(method: str) -> str:
-    option = DEQUANTIZE.get(method)
-    load = f"load it with from_pretrained(..., quantization_config={option})" if option else "load it with transformers"
-    call = "" if option else " call model.dequantize() where its method has that,"
-    return f"{load},{call} save_pretrained(folder) in bfloat16, and name that folder"
-
-
-def _check_heads(file: Path, dims: Dims) -> None:
-    if dims.heads % dims.kv_heads or not dims.head_dim:
-        raise SourceError(
-            f"{file} has {dims.heads} attention heads, {dims.kv_heads} key-value heads and hidden size {dims.hidden}, "
-            "expected heads that share the others evenly",
-            hint=WRONG_CONFIG,
-        )
-
-
-def odd_heads(config: Mapping[str, Any]) -> int:
-    """Cached key-value heads of a family without a table: one in multi-query models, all in Falcon's second generation.
-
-    There transformers repeats the grouped heads before it caches them.
-    """
-    heads = int(config["num_attention_heads"])
-    if config.get("new_decoder_architecture"):
-        return heads
-    if config.get("multi_query", config.get("model_type") in MULTI_QUERY):
-        return 1
-    return next((int(config[key]) for key in GROUPED if config.get(key)), heads)
-
-
 def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
     """Every (source, adapter) pair of a recipe: base, experts at any depth, shared experts."""
     yield recipe.base_model, None
@@ -291,6 +219,11 @@ def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
         if expert.merge is not None:
             base = merge_base(recipe, expert.merge)
             yield from ((name, None) for name in (*expert.merge.models, *((base,) if base else ())))
+
+
+def first_of_folders(sources: Sequence[Source]) -> Iterable[Source]:
+    """One source of each folder."""
+    return {source.folder: source for source in reversed(sources)}.values()
 
 
 def merge_base(recipe: Recipe, merge: ExpertMerge) -> SourceName | None:
@@ -351,7 +284,7 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
     if not source.checkpoint.has_weights:
         return
     wanted = parts.shapes
-    missing = [name for name in wanted if name not in source.checkpoint.tensors]
+    missing = [name for name in wanted if name not in source.tensors]
     if missing:
         raise SourceError(
             f"{source.name} lacks {len(missing)} of the {len(wanted)} tensors that its config.json requires, the "
@@ -359,7 +292,7 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
             hint="download it again, or check that config.json belongs to these weights",
         )
     for name, shape in wanted.items():
-        found = source.checkpoint.tensors[name].shape
+        found = source.tensors[name].shape
         if found != shape:
             raise SourceError(
                 f"{source.name} holds {name} of shape {list(found)}, but its config.json says {list(shape)}",
@@ -367,10 +300,10 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
             )
     # a family without a table may have integer buffers in its backbone, but not in its FFNs
     numbers = wanted if source.family else parts.ffn_shapes
-    coded = next((ref for name in numbers if (ref := source.checkpoint.tensors[name]).dtype not in FLOATS), None)
+    coded = next((ref for name in numbers if (ref := source.tensors[name]).dtype not in FLOATS), None)
     if coded is not None:
         raise SourceError(
             f"{source.name} is quantized: it holds {coded.name} as {coded.dtype}, expected weights in float32, float16 "
             "or bfloat16",
-            hint=f"name the model it was quantized from, or dequantize it first: {_dequantizing('')}",
+            hint=f"name the model it was quantized from, or dequantize it first: {dequantizing('')}",
         )

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError
-from frankenmoe.families.formats import DOWN
 from frankenmoe.families.rows import LAYER
+from frankenmoe.families.words import DOWN
 from frankenmoe.planning.sources import FFN_NAME
 from frankenmoe.planning.translate import Translation, narrowed
 

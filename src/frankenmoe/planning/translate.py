@@ -4,7 +4,7 @@ Follows the tables: a family's pieces and changes give plain tensors, a format's
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -50,17 +50,17 @@ class Translation:
         """Plain name of a backbone tensor, with `{layer}` -> the symbols of its shape."""
         found = {}
         for spec in self.family.backbone:
-            for piece in self._pieces(spec.name):
+            for piece in self.pieces(spec.name):
                 found[piece.name] = (piece.rows, *spec.shape[1:]) if piece.rows else spec.shape
         return found
 
-    def plain(self, writes: Sequence[TensorWrite]) -> Iterator[TensorWrite]:
-        """The plain tensors that dense writes hold, in their order."""
+    def plain(self, writes: Sequence[TensorWrite], dims: Dims | None = None) -> Iterator[TensorWrite]:
+        """The plain tensors that dense writes hold, in their order; `dims` are those of the base if not given."""
         for write in writes:
             layer, generic = generic_name(write.name)
             start = 0
-            for piece in self._pieces(generic):
-                rows = self.dims.size(piece.rows) if piece.rows else write.shape[0]
+            for piece in self.pieces(generic):
+                rows = (dims or self.dims).size(piece.rows) if piece.rows else write.shape[0]
                 found = rows_of(write, piece.name.format(layer=layer), start, rows)
                 yield changed(found, self._changes(piece.name))
                 start += rows
@@ -68,38 +68,52 @@ class Translation:
     def backbone(self, writes: Sequence[TensorWrite]) -> list[TensorWrite]:
         """The backbone in the format: its plain tensors, then those that the format adds."""
         found = list(self.plain(writes))
-        return [*found, *self._added({write.name for write in found}, writes[0].dtype)]
+        return [*found, *self._added({write.name: write for write in found}, writes[0].dtype)]
 
     def ffn(self, node: ExpertNode, layer: int) -> dict[str, TensorWrite]:
         """Plain suffix (`gate_proj.weight`) -> write, of one expert in one layer, with its adapter folded in."""
         here = LAYER.format(layer=layer)
         dense = [replace(node.folded(layer, key), name=f"{here}{self.family.mlp}.{key}") for key in node.ffn[layer]]
-        return {write.name.removeprefix(f"{here}mlp."): write for write in self.plain(dense)}
+        dims = replace(self.dims, ffn=self.width(node))
+        return {write.name.removeprefix(f"{here}mlp."): write for write in self.plain(dense, dims)}
+
+    def width(self, node: ExpertNode) -> int:
+        """The width of an expert's FFN, which may be another one in a shared expert."""
+        down = next(spec.name for spec in self.family.ffn if spec.shape == ("hidden", "ffn"))
+        return node.ffn[0][down.partition(f".{self.family.mlp}.")[2]].shape[1]
 
     def dense(self, name: str, shape: tuple[int, ...], plain: Plain) -> TensorWrite:
         """A dense tensor, put together again from the plain ones that `plain` finds by name."""
         layer, generic = generic_name(name)
         parts = [
             changed(plain(piece.name.format(layer=layer)), undone(self._changes(piece.name)))
-            for piece in self._pieces(generic)
+            for piece in self.pieces(generic)
         ]
         return replace(parts[0], name=name, shape=shape) if len(parts) == 1 else joined(name, parts)
 
-    def _pieces(self, generic: str) -> tuple[Piece, ...]:
+    def pieces(self, generic: str) -> tuple[Piece, ...]:
+        """The plain tensors that a dense one holds."""
         return self.family.pieces.get(generic) or (Piece(generic, ""),)
 
     def _changes(self, plain: str) -> tuple[Change, ...]:
         """The steps from dense numbers to plain ones."""
-        found = self.family.changes.get(plain, ())
+        filled = self.family.filled(self.config)
+        found = tuple(each(filled) if callable(each) else each for each in self.family.changes.get(plain, ()))
         if self.family.interleaved and not self.fmt.interleaved and any(part in plain for part in QK):
             found = (*found, halves_of_pairs(self.dims.head_dim, rotary_size(self.family, self.config)))
         return found
 
-    def _added(self, present: set[str], dtype: str) -> Iterator[TensorWrite]:
+    def _added(self, present: Mapping[str, TensorWrite], dtype: str) -> Iterator[TensorWrite]:
+        filled = self.family.filled(self.config)
         for name, spec in self.family.expand(self.fmt.added, self.config):
-            if name not in present:
-                fill = (Constant(spec.fill),)
-                yield TensorWrite(name, spec.dtype or dtype, self.dims.shape(spec.shape), (), fill)
+            value = spec.fill(filled) if callable(spec.fill) else spec.fill
+            if name in present:
+                continue
+            if spec.like is not None:
+                plain = present[spec.like.format(layer=generic_name(name)[0])]
+                yield replace(changed(plain, () if value == 1 else (Scale(value),)), name=name)
+            else:
+                yield TensorWrite(name, spec.dtype or dtype, self.dims.shape(spec.shape), (), (Constant(value),))
 
 
 def halves_of_pairs(head: int, rotary: int) -> Permute:

@@ -139,12 +139,23 @@ def _parent(
 ) -> tuple[Source, Anatomy]:
     """The source of an expert, or the merge of several as one source."""
     if expert.merge is None:
-        return sources[(str(expert.source_model), expert.adapter if expert.as_adapter is None else None)]
+        found = sources[(str(expert.source_model), expert.adapter if expert.as_adapter is None else None)]
+        return _one_expert(found[0]), found[1]
     base = merge_base(recipe, expert.merge)
-    models = tuple(sources[(str(name), None)][0] for name in expert.merge.models)
+    models = tuple(_one_expert(sources[(str(name), None)][0]) for name in expert.merge.models)
     merged = Merged(expert.merge, sources[(str(base), None)][0] if base else None, models, recipe.seed)
     parts = sources[(str(expert.merge.models[0]), None)][1]
     return replace(models[0], name=SourceName(str(expert.merge)), adapter=None, merged=merged), parts
+
+
+def _one_expert(source: Source) -> Source:
+    """The source; SourceError for a mixture of which no expert was named."""
+    if source.part is not None and source.name.part is None:
+        raise SourceError(
+            f"{source.name} is a mixture of {source.part.mixture.experts} experts, expected one model",
+            hint=f"write {source.name}#0 for its first expert; `frankenmoe adopt` takes it as it is",
+        )
+    return source
 
 
 def ffn_writes(

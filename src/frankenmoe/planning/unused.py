@@ -1,5 +1,6 @@
 """The tensors of the sources that are not used, with a reason for each."""
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 from frankenmoe.checkpoint.tensors import TensorWrite
@@ -8,6 +9,8 @@ from frankenmoe.planning.sources import BUFFER, Anatomy, Source
 from frankenmoe.planning.tree import FFN_ADAPTER, ExpertNode
 from frankenmoe.recipe.backbone import AVERAGE, BASE, MergeSettings
 
+# what is around a language model
+OUTSIDE = re.compile(r"^(model\.)?(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\.")
 UnusedTensor = tuple[str, str, str]
 """(source, tensor, reason)."""
 
@@ -27,7 +30,7 @@ def unused_tensors(
     rows: list[UnusedTensor] = []
     for source, found in parts:
         inside_ffn = found.ffn_shapes.keys()
-        for name, ref in source.checkpoint.tensors.items():
+        for name, ref in source.tensors.items():
             if ref not in used:
                 why = _reason(name, found, inside_ffn, by_group=by_group, is_base=source is base)
                 rows.append((str(source.name), name, f"{why}, or training replaced it" if trained else why))
@@ -59,6 +62,8 @@ def _reason(
         return "a buffer that is recomputed from the config"
     if name == "lm_head.weight":
         return "the head is tied to the embeddings, and holds the same numbers"
+    if OUTSIDE.search(name):
+        return "it reads pictures or sound, and the MoE is one of text"
     return "not a tensor of this family"
 
 

@@ -9,6 +9,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from frankenmoe.checkpoint.header import parse_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
+from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.planning.groups import group_of
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.recipe.backbone import EMBEDDINGS, HEAD
@@ -21,7 +23,7 @@ FEW = 0.05  # share of the base's rows by which they may differ if a vocabulary 
 def has_other_rows(base: Source, other: Source) -> bool:
     """Whether a source has another number of embedding rows than the base, but the base's tokens."""
     ours, theirs = base.config.get(VOCAB), other.config.get(VOCAB)
-    if base.config.get("hidden_size") != other.config.get("hidden_size"):
+    if base.config.get("hidden_size") != other.config.get("hidden_size") or base.part or other.part:
         return False
     if ours == theirs or not isinstance(ours, int) or not isinstance(theirs, int):
         return False
@@ -44,9 +46,10 @@ def with_rows_of(base: Source, other: Source) -> Source:
     }
     if other.checkpoint.has_weights:
         kept |= {
-            name: base.tensor(name, shape)
+            name: ref
             for name, shape in anatomy(base).backbone.items()
             if group_of(name) in (EMBEDDINGS, HEAD) and shape[:1] == (rows,)
+            if isinstance(ref := base.tensor(name, shape), TensorRef)
         }
     config = dict(other.config) | {VOCAB: rows}
     if "tie_word_embeddings" in base.config:
@@ -80,7 +83,7 @@ def token_ids(folder: Path) -> Mapping[str, int]:
 @lru_cache(maxsize=8)
 def _table(file: Path, size: int, mtime_ns: int) -> Mapping[str, int]:
     try:
-        data = parse_object(file.read_bytes())
+        data = parse_object(small_bytes(file))
     except (OSError, ValueError):
         return {}
     if file.name != "tokenizer.json":

@@ -12,13 +12,14 @@ from typing import Any
 
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.artifact.reports import AuditReport, EvalReport
-from frankenmoe.charts import EXTRA, can_draw
+from frankenmoe.charts import ChartError
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import Facts, gather
 from frankenmoe.publish.found import PICTURE, limits, results, routing, samples
 from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, Origin, eval_results
+from frankenmoe.publish.markdown import plain, sentence
 from frankenmoe.publish.picture import heat_map
 from frankenmoe.publish.reports import Evidence, collect
 from frankenmoe.publish.sections import (
@@ -28,7 +29,6 @@ from frankenmoe.publish.sections import (
     files,
     licences,
     merged,
-    plain,
     primer,
     recipe,
     routers,
@@ -79,7 +79,7 @@ def make_card(
         "What was merged": merged,
         "What it costs": bill,
         "How its routers were made": routers,
-        "Where tokens go": routing,
+        "Where tokens go": lambda facts, evidence: routing(facts, evidence, picture=picture is not None),
         "Results": results,
         "What it says": samples,
         "Files for llama.cpp": files,
@@ -90,6 +90,7 @@ def make_card(
         "The recipe": recipe,
     }
     head, lacking = _head(facts, evidence)
+    picture, undrawn = _picture(evidence.get(AuditReport))
     missing = dict(lacking)
     body = [f"# {plain(' '.join(facts.name.split()))}", facts.settings.description or "", _opening(facts)]
     for title, section in sections.items():
@@ -99,30 +100,40 @@ def make_card(
         else:
             body.append(f"## {title}\n\n{said}")
     missing |= {f"report {number}": text for number, text in enumerate(evidence.stale, 1)}
-    seen, picture = evidence.get(AuditReport), None
-    if seen is not None and can_draw():
-        layers = [router.layer for router in seen.outer]
-        picture = heat_map(seen.shares, layers=layers, experts=seen.model.experts)
-    elif seen is not None:
-        missing["picture"] = f"drawing needs `{EXTRA}`"
+    if undrawn:
+        missing["picture"] = undrawn
     missing = {what: facts.names.text(why) for what, why in missing.items()}
     if missing:
-        body.append("## Not in this card\n\n" + "\n".join(f"- {what}: {plain(why)}" for what, why in missing.items()))
+        body.append(
+            "## Not in this card\n\n" + "\n".join(f"- {what}: {sentence(why)}" for what, why in missing.items())
+        )
     body_text = facts.names.text("\n\n".join(part for part in body if part))
     text = signed(f"---\n{head}\n---\n\n{body_text}\n")
     check(text, facts)
     return Card(text, picture, missing)
 
 
+def _picture(seen: AuditReport | None) -> tuple[bytes | None, str]:
+    """The picture of an audit's routing; or None, and why it cannot be drawn."""
+    if seen is None:
+        return None, ""
+    layers = [router.layer for router in seen.outer]
+    try:
+        return heat_map(seen.shares, layers=layers, experts=seen.model.experts), ""
+    except ChartError as error:
+        return None, "; ".join(filter(None, (error.message, error.hint)))
+
+
 def _opening(facts: Facts) -> str:
     plan = facts.plan
     count = len(facts.experts)
+    merged, made = ("", "Adopted by") if facts.adopted else (" merged from dense models", "Made with")
     used = facts.artifact.record.get("experts_per_token")
     kind = f"{facts.fmt.title} checkpoint" if facts.built and facts.fmt else "virtual mixture"
     size = f" {billions(plan.bill.total)} parameters, {billions(plan.bill.active)} active per token." if plan else ""
     return (
-        f"A mixture of {count} experts merged from dense models, {used} of them per token, as a {kind}.{size} "
-        "Made with frankenmoe, which also wrote this card from what it found on disk."
+        f"A mixture of {count} experts{merged}, {used} of them per token, as a {kind}.{size} "
+        f"{made} frankenmoe, which also wrote this card from what it found on disk."
     )
 
 

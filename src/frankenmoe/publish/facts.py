@@ -3,12 +3,14 @@
 Everything comes from the record and from the sources' own files.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from frankenmoe.artifact.folder import Artifact
+from frankenmoe.artifact.record import ADOPT
 from frankenmoe.checkpoint.hub import is_folder, is_hub_id
 from frankenmoe.errors import ArtifactError
 from frankenmoe.families import FORMATS, MoEFormat
@@ -74,6 +76,11 @@ class Facts:
     @property
     def built(self) -> bool:
         return self.artifact.form == "built"
+
+    @property
+    def adopted(self) -> Mapping[str, Any] | None:
+        """What the record says of the origin of a mixture that another program made; None for one of ours."""
+        return next((stage for stage in self.stages if stage.get("stage") == ADOPT), None)
 
     @property
     def trained(self) -> bool:
@@ -149,7 +156,7 @@ def _parents(plan: Plan, names: LocalNames) -> Iterator[Parent]:
     for (name, own_adapter), source in zip(named, plan.sources, strict=True):
         declared = card_head(source.folder)
         yield Parent(
-            name=names.short(name.path),
+            name=names.short(name.path) if name.path != os.curdir else plan.recipe.name or name.path,
             hub=_hub_id(name.path, folder=plan.recipe.folder),
             licence=licence(source.folder),
             languages=_strings(declared.get("language")),

@@ -3,15 +3,15 @@
 A section without evidence returns the reason. Bad results are reported as plainly as good ones.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from urllib.parse import quote
 
 from frankenmoe.artifact.reports import AuditReport, EvalReport, EvaluatedModel, ExportReport, SamplesReport
-from frankenmoe.charts import EXTRA, can_draw
 from frankenmoe.publish.facts import Facts
 from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, average, ordered, rounded
+from frankenmoe.publish.markdown import fenced, plain, sentence, table
 from frankenmoe.publish.reports import Evidence
-from frankenmoe.publish.sections import Missing, gib, left_to_chance, markdown, plain, prompted
+from frankenmoe.publish.sections import Missing, gib, left_to_chance, prompted
 
 PICTURE = "routing.png"
 DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
@@ -19,14 +19,14 @@ TRACED = 24  # tokens of the first sample
 RIVALS = {"base": "its base", "parent": "the parent {name}", "merge": "the dense merge {name}"}
 
 
-def routing(facts: Facts, evidence: Evidence) -> str | Missing:
-    """The picture of the routing, its legend, and the experts of a few tokens."""
+def routing(facts: Facts, evidence: Evidence, *, picture: bool) -> str | Missing:
+    """The picture of the routing if there is one, its legend, and the experts of a few tokens."""
     seen, said = evidence.get(AuditReport), evidence.get(SamplesReport)
     parts = []
     if seen is not None:
         legend = ", ".join(f"{index} {plain(name)}" for index, name in enumerate(seen.model.experts))
         top = max(max(row) for row in seen.shares)
-        if can_draw():
+        if picture:
             parts.append(
                 f"![Share of tokens per layer and expert]({PICTURE})\n\nA row per layer, a column per expert "
                 f"({legend}); the darkest square stands for {top:.0%} of a layer's assignments. Counted over "
@@ -34,11 +34,11 @@ def routing(facts: Facts, evidence: Evidence) -> str | Missing:
             )
         if seen.own:
             rows = [(plain(domain), f"{min(shares):.0%} to {max(shares):.0%}") for domain, shares in seen.own.items()]
-            parts.append(markdown(("text of", "tokens whose first expert is its own, lowest to highest layer"), rows))
+            parts.append(table(("text of", "tokens whose first expert is its own, lowest to highest layer"), rows))
     if said is not None and any(item.trace for item in said.samples):
         parts.append(_trace(said))
     if not parts and seen is not None:
-        return Missing(f"drawing needs `{EXTRA}`")
+        return Missing("the picture could not be drawn")
     if not parts:
         return Missing("routing was not audited; run `frankenmoe audit`")
     return "\n\n".join(parts)
@@ -46,13 +46,10 @@ def routing(facts: Facts, evidence: Evidence) -> str | Missing:
 
 def _trace(said: SamplesReport) -> str:
     item = next(item for item in said.samples if item.trace)
-    legend = "  ".join(f"{_digit(index)} {name}" for index, name in enumerate(said.experts))
+    legend = "  ".join(f"{_digit(index)} {' '.join(name.split())}" for index, name in enumerate(said.experts))
     lines = [f"{repr(step.token)[1:-1]:<14}{''.join(map(_digit, step.experts))}" for step in item.trace[:TRACED]]
-    return (
-        "Token by token, the first expert of every layer from the first to the last:\n\n```text\n"
-        + "\n".join([f"experts: {legend}", *lines])
-        + "\n```"
-    )
+    shown = fenced("\n".join([f"experts: {legend}", *lines]))
+    return f"Token by token, the first expert of every layer from the first to the last:\n\n{shown}"
 
 
 def _digit(index: int) -> str:
@@ -64,7 +61,7 @@ def results(facts: Facts, evidence: Evidence) -> str | Missing:
     published, measured = evidence.get(LeaderboardReport), evidence.get(EvalReport)
     parts = []
     if published is not None:
-        where = f"[{published.source.name}]({published.source.url})"
+        where = f"[{plain(published.source.name)}]({quote(published.source.url, safe=':/?&=#%+,;~')})"
         parts.append(f"As measured by {where}:\n\n{leaderboard_table(published.published)}")
     if measured is not None:
         own_name = [
@@ -80,7 +77,7 @@ def leaderboard_table(scores: Mapping[str, float]) -> str:
     """The leaderboard's table: the average, then one row per task."""
     rows = [(TASKS[task].dataset_name, f"{rounded(scores[task])}") for task in ordered(scores)]
     mean = average(scores)
-    return markdown(("Metric", "Value"), [("Avg.", f"{mean}"), *rows] if mean is not None else rows)
+    return table(("Metric", "Value"), [("Avg.", f"{mean}"), *rows] if mean is not None else rows)
 
 
 def _measured(measured: EvalReport) -> Iterator[str]:
@@ -89,7 +86,7 @@ def _measured(measured: EvalReport) -> Iterator[str]:
     if tasks:
         yield (
             "Measured with `frankenmoe eval`, in percent (the figure after ± is one standard error):\n\n"
-            + markdown(
+            + table(
                 ("model", *(TASKS[task].dataset_name for task in tasks), "Avg."),
                 [(plain(row.name), *(_score(row, task) for task in tasks), _mean(row)) for row in models if row.scores],
             )
@@ -105,14 +102,14 @@ def _measured(measured: EvalReport) -> Iterator[str]:
     if domains:
         yield (
             "Loss on held-out text, in nats per token, lower is better:\n\n"
-            + markdown(
+            + table(
                 ("model", *map(plain, domains)),
                 [(plain(row.name), *(_loss(row, domain) for domain in domains)) for row in models if row.loss],
             )
         )
     costs = [row for row in models if row.tokens_per_second is not None or row.memory_bytes is not None]
     if costs:
-        yield markdown(
+        yield table(
             ("model", "tokens per second", "memory"),
             [
                 (
@@ -151,14 +148,8 @@ def samples(facts: Facts, evidence: Evidence) -> str | Missing:
     parts = [f"Unedited and complete; {how}, at most {asked.max_new_tokens} new tokens."]
     for item in said.samples:
         quoted = "\n> ".join(plain(item.prompt).splitlines())
-        parts.append(f"> {quoted}\n\n{_fenced(item.reply)}")
+        parts.append(f"> {quoted}\n\n{fenced(item.reply)}")
     return "\n\n".join(parts)
-
-
-def _fenced(text: str) -> str:
-    longest = max(map(len, re.findall("`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def limits(facts: Facts, evidence: Evidence) -> str | Missing:
@@ -166,7 +157,7 @@ def limits(facts: Facts, evidence: Evidence) -> str | Missing:
     said = list(_limits(facts, evidence))
     if not said:
         return Missing("faults were not looked for; run `frankenmoe audit` and `frankenmoe eval`")
-    return "\n".join(f"- {_sentence(plain(text))}" for text in dict.fromkeys(said))
+    return "\n".join(f"- {_sentence(sentence(text))}" for text in dict.fromkeys(said))
 
 
 def _sentence(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from frankenmoe.charts import INK, Spec, png
+from frankenmoe.charts import INK, Spec, draw
 
 CELL = 28  # pixels
 NUMBERED_CELLS = 1024  # more get no percentages: nobody reads so many
@@ -12,8 +12,8 @@ COLOURS = ["#F7FBFF", "#C6DBEF", "#6BAED6", "#2171B5", "#08306B"]
 
 
 def heat_map(share_LE: Sequence[Sequence[float]], *, layers: Sequence[int], experts: Sequence[str]) -> bytes:
-    """The PNG; PlanError without the drawing library."""
-    return png(chart(share_LE, layers=layers, experts=experts))
+    """The PNG. Raises ChartError."""
+    return draw([chart(share_LE, layers=layers, experts=experts)], form="png")[0]
 
 
 def chart(share_LE: Sequence[Sequence[float]], *, layers: Sequence[int], experts: Sequence[str]) -> Spec:

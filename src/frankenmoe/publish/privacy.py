@@ -1,37 +1,28 @@
-"""Finds private names in an artifact's files: local paths, user and host. Replaces paths with public names.
+"""Replaces local paths in an artifact's files with public names.
 
 A path in a field is shortened. In running text, only paths that also occur in a field are shortened: a prompt that
 happens to mention /etc/passwd stays unchanged.
 """
 
-import getpass
 import html
 import json
 import os
-import platform
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from urllib.parse import quote
 
 from frankenmoe.artifact.folder import Artifact
-from frankenmoe.checkpoint.header import PREFIX
 from frankenmoe.checkpoint.hub import local_path
-from frankenmoe.publish.rewrite import Rewriter
+from frankenmoe.publish.rewrite import Rewriter, Spliced
 
 RECIPE_FOLDER = "recipe-folder"
 LABELLED = re.compile(r"([^/~=]*=)((?:/|~|\.\./).*)", re.DOTALL)  # EXPERT=FILE
+WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # of a file that was written there
 # a known path is only found if no name continues before or after it; \n before it is a line end, as in JSON
 BEFORE, AFTER = r"(?:(?<![\w.-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
-HEAD = 2**26  # bytes; vocabularies and metadata of GGUF files are smaller, and what follows are numbers
-# names that do not identify a person or a place
-COMMON = frozenset(
-    {
-        *("admin", "app", "data", "home", "jovyan", "model", "models", "nobody", "root", "runner"),
-        *("test", "ubuntu", "user", "users", "work", "worker"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,8 @@ class LocalNames:
         labelled = LABELLED.fullmatch(path)
         if labelled:
             return labelled[1] + self.short(labelled[2])
+        if WINDOWS.match(path):
+            return PureWindowsPath(path).name
         if not is_local(path):
             return path.removeprefix("./")
         whole = whole_path(path, folder=self.folder)
@@ -66,56 +59,31 @@ class LocalNames:
         return self.known[root] + whole.removeprefix(root) if root else os.path.basename(whole)
 
     def text(self, text: str) -> str:
-        """Shortens every known path in running text, also if it is escaped as in JSON or HTML."""
+        """Shortens every known path in running text, also if it is escaped as in JSON, HTML or an address."""
         return self._pattern.sub(self._shortened, text)
-
-    def leaks(self, data: bytes) -> Iterator[tuple[str, int]]:
-        """(description, position in bytes) of every local path, home folder, user and host in `data`."""
-        for what, needle, pattern in self._needles:
-            match = pattern.search(data) if needle in data else None
-            if match:
-                yield what, match.start()
 
     def _shortened(self, match: re.Match[str]) -> str:
         path, rest = match[1], match[2] or ""
-        name, inside = self._spellings[path]
+        name, inside = self.spellings[path]
         return name + rest if inside or not rest else os.path.basename(rest)
 
     @cached_property
-    def _spellings(self) -> dict[str, tuple[str, bool]]:
-        """A path in every spelling, longest first -> its name, and whether names inside it are kept."""
+    def spellings(self) -> dict[str, tuple[str, bool]]:
+        """A path in every spelling, the longest first -> its name, and whether names inside it are kept."""
         names = {**self.known, **self.spelled}
         if Path.home() != Path("/"):
             names.setdefault(str(Path.home()), "~")
         found = {
             escape(path): (escape(name), path in self.roots or path in self.spelled)
             for path, name in names.items()
-            for escape in (html.escape, _json_ascii, _json, str)
+            for escape in (html.escape, _json_ascii, _json, quote, str)
         }
         return dict(sorted(found.items(), key=lambda item: len(item[0]), reverse=True))
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        paths = "|".join(map(re.escape, self._spellings))
+        paths = "|".join(map(re.escape, self.spellings))
         return re.compile(rf"{BEFORE}({paths}){AFTER}((?:/[^/\s\"'<>|,;:()\\]+)+)?")
-
-    @cached_property
-    def _needles(self) -> tuple[tuple[str, bytes, re.Pattern[bytes]], ...]:
-        """(description, bytes to look for first, pattern that decides) of everything that must not be published."""
-        before, after = BEFORE.encode(), AFTER.encode()
-        user, host = _user(), platform.node().split(".")[0]
-        paths = [path for path in self._spellings if path.startswith("/") and path.strip("/").count("/")]
-        found = [(f"the path {path}", path, before + b"%s" + after) for path in paths]
-        found.append((f"the home folder {Path.home()}", f"{str(Path.home()).rstrip('/')}/", before + rb"%s(?=[\w.])"))
-        if user.lower() not in COMMON and len(user) > 2:
-            found.append((f"the user {user}", f"/{user}", rb"(?<![\w.:/-])(?:/[\w.+-]+){0,8}%s" + after))
-        if len(host) > 5 and re.search(r"[\d-]", host):
-            found.append((f"the host {host}", host, rb"(?<![\w-])%s(?![\w-])"))
-        return tuple(
-            (what, raw, re.compile(pattern % re.escape(raw)))
-            for what, needle, pattern in found
-            if (raw := needle.encode("utf-8", "surrogateescape")).strip(b"/")
-        )
 
 
 def _json(text: str) -> str:
@@ -126,16 +94,9 @@ def _json_ascii(text: str) -> str:
     return json.dumps(text)[1:-1]
 
 
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):  # a container whose user has no name
-        return ""
-
-
 def is_local(path: str) -> bool:
-    """Whether a path is private to this machine: it is absolute, or leaves the recipe's folder."""
-    return path.startswith(("/", "~")) or os.path.normpath(path).split("/")[0] == ".."
+    """Whether a path is private to a machine: it is absolute, on Windows too, or leaves the recipe's folder."""
+    return path.startswith(("/", "~")) or bool(WINDOWS.match(path)) or os.path.normpath(path).split("/")[0] == ".."
 
 
 def whole_path(path: str, *, folder: Path) -> str:
@@ -153,6 +114,9 @@ def local_names(artifact: Artifact) -> LocalNames:
     wanted[str(folder)] = RECIPE_FOLDER
     spelled: dict[str, str] = {}
     for path in _paths_in(artifact, folder):
+        if WINDOWS.match(path):
+            spelled[path] = path
+            continue
         whole = whole_path(path, folder=folder)
         if path != whole and path.strip("./~"):
             spelled[path] = whole
@@ -190,26 +154,6 @@ def _paths_in(artifact: Artifact, folder: Path) -> list[str]:
     return list(found)
 
 
-def as_published(file: Path, *, path: str, names: LocalNames) -> str | bytes:
-    """What to send for the file at `path` in the repository: its own path, or other bytes."""
+def as_published(file: Path, *, path: str, names: LocalNames) -> str | bytes | Spliced:
+    """What to send for the file at `path` in the repository: its own path, other bytes, or the file with a new head."""
     return names.rewriter.file(file, path=path) or str(file)
-
-
-def first_leak(file: Path, *, path: str, names: LocalNames) -> str | None:
-    """What the published form of a file still reveals about this machine, and in which field; None if nothing."""
-    sent = as_published(file, path=path, names=names)
-    data = sent if isinstance(sent, bytes) else _looked_at(file)
-    for what, at in names.leaks(data):
-        keys = re.findall(rb'"([^"\\]{1,80})"\s*:', data[max(0, at - 4096) : at])
-        place = f"the field {keys[-1].decode(errors='replace')!r}" if keys else f"byte {at}"
-        return f"{what} in {place}"
-    return None
-
-
-def _looked_at(file: Path) -> bytes:
-    """The part of a file that can hold text: of a safetensors file its header."""
-    with file.open("rb") as opened:
-        size = HEAD
-        if file.suffix == ".safetensors":
-            size = min(size, int.from_bytes(opened.read(PREFIX), "little"))
-        return opened.read(size)

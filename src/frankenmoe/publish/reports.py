@@ -9,6 +9,7 @@ from typing import TypeVar
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.artifact.healing import HealReport
 from frankenmoe.artifact.reports import HINT, REPORTS, AuditReport, EvalReport, StageReport, about, read_object
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import ArtifactError
 from frankenmoe.publish.leaderboard import LeaderboardReport
 
@@ -87,7 +88,7 @@ def _read(file: Path) -> StageReport | None:
 def _list_of_files(file: Path) -> dict[str, object] | None:
     """What `frankenmoe export --json` prints: the files of a report alone."""
     try:
-        data = json.loads(file.read_bytes())
+        data = json.loads(small_bytes(file))
     except (OSError, ValueError, RecursionError):
         return None
     return {"files": data} if isinstance(data, list) else None

@@ -4,6 +4,7 @@ Fields are those of records, recipes, reports, configs and the metadata of safet
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from typing import Any
 import yaml
 
 from frankenmoe.artifact.folder import RECORD
-from frankenmoe.checkpoint.header import PREFIX, raw_header
+from frankenmoe.checkpoint.header import PREFIX, raw_header, read_header
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.weights import INDEX
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.recipe.sourcename import SourceName, parse_source
@@ -26,7 +28,19 @@ TEXT_SUFFIXES = frozenset({".html", ".md", ".txt", ".jsonl", ".csv", ".svg"})
 SOURCE_KEYS = frozenset({"base_model", "source_model"})
 PATH_KEYS = frozenset(
     {
-        *("file", "files", "recipe_folder", "from", "data", "adapter", "routers", "trained", "path", "origin"),
+        *(
+            "file",
+            "files",
+            "recipe_folder",
+            "from",
+            "made_from",
+            "data",
+            "adapter",
+            "routers",
+            "trained",
+            "path",
+            "origin",
+        ),
         *("texts", "data_dir", "imatrix"),
     }
 )
@@ -34,6 +48,7 @@ PATH_KEYS = frozenset(
 CONFIG_KEY = re.compile(r".*(name_or_path|_file|_path|_dir)")
 # files whose keys are tokens or tensors
 VOCABULARIES = frozenset({"tokenizer.json", "vocab.json", "added_tokens.json", INDEX})
+LARGE = 2**26  # bytes; larger files are not read into memory
 HERE = "recipe_folder_from_here"
 
 OnText = Callable[[str], str]
@@ -47,7 +62,7 @@ class Rewriter:
     on_path: OnText
     on_text: OnText
 
-    def file(self, file: Path, *, path: str) -> bytes | None:
+    def file(self, file: Path, *, path: str) -> "bytes | Spliced | None":
         """The new bytes of the file at `path` in an artifact; None if nothing in it changes."""
         if file.suffix == ".safetensors":
             return self._safetensors(file)
@@ -60,7 +75,7 @@ class Rewriter:
                 return _bytes(value, self.value(value), _as_yaml)
             if file.suffix != ".json" or file.name in VOCABULARIES:
                 return None
-            value = json.loads(file.read_bytes())
+            value = json.loads(small_bytes(file))
         except (ValueError, RecursionError, yaml.YAMLError):
             return None
         if path == RECORD:
@@ -121,39 +136,86 @@ class Rewriter:
         for name in hashes:
             new = self.file(folder / name, path=name) if (folder / name).is_file() else None
             if new is not None:
-                hashes[name] = hashlib.sha256(new).hexdigest()
+                hashes[name] = _sha256(new)
         # configs of adapters that lie in the artifact are published with it
         for was, config in zip(record.get("configs", ()), changed.get("configs", ()), strict=True):
             inside = os.path.relpath(was["file"], record["recipe_folder"])
             there = not inside.startswith("..") and (folder / inside).is_file()
             new = self.file(folder / inside, path=inside) if there else None
             if new is not None:
-                config["sha256"] = hashlib.sha256(new).hexdigest()
+                config["sha256"] = _sha256(new)
         return changed | {"files": hashes}
 
-    def _safetensors(self, file: Path) -> bytes | None:
-        """A safetensors file with its metadata rewritten; tensors stay as they are."""
+    def _safetensors(self, file: Path) -> "bytes | Spliced | None":
+        """A safetensors file with its metadata rewritten; tensors stay where they are."""
         try:
+            read_header(file)
             raw, _ = raw_header(file)
-            header = json.loads(raw)
-        except (ValueError, FrankenMoEError):
+        except FrankenMoEError:  # it is none
             return None
+        header = json.loads(raw)
         old = header.get("__metadata__") or {}
         new = {key: self._metadata(value) for key, value in old.items()}
         if new == old:
             return None
         head = json.dumps(header | {"__metadata__": new}, separators=(",", ":"), ensure_ascii=False).encode()
         head += b" " * (-len(head) % PREFIX)
-        return len(head).to_bytes(PREFIX, "little") + head + file.read_bytes()[PREFIX + len(raw) :]
+        made = Spliced(len(head).to_bytes(PREFIX, "little") + head, file, PREFIX + len(raw))
+        if made.size > LARGE:
+            return made
+        with made:
+            return made.read()
 
     def _metadata(self, text: str) -> str:
         """A value of the metadata, which often is JSON itself."""
         try:
             value = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return self.on_text(text)
         changed = self.value(value) if isinstance(value, dict | list) else value
         return text if changed == value else json.dumps(changed)
+
+
+class Spliced(io.BufferedIOBase):
+    """A stream of `head`, followed by what lies in a file from position `start` on: a large file with another head."""
+
+    def __init__(self, head: bytes, file: Path, start: int) -> None:
+        self._head, self._file, self._start, self._at = head, file.open("rb"), start, 0
+        self.size = len(head) + file.stat().st_size - start
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.size}[whence])
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(0, self.size - self._at)
+        wanted = rest if size is None or size < 0 else min(size, rest)
+        found = self._head[self._at : self._at + wanted]
+        if len(found) < wanted:
+            self._file.seek(self._start + max(0, self._at - len(self._head)))
+            found += self._file.read(wanted - len(found))
+        self._at += len(found)
+        return found
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _sha256(new: "bytes | Spliced") -> str:
+    if isinstance(new, bytes):
+        return hashlib.sha256(new).hexdigest()
+    with new:
+        return hashlib.file_digest(new, "sha256").hexdigest()
 
 
 def _is_text(value: object) -> bool:

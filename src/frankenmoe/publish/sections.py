@@ -3,8 +3,6 @@
 A section without evidence returns the reason. Every number comes from the plan, the record or a report.
 """
 
-import html
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +14,7 @@ from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, Trai
 from frankenmoe.families.runtimes import in_vllm
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
+from frankenmoe.publish.markdown import code, fenced, plain, sentence, table, without_controls
 from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
 from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS
@@ -24,7 +23,6 @@ from frankenmoe.recipe.sections import SECTIONS
 
 GIB = 2**30
 LOCAL = "folder/of/this/repository"
-CONTROLS = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,29 @@ class Missing:
 
 def merged(facts: Facts, evidence: Evidence) -> str | Missing:
     """A row per expert."""
+    if facts.adopted is not None:
+        return _adopted(facts, facts.adopted)
     rows = [*_expert_rows(facts.experts), *_expert_rows(facts.shared, shared=True)]
-    table = markdown(("expert", "made of", "prompts", "data"), rows)
+    head = ("expert", "made of", "prompts", "data")
     return (
-        f"{table}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts (embeddings, "
-        f"attention, norms, head) {_backbone(facts)}.{_measured(facts)}{_healed(facts)}"
+        f"{table(head, rows)}\n\nAn expert is the FFN of one parent, layer by layer. What surrounds the experts "
+        f"(embeddings, attention, norms, head) {_backbone(facts)}.{_measured(facts)}{_healed(facts)}"
+    )
+
+
+def _adopted(facts: Facts, origin: Mapping[str, Any]) -> str:
+    """Where a mixture that another program made comes from, as far as it is known, and a row per expert."""
+    known = {row["name"]: row["made_from"] for row in origin.get("experts", ()) if row.get("made_from")}
+    rows = [
+        (f"{index} {plain(row.name)}", code(facts.names.short(known[row.name])) if row.name in known else "not known")
+        for index, row in enumerate(facts.experts)
+    ]
+    rows += [(f"shared: {plain(row.name)}", "not known") for row in facts.shared]
+    saved = f", and its files were saved by {plain(str(origin['saved_by']))}" if origin.get("saved_by") else ""
+    paired = " The experts were matched with those of a recipe by content." if known else ""
+    return (
+        f"{table(('expert', 'made from'), rows)}\n\nAnother program made or trained this mixture{saved}; frankenmoe "
+        f"adopted it. Its experts and what surrounds them are its own.{paired}"
     )
 
 
@@ -103,17 +119,21 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
         ("parameters", f"{costs.total:,} ({billions(costs.total)})"),
         ("active per token", f"{costs.active:,} ({billions(costs.active)})"),
         ("layers x experts, per token", f"{made.layers} x {count}, {made.recipe.experts_per_token}"),
-        ("weights on disk", f"{gib(costs.built)} as {made.dtype_name}"),
-        ("memory for the weights", f"{gib(costs.memory_built)} built, {gib(costs.memory_virtual)} virtual"),
+        *([] if costs.built is None else [("weights on disk", f"{gib(costs.built)} as {made.dtype_name}")]),
+        ("memory for the weights", f"{_in_memory(costs.memory_built)}{gib(costs.memory_virtual)} virtual"),
         ("KV cache", f"{costs.kv_per_token / 2**10:.1f} KiB per token (16 bit)"),
     ]
     used = made.recipe.experts_per_token
     return (
-        f"{markdown(('', ''), rows)}\n\n{count} models of {billions(dense)} would be {billions(count * dense)}. This "
+        f"{table(('', ''), rows)}\n\n{count} models of {billions(dense)} would be {billions(count * dense)}. This "
         f"one is {billions(costs.total)}, since it has everything but the FFNs only once. A token uses {used} of "
         f"{count} experts in each layer and so computes like a dense model of {billions(costs.active)}, not of "
         f"{billions(used * dense)}; but all parameters must be in memory, as the next token may need any of them."
     )
+
+
+def _in_memory(built: int | None) -> str:
+    return "" if built is None else f"{gib(built)} built, "
 
 
 def routers(facts: Facts, evidence: Evidence) -> str | Missing:
@@ -132,9 +152,9 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
     if training:
         before = training.mean_held_out_loss.before
         lines.append(
-            f"Then {', '.join(training.what)} were trained, {training.steps} steps. Mean loss on text held out from "
-            f"{', '.join(training.data)}: {before:.4f} nats per token before, {training.kept:.4f} in the state "
-            f"that was kept (step {training.best_step})."
+            f"Then {plain(', '.join(training.what))} were trained, {training.steps} steps. Mean loss on text held out "
+            f"from {plain(', '.join(training.data))}: {before:.4f} nats per token before, {training.kept:.4f} in the "
+            f"state that was kept (step {training.best_step})."
         )
     return " ".join(lines)
 
@@ -142,8 +162,8 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
 def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
     if stage.get("fit"):
         return _fitted("The gates of every layer were fitted", stage["fit"])
-    made = GATE_MODES.get(facts.gate_mode, f"with `gate_mode: {facts.gate_mode}`")
-    return f"The gates of every layer were first set {made} (`gate_mode: {facts.gate_mode}`)."
+    mode = code(f"gate_mode: {facts.gate_mode}")
+    return f"The gates of every layer were first set {GATE_MODES.get(facts.gate_mode, f'with {mode}')} ({mode})."
 
 
 def _fitted(start: str, entry: Mapping[str, Any]) -> str:
@@ -152,9 +172,9 @@ def _fitted(start: str, entry: Mapping[str, Any]) -> str:
     tokens = sum(text.tokens for text in fit.text.values())
     before = f"{fit.before:.4f} nats per token before, " if fit.before is not None else ""
     return (
-        f"{start} {GATE_MODES.get(fit.method, fit.method)} (`{fit.method}`), on {tokens:,} tokens for {len(fit.text)} "
-        f"experts. On text held out from the fit the mean loss is {before}{fit.after:.4f} nats per token with these "
-        f"routers and {fit.own_expert:.4f} where every text goes to its own expert."
+        f"{start} {GATE_MODES.get(fit.method, plain(fit.method))} ({code(fit.method)}), on {tokens:,} tokens for "
+        f"{len(fit.text)} experts. On text held out from the fit the mean loss is {before}{fit.after:.4f} nats per "
+        f"token with these routers and {fit.own_expert:.4f} where every text goes to its own expert."
     )
 
 
@@ -166,7 +186,7 @@ def files(facts: Facts, evidence: Evidence) -> str | Missing:
     rows = [
         (
             code(file.name),
-            file.type,
+            plain(file.type),
             gigabytes(file.bytes),
             f"{file.bits_per_weight:.2f}",
             *_checked(file.check or FileCheck()),
@@ -174,14 +194,14 @@ def files(facts: Facts, evidence: Evidence) -> str | Missing:
         for file in exported.files
     ]
     head = ("file", "type", "size", "bits per weight", "KL", "same best token", "perplexity", "tokens/s")
-    text = markdown(head, rows)
+    text = table(head, rows)
     if any(file.check and file.check.kl is not None for file in exported.files):
         text += (
             "\n\nKL is the mean divergence in nats of llama.cpp's next-token distribution from that of the unquantized "
             "model, perplexity is a factor, tokens/s are those of the machine that made the files."
         )
     notes = dict.fromkeys(note for file in exported.files for note in file.notes)
-    return text + "".join(f"\n\n{plain(note[0].upper() + note[1:])}." for note in notes)
+    return text + "".join(f"\n\n{sentence(note[0].upper() + note[1:])}." for note in notes)
 
 
 def _checked(check: FileCheck) -> Iterator[str]:
@@ -214,7 +234,8 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
         )
     exported = evidence.get(ExportReport)
     if exported and exported.files:
-        parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {exported.files[0].name} -p "Once upon a time" -n 100\n```')
+        file = " ".join(without_controls(exported.files[0].name).replace("`", "'").split())
+        parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {file} -p "Once upon a time" -n 100\n```')
     family = facts.plan.base.family if facts.plan else None  # unknown where the sources are gone
     known = in_vllm(family.model_type if family else "", facts.fmt.name) if facts.built and facts.fmt else None
     if known is not None and known.runs:
@@ -229,10 +250,10 @@ def licences(facts: Facts, evidence: Evidence) -> str | Missing:
     if facts.plan is None:
         return Missing(f"the sources' licences are in their folders, and {facts.lost}")
     rows = [(code(source), plain(found or "none declared")) for source, found in facts.licences.by_source]
-    text = markdown(("source", "licence"), rows)
-    findings = [f"{plain(finding[0].upper() + finding[1:])}." for finding in facts.licences.findings]
+    text = table(("source", "licence"), rows)
+    findings = [f"{sentence(finding[0].upper() + finding[1:])}." for finding in facts.licences.findings]
     if not findings and facts.licences.chosen:
-        findings = [f"All sources are under {facts.licences.chosen}, and so is this model."]
+        findings = [f"All sources are under {plain(facts.licences.chosen)}, and so is this model."]
     if facts.licences.chosen is None:
         findings.append("So this card declares no licence; the author must choose one.")
     return text + "".join(f"\n\n{finding}" for finding in findings)
@@ -264,7 +285,8 @@ def recipe(facts: Facts, evidence: Evidence) -> str | Missing:
     said = {key: value for key, value in facts.recipe.items() if key not in SECTIONS}
     public = facts.names.rewriter.value(said)
     text = yaml.safe_dump(public, sort_keys=False, allow_unicode=True, width=100)
-    return f"<details>\n<summary>{plain(facts.name)}.yml</summary>\n\n```yaml\n{text}```\n\n</details>"
+    name = plain(" ".join(facts.name.split()))
+    return f"<details>\n<summary>{name}.yml</summary>\n\n{fenced(text.strip(), 'yaml')}\n\n</details>"
 
 
 def prompted(facts: Facts) -> bool:
@@ -275,30 +297,6 @@ def prompted(facts: Facts) -> bool:
 def left_to_chance(facts: Facts) -> bool:
     """Whether the routers are random and were never fitted or trained."""
     return facts.gate_mode in RANDOM_MODES and not any(stage.get("stage") in ("fit", "train") for stage in facts.stages)
-
-
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; bars in cells are escaped, line ends become spaces."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(_cell(cell) for cell in line)} |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
-
-
-def plain(text: str) -> str:
-    """Text from a name or a report, without HTML, links and images; control characters are spelt out."""
-    return html.escape(_without_controls(text), quote=False).replace("](", "]\\(").replace("][", "]\\[")
-
-
-def code(text: str) -> str:
-    """Text as Markdown's code."""
-    return "`" + " ".join(_without_controls(text).replace("`", "'").split()) + "`"
-
-
-def _without_controls(text: str) -> str:
-    return CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def gigabytes(count: int) -> str:

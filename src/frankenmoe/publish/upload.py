@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from frankenmoe.artifact.folder import UNFINISHED, Artifact
+from frankenmoe.artifact.folder import ROUTERS, UNFINISHED, Artifact
+from frankenmoe.checkpoint.weights import INDEX, SINGLE
 from frankenmoe.errors import ArtifactError, FrankenMoEError, first_line
+from frankenmoe.progress import SILENT, Progress
 from frankenmoe.publish.facts import gather
-from frankenmoe.publish.privacy import LocalNames, as_published, first_leak
+from frankenmoe.publish.privacy import LocalNames, as_published
+from frankenmoe.publish.scan import first_leak
 from frankenmoe.subject import Subject, open_subject
 from frankenmoe.suggest import did_you_mean
 
@@ -71,9 +74,15 @@ class Shipment:
 
 
 def prepare(
-    what: Subject | Artifact | str | Path, repo: str, *, private: bool = False, groups: Sequence[str] | None = None
+    what: Subject | Artifact | str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    groups: Sequence[str] | None = None,
+    progress: Progress = SILENT,
 ) -> Shipment:
-    """Lists the files of an artifact to send; reads local files only. `groups` are names in GROUPS, None for all.
+    """Lists the files of an artifact to send, and reads them all for private names. `groups` are names in GROUPS, None
+    for all.
 
     Raises ArtifactError for an unknown group, an invalid `repo`, groups without files, or a file with a private path.
     """
@@ -94,8 +103,9 @@ def prepare(
             hint="`frankenmoe export` writes gguf, `frankenmoe card` the card, `frankenmoe audit` and `eval` reports",
         )
     facts = gather(subject)
+    progress.start("looking for private names", sum(item.size for item in items), "B")
     for item in items:
-        leak = first_leak(item.file, path=item.path, names=facts.names)
+        leak = first_leak(item.file, path=item.path, names=facts.names, on_bytes=progress.advance)
         if leak:
             raise ArtifactError(
                 f"{item.path} names {leak}, which is private to this machine",
@@ -141,7 +151,13 @@ def _warnings(
     yield from findings
     if lost:
         yield f"the sources' licences cannot be read: {lost}"
-    if artifact.form == "virtual" and "weights" in groups:
+    if (artifact.folder / SINGLE).is_file() or (artifact.folder / INDEX).is_file():
+        if artifact.form == "virtual" and "weights" in groups:
+            yield (
+                f"other programs read the routers in the weights, and not {ROUTERS}, which a fit changes; "
+                "`frankenmoe build` writes a checkpoint with them"
+            )
+    elif artifact.form == "virtual" and "weights" in groups:
         yield "a virtual artifact has only recipe and routers, and needs its sources to run"
 
 

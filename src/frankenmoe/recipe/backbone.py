@@ -17,7 +17,7 @@ from pydantic import (
 
 from frankenmoe.recipe.context import SourceField
 from frankenmoe.recipe.fields import LARGEST, Finite, Share, one_of
-from frankenmoe.recipe.gatemodes import PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipe.gatemodes import KEPT, PROMPT_MODES, RANDOM_MODES
 from frankenmoe.recipe.refusals import TAG, found, refusal
 from frankenmoe.recipe.settings import Closed
 from frankenmoe.recipe.yaml import Location
@@ -208,7 +208,7 @@ def backbone_of(by_group: Mapping[str, MergeSettings]) -> MergeSettings | Groups
 
 def default_backbone(gate_mode: str) -> str:
     """The method of a recipe without `backbone`: mergekit's with mergekit's own gate modes."""
-    return BASE if gate_mode in PROMPT_MODES | RANDOM_MODES else AUTO
+    return BASE if gate_mode in PROMPT_MODES | RANDOM_MODES | {KEPT} else AUTO
 
 
 def check_backbone(backbone: MergeSettings | Groups | None, *, experts: Sequence[str]) -> None:

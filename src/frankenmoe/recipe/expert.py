@@ -5,10 +5,11 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
+from frankenmoe.errors import brief
 from frankenmoe.recipe.asadapter import AdapterSettings
 from frankenmoe.recipe.backbone import ExpertMerge
 from frankenmoe.recipe.context import SourceField, read_source
-from frankenmoe.recipe.fields import Count, Finite, Prompts, Share, Strings, Text
+from frankenmoe.recipe.fields import LONGEST_NAME, Count, Finite, Name, Prompts, Share, Strings, Text
 from frankenmoe.recipe.refusals import found, refusal
 from frankenmoe.recipe.sections import Section
 from frankenmoe.recipe.settings import Closed
@@ -38,13 +39,18 @@ def named(experts: "tuple[Expert, ...]") -> "tuple[Expert, ...]":
 
 
 def _stem(expert: "Expert") -> str:
+    return brief(_named_after(expert), LONGEST_NAME)
+
+
+def _named_after(expert: "Expert") -> str:
     if expert.merge is not None:
         return "-".join(_tail(source.path) for source in expert.merge.models)
     source = expert.source_model
     if source is None:
         return "moe"
     adapter = expert.adapter or source.adapter
-    return "+".join(_tail(path) for path in (source.path, adapter) if path)
+    own = _tail(source.path) if source.part is None else f"{_tail(source.path)}-{source.part}"
+    return "+".join((own, _tail(adapter)) if adapter else (own,))
 
 
 def _tail(path: str) -> str:
@@ -63,9 +69,11 @@ class Expert(Closed):
     """A parent whose FFNs become an expert in every layer, or a nested mixture of experts."""
 
     source_model: SourceField | None = Field(
-        None, description="The parent: a hub id or folder, optionally with @revision and +adapter."
+        None,
+        description="The parent: a hub id or folder, optionally with @revision and +adapter; of a mixture, #0 is the "
+        "first expert.",
     )
-    name: Text = Field("", description="The expert's name in reports; default: the last part of its source.")
+    name: Name = Field("", description="The expert's name in reports; default: the last part of its source.")
     positive_prompts: Prompts = Field((), description="Prompts that should be routed to this expert.")
     negative_prompts: Prompts = Field((), description="Prompts that should not be routed to this expert.")
     noise_scale: Share | None = Field(None, description="Standard deviation of Gaussian noise added to the weights.")

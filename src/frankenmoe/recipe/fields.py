@@ -15,6 +15,7 @@ MODES = list(GATE_MODES)
 FITS = [mode for mode in MODES if mode in FIT_MODES]
 LARGEST = 10**6  # far above any useful rate, weight or deviation
 MOST = 2**31 - 1  # of anything that is counted
+LONGEST_NAME = 200
 COLDEST, HOTTEST = 0.001, 1000
 
 NO_TEXT, WRITE_IT = "must not be empty, found no text", "write the text or delete the entry"
@@ -33,6 +34,13 @@ _DTYPES: Mapping[str, str] = {
 def _not_blank(value: str) -> str:
     if not value.strip():
         raise refusal(NO_TEXT, hint=WRITE_IT)
+    return value
+
+
+def _not_long(value: str) -> str:
+    if len(value) > LONGEST_NAME:
+        text = f"must have at most {LONGEST_NAME} characters, found {len(value):,}"
+        raise refusal(text, hint="give a shorter name; tables, pages and file names have it in them")
     return value
 
 
@@ -79,6 +87,7 @@ def one_of(*choices: str) -> Callable[[object], object]:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
+Name = Annotated[Text, AfterValidator(_not_long)]
 # a blank prompt is no mistake: mergekit files have them for random gates, or beside negative prompts
 Prompts = Annotated[tuple[str, ...], BeforeValidator(_not_one_string, json_schema_input_type=list[str])]
 Strings = Annotated[tuple[Text, ...], BeforeValidator(_string_as_list, json_schema_input_type=str | list[str])]

@@ -20,7 +20,12 @@ _FITTED = {
     "regret": "at the routers' own inputs, to what every expert would lose on each token of the experts' texts",
 }
 
-GATE_MODES: Mapping[str, str] = MappingProxyType(_PROMPTED | _RANDOM | _FITTED)
+# those of the mixture that the experts are of
+KEPT = "kept"
+
+GATE_MODES: Mapping[str, str] = MappingProxyType(
+    _PROMPTED | _RANDOM | {KEPT: "as they are in the mixture that the experts are of"} | _FITTED
+)
 PROMPT_MODES, RANDOM_MODES, FIT_MODES = frozenset(_PROMPTED), frozenset(_RANDOM), frozenset(_FITTED)
 # the modes that measured best on such text, see benchmarks/routers.py
 FROM_PROMPTS, FROM_DATA = "logistic", "regret"

@@ -20,8 +20,8 @@ from frankenmoe.recipe.backbone import (
 )
 from frankenmoe.recipe.context import Context, SourceField
 from frankenmoe.recipe.expert import Expert, Experts, named
-from frankenmoe.recipe.fields import Count, Dtype, GateMode, Seed, Text
-from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, PROMPT_MODES
+from frankenmoe.recipe.fields import Count, Dtype, GateMode, Name, Seed, Text
+from frankenmoe.recipe.gatemodes import FIT_MODES, FROM_DATA, FROM_PROMPTS, KEPT, PROMPT_MODES
 from frankenmoe.recipe.refusals import recipe_error, refusal, setting_error
 from frankenmoe.recipe.sections import (
     SECTIONS,
@@ -72,7 +72,7 @@ class Recipe(Closed):
     experts_per_token: Count = Field(2, description="Experts per token in each layer (top-k).")
     dtype: Dtype | None = Field(None, description="Type of the stored weights; default: the base model's.")
     architecture: Text | None = Field(None, description="The MoE format to build, if the base allows several.")
-    name: Text | None = Field(None, description="The model's name.")
+    name: Name | None = Field(None, description="The model's name.")
     seed: Seed = Field(0, description="Seed of noise and random gates.")
     backbone: Backbone | None = Field(
         None,
@@ -289,12 +289,25 @@ def _check_level(experts: tuple[Expert, ...], *, recipe: Recipe, top_k: int, at:
         )
     if recipe.gate_mode in PROMPT_MODES:
         check_prompts(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
+    if recipe.gate_mode == KEPT:
+        _check_parts(experts, at=(*at, "experts"))
     if recipe.gate_mode in FIT_MODES:
         check_text(experts, gate_mode=recipe.gate_mode, at=(*at, "experts"))
     for index, expert in enumerate(experts):
         if expert.experts:
             below = expert.experts_per_token or recipe.experts_per_token
             _check_level(expert.experts, recipe=recipe, top_k=below, at=(*at, "experts", index))
+
+
+def _check_parts(experts: tuple[Expert, ...], *, at: Location) -> None:
+    """Gates can be kept only of experts of a mixture."""
+    for index, expert in enumerate(experts):
+        if expert.source_model is None or expert.source_model.part is None:
+            raise refusal(
+                f"must be one expert of a mixture with gate_mode {KEPT}, found {expert.source_model or expert.name}",
+                hint="write `source_model: folder#0` for the first expert of a mixture, or choose another gate_mode",
+                at=(*at, index, "source_model"),
+            )
 
 
 def _check_shared(experts: tuple[Expert, ...]) -> None:

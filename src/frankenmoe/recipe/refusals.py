@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from frankenmoe.errors import RecipeError
+from frankenmoe.errors import RecipeError, brief
 from frankenmoe.recipe.yaml import Location, YamlFile
 from frankenmoe.suggest import did_you_mean
 
@@ -66,7 +66,7 @@ def found(value: object) -> str:
         case str():
             return f"the text {value[:40]!r}"
         case Mapping():
-            return f"a mapping with the keys {', '.join(map(str, value))}" if value else "an empty mapping"
+            return f"a mapping with the keys {brief(', '.join(map(str, value)))}" if value else "an empty mapping"
         case list() | tuple():
             return f"a list of {len(value)}" if value else "an empty list"
     return str(value)[:40]
@@ -105,7 +105,7 @@ def setting_error(error: ValidationError, *, where: str) -> RecipeError:
 def _label(location: Location) -> str:
     """A location as text: ("experts", 1, "name") -> experts[1].name."""
     joined = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return joined.removeprefix(".") or "the recipe"
+    return brief(joined.removeprefix(".")) or "the recipe"
 
 
 def _location(problem: ErrorDetails) -> Location:

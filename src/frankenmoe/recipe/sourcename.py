@@ -1,7 +1,8 @@
-"""The name of a dense checkpoint in a recipe, in mergekit's short and long form."""
+"""The name of a checkpoint in a recipe, in mergekit's short and long form."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ from frankenmoe.checkpoint.hub import is_folder
 from frankenmoe.recipe.refusals import found, refusal, refuse_unknown_keys
 from frankenmoe.recipe.yaml import Location
 
-SOURCE_KEYS = ("model", "lora", "override_architecture")
+SOURCE_KEYS = ("model", "lora", "expert", "override_architecture")
 PATH_KEYS = ("path", "revision")
+SHARED_PART = "shared"  # the shared expert of a mixture
+PART = re.compile(rf"(?P<head>[^+]*)#(?P<part>\d+|{SHARED_PART})(?P<tail>(?:\+.*)?)", re.DOTALL | re.ASCII)
 
 
 def _text_or_object(required: str, **properties: Any) -> dict[str, Any]:
@@ -21,29 +24,39 @@ def _text_or_object(required: str, **properties: Any) -> dict[str, Any]:
 
 TEXT = {"type": "string"}
 PATH_SCHEMA = _text_or_object("path", path=TEXT, revision=TEXT)
-SOURCE_SCHEMA = _text_or_object("model", model=PATH_SCHEMA, lora=PATH_SCHEMA, override_architecture=TEXT)
+PART_SCHEMA = {"anyOf": [{"type": "integer", "minimum": 0}, {"const": SHARED_PART}]}
+SOURCE_SCHEMA = _text_or_object(
+    "model", model=PATH_SCHEMA, lora=PATH_SCHEMA, expert=PART_SCHEMA, override_architecture=TEXT
+)
 
 
 @dataclass(frozen=True)
 class SourceName:
-    """A hub id or folder, as written, with an optional revision and an optional LoRA."""
+    """A hub id or folder, as written, with an optional revision and an optional LoRA.
+
+    `part` is an expert of a mixture: its number from 0, or `shared`.
+    """
 
     path: str
     revision: str | None = None
     adapter: str | None = None
     adapter_revision: str | None = None
+    part: str | None = None
 
     def __str__(self) -> str:
-        """`path@revision+adapter@revision`, as written in a recipe."""
-        name = _joined(self.path, self.revision)
+        """`path@revision#part+adapter@revision`, as written in a recipe."""
+        name = _joined(self.path, self.revision) + (f"#{self.part}" if self.part is not None else "")
         return name if self.adapter is None else f"{name}+{_joined(self.adapter, self.adapter_revision)}"
 
-    def to_data(self) -> str | dict[str, dict[str, str]]:
-        """Plain data that reads back as this name: text, or mergekit's long form where `@` or `+` is part of a name."""
+    def to_data(self) -> str | dict[str, Any]:
+        """Plain data that reads back as this name: text, or mergekit's long form where a mark is part of a name."""
         parts = (self.path, self.revision, self.adapter, self.adapter_revision)
-        if not any(mark in part for part in parts if part for mark in "@+"):
+        marked = any(mark in part for part in parts if part for mark in "@+")
+        if not marked and not PART.fullmatch(_joined(self.path, self.revision)):
             return str(self)
-        table = {"model": _path_table(self.path, self.revision)}
+        table: dict[str, Any] = {"model": _path_table(self.path, self.revision)}
+        if self.part is not None:
+            table["expert"] = self.part if self.part == SHARED_PART else int(self.part)
         if self.adapter is not None:
             table["lora"] = _path_table(self.adapter, self.adapter_revision)
         return table
@@ -73,6 +86,9 @@ def parse_source(value: object, *, folder: Path) -> SourceName:
 
 
 def _from_text(text: str, *, folder: Path) -> SourceName:
+    match = PART.fullmatch(text)
+    if match and match["head"] and not is_folder(f"{match['head']}#{match['part']}", folder=folder):
+        return replace(_from_text(match["head"] + match["tail"], folder=folder), part=match["part"])
     path, revision, rest = _cut(text, folder=folder, marks="@+")
     if not rest:
         return SourceName(path=path, revision=revision)
@@ -83,13 +99,26 @@ def _from_text(text: str, *, folder: Path) -> SourceName:
 
 
 def _from_table(table: Mapping[str, object], *, folder: Path) -> SourceName:
-    """mergekit's long form: {model: {path, revision}, lora: {path, revision}}."""
+    """mergekit's long form: {model: {path, revision}, lora: {path, revision}}; `expert` is ours."""
     _check_keys(table, known=SOURCE_KEYS, required="model")
     path, revision = _entry(table["model"], at=("model",), folder=folder)
+    part = _part(table.get("expert"))
     if table.get("lora") is None:
-        return SourceName(path=path, revision=revision)
+        return SourceName(path=path, revision=revision, part=part)
     adapter, adapter_revision = _entry(table["lora"], at=("lora",), folder=folder)
-    return SourceName(path=path, revision=revision, adapter=adapter, adapter_revision=adapter_revision)
+    return SourceName(path=path, revision=revision, adapter=adapter, adapter_revision=adapter_revision, part=part)
+
+
+def _part(value: object) -> str | None:
+    if value is None or value == SHARED_PART:
+        return None if value is None else SHARED_PART
+    if type(value) is int and value >= 0:
+        return str(value)
+    raise refusal(
+        f"must be the number of an expert from 0, or {SHARED_PART}, found {found(value)}",
+        hint="write `expert: 0` for the first one",
+        at=("expert",),
+    )
 
 
 def _entry(value: object, *, at: Location, folder: Path) -> tuple[str, str | None]:

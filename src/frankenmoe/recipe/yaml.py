@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from frankenmoe.errors import RecipeError
+from frankenmoe.errors import RecipeError, brief
 
 MAX_BYTES = 1_000_000
 # aliases can expand a short file without end; both limits are far above hand-written recipes
@@ -106,7 +106,7 @@ def parse_yaml(text: str, *, origin: str) -> YamlFile:
 def _unreadable(origin: str, mark: yaml.Mark | None, problem: str, text: str) -> RecipeError:
     where = f"{origin}:{mark.line + 1}:{mark.column + 1}" if mark else origin
     return RecipeError(
-        f"{where}: the YAML cannot be read: {' '.join(problem.split())}",
+        f"{where}: the YAML cannot be read: {brief(' '.join(problem.split()))}",
         hint=_without_backslashes(text, mark)
         if mark and "escape" in problem
         else "check the indentation (spaces, no tabs) and put quotes around text that has ': ' or '#' in it",
@@ -149,7 +149,7 @@ class _Walk:
         raise self._error(
             node,
             "expected text, a number, true, false, a list or a mapping, "
-            f"found a value of the YAML type '{node.tag.removeprefix(_PREFIX)}'",
+            f"found a value of the YAML type '{brief(node.tag.removeprefix(_PREFIX))}'",
             hint=_PLAIN_HINT,
         )
 
@@ -175,12 +175,14 @@ class _Walk:
 
     def _key(self, node: yaml.Node, seen: dict[str, int]) -> str:
         if node.tag not in (_PREFIX + "str", _MERGE) or not isinstance(node, yaml.ScalarNode):
-            found = repr(node.value) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
+            found = brief(repr(node.value)) if isinstance(node, yaml.ScalarNode) else "a list or mapping"
             raise self._error(node, f"expected text as a key, found {found}", hint=_PLAIN_HINT)
         key = self._text(node)
         if key in seen:
             raise self._error(
-                node, f"'{key}' is given twice, first on line {seen[key]}, expected once", hint="delete one of the two"
+                node,
+                f"'{brief(key)}' is given twice, first on line {seen[key]}, expected once",
+                hint="delete one of the two",
             )
         seen[key] = _line(node)
         return key

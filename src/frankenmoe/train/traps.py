@@ -7,6 +7,7 @@ from torch import nn
 
 from frankenmoe.errors import PlanError
 from frankenmoe.planning import ExpertNode, Plan
+from frankenmoe.planning.buildable import check_parents
 from frankenmoe.recipe.backbone import ATTENTION, AVERAGE, BASE
 from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.suggest import did_you_mean
@@ -72,6 +73,8 @@ def _check_built(settings: TrainSettings, plan: Plan | None) -> None:
             "rewritten",
             hint="train the virtual form (`build --virtual`, or the recipe itself), then build",
         )
+    if plan is not None and settings.distill:
+        check_parents(plan, doing="distill", hint="leave out distill")
     if plan is None and settings.distill:
         raise PlanError(
             "a built artifact no longer has its parents, so it cannot be distilled from them",

@@ -8,6 +8,7 @@ import torch
 import torch.distributed
 from torch import nn
 
+from frankenmoe.errors import FrankenMoEWarning
 from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Group, Transient, listened
 from frankenmoe.moe.linear import is_linear
 
@@ -105,7 +106,7 @@ class Packing(Transient):
             self._packed = None  # frees its memory before the next packing
             self._packed = pack(groups) if self._times < OFTEN else None
             if self._times == OFTEN:
-                warnings.warn(MOVED, stacklevel=2)
+                warnings.warn(MOVED, FrankenMoEWarning, stacklevel=2)
             self._times += self._packed is not None
             self._first, self._weights = groups[0], _weights(groups)
             self._addresses = [weight.data_ptr() for weight in self._weights]

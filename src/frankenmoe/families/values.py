@@ -1,0 +1,89 @@
+"""Which values a dense config.json may have: of the kind of their defaults, and such that tables can be read."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from frankenmoe.errors import first_line
+from frankenmoe.families.config import COPIED
+from frankenmoe.families.known import NEUTRAL
+from frankenmoe.families.rotary import rope
+from frankenmoe.families.spec import Config, Family
+
+MOST_LAYERS = 10_000  # tables are expanded per layer
+LARGEST = 1e30  # far above every number of a config that a model can compute with
+# what reading a table raises for a value of another kind, or for one that does not fit the others
+_UNREADABLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and abs(value) < 2**31
+
+
+def _are_ids(value: object) -> bool:
+    return _is_count(value) or (isinstance(value, list) and all(map(_is_count, value)))
+
+
+def _are_plain(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) or _is_count(each) for each in value)
+
+
+def _is_rotary(value: object) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_number, value))
+    return isinstance(value, str | bool | Mapping) or _is_number(value)
+
+
+Check = tuple[Callable[[Any], bool], str]
+# the kind of a default -> what a value of that field must be; `bool` comes before `int`, which Python takes it for
+_LIKE_DEFAULT: Mapping[type, Check] = {
+    bool: (lambda value: isinstance(value, bool), "true or false"),
+    int: (_is_count, "a whole number"),
+    float: (_is_number, "a finite number"),
+    str: (lambda value: isinstance(value, str), "text"),
+}
+_IDS: Check = (_are_ids, "a token id or a list of them")
+_PLAIN: Check = (_are_plain, "a list of words or whole numbers")
+# fields without a default, or with defaults of several kinds
+_NAMED: Mapping[str, Check] = {
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), _IDS),
+    **dict.fromkeys(("layer_types", "no_rope_layers", "full_attn_idxs"), _PLAIN),
+}
+_SIZES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 2**31 - 1),
+    "num_hidden_layers": MOST_LAYERS,
+}
+_ROTARY: Check = (_is_rotary, "a number, a list of numbers or a word")
+_WORD: Check = _LIKE_DEFAULT[str]
+
+
+def odd_value(family: Family, config: Config) -> str | None:
+    """What is wrong with the values of a config, such as "has rope_theta 'x', expected a finite number"; else None."""
+    usual = {name: type(value) for name, value in family.defaults.items()}
+    checks = {name: _LIKE_DEFAULT[kind] for name, kind in usual.items() if kind in _LIKE_DEFAULT}
+    for name, (holds, expected) in {**checks, **_NAMED}.items():
+        value = config.get(name)
+        if value is not None and not holds(value):
+            return f"has {name} {value!r:.40}, expected {expected}"
+    for name, most in _SIZES.items():
+        value = config.get(name)
+        if type(value) is not int or not 1 <= value <= most:
+            return f"has {name} {value!r:.40}, expected a whole number from 1 to {most}"
+    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rotary, Mapping):
+        return f"has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}"
+    for name, value in rotary.items():
+        holds, expected = _WORD if name in ("rope_type", "type") else _ROTARY
+        if value is not None and not holds(value):
+            return f"has {name:.40} {value!r:.40} among its rotary settings, expected {expected}"
+    try:
+        for name in (*NEUTRAL, *COPIED):
+            family.read(config, name)
+        rope(family, config)
+        family.shapes(family.backbone, config)
+    except _UNREADABLE as error:
+        return f"has settings that do not fit together ({type(error).__name__} {first_line(error):.100})"
+    return None
