@@ -227,7 +227,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             },
             router=RouterRule(wide=True),
             interleaved=True,
-            no_gguf="its Ernie 4.5 architecture is not checked yet",
         ),
         MoEFormat(
             name="glm4_moe",
@@ -264,7 +263,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             router=RouterRule(score="sigmoid", epsilon=1e-20, rounds_weights=False, wide=True),
             holds=frozenset({"qkv_bias"}),
             partial_rotary=True,
-            no_gguf="its GLM 4 architecture is not checked yet",
         ),
         MoEFormat(
             name="lfm2_moe",
@@ -290,7 +288,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             },
             holds=frozenset({"layer_types"}),
             router=RouterRule(score="sigmoid", epsilon=1e-6),
-            no_gguf="its LFM2 architecture is not checked yet",
         ),
         MoEFormat(
             name="qwen3_5_moe",
@@ -309,7 +306,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             fields={name: name for name in LINEAR_FIELDS},
             holds=frozenset({"layer_types"}),
             partial_rotary=True,
-            no_gguf="its Qwen3.5 architecture is not checked yet",
         ),
         MoEFormat(
             name="granitemoe_swa",
@@ -334,7 +330,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             },
             holds=GRANITE_HOLDS | {"layer_types", "no_rope_layers", "sliding_window"},
             notes=(Note("transformers runs this format only with attn_implementation='eager'"),),
-            no_gguf="its Granite SWA architecture is not checked yet",
         ),
         MoEFormat(
             name="granitemoehybrid",
@@ -350,8 +345,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             constants={},
             counted=LOCAL_COUNTED | {"shared_intermediate_size": "shared_ffn"},
             fields={**GRANITE_FIELDS, **{name: name for name in MAMBA_FIELDS}},
-            holds=GRANITE_HOLDS | {"layer_types"},
-            no_gguf="its Granite hybrid architecture is not checked yet",
+            holds=GRANITE_HOLDS | {"layer_types", "no_rope_layers"},
         ),
         MoEFormat(
             name="cohere2_moe",
@@ -376,7 +370,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             },
             holds=frozenset({"layer_types", "sliding_window", "attention_bias"}),
             interleaved=True,
-            no_gguf="its Cohere2 architecture is not checked yet",
         ),
     )
 }

@@ -202,7 +202,8 @@ def check_config(source: Source) -> None:
     file, family = source.folder / "config.json", source.family
     if not isinstance(source.config.get("model_type"), str):
         raise SourceError(f"{file} has no model_type, expected the name of a family", hint=WRONG_FILE)
-    required = (*SIZES, *(FAMILY_SIZES if family else ()))
+    # what a family derives from other fields is checked with its sizes, below
+    required = (*SIZES, *(key for key in FAMILY_SIZES if family and key not in family.reads))
     for key in (*required, *(key for key in OPTIONAL_SIZES if source.config.get(key) is not None)):
         value = source.config.get(key)
         most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
@@ -236,7 +237,13 @@ def check_config(source: Source) -> None:
         raise SourceError(f"{file} has sliding_window {window!r:.40}, expected a whole number or null", hint=WRONG_FILE)
     _refuse_quantized(source)
     if family:
-        _check_heads(file, family.dims(source.config))
+        try:
+            dims = family.dims(source.config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise SourceError(f"{file} lacks a size, or has an impossible one: {error}", hint=WRONG_FILE) from error
+        if dims.ffn < 1:
+            raise SourceError(f"{file} has FFNs of {dims.ffn} rows, expected at least one", hint=WRONG_FILE)
+        _check_heads(file, dims)
 
 
 def _refuse_quantized(source: Source) -> None:
