@@ -43,6 +43,7 @@ SIZES: Mapping[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 32,
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
     "tie_word_embeddings": False,

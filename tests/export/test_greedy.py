@@ -11,97 +11,23 @@ from transformers import AutoModelForCausalLM
 import frankenmoe as fm
 import gguftools
 import tiny
-from family_cases import CASES, LONGROPE, SHARED, Case, write_recipe
+from family_cases import write_recipe
 from frankenmoe.errors import PlanError
 from frankenmoe.export.check import kl
 from frankenmoe.export.llama import Engine
 from frankenmoe.export.run import export_gguf
 from frankenmoe.families.archs import ARCHS
+from gguf_cases import ALL, ARCHITECTURE, CONTEXT, REFUSED
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
 TOKENS = 200
-CONTEXT = 256  # llama.cpp rounds it up to a multiple of this
 PLACES = range(7, 231, 14)  # of a random text, most of them beyond every window here
 EXACT = 1e-5  # nats; linear attention adds its epsilon elsewhere, which is 1e-6 here, all others are below 1e-8
 # leads of the best token over the next one, in logits, that f16 arithmetic can turn around
 CLOSE = 0.05
 
-PLAIN_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}
-MORE: dict[str, Case] = {
-    "qwen3-plain": Case("qwen3", "qwen3_moe", {"head_dim": 8}),
-    "qwen2-shared": Case("qwen2", "qwen2_moe", {}, SHARED | {"experts_per_token": 3}),
-    "llama-deepseek": Case("llama", "deepseek", {}, SHARED | {"architecture": "deepseek", "experts_per_token": 1}),
-    "phi3-short": replace(
-        CASES["phi3-longrope"],
-        config=CASES["phi3-longrope"].config
-        | {"original_max_position_embeddings": CONTEXT, "max_position_embeddings": 4 * CONTEXT}
-        | {"rope_parameters": LONGROPE | {"original_max_position_embeddings": CONTEXT}},
-    ),
-    "phi3-partial-plain": replace(
-        CASES["phi3-partial"],
-        config=CASES["phi3-partial"].config | {"rope_parameters": PLAIN_ROPE, "original_max_position_embeddings": 64},
-    ),
-    "qwen3_5-shared": replace(CASES["qwen3_5"], recipe=SHARED),
-    "granite4-attention": replace(
-        CASES["granite4-shared"], config=CASES["granite4-shared"].config | {"layer_types": ["attention"] * 4}
-    ),
-    "granite4-unrotated": replace(
-        CASES["granite4"], config=CASES["granite4"].config | {"layer_types": ["attention"] * 4}
-    ),
-    "granite4-groups": replace(CASES["granite4"], config=CASES["granite4"].config | {"mamba_n_groups": 2}),
-}
-ALL = CASES | MORE
-# case -> the architecture
-ARCHITECTURE: dict[str, str] = {
-    "llama": "llama",
-    "llama-qwen": "llama",
-    "mistral-qwen": "llama",
-    "qwen2": "llama",
-    "seed_oss": "llama",
-    "seed_oss-plain": "llama",
-    "helium": "llama",
-    "phi3-longrope": "llama",
-    "phi3-short": "llama",
-    "mistral-window": "granite_swa",
-    "phi3-window": "granite_swa",
-    "qwen3-plain": "qwen3moe",
-    "qwen2-shared": "qwen2moe",
-    "llama-deepseek": "deepseek",
-    "mistral-granite": "llama",
-    "llama-biases": "granitemoe",
-    "llama-shared": "granitemoe",
-    "mistral-shared": "granitemoe",
-    "granite": "granitemoe",
-    "granite-shared": "granitemoe",
-    "hyperclovax": "granitemoe",
-    "ernie4_5": "ernie4_5-moe",
-    "ernie4_5-shared": "ernie4_5-moe",
-    "glm": "glm4moe",
-    "glm-shared": "glm4moe",
-    "phi3-partial-plain": "glm4moe",
-    "lfm2": "lfm2moe",
-    "qwen3_5": "qwen35moe",
-    "qwen3_5-shared": "qwen35moe",
-    "smollm3": "granite_swa",
-    "smollm3-window": "granite_swa",
-    "ministral": "granite_swa",
-    "cohere2": "cohere2moe",
-    "granite4": "granitehybrid",
-    "granite4-shared": "granitehybrid",
-    "granite4-attention": "granitemoe",
-    "granite4-groups": "granitehybrid",
-}
-# case -> words of the reason
-REFUSED: dict[str, str] = {
-    "qwen3": "qwen3moe has no place for model.layers.0.self_attn.q_proj.bias",
-    "olmo2": "FlexOlmo",
-    "gemma": "gelu_pytorch_tanh",
-    "phi3-partial": "glm4moe has no rope scaling 'longrope'",
-    "granite4-unrotated": "granitehybrid needs a Mamba layer",
-    "lfm2-bias": "lfm2moe has no place for model.layers.0.conv.conv.bias",
-}
 # an architecture each, for the tests that are not slow
 QUICK = ("glm", "ernie4_5-shared", "lfm2", "qwen3_5", "smollm3-window", "granite4-shared", "cohere2", "phi3-longrope")
 
