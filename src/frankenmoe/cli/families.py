@@ -7,7 +7,7 @@ from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console
 from frankenmoe.cli.text import json_text
 from frankenmoe.families import VIRTUAL
-from frankenmoe.families.runtimes import Pair, pairs
+from frankenmoe.families.runtimes import RUN_HERE, Pair, pairs
 
 
 @click.command("families", epilog=example("frankenmoe families\nfrankenmoe families --json"))
@@ -16,7 +16,7 @@ def families_command(as_json: bool) -> None:
     """List dense families, the MoE formats they can be built as, and the programs that run these.
 
     Families without a format run as virtual MoEs; the list names the reason. --json says for each program how that is
-    known: tried here with a certain version, or only read in the program's tables.
+    known: run here with a certain version, or only read in the program's tables.
     """
     if as_json:
         rows = {"built": [pair.to_dict() for pair in pairs()], "virtual": dict(VIRTUAL)}
@@ -33,13 +33,13 @@ def families_command(as_json: bool) -> None:
         before = pair.family
     out = console()
     out.print(table)
-    out.print("* read in the program's tables, not tried", style="dim", highlight=False, markup=False)
+    out.print("* read in the program's tables, not run here", style="dim", highlight=False, markup=False)
     for model_type, reason in VIRTUAL.items():
         out.print(f"virtual only: {model_type}: {reason}", style="dim", highlight=False, markup=False)
 
 
 def _runs(pair: Pair) -> str:
-    """The programs that run it; a star stands for those where that was read and not tried."""
+    """The programs that run it; a star stands for those where that was read and not run here."""
     return ", ".join(
-        f"{name}{'' if known.how.startswith('tried') else '*'}" for name, known in pair.programs.items() if known.runs
+        f"{name}{'' if known.how.startswith(RUN_HERE) else '*'}" for name, known in pair.programs.items() if known.runs
     )

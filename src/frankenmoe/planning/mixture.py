@@ -15,8 +15,8 @@ from frankenmoe.checkpoint.reader import Checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
 from frankenmoe.errors import SourceError
-from frankenmoe.families.llamacpp import generic_name
 from frankenmoe.families.mixtures import MixtureConfig, format_of, of_width, read_mixture
+from frankenmoe.families.places import generic_name
 from frankenmoe.families.spec import MoEFormat
 from frankenmoe.families.words import DOWN, GATE_UP
 from frankenmoe.planning.configs import WRONG_CONFIG, check_config
