@@ -32,6 +32,8 @@ IN_VLLM: Mapping[tuple[str, str], Known] = {
     ("granite", "granitemoe"): Known(True, VLLM),
     ("granite", "granitemoeshared"): Known(True, VLLM),
     ("ernie4_5", "ernie4_5_moe"): Known(True, VLLM),
+    ("smollm3", "granitemoe_swa"): Known(True, VLLM),
+    ("ministral", "granitemoe_swa"): Known(True, VLLM),
     ("glm", "glm4_moe"): Known(True, f"{VLLM}, with a shared expert; without one it crashes"),
     ("lfm2", "lfm2_moe"): Known(
         False, f"{VLLM}: it writes other tokens from the fifth on, and it always ties the head"
