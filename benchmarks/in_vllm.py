@@ -66,6 +66,7 @@ LONGROPE = {
     "long_factor": [1.0 + place / 4 for place in range(16)],
     "original_max_position_embeddings": 512,
 }
+LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
@@ -103,7 +104,9 @@ TOYS: Mapping[str, Toy] = {
     "glm": Toy("glm", "glm4_moe"),
     "glm-shared": Toy("glm", "glm4_moe", recipe=SHARED),
     "phi3-partial": Toy("phi3", "glm4_moe", {"rope_parameters": PARTIAL}),
-    "lfm2": Toy("lfm2", "lfm2_moe", {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
+    # vLLM always ties the head of this format
+    "lfm2": Toy("lfm2", "lfm2_moe", LFM2 | {"tie_word_embeddings": True}),
+    "lfm2-untied": Toy("lfm2", "lfm2_moe", LFM2),
     "cohere2": Toy("cohere2", "cohere2_moe", WINDOWS | {"tie_word_embeddings": True}),
     "smollm3": Toy("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0]}, loading=EAGER),
     "ministral": Toy("ministral", "granitemoe_swa", WINDOWS, loading=EAGER),

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -14,9 +15,12 @@ import tiny
 from family_cases import write_recipe
 from frankenmoe.errors import PlanError
 from frankenmoe.export.check import kl
+from frankenmoe.export.importance import measure
 from frankenmoe.export.llama import Engine
 from frankenmoe.export.run import export_gguf
 from frankenmoe.families.archs import ARCHS
+from frankenmoe.planning.gguf import layout
+from frankenmoe.subject import open_subject
 from gguf_cases import ALL, ARCHITECTURE, CONTEXT, REFUSED
 
 pytest.importorskip("gguf")
@@ -115,3 +119,25 @@ def test_what_it_cannot_say_is_refused_by_name(name: str, tmp_path: Path) -> Non
     with pytest.raises(PlanError) as caught:
         export_gguf(folder, tmp_path / "out", types=["f16"], allow_random=True)
     assert REFUSED[name] in str(caught.value)
+
+
+# case -> matrices of attention and its like whose inputs are measured
+MEASURED = {
+    "phi3-short": {"attn_q", "attn_k", "attn_v", "attn_output"},
+    "lfm2": {"attn_q", "attn_k", "attn_v", "attn_output", "shortconv.in_proj", "shortconv.out_proj"},
+    "qwen3_5": {
+        *("attn_q", "attn_k", "attn_v", "attn_output"),
+        *("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta"),
+    },
+    "granite4-shared": {"attn_q", "attn_k", "attn_v", "attn_output"},
+}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_importance_is_measured_where_modules_have_other_names(name: str, tmp_path: Path) -> None:
+    folder, _ = built(tmp_path, name)
+    found = measure(fm.load(folder), layout(open_subject(folder).parts), [text(97, 64)])
+    names = {tensor.split(".", 2)[2].removesuffix(".weight") for tensor in found.importance}
+    assert {tensor for tensor in names if not tensor.startswith("ffn_")} == MEASURED[name]
+    assert {tensor for tensor in names if tensor.endswith("_exps")} == {"ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"}
+    assert all(np.isfinite(rows_PC).all() for rows_PC in found.importance.values())

@@ -18,12 +18,14 @@ import torch
 from torch import nn
 
 from frankenmoe.checkpoint.cast import Floats
+from frankenmoe.families import FAMILIES
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import mlp_modules
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning.gguf import GgufLayout
 
 MIXED = ("experts", "down")  # inputs of every expert of its own
+DOWN = frozenset(name for family in FAMILIES.values() for name in family.down)  # modules that an FFN ends with
 FORCED = 512  # tokens that every expert reads
 ENOUGH = 64  # own tokens from which an expert is measured on those
 
@@ -181,9 +183,8 @@ def _expert(
 ) -> None:
     """Adds the inputs of an expert and of its down projection."""
     sums.add((layer, names[0], number), x_ND)
-    hook = expert.get_submodule("down_proj").register_forward_pre_hook(
-        partial(_add_input, sums, (layer, names[1], number))
-    )
+    down = next(module for name, module in expert.named_modules() if name.rpartition(".")[2] in DOWN)
+    hook = down.register_forward_pre_hook(partial(_add_input, sums, (layer, names[1], number)))
     try:
         expert(x_ND)
     finally:

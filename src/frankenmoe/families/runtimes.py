@@ -29,6 +29,18 @@ IN_VLLM: Mapping[tuple[str, str], Known] = {
     ("qwen2", "qwen2_moe"): Known(True, VLLM),
     ("qwen3", "qwen3_moe"): Known(True, VLLM),
     ("olmo2", "flex_olmo"): Known(True, VLLM),
+    ("granite", "granitemoe"): Known(True, VLLM),
+    ("granite", "granitemoeshared"): Known(True, VLLM),
+    ("ernie4_5", "ernie4_5_moe"): Known(True, VLLM),
+    ("smollm3", "granitemoe_swa"): Known(True, VLLM),
+    ("ministral", "granitemoe_swa"): Known(True, VLLM),
+    ("glm", "glm4_moe"): Known(True, f"{VLLM}, with a shared expert; without one it crashes"),
+    ("lfm2", "lfm2_moe"): Known(
+        False, f"{VLLM}: it writes other tokens from the fifth on, and it always ties the head"
+    ),
+    ("qwen3_5_text", "qwen3_5_moe"): Known(
+        True, "read: in the registry of vLLM 0.32; not run, as it needs torchvision"
+    ),
     # the format's code there lacks something that the family has (read)
     ("gemma", "granitemoe"): Known(False, "vLLM's Granite MoE supports only silu"),
     ("llama", "granitemoe"): Known(False, "vLLM's Granite MoE has no attention biases"),
