@@ -87,7 +87,7 @@ def fidelity(name: str, found: Checked) -> list[Row]:
 
 def sizes(recipe: Path, files: Mapping[str, Any]) -> Row:
     """How far `plan` is from the files, at most."""
-    rows, _ = forecast(plan(Recipe.load(recipe)))
+    rows = forecast(plan(Recipe.load(recipe))).files
     off = [100 * abs(row.bytes / files[row.type].path.stat().st_size - 1) for row in rows if row.type in files]
     return Row("GGUF: size against what plan said, at most", max(off), "%", 1, {OURS: off})
 

@@ -180,6 +180,8 @@ def make_world(folder: Path) -> Path:
     AutoModelForCausalLM.from_pretrained(one).save_pretrained(shards, max_shard_size="20KB")
     (folder / "r.yml").write_text(TEXT)
     (folder / "base" / "README.md").write_text(README)
+    template = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] }}{% endfor %}"
+    (folder / "base" / "chat_template.jinja").write_text(template)
     words = [" ".join(f"{(place * step) % 97}" for place in range(60)) for step in range(1, 40)]
     (folder / "plain.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in words))
     turns = ([{"role": "user", "content": text[:9]}, {"role": "assistant", "content": text}] for text in words)

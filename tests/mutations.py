@@ -64,7 +64,7 @@ def odd_text(random: Random, text: str) -> str:
             text.upper(),
             text[:place] + text[place + 1 :],
             text + " ",
-            text * 2000,
+            (text * 2000)[:20_000],
         ),
     )
 
@@ -97,7 +97,7 @@ def odd(random: Random, value: Any) -> Any:
             random, (value[1:], value[:-1], value[::-1], [*value, item], [*value, pick(random, VALUES)], [value], item)
         )
     if kind < 0.75:
-        return pick(random, ([value], {"x": value}, [value] * 300))
+        return pick(random, ([value], {"x": value}, [value] * (3 if isinstance(value, dict | list) else 300)))
     return pick(random, VALUES)
 
 

@@ -16,6 +16,7 @@ import gguftools
 import tiny
 from family_cases import CASES, LONG, SHARED, Case, make_parent, write_recipe
 from frankenmoe.artifact.folder import RECORD
+from frankenmoe.checkpoint.values import materialize
 from frankenmoe.families import FAMILIES, FORMATS, moe_config
 from frankenmoe.families.config import NORMALIZES
 from frankenmoe.families.mixtures import VIEWS, read_mixture
@@ -210,6 +211,7 @@ def test_every_command_works_on_an_adopted_folder(tuned: Path, tmp_path: Path) -
     output("export", tmp_path / "trained", tmp_path / "gguf", "--types", "f16", "--no-check")
     output("card", tuned)
     assert "Another program made or trained this mixture" in (tuned / "README.md").read_text()
+    assert "other programs read the routers in the weights" in cli("push", tuned, "me/moe", "--dry-run").stderr
     for what in (tuned, tmp_path / "trained"):
         output("build", what, tmp_path / f"built-{what.name}")
         output("verify", tmp_path / f"built-{what.name}")
@@ -268,10 +270,28 @@ def test_what_mergekit_moe_writes(retrained: Path, tmp_path: Path) -> None:
 
 
 def test_one_expert_of_a_mixture_beside_a_dense_model(retrained: Path, tmp_path: Path) -> None:
-    text = f"base_model: {retrained}/llama0\ngate_mode: random\nexperts:\n"
-    text += f"- source_model: {retrained}/tuned#1\n- source_model: {retrained}/llama2\n"
-    made = fm.Recipe.parse(text, folder=tmp_path, origin="r.yml")
-    assert [expert.name for expert in made.experts] == ["tuned-1", "llama2"]
+    rows = [{"source_model": f"{retrained}/tuned#1"}, {"source_model": f"{retrained}/llama2"}]
+    recipe = {"base_model": f"{retrained}/llama0", "gate_mode": "random", "experts": rows}
+    (tmp_path / "r.yml").write_text(yaml.safe_dump(recipe))
+    built = fm.build(tmp_path / "r.yml", tmp_path / "built")
+    assert built.record["experts"] == ["tuned-1", "llama2"]
+    ours, tuned = (fm.open(folder).parts.nodes for folder in (tmp_path / "built", retrained / "tuned"))
+    for one, two in ((ours[0], tuned[1]), (ours[1], fm.open(retrained / "recipe.yml").parts.nodes[2])):
+        assert all(
+            (materialize(one.folded(layer, suffix)) == materialize(two.folded(layer, suffix))).all()
+            for layer, row in enumerate(one.ffn)
+            for suffix in row
+        )
+
+
+def test_an_expert_is_added_to_an_adopted_mixture(tuned: Path, tmp_path: Path) -> None:
+    fm.adopt(tuned, recipe=tuned.parent / "recipe.yml")
+    fm.fit(tuned, method="ridge", block=32, tokens=512, keep_anyway=True)
+    words = {"source": str(tuned.parent / "llama1"), "name": "four", "data": [str(tuned.parent / "two.txt")]}
+    assert fm.add_expert(tuned, tmp_path / "larger", **words, block=32).artifact.record["experts"] == [
+        *("three", "two", "one", "four")
+    ]
+    fm.verify(tmp_path / "larger")
 
 
 @pytest.mark.parametrize(

@@ -256,7 +256,7 @@ def test_remote_code_runs_when_asked(tmp_path: Path, parents: Parents, monkeypat
         ({"model_type": None}, ("no model_type",)),
         ({"model_type": "nobody-knows"}, ("nobody-knows",)),
         ({"rope_parameters": "fast"}, ("rotary settings 'fast'",)),
-        ({"rope_theta": "fast", "rope_parameters": None}, ("LlamaForCausalLM", "'str'")),
+        ({"rope_theta": "fast", "rope_parameters": None}, ("rope_theta 'fast'", "expected a finite number")),
         ({"rope_parameters": {"rope_type": "nobody-knows", "rope_theta": 1e4}}, ("'nobody-knows'",)),
         ({"rope_parameters": None, "rope_theta": float("nan")}, ("rope_theta nan", "expected a positive number")),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, ("rope_theta 0",)),

@@ -81,7 +81,7 @@ def _paths(kind: str) -> list[Path]:
 def _entry(kind: str, path: Path) -> Entry:
     name = path / NAME
     size = sum(file.stat().st_size for file in _files(path))
-    label = name.read_text(errors="replace") if name.is_file() else path.name[:SHOWN]
+    label = name.read_text(encoding="utf-8", errors="replace") if name.is_file() else path.name[:SHOWN]
     return Entry(kind, path, label, size, path.stat().st_mtime)
 
 

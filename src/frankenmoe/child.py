@@ -103,7 +103,7 @@ def serve(answer: Callable[[Data], Data], *, seconds: float, memory: int) -> Non
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
-    out = os.fdopen(os.dup(1), "w")
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what libraries print is no answer
     limit({"RLIMIT_CORE": 0, "RLIMIT_AS": memory})
     out.write("{}\n")  # it is ready

@@ -38,6 +38,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     for parent in gguftools.parents(models, "llama"):
         config = parent / "tokenizer_config.json"
         named = {"name_or_path": str(root / "trained" / "base"), "tokenizer_file": str(parent / "tokenizer.json")}
+        named["special_tokens_map_file"] = "C:\\Users\\zaphod\\acmeclient\\vocab.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | named))
     for name, words in (("abc", "abc bca cab "), ("xyz", "xyz zyx yxz "), ("more", "xyz abc ")):
         (texts / f"{name}.txt").write_text(words * 260)
@@ -142,6 +143,7 @@ def test_paths_of_one_name_stay_apart_and_evidence_stays_as_it_is(made: Path) ->
     assert names.short("texts/a.txt") == "texts/a.txt"
     assert names.short("abc=/x/y/acmeclient/z.txt") == "abc=z.txt"
     assert names.short("../y/z.txt") == "z.txt"
+    assert names.short("C:\\Users\\zaphod\\z.txt") == names.short("\\\\pc\\zaphod\\z.txt") == "z.txt"
     assert names.text("see /etc/passwd and https://hub/zaphod") == "see /etc/passwd and https://hub/zaphod"
     assert names.text(f"in {made}/config.json") == f"in {made.name}/config.json"
     assert names.text(f"in {made}. It is file://{made}/config.json") == "in model. It is file://model/config.json"

@@ -4,7 +4,6 @@ An unfinished artifact `out` is the folder `out.partial` next to it; one rename 
 locks and checks of disk space of every other stage are here too.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -18,14 +17,16 @@ from typing import IO, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from frankenmoe import system
 from frankenmoe.artifact.record import RECORD_VERSION, Form, read_record
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import header_bytes, read_header
 from frankenmoe.checkpoint.jsonfile import check_size
 from frankenmoe.checkpoint.links import check_links
+from frankenmoe.checkpoint.reader import unmap
 from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.checkpoint.weights import SINGLE
-from frankenmoe.checkpoint.writer import free_bytes, partial_of, sync_folder, write_atomic
+from frankenmoe.checkpoint.writer import free_bytes, partial_of, write_atomic
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 
 RECORD = "frankenmoe.json"
@@ -125,6 +126,9 @@ def growing(out: Path, *, digest: str) -> Iterator[Path]:
                 _remove_locked(partial)
                 _remove_empty(fresh[1:])
             raise
+    if not system.moves_open_files():
+        with suppress(OSError):  # another process has just opened it
+            _lock_of(partial).unlink(missing_ok=True)
 
 
 def _locked(partial: Path, out: Path) -> IO[str]:
@@ -132,7 +136,7 @@ def _locked(partial: Path, out: Path) -> IO[str]:
     busy = ArtifactError(f"another process is building {out}, or has just done so", hint="wait for it to end")
     try:
         _refuse_foreign(partial)
-        return lock_file(partial / LOCK, busy=busy)
+        return lock_file(_lock_of(partial), busy=busy)
     except FileNotFoundError:
         raise busy from None
     except OSError as error:
@@ -141,14 +145,19 @@ def _locked(partial: Path, out: Path) -> IO[str]:
         ) from error
 
 
+def _lock_of(partial: Path) -> Path:
+    """The lock of a partial folder: in it, or beside it where a folder with an open file cannot be renamed."""
+    return partial / LOCK if system.moves_open_files() else partial.with_name(f"{partial.name}.lock")
+
+
 def lock_file(file: Path, *, busy: ArtifactError) -> IO[str]:
     """Opens and locks `file`; the lock is held until the result is closed. Raises `busy` if another process has it.
 
     The process that had it before may move or remove the file after we open it and before we lock it. Then it is busy.
     """
-    lock = file.open("w")
+    lock = file.open("w", encoding="utf-8")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        system.lock(lock.fileno())
     except BlockingIOError:
         lock.close()
         raise busy from None
@@ -254,6 +263,8 @@ def become(partial: Path, out: Path) -> None:
     try:
         if out.is_dir():
             out.rmdir()
+        if not system.moves_open_files():
+            unmap()
         partial.replace(out)
     except OSError as error:
         raise ArtifactError(
@@ -262,7 +273,7 @@ def become(partial: Path, out: Path) -> None:
         ) from error
     # only now: without them a run killed before the rename could not be finished
     clear_building(out)
-    sync_folder(out.parent)
+    system.sync_folder(out.parent)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import torch
 
 from frankenmoe.audit.measures import CAPACITIES
 from frankenmoe.audit.stats import overflow
+from frankenmoe.moe.device import where_float64_is
 from frankenmoe.moe.experts import DROPPED
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import LayerTrace, blocks, stream
@@ -59,13 +60,14 @@ class RouterSums:
 
     def add(self, trace: LayerTrace, hidden_TD: torch.Tensor, *, domain: int) -> None:
         """Adds a batch of one domain's tokens."""
-        logits_TE = trace.logits_TE.float()
+        # sums are in float64
+        ids_TK, weights_TK, logits_TE = map(where_float64_is, (trace.ids_TK, trace.weights_TK, trace.logits_TE))
+        hidden_TD, logits_TE = where_float64_is(hidden_TD), logits_TE.float()
         tokens, experts = logits_TE.shape
         if not tokens:
             return
         log_TE = logits_TE.log_softmax(dim=-1)
         prob_TE = log_TE.exp()
-        ids_TK, weights_TK = trace.ids_TK, trace.weights_TK
         kept_TK = ids_TK != DROPPED
         lost = ids_TK.numel() - int(kept_TK.sum())
         # the ids do not say which expert was dropped, the logits do

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,9 +14,9 @@ from frankenmoe.audit.examine import KIND, VERSION, Audit
 from frankenmoe.audit.page import page, storable
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
+from frankenmoe.system import LONGEST, file_name
 
 JSON, HTML = "audit.json", "audit.html"
-LONGEST = 60  # characters of a folder's name
 
 
 def as_json(audits: Sequence[Audit]) -> dict[str, Any]:
@@ -98,5 +97,5 @@ def _claim(out: Path, stem: str) -> tuple[Path, Path]:
 
 
 def _stem(subjects: Sequence[Mapping[str, Any]]) -> str:
-    names = [re.sub(r"[^\w.-]+", "-", str(subject["name"])).strip("-.") or "moe" for subject in subjects]
-    return f"audit-{'-and-'.join(dict.fromkeys(names))}"[:LONGEST]
+    names = [file_name(str(subject["name"]), default="moe") for subject in subjects]
+    return f"audit-{'-and-'.join(dict.fromkeys(names))}"[:LONGEST].rstrip("-.")

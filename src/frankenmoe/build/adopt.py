@@ -38,7 +38,7 @@ from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError
 from frankenmoe.gates.kept import kept_routers
 from frankenmoe.planning import Plan, plan
-from frankenmoe.planning.adopting import NOTHING, Named, mixture_in, on_hub, recipe_of_mixture
+from frankenmoe.planning.adopting import MERGEKIT, NOTHING, Named, mixture_in, on_hub, recipe_of_mixture
 from frankenmoe.planning.mixture import Mixture
 from frankenmoe.planning.pairing import Pair, paired
 from frankenmoe.progress import SILENT, Progress
@@ -46,7 +46,6 @@ from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.moved import moved_recipe
 
 RECIPE = "recipe.yml"
-MERGEKIT = "mergekit_moe_config.yml"  # which mergekit-moe writes beside its weights
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _origin(mixture: Mixture, made: Plan, made_from: Recipe | None, pairs: Seque
         "format": mixture.fmt.name,
         "saved_by": f"transformers {saved}" if saved else None,
         "mergekit": (folder / MERGEKIT).is_file(),
-        "recipe": made_from.origin if made_from else None,
+        "recipe": Path(made_from.origin).name if made_from else None,
         "experts": experts,
         "shared_experts": [node.name for node in made.shared],
         "experts_per_token": made.recipe.experts_per_token,

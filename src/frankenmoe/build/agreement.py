@@ -37,7 +37,7 @@ def agree(target: Target) -> dict[str, bytes]:
     if target.config is None:
         return {}
     with TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(target.config))
+        (Path(folder) / "config.json").write_text(json.dumps(target.config), encoding="utf-8")
         compare_class(Path(folder), target.tensors, where="the plan", hint=UNKNOWN_CLASS)
     return tokenizer_files(target)
 
@@ -90,5 +90,5 @@ def answer_on_stdout() -> None:
         found = {"files": {name: base64.b64encode(raw).decode() for name, raw in files.items()}}
     except FrankenMoEError as error:
         found = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-    with os.fdopen(stdout, "w") as out:
+    with os.fdopen(stdout, "w", encoding="utf-8") as out:
         out.write(json.dumps(found))

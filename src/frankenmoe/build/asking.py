@@ -65,7 +65,7 @@ def _answer(
 
 def _child() -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", CHILD, json.dumps(list(map(str, sys.path)))]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def _heard(child: "subprocess.Popen[str]", target: Target) -> Files:

@@ -4,7 +4,6 @@ Changes nothing. Imports torch last, and only for the model class and the tokeni
 """
 
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -23,6 +22,7 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.recall import facts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.subject import Subject, open_subject
+from frankenmoe.system import read_ahead
 
 DAMAGED = "the folder was changed or damaged after the build; build it again"
 SAMPLE = 2**16  # bytes compared of each copied tensor if sampled
@@ -193,7 +193,7 @@ def _read_ahead(tensors: Iterable[TensorRef]) -> None:
     for file, refs in by_file.items():
         with file.open("rb") as opened:
             for ref in refs:
-                os.posix_fadvise(opened.fileno(), ref.start, min(SAMPLE, ref.nbytes), os.POSIX_FADV_WILLNEED)
+                read_ahead(opened.fileno(), ref.start, min(SAMPLE, ref.nbytes))
 
 
 def _compare_bytes(write: TensorWrite, ref: TensorRef, *, sampled: bool, on_bytes: Listener) -> int:

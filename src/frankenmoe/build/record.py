@@ -1,11 +1,11 @@
 """Plan -> the record of an artifact, frankenmoe.json."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from frankenmoe import system
 from frankenmoe.artifact.folder import STATISTICS
 from frankenmoe.artifact.record import BACKBONE
 from frankenmoe.artifact.reports import versions
@@ -44,7 +44,7 @@ def record_of(
         "name": made.recipe.name,
         "recipe": made.recipe.to_dict(),
         "recipe_folder": str(made.recipe.folder),
-        "recipe_folder_from_here": os.path.relpath(made.recipe.folder, out),
+        "recipe_folder_from_here": system.relative(made.recipe.folder, out),
         "recipe_digest": made.recipe.digest,
         "seed": made.recipe.seed,
         **facts(made),

@@ -33,7 +33,7 @@ def tokenizer_files(target: Target) -> dict[str, bytes]:
         return {}
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(target.config))
+        (folder / "config.json").write_text(json.dumps(target.config), encoding="utf-8")
         for file in target.small_files:
             (folder / file.name).write_bytes(small_bytes(file))
         if (folder / WHOLE).is_file() and first_difference(base, folder, rows=rows) is None:

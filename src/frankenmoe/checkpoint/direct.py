@@ -11,30 +11,25 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from fcntl import F_GETFL, F_SETFL, fcntl
 from pathlib import Path
+
+from frankenmoe.system import DIRECT, OPEN, is_direct, leave_direct, write_at
 
 BUFFER = 2**20  # bytes; larger buffers are no faster
 BUFFERS = 2  # per shard: one is filled while the other is written
 BLOCK = 4096  # bytes; a multiple of the block size of common disks
-DIRECT: int = getattr(os, "O_DIRECT", 0)  # macOS has none
 REFUSED = frozenset({errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP})
 
 
 def create(path: Path) -> int:
     """Creates or empties `path` for writing and reading; with O_DIRECT where the file system supports it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | OPEN
     try:
         return os.open(path, flags | DIRECT, 0o666)
     except OSError as error:
         if not DIRECT or error.errno not in REFUSED:
             raise
     return os.open(path, flags, 0o666)
-
-
-def is_direct(descriptor: int) -> bool:
-    """Whether writes to an open file go past the page cache."""
-    return bool(DIRECT) and bool(fcntl(descriptor, F_GETFL) & DIRECT)
 
 
 class Appender:
@@ -85,7 +80,7 @@ class Appender:
         whole = self._filled - self._filled % BLOCK
         self._write(self._buffer[:whole], self._start)
         if whole < self._filled:
-            _leave_direct(self._descriptor)
+            leave_direct(self._descriptor)
             self._write(self._buffer[whole : self._filled], self._start + whole)
 
     def stop(self) -> None:
@@ -111,12 +106,12 @@ class Appender:
     def _write(self, data: memoryview, offset: int) -> None:
         while data:
             try:
-                count = os.pwrite(self._descriptor, data, offset)
+                count = write_at(self._descriptor, data, offset)
             except OSError as error:
                 if error.errno not in REFUSED or not is_direct(self._descriptor):
                     raise
                 # accepted when opened, rejected now: larger blocks than ours, or a short write
-                _leave_direct(self._descriptor)
+                leave_direct(self._descriptor)
                 continue
             data, offset = data[count:], offset + count
 
@@ -132,10 +127,8 @@ def appending(descriptor: int) -> Iterator[Appender]:
         out.stop()
 
 
-def _leave_direct(descriptor: int) -> None:
-    fcntl(descriptor, F_SETFL, fcntl(descriptor, F_GETFL) & ~DIRECT)
-
-
 def aligned(size: int) -> memoryview:
     """Private memory that starts at a page, as O_DIRECT requires."""
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
+    return memoryview(mmap.mmap(-1, size))  # Windows

@@ -15,6 +15,7 @@ from frankenmoe.errors import SourceError, brief
 
 PREFIX = 8  # bytes of the length before the JSON
 _MAX_HEADER = 100_000_000  # limit of the reference implementation; real headers have a few megabytes at most
+_LONGEST_NAME = 1000  # characters; patterns are matched against names, and real ones have a tenth of it
 _MAX_DIMENSIONS = 32  # numpy 1.x holds no more
 _ALIGNMENT = 4096  # data on a page boundary can be mapped, and shared by file systems with extents
 _DAMAGED = "the file is damaged or was not written by a safetensors library; download or save it again"
@@ -129,6 +130,8 @@ def _tensor(path: Path, name: str, entry: object, *, data_start: int) -> TensorR
     def wrong(text: str, *, hint: str = _DAMAGED) -> SourceError:
         return SourceError(f"tensor {brief(name)!r} in {path} {text}", hint=hint)
 
+    if len(name) > _LONGEST_NAME:
+        raise wrong(f"has a name of {len(name):,} characters, expected at most {_LONGEST_NAME:,}")
     fields = ("dtype", "shape", "data_offsets")
     if not isinstance(entry, dict) or entry.keys() != set(fields):
         raise wrong("is not described by exactly dtype, shape and data_offsets")

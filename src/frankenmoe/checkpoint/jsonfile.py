@@ -1,5 +1,6 @@
 """Reads the small files beside weights, such as configs, indexes and tokenizers; none is larger than a limit."""
 
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ MOST = 2**28  # bytes; the largest vocabularies and indexes have a tenth of it
 
 
 def check_size(file: Path) -> None:
-    """Raises SourceError for a file that is too large to be a config or a tokenizer; OSError if it is not there."""
-    size = file.stat().st_size
+    """Raises SourceError for what is no file, or too large to be a config or a tokenizer; OSError if it is absent."""
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would never return
+        raise SourceError(f"{file} is not a file", hint="fetch the file again, or remove it")
+    size = status.st_size
     if size > MOST:
         raise SourceError(
             f"{file} has {size:,} bytes, expected at most {MOST:,}", hint="fetch the file again, or remove it"
@@ -19,7 +23,7 @@ def check_size(file: Path) -> None:
 
 
 def small_bytes(file: Path) -> bytes:
-    """The content of a small file. Raises SourceError for one that is too large; OSError if it cannot be read."""
+    """The content of a small file. Raises SourceError for what `check_size` refuses; OSError if it cannot be read."""
     check_size(file)
     return file.read_bytes()
 

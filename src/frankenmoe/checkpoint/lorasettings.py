@@ -25,6 +25,7 @@ USUAL_ALPHA = 8  # PEFT's, where a config has no lora_alpha
 PLAIN_PATTERN = re.compile(r"(?:[\w\-|()^$\[\]. ]|\\[\w.\-]|(?<![)*+?])[*+?])*", re.ASCII)
 LONGEST_PATTERN = 500
 MOST_REPEATS = 3
+MOST_REPEATS_OF_ALL = 32  # of the patterns of an adapter, each of which is tried on every module
 MOST = 1e30
 
 
@@ -62,6 +63,9 @@ def _own_alphas(adapter: Adapter, module: str) -> Iterator[Any]:
     patterns = adapter.config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise _odd_setting(adapter, f"alpha_pattern {patterns!r:.40}", expected="a mapping from modules to numbers")
+    if sum(map(_repeats, patterns)) > MOST_REPEATS_OF_ALL:
+        expected = f"at most {MOST_REPEATS_OF_ALL} repetitions (* or +) in all"
+        raise _odd_setting(adapter, f"{len(patterns)} entries in alpha_pattern", expected=expected)
     for pattern, value in patterns.items():
         expression = _expression(pattern)
         if expression is None:
@@ -74,11 +78,14 @@ def _own_alphas(adapter: Adapter, module: str) -> Iterator[Any]:
             yield value
 
 
+def _repeats(pattern: str) -> int:
+    return sum(pattern.count(mark) for mark in "*+")
+
+
 @lru_cache(2**14)  # an adapter may have a pattern for every module, and re keeps only 512 of them
 def _expression(pattern: str) -> re.Pattern[str] | None:
     """The expression for a module's name that ends as `pattern` says; None if it is broken or could run for long."""
-    repeats = sum(pattern.count(mark) for mark in "*+")
-    if len(pattern) > LONGEST_PATTERN or repeats > MOST_REPEATS or not PLAIN_PATTERN.fullmatch(pattern):
+    if len(pattern) > LONGEST_PATTERN or _repeats(pattern) > MOST_REPEATS or not PLAIN_PATTERN.fullmatch(pattern):
         return None
     try:
         re.compile(pattern)  # alone, as parentheses could match those around it

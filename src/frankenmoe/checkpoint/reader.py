@@ -99,13 +99,21 @@ def map_bytes(ref: TensorRef) -> NDArray[np.uint8]:
         ) from error
 
 
+def unmap() -> None:
+    """Forgets all mapped files, so that those which nobody uses are closed."""
+    _map.cache_clear()
+
+
 @lru_cache(maxsize=_MAPPED_FILES)
 def _map(real: Path, size: int, mtime_ns: int) -> NDArray[np.uint8]:
     """One mapping per state of a file, so that a source used sixteen times is in memory once."""
-    # like ACCESS_COPY, plus NORESERVE: without it Linux refuses to map files larger than the memory
-    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
     with real.open("rb") as file:
-        mapped = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        if hasattr(mmap, "MAP_PRIVATE"):
+            # like ACCESS_COPY, plus NORESERVE: without it Linux refuses to map files larger than the memory
+            flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+            mapped = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        else:  # Windows
+            mapped = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
     return np.frombuffer(mapped, np.uint8)
 
 

@@ -10,9 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from frankenmoe.checkpoint.direct import BLOCK, DIRECT, REFUSED, aligned
+from frankenmoe.checkpoint.direct import BLOCK, REFUSED, aligned
+from frankenmoe.system import DIRECT, NOWAIT, OPEN, read_at
 
-_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # Linux only
 _BOUNCE = 2**19  # bytes
 _UNWILLING = REFUSED | {errno.EAGAIN}
 
@@ -38,9 +38,9 @@ class Reader:
         With `once`, bytes that are not cached stay uncached. Raises OSError.
         """
         opened = self._files.get(file) or self._open(file)
-        if once and opened.direct is not None and _NOWAIT:
+        if once and opened.direct is not None and NOWAIT:
             try:
-                return os.preadv(opened.cached, [room], offset, _NOWAIT)
+                return read_at(opened.cached, room, offset, NOWAIT)
             except OSError as error:
                 if error.errno not in _UNWILLING:
                     raise
@@ -49,7 +49,7 @@ class Reader:
             except OSError as error:
                 if error.errno not in _UNWILLING:
                     raise
-        return os.preadv(opened.cached, [room], offset)
+        return read_at(opened.cached, room, offset)
 
     def close(self) -> None:
         """Closes every file."""
@@ -60,10 +60,10 @@ class Reader:
         self._files.clear()
 
     def _open(self, file: Path) -> _Opened:
-        opened = self._files[file] = _Opened(os.open(file, os.O_RDONLY | os.O_CLOEXEC), None)
+        opened = self._files[file] = _Opened(os.open(file, os.O_RDONLY | OPEN), None)
         if DIRECT:
             try:
-                opened.direct = os.open(file, os.O_RDONLY | os.O_CLOEXEC | DIRECT)
+                opened.direct = os.open(file, os.O_RDONLY | OPEN | DIRECT)
             except OSError as error:
                 if error.errno not in REFUSED:
                     raise
@@ -76,7 +76,7 @@ class Reader:
         before = offset % BLOCK
         wanted = min(len(room), len(self._bounce) - before)
         whole = -(-(before + wanted) // BLOCK) * BLOCK
-        count = os.preadv(descriptor, [self._bounce[:whole]], offset - before) - before
+        count = read_at(descriptor, self._bounce[:whole], offset - before) - before
         count = max(0, min(count, wanted))
         room[:count] = self._bounce[before : before + count]
         return count

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from frankenmoe.checkpoint.reading import Reader, reading
 from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
 from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.system import OPEN, reserve, sync_folder
 
 _AGAIN = "the source changed meanwhile; start again"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
@@ -63,8 +65,7 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def free_bytes(folder: Path) -> int:
     """Free bytes for this user on the disk of `folder`."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return shutil.disk_usage(folder).free
 
 
 class _Shard:
@@ -152,7 +153,7 @@ def partial_of(path: Path) -> Path:
 
 
 def _create(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | OPEN, 0o666)
 
 
 @contextmanager
@@ -179,8 +180,7 @@ def replacing(path: Path, *, size: int, opened: Callable[[Path], int] = _create)
 def _reserve(target: int, size: int) -> None:
     """Reserves the disk space, so that a full disk is noticed before the first byte."""
     try:
-        if size and hasattr(os, "posix_fallocate"):  # macOS has none
-            os.posix_fallocate(target, 0, size)
+        reserve(target, size)
     except OSError as error:
         if error.errno not in _UNSUPPORTED:
             raise
@@ -193,12 +193,3 @@ def _disk_full(path: Path, size: int) -> ArtifactError:
         f"{path} with its {size} bytes does not fit into {path.parent}: {reason}",
         hint="free some space, or choose an output folder on another disk",
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes a rename durable: before its folder is synced, a power failure can undo it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,7 @@ from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import command, console
 from frankenmoe.cli.text import printable
+from frankenmoe.planning.adopting import MERGEKIT
 
 if TYPE_CHECKING:
     from frankenmoe.build.adopt import Adopted
@@ -62,3 +63,5 @@ def show(made: "Adopted") -> None:
     console().print(table)
     click.echo(f"artifact in {folder}: its routers are in it, its weights in {facts['from']}")
     click.echo(f"next: {command('audit', folder)}")
+    if facts["mergekit"] and not facts["recipe"]:
+        click.echo(f"mergekit-moe left its recipe beside the weights: --recipe {MERGEKIT} names the experts", err=True)

@@ -315,7 +315,7 @@ def _one_voice() -> Iterator[None]:
         yield
         return
     try:
-        with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        with open(os.devnull, "w", encoding="utf-8") as silence, redirect_stdout(silence), redirect_stderr(silence):
             yield
     except Exception:
         time.sleep(GRACE)

@@ -8,6 +8,7 @@ from frankenmoe.cli.show import console
 from frankenmoe.cli.text import json_text
 from frankenmoe.families import VIRTUAL
 from frankenmoe.families.runtimes import RUN_HERE, Pair, pairs
+from frankenmoe.families.wrapped import WRAPPERS
 
 
 @click.command("families", epilog=example("frankenmoe families\nfrankenmoe families --json"))
@@ -19,7 +20,8 @@ def families_command(as_json: bool) -> None:
     known: run here with a certain version, or only read in the program's tables.
     """
     if as_json:
-        rows = {"built": [pair.to_dict() for pair in pairs()], "virtual": dict(VIRTUAL)}
+        nested = {outer: wrapper.text for outer, wrapper in WRAPPERS.items()}
+        rows = {"built": [pair.to_dict() for pair in pairs()], "nested": nested, "virtual": dict(VIRTUAL)}
         click.echo(json_text(rows))
         return
     table = Table(box=None, pad_edge=False)
@@ -34,6 +36,8 @@ def families_command(as_json: bool) -> None:
     out = console()
     out.print(table)
     out.print("* read in the program's tables, not run here", style="dim", highlight=False, markup=False)
+    for outer, wrapper in WRAPPERS.items():
+        out.print(f"read for its text: {outer}, as {wrapper.text}", style="dim", highlight=False, markup=False)
     for model_type, reason in VIRTUAL.items():
         out.print(f"virtual only: {model_type}: {reason}", style="dim", highlight=False, markup=False)
 

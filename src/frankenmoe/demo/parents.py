@@ -8,7 +8,6 @@ Shapes: N rows in a batch, S tokens in a row, T tokens in a text, V vocabulary.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from frankenmoe import system
 from frankenmoe.demo.text import DOMAINS, generate
 from frankenmoe.errors import ArtifactError
 from frankenmoe.progress import SILENT, Progress
@@ -202,7 +202,7 @@ def _expert_digest(domain: str, *, base: Path) -> str:
 
 
 def _is_finished(path: Path, *, digest: str) -> bool:
-    return path.exists() and (path / _MARKER).read_text() == digest
+    return path.exists() and (path / _MARKER).read_text(encoding="utf-8") == digest
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -220,19 +220,10 @@ def _write(path: Path, *, model: Any, tokenizer: Any, digest: str, story: str) -
         shutil.rmtree(leftover, ignore_errors=True)
     model.to(torch.bfloat16).save_pretrained(unfinished)
     tokenizer.save_pretrained(unfinished)
-    (unfinished / "README.md").write_text(_CARD.format(name=path.name, story=story))
-    (unfinished / _MARKER).write_text(digest)
-    _sync(unfinished)
+    (unfinished / "README.md").write_bytes(_CARD.format(name=path.name, story=story).encode())
+    (unfinished / _MARKER).write_text(digest, encoding="utf-8")
+    system.sync_all(unfinished)
     if path.exists():
         path.rename(stale)
     unfinished.rename(path)
     shutil.rmtree(stale, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

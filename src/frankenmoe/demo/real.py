@@ -7,7 +7,6 @@ Shapes: N rows in a batch, S tokens in a row.
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from frankenmoe import system
 from frankenmoe.cache import PARTIAL, cache_folder
 from frankenmoe.data.blocks import text_blocks
 from frankenmoe.data.rows import Document
@@ -147,7 +147,7 @@ def make_tuned(
     facts = _facts(base=base, text=text, tuning=tuning, seed=seed)
     if not _is_finished(folder, facts=facts):
         _tune(folder, base=base, text=text, tuning=tuning, seed=seed, facts=facts, progress=progress)
-    found = json.loads((folder / _MARKER).read_text())["found"]
+    found = json.loads((folder / _MARKER).read_text(encoding="utf-8"))["found"]
     return Made(folder, found["base_loss"], found["loss"], found["distances"], found["seconds"])
 
 
@@ -163,7 +163,7 @@ def _facts(*, base: Path, text: Text, tuning: Tuning, seed: int) -> Mapping[str,
         "tuning": asdict(tuning),
         "seed": seed,
         "text": sha256(text.train.encode()).hexdigest(),
-        "base": json.loads((base / _MARKER).read_text())["facts"],
+        "base": json.loads((base / _MARKER).read_text(encoding="utf-8"))["facts"],
     }
 
 
@@ -303,7 +303,7 @@ def _group(name: str) -> str:
 
 def _is_finished(folder: Path, *, facts: Mapping[str, Any]) -> bool:
     marker = folder / _MARKER
-    return marker.is_file() and json.loads(marker.read_text())["facts"] == facts
+    return marker.is_file() and json.loads(marker.read_text(encoding="utf-8"))["facts"] == facts
 
 
 def _write(
@@ -319,11 +319,8 @@ def _write(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save(partial)
-    (partial / "README.md").write_text(_CARD.format(name=folder.name, story=story))
-    (partial / _MARKER).write_text(json.dumps({"facts": facts, "found": found}, indent=2) + "\n")
-    for path in (*partial.iterdir(), partial):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+    (partial / "README.md").write_bytes(_CARD.format(name=folder.name, story=story).encode())
+    (partial / _MARKER).write_bytes((json.dumps({"facts": facts, "found": found}, indent=2) + "\n").encode())
+    system.sync_all(partial)
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)

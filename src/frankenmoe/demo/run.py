@@ -155,8 +155,8 @@ def write_texts(folder: Path) -> None:
     """Writes two files per domain: one for fitting and training, one (held out) for measurements."""
     folder.mkdir(parents=True, exist_ok=True)
     for domain in DOMAINS:
-        (folder / f"{domain}.txt").write_text(generate(domain, seed=TEXT_SEED, characters=TEXT_CHARACTERS))
-        (folder / f"{domain}.heldout.txt").write_text(held_out(domain))
+        (folder / f"{domain}.txt").write_bytes(generate(domain, seed=TEXT_SEED, characters=TEXT_CHARACTERS).encode())
+        (folder / f"{domain}.heldout.txt").write_bytes(held_out(domain).encode())
 
 
 def write_recipe(file: Path, parents: Mapping[str, Path], *, kit: Kit = TOY, without: tuple[str, ...] = ()) -> Path:
@@ -192,7 +192,7 @@ def write_recipe(file: Path, parents: Mapping[str, Path], *, kit: Kit = TOY, wit
         "dtype": "bfloat16",
         "experts": experts,
     } | {stage: settings for stage, settings in stages.items() if stage not in without}
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100))
+    file.write_bytes(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100).encode())
     return file
 
 

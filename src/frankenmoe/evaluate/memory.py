@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from frankenmoe.errors import PlanError
-from frankenmoe.moe.device import free_memory
+from frankenmoe.moe.device import free_memory, ran_out
 from frankenmoe.moe.processes import neighbours
 
 CPU_TOKENS = 512  # more are no faster on a CPU and take more memory
@@ -120,10 +120,3 @@ def budget(model: Any, *, bytes_at_most: int | None = None, rows: int | None = N
     allowed = bytes_at_most if bytes_at_most is not None else int(free_memory(device) * share)
     tokens = CPU_TOKENS if device.type == "cpu" else GPU_TOKENS
     return Budget(sizes(model), allowed, tokens, rows)
-
-
-def ran_out(error: BaseException) -> bool:
-    """Whether an error says that memory ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.checkpoint.hub import stream_rows
+from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import SourceError
 
 TaskRow = Mapping[str, Any]
@@ -181,7 +182,7 @@ def _from_hub(found: DataSet, split: str) -> Iterator[Any]:
 
 def _lines(file: Path) -> Iterator[tuple[str, Any]]:
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = small_bytes(file).decode("utf-8-sig")
     except OSError as error:
         raise SourceError(f"{file} cannot be read: {error.strerror}", hint=LAYOUT) from error
     except UnicodeDecodeError as error:
@@ -192,7 +193,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             yield f"{file}:{number}", json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise SourceError(
                 f"{file}:{number} is not JSON: {error}", hint="every line must be a JSON object of its own"
             ) from error

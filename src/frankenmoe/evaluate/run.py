@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from frankenmoe import system
 from frankenmoe.artifact.reports import EvalReport
 from frankenmoe.cache import cache_folder
 from frankenmoe.checkpoint.hub import local_path
@@ -164,6 +165,8 @@ def _run_all(
 ) -> list[Result]:
     blocks: dict[str, dict[str, list[Block]]] = {}
     results = []
+    names = [each.name for each in contestants]
+    folders = dict(zip(names, system.file_names(names, default="model"), strict=True))
     for each in contestants:
         tokenizer = load_tokenizer(each.tokenizer)
         digest = tokenizer_digest(tokenizer)
@@ -177,7 +180,7 @@ def _run_all(
             skipped[each.name] = error.message
             continue
         samples = scoring.samples
-        own = replace(scoring, samples=samples / each.name if samples and len(contestants) > 1 else samples)
+        own = replace(scoring, samples=samples / folders[each.name] if samples and len(contestants) > 1 else samples)
         result = run(
             each.name,
             model,
@@ -250,7 +253,7 @@ def _conditions(suite: Suite, sources: Sequence[DomainText], data_dir: Path | No
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "threads": torch.get_num_threads(),
-        "cores": len(os.sched_getaffinity(0)),
+        "cores": system.cores(),
         "limit": suite.limit,
         "seeds": {"document_order_and_few_shot_draws": SEED, "bootstrap": bootstrap.SEED},
         "bootstrap": {"resamples": bootstrap.RESAMPLES, "level": bootstrap.LEVEL},

@@ -1,12 +1,12 @@
 """Parts -> GGUF files of the requested types."""
 
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from frankenmoe import system
 from frankenmoe.artifact.folder import check_disk
 from frankenmoe.checkpoint.writer import partial_of
 from frankenmoe.errors import ArtifactError, PlanError
@@ -100,7 +100,7 @@ def export_files(
         write_files(
             wanted,
             found.tensors,
-            threads=threads or len(os.sched_getaffinity(0)),
+            threads=threads or system.cores(),
             importance=importance,
             on_bytes=progress.advance,
         )
@@ -165,7 +165,7 @@ def _paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
             )
         paths = [out]
     else:
-        stem = re.sub(r"[^\w.-]+", "-", model.name).strip("-") or "moe"
+        stem = system.file_name(model.name, default="moe")
         paths = [out / f"{stem}-{kind.name.upper()}.gguf" for kind in kinds]
     if os.path.lexists(paths[0].parent) and not paths[0].parent.is_dir():
         raise ArtifactError(f"{paths[0].parent} is not a folder", hint="choose another folder")
@@ -173,11 +173,6 @@ def _paths(model: Parts, out: Path, kinds: Sequence[FileType]) -> list[Path]:
 
 
 def _check_disk(paths: Sequence[Path], need: int, *, spare: int = 0) -> None:
-    leftover = sum(map(disk_bytes, map(partial_of, paths)))  # of a killed export, which is overwritten
+    leftover = sum(map(system.disk_bytes, map(partial_of, paths)))  # of a killed export, which is overwritten
     hint = "choose a folder on another disk, or fewer or smaller types"
     check_disk(paths[0].parent, need=need, hint=hint, spare=spare + leftover)
-
-
-def disk_bytes(file: Path) -> int:
-    """Bytes that a file takes on the disk, 0 if it does not exist."""
-    return file.stat().st_blocks * 512 if file.is_file() else 0

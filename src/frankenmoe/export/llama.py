@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from frankenmoe import system
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.export.quantize import INSTALL
 from frankenmoe.export.trial import can_read, check_renders
@@ -59,7 +60,7 @@ class Engine:
         params.warmup = False
         params.verbosity = QUIET
         params.endpoint_metrics = True
-        count = threads or (len(os.sched_getaffinity(0)) if file.stat().st_size > SMALL else 1)
+        count = threads or (system.cores() if file.stat().st_size > SMALL else 1)
         for part in (params.cpuparams, params.cpuparams_batch):
             part.n_threads = count
             part.poll = 0

@@ -229,8 +229,8 @@ GEMMA3 = Family(
     reads={
         "hidden_act": "hidden_activation",
         "layer_types": _gemma3_types,
-        "global_head_dim": "head_dim",
-        "num_global_key_value_heads": "num_key_value_heads",
+        "global_head_dim": lambda config: _common(config)["head_dim"],
+        "num_global_key_value_heads": lambda config: _common(config)["num_key_value_heads"],
         "attention_k_eq_v": lambda config: False,
         "num_kv_shared_layers": lambda config: 0,
         "hidden_size_per_layer_input": lambda config: 0,

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 
 from frankenmoe.gates.cost import Meter
-from frankenmoe.gates.fit import Gates, closed_gates, times
+from frankenmoe.gates.fit import Gates, closed_gates, lowered, times
 from frankenmoe.gates.fitted import FittedRouters, encoded_gates, load_with_zeros, text_facts
 from frankenmoe.gates.forcing import forced, set_gates
-from frankenmoe.gates.own import read_moments
+from frankenmoe.gates.own import Statistics, read_moments
 from frankenmoe.gates.states import mean_loss
 from frankenmoe.gates.statistics import Fitted, RouterText, statistics_bytes, with_text
 from frankenmoe.gates.texts import fitted_blocks, read_texts, size_of
@@ -55,7 +55,8 @@ def add_text(
     onehot = tuple(float(index == text.path[0]) for index in range(plan.experts))
     statistics = {**known.routers, (): with_text(known.routers[()], RouterText(name, onehot), moments)}
     scale = float(str(known.facts["closed_scale"]))
-    gates[()] = times(closed_gates({(): statistics[()]}, method), scale)[()]
+    outer: Statistics = {(): statistics[()]}
+    gates[()] = lowered(times(closed_gates(outer, method), scale), outer, moe.model)[()]
     with forced(moe.model, text.path):
         own = mean_loss(moe.model, text.held, on_tokens=meter.reading(OWN_LOSS))
     set_gates(moe.model, gates)

@@ -63,6 +63,13 @@ def ridge(sums: Sums, *, penalty: float = RIDGE) -> torch.Tensor:
 CLOSED: Mapping[str, Callable[[Sums], torch.Tensor]] = {"centroid": centroid, "lda": lda, "ridge": ridge}
 
 
+def level(sums: Sums, *, penalty: float = RIDGE) -> torch.Tensor:
+    """The direction v [D] for which v x is as close to 1 as possible for all states (least squares), 1 on average."""
+    found_D = torch.linalg.solve(shrunk(sums.second_DD, penalty), sums.mean_D)
+    one_D: torch.Tensor = found_D / (found_D @ sums.mean_D)
+    return one_D
+
+
 def shrunk(moment_DD: torch.Tensor, share: float) -> torch.Tensor:
     """The moment plus `share` of its mean eigenvalue on the diagonal."""
     hidden = len(moment_DD)

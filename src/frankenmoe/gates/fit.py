@@ -5,7 +5,7 @@ Shape suffixes: C classes (a router's experts), L layers, N states, D hidden.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
 
@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from frankenmoe.data.blocks import Block
-from frankenmoe.gates.closed import CLOSED, spread, sums_of
+from frankenmoe.gates.closed import CLOSED, level, spread, sums_of
 from frankenmoe.gates.cost import Cost, Meter
 from frankenmoe.gates.forcing import set_gates
 from frankenmoe.gates.logistic import States, logistic
@@ -23,6 +23,7 @@ from frankenmoe.gates.samples import Lost, Samples, read_losses, read_samples, s
 from frankenmoe.gates.scale import search
 from frankenmoe.gates.states import mean_loss
 from frankenmoe.gates.texts import OwnText, router_texts, searched_blocks, size_of, unseen
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning.fitting import AFTER, BEFORE, SCALE, SOLVING, fit_steps
 from frankenmoe.planning.layout import SHARED, RouterPath
 from frankenmoe.progress import SILENT, Progress
@@ -34,6 +35,7 @@ Make = Callable[[RouterPath, int, States, torch.Tensor], torch.Tensor]
 # the methods that need single states; `regret` starts from logistic gates
 BY_STATES: Mapping[str, Callable[[States], torch.Tensor]] = MappingProxyType({"logistic": logistic})
 TINY = 1e-12
+LOW = 6.0  # how far below zero sigmoid routers' scores are
 CLOSED_START, LOGISTIC_START, REGRET_START = 4.0, 2.4, 1.0  # where the search for the scale starts
 
 
@@ -85,6 +87,11 @@ class Job:
     places: Places
     meter: Meter
     together: bool
+    statistics: Statistics = field(default_factory=dict)
+
+    def set_gates(self, gates: Gates) -> None:
+        """Gives the routers these gates, as they need them."""
+        set_gates(self.model, lowered(gates, self.statistics, self.model))
 
     @property
     def own_texts(self) -> list[OwnText]:
@@ -116,6 +123,7 @@ def fit_gates(
     job = Job(model, texts, places, meter, together)
     before = _losses(job, BEFORE) if compare else None
     own = read_own(model, texts, places, meter=meter, together=together)
+    job = replace(job, statistics=own.kept)
     first, closed_only = (method, True) if method in CLOSED else ("ridge", False)
     unscaled = made = closed_gates(own.kept, first)
     if own.everything is not own.kept:
@@ -123,18 +131,18 @@ def fit_gates(
     closed_scale, gates = _scaled(job, unscaled, at=CLOSED_START)
     scale = closed_scale
     if not closed_only:
-        set_gates(model, gates)
+        job.set_gates(gates)
         samples = read_samples(model, texts, bos=bos, meter=meter, together=together)
         unscaled, made = _by_states(job, samples, own.kept, BY_STATES.get(method, logistic))
         scale, gates = _scaled(job, unscaled, at=LOGISTIC_START)
     if method == "regret":
-        set_gates(model, gates)
+        job.set_gates(gates)
         lost = read_losses(model, texts, samples, places, classes, meter=meter)
         unscaled, made = _regret(job, samples, own.kept, lost, begun=(gates, times(made, scale)))
         scale, gates = _scaled(job, unscaled, at=REGRET_START)
-    set_gates(model, gates)
+    job.set_gates(gates)
     after = _losses(job, AFTER)
-    final = times(made, scale)
+    final = lowered(times(made, scale), own.everything, model)
     set_gates(model, final)
     return Fit(
         gates=final,
@@ -223,7 +231,7 @@ def _scaled(job: Job, gates: Gates, *, at: float) -> tuple[float, Gates]:
     held = {text.name: searched_blocks(text) for text in job.own_texts}
 
     def loss(scale: float) -> float:
-        set_gates(job.model, times(gates, scale))
+        job.set_gates(times(gates, scale))
         return _losses(job, SCALE, held).mean
 
     scale = search(loss, start=at, tokens=sum(block.targets for blocks in held.values() for block in blocks))
@@ -233,3 +241,20 @@ def _scaled(job: Job, gates: Gates, *, at: float) -> tuple[float, Gates]:
 def times(gates: Gates, scale: float) -> Gates:
     """All gates multiplied by one factor."""
     return {path: [scale * gate_CD for gate_CD in rows] for path, rows in gates.items()}
+
+
+def lowered(gates: Gates, statistics: Statistics, model: PreTrainedModel) -> Gates:
+    """Gates for the scores that the model's routers take.
+
+    All methods fit a softmax, which a term common to all experts does not change. Far below zero a sigmoid is the
+    exponential function, so with such a term weights that add up to one are those of the softmax.
+    """
+    rules = {block.router.rule.score for block in outer_blocks(model).values()}
+    if rules != {"sigmoid"}:
+        return gates
+    return {
+        path: rows
+        if path == SHARED
+        else [gate_CD - (LOW * level(sums_of(statistics[path], layer))).float() for layer, gate_CD in enumerate(rows)]
+        for path, rows in gates.items()
+    }

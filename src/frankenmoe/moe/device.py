@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from frankenmoe import system
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.processes import local_rank
 
@@ -14,6 +15,7 @@ AUTO = "auto"
 CPU = torch.device("cpu")
 Model = TypeVar("Model", bound=nn.Module)
 KEPT_FREE = 0.05  # of a device's free memory, for activations and a block whose experts are being packed
+OUT_OF_MEMORY = ("allocate memory", "MPS backend out of memory")  # what torch says of CPUs and of Apple's GPUs
 UNITS = {"GiB": 2**30, "MiB": 2**20}
 
 
@@ -84,8 +86,7 @@ def free_memory(device: torch.device | str = "cpu") -> int:
         return int(torch.cuda.mem_get_info(place)[0]) + reserved
     if place.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
-    with open("/proc/meminfo") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    return system.free_memory()
 
 
 def usable(free: int) -> int:
@@ -136,7 +137,9 @@ def place(model: Model, device: torch.device) -> Model:
         return model
     try:
         return model.to(device)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # of which torch.OutOfMemoryError is one
+        if not ran_out(error):
+            raise
         raise PlanError(
             f"the model does not fit into the memory of {device}, of which {amount(free_memory(device))} are free",
             hint="use --dtype bfloat16, or --device cpu, which keeps weights mapped from their files",
@@ -145,7 +148,19 @@ def place(model: Model, device: torch.device) -> Model:
 
 def in_float64(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor in float64, on its own device if that has the type; Apple's has not."""
-    return tensor.cpu().double() if tensor.device.type == "mps" else tensor.double()
+    return where_float64_is(tensor).double()
+
+
+def where_float64_is(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on its own device, or on the CPU if its own has no float64, as Apple's."""
+    return tensor.cpu() if tensor.device.type == "mps" else tensor
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has a class for it on CUDA only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def amount(count: int) -> str:

@@ -1,7 +1,6 @@
 """Writes what was changed of experts or of the backbone as adapters in PEFT's format."""
 
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.planning import Plan
 from frankenmoe.planning.asadapter import on_base
+from frankenmoe.system import file_names
 
 ADAPTERS = "adapters"
 BACKBONE = "backbone"  # the adapter on the base
@@ -23,12 +23,8 @@ Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 def adapter_names(plan: Plan, paths: Sequence[tuple[int, ...] | None]) -> dict[tuple[int, ...] | None, str]:
     """Path of every expert with an adapter of its own (None: the backbone) -> the name of its folder."""
     titles = {leaf.path: leaf.name for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()}
-    found: dict[tuple[int, ...] | None, str] = {}
-    for path in paths:
-        stem = BACKBONE if path is None else re.sub(r"[^\w.-]+", "-", titles[path]).strip(".") or "expert"
-        name = stem if stem not in found.values() else f"{stem}-{'.'.join(map(str, path or ()))}"
-        found[path] = name
-    return found
+    names = (BACKBONE if path is None else titles[path] for path in paths)
+    return dict(zip(paths, file_names(names, default="expert"), strict=True))
 
 
 def scales_of(plan: Plan) -> dict[tuple[tuple[int, ...], str], float]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
+from frankenmoe import system
 from frankenmoe.artifact.reports import AuditReport, EvalReport, ExportReport, about
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.data.given import Pair, pairs, user_path
@@ -143,7 +144,7 @@ def _export(job: Job, progress: Progress) -> None:
 
 def _check_export(job: Job) -> None:
     """Raises for a type, shape or tokenizer that llama.cpp does not have, before days of training."""
-    from frankenmoe.export.files import check_output, disk_bytes
+    from frankenmoe.export.files import check_output
     from frankenmoe.export.tokenizer import vocabulary_of
     from frankenmoe.planning.forecast import gguf_parts
 
@@ -151,7 +152,7 @@ def _check_export(job: Job) -> None:
     parts = gguf_parts(job.plan)
     scratch = job.out / WORK / "export.partial"
     # an earlier run may have left its files, whose space is used again
-    earlier = sum(map(disk_bytes, chain(files_below(scratch), files_below(job.model / GGUF))))
+    earlier = sum(map(system.disk_bytes, chain(files_below(scratch), files_below(job.model / GGUF))))
     check_output(
         parts,
         scratch / "none",
@@ -183,7 +184,7 @@ def _card(job: Job, progress: Progress) -> None:
 
 
 def _card_summary(job: Job) -> str:
-    lacking = (job.model / README).read_text().partition("## Not in this card")[2].count("\n- ")
+    lacking = (job.model / README).read_text(encoding="utf-8").partition("## Not in this card")[2].count("\n- ")
     return f"README.md, {lacking} parts missing" if lacking else "README.md, nothing missing"
 
 

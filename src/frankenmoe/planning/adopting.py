@@ -21,11 +21,13 @@ from frankenmoe.recipe.gatemodes import KEPT
 from frankenmoe.recipe.sourcename import SHARED_PART
 
 Row = Mapping[str, Any]
+MERGEKIT = "mergekit_moe_config.yml"  # which mergekit-moe writes beside its weights
+TAKEN = ("name", "positive_prompts", "negative_prompts", "data")  # what an expert takes over from a recipe
 
 
 @dataclass(frozen=True)
 class Named:
-    """What a recipe knows of the experts of a mixture: their names, prompts and data, in the mixture's order."""
+    """What a recipe knows of a mixture: the rows of its experts, in the order of the mixture, and a name for it."""
 
     experts: Sequence[Row] = ()
     shared: Row = field(default_factory=dict)
@@ -83,13 +85,10 @@ def recipe_of_mixture(what: str, mixture: Mixture, *, named: Named = NOTHING, in
         ],
     }
     if mixture.shared_ffn:
-        known = {key: named.shared[key] for key in ("name",) if key in named.shared}
-        table["shared_experts"] = [{"source_model": _part(name, SHARED_PART), "name": SHARED_PART, **known}]
+        called = named.shared.get("name", SHARED_PART)
+        table["shared_experts"] = [{"source_model": _part(name, SHARED_PART), "name": called}]
     text = yaml.safe_dump({key: value for key, value in table.items() if value is not None}, sort_keys=False)
     return Recipe.parse(text, folder=start, origin=what)
-
-
-TAKEN = ("name", "positive_prompts", "negative_prompts", "data")
 
 
 def _part(name: SourceName, part: str) -> Any:

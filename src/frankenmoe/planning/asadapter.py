@@ -130,8 +130,10 @@ def on_base(recipe: Recipe, path: NodePath) -> bool:
 def folder_of(name: str) -> str:
     """The folder of an expert's LoRA in an artifact, for the name of an expert with its groups."""
     stem = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII)
-    mark = "" if stem == name else f"-{hashlib.blake2b(name.encode(errors='replace'), digest_size=4).hexdigest()}"
-    return f"extracted-{stem}{mark}"
+    if stem == name.lower():
+        return f"extracted-{stem}"
+    # also for capitals, which some file systems take for small letters
+    return f"extracted-{stem}-{hashlib.blake2b(name.encode(errors='replace'), digest_size=4).hexdigest()}"
 
 
 def copy_adapters(adapters: Iterable[Extracted], folder: Path) -> None:

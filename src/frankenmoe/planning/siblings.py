@@ -25,7 +25,7 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
         differ = {
             words: (base.config.get(key), other.config.get(key))
             for key, words in MUST_AGREE.items()
-            if base.config.get(key) != other.config.get(key) and not (key == WIDTH and is_shared(other))
+            if base.config.get(key) != other.config.get(key) and not _may_differ(key, base, other)
         }
         if set(differ) == {"vocabulary"}:
             raise _other_vocabulary(base, other)
@@ -35,6 +35,21 @@ def check_siblings(base: Source, others: Iterable[Source]) -> None:
                 f"{other.name} does not fit beside the base {base.name}: {sides}",
                 hint="experts must be fine-tunes of one architecture; choose parents of the base's family and size",
             )
+
+
+def _may_differ(key: str, base: Source, other: Source) -> bool:
+    """Whether a field may differ because one of the two is a part of a mixture.
+
+    A Mixtral is read as a Mistral, also if its experts were Llamas: what must agree is how an FFN is written.
+    """
+    if key == WIDTH:
+        return is_shared(other)
+    if key != "model_type" or not (base.part or other.part):
+        return False
+    ours, theirs = (
+        {row.name for row in each.family.ffn if len(row.shape) > 1} if each.family else None for each in (base, other)
+    )
+    return ours is not None and ours == theirs
 
 
 def _other_vocabulary(base: Source, other: Source) -> SourceError:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from urllib.parse import quote
 
 from frankenmoe.artifact.folder import Artifact
@@ -20,6 +20,7 @@ from frankenmoe.publish.rewrite import Rewriter, Spliced
 
 RECIPE_FOLDER = "recipe-folder"
 LABELLED = re.compile(r"([^/~=]*=)((?:/|~|\.\./).*)", re.DOTALL)  # EXPERT=FILE
+WINDOWS = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # of a file that was written there
 # a known path is only found if no name continues before or after it; \n before it is a line end, as in JSON
 BEFORE, AFTER = r"(?:(?<![\w.-])|(?<=\\[nrt]))", r"(?![\w-]|\.\w)"
 
@@ -47,6 +48,8 @@ class LocalNames:
         labelled = LABELLED.fullmatch(path)
         if labelled:
             return labelled[1] + self.short(labelled[2])
+        if WINDOWS.match(path):
+            return PureWindowsPath(path).name
         if not is_local(path):
             return path.removeprefix("./")
         whole = whole_path(path, folder=self.folder)
@@ -92,8 +95,8 @@ def _json_ascii(text: str) -> str:
 
 
 def is_local(path: str) -> bool:
-    """Whether a path is private to this machine: it is absolute, or leaves the recipe's folder."""
-    return path.startswith(("/", "~")) or os.path.normpath(path).split("/")[0] == ".."
+    """Whether a path is private to a machine: it is absolute, on Windows too, or leaves the recipe's folder."""
+    return path.startswith(("/", "~")) or bool(WINDOWS.match(path)) or os.path.normpath(path).split("/")[0] == ".."
 
 
 def whole_path(path: str, *, folder: Path) -> str:
@@ -111,6 +114,9 @@ def local_names(artifact: Artifact) -> LocalNames:
     wanted[str(folder)] = RECIPE_FOLDER
     spelled: dict[str, str] = {}
     for path in _paths_in(artifact, folder):
+        if WINDOWS.match(path):
+            spelled[path] = path
+            continue
         whole = whole_path(path, folder=folder)
         if path != whole and path.strip("./~"):
             spelled[path] = whole

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from frankenmoe import system
 from frankenmoe.recipe.expert import Expert
 from frankenmoe.recipe.model import Recipe
 from frankenmoe.recipe.sourcename import SourceName
@@ -19,7 +20,7 @@ def moved_recipe(recipe: Recipe, *, out: Path, adapters: Adapters) -> dict[str, 
 
     def there(path: str) -> str:
         known = not os.path.isabs(path) and os.path.exists(recipe.folder / path)
-        return os.path.relpath(recipe.folder / path, out) if known else path
+        return system.relative(recipe.folder / path, out) if known else path
 
     return _with_paths(recipe, there, adapters)
 
