@@ -27,6 +27,7 @@ MORE: dict[str, Case] = {
         SHARED | {"architecture": "deepseek", "experts_per_token": 1},
     ),
     "cohere2-biases": replace(CASES["cohere2"], config=CASES["cohere2"].config | {"attention_bias": True}),
+    "cohere-plain": replace(CASES["cohere"], config=CASES["cohere"].config | {"attention_bias": False}),
     "qwen3_5-shared": replace(CASES["qwen3_5"], recipe=SHARED),
     "granite4-attention": replace(
         CASES["granite4-shared"], config=CASES["granite4-shared"].config | {"layer_types": ["attention"] * 4}
@@ -73,6 +74,7 @@ ARCHITECTURE: dict[str, str] = {
     "smollm3-window": "granite_swa",
     "ministral": "granite_swa",
     "cohere2": "cohere2moe",
+    "cohere-plain": "cohere2moe",
     "granite4": "granitehybrid",
     "granite4-shared": "granitehybrid",
     "granite4-attention": "granitemoe",
@@ -83,6 +85,11 @@ REFUSED: dict[str, str] = {
     "qwen3": "qwen3moe has no place for model.layers.0.self_attn.q_proj.bias",
     "olmo2": "FlexOlmo",
     "cohere2-biases": "cohere2moe has no place for model.layers.0.self_attn.q_proj.bias",
+    "cohere": "cohere2moe has no place for model.layers.0.self_attn.q_proj.bias",
+    "gemma3": "Gemma 4 architecture is not checked yet",
+    "gemma3-full": "Gemma 4 architecture is not checked yet",
+    "gemma4": "Gemma 4 architecture is not checked yet",
+    "gemma4-inputs": "Gemma 4 architecture is not checked yet",
     "gemma": "gelu_pytorch_tanh",
     "phi3-partial": "glm4moe has no rope scaling 'longrope'",
     "granite4-unrotated": "granitehybrid needs a Mamba layer",

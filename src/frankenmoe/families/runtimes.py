@@ -54,6 +54,7 @@ LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
     ("qwen3", "qwen3_moe"): "models with attention biases are refused",
     ("lfm2", "lfm2_moe"): "models with biases of the convolution are refused",
     ("cohere2", "cohere2_moe"): "models with attention biases are refused",
+    ("cohere", "cohere2_moe"): "models with attention biases are refused",
     ("granitemoehybrid", "granitemoehybrid"): "models of attention layers without rotation are refused",
 }
 # llama.cpp's architectures that Ollama's copy of it does not have (github.com/ollama/ollama, llama/llama.cpp)
