@@ -14,12 +14,12 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # toys that vLLM writes right, wrong, and that were not run; benchmarks/results/vllm-small.json has what was seen
 RIGHT = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "flex_olmo"),
-    *("granite", "granite-shared", "ernie4_5", "glm-shared", "smollm3", "ministral"),
+    *("granite", "granite-shared", "ernie4_5", "glm-shared", "smollm3", "ministral", "granite4"),
 )
 WRONG = ("lfm2", "lfm2-untied", "glm", "qwen3_5")
 NOT_RUN = (
     *("mistral", "phi3", "phi3-partial", "helium", "seed_oss", "llama-shared", "hyperclovax", "ernie4_5-shared"),
-    *("cohere2", "granite4"),
+    "cohere2",
 )
 
 

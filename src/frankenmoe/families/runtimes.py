@@ -34,6 +34,7 @@ IN_VLLM: Mapping[tuple[str, str], Known] = {
     ("ernie4_5", "ernie4_5_moe"): Known(True, VLLM),
     ("smollm3", "granitemoe_swa"): Known(True, VLLM),
     ("ministral", "granitemoe_swa"): Known(True, VLLM),
+    ("granitemoehybrid", "granitemoehybrid"): Known(True, VLLM),
     ("glm", "glm4_moe"): Known(True, f"{VLLM}, with a shared expert; without one it crashes"),
     ("lfm2", "lfm2_moe"): Known(
         False, f"{VLLM}: it writes other tokens from the fifth on, and it always ties the head"
