@@ -160,6 +160,32 @@ def test_weights_that_are_not_divided_by_their_sum_and_a_wide_shared_expert(tmp_
     assert not json.loads((tmp_path / "built" / "config.json").read_text())["norm_topk_prob"]
 
 
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen2", {"shared_expert_intermediate_size": 84, "norm_topk_prob": False}),
+        ("glm-shared", {"n_shared_experts": 2}),
+        ("ernie4_5-shared", {"moe_num_shared_experts": 2}),
+        ("llama-shared", {"shared_intermediate_size": 84}),
+    ],
+)
+def test_a_shared_expert_that_is_wider_than_the_others_in_llama_cpp(
+    name: str, changes: dict[str, Any], padded: bool, tmp_path: Path
+) -> None:
+    tokenizer = gguftools.bpe("gpt-2")
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    folder = saved(mixture_of(CASES[name], **sizes, **changes), tmp_path / "mixture")
+    tokenizer.save_pretrained(folder)
+    words = ["export", folder, tmp_path / "gguf", "--types", "f32", *(["--pad256"] if padded else [])]
+    if padded and name == "qwen2":
+        refused(*words, inside=tmp_path, facts=("qwen2moe does not allow",), hint="omit --pad256")
+        return
+    output(*words)
+    report = json.loads((tmp_path / "gguf" / "export.json").read_text())
+    assert report["files"][0]["check"]["kl"] < 1e-6
+
+
 @pytest.fixture(scope="module")
 def retrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with parents, recipe.yml, our build, and that build as a trainer saves it, experts 0 and 2 swapped."""
