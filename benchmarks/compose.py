@@ -5,9 +5,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from build import FLOOR, OURS, prepare, run_and_discard, synced
 from common import MB, Row, arguments, discarded, interleave, measure, publish, ratio, workspace
 from sources import SHAPES
+
+from build import FLOOR, OURS, prepare, run_and_discard, synced
 
 LONGER = 3  # times as many layers: 20 GB at full scale
 COMPOSE = """

@@ -11,14 +11,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from common import ENVIRONMENT, Row, arguments, log, publish, workspace
-from transformers import AutoModelForCausalLM, LlamaConfig, Olmo2Config, Qwen2Config, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import frankenmoe as fm
@@ -43,6 +43,7 @@ SIZES: Mapping[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 32,
     "max_position_embeddings": 512,
     "initializer_range": 0.2,
     "tie_word_embeddings": False,
@@ -50,15 +51,95 @@ SIZES: Mapping[str, Any] = {
     "eos_token_id": 2,
     "pad_token_id": None,
 }
-# format -> (the parents' config, how many shared experts)
-KNOWN: Mapping[str, tuple[type, int]] = {
-    "mixtral": (LlamaConfig, 0),
-    "qwen2_moe": (Qwen2Config, 1),
-    "qwen3_moe": (Qwen3Config, 0),
-    "flex_olmo": (Olmo2Config, 0),
-    "deepseek": (LlamaConfig, 1),
+SHARED = {"shared_experts": 1}
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.15,
 }
-FORMATS = tuple(fmt for fmt in KNOWN if fmt != "deepseek")  # which vLLM loads only with code from the hub
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0 + place / 16 for place in range(16)],
+    "long_factor": [1.0 + place / 4 for place in range(16)],
+    "original_max_position_embeddings": 512,
+}
+LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+
+
+@dataclass(frozen=True)
+class Toy:
+    """A family built as a format. `config` are the parents' own settings, `recipe` keys of the recipe.
+
+    `cached` is False where transformers 5.23 computes something else with a cache than without.
+    """
+
+    family: str
+    fmt: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    loading: Mapping[str, Any] = field(default_factory=dict)
+    cached: bool = True
+
+
+EAGER = {"attn_implementation": "eager"}
+TOYS: Mapping[str, Toy] = {
+    "mixtral": Toy("llama", "mixtral"),
+    "qwen2_moe": Toy("qwen2", "qwen2_moe", recipe=SHARED),
+    "qwen3_moe": Toy("qwen3", "qwen3_moe"),
+    "flex_olmo": Toy("olmo2", "flex_olmo"),
+    "mistral": Toy("mistral", "mixtral", {"sliding_window": 32}),
+    "phi3": Toy("phi3", "mixtral", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}),
+    "helium": Toy("helium", "mixtral"),
+    "seed_oss": Toy("seed_oss", "qwen2_moe", {"attention_bias": True}),
+    "granite": Toy("granite", "granitemoe", MULTIPLIERS),
+    "granite-shared": Toy("granite", "granitemoeshared", MULTIPLIERS, SHARED),
+    "llama-shared": Toy("llama", "granitemoeshared", recipe=SHARED),
+    "hyperclovax": Toy("hyperclovax", "granitemoe", MULTIPLIERS | {"logits_scaling": 0.125, "use_post_norm": False}),
+    "ernie4_5": Toy("ernie4_5", "ernie4_5_moe"),
+    "ernie4_5-shared": Toy("ernie4_5", "ernie4_5_moe", recipe=SHARED),
+    "glm": Toy("glm", "glm4_moe"),
+    "glm-shared": Toy("glm", "glm4_moe", recipe=SHARED),
+    "phi3-partial": Toy("phi3", "glm4_moe", {"rope_parameters": PARTIAL}),
+    # vLLM always ties the head of this format
+    "lfm2": Toy("lfm2", "lfm2_moe", LFM2 | {"tie_word_embeddings": True}),
+    "lfm2-untied": Toy("lfm2", "lfm2_moe", LFM2),
+    "cohere2": Toy("cohere2", "cohere2_moe", WINDOWS | {"tie_word_embeddings": True}),
+    "smollm3": Toy("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0]}, loading=EAGER),
+    "ministral": Toy("ministral", "granitemoe_swa", WINDOWS, loading=EAGER),
+    "qwen3_5": Toy(
+        "qwen3_5_text",
+        "qwen3_5_moe",
+        {
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+            "rope_parameters": PARTIAL | {"mrope_section": [4, 2, 2]},
+        },
+    ),
+    "granite4": Toy(
+        "granitemoehybrid",
+        "granitemoehybrid",
+        MULTIPLIERS
+        | {
+            "layer_types": ["mamba", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 96,
+            "mamba_n_heads": 8,
+            "mamba_d_head": 32,
+            "mamba_d_state": 32,
+            "mamba_n_groups": 1,
+            "position_embedding_type": "nope",
+        },
+        cached=False,
+    ),
+}
+DEEPSEEK = Toy("llama", "deepseek", recipe=SHARED | {"architecture": "deepseek"})
 
 
 @dataclass(frozen=True)
@@ -90,8 +171,8 @@ def main() -> None:
         )
     ]
     with workspace(options.work) as work:
-        for fmt in FORMATS:
-            rows += compared(fmt, toy(fmt, work / fmt), PROMPT)
+        for name, toy in TOYS.items():
+            rows += compared(name, built(toy, work / name), PROMPT, loading=toy.loading, cached=toy.cached)
         if options.scale == "full":
             folder, prompt = real(work / "real")
             rows += compared("SmolLM2-135M", folder, prompt)
@@ -137,14 +218,13 @@ def make_environment() -> float:
 # ---- the models ------------------------------------------------------------------------------------------------------
 
 
-def toy(fmt: str, work: Path) -> Path:
-    """A built MoE of a format, of four random parents in float32."""
-    kind, shared = KNOWN[fmt]
+def built(toy: Toy, work: Path) -> Path:
+    """A built MoE of four random parents in float32."""
     disable_progress_bar()
     parents = []
     for seed in range(4):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(kind(**SIZES))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(toy.family, **(SIZES | toy.config)))
         with torch.no_grad():  # norms and biases too, so that a lost one shows
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -152,7 +232,9 @@ def toy(fmt: str, work: Path) -> Path:
         parents.append(work / f"parent-{seed}")
         model.save_pretrained(parents[-1])
     experts = [{"source_model": str(parent), "name": parent.name} for parent in parents]
-    keys = {"shared_experts": [{"source_model": str(parents[0])}] * shared} if shared else {}
+    keys = dict(toy.recipe)
+    if shared := keys.pop("shared_experts", 0):
+        keys["shared_experts"] = [{"source_model": str(parents[0])}] * shared
     return _built(work, parents[0], experts, **keys)
 
 
@@ -182,12 +264,22 @@ def _built(work: Path, base: Path, experts: Sequence[Mapping[str, Any]], **keys:
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-def compared(name: str, folder: Path, prompt: Sequence[int]) -> list[Row]:
-    """How many of vLLM's tokens are those of transformers and ours, until the first that is not; and its times."""
+def compared(
+    name: str, folder: Path, prompt: Sequence[int], *, loading: Mapping[str, Any] | None = None, cached: bool = True
+) -> list[Row]:
+    """How many of vLLM's tokens are those of transformers and ours, until the first that is not; and its times.
+
+    Without times and with vLLM's own words where it does not run the model. `loading` are options of transformers.
+    """
     log(f"  {name}")
-    theirs = vllm(folder, prompt)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    found = {"transformers": greedy(stock, prompt), "frankenmoe": greedy(fm.load(folder).model, prompt)}
+    try:
+        theirs = vllm(folder, prompt)
+    except RuntimeError as error:
+        note = str(error).strip().splitlines()[-1][:300]
+        return [Row(f"{name}: greedy tokens as in transformers", None, "", None, {}, at_least=TOKENS, note=note)]
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **(loading or {}))
+    models = {"transformers": stock, "frankenmoe": fm.load(folder).model}
+    found = {who: greedy(model, prompt, cached=cached) for who, model in models.items()}
     rows = [
         Row(f"{name}: greedy tokens as in {who}", agreeing(theirs.tokens, tokens), "", None, {}, at_least=TOKENS)
         for who, tokens in found.items()
@@ -212,13 +304,14 @@ def vllm(folder: Path, prompt: Sequence[int], *, tokens: int = TOKENS) -> Answer
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompt: Sequence[int], *, tokens: int = TOKENS) -> tuple[int, ...]:
-    """The most likely tokens one after the other, past the end of text too."""
+def greedy(model: Any, prompt: Sequence[int], *, tokens: int = TOKENS, cached: bool = True) -> tuple[int, ...]:
+    """The most likely tokens one after the other, past the end of text too; with or without a cache."""
     ids, cache, found = torch.tensor([prompt]), None, []
     for _ in range(tokens):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
-        found.append(int(ids))
+        out = model(input_ids=ids, past_key_values=cache, use_cache=cached)
+        best = out.logits[:, -1:].argmax(-1)
+        cache, ids = (out.past_key_values, best) if cached else (None, torch.cat([ids, best], dim=1))
+        found.append(int(best))
     return tuple(found)
 
 

@@ -19,14 +19,14 @@ from frankenmoe.artifact.folder import RECORD
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.families import FAMILIES, FORMATS, moe_config
 from frankenmoe.families.config import NORMALIZES
-from frankenmoe.families.mixtures import VIEWS, read_mixture
+from frankenmoe.families.mixtures import UNLIKE_DENSE, VIEWS, read_mixture
 from frankenmoe.families.rotary import rope
 from refusals import cli, refused, spoil, tree
 
 # the first case of every format, and settings that another family of the same format brings
 SINKS = -1e4  # so far below every score that the sink of Granite's windowed attention adds nothing
 TRIED = [
-    *{case.fmt: name for name, case in reversed(CASES.items())}.values(),
+    *{case.fmt: name for name, case in reversed(CASES.items()) if case.fmt in VIEWS}.values(),
     *("mistral-window", "llama-biases", "ernie4_5-shared", "glm", "granite4-shared"),
 ]
 PAIR = {"experts": 4, "experts_per_token": 2}
@@ -108,12 +108,25 @@ def test_our_own_build_that_has_lost_its_record(name: str, tmp_path: Path) -> No
     assert apart(before, logits(again.model, tiny.ids(LONG))) <= case.close
 
 
-def test_every_format_has_a_view_and_is_tried() -> None:
-    assert set(VIEWS) == set(FORMATS)
-    assert {CASES[name].fmt for name in TRIED} == {fmt.name for fmt in FORMATS.values() if fmt.loads_in_transformers}
+def test_every_format_has_a_view_and_is_tried_or_is_refused() -> None:
+    assert [*VIEWS, *UNLIKE_DENSE] == list(FORMATS)
+    assert {CASES[name].fmt for name in TRIED} == {name for name in VIEWS if FORMATS[name].loads_in_transformers}
 
 
-@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.loads_in_transformers])
+def test_a_mixture_that_is_unlike_a_dense_model_is_refused_and_its_dense_model_is_not(tmp_path: Path) -> None:
+    """Gemma 4 has one class for both."""
+    saved(mixture_of(CASES["gemma4"]), tmp_path / "gemma4")
+    facts = ("gemma4 has in every layer a dense FFN beside its experts",)
+    refused("adopt", tmp_path / "gemma4", inside=tmp_path, facts=facts, hint="eval runs it")
+    make_parent(tmp_path / "dense", CASES["gemma4"])
+    refused("adopt", tmp_path / "dense", inside=tmp_path, facts=("'gemma4_text' model, expected a mixture",), hint="")
+    recipe = write_recipe(tmp_path / "r.yml", CASES["gemma4"], tmp_path / "dense", [tmp_path / "dense"] * 2)
+    made = fm.plan(fm.Recipe.load(recipe))
+    assert made.fmt is not None
+    assert made.fmt.name == "gemma4"
+
+
+@pytest.mark.parametrize("name", [name for name in VIEWS if FORMATS[name].loads_in_transformers])
 def test_a_setting_that_is_left_out_has_the_default_of_the_formats_class(name: str) -> None:
     fmt, view = FORMATS[name], VIEWS[name]
     theirs = AutoConfig.for_model(fmt.model_type).to_dict()
@@ -145,6 +158,32 @@ def test_weights_that_are_not_divided_by_their_sum_and_a_wide_shared_expert(tmp_
     for other in (fm.load(tmp_path / "adopted").model, fm.load(tmp_path / "built").model, again):
         assert apart(theirs, logits(other, ids)) <= 5e-6
     assert not json.loads((tmp_path / "built" / "config.json").read_text())["norm_topk_prob"]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen2", {"shared_expert_intermediate_size": 84, "norm_topk_prob": False}),
+        ("glm-shared", {"n_shared_experts": 2}),
+        ("ernie4_5-shared", {"moe_num_shared_experts": 2}),
+        ("llama-shared", {"shared_intermediate_size": 84}),
+    ],
+)
+def test_a_shared_expert_that_is_wider_than_the_others_in_llama_cpp(
+    name: str, changes: dict[str, Any], padded: bool, tmp_path: Path
+) -> None:
+    tokenizer = gguftools.bpe("gpt-2")
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    folder = saved(mixture_of(CASES[name], **sizes, **changes), tmp_path / "mixture")
+    tokenizer.save_pretrained(folder)
+    words = ["export", folder, tmp_path / "gguf", "--types", "f32", *(["--pad256"] if padded else [])]
+    if padded and name == "qwen2":
+        refused(*words, inside=tmp_path, facts=("qwen2moe does not allow",), hint="omit --pad256")
+        return
+    output(*words)
+    report = json.loads((tmp_path / "gguf" / "export.json").read_text())
+    assert report["files"][0]["check"]["kl"] < 1e-6
 
 
 @pytest.fixture(scope="module")

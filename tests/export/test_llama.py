@@ -21,7 +21,6 @@ LLAMA3 = {
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 5000.0, "factor": 4.0, "original_max_position_embeddings": 16}
-LONGROPE = {"rope_type": "longrope", "rope_theta": 5000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 def recipe(tmp_path: Path, folders: list[Path], *, shared: dict[str, Any] | None = None, **keys: Any) -> Path:
@@ -115,7 +114,7 @@ REFUSED = [
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, {}, "dynamic"),
     ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, {}, "yarn has no attention_factor 1.5"),
     ("llama", {"rope_parameters": YARN | {"truncate": False}}, {}, "truncate"),
-    ("phi3", {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE}, {}, "longrope"),
+    ("qwen3", {"rope_parameters": LLAMA3}, {}, "qwen3moe has no rope scaling 'llama3'"),
     ("qwen2", {}, {"shared": {}, "gate_mode": "random"}, "gated shared expert"),
     ("qwen3", {}, {"experts": "nested"}, "no stock MoE format has nested experts"),
 ]

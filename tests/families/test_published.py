@@ -1,14 +1,19 @@
 """Settings that config.json files on the hub have beside those that transformers reads, and settings it ignores."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import frankenmoe as fm
 import tiny
 from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope, unsupported
+from frankenmoe.families.spec import MAY_BE_NULL
+from published import MODELS
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 HYBRID = {"num_local_experts": 0, "mamba_n_heads": 8, "mamba_d_head": 8, "shared_intermediate_size": 48}
@@ -170,8 +175,99 @@ def test_a_layer_that_changes_nothing_stands_in_for_full_attention_at_the_end() 
             config,
             experts=4,
             experts_per_token=2,
-            shared_experts=0,
+            shared_ffn=0,
             dtype="float32",
         )
         assert made["num_hidden_layers"] == len(made["layer_types"]) == layers + more
         assert made["layer_types"][-1] == "full_attention"
+
+
+def format_of(config: Mapping[str, Any]) -> str:
+    """The first format in the order of the table that can represent a config."""
+    family = FAMILIES[config["model_type"]]
+    names = (fmt.name for fmt in FORMATS.values() if family.model_type in fmt.families and not fmt.on_request)
+    return next(name for name in names if unsupported(FORMATS[name], family, config) == [])
+
+
+def made_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    family = FAMILIES[config["model_type"]]
+    return moe_config(
+        FORMATS[format_of(config)], family, config, experts=4, experts_per_token=2, shared_ffn=0, dtype="bfloat16"
+    )
+
+
+def parameters(folder: Path) -> int:
+    """The numbers that a model of a config.json stores, counted without memory; a tied head is no other tensor."""
+    config = AutoConfig.from_pretrained(folder)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    numbers = {name: tensor.numel() for name, tensor in model.state_dict().items()}
+    return sum(numbers.values()) - (numbers["lm_head.weight"] if config.tie_word_embeddings else 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", MODELS)
+def test_counts_are_those_of_the_classes(model: str, tmp_path: Path) -> None:
+    config = dict(MODELS[model].config)
+    family, dense, moe = FAMILIES[config["model_type"]], tmp_path / "dense", tmp_path / "moe"
+    for folder in (dense, moe):
+        folder.mkdir()
+    (dense / "config.json").write_text(json.dumps(config))
+    shapes = family.shapes((*family.backbone, *family.ffn), config)
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) == parameters(dense)
+    made = fm.plan(fm.Recipe.load(tiny.write_recipe(tmp_path / "r.yml", dense, [dense] * 4)))
+    assert made.fmt is not None
+    assert made.fmt.name == format_of(config)
+    (moe / "config.json").write_text(json.dumps(made.config))
+    assert made.bill.total == parameters(moe)
+
+
+def without_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """Without the fields that say what the family's class takes for absent ones."""
+    defaults = FAMILIES[config["model_type"]].defaults
+    return {key: value for key, value in config.items() if key not in defaults or value != defaults[key]}
+
+
+def with_null(config: dict[str, Any]) -> dict[str, Any]:
+    """With null in the place of such fields, where null is no value of its own."""
+    kept = without_defaults(config)
+    return {key: value if key in kept or key in MAY_BE_NULL else None for key, value in config.items()}
+
+
+def with_every_default(config: dict[str, Any]) -> dict[str, Any]:
+    return dict(FAMILIES[config["model_type"]].defaults) | config
+
+
+def as_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings in one dictionary, and the new name of the dtype."""
+    gone = ("rope_theta", "rope_scaling", "partial_rotary_factor", "torch_dtype")
+    rotary = rope(FAMILIES[config["model_type"]], config)
+    return {key: value for key, value in config.items() if key not in gone} | {
+        "rope_parameters": rotary,
+        "dtype": config.get("torch_dtype", "bfloat16"),
+    }
+
+
+SPELLINGS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (
+    without_defaults,
+    with_null,
+    with_every_default,
+    as_transformers_5,
+)
+
+
+@pytest.mark.parametrize("spelt", SPELLINGS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("model", MODELS)
+def test_every_spelling_makes_the_same_moe(model: str, spelt: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    config = dict(MODELS[model].config)
+    other = spelt(config)
+    assert format_of(other) == format_of(config)
+    assert made_of(other) == made_of(config)
+
+
+def test_sources_are_named_and_most_families_have_a_model() -> None:
+    assert all(found.source for found in MODELS.values())
+    missing = set(FAMILIES) - {found.config["model_type"] for found in MODELS.values()}
+    assert missing == {
+        *("seed_oss", "hyperclovax", "ministral", "granitemoehybrid", "cohere", "gemma3_text", "gemma4_text")
+    }

@@ -1,16 +1,47 @@
-"""What `frankenmoe families` says of programs agrees with what plans refuse and with what was tried."""
+"""What `frankenmoe families` says of programs agrees with what plans refuse and with what was run."""
 
-from frankenmoe.families.runtimes import LLAMACPP, VLLM_TRIED, pairs
+import json
+from pathlib import Path
 
-# what tests/real/test_vllm.py builds and runs
-IN_VLLM = {("llama", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"), ("olmo2", "flex_olmo")}
+import pytest
+
+from frankenmoe.families.runtimes import LLAMACPP, LLAMACPP_LACKS, VLLM, pairs
+from gguf_cases import ALL, ARCHITECTURE, REFUSED
+
+EARLIER = {("llama", "mixtral"), ("qwen2", "qwen2_moe"), ("qwen3", "qwen3_moe"), ("olmo2", "flex_olmo")}
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = {(pair.family, pair.fmt): pair.programs for pair in pairs()}
 
 
-def test_only_pairs_that_ran_in_vllm_count_as_tried() -> None:
-    assert {pair for pair, programs in PROGRAMS.items() if programs["vLLM"].how == VLLM_TRIED} == IN_VLLM
+def of(names: object) -> set[tuple[str, str]]:
+    """The (family, format) of cases."""
+    return {(ALL[name].family, ALL[name].fmt) for name in names}  # type: ignore[attr-defined]
 
 
-def test_longrope_that_export_refuses_is_named() -> None:
-    assert PROGRAMS["phi3", "mixtral"]["llama.cpp"].how == f"{LLAMACPP}; models with longrope are refused"
+def test_only_pairs_that_ran_in_llama_cpp_count_as_run() -> None:
+    said = {pair for pair, programs in PROGRAMS.items() if programs["llama.cpp"].how.startswith(LLAMACPP)}
+    assert said == of(ARCHITECTURE)
+    assert {pair for pair, programs in PROGRAMS.items() if programs["llama.cpp"].runs} == said
+
+
+def test_models_that_export_refuses_are_named() -> None:
+    assert set(LLAMACPP_LACKS) == of(REFUSED) & of(ARCHITECTURE)
+    assert PROGRAMS["phi3", "glm4_moe"]["llama.cpp"].how == f"{LLAMACPP}; models with longrope are refused"
     assert PROGRAMS["llama", "mixtral"]["llama.cpp"].how == LLAMACPP
+
+
+def test_only_pairs_that_ran_in_vllm_count_as_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """benchmarks/in_vllm.py builds and runs them; its result is kept. Those in EARLIER ran before it was."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import in_vllm
+
+    kept = json.loads((BENCHMARKS / "results" / "vllm-small.json").read_text())["rows"]
+    reached = {row["what"]: bool(row["reached"]) for row in kept}
+    seen = {
+        name: reached[row] for name in in_vllm.TOYS if (row := f"{name}: greedy tokens as in transformers") in reached
+    }
+    right, wrong = (
+        {(in_vllm.TOYS[name].family, in_vllm.TOYS[name].fmt) for name, same in seen.items() if same == wanted}
+        for wanted in (True, False)
+    )
+    assert {pair for pair, programs in PROGRAMS.items() if programs["vLLM"].how == VLLM} == (right - wrong) | EARLIER

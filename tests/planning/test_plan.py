@@ -232,13 +232,16 @@ def test_a_config_without_weights_still_has_sizes(parents: Parents, tmp_path: Pa
     assert made.bill.built == whole.built
 
 
-@pytest.mark.parametrize("window", [8, None, 4096])
-def test_a_window_that_a_gguf_file_loses_is_said(window: int | None, tmp_path: Path) -> None:
-    base = tiny.make_parent(tmp_path / "base", "mistral", sliding_window=window)
-    other = tiny.make_parent(tmp_path / "other", "mistral", seed=1, sliding_window=window)
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_what_a_gguf_file_computes_otherwise_is_said(long: bool, tmp_path: Path) -> None:
+    more = {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE} if long else {"sliding_window": 8}
+    base, other = (tiny.make_parent(tmp_path / str(seed), "phi3", seed=seed, **more) for seed in range(2))
     recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, other])
     notes = forecast(planned(recipe)).notes
-    assert any("no sliding window" in note for note in notes) == (window == 8)
+    assert any("rotary factors for long texts" in note for note in notes) == long
     shown = CliRunner().invoke(app, ["plan", str(recipe)]).stdout
-    assert ("beyond 8 tokens it" in " ".join(shown.split())) == (window == 8)
+    assert ("set to more than 16 tokens" in " ".join(shown.split())) == long
     assert json.loads(CliRunner().invoke(app, ["plan", str(recipe), "--json"]).stdout)["gguf"]["notes"] == list(notes)

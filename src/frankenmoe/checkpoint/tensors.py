@@ -173,6 +173,11 @@ class Shift:
 
 
 @dataclass(frozen=True, slots=True)
+class Exp:
+    """Replace every number x by e**x."""
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
     """Stack the inputs along the first axis; only as the first step."""
 
@@ -200,7 +205,7 @@ class Permute:
         return Permute(tuple(self.order.index(row) for row in range(len(self.order))))
 
 
-Step = Merge | LowRank | Noise | Scale | Shift | Constant | Join | Part | Permute
+Step = Merge | LowRank | Noise | Scale | Shift | Exp | Constant | Join | Part | Permute
 FIRST = (Merge, Constant, Join, Part, Permute)
 """The steps that can only be the first one."""
 

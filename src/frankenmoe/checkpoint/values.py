@@ -17,6 +17,7 @@ from frankenmoe.checkpoint.tensors import (
     DTYPES,
     FLOATS,
     Constant,
+    Exp,
     Join,
     LowRank,
     Merge,
@@ -214,6 +215,8 @@ def _stage(step: Step, before: Blocks) -> Stage:
             return lambda block_N, _: block_N * np.float32(factor)
         case Shift(amount):
             return lambda block_N, _: block_N + np.float32(amount)
+        case Exp():
+            return lambda block_N, _: np.exp(block_N)
         case Noise(std, relative, seed):
             return partial(_add_noise, std=std * (_std(before) if relative else 1.0), seed=seed)
         case LowRank(a, b, scale):

@@ -7,7 +7,7 @@ from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console
 from frankenmoe.cli.text import json_text
 from frankenmoe.families import VIRTUAL
-from frankenmoe.families.runtimes import Pair, pairs
+from frankenmoe.families.runtimes import RUN_HERE, Pair, pairs
 from frankenmoe.families.wrapped import WRAPPERS
 
 
@@ -17,7 +17,7 @@ def families_command(as_json: bool) -> None:
     """List dense families, the MoE formats they can be built as, and the programs that run these.
 
     Families without a format run as virtual MoEs; the list names the reason. --json says for each program how that is
-    known: tried here with a certain version, or only read in the program's tables.
+    known: run here with a certain version, or only read in the program's tables.
     """
     if as_json:
         nested = {outer: wrapper.text for outer, wrapper in WRAPPERS.items()}
@@ -35,7 +35,7 @@ def families_command(as_json: bool) -> None:
         before = pair.family
     out = console()
     out.print(table)
-    out.print("* read in the program's tables, not tried", style="dim", highlight=False, markup=False)
+    out.print("* read in the program's tables, not run here", style="dim", highlight=False, markup=False)
     for outer, wrapper in WRAPPERS.items():
         out.print(f"read for its text: {outer}, as {wrapper.text}", style="dim", highlight=False, markup=False)
     for model_type, reason in VIRTUAL.items():
@@ -43,7 +43,7 @@ def families_command(as_json: bool) -> None:
 
 
 def _runs(pair: Pair) -> str:
-    """The programs that run it; a star stands for those where that was read and not tried."""
+    """The programs that run it; a star stands for those where that was read and not run here."""
     return ", ".join(
-        f"{name}{'' if known.how.startswith('tried') else '*'}" for name, known in pair.programs.items() if known.runs
+        f"{name}{'' if known.how.startswith(RUN_HERE) else '*'}" for name, known in pair.programs.items() if known.runs
     )

@@ -14,13 +14,11 @@ import numpy as np
 
 from frankenmoe import __version__
 from frankenmoe.export.tokenizer import Vocabulary
-from frankenmoe.families import rope
 from frankenmoe.families.llamacpp import FileType
-from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, multipliers, nbytes
+from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, nbytes
 from frankenmoe.planning.parts import Parts
 
 QUANTIZATION_VERSION = 2
-YARN = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow"}
 
 
 def head_bytes(
@@ -30,7 +28,8 @@ def head_bytes(
     logging.getLogger("gguf").setLevel(logging.WARNING)
     writer = gguf.GGUFWriter(None, layout.arch.name)
     _general(writer, model, layout, kind)
-    _architecture(writer, model, layout)
+    for key, value in layout.metadata.items():
+        _add(writer, key, value)
     write_vocabulary(writer, vocabulary)
     for tensor in layout.tensors:
         number = gguf.GGMLQuantizationType[types[tensor.name]]
@@ -74,53 +73,19 @@ def _size_label(layout: GgufLayout) -> str:
     return str(gguf.size_label(total, total - experts, each, layout.facts.experts))
 
 
-def _architecture(writer: gguf.GGUFWriter, model: Parts, layout: GgufLayout) -> None:
-    """Sizes, rotary settings, and the keys of each architecture. Without `expert_used_count` llama.cpp aborts."""
-    dims, name = model.stock[1].dims(model.config), layout.arch.name
-    writer.add_vocab_size(dims.vocab)
-    writer.add_context_length(int(model.stock[1].value(model.config, "max_position_embeddings")))
-    writer.add_embedding_length(layout.hidden)
-    writer.add_block_count(dims.layers)
-    writer.add_feed_forward_length(layout.ffn)
-    writer.add_head_count(dims.heads)
-    writer.add_head_count_kv(dims.kv_heads)
-    writer.add_key_length(dims.head_dim)
-    writer.add_value_length(dims.head_dim)
-    writer.add_layer_norm_rms_eps(layout.eps)
-    writer.add_expert_count(len(model.nodes))
-    writer.add_expert_used_count(model.top_k)
-    writer.add_rope_dimension_count(dims.head_dim)
-    _rotary(writer, rope(model.stock[1], model.config), model.config, head=f"{name}.rope.scaling")
-    if name in ("qwen2moe", "qwen3moe", "deepseek"):
-        writer.add_expert_feed_forward_length(layout.ffn)
-    if name in ("qwen2moe", "granitemoe") and model.shared:
-        writer.add_expert_shared_feed_forward_length(layout.shared_ffn)
-    if layout.arch.multipliers:
-        given = multipliers(model)
-        writer.add_logit_scale(given.get("logits_scaling", 1.0))
-        writer.add_residual_scale(given.get("residual_multiplier", 1.0))
-        writer.add_embedding_scale(given.get("embedding_multiplier", 1.0))
-        writer.add_attention_scale(given.get("attention_multiplier", dims.head_dim**-0.5))
-    if name == "deepseek":
-        writer.add_leading_dense_block_count(0)
-        writer.add_expert_shared_count(1)
-        writer.add_expert_weights_scale(1.0)
-
-
-def _rotary(writer: gguf.GGUFWriter, rotary: Mapping[str, Any], config: Mapping[str, Any], *, head: str) -> None:
-    writer.add_rope_freq_base(float(rotary["rope_theta"]))
-    kind = rotary["rope_type"]
-    if kind == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(float(rotary["factor"]))
-    if kind == "yarn":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
-        before = rotary.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        writer.add_rope_scaling_factor(float(rotary.get("factor") or config["max_position_embeddings"] / before))
-        writer.add_rope_scaling_orig_ctx_len(int(before))
-        for ours, theirs in YARN.items():
-            if rotary.get(ours) is not None:
-                writer.add_float32(f"{head}.{theirs}", float(rotary[ours]))
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Adds metadata in the type that llama.cpp expects of a value."""
+    match value:
+        case bool():
+            writer.add_bool(key, value)
+        case int():
+            writer.add_uint32(key, value)
+        case float():
+            writer.add_float32(key, value)
+        case str():
+            writer.add_string(key, value)
+        case _:
+            writer.add_array(key, value)
 
 
 def write_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:

@@ -18,16 +18,35 @@ import torch
 from torch import nn
 
 from frankenmoe.checkpoint.cast import Floats
+from frankenmoe.families import FAMILIES
 from frankenmoe.moe.block import MoEBlock
 from frankenmoe.moe.dense import mlp_modules
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning.gguf import GgufLayout
 
+MIXED = ("experts", "down")  # inputs of every expert of its own
+DOWN = frozenset(name for family in FAMILIES.values() for name in family.down)  # modules that an FFN ends with
 FORCED = 512  # tokens that every expert reads
 ENOUGH = 64  # own tokens from which an expert is measured on those
 
 Key = tuple[int, str, int]
-"""(layer, what reads the input: attention, output, experts, down, shared or shared_down, expert)."""
+"""(layer, what reads the input: a module of the layer, experts, down, shared or shared_down; expert)."""
+
+Q, LINEAR = ("self_attn.q_proj", "self_attn.qkv_proj"), ("linear_attn.in_proj_qkv",)
+# matrix in the file -> the modules that read its input, by family. The output of linear attention is not here, as its
+# columns are in another order in the file; and Mamba's code reads its weights itself
+INPUTS: Mapping[str, tuple[str, ...]] = {
+    "attn_q": Q,
+    "attn_k": Q,
+    "attn_v": Q,
+    "attn_output": ("self_attn.o_proj", "self_attn.out_proj"),
+    "attn_qkv": LINEAR,
+    "attn_gate": LINEAR,
+    "ssm_alpha": LINEAR,
+    "ssm_beta": LINEAR,
+    "shortconv.in_proj": ("conv.in_proj",),
+    "shortconv.out_proj": ("conv.out_proj",),
+}
 
 
 @dataclass
@@ -87,25 +106,32 @@ def measure(
         place = _place(tensor.name)
         if place is None:
             continue
-        layer, what = place
-        parts = range(experts) if what in ("experts", "down") else range(1)
-        rows = [(forced if (layer, part) in hungry and len(parts) > 1 else own).mean((layer, what, part))
+        layer, choices = place
+        what = next((each for each in choices if (layer, each, 0) in own.tokens or each in MIXED), None)
+        if what is None:
+            continue
+        parts = range(experts) if what in MIXED else range(1)
+        rows = [(forced if (layer, part) in hungry and what in MIXED else own).mean((layer, what, part))
                 for part in parts]  # fmt: skip
         importance[tensor.name] = _widened(np.stack(rows), tensor.shape[-1])
     return Measured(importance, starved, read)
 
 
-def _place(name: str) -> tuple[int, str] | None:
-    """blk.3.ffn_up_exps.weight -> (3, "experts"); None for a tensor without importance."""
-    found = re.fullmatch(r"blk\.(\d+)\.(attn_[qkv]|attn_output|ffn_(?:gate|up|down)_(?:exps|shexp))\.weight", name)
+def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
+    """blk.3.ffn_up_exps.weight -> (3, ("experts",)), where what reads the input is one of those; None if nothing is."""
+    found = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", name)
     if found is None:
         return None
-    what = found[2]
-    if what.startswith("attn"):
-        return int(found[1]), "output" if what == "attn_output" else "attention"
-    if what.endswith("_exps"):
-        return int(found[1]), "down" if "down" in what else "experts"
-    return int(found[1]), "shared_down" if "down" in what else "shared"
+    layer, what = int(found[1]), found[2]
+    if what in INPUTS:
+        return layer, INPUTS[what]
+    expert = re.fullmatch(r"ffn_(gate|up|down)_(exps|shexp)", what)
+    if expert is None:
+        return None
+    down = expert[1] == "down"
+    if expert[2] == "exps":
+        return layer, ("down" if down else "experts",)
+    return layer, ("shared_down" if down else "shared",)
 
 
 def _widened(rows_PC: Floats, columns: int) -> Floats:
@@ -120,9 +146,9 @@ def _listening(moe: MoE, own: _Sums, forced: _Sums | None) -> Iterator[None]:
     """Hooks on every attention and MoE block while one text is read."""
     hooks = []
     for layer, (holder, block) in mlp_modules(moe.model).items():
-        for name, what in (("q_proj", "attention"), ("o_proj", "output")):
-            matrix = holder.get_submodule(f"self_attn.{name}")
-            hooks.append(matrix.register_forward_pre_hook(partial(_add_input, own, (layer, what, 0))))
+        inside = dict(holder.named_modules())
+        for what in {name for names in INPUTS.values() for name in names if name in inside}:
+            hooks.append(inside[what].register_forward_pre_hook(partial(_add_input, own, (layer, what, 0))))
         hooks.append(block.register_forward_pre_hook(partial(_add_experts, layer, own, forced)))
     try:
         yield
@@ -157,9 +183,8 @@ def _expert(
 ) -> None:
     """Adds the inputs of an expert and of its down projection."""
     sums.add((layer, names[0], number), x_ND)
-    hook = expert.get_submodule("down_proj").register_forward_pre_hook(
-        partial(_add_input, sums, (layer, names[1], number))
-    )
+    down = next(module for name, module in expert.named_modules() if name.rpartition(".")[2] in DOWN)
+    hook = down.register_forward_pre_hook(partial(_add_input, sums, (layer, names[1], number)))
     try:
         expert(x_ND)
     finally:

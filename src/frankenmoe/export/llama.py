@@ -18,7 +18,7 @@ from frankenmoe import system
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.export.quantize import INSTALL
 from frankenmoe.export.trial import can_read, check_renders
-from frankenmoe.families.llamacpp import ARCHS, MAX_EXPERTS
+from frankenmoe.families.archs import ARCHS, MAX_EXPERTS
 
 STAND_IN = "chatml"  # a chat template that llama.cpp knows by name
 QUIET = -1  # verbosity

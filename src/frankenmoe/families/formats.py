@@ -190,7 +190,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             },
             router=RouterRule(wide=True),
             interleaved=True,
-            no_gguf="its Ernie 4.5 architecture is not checked yet",
         ),
         MoEFormat(
             name="glm4_moe",
@@ -227,7 +226,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             router=RouterRule(score="sigmoid", epsilon=1e-20, rounds_weights=False, wide=True),
             holds=frozenset({"qkv_bias"}),
             partial_rotary=True,
-            no_gguf="its GLM 4 architecture is not checked yet",
         ),
         *LAYERED_FORMATS,
     )

@@ -85,6 +85,8 @@ def _granite4_sizes(config: Config) -> Mapping[str, int]:
         "convolved": inner + 2 * groups,
         "projected": 2 * inner + 2 * groups + heads,
         "mamba_heads": heads,
+        "mamba_groups": int(config["mamba_n_groups"]),
+        "mamba_group": inner // int(config["mamba_n_groups"]),
         "kernel": int(config["mamba_d_conv"]),
     }
 
@@ -323,6 +325,7 @@ GRANITE4 = Family(
         "intermediate_size": "shared_intermediate_size",
         "own_experts": "num_local_experts",
         "time_step_limit": _time_step_limit,
+        "no_rope_layers": lambda config: [int(config.get("position_embedding_type") == "rope")],
         "mamba_d_head": lambda config: int(config["mamba_expand"] * config["hidden_size"] / config["mamba_n_heads"]),
         "layer_types": lambda config: config.get("layer_types") or [LINEAR] * config["num_hidden_layers"],
     },

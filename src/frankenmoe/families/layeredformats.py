@@ -75,7 +75,6 @@ LAYERED_FORMATS = (
         },
         holds=frozenset({"layer_types"}),
         router=RouterRule(score="sigmoid", epsilon=1e-6),
-        no_gguf="its LFM2 architecture is not checked yet",
     ),
     MoEFormat(
         name="qwen3_5_moe",
@@ -94,7 +93,6 @@ LAYERED_FORMATS = (
         fields={name: name for name in LINEAR_FIELDS},
         holds=frozenset({"layer_types"}),
         partial_rotary=True,
-        no_gguf="its Qwen3.5 architecture is not checked yet",
     ),
     MoEFormat(
         name="granitemoe_swa",
@@ -116,7 +114,6 @@ LAYERED_FORMATS = (
         },
         holds=GRANITE_HOLDS | {"layer_types", "no_rope_layers", "sliding_window"},
         notes=(Note("transformers runs this format only with attn_implementation='eager'"),),
-        no_gguf="its Granite SWA architecture is not checked yet",
     ),
     MoEFormat(
         name="granitemoehybrid",
@@ -132,8 +129,7 @@ LAYERED_FORMATS = (
         constants={},
         counted=LOCAL_COUNTED | {"shared_intermediate_size": "shared_ffn"},
         fields={**GRANITE_FIELDS, **{name: name for name in MAMBA_FIELDS}},
-        holds=GRANITE_HOLDS | {"layer_types"},
-        no_gguf="its Granite hybrid architecture is not checked yet",
+        holds=GRANITE_HOLDS | {"layer_types", "no_rope_layers"},
     ),
     MoEFormat(
         name="cohere2_moe",
@@ -158,7 +154,6 @@ LAYERED_FORMATS = (
         },
         holds=frozenset({"layer_types", "sliding_window", "attention_bias"}),
         interleaved=True,
-        no_gguf="its Cohere2 architecture is not checked yet",
     ),
     MoEFormat(
         name="gemma4",

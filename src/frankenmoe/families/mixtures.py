@@ -108,6 +108,12 @@ VIEWS: Mapping[str, DenseView] = {
         ),
     ),
 }
+# formats whose models are no dense model with other FFNs -> why, to follow the model's name
+UNLIKE_DENSE: Mapping[str, str] = {
+    "gemma4": (
+        "has in every layer a dense FFN beside its experts, with norms of both, where a dense Gemma 4 has only an FFN"
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,9 +136,11 @@ class MixtureConfig:
 
 def format_of(config: Config) -> MoEFormat | None:
     """The format of a mixture's config; None for a dense model, and for a mixture of a format that is not known."""
-    fmt = next((fmt for fmt in FORMATS.values() if fmt.model_type == config.get("model_type")), None)
-    # Granite's hybrids are dense where this number is 0
-    return fmt if fmt is not None and _count(fmt, config, "experts") != 0 else None
+    kind = str(config.get("model_type"))
+    fmt = next((fmt for fmt in FORMATS.values() if fmt.model_type == kind), None)
+    # dense models of Granite's hybrids and of Gemma 4 have the class of the mixtures
+    dense = fmt is not None and kind in FAMILIES and not FAMILIES[kind].read(config, "own_experts")
+    return None if dense else fmt
 
 
 def read_mixture(fmt: MoEFormat, config: Config) -> MixtureConfig:

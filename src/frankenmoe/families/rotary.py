@@ -1,5 +1,7 @@
 """Rotary settings of a dense config, in one spelling."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from frankenmoe.families.spec import FULL, Config, Family
@@ -35,3 +37,12 @@ def rope(family: Family, config: Config) -> dict[str, Any]:
 def rotary_size(family: Family, config: Config) -> int:
     """How many numbers of each head are rotated."""
     return int(family.dims(config).head_dim * rope(family, config).get("partial_rotary_factor", 1.0))
+
+
+def longrope_attention(rotary: Mapping[str, Any], context: int) -> float:
+    """What longrope multiplies sines and cosines by, for a model of this context (arXiv 2402.13753, section 3.3)."""
+    if rotary.get("attention_factor") is not None:
+        return float(rotary["attention_factor"])
+    before = float(rotary["original_max_position_embeddings"])
+    factor = float(rotary.get("factor") or context / before)
+    return math.sqrt(1 + math.log(factor) / math.log(before)) if factor > 1 else 1.0

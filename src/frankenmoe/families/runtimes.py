@@ -1,16 +1,18 @@
-"""Which programs run a format, and how that is known: tried here with a version, or read in the program's tables."""
+"""Which programs run a format, and how that is known: run here with a version, or read in the program's tables."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from frankenmoe.families.archs import ARCHS
 from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.spec import Family, MoEFormat
 
-LLAMACPP = "tried: llama.cpp b11549 (xllamacpp 2026.10)"
-TRANSFORMERS = "tried: transformers 5.23"
-VLLM_TRIED = "tried: vLLM 0.32"
+RUN_HERE = "run here"
+LLAMACPP = f"{RUN_HERE}: llama.cpp b11549 (xllamacpp 2026.10.11549)"
+TRANSFORMERS = f"{RUN_HERE}: transformers 5.23"
+VLLM = f"{RUN_HERE}: vLLM 0.32 (CPU, float32)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +23,25 @@ class Known:
     how: str
 
 
-# (family, format): with a format alone nothing is tried, as families differ in windows, rotation and biases
-VLLM: Mapping[tuple[str, str], Known] = {
-    ("llama", "mixtral"): Known(True, VLLM_TRIED),
-    ("qwen2", "qwen2_moe"): Known(True, VLLM_TRIED),
-    ("qwen3", "qwen3_moe"): Known(True, VLLM_TRIED),
-    ("olmo2", "flex_olmo"): Known(True, VLLM_TRIED),
+# (family, format): with a format alone nothing is known, as families differ in windows, rotation and biases
+IN_VLLM: Mapping[tuple[str, str], Known] = {
+    ("llama", "mixtral"): Known(True, VLLM),
+    ("qwen2", "qwen2_moe"): Known(True, VLLM),
+    ("qwen3", "qwen3_moe"): Known(True, VLLM),
+    ("olmo2", "flex_olmo"): Known(True, VLLM),
+    ("granite", "granitemoe"): Known(True, VLLM),
+    ("granite", "granitemoeshared"): Known(True, VLLM),
+    ("ernie4_5", "ernie4_5_moe"): Known(True, VLLM),
+    ("smollm3", "granitemoe_swa"): Known(True, VLLM),
+    ("ministral", "granitemoe_swa"): Known(True, VLLM),
+    ("granitemoehybrid", "granitemoehybrid"): Known(True, VLLM),
+    ("glm", "glm4_moe"): Known(True, f"{VLLM}, with a shared expert; without one it crashes"),
+    ("lfm2", "lfm2_moe"): Known(
+        False, f"{VLLM}: it writes other tokens from the fifth on, and it always ties the head"
+    ),
+    ("qwen3_5_text", "qwen3_5_moe"): Known(
+        True, "read: in the registry of vLLM 0.32; not run, as it needs torchvision"
+    ),
     # the format's code there lacks something that the family has (read)
     ("gemma", "granitemoe"): Known(False, "vLLM's Granite MoE supports only silu"),
     ("llama", "granitemoe"): Known(False, "vLLM's Granite MoE has no attention biases"),
@@ -34,9 +49,17 @@ VLLM: Mapping[tuple[str, str], Known] = {
 NOT_IN_VLLM: Mapping[str, Known] = {
     "deepseek": Known(False, "vLLM 0.32 asks for trust_remote_code and the hub"),
 }
-# models of a family that llama.cpp does not run, though it runs others
-LLAMACPP_LACKS: Mapping[str, str] = {"phi3": "models with longrope are refused"}
-READ_VLLM = Known(True, "read: in the registry of vLLM 0.32")
+# (family, format): models of a family that llama.cpp does not run, though it runs others
+LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
+    ("phi3", "glm4_moe"): "models with longrope are refused",
+    ("qwen3", "qwen3_moe"): "models with attention biases are refused",
+    ("lfm2", "lfm2_moe"): "models with biases of the convolution are refused",
+    ("cohere2", "cohere2_moe"): "models with attention biases are refused",
+    ("cohere", "cohere2_moe"): "models with attention biases are refused",
+    ("granitemoehybrid", "granitemoehybrid"): "models of attention layers without rotation are refused",
+}
+# llama.cpp's architectures that Ollama's copy of it does not have (github.com/ollama/ollama, llama/llama.cpp)
+NOT_IN_OLLAMA = ("granite_swa", "cohere2moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +96,37 @@ def _shared(fmt: MoEFormat) -> tuple[str, ...]:
 
 def in_vllm(family: str, fmt: str) -> Known:
     """What is known of vLLM and a format made of a family."""
-    return NOT_IN_VLLM.get(fmt) or VLLM.get((family, fmt), READ_VLLM)
+    listed = f"read: {FORMATS[fmt].architecture} is in the registry of vLLM 0.32; not run with this family"
+    return NOT_IN_VLLM.get(fmt) or IN_VLLM.get((family, fmt)) or Known(True, listed)
+
+
+def in_llamacpp(family: Family, fmt: MoEFormat) -> Known:
+    """What is known of llama.cpp and a format made of a family."""
+    activation = family.defaults.get("hidden_act")
+    if fmt.no_gguf:
+        return Known(False, f"llama.cpp: {fmt.no_gguf}")
+    if activation != "silu":
+        return Known(False, f"llama.cpp: its experts support only silu, not {activation}")
+    lacks = LLAMACPP_LACKS.get((family.model_type, fmt.name))
+    return Known(True, "; ".join(filter(None, (LLAMACPP, lacks))))
+
+
+def _in_ollama(fmt: MoEFormat, llama: Known) -> Known:
+    if not llama.runs:
+        return Known(False, llama.how)
+    name = next(arch.name for arch in ARCHS if fmt.name in arch.formats)
+    if name in NOT_IN_OLLAMA:
+        return Known(False, f"read: its copy of llama.cpp has no {name}")
+    return Known(True, f"read: its copy of llama.cpp has {name}; not run here")
 
 
 def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
     """What is known of a format made of a family, by program."""
-    activation = family.defaults.get("hidden_act")
-    if fmt.no_gguf:
-        llama = Known(False, f"llama.cpp: {fmt.no_gguf}")
-    elif activation != "silu":
-        llama = Known(False, f"llama.cpp: its experts support only silu, not {activation}")
-    else:
-        llama = Known(True, "; ".join(filter(None, (LLAMACPP, LLAMACPP_LACKS.get(family.model_type)))))
+    llama = in_llamacpp(family, fmt)
     needs_code = Known(False, "its class is remote code, which transformers 5 no longer runs")
     return {
         "transformers": Known(True, TRANSFORMERS) if fmt.loads_in_transformers else needs_code,
         "llama.cpp": llama,
         "vLLM": in_vllm(family.model_type, fmt.name),
-        "Ollama": Known(llama.runs, "read: it runs files of llama.cpp; not tried" if llama.runs else llama.how),
+        "Ollama": _in_ollama(fmt, llama),
     }

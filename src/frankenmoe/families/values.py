@@ -68,7 +68,8 @@ def odd_value(family: Family, config: Config) -> str | None:
         value = config.get(name)
         if value is not None and not holds(value):
             return f"has {name} {value!r:.40}, expected {expected}"
-    for name, most in _SIZES.items():
+    # a size that the family derives from other fields is read below
+    for name, most in ((name, most) for name, most in _SIZES.items() if name not in family.reads):
         value = config.get(name)
         if type(value) is not int or not 1 <= value <= most:
             return f"has {name} {value!r:.40}, expected a whole number from 1 to {most}"

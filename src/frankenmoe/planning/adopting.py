@@ -13,7 +13,7 @@ from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import DTYPES
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.families import FAMILIES, FORMATS
-from frankenmoe.families.mixtures import format_of
+from frankenmoe.families.mixtures import VIEWS, format_of
 from frankenmoe.planning.mixture import Mixture, open_mixture
 from frankenmoe.planning.sources import open_source
 from frankenmoe.recipe import Recipe, SourceName
@@ -53,7 +53,7 @@ def mixture_in(what: str) -> Mixture:
     fmt = format_of(source.checkpoint.config)
     kind = source.checkpoint.config.get("model_type")
     if fmt is None:
-        known = ", ".join(each.title for each in FORMATS.values())
+        known = ", ".join(FORMATS[name].title for name in VIEWS)
         dense = kind in FAMILIES
         raise ArtifactError(
             f"{what} is a {kind!r} model, expected a mixture of experts in a format that frankenmoe knows",

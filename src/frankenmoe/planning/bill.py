@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
-from frankenmoe.families.llamacpp import FILE_TYPES, ROUTER, MixFacts, gguf_name, row_bytes, tensor_type
+from frankenmoe.families.llamacpp import FILE_TYPES, MixFacts, row_bytes, tensor_type
+from frankenmoe.families.places import ROUTER, gguf_name
 from frankenmoe.planning.configs import odd_heads
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import ExpertNode

@@ -42,7 +42,8 @@ def check_config(name: object, folder: Path, config: Mapping[str, Any]) -> None:
     file, family = folder / "config.json", FAMILIES.get(str(config.get("model_type")))
     if not isinstance(config.get("model_type"), str):
         raise SourceError(f"{file} has no model_type, expected the name of a family", hint=WRONG_FILE)
-    required = (*SIZES, *(FAMILY_SIZES if family else ()))
+    # what a family derives from other fields is checked with its sizes, below
+    required = (*SIZES, *(key for key in FAMILY_SIZES if family and key not in family.reads))
     for key in (*required, *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
         value = config.get(key)
         most = MOST_LAYERS if key == "num_hidden_layers" else 2**31 - 1
@@ -79,7 +80,10 @@ def check_config(name: object, folder: Path, config: Mapping[str, Any]) -> None:
         odd = odd_value(family, config)
         if odd is not None:
             raise SourceError(f"{file} {odd}", hint=WRONG_FILE)
-        _check_heads(file, family.dims(config))
+        dims = family.dims(config)
+        if dims.ffn < 1:
+            raise SourceError(f"{file} has FFNs of {dims.ffn} rows, expected at least one", hint=WRONG_FILE)
+        _check_heads(file, dims)
 
 
 def _refuse_quantized(name: object, config: Mapping[str, Any]) -> None:

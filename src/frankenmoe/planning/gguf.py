@@ -9,34 +9,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from frankenmoe.checkpoint.tensors import TensorWrite
+from frankenmoe.checkpoint.tensors import Constant, Permute, Scale, TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.families import is_neutral, rope
-from frankenmoe.families.llamacpp import (
-    ARCHS,
-    EXPERTS,
-    MAX_EXPERTS,
-    NAMES,
-    PLAIN,
-    ROUTER,
-    SHARED_EXPERT,
-    SHARED_ROUTER,
-    WIDE_BLOCK,
-    Arch,
-    FileType,
-    MixFacts,
-    generic_name,
-    gguf_name,
-    row_bytes,
-    tensor_type,
-)
-from frankenmoe.families.words import GRANITE_FIELDS
+from frankenmoe.families import rope, rotary_size
+from frankenmoe.families.archs import Arch, metadata
+from frankenmoe.families.llamacpp import PLAIN, WIDE_BLOCK, FileType, MixFacts, row_bytes, tensor_type
+from frankenmoe.families.places import EXPERTS, ROUTER, SHARED_EXPERT, SHARED_ROUTER, Place, generic_name
+from frankenmoe.families.spec import Dims
+from frankenmoe.planning.archs import choose_arch, facts_of, notes_on, sizes
 from frankenmoe.planning.parts import Parts
 
 ALIGNMENT = 32  # bytes, of each tensor in a GGUF file
-SCALINGS = ("default", "linear", "yarn", "llama3")
-# these override the attention factor computed from `factor`
-OWN_YARN = ("attention_factor", "mscale", "mscale_all_dim")
+DOUBLE = Scale(2.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +43,8 @@ class GgufTensor:
 class GgufLayout:
     """A GGUF file without its types. `tensors` are in order, `facts` decide types in mixed files.
 
-    `hidden`, `ffn` and `shared_ffn` are the sizes in the file, larger than the model's if padded. `notes` are sentences
-    for users.
+    `hidden` and `ffn` are the sizes in the file, larger than the model's if padded. `metadata` are the architecture's.
+    `notes` are sentences for users.
     """
 
     arch: Arch
@@ -68,8 +52,7 @@ class GgufLayout:
     facts: MixFacts
     hidden: int
     ffn: int
-    shared_ffn: int
-    eps: float
+    metadata: Mapping[str, Any]
     notes: tuple[str, ...]
 
     @cached_property
@@ -107,147 +90,92 @@ def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
     `pad256` pads hidden and FFN sizes to multiples of 256 with zeros. This is exact: a norm over d' numbers, of which
     d' - d are zero, is off by sqrt(d / d'), which its weights and its epsilon correct.
     """
-    reasons, notes = _cannot(model)
-    arch, odd = choose_arch(model)
-    if reasons or arch is None:
-        raise PlanError(
-            f"llama.cpp does not support this MoE: {'; '.join((*reasons, *odd))}",
-            hint="chat, audit and eval run it; `frankenmoe build` writes it for transformers and vLLM",
-        )
+    arch = choose_arch(model)
     family = model.stock[1]
     dims = family.dims(model.config)
-    shared = model.translation.width(model.shared[0]) if model.shared else 0
-    wide = {"hidden": dims.hidden, "ffn": dims.ffn, "shared": shared}
-    wide = {name: _up(size) for name, size in wide.items()} if pad256 else wide
-    if pad256 and not arch.free_heads:
+    wide = _padded(sizes(model)) if pad256 else sizes(model)
+    if pad256 and not (arch.pads and arch.free_heads):
+        why = "its layers need the exact hidden size" if arch.free_heads else "it must equal heads x head size"
         raise PlanError(
-            f"--pad256 changes the hidden size, which in llama.cpp's {arch.name} must equal heads x head size",
+            f"--pad256 changes the hidden size, which llama.cpp's {arch.name} does not allow: {why}",
             hint="omit --pad256",
         )
     tensors = tuple(_tensors(model, arch, wide))
+    notes = notes_on(arch, model)
     if pad256:
         narrow, padded = f"{dims.hidden}/{dims.ffn}", f"{wide['hidden']}/{wide['ffn']}"
         notes = (*notes, f"padded with zeros from {narrow} to {padded}: LoRAs and merges for {narrow} do not fit it")
+    names = {tensor.name for tensor in tensors}
+    values = ((layer, f"blk.{layer}.attn_{what}.weight") for layer in range(dims.layers) for what in ("v", "qkv"))
     return GgufLayout(
         arch=arch,
         tensors=tensors,
         facts=MixFacts(
             layers=dims.layers,
             experts=len(model.nodes),
-            tied=all(tensor.name != "output.weight" for tensor in tensors),
+            tied="output.weight" not in names,
             is_70b=arch.name == "llama" and dims.layers == 80 and dims.heads != dims.kv_heads,
+            valued=tuple(layer for layer, name in values if name in names),
         ),
         hidden=wide["hidden"],
         ffn=wide["ffn"],
-        shared_ffn=wide["shared"],
-        eps=family.value(model.config, "rms_norm_eps") * dims.hidden / wide["hidden"],
+        metadata=metadata(arch, facts_of(model, wide)),
         notes=notes,
     )
 
 
-def choose_arch(model: Parts) -> tuple[Arch | None, tuple[str, ...]]:
-    """The first architecture that computes exactly this MoE, or None with the reasons."""
-    writes = model.translation.plain(model.backbone)
-    names = {write.name.rpartition("self_attn.")[2] for write in writes if "self_attn." in write.name}
-    qk_norm, bias = "q_norm.weight" in names, any(name.endswith(".bias") for name in names)
-    scaled = bool(multipliers(model))
-    dims = model.stock[1].dims(model.config)
-    for arch in ARCHS:
-        if (
-            model.normalizes in (arch.normalizes, None)
-            and model.shared_kind in arch.shared
-            and qk_norm == arch.qk_norm
-            and (arch.qkv_bias or not bias)
-            and (arch.o_bias or "o_proj.bias" not in names)
-            and (arch.multipliers or not scaled)
-            and (arch.free_heads or dims.heads * dims.head_dim == dims.hidden)
-        ):
-            return arch, ()
-    weights = "with weights that sum to one" if model.normalizes else "with plain softmax weights"
-    norms = ", a norm on q and k" if qk_norm else ""
-    return None, (
-        f"none of its architectures has top-{model.top_k} experts {weights}, "
-        f"{'no' if model.shared_kind == 'none' else f'a {model.shared_kind}'} shared expert{norms}"
-        f"{' and attention biases' if bias else ''}{' and multipliers' if scaled else ''} together",
-    )
-
-
-def multipliers(model: Parts) -> dict[str, float]:
-    """Granite's multipliers that are not neutral, by name."""
-    family = model.stock[1]
-    names = (name for name in GRANITE_FIELDS if not is_neutral(family, model.config, name))
-    return {name: float(family.read(model.config, name)) for name in names}
-
-
-def _cannot(model: Parts) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """(reasons why no architecture fits, notes about harmless differences)."""
-    fmt, family = model.stock
-
-    def value(key: str) -> Any:
-        return family.read(model.config, key)
-
-    reasons, notes = [], []
-    if fmt.no_gguf:
-        reasons.append(fmt.no_gguf)
-    if value("hidden_act") != "silu":
-        reasons.append(f"its experts support only silu, found {value('hidden_act')}")
-    if len(model.nodes) > MAX_EXPERTS:
-        reasons.append(f"it allows {MAX_EXPERTS} experts, found {len(model.nodes)}")
-    odd = [write.name for write in model.translation.plain(model.backbone) if gguf_name(write.name) is None]
-    if odd and not fmt.no_gguf:
-        reasons.append(f"it has no place for {odd[0]}")
-    rotary = rope(family, model.config)
-    if rotary["rope_type"] not in SCALINGS:
-        reasons.append(f"it has no rope scaling {rotary['rope_type']!r}")
-    if rotary["rope_type"] == "yarn":
-        reasons += [f"its yarn has no {key} {rotary[key]!r}" for key in OWN_YARN if rotary.get(key) is not None]
-        if rotary.get("truncate") is False:
-            reasons.append("its yarn always rounds its range (truncate: false is not supported)")
-    if "partial_rotary_factor" in rotary:
-        reasons.append(f"it rotates whole heads, found partial_rotary_factor {rotary['partial_rotary_factor']}")
-    window = value("sliding_window")
-    if window is not None and window < (model.config.get("max_position_embeddings") or window):
-        notes.append(
-            f"llama.cpp has no sliding window here: beyond {window} tokens it attends to more tokens than the source"
-        )
-    return tuple(reasons), tuple(notes)
-
-
 def _tensors(model: Parts, arch: Arch, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
     """Embedding, head and norm, then layer by layer, with the experts stacked."""
-    family = model.stock[1]
-    dims = family.dims(model.config)
+    fmt, family = model.stock
+    dims = model.translation.dims
     factor = math.sqrt(dims.hidden / wide["hidden"])
-    specs = model.translation.symbols
-    heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads}
+    heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads} if arch.interleaved and not fmt.interleaved else {}
     writes = {write.name: write for write in model.translation.plain(model.backbone)}
     if arch.own_head and "lm_head.weight" not in writes:
         writes["lm_head.weight"] = replace(writes["model.embed_tokens.weight"], name="lm_head.weight")
     rows: dict[int, list[GgufTensor]] = {layer: [] for layer in range(-1, dims.layers)}
     for name, write in writes.items():
         layer, generic = generic_name(name)
-        shape = tuple(wide.get(symbol, dims.size(symbol)) for symbol in specs[generic])
+        place = arch.places[generic]
+        symbols = place.shape or model.translation.symbols[generic]
+        shape = tuple(wide.get(symbol, dims.size(symbol)) for symbol in symbols)
         inside = name.rpartition("self_attn.")[2].split(".")[0]
         rows[layer].append(
             GgufTensor(
-                name=NAMES[generic].format(layer=layer),
+                name=place.name.format(layer=layer),
                 shape=shape,
-                parts=(write,),
-                heads=heads.get(inside, 0) if arch.interleaved else 0,
-                factor=factor if specs[generic] == ("hidden",) and name.endswith("norm.weight") else 1.0,
+                parts=(placed(write, place, dims, dims.shape(symbols)),),
+                heads=heads.get(inside, 0),
+                factor=factor if symbols == ("hidden",) and name.endswith("norm.weight") else 1.0,
             )
         )
-    rotary = rope(family, model.config)
     yield from rows[-1]
-    if rotary["rope_type"] == "llama3":
-        freqs = llama3_factors(rotary, dims.head_dim)
-        yield GgufTensor("rope_freqs.weight", (len(freqs),), (), values=freqs)
+    for name, numbers in rope_factors(rope(family, model.config), rotary_size(family, model.config)).items():
+        yield GgufTensor(f"{name}.weight", (len(numbers),), (), values=numbers)
     for layer in range(dims.layers):
         yield from rows[layer]
-        yield from _experts(model, layer, wide)
+        for name, symbols, value in arch.constants:
+            yield _constant(f"blk.{layer}.{name}", dims.shape(symbols), value)
+        yield from _experts(model, arch, layer, wide)
 
 
-def _experts(model: Parts, layer: int, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
+def placed(write: TensorWrite, place: Place, dims: Dims, shape: tuple[int, ...]) -> TensorWrite:
+    """A plain tensor as llama.cpp wants it, without padding: [shape]. Computed numbers are in float32."""
+    order = place.order(dims) if place.order else ()
+    if order != tuple(range(len(order))):
+        # columns are reordered as rows of one number
+        seen = (write.numel, 1) if place.columns else write.shape
+        moved = TensorWrite(write.name, write.dtype, seen, (write,), (Permute(order),))
+        write = TensorWrite(write.name, write.dtype, write.shape, (moved,))
+    dtype = "F32" if place.steps else write.dtype
+    return replace(write, shape=shape, steps=(*write.steps, *place.steps), dtype=dtype)
+
+
+def _constant(name: str, shape: tuple[int, ...], value: float = 0.0) -> GgufTensor:
+    return GgufTensor(name, shape, (TensorWrite(name, "F32", shape, (), (Constant(value),)),))
+
+
+def _experts(model: Parts, arch: Arch, layer: int, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
     hidden, ffn, count = wide["hidden"], wide["ffn"], len(model.nodes)
     fmt = model.stock[0]
     gate = model.gates[fmt.gate.format(layer=layer)]
@@ -257,16 +185,37 @@ def _experts(model: Parts, layer: int, wide: Mapping[str, int]) -> Iterator[Gguf
         shape = (hidden, ffn) if suffix.startswith("down") else (ffn, hidden)
         parts = tuple(row[suffix] for row in rows)
         yield GgufTensor(name.format(layer=layer), (count, *shape), parts)
+    # without a gate of its own the shared expert gets one of zeros, whose sigmoid is one half
+    doubled = model.shared_kind == "plain" and "plain" in arch.shared and "gated" in arch.shared
     for node in model.shared:
         row = model.translation.ffn(node, layer)
         for suffix, name in SHARED_EXPERT.items():
             down = suffix.startswith("down")
-            shape = (hidden, wide["shared"]) if down else (wide["shared"], hidden)
-            yield GgufTensor(name.format(layer=layer), shape, (row[suffix],))
+            shape = (hidden, wide["shared_ffn"]) if down else (wide["shared_ffn"], hidden)
+            write = row[suffix]
+            if down and doubled:
+                write = replace(write, steps=(*write.steps, DOUBLE))
+            yield GgufTensor(name.format(layer=layer), shape, (write,))
+    if not model.shared and arch.inert:
+        inert = wide.get(arch.inert) or int(arch.inert)
+        for suffix, name in SHARED_EXPERT.items():
+            shape = (hidden, inert) if suffix.startswith("down") else (inert, hidden)
+            yield _constant(name.format(layer=layer), shape)
     if model.shared_kind == "gated":
         assert fmt.shared_gate is not None
         write = model.gates[fmt.shared_gate.format(layer=layer)]
         yield GgufTensor(SHARED_ROUTER.format(layer=layer), (hidden,), (replace(write, shape=(write.numel,)),))
+    elif "gated" in arch.shared:
+        yield _constant(SHARED_ROUTER.format(layer=layer), (hidden,))
+
+
+def rope_factors(rotary: Mapping[str, Any], size: int) -> dict[str, tuple[float, ...]]:
+    """Name -> the divisors of the rotary frequencies of `size` numbers, where the rotary type has them."""
+    if rotary["rope_type"] == "llama3":
+        return {"rope_freqs": llama3_factors(rotary, size)}
+    if rotary["rope_type"] == "longrope":
+        return {f"rope_factors_{which}": tuple(map(float, rotary[f"{which}_factor"])) for which in ("long", "short")}
+    return {}
 
 
 def llama3_factors(rotary: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
@@ -300,8 +249,15 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def _up(size: int) -> int:
-    return -(-size // WIDE_BLOCK) * WIDE_BLOCK
+def _up(size: int, multiple: int = WIDE_BLOCK) -> int:
+    return -(-size // multiple) * multiple
+
+
+def _padded(narrow: Mapping[str, int]) -> dict[str, int]:
+    """Sizes that K-quants fit. The shared expert stays as wide as a number of experts: some architectures count it."""
+    ffn = _up(narrow["ffn"])
+    shared = _up(narrow["shared_ffn"], narrow["ffn"]) // narrow["ffn"] * ffn
+    return {"hidden": _up(narrow["hidden"]), "ffn": ffn, "shared_ffn": shared}
 
 
 def suggestion(found: GgufLayout, kind: FileType) -> str | None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from frankenmoe.checkpoint.tensors import Constant, Scale, TensorWrite, safetensors_dtype
 from frankenmoe.errors import PlanError
 from frankenmoe.families import FORMATS, SOFTMAX, Family, MoEFormat, is_neutral, rope, unsupported, why_virtual
-from frankenmoe.families.llamacpp import generic_name
+from frankenmoe.families.places import generic_name
 from frankenmoe.families.spec import RouterRule
 from frankenmoe.families.words import DOWN
 from frankenmoe.planning.sources import Source

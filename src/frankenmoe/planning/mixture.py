@@ -15,8 +15,8 @@ from frankenmoe.checkpoint.reader import Checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
 from frankenmoe.errors import SourceError
-from frankenmoe.families.llamacpp import generic_name
-from frankenmoe.families.mixtures import MixtureConfig, format_of, of_width, read_mixture
+from frankenmoe.families.mixtures import UNLIKE_DENSE, MixtureConfig, format_of, of_width, read_mixture
+from frankenmoe.families.places import generic_name
 from frankenmoe.families.spec import MoEFormat
 from frankenmoe.families.words import DOWN, GATE_UP
 from frankenmoe.planning.configs import WRONG_CONFIG, check_config
@@ -131,8 +131,10 @@ def _checked_dense(source: Source) -> Source:
 def open_mixture(source: Source, fmt: MoEFormat) -> Mixture:
     """A mixture of a known format, opened and checked.
 
-    Raises SourceError for a setting that the tables cannot express, and for missing and misshapen tensors.
+    Raises SourceError for a format or a setting that the tables cannot express, and for missing and misshapen tensors.
     """
+    if fmt.name in UNLIKE_DENSE:
+        raise SourceError(f"{source.name} {UNLIKE_DENSE[fmt.name]}", hint="eval runs it as transformers does")
     try:
         config = read_mixture(fmt, source.checkpoint.config)
     except (KeyError, TypeError, ValueError) as error:

@@ -21,7 +21,7 @@ from frankenmoe.checkpoint.tensors import (
     TensorWrite,
 )
 from frankenmoe.families import Family, MoEFormat, rotary_size
-from frankenmoe.families.llamacpp import generic_name
+from frankenmoe.families.places import generic_name
 from frankenmoe.families.rows import LAYER
 from frankenmoe.families.spec import Change, Config, Dims, Piece
 from frankenmoe.planning.tree import ExpertNode

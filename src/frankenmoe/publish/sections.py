@@ -239,9 +239,7 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
     family = facts.plan.base.family if facts.plan else None  # unknown where the sources are gone
     known = in_vllm(family.model_type if family else "", facts.fmt.name) if facts.built and facts.fmt else None
     if known is not None and known.runs:
-        parts.append(
-            f"vLLM serves this format ({known.how}; not tried for this card):\n\n```sh\nvllm serve {model}\n```"
-        )
+        parts.append(f"vLLM serves this format ({known.how}; not run for this card):\n\n```sh\nvllm serve {model}\n```")
     return "\n\n".join(parts)
 
 
