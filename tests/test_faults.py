@@ -188,7 +188,8 @@ def test_a_build_listens_to_that(recipe: Path, tmp_path: Path, monkeypatch: pyte
             time.sleep(0.001)
         raise AssertionError("nobody stopped the copying")
 
-    monkeypatch.setattr("frankenmoe.moe.load.check_loadable", no_use)
+    monkeypatch.setattr("frankenmoe.build.asking._recalled", lambda key: None)  # another test may have asked
+    monkeypatch.setattr("frankenmoe.build.agreement.agree", no_use)
     monkeypatch.setattr(building, "compose", endless)
     with pytest.raises(SourceError, match="no model"):
         fm.build(recipe, tmp_path / "out")

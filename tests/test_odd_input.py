@@ -86,7 +86,7 @@ def test_an_output_link_in_a_circle(recipe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["x" * 300, "x" * 250, "new/" + "x" * 250, "recipe.yml/out"])
 def test_an_output_folder_that_cannot_be(recipe: Path, tmp_path: Path, name: str) -> None:
-    facts = (str(tmp_path / name), "cannot be made")
+    facts = (str(tmp_path), name[-20:], "cannot be made")  # long names are cut in the middle
     refused("build", recipe, tmp_path / name, inside=tmp_path, facts=facts, hint="choose another output folder")
 
 
@@ -316,14 +316,31 @@ def test_a_family_whose_activation_has_learnt_scalars(tmp_path: Path) -> None:
     builds(recipe, tmp_path / "out", "--virtual")
 
 
-@pytest.mark.parametrize("family", ["gpt_oss", "qwen3_moe", "mixtral"])
-def test_parents_that_are_mixtures_of_experts_themselves(family: str, tmp_path: Path) -> None:
-    sizes = {"num_local_experts": 2, "num_experts": 2, "moe_intermediate_size": 48, "layer_types": None}
+@pytest.mark.parametrize(
+    ("family", "sizes", "facts", "hint"),
+    [
+        (
+            "gpt_oss",
+            {"num_local_experts": 2, "layer_types": None},
+            ("(gpt_oss) is a mixture of experts itself", "expected a dense model"),
+            "name the dense model",
+        ),
+        (
+            "qwen3_moe",
+            {"num_experts": 2, "moe_intermediate_size": 48},
+            ("is a mixture of 2 experts", "expected one model"),
+            "#0",
+        ),
+        ("mixtral", {"num_local_experts": 2}, ("is a mixture of 2 experts", "expected one model"), "#0"),
+    ],
+)
+def test_parents_that_are_mixtures_of_experts_themselves(
+    family: str, sizes: dict[str, Any], facts: tuple[str, ...], hint: str, tmp_path: Path
+) -> None:
     parent = tiny.make_parent(tmp_path / "moe", family, **sizes)
     recipe = tiny.write_recipe(tmp_path / "recipe.yml", parent, [parent, parent])
-    facts = (str(parent), f"({family}) is a mixture of experts itself", "expected a dense model")
-    refused("plan", recipe, inside=tmp_path, facts=facts, hint="name the dense model")
-    refused("build", recipe, tmp_path / "out", "--virtual", inside=tmp_path, facts=facts)
+    refused("plan", recipe, inside=tmp_path, facts=(str(parent), *facts), hint=hint)
+    refused("build", recipe, tmp_path / "out", "--virtual", inside=tmp_path, facts=(str(parent), *facts))
 
 
 def adapter(folder: Path, *, rank: int = 2, hidden: int = 32, ffn: int = 48, **settings: Any) -> Path:

@@ -30,4 +30,9 @@ def test_the_benchmark_has_every_command() -> None:
     from frankenmoe.cli.app import app
 
     tried = {case.words.split()[0] for case in startup.CASES}
-    assert set(app.commands) - tried == {"demo", "run", "add-expert"}  # other commands in a row; as long as `fit`
+    assert set(app.commands) - tried == {
+        "demo",
+        "run",
+        "add-expert",
+        "adopt",
+    }  # other commands in a row; as long as `fit`, `verify`
