@@ -392,3 +392,24 @@ def spoiled(retrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _fourth(name: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A fourth expert beside the third one, which the gates do not have."""
     return {name.replace("experts.2.", "experts.3."): tensors[name].clone()} if "experts.2." in name else {}
+
+
+@pytest.mark.parametrize("rotary", [{"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {}}, {}])
+def test_the_rotary_base_of_the_class_stays_where_other_settings_are_given(rotary: dict[str, Any]) -> None:
+    sizes = AutoConfig.for_model("mixtral").to_dict() | {"rope_theta": None, "rope_parameters": None}
+    read = read_mixture(FORMATS["mixtral"], sizes | rotary)
+    assert rope(FAMILIES["mistral"], read.dense)["rope_theta"] == 1e6
+
+
+def test_a_class_that_always_divides_weights_by_their_sum_ignores_another_setting() -> None:
+    sizes = AutoConfig.for_model("mixtral").to_dict()
+    assert read_mixture(FORMATS["mixtral"], sizes | {NORMALIZES: False}).rule.normalizes
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_5_moe", "ernie4_5_moe", "glm4_moe"])
+def test_a_shared_expert_is_seen_where_the_config_leaves_its_size_out(name: str) -> None:
+    fmt = FORMATS[name]
+    written = AutoConfig.for_model(fmt.model_type).to_dict()
+    size = next(key for key, quantity in fmt.counted.items() if quantity.startswith("shared"))
+    without = {key: value for key, value in written.items() if key != size}
+    assert read_mixture(fmt, without).shared_ffn == read_mixture(fmt, written).shared_ffn > 0

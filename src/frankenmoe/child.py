@@ -56,21 +56,31 @@ class Worker:
     def ask(self, request: Data, *, seconds: float) -> Data | None:
         """The answer to a request; None if the child does not answer in time, ends or cannot be started."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = subprocess.Popen(
-                    **program(self._module, OMP_NUM_THREADS="1"),  # threads need address space
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
-                )
-                if not self._line(START):
+            try:
+                if not self._runs() and not self._started():
                     return None
-            assert self._process.stdin is not None
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+                assert self._process is not None
+                assert self._process.stdin is not None
+                self._process.stdin.write(json.dumps(request).encode() + b"\n")
+                self._process.stdin.flush()
+            except OSError:  # it cannot be started, or has just ended
+                self.end()
+                return None
             line = self._line(seconds)
             answer: Data | None = json.loads(line) if line else None
             return answer
+
+    def _runs(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def _started(self) -> bool:
+        self._process = subprocess.Popen(
+            **program(self._module, OMP_NUM_THREADS="1"),  # threads need address space
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        return bool(self._line(START))
 
     def _line(self, seconds: float) -> bytes:
         """The next line of the child; nothing if it ends or does not answer in time, and it is gone then."""
@@ -83,16 +93,17 @@ class Worker:
             line = process.stdout.readline()
         finally:
             timer.cancel()
-            if not line:  # Ctrl-C, too
+            if not line.endswith(b"\n"):  # it was ended within a line; Ctrl-C, too
                 self.end()
-        return line
+        return line if line.endswith(b"\n") else b""
 
     def end(self) -> None:
         """Ends the child process."""
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            process.communicate()
+            with suppress(OSError):  # what was not sent to it
+                process.communicate()
 
 
 def serve(answer: Callable[[Data], Data], *, seconds: float, memory: int) -> None:

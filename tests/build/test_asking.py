@@ -160,3 +160,13 @@ def test_a_disagreement_has_the_same_words_here_and_in_a_child(old: Path) -> Non
             asking._answer(wrong, child, None, key=None, name="x")
         found.append((caught.value.message, caught.value.hint))
     assert found[0] == found[1]
+
+
+def test_the_child_runs_no_module_of_the_current_folder(
+    old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('a file of the folder was run')")
+    monkeypatch.chdir(tmp_path)
+    child = asking._child()
+    said, _ = child.communicate(target_of(fm.plan(fm.Recipe.load(old))).to_json(), timeout=300)
+    assert child.returncode == 0, said

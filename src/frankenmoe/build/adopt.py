@@ -25,7 +25,7 @@ from frankenmoe.artifact.folder import (
     small_hashes,
 )
 from frankenmoe.artifact.record import ADOPT
-from frankenmoe.artifact.replacing import replace_files
+from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.build.agreement import agree
 from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.proof import prove_sources
@@ -71,6 +71,8 @@ def adopt(
     Raises ArtifactError or SourceError for anything else than a whole mixture in a known format.
     """
     what = str(what)
+    if out is None:
+        finish_replacing(Path(what))  # of an adoption that was killed
     _refuse_artifact(Path(what))
     out = None if out is None else Path(os.path.realpath(out))
     if out is not None:

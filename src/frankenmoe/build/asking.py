@@ -64,7 +64,8 @@ def _answer(
 
 
 def _child() -> "subprocess.Popen[str]":
-    command = [sys.executable, "-c", CHILD, json.dumps(list(map(str, sys.path)))]
+    # -P: no module of the current folder, which may be a downloaded model
+    command = [sys.executable, "-P", "-c", CHILD, json.dumps(list(map(str, sys.path)))]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
 

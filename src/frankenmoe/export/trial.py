@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.child import Worker, serve
-from frankenmoe.errors import SourceError
+from frankenmoe.errors import QUOTED, SourceError, first_line
 from frankenmoe.export.small import CONTEXT, write_small
 from frankenmoe.export.tokenizer import Vocabulary
 
@@ -28,8 +28,14 @@ def can_read(template: str) -> bool:
 
 
 def check_renders(template: str, turns: Sequence[Mapping[str, Any]]) -> None:
-    """Raises SourceError if llama.cpp takes too long to render a conversation; what it refuses, it says itself."""
-    if _WORKER.ask({"template": template, "messages": list(turns)}, seconds=SECONDS) is None:
+    """Raises SourceError if llama.cpp takes too long to render a conversation, or if the template refuses it."""
+    answer = _WORKER.ask({"template": template, "messages": list(turns)}, seconds=SECONDS)
+    if answer is not None and "error" in answer:
+        raise SourceError(
+            f"the file's chat template refuses this conversation: {answer['error']}",
+            hint="most templates want user and assistant in turn, system only in front",
+        )
+    if answer is None:
         raise SourceError(
             f"the file's chat template takes more than {SECONDS} seconds or {MEMORY // 10**9} GB of memory",
             hint="use a file with another chat template",
@@ -39,7 +45,10 @@ def check_renders(template: str, turns: Sequence[Mapping[str, Any]]) -> None:
 def _answer(request: Mapping[str, Any]) -> Mapping[str, Any]:
     server = _loaded(str(request["template"]))
     if server is not None and "messages" in request:
-        server.handle_chat_completions({"messages": request["messages"], "max_tokens": 1})
+        try:
+            server.handle_chat_completions({"messages": request["messages"], "max_tokens": 1})
+        except RuntimeError as error:
+            return {"loads": True, "error": first_line(error)[:QUOTED]}
     return {"loads": server is not None}
 
 

@@ -119,6 +119,12 @@ def window_pattern(facts: Facts) -> dict[str, Any]:
     }
 
 
+def window_lacks(facts: Facts) -> str | None:
+    """Cohere 2 rotates only in layers with a window, and llama.cpp wants one such layer."""
+    rotates = SLIDING in facts.dims.kinds and facts.read("sliding_window") is not None
+    return None if rotates else "needs a layer with a window"
+
+
 def gating(number: int) -> Keys:
     return lambda facts: {"expert_gating_func": number, "expert_weights_norm": True, "expert_weights_scale": 1.0}
 

@@ -33,6 +33,7 @@ from frankenmoe.families.archkeys import (
     shared_count,
     shared_count_lacks,
     shared_ffn,
+    window_lacks,
     window_pattern,
 )
 from frankenmoe.families.places import COHERE2, GLM4, LFM2, MAMBA, O_BIAS, PLAIN, QK_NORM, QKV_BIAS, QWEN3_5, Places
@@ -235,5 +236,6 @@ ARCHS: Sequence[Arch] = (
         windows=True,
         pads=False,
         keys=(expert_ffn, all_sparse, gating(SOFTMAX), window_pattern, cohere2_norms),
+        lacks=window_lacks,
     ),
 )

@@ -13,6 +13,7 @@ from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat, RouterRule
 
 WIDTH = "intermediate_size"
+MOST = 100_000  # experts, since tables are expanded per expert
 # spellings of the number of experts; transformers 5 may save another one than the format's own code reads
 COUNTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 SHARED_SIZES = frozenset({"shared", "shared_or_null", "shared_ffn"})
@@ -66,25 +67,33 @@ VIEWS: Mapping[str, DenseView] = {
     "granitemoe": DenseView("granite"),
     "granitemoeshared": DenseView("granite", {"shared_intermediate_size": 0}),
     "deepseek": DenseView("llama", {"first_k_dense_replace": 0, "moe_layer_freq": 1, NORMALIZES: False}),
-    "qwen2_moe": DenseView("qwen2", {"num_key_value_heads": 16, NORMALIZES: False}),
+    "qwen2_moe": DenseView(
+        "qwen2", {"num_key_value_heads": 16, NORMALIZES: False, "shared_expert_intermediate_size": 5632}
+    ),
     "qwen3_moe": DenseView("qwen3", {"num_key_value_heads": 4, NORMALIZES: False}, derived={"head_dim": _head_dim}),
     "flex_olmo": DenseView(
         "olmo2", {"max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "rope_theta": 5e5, NORMALIZES: False}
     ),
     "ernie4_5_moe": DenseView(
         "ernie4_5",
-        {"num_key_value_heads": 4, "moe_layer_start_index": 1},
+        {"num_key_value_heads": 4, "moe_layer_start_index": 1, "moe_num_shared_experts": 2},
         ignored=frozenset({"moe_capacity", "moe_use_aux_free"}),
         alike={"moe_layer_end_index": lambda config: config["num_hidden_layers"] - 1},
     ),
     "glm4_moe": DenseView(
         "glm",
-        {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "attention_bias": False, "first_k_dense_replace": 1},
+        {
+            "num_key_value_heads": 8,
+            "rms_norm_eps": 1e-5,
+            "attention_bias": False,
+            "first_k_dense_replace": 1,
+            "n_shared_experts": 1,
+        },
         derived={"head_dim": _head_dim},
         ignored=frozenset({"num_nextn_predict_layers"}),  # further layers that only guess ahead
     ),
     "lfm2_moe": DenseView("lfm2", {"num_dense_layers": 2}, fixed={"block_auto_adjust_ff_dim": False}),
-    "qwen3_5_moe": DenseView("qwen3_5_text", {"num_key_value_heads": 2}),
+    "qwen3_5_moe": DenseView("qwen3_5_text", {"num_key_value_heads": 2, "shared_expert_intermediate_size": 512}),
     "granitemoe_swa": DenseView(
         "smollm3",
         {
@@ -148,9 +157,9 @@ def read_mixture(fmt: MoEFormat, config: Config) -> MixtureConfig:
     view = VIEWS[fmt.name]
     family = FAMILIES[view.family]
     given = {**view.defaults, **{key: value for key, value in config.items() if value is not None}}
-    if "rope_theta" in view.defaults and (config.get("rope_scaling") or config.get("rope_parameters")):
-        given.pop("rope_theta")  # one of the class, which the other spelling overrides
-        given |= {key: config[key] for key in ("rope_theta",) if config.get(key) is not None}
+    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if "rope_theta" in view.defaults and config.get("rope_theta") is None and rotary.get("rope_theta") is not None:
+        given.pop("rope_theta")  # the class's own, which the config's other spelling overrides
     given |= {key: compute(given) for key, compute in view.derived.items()}
     ffn = _number(fmt, given, "ffn") if "ffn" in fmt.counted.values() else int(given[WIDTH])
     computed = {key for key, plain in fmt.fields.items() if callable(plain)}
@@ -177,7 +186,8 @@ def read_mixture(fmt: MoEFormat, config: Config) -> MixtureConfig:
 
 def rule_in(fmt: MoEFormat, config: Config) -> RouterRule:
     """How gates become weights, by the config of a mixture."""
-    return replace(fmt.router, normalizes=bool(config.get(NORMALIZES, True)))
+    given = config.get(NORMALIZES) if NORMALIZES in fmt.constants else None
+    return fmt.router if given is None else replace(fmt.router, normalizes=bool(given))
 
 
 def of_width(fmt: MoEFormat, config: Config, ffn: int) -> dict[str, Any]:
@@ -200,7 +210,7 @@ def _number(fmt: MoEFormat, config: Config, quantity: str) -> int:
     found = _count(fmt, config, quantity)
     if found is None:
         raise KeyError(next(key for key, name in fmt.counted.items() if name == quantity))
-    if type(found) is not int:
+    if type(found) is not int or not 1 <= found <= MOST:
         raise TypeError(f"{quantity} {found!r:.40}")
     return found
 

@@ -11,6 +11,12 @@ from frankenmoe.families.spec import Config, Family
 
 MOST_LAYERS = 10_000  # tables are expanded per layer
 LARGEST = 1e30  # far above every number of a config that a model can compute with
+# rotary settings that a type cannot do without
+NEEDED: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
 # what reading a table raises for a value of another kind, or for one that does not fit the others
 _UNREADABLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
@@ -58,6 +64,18 @@ _SIZES = {
 }
 _ROTARY: Check = (_is_rotary, "a number, a list of numbers or a word")
 _WORD: Check = _LIKE_DEFAULT[str]
+_NUMBER: Check = (_is_number, "a finite number")
+# rotary settings whose kind is known
+_OF_ROTARY: Mapping[str, Check] = {
+    **dict.fromkeys(("rope_type", "type"), _WORD),
+    **dict.fromkeys(
+        (
+            *("factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
+            *("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow"),
+        ),
+        _NUMBER,
+    ),
+}
 
 
 def odd_value(family: Family, config: Config) -> str | None:
@@ -77,13 +95,16 @@ def odd_value(family: Family, config: Config) -> str | None:
     if not isinstance(rotary, Mapping):
         return f"has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}"
     for name, value in rotary.items():
-        holds, expected = _WORD if name in ("rope_type", "type") else _ROTARY
+        holds, expected = _OF_ROTARY.get(name, _ROTARY)
         if value is not None and not holds(value):
             return f"has {name:.40} {value!r:.40} among its rotary settings, expected {expected}"
     try:
         for name in (*NEUTRAL, *COPIED):
             family.read(config, name)
-        rope(family, config)
+        rotary = rope(family, config)
+        lacking = [name for name in NEEDED.get(str(rotary["rope_type"]), ()) if name not in rotary]
+        if lacking:
+            return f"has rotary settings of type {rotary['rope_type']} without {', '.join(lacking)}"
         family.shapes(family.backbone, config)
     except _UNREADABLE as error:
         return f"has settings that do not fit together ({type(error).__name__} {first_line(error):.100})"

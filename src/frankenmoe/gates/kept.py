@@ -3,12 +3,11 @@
 Shape suffixes: E experts, D hidden.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 
 from frankenmoe.artifact.folder import Routers
 from frankenmoe.checkpoint.cast import Floats
+from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.checkpoint.values import check_finite, values
 from frankenmoe.errors import PlanError
 from frankenmoe.gates.chance import encoded
@@ -23,13 +22,13 @@ def kept_routers(plan: Plan) -> Routers:
 
     Raises PlanError for an expert that has no row, NumericsError for a gate that is not finite.
     """
-    names = router_names(plan.fmt, layers=plan.layers, path=())
-    rows = [list(_rows(_part(node))) for node in plan.nodes]
-    found = {name: np.stack([row[layer] for row in rows]) for layer, name in enumerate(names)}
-    if plan.gated_shared:
-        shared = list(_rows(_part(plan.shared[0])))
-        names = router_names(plan.fmt, layers=plan.layers, path=SHARED)
-        found |= {name: row[None] for name, row in zip(names, shared, strict=True)}
+    found = {}
+    for path, nodes in (((), plan.nodes), (SHARED, plan.shared if plan.gated_shared else ())):
+        parts = [_part(node) for node in nodes]
+        names = router_names(plan.fmt, layers=plan.layers, path=path) if parts else ()
+        for layer, name in enumerate(names):
+            gates = {ref: _gate(ref) for ref in dict.fromkeys(part.gates[layer] for part in parts)}
+            found[name] = np.stack([gates[part.gates[layer]][_row(part)] for part in parts])
     return encoded(plan, found)
 
 
@@ -42,9 +41,11 @@ def _part(node: ExpertNode) -> Part:
     return part
 
 
-def _rows(part: Part) -> Iterator[Floats]:
-    """An expert's row [D] of the gate of every layer."""
-    for ref in part.gates:
-        check_finite(ref)
-        gate_ED = values(ref)
-        yield gate_ED[int(part.name) if part.name.isdecimal() else 0]
+def _gate(ref: TensorRef) -> Floats:
+    """A gate [E, D]."""
+    check_finite(ref)
+    return values(ref)
+
+
+def _row(part: Part) -> int:
+    return int(part.name) if part.name.isdecimal() else 0

@@ -18,6 +18,7 @@ from frankenmoe.errors import SourceError
 from frankenmoe.families.mixtures import UNLIKE_DENSE, MixtureConfig, format_of, of_width, read_mixture
 from frankenmoe.families.places import generic_name
 from frankenmoe.families.spec import MoEFormat
+from frankenmoe.families.values import odd_value
 from frankenmoe.families.words import DOWN, GATE_UP
 from frankenmoe.planning.configs import WRONG_CONFIG, check_config
 from frankenmoe.planning.sources import Part, Source, open_source, sources_of
@@ -137,6 +138,8 @@ def open_mixture(source: Source, fmt: MoEFormat) -> Mixture:
         raise SourceError(f"{source.name} {UNLIKE_DENSE[fmt.name]}", hint="eval runs it as transformers does")
     try:
         config = read_mixture(fmt, source.checkpoint.config)
+        if odd := odd_value(config.family, config.dense):
+            raise ValueError(odd)
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(
             f"{source.folder / 'config.json'} lacks a size of a {fmt.title} model, or has an impossible one: {error}",

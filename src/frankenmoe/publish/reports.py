@@ -10,7 +10,7 @@ from frankenmoe.artifact.folder import Artifact
 from frankenmoe.artifact.healing import HealReport
 from frankenmoe.artifact.reports import HINT, REPORTS, AuditReport, EvalReport, StageReport, about, read_object
 from frankenmoe.checkpoint.jsonfile import small_bytes
-from frankenmoe.errors import ArtifactError
+from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.publish.leaderboard import LeaderboardReport
 
 FOLDER = "reports"
@@ -89,7 +89,7 @@ def _list_of_files(file: Path) -> dict[str, object] | None:
     """What `frankenmoe export --json` prints: the files of a report alone."""
     try:
         data = json.loads(small_bytes(file))
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError, RecursionError, SourceError):  # the last: it is too large
         return None
     return {"files": data} if isinstance(data, list) else None
 

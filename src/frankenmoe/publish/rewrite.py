@@ -19,7 +19,7 @@ from frankenmoe.artifact.folder import RECORD
 from frankenmoe.checkpoint.header import PREFIX, raw_header, read_header
 from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.weights import INDEX
-from frankenmoe.errors import FrankenMoEError
+from frankenmoe.errors import FrankenMoEError, SourceError
 from frankenmoe.recipe.sourcename import SourceName, parse_source
 
 RECIPE = "recipe.yml"
@@ -76,7 +76,7 @@ class Rewriter:
             if file.suffix != ".json" or file.name in VOCABULARIES:
                 return None
             value = json.loads(small_bytes(file))
-        except (ValueError, RecursionError, yaml.YAMLError):
+        except (ValueError, RecursionError, yaml.YAMLError, SourceError):  # the last: it is too large
             return None
         if path == RECORD:
             return _bytes(value, self._record(value, file.parent), _as_json)

@@ -20,7 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from frankenmoe.checkpoint.header import PREFIX
-from frankenmoe.publish.privacy import AFTER, BEFORE, LocalNames, as_published
+from frankenmoe.publish.privacy import AFTER, BEFORE, WINDOWS, LocalNames, as_published
 from frankenmoe.publish.rewrite import Spliced
 
 PIECE = 2**24  # bytes
@@ -52,7 +52,8 @@ SYSTEM = (
     "usr",
     "var",
 )
-ABSOLUTE = re.compile(rb"(?:(?<![\w./~<\\-])|(?<=\\[nrt])|(?<=file://))(/[\w.+@-]+/[\w.+@-]+)")
+PART = rb"/[\w.+@\x80-\xff-]+"
+ABSOLUTE = re.compile(rb"(?:(?<![\w./~<\\\x80-\xff-])|(?<=\\[nrt])|(?<=file://))(" + PART + PART + rb")")
 FIELD = re.compile(rb'"([^"\\]{1,80})"\s*:')
 
 
@@ -121,7 +122,8 @@ def needles(names: LocalNames) -> list[Needle]:
     """The private names that must not be published."""
     before, after = BEFORE.encode(), AFTER.encode()
     user, host = _user(), platform.node().split(".")[0]
-    paths = [path for path in names.spellings if path.startswith(("/", "..")) and path.strip("./").count("/")]
+    paths = [path for path in names.spellings if path.startswith(("/", "..", "~/")) or WINDOWS.match(path)]
+    paths = [path for path in paths if re.search(r"[/\\]", path.strip("./~"))]
     found = [(f"the path {path}", path, before + b"%s" + after) for path in paths]
     found.append((f"the home folder {Path.home()}", f"{str(Path.home()).rstrip('/')}/", before + rb"%s(?=[\w.])"))
     if user.lower() not in COMMON and len(user) > 2:
