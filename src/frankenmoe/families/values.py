@@ -65,9 +65,11 @@ _SIZES = {
 _ROTARY: Check = (_is_rotary, "a number, a list of numbers or a word")
 _WORD: Check = _LIKE_DEFAULT[str]
 _NUMBER: Check = (_is_number, "a finite number")
+_NUMBERS: Check = (lambda value: isinstance(value, list) and all(map(_is_number, value)), "a list of finite numbers")
 # rotary settings whose kind is known
 _OF_ROTARY: Mapping[str, Check] = {
     **dict.fromkeys(("rope_type", "type"), _WORD),
+    **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
     **dict.fromkeys(
         (
             *("factor", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"),
