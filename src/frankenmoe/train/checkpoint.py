@@ -122,6 +122,11 @@ def save_best(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
     write_atomic(folder / BEST, save(dict(weights)))
 
 
+def load_best(folder: Path) -> dict[str, torch.Tensor]:
+    """What `save_best` kept, in memory: Windows cannot remove a file that is mapped."""
+    return {key: tensor.clone() for key, tensor in load_file(folder / BEST).items()}
+
+
 def remove_scaffold(folder: Path) -> None:
     """Removes checkpoints, the best weights and the parents' predictions; a finished artifact needs none of them."""
     for path in list(folder.iterdir()):

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from frankenmoe.errors import NumericsError
 from frankenmoe.moe.dense import quiet_transformers
@@ -24,9 +23,9 @@ from frankenmoe.planning import Plan
 from frankenmoe.progress import Progress
 from frankenmoe.recipe.train import TrainSettings
 from frankenmoe.train.checkpoint import (
-    BEST,
     History,
     last_checkpoint,
+    load_best,
     restore,
     save_best,
     save_checkpoint,
@@ -158,7 +157,7 @@ class _Loop:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         self.accelerator.wait_for_everyone()
-        return RunResult(load_file(self.run.folder / BEST), whole_weights(self.slots), history, stopped)
+        return RunResult(load_best(self.run.folder), whole_weights(self.slots), history, stopped)
 
     def step(self) -> float:
         """One step of the optimizer; returns the loss of its batch over all processes.
