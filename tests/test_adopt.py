@@ -160,6 +160,19 @@ def test_weights_that_are_not_divided_by_their_sum_and_a_wide_shared_expert(tmp_
     assert not json.loads((tmp_path / "built" / "config.json").read_text())["norm_topk_prob"]
 
 
+def test_a_shared_expert_that_its_format_cannot_count_is_refused(tmp_path: Path) -> None:
+    case, base = CASES["llama-shared"], make_parent(tmp_path / "base", CASES["llama"])
+    other = make_parent(tmp_path / "other", CASES["llama"], seed=1)
+    recipes = {}
+    for wide in (84, 104):
+        folder = saved(mixture_of(case, shared_intermediate_size=wide), tmp_path / str(wide))
+        keys = {"architecture": "deepseek", "shared_experts": [{"source_model": f"{folder}#shared"}]}
+        recipes[wide] = tiny.write_recipe(tmp_path / f"{wide}.yml", base, [base, other], **keys)
+    facts = ("DeepSeek MoE has shared experts as wide as others, found widths 84 and 52",)
+    refused("build", recipes[84], tmp_path / "out", inside=tmp_path, facts=facts)
+    assert fm.plan(fm.Recipe.load(recipes[104])).config["n_shared_experts"] == 2
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     ("name", "changes"),
