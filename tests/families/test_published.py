@@ -12,7 +12,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import frankenmoe as fm
 import tiny
 from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope, unsupported
+from frankenmoe.families.archkeys import rotary_keys
 from frankenmoe.families.spec import MAY_BE_NULL
+from frankenmoe.families.values import odd_value
 from published import MODELS
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
@@ -140,6 +142,40 @@ def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path:
     ours = rope(FAMILIES["qwen3"], config_of("qwen3", **own))
     assert {key: theirs[key] for key in ours} == ours
     assert ours["rope_type"] == "yarn"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+SCALED = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize("rotary", [LLAMA3, YARN, SCALED], ids=lambda rotary: rotary["rope_type"])
+def test_without_a_context_of_their_own_rotary_settings_have_the_models(rotary: dict[str, Any]) -> None:
+    config = config_of("llama", rope_parameters=rotary | {"rope_theta": 1e4})
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(config))).rope_parameters
+    assert odd_value(FAMILIES["llama"], config) is None
+    assert rope(FAMILIES["llama"], config) == theirs
+    assert rotary_keys(theirs, context=64).keys() == rotary_keys(rope(FAMILIES["llama"], config), context=64).keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("rotary", "lost"),
+    [
+        *((LLAMA3, name) for name in ("factor", "low_freq_factor", "high_freq_factor")),
+        *((SCALED, name) for name in ("short_factor", "long_factor")),
+        *((YARN | {"rope_type": kind}, "factor") for kind in ("linear", "dynamic", "yarn")),
+    ],
+)
+def test_what_a_rotary_type_needs_must_be_there(rotary: dict[str, Any], lost: str, family: str) -> None:
+    left = {key: value for key, value in rotary.items() if key != lost} | {"rope_theta": 1e4}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    nested = {"full_attention": plain, "sliding_attention": left}
+    config = config_of(family, rope_parameters=nested if family == "gemma3_text" else left)
+    with pytest.raises(KeyError, match=lost):
+        AutoConfig.for_model(**json.loads(json.dumps(config)))
+    said = f"has rotary settings of type {rotary['rope_type']} without {lost}"
+    assert odd_value(FAMILIES[family], config) == said
 
 
 def test_both_spellings_of_sizes_of_full_attention_are_read() -> None:

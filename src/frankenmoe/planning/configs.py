@@ -6,6 +6,7 @@ from typing import Any
 
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES
+from frankenmoe.families.rotary import written_rope
 from frankenmoe.families.spec import Dims
 from frankenmoe.families.values import MOST_LAYERS, odd_value
 
@@ -53,7 +54,7 @@ def check_config(name: object, folder: Path, config: Mapping[str, Any]) -> None:
                 f"{file} has {said}, expected a whole number from 1 to {most}",
                 hint=WRONG_FILE,
             )
-    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rotary = written_rope(config)
     if not isinstance(rotary, Mapping):
         raise SourceError(
             f"{file} has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}",
