@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import frankenmoe as fm
 import gguftools
 import tiny
-from family_cases import CASES, LONG, SHARED, Case, make_parent, write_recipe
+from family_cases import CASES, LONG, SHARED, Case, apart, logits, make_parent, write_recipe
 from frankenmoe.artifact.folder import RECORD
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.families import FAMILIES, FORMATS, moe_config
@@ -66,16 +66,6 @@ def saved_packed(model: Any, folder: Path) -> Path:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids_BT).logits.float()
-
-
-def apart(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number."""
-    return float((one - two).abs().max() / one.abs().max())
 
 
 def output(*arguments: object) -> str:

@@ -124,10 +124,7 @@ def test_other_values_are_refused_by_name(fmt: str, family: str, field: str, val
 
 def test_a_window_as_long_as_the_context_is_not_written() -> None:
     config = config_of("phi3", sliding_window=262144, max_position_embeddings=131072)
-    made = moe_config(
-        FORMATS["glm4_moe"], FAMILIES["phi3"], config, experts=4, experts_per_token=2, shared_ffn=0, dtype="float32"
-    )
-    assert made["sliding_window"] is None
+    assert made_of(config, "glm4_moe")["sliding_window"] is None
 
 
 def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path: Path) -> None:
@@ -205,15 +202,7 @@ def test_gemma_3_reads_rotation_in_both_spellings() -> None:
 def test_a_layer_that_changes_nothing_stands_in_for_full_attention_at_the_end() -> None:
     for layers, more in ((5, 1), (6, 0)):
         config = config_of("gemma3_text", num_hidden_layers=layers)
-        made = moe_config(
-            FORMATS["gemma4"],
-            FAMILIES["gemma3_text"],
-            config,
-            experts=4,
-            experts_per_token=2,
-            shared_ffn=0,
-            dtype="float32",
-        )
+        made = made_of(config)
         assert made["num_hidden_layers"] == len(made["layer_types"]) == layers + more
         assert made["layer_types"][-1] == "full_attention"
 
@@ -225,11 +214,10 @@ def format_of(config: Mapping[str, Any]) -> str:
     return next(name for name in names if unsupported(FORMATS[name], family, config) == [])
 
 
-def made_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    family = FAMILIES[config["model_type"]]
-    return moe_config(
-        FORMATS[format_of(config)], family, config, experts=4, experts_per_token=2, shared_ffn=0, dtype="bfloat16"
-    )
+def made_of(config: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """The config of an MoE in the format of that name, or in the first that can represent a config."""
+    fmt, family = FORMATS[name or format_of(config)], FAMILIES[config["model_type"]]
+    return moe_config(fmt, family, config, experts=4, experts_per_token=2, shared_ffn=0, dtype="bfloat16")
 
 
 def parameters(folder: Path) -> int:
