@@ -11,10 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
+from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope, unsupported
 from frankenmoe.families.archkeys import rotary_keys
 from frankenmoe.families.spec import MAY_BE_NULL
 from frankenmoe.families.values import odd_value
+from frankenmoe.planning.configs import check_config
 from published import MODELS
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
@@ -173,6 +175,19 @@ def test_what_a_rotary_type_needs_must_be_there(rotary: dict[str, Any], lost: st
         AutoConfig.for_model(**json.loads(json.dumps(config)))
     said = f"has rotary settings of type {rotary['rope_type']} without {lost}"
     assert odd_value(FAMILIES[family], config) == said
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"rope_local_base_freq": 0},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": -1.0}}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": "fast"}}},
+    ],
+)
+def test_rotary_settings_of_a_kind_of_layer_are_checked_too(own: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has rope_\w+ \S+.*, expected a \w+ number"):
+        check_config("gemma", tmp_path, config_of("gemma3_text", **own))
 
 
 def test_both_spellings_of_sizes_of_full_attention_are_read() -> None:

@@ -105,7 +105,7 @@ def kv_heads_by_layer(facts: Facts) -> dict[str, Any]:
 
 
 def window_pattern(facts: Facts) -> dict[str, Any]:
-    """The layers with a window. llama.cpp wants at least one: without any, the first one's is the whole context."""
+    """The layers with a window. llama.cpp wants one: without any, the first gets one as long as the context."""
     window = facts.read("sliding_window")
     sliding = [kind == SLIDING for kind in facts.dims.kinds] or [window is not None] * facts.dims.layers
     if not any(sliding):

@@ -53,7 +53,7 @@ def _gemma4_types(config: Config) -> list[str]:
 
 
 def _gemma4_kinds(config: Config) -> list[str]:
-    """The same with what the last layers and those of full attention leave out."""
+    """The kinds of its layers, which also tell the layers that reuse keys and those with one matrix for both."""
     types, shared = _gemma4_types(config), config["num_kv_shared_layers"]
     full = ONE_FOR_BOTH if config["attention_k_eq_v"] else FULL
     own = [full if kind == FULL else kind for kind in types[: len(types) - shared]]

@@ -43,7 +43,7 @@ def _window(family: Family, config: Config) -> int:
 
 
 PRE_FFN = LAYER + "pre_feedforward_layernorm.weight"
-# a scale at which the squares of what a norm reads are nothing beside its epsilon
+# so small a scale that the squares of what a norm reads do not count beside its epsilon
 FAINT = 2.0**-11
 GEMMA4_FIELDS = (
     "layer_types", "final_logit_softcapping", "global_head_dim", "num_global_key_value_heads",

@@ -16,6 +16,11 @@ def written_rope(config: Config) -> Any:
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
+def with_nested(rotary: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Written rotary settings, and those that are nested in them by kind of layer."""
+    return (rotary, *(value for value in rotary.values() if isinstance(value, Mapping)))
+
+
 def rope(family: Family, config: Config) -> dict[str, Any]:
     """Rotary settings as transformers 5's one dictionary, read from that form or from transformers 4's fields.
 

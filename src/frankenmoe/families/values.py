@@ -6,7 +6,7 @@ from typing import Any
 from frankenmoe.errors import first_line
 from frankenmoe.families.config import COPIED
 from frankenmoe.families.known import NEUTRAL
-from frankenmoe.families.rotary import rope, written_rope
+from frankenmoe.families.rotary import rope, with_nested, written_rope
 from frankenmoe.families.spec import FULL, Config, Family
 
 MOST_LAYERS = 10_000  # tables are expanded per layer
@@ -94,8 +94,7 @@ def odd_value(family: Family, config: Config) -> str | None:
     rotary = written_rope(config)
     if not isinstance(rotary, Mapping):
         return f"has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}"
-    by_kind = [value for value in rotary.values() if isinstance(value, Mapping)]
-    for name, value in (setting for settings in (rotary, *by_kind) for setting in settings.items()):
+    for name, value in (setting for settings in with_nested(rotary) for setting in settings.items()):
         holds, expected = _OF_ROTARY.get(name, _ROTARY)
         if value is not None and not holds(value):
             return f"has {name:.40} {value!r:.40} among its rotary settings, expected {expected}"
