@@ -269,7 +269,8 @@ def compared(
 ) -> list[Row]:
     """How many of vLLM's tokens are those of transformers and ours, until the first that is not; and its times.
 
-    Without times and with vLLM's own words where it does not run the model. `loading` are options of transformers.
+    Where vLLM does not run the model there are no times, and the note is vLLM's last line. `loading` are options of
+    transformers.
     """
     log(f"  {name}")
     try:

@@ -285,6 +285,17 @@ def write_recipe(file: Path, case: Case, base: Path, parents: list[Path], *, hal
     return file
 
 
+def logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
+    """All logits [B, T, V] in float32."""
+    with torch.no_grad():
+        return model(input_ids=ids_BT).logits.float()
+
+
+def apart(one: torch.Tensor, two: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return float((one - two).abs().max() / one.abs().max())
+
+
 class PerToken(nn.Module):
     """An MoE written down as its definition: token by token, expert by expert.
 

@@ -27,6 +27,9 @@ MORE: dict[str, Case] = {
         SHARED | {"architecture": "deepseek", "experts_per_token": 1},
     ),
     "cohere2-biases": replace(CASES["cohere2"], config=CASES["cohere2"].config | {"attention_bias": True}),
+    "cohere2-full": replace(CASES["cohere2"], config=CASES["cohere2"].config | {"layer_types": ["full_attention"] * 4}),
+    "smollm3-unrotated": replace(CASES["smollm3"], config=CASES["smollm3"].config | {"no_rope_layers": [0] * 4}),
+    "granite4-no-bias": replace(CASES["granite4"], config=CASES["granite4"].config | {"mamba_conv_bias": False}),
     "cohere-plain": replace(CASES["cohere"], config=CASES["cohere"].config | {"attention_bias": False}),
     "qwen3_5-shared": replace(CASES["qwen3_5"], recipe=SHARED),
     "granite4-attention": replace(
@@ -85,6 +88,8 @@ REFUSED: dict[str, str] = {
     "qwen3": "qwen3moe has no place for model.layers.0.self_attn.q_proj.bias",
     "olmo2": "FlexOlmo",
     "cohere2-biases": "cohere2moe has no place for model.layers.0.self_attn.q_proj.bias",
+    "cohere2-full": "cohere2moe needs a layer with a window",
+    "smollm3-unrotated": "granite_swa needs a layer that rotates",
     "cohere": "cohere2moe has no place for model.layers.0.self_attn.q_proj.bias",
     "gemma3": "Gemma 4 architecture is not checked yet",
     "gemma3-full": "Gemma 4 architecture is not checked yet",
@@ -93,5 +98,6 @@ REFUSED: dict[str, str] = {
     "gemma": "gelu_pytorch_tanh",
     "phi3-partial": "glm4moe has no rope scaling 'longrope'",
     "granite4-unrotated": "granitehybrid needs a Mamba layer",
+    "granite4-no-bias": "granitehybrid needs biases of the convolution, found mamba_conv_bias false",
     "lfm2-bias": "lfm2moe has no place for model.layers.0.conv.conv.bias",
 }

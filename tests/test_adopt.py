@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import frankenmoe as fm
 import gguftools
 import tiny
-from family_cases import CASES, LONG, SHARED, Case, make_parent, write_recipe
+from family_cases import CASES, LONG, SHARED, Case, apart, logits, make_parent, write_recipe
 from frankenmoe.artifact.folder import RECORD
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.families import FAMILIES, FORMATS, moe_config
@@ -66,16 +66,6 @@ def saved_packed(model: Any, folder: Path) -> Path:
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items() if name not in tied}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
-
-
-def logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids_BT).logits.float()
-
-
-def apart(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number."""
-    return float((one - two).abs().max() / one.abs().max())
 
 
 def output(*arguments: object) -> str:
@@ -158,6 +148,19 @@ def test_weights_that_are_not_divided_by_their_sum_and_a_wide_shared_expert(tmp_
     for other in (fm.load(tmp_path / "adopted").model, fm.load(tmp_path / "built").model, again):
         assert apart(theirs, logits(other, ids)) <= 5e-6
     assert not json.loads((tmp_path / "built" / "config.json").read_text())["norm_topk_prob"]
+
+
+def test_a_shared_expert_that_its_format_cannot_count_is_refused(tmp_path: Path) -> None:
+    case, base = CASES["llama-shared"], make_parent(tmp_path / "base", CASES["llama"])
+    other = make_parent(tmp_path / "other", CASES["llama"], seed=1)
+    recipes = {}
+    for wide in (84, 104):
+        folder = saved(mixture_of(case, shared_intermediate_size=wide), tmp_path / str(wide))
+        keys = {"architecture": "deepseek", "shared_experts": [{"source_model": f"{folder}#shared"}]}
+        recipes[wide] = tiny.write_recipe(tmp_path / f"{wide}.yml", base, [base, other], **keys)
+    facts = ("DeepSeek MoE has shared experts as wide as others, found widths 84 and 52",)
+    refused("build", recipes[84], tmp_path / "out", inside=tmp_path, facts=facts)
+    assert fm.plan(fm.Recipe.load(recipes[104])).config["n_shared_experts"] == 2
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -10,14 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
-from family_cases import CASES, LONG, make_parent, per_token, write_recipe
+from family_cases import CASES, LONG, apart, logits, make_parent, per_token, write_recipe
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.families import FAMILIES, FORMATS
-
-
-def logits(model: Any, ids_BT: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids_BT).logits.float()
 
 
 def stock(folder: Path, **loading: Any) -> Any:
@@ -25,11 +20,6 @@ def stock(folder: Path, **loading: Any) -> Any:
     model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **loading)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     return model.eval()
-
-
-def apart(one: torch.Tensor, two: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number."""
-    return float((one - two).abs().max() / one.abs().max())
 
 
 def divergence(truth: torch.Tensor, other: torch.Tensor) -> float:

@@ -11,8 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
+from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope, unsupported
+from frankenmoe.families.archkeys import rotary_keys
 from frankenmoe.families.spec import MAY_BE_NULL
+from frankenmoe.families.values import odd_value
+from frankenmoe.planning.configs import check_config
 from published import MODELS
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
@@ -122,10 +126,7 @@ def test_other_values_are_refused_by_name(fmt: str, family: str, field: str, val
 
 def test_a_window_as_long_as_the_context_is_not_written() -> None:
     config = config_of("phi3", sliding_window=262144, max_position_embeddings=131072)
-    made = moe_config(
-        FORMATS["glm4_moe"], FAMILIES["phi3"], config, experts=4, experts_per_token=2, shared_ffn=0, dtype="float32"
-    )
-    assert made["sliding_window"] is None
+    assert made_of(config, "glm4_moe")["sliding_window"] is None
 
 
 def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path: Path) -> None:
@@ -140,6 +141,53 @@ def test_of_two_rotary_settings_the_one_that_transformers_takes_counts(tmp_path:
     ours = rope(FAMILIES["qwen3"], config_of("qwen3", **own))
     assert {key: theirs[key] for key in ours} == ours
     assert ours["rope_type"] == "yarn"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 4.0}
+SCALED = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize("rotary", [LLAMA3, YARN, SCALED], ids=lambda rotary: rotary["rope_type"])
+def test_without_a_context_of_their_own_rotary_settings_have_the_models(rotary: dict[str, Any]) -> None:
+    config = config_of("llama", rope_parameters=rotary | {"rope_theta": 1e4})
+    theirs = AutoConfig.for_model(**json.loads(json.dumps(config))).rope_parameters
+    assert odd_value(FAMILIES["llama"], config) is None
+    assert rope(FAMILIES["llama"], config) == theirs
+    assert rotary_keys(theirs, context=64).keys() == rotary_keys(rope(FAMILIES["llama"], config), context=64).keys()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize(
+    ("rotary", "lost"),
+    [
+        *((LLAMA3, name) for name in ("factor", "low_freq_factor", "high_freq_factor")),
+        *((SCALED, name) for name in ("short_factor", "long_factor")),
+        *((YARN | {"rope_type": kind}, "factor") for kind in ("linear", "dynamic", "yarn")),
+    ],
+)
+def test_what_a_rotary_type_needs_must_be_there(rotary: dict[str, Any], lost: str, family: str) -> None:
+    left = {key: value for key, value in rotary.items() if key != lost} | {"rope_theta": 1e4}
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    nested = {"full_attention": plain, "sliding_attention": left}
+    config = config_of(family, rope_parameters=nested if family == "gemma3_text" else left)
+    with pytest.raises(KeyError, match=lost):
+        AutoConfig.for_model(**json.loads(json.dumps(config)))
+    said = f"has rotary settings of type {rotary['rope_type']} without {lost}"
+    assert odd_value(FAMILIES[family], config) == said
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"rope_local_base_freq": 0},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": -1.0}}},
+        {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": "fast"}}},
+    ],
+)
+def test_rotary_settings_of_a_kind_of_layer_are_checked_too(own: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"has rope_\w+ \S+.*, expected a \w+ number"):
+        check_config("gemma", tmp_path, config_of("gemma3_text", **own))
 
 
 def test_both_spellings_of_sizes_of_full_attention_are_read() -> None:
@@ -169,15 +217,7 @@ def test_gemma_3_reads_rotation_in_both_spellings() -> None:
 def test_a_layer_that_changes_nothing_stands_in_for_full_attention_at_the_end() -> None:
     for layers, more in ((5, 1), (6, 0)):
         config = config_of("gemma3_text", num_hidden_layers=layers)
-        made = moe_config(
-            FORMATS["gemma4"],
-            FAMILIES["gemma3_text"],
-            config,
-            experts=4,
-            experts_per_token=2,
-            shared_ffn=0,
-            dtype="float32",
-        )
+        made = made_of(config)
         assert made["num_hidden_layers"] == len(made["layer_types"]) == layers + more
         assert made["layer_types"][-1] == "full_attention"
 
@@ -189,11 +229,10 @@ def format_of(config: Mapping[str, Any]) -> str:
     return next(name for name in names if unsupported(FORMATS[name], family, config) == [])
 
 
-def made_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    family = FAMILIES[config["model_type"]]
-    return moe_config(
-        FORMATS[format_of(config)], family, config, experts=4, experts_per_token=2, shared_ffn=0, dtype="bfloat16"
-    )
+def made_of(config: Mapping[str, Any], name: str | None = None) -> dict[str, Any]:
+    """The config of an MoE in the format of that name, or in the first that can represent a config."""
+    fmt, family = FORMATS[name or format_of(config)], FAMILIES[config["model_type"]]
+    return moe_config(fmt, family, config, experts=4, experts_per_token=2, shared_ffn=0, dtype="bfloat16")
 
 
 def parameters(folder: Path) -> int:

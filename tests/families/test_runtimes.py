@@ -1,6 +1,7 @@
 """What `frankenmoe families` says of programs agrees with what plans refuse and with what was run."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,9 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROGRAMS = {(pair.family, pair.fmt): pair.programs for pair in pairs()}
 
 
-def of(names: object) -> set[tuple[str, str]]:
+def of(names: Iterable[str]) -> set[tuple[str, str]]:
     """The (family, format) of cases."""
-    return {(ALL[name].family, ALL[name].fmt) for name in names}  # type: ignore[attr-defined]
+    return {(ALL[name].family, ALL[name].fmt) for name in names}
 
 
 def test_only_pairs_that_ran_in_llama_cpp_count_as_run() -> None:

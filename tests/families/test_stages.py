@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
-from family_cases import CASES, Case, make_parent, write_recipe
+from family_cases import CASES, Case, apart, logits, make_parent, write_recipe
 from frankenmoe.audit.run import audit
 from frankenmoe.errors import PlanError
 from frankenmoe.evaluate.run import evaluate
@@ -55,11 +55,6 @@ def near(folder: Path, base: Path, case: Case, *, seed: int) -> Path:
     return folder
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny.ids()).logits
-
-
 @pytest.mark.parametrize("name", STAGED.values())
 def test_every_stage_works_on_every_family(name: str, tmp_path: Path) -> None:
     case = shallow(CASES[name])
@@ -74,11 +69,11 @@ def test_every_stage_works_on_every_family(name: str, tmp_path: Path) -> None:
 
     virtual = fm.build(path, tmp_path / "virtual", virtual=True)  # fits the routers
     built = fm.build(path, tmp_path / "built")
-    outputs = [logits(fm.load(each).model) for each in (virtual, built)]
-    assert float((outputs[0] - outputs[1]).abs().max() / outputs[0].abs().max()) < 1e-5
+    ids = tiny.ids()
+    assert apart(*(logits(fm.load(each).model, ids) for each in (virtual, built))) < 1e-5
 
     average = write_recipe(tmp_path / "a.yml", case, base, parents[:2], backbone="average")
-    assert torch.isfinite(logits(fm.load(average).model)).all()
+    assert torch.isfinite(logits(fm.load(average).model, ids)).all()
 
     audit(built, out=tmp_path / "audit", tokens=128)
     report = evaluate([built.folder], texts={"one": str(texts[0])}, limit=4, scoring=Scoring())
@@ -88,16 +83,15 @@ def test_every_stage_works_on_every_family(name: str, tmp_path: Path) -> None:
     dense = [fm.extract(each, tmp_path / f"x-{each.form}", expert="e1") for each in (virtual, built)]
     models = [AutoModelForCausalLM.from_pretrained(folder).eval() for folder in dense]
     assert models[0].config.model_type == AutoModelForCausalLM.from_pretrained(base).config.model_type
-    apart = (logits(models[0]) - logits(models[1])).abs().max() / logits(models[0]).abs().max()
-    assert float(apart) < 1e-5
+    assert apart(*(logits(model, ids) for model in models)) < 1e-5
 
     settings = TrainSettings(what=("routers", "norms", "attention", "adapters"), steps=2, batch=2, block=16, rank=2)
     trained = train(virtual, tmp_path / "trained", settings=settings, keep_anyway=True)
-    assert torch.isfinite(logits(fm.load(trained.artifact).model)).all()
+    assert torch.isfinite(logits(fm.load(trained.artifact).model, ids)).all()
 
     fm.fit(built, method="logistic", keep_anyway=True, **SMALL)
     more = fm.add_expert(virtual, tmp_path / "more", source=str(parents[2]), name="e2", data=[str(texts[2])], **SMALL)
-    assert torch.isfinite(logits(fm.load(tmp_path / "more").model)).all()
+    assert torch.isfinite(logits(fm.load(tmp_path / "more").model, ids)).all()
     assert more
 
     if case.family in UNHEALED:
@@ -105,4 +99,4 @@ def test_every_stage_works_on_every_family(name: str, tmp_path: Path) -> None:
             fm.heal(virtual, tmp_path / "healed", **SMALL)
     else:
         fm.heal(virtual, tmp_path / "healed", **SMALL)
-        assert torch.isfinite(logits(fm.load(tmp_path / "healed").model)).all()
+        assert torch.isfinite(logits(fm.load(tmp_path / "healed").model, ids)).all()

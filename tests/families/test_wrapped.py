@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import frankenmoe as fm
 import tiny
-from family_cases import CASES, LONG, make_parent
+from family_cases import CASES, LONG, apart, logits, make_parent
 from frankenmoe.families import text_name
 
 SIGLIP = {
@@ -52,15 +52,6 @@ def make_wrapped(folder: Path, outer: str, *, tied: bool, seed: int = 0) -> Path
     return folder
 
 
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tiny.ids(LONG)).logits.float()
-
-
-def apart(one: torch.Tensor, two: torch.Tensor) -> float:
-    return float((one - two).abs().max() / one.abs().max())
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("outer", WRAPPED)
 def test_the_language_model_inside_becomes_experts(outer: str, tied: bool, tmp_path: Path) -> None:
@@ -71,12 +62,13 @@ def test_the_language_model_inside_becomes_experts(outer: str, tied: bool, tmp_p
     assert made.fmt.name == fmt
     assert {why for _, _, why in made.unused} == {"it reads pictures or sound, and the MoE is one of text"}
     fm.build(recipe, tmp_path / "built", allow_identical=True)
-    dense = logits(AutoModelForImageTextToText.from_pretrained(base).eval())
-    assert apart(dense, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "built").eval())) <= case.dense
-    assert apart(dense, logits(fm.load(recipe).model)) <= case.dense
+    ids = tiny.ids(LONG)
+    dense = logits(AutoModelForImageTextToText.from_pretrained(base).eval(), ids)
+    assert apart(dense, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "built").eval(), ids)) <= case.dense
+    assert apart(dense, logits(fm.load(recipe).model, ids)) <= case.dense
     # an expert is a language model alone again
     fm.extract(tmp_path / "built", tmp_path / "e0", expert="e0")
-    assert apart(dense, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "e0").eval())) <= case.close
+    assert apart(dense, logits(AutoModelForCausalLM.from_pretrained(tmp_path / "e0").eval(), ids)) <= case.close
 
 
 @pytest.mark.parametrize("outer", ["gemma3", "qwen3_5"])
@@ -86,8 +78,8 @@ def test_a_language_model_alone_and_one_inside_another_are_parents_of_one_moe(ou
     other = make_parent(tmp_path / "other", case, seed=1, tie_word_embeddings=True)
     recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base, other], experts_per_token=2)
     fm.build(recipe, tmp_path / "built")
-    built = AutoModelForCausalLM.from_pretrained(tmp_path / "built").eval()
-    assert apart(logits(fm.load(recipe).model), logits(built)) <= case.close
+    built, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "built").eval(), tiny.ids(LONG)
+    assert apart(logits(fm.load(recipe).model, ids), logits(built, ids)) <= case.close
 
 
 def test_fields_of_the_outer_config_count_where_the_nested_one_has_none(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ class Begun:
 
 
 def reported(folder: Path, names: Collection[str]) -> None:
-    """Takes files that now have a report from the note in `folder`, and removes an empty note."""
+    """Deletes files that now have a report from the note in `folder`, and deletes the note when it is empty."""
     file = folder / BEGUN
     with suppress(OSError, ValueError, KeyError, TypeError):
         data = json.loads(file.read_bytes())

@@ -33,8 +33,8 @@ Key = tuple[int, str, int]
 """(layer, what reads the input: a module of the layer, experts, down, shared or shared_down; expert)."""
 
 Q, LINEAR = ("self_attn.q_proj", "self_attn.qkv_proj"), ("linear_attn.in_proj_qkv",)
-# matrix in the file -> the modules that read its input, by family. The output of linear attention is not here, as its
-# columns are in another order in the file; and Mamba's code reads its weights itself
+# matrix in the file -> the modules that read its input, one for each family. Two are left out: the output of linear
+# attention, whose columns are in another order in the file, and Mamba, whose code reads its weights itself
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "attn_q": Q,
     "attn_k": Q,
@@ -118,7 +118,10 @@ def measure(
 
 
 def _place(name: str) -> tuple[int, tuple[str, ...]] | None:
-    """blk.3.ffn_up_exps.weight -> (3, ("experts",)), where what reads the input is one of those; None if nothing is."""
+    """blk.3.ffn_up_exps.weight -> (3, ("experts",)): its layer, and the names that what reads its input may have.
+
+    None for a tensor that is not measured.
+    """
     found = re.fullmatch(r"blk\.(\d+)\.(.+)\.weight", name)
     if found is None:
         return None

@@ -11,11 +11,9 @@ from frankenmoe.families.known import is_neutral
 from frankenmoe.families.places import key_heads
 from frankenmoe.families.rotary import longrope_attention, rope
 from frankenmoe.families.spec import ATTENTION_KINDS, FULL, SLIDING, Config, Dims, Family
-from frankenmoe.families.words import GRANITE_FIELDS
+from frankenmoe.families.words import GRANITE_FIELDS, INERT_FFN
 
 SOFTMAX, SIGMOID = 1, 2  # numbers of gating functions
-# rows in a shared expert of zeros: the narrowest that quantizers take
-INERT_FFN = 32
 
 
 @dataclass(frozen=True)
@@ -58,17 +56,16 @@ def multipliers(family: Family, config: Config) -> dict[str, float]:
 
 
 def rotary_keys(rotary: Mapping[str, Any], *, context: int) -> dict[str, Any]:
+    """Metadata of rotary settings that `rope` has read, for a model of this context (in tokens)."""
     found: dict[str, Any] = {"rope.freq_base": float(rotary["rope_theta"])}
     kind = rotary["rope_type"]
     if kind in ("linear", "yarn", "longrope"):
         found["rope.scaling.type"] = kind
     if kind in ("yarn", "longrope"):
-        before = int(rotary.get("original_max_position_embeddings") or context)
-        found["rope.scaling.original_context_length"] = before
-    if kind == "linear":
+        found["rope.scaling.original_context_length"] = int(rotary["original_max_position_embeddings"])
+    if kind in ("linear", "yarn"):
         found["rope.scaling.factor"] = float(rotary["factor"])
     if kind == "yarn":
-        found["rope.scaling.factor"] = float(rotary.get("factor") or context / before)
         for ours in ("beta_fast", "beta_slow"):
             if rotary.get(ours) is not None:
                 found[f"rope.scaling.yarn_{ours}"] = float(rotary[ours])
@@ -108,7 +105,7 @@ def kv_heads_by_layer(facts: Facts) -> dict[str, Any]:
 
 
 def window_pattern(facts: Facts) -> dict[str, Any]:
-    """The layers with a window. llama.cpp wants at least one: without any, the first one's is the whole context."""
+    """The layers with a window. llama.cpp wants one: without any, the first gets one as long as the context."""
     window = facts.read("sliding_window")
     sliding = [kind == SLIDING for kind in facts.dims.kinds] or [window is not None] * facts.dims.layers
     if not any(sliding):

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from frankenmoe.families.archkeys import (
-    INERT_FFN,
     SIGMOID,
     SOFTMAX,
     Facts,
@@ -38,6 +37,7 @@ from frankenmoe.families.archkeys import (
 )
 from frankenmoe.families.places import COHERE2, GLM4, LFM2, MAMBA, O_BIAS, PLAIN, QK_NORM, QKV_BIAS, QWEN3_5, Places
 from frankenmoe.families.rotary import rope, rotary_size
+from frankenmoe.families.words import INERT_FFN
 
 MAX_EXPERTS = 1024  # llama.cpp's LLAMA_MAX_EXPERTS
 # rotary types; those with a factor for each frequency only where the graph passes one on
@@ -161,7 +161,6 @@ ARCHS: Sequence[Arch] = (
         places=GLM4,
         partial_rotary=True,
         keys=(expert_ffn, all_sparse, gating(SIGMOID), shared_count),
-        lacks=shared_count_lacks,
         constants=(("exp_probs_b.bias", ("experts",), 0.0),),
     ),
     Arch(

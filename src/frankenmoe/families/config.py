@@ -55,13 +55,12 @@ def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
 
 
 def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
-    if family.rope_by_kind:
-        return (
-            [] if fmt.rope_by_kind else [f"has rotary settings per layer type, but {fmt.title} has one for all layers"]
-        )
     rotary, found = rope(family, config), []
-    if any(isinstance(value, dict) for value in rotary.values()):
+    by_kind = family.rope_by_kind is not None or any(isinstance(value, dict) for value in rotary.values())
+    if by_kind and not fmt.rope_by_kind:
         found.append(f"has rotary settings per layer type, but {fmt.title} has one for all layers")
+    if family.rope_by_kind:
+        return found
     if fmt.ropes is not None and rotary["rope_type"] not in fmt.ropes:
         found.append(f"has rope scaling {rotary['rope_type']!r}, {fmt.title} supports {', '.join(fmt.ropes)}")
     if "partial_rotary_factor" in rotary and not fmt.partial_rotary:
@@ -79,12 +78,13 @@ def _rotary_fields(fmt: MoEFormat, family: Family, config: Config) -> dict[str, 
     scaling = {key: value for key, value in rotary.items() if key != "rope_theta"}
     if fmt.two_word_rope:
         scaling = {"type": rotary["rope_type"], "factor": rotary.get("factor")}
-    return {
+    found = {
         "rope_theta": rotary["rope_theta"],
         "rope_scaling": None if rotary["rope_type"] == "default" else scaling,
         "rope_parameters": rotary,
-        **{key: rotary[key] for key in ("partial_rotary_factor",) if key in rotary},
     }
+    partial = rotary.get("partial_rotary_factor")
+    return found if partial is None else found | {"partial_rotary_factor": partial}
 
 
 def moe_config(

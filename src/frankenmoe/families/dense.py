@@ -16,6 +16,7 @@ from frankenmoe.families.rows import (
     FUSED_FFN,
     FUSED_FFN_PIECES,
     FUSED_QKV_PIECES,
+    HEAD_NORMS,
     LAYER,
     PRE_NORMS,
     QKV_BIAS,
@@ -65,11 +66,7 @@ FAMILIES: Mapping[str, Family] = {
         Family(
             model_type="qwen3",
             plain_mlp="Qwen3MLP",
-            backbone=ENDS
-            + ATTENTION
-            + ATTENTION_BIAS
-            + rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
-            + PRE_NORMS,
+            backbone=ENDS + ATTENTION + ATTENTION_BIAS + HEAD_NORMS + PRE_NORMS,
             ffn=FFN,
             defaults=defaults(
                 max_position_embeddings=32768, num_key_value_heads=32, head_dim=128, attention_bias=False

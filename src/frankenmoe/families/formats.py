@@ -15,6 +15,7 @@ from frankenmoe.families.words import (
     GRANITE_FIELDS,
     GRANITE_HOLDS,
     GRANITE_SHARED,
+    INERT_FFN,
     LOCAL_COUNTED,
     W132,
     alone,
@@ -131,8 +132,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             shared=alone(LAYER + "mlp.shared_expert."),
             shared_gate=LAYER + "mlp.shared_expert_gate.weight",
             max_shared=1,
-            # 32 is the narrowest row that llama.cpp's quantizers take
-            inert_shared_ffn=32,
+            inert_shared_ffn=INERT_FFN,
             added=tuple(TensorSpec(LAYER + "self_attn." + name, shape) for name, shape in QKV_BIAS.items()),
             constants=QWEN | {"qkv_bias": True},
             counted=COUNTED | {"moe_intermediate_size": "ffn", "shared_expert_intermediate_size": "shared_ffn"},

@@ -6,7 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from frankenmoe.checkpoint.tensors import Scale, Shift
-from frankenmoe.families.rows import ATTENTION, ATTENTION_BIAS, ENDS, FFN, LAYER, defaults, rows
+from frankenmoe.families.rows import (
+    ATTENTION,
+    ATTENTION_BIAS,
+    ENDS,
+    FFN,
+    HEAD_NORMS,
+    LAYER,
+    all_but_every,
+    defaults,
+    rows,
+)
 from frankenmoe.families.spec import FULL, ONE_FOR_BOTH, SLIDING, Config, Family, TensorSpec
 
 # layers that take keys and values from an earlier layer of their kind
@@ -34,14 +44,16 @@ COMMON = defaults(
 )
 
 
+_types = all_but_every(SLIDING, "sliding_window_pattern", usual=6)
+
+
 def _gemma4_types(config: Config) -> list[str]:
-    """The kinds of its layers, by default full attention in every sixth; the last one always has it."""
-    layers = range(1, config["num_hidden_layers"] + 1)
-    return [*(config.get("layer_types") or [SLIDING if layer % 6 else FULL for layer in layers])[:-1], FULL]
+    """The kinds of its layers; the last one always has full attention."""
+    return [*_types(config)[:-1], FULL]
 
 
 def _gemma4_kinds(config: Config) -> list[str]:
-    """The same with what the last layers and those of full attention leave out."""
+    """The kinds of its layers, which also tell the layers that reuse keys and those with one matrix for both."""
     types, shared = _gemma4_types(config), config["num_kv_shared_layers"]
     full = ONE_FOR_BOTH if config["attention_k_eq_v"] else FULL
     own = [full if kind == FULL else kind for kind in types[: len(types) - shared]]
@@ -183,12 +195,6 @@ def _raised(config: Config) -> float:
     return power if abs(power / exact - 1) < NEAR else exact
 
 
-def _gemma3_types(config: Config) -> list[str]:
-    every = config.get("sliding_window_pattern") or config.get("_sliding_window_pattern") or 6
-    layers = range(1, config["num_hidden_layers"] + 1)
-    return list(config.get("layer_types") or (SLIDING if layer % every else FULL for layer in layers))
-
-
 def _gemma3_ropes(config: Config) -> dict[str, dict[str, Any]]:
     """Rotary settings by kind of layer; in older configs `rope_scaling` is that of full attention alone."""
     given, scaling = config.get("rope_parameters") or {}, dict(config.get("rope_scaling") or {})
@@ -201,7 +207,6 @@ def _gemma3_ropes(config: Config) -> dict[str, dict[str, Any]]:
     }
 
 
-HEAD_NORMS = rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
 GEMMA3 = Family(
     model_type="gemma3_text",
     plain_mlp="Gemma3MLP",
@@ -228,7 +233,7 @@ GEMMA3 = Family(
     },
     reads={
         "hidden_act": "hidden_activation",
-        "layer_types": _gemma3_types,
+        "layer_types": _types,
         "global_head_dim": lambda config: _common(config)["head_dim"],
         "num_global_key_value_heads": lambda config: _common(config)["num_key_value_heads"],
         "attention_k_eq_v": lambda config: False,

@@ -64,7 +64,7 @@ HARMLESS_PARTS = ("_token_id", "dropout", "_pdrop", "unsloth", "_version", "init
 def is_neutral(family: Family, config: Config, name: str) -> bool:
     """Whether a plain setting has a value under which it changes nothing."""
     value = family.read(config, name)
-    if name == "sliding_window" and value is not None:  # within its context a text cannot see a window that is as long
+    if name == "sliding_window" and value is not None:  # one as long as the context hides nothing
         return bool(value >= (family.read(config, "max_position_embeddings") or math.inf))
     return (tuple(sorted(set(value))) if isinstance(value, list) else value) in NEUTRAL[name][0]
 

@@ -14,6 +14,7 @@ from frankenmoe.families.words import (
     GRANITE_FIELDS,
     GRANITE_HOLDS,
     GRANITE_SHARED,
+    INERT_FFN,
     LOCAL_COUNTED,
     W132,
     alone,
@@ -42,7 +43,7 @@ def _window(family: Family, config: Config) -> int:
 
 
 PRE_FFN = LAYER + "pre_feedforward_layernorm.weight"
-# a scale at which the squares of what a norm reads are nothing beside its epsilon
+# so small a scale that the squares of what a norm reads do not count beside its epsilon
 FAINT = 2.0**-11
 GEMMA4_FIELDS = (
     "layer_types", "final_logit_softcapping", "global_head_dim", "num_global_key_value_heads",
@@ -87,7 +88,7 @@ LAYERED_FORMATS = (
         shared=alone(LAYER + "mlp.shared_expert."),
         shared_gate=LAYER + "mlp.shared_expert_gate.weight",
         max_shared=1,
-        inert_shared_ffn=32,
+        inert_shared_ffn=INERT_FFN,
         constants={},
         counted=COUNTED | {"moe_intermediate_size": "ffn", "shared_expert_intermediate_size": "shared_ffn"},
         fields={name: name for name in LINEAR_FIELDS},
@@ -125,7 +126,7 @@ LAYERED_FORMATS = (
         expert=GRANITE_EXPERTS,
         shared=GRANITE_SHARED,
         max_shared=1,
-        inert_shared_ffn=32,
+        inert_shared_ffn=INERT_FFN,
         constants={},
         counted=LOCAL_COUNTED | {"shared_intermediate_size": "shared_ffn"},
         fields={**GRANITE_FIELDS, **{name: name for name in MAMBA_FIELDS}},
@@ -165,7 +166,7 @@ LAYERED_FORMATS = (
         expert={LAYER + "experts.gate_up_proj": GATE_UP, LAYER + "experts.down_proj": DOWN},
         # beside its experts it always has an FFN, whose norm is off here
         shared=alone(LAYER + "mlp."),
-        inert_shared_ffn=32,
+        inert_shared_ffn=INERT_FFN,
         added=(
             TensorSpec(LAYER + "layer_scalar", ("1",), fill=1.0),
             TensorSpec(LAYER + "post_feedforward_layernorm_1.weight", ("hidden",)),

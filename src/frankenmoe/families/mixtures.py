@@ -10,6 +10,7 @@ from typing import Any
 from frankenmoe.families.config import NORMALIZES, unsupported
 from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.formats import FORMATS
+from frankenmoe.families.rotary import written_rope
 from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat, RouterRule
 
 WIDTH = "intermediate_size"
@@ -157,7 +158,7 @@ def read_mixture(fmt: MoEFormat, config: Config) -> MixtureConfig:
     view = VIEWS[fmt.name]
     family = FAMILIES[view.family]
     given = {**view.defaults, **{key: value for key, value in config.items() if value is not None}}
-    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rotary = written_rope(config)
     if "rope_theta" in view.defaults and config.get("rope_theta") is None and rotary.get("rope_theta") is not None:
         given.pop("rope_theta")  # the class's own, which the config's other spelling overrides
     given |= {key: compute(given) for key, compute in view.derived.items()}

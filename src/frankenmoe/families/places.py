@@ -33,7 +33,7 @@ Places = Mapping[str, Place]
 
 
 def _inside(prefix: str, names: Mapping[str, str | Place]) -> dict[str, Place]:
-    """The places of tensors of a layer. A name alone is that of a weight, or has a suffix of its own."""
+    """The places of tensors of a layer, from plain names without the prefix; a place may be its name alone."""
     return {LAYER + prefix + ours: _in_block(theirs) for ours, theirs in names.items()}
 
 

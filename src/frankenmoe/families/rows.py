@@ -31,6 +31,7 @@ ATTENTION = rows(
 QKV_BIAS = {"q_proj.bias": ("query",), "k_proj.bias": ("kv",), "v_proj.bias": ("kv",)}
 ATTENTION_BIAS = rows(LAYER + "self_attn.", QKV_BIAS | {"o_proj.bias": ("hidden",)}, when="attention_bias")
 QKV_BIASES = rows(LAYER + "self_attn.", QKV_BIAS)
+HEAD_NORMS = rows(LAYER + "self_attn.", {"q_norm.weight": ("head_dim",), "k_norm.weight": ("head_dim",)})
 # q, k and v in one matrix, gate and up in another, as in Phi
 FUSED_ATTENTION = rows(
     LAYER + "self_attn.", {"qkv_proj.weight": ("query+kv+kv", "hidden"), "o_proj.weight": ("hidden", "query")}
@@ -75,11 +76,14 @@ def defaults(**own: Any) -> Mapping[str, Any]:
     return common | own
 
 
-def all_but_every(kind: str, interval: str) -> Callable[[Config], list[str]]:
-    """Full attention in every n-th layer, by default every fourth, and `kind` in the others; unless they are listed."""
+def all_but_every(kind: str, interval: str, *, usual: int = 4) -> Callable[[Config], list[str]]:
+    """Full attention in every n-th layer, and `kind` in the others, unless layers are listed.
+
+    n is the field `interval`, or `usual` where that is absent.
+    """
 
     def kinds(config: Config) -> list[str]:
-        every = int(config.get(interval) or 4)
+        every = int(config.get(interval) or usual)
         layers = range(1, config["num_hidden_layers"] + 1)
         return list(config.get("layer_types") or (kind if layer % every else FULL for layer in layers))
 

@@ -54,9 +54,12 @@ LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
     ("phi3", "glm4_moe"): "models with longrope are refused",
     ("qwen3", "qwen3_moe"): "models with attention biases are refused",
     ("lfm2", "lfm2_moe"): "models with biases of the convolution are refused",
-    ("cohere2", "cohere2_moe"): "models with attention biases are refused",
+    ("cohere2", "cohere2_moe"): "models with attention biases or without windows are refused",
     ("cohere", "cohere2_moe"): "models with attention biases are refused",
-    ("granitemoehybrid", "granitemoehybrid"): "models of attention layers without rotation are refused",
+    ("smollm3", "granitemoe_swa"): "models without rotation are refused",
+    ("granitemoehybrid", "granitemoehybrid"): (
+        "models of attention layers without rotation, and convolutions without biases, are refused"
+    ),
 }
 # llama.cpp's architectures that Ollama's copy of it does not have (github.com/ollama/ollama, llama/llama.cpp)
 NOT_IN_OLLAMA = ("granite_swa", "cohere2moe")

@@ -292,6 +292,11 @@ class MoEFormat:
     no_gguf: str | None = None
     notes: tuple[Note, ...] = ()
 
+    @property
+    def counts_shared(self) -> bool:
+        """Whether its config counts shared experts of the others' width, and does not give a width."""
+        return not {"shared", "shared_or_null"}.isdisjoint(self.counted.values())
+
     def idle_layers(self, family: Family, config: Config) -> int:
         """How many layers that change nothing follow the last one."""
         return int(self.ends_in_full and family.read(config, "layer_types")[-1] != FULL)

@@ -6,17 +6,11 @@ from typing import Any
 from frankenmoe.errors import first_line
 from frankenmoe.families.config import COPIED
 from frankenmoe.families.known import NEUTRAL
-from frankenmoe.families.rotary import rope
-from frankenmoe.families.spec import Config, Family
+from frankenmoe.families.rotary import rope, with_nested, written_rope
+from frankenmoe.families.spec import FULL, Config, Family
 
 MOST_LAYERS = 10_000  # tables are expanded per layer
 LARGEST = 1e30  # far above every number of a config that a model can compute with
-# rotary settings that a type cannot do without
-NEEDED: Mapping[str, tuple[str, ...]] = {
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-    "longrope": ("short_factor", "long_factor"),
-}
 # what reading a table raises for a value of another kind, or for one that does not fit the others
 _UNREADABLE = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
@@ -44,12 +38,14 @@ def _is_rotary(value: object) -> bool:
 
 
 Check = tuple[Callable[[Any], bool], str]
+_NUMBER: Check = (_is_number, "a finite number")
+_WORD: Check = (lambda value: isinstance(value, str), "text")
 # the kind of a default -> what a value of that field must be; `bool` comes before `int`, which Python takes it for
 _LIKE_DEFAULT: Mapping[type, Check] = {
     bool: (lambda value: isinstance(value, bool), "true or false"),
     int: (_is_count, "a whole number"),
-    float: (_is_number, "a finite number"),
-    str: (lambda value: isinstance(value, str), "text"),
+    float: _NUMBER,
+    str: _WORD,
 }
 _IDS: Check = (_are_ids, "a token id or a list of them")
 _PLAIN: Check = (_are_plain, "a list of words or whole numbers")
@@ -62,11 +58,8 @@ _SIZES = {
     **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads"), 2**31 - 1),
     "num_hidden_layers": MOST_LAYERS,
 }
-_ROTARY: Check = (_is_rotary, "a number, a list of numbers or a word")
-_WORD: Check = _LIKE_DEFAULT[str]
-_NUMBER: Check = (_is_number, "a finite number")
 _NUMBERS: Check = (lambda value: isinstance(value, list) and all(map(_is_number, value)), "a list of finite numbers")
-# rotary settings whose kind is known
+# rotary settings of which the kind is known, and all others
 _OF_ROTARY: Mapping[str, Check] = {
     **dict.fromkeys(("rope_type", "type"), _WORD),
     **dict.fromkeys(("short_factor", "long_factor"), _NUMBERS),
@@ -77,6 +70,13 @@ _OF_ROTARY: Mapping[str, Check] = {
         ),
         _NUMBER,
     ),
+}
+_ROTARY: Check = (_is_rotary, "a number, a list of numbers or a word")
+# rotary type -> the settings without which transformers and llama.cpp cannot compute it
+_NEEDED: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(("linear", "dynamic", "yarn"), ("factor",)),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor"),
 }
 
 
@@ -93,21 +93,28 @@ def odd_value(family: Family, config: Config) -> str | None:
         value = config.get(name)
         if type(value) is not int or not 1 <= value <= most:
             return f"has {name} {value!r:.40}, expected a whole number from 1 to {most}"
-    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rotary = written_rope(config)
     if not isinstance(rotary, Mapping):
         return f"has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}"
-    for name, value in rotary.items():
+    for name, value in (setting for settings in with_nested(rotary) for setting in settings.items()):
         holds, expected = _OF_ROTARY.get(name, _ROTARY)
         if value is not None and not holds(value):
             return f"has {name:.40} {value!r:.40} among its rotary settings, expected {expected}"
     try:
         for name in (*NEUTRAL, *COPIED):
             family.read(config, name)
-        rotary = rope(family, config)
-        lacking = [name for name in NEEDED.get(str(rotary["rope_type"]), ()) if name not in rotary]
-        if lacking:
-            return f"has rotary settings of type {rotary['rope_type']} without {', '.join(lacking)}"
         family.shapes(family.backbone, config)
+        return _incomplete_rope(family, config)
     except _UNREADABLE as error:
         return f"has settings that do not fit together ({type(error).__name__} {first_line(error):.100})"
+
+
+def _incomplete_rope(family: Family, config: Config) -> str | None:
+    """What its rotary settings lack, or those of a kind of layer."""
+    every = family.rope_by_kind(family.filled(config)) if family.rope_by_kind else {FULL: rope(family, config)}
+    for rotary in every.values():
+        kind = str(rotary.get("rope_type"))
+        lacking = [name for name in _NEEDED.get(kind, ()) if rotary.get(name) is None]
+        if lacking:
+            return f"has rotary settings of type {kind} without {', '.join(lacking)}"
     return None

@@ -8,6 +8,8 @@ from frankenmoe.families.spec import Config, Family
 FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 GATE_UP, DOWN = FFN_SUFFIXES[:2], FFN_SUFFIXES[2:]
 W132 = ("w1.weight", "w3.weight", "w2.weight")
+# rows in a shared expert of zeros: the narrowest that llama.cpp's quantizers take
+INERT_FFN = 32
 
 
 def alone(prefix: str, names: tuple[str, ...] = FFN_SUFFIXES) -> Mapping[str, tuple[str, ...]]:

@@ -27,7 +27,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper("gemma3_text"),
     "gemma4": Wrapper("gemma4_text"),
     "qwen3_5": Wrapper("qwen3_5_text"),
-    # among text alone its language model computes what Qwen3 does
+    # on text alone its language model computes what Qwen3 does
     "qwen3_vl": Wrapper(
         "qwen3",
         defaults={"rope_theta": 500000.0, "max_position_embeddings": 128000},

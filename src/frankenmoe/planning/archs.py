@@ -19,7 +19,9 @@ OWN_YARN = ("attention_factor", "mscale", "mscale_all_dim")
 def choose_arch(model: Parts) -> Arch:
     """The first architecture that computes exactly this MoE. PlanError with the reasons if there is none."""
     reasons = list(_cannot(model))
-    found = [(arch, list(_differences(arch, model))) for arch in ARCHS if model.stock[0].name in arch.formats]
+    facts, names = facts_of(model), _plain_names(model)
+    able = (arch for arch in ARCHS if model.stock[0].name in arch.formats)
+    found = [(arch, list(_differences(arch, model, facts, names))) for arch in able]
     exact = next((arch for arch, odd in found if not odd), None)
     if exact and not reasons:
         return exact
@@ -50,13 +52,20 @@ def _cannot(model: Parts) -> Iterator[str]:
             yield "its yarn always rounds its range (truncate: false is not supported)"
 
 
-def _differences(arch: Arch, model: Parts) -> Iterator[str]:
-    """A clause, which follows the architecture's name, for everything that it computes otherwise."""
-    family = model.stock[1]
-    dims = family.dims(model.config)
-    names: dict[str, str] = {}
+def _plain_names(model: Parts) -> dict[str, str]:
+    """Plain name with `{layer}` -> the name of the first such tensor of the backbone."""
+    found: dict[str, str] = {}
     for write in model.translation.plain(model.backbone):
-        names.setdefault(generic_name(write.name)[1], write.name)
+        found.setdefault(generic_name(write.name)[1], write.name)
+    return found
+
+
+def _differences(arch: Arch, model: Parts, facts: Facts, names: Mapping[str, str]) -> Iterator[str]:
+    """A clause, which follows the architecture's name, for everything that it computes otherwise.
+
+    `names` are those of `_plain_names`.
+    """
+    family, dims = facts.family, facts.dims
     if model.normalizes not in (arch.normalizes, None):
         yield f"{'scales' if arch.normalizes else 'does not scale'} the weights of the chosen experts to sum to one"
     if model.shared_kind not in arch.shared:
@@ -82,7 +91,7 @@ def _differences(arch: Arch, model: Parts) -> Iterator[str]:
         yield f"has no rope scaling {rotary['rope_type']!r}"
     if "partial_rotary_factor" in rotary and not arch.partial_rotary:
         yield f"rotates whole heads, found partial_rotary_factor {rotary['partial_rotary_factor']}"
-    lacks = arch.lacks(facts_of(model))
+    lacks = arch.lacks(facts)
     if lacks:
         yield lacks
 

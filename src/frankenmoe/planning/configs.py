@@ -6,6 +6,7 @@ from typing import Any
 
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES
+from frankenmoe.families.rotary import with_nested, written_rope
 from frankenmoe.families.spec import Dims
 from frankenmoe.families.values import MOST_LAYERS, odd_value
 
@@ -19,7 +20,7 @@ OPTIONAL_SIZES = (
 MULTI_QUERY = ("falcon", "gpt_bigcode")
 GROUPED = ("num_key_value_heads", "num_kv_heads", "multi_query_group_num")
 # numbers that must be positive and finite, or every model computes NaN
-POSITIVE = ("rope_theta", "rms_norm_eps")
+POSITIVE = ("rope_theta", "rope_local_base_freq", "rms_norm_eps")
 MOST = 1e30
 # config fields of quantized weights
 QUANTIZED = ("quantization_config", "compression_config")
@@ -53,13 +54,14 @@ def check_config(name: object, folder: Path, config: Mapping[str, Any]) -> None:
                 f"{file} has {said}, expected a whole number from 1 to {most}",
                 hint=WRONG_FILE,
             )
-    rotary = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rotary = written_rope(config)
     if not isinstance(rotary, Mapping):
         raise SourceError(
             f"{file} has rotary settings {rotary!r:.40}, expected a mapping such as {{'rope_type': 'default'}}",
             hint="fetch config.json again, or delete the setting",
         )
-    for key, value in (("rope_theta", rotary.get("rope_theta")), *((key, config.get(key)) for key in POSITIVE)):
+    thetas = (("rope_theta", settings.get("rope_theta")) for settings in with_nested(rotary))
+    for key, value in (*thetas, *((key, config.get(key)) for key in POSITIVE)):
         if isinstance(value, int | float) and not isinstance(value, bool):
             wrong = not 0 < value < MOST
         else:

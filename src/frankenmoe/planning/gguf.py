@@ -223,9 +223,8 @@ def llama3_factors(rotary: Mapping[str, Any], head_dim: int) -> tuple[float, ...
 
     The formula is that of Llama 3.1 (transformers' rope type `llama3`).
     """
-    factor, low = float(rotary["factor"]), float(rotary.get("low_freq_factor", 1.0))
-    high = float(rotary.get("high_freq_factor", 4.0))
-    context = float(rotary["original_max_position_embeddings"])
+    factor, context = float(rotary["factor"]), float(rotary["original_max_position_embeddings"])
+    low, high = float(rotary["low_freq_factor"]), float(rotary["high_freq_factor"])
     found = []
     for index in range(0, head_dim, 2):
         wavelength = 2 * math.pi * float(rotary["rope_theta"]) ** (index / head_dim)

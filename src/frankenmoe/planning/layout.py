@@ -104,17 +104,22 @@ def lost_in(stored: str, base: Source) -> tuple[str, ...]:
     return ()
 
 
-def expert_conflicts(base: Source, nodes: tuple[ExpertNode, ...], shared: tuple[ExpertNode, ...]) -> tuple[str, ...]:
-    """A clause for every expert whose activation or FFN bias differs: a built format has one for all experts."""
+def expert_conflicts(to: Translation, nodes: tuple[ExpertNode, ...], shared: tuple[ExpertNode, ...]) -> tuple[str, ...]:
+    """A clause for every expert whose activation or FFN bias differs: a built format has one for all experts.
+
+    And one for a shared expert of a width that the format cannot write, as it counts experts side by side.
+    """
     found = []
-    family = base.family
-    assert family is not None
     for leaf in (leaf for node in (*nodes, *shared) for leaf in node.leaves()):
         assert leaf.source is not None
         for source, key in ((source, key) for source in leaf.source.singles for key in ("hidden_act", "mlp_bias")):
-            ours, theirs = family.read(base.config, key), family.read(source.config, key)
+            ours, theirs = to.family.read(to.config, key), to.family.read(source.config, key)
             if (ours or False) != (theirs or False):
                 found.append(f"expert {leaf.name} has {key} {theirs}, the base {ours}; a built MoE has one for all")
+    whole = to.dims.ffn
+    for wide in map(to.width, shared):
+        if to.fmt.counts_shared and wide % whole:
+            found.append(f"{to.fmt.title} has shared experts as wide as others, found widths {wide} and {whole}")
     return tuple(dict.fromkeys(found))
 
 

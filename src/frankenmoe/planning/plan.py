@@ -294,8 +294,9 @@ def plan(
     nodes = nodes_with_trained(made_of(experts=recipe.experts), trained)
     shared = nodes_with_trained(made_of(experts=recipe.shared_experts, path=SHARED), trained)
     fmt, problems = choose_format(recipe, base)
-    if fmt is not None:
-        problems = (*problems, *expert_conflicts(base, nodes, shared), *lost_in(stored, base))
+    to = Translation(fmt, base.family, base.config, len(nodes)) if fmt is not None and base.family is not None else None
+    if to is not None:
+        problems = (*problems, *expert_conflicts(to, nodes, shared), *lost_in(stored, base))
     problems = (*problems, *without_weights(opened.values()))
     gated = gates_shared(recipe, fmt)
     apart = distances(base_pair, nodes)
@@ -303,7 +304,6 @@ def plan(
     writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
     backbone = with_trained(writes, trained)
     check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
-    to = Translation(fmt, base.family, base.config, len(nodes)) if fmt is not None and base.family is not None else None
     groups = built_writes(to, backbone, nodes, shared, gated_shared=gated, dtype=stored) if to is not None else ()
     layers, hidden = len(base_parts.ffn), int(base.config["hidden_size"])
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
