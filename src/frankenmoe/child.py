@@ -18,8 +18,10 @@ Data = Mapping[str, Any]
 
 def program(module: str, **environment: str) -> Mapping[str, Any]:
     """Arguments of `subprocess.run` and `Popen` for a module, such as frankenmoe.charts, with this process's paths."""
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+    ours = Path(__file__).parents[1]  # which this process may have found in the current folder
+    paths = os.pathsep.join(os.path.abspath(path) for path in (*sys.path, ours) if path)
     return {
+        # -P: no module of the current folder, which may be a downloaded model
         "args": [sys.executable, "-P", "-m", module],
         "cwd": Path(__file__).parent,  # the user's may be gone
         "env": os.environ | {"PYTHONPATH": paths} | environment,
