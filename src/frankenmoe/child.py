@@ -18,7 +18,7 @@ Data = Mapping[str, Any]
 
 def program(module: str, **environment: str) -> Mapping[str, Any]:
     """Arguments of `subprocess.run` and `Popen` for a module, such as frankenmoe.charts, with this process's paths."""
-    ours = Path(__file__).parents[1]  # which this process may have found in the current folder
+    ours = str(Path(__file__).parents[1])  # which this process may have found in the current folder
     paths = os.pathsep.join(os.path.abspath(path) for path in (*sys.path, ours) if path)
     return {
         # -P: no module of the current folder, which may be a downloaded model

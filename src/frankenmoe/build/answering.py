@@ -1,4 +1,4 @@
-"""The child process of build/asking.py: reads a target from stdin, writes the answer of build/agreement.py to stdout."""
+"""The child process of build/asking.py: a target on stdin, the answer of build/agreement.py on stdout."""
 
 import base64
 import gc
