@@ -8,6 +8,7 @@ a file that is too large to keep is removed after its step. Knows nothing of qua
 import argparse
 import json
 import shutil
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -33,7 +34,7 @@ THREADS = 2
 ONCE = Path(__file__).parent / "raiden_once.py"
 SPARE = 10**9  # bytes of disk left free
 LARGEST = 8 * 10**9  # bytes of memory that anything of ours may take
-BITS = {"q4_0": 4.5, "q5_0": 5.5, "bf16": 16}  # per weight
+BITS = 5.5  # per weight, of the largest type
 FILE_TYPE = {"q4_0": 2, "q5_0": 8}  # llama.cpp's numbers
 KINDS = ("identical", "adapters", "noisy")
 Facts = Mapping[str, Any]
@@ -98,16 +99,12 @@ def _options() -> argparse.Namespace:
 def check_disk(shape: Shape, runs: Path) -> None:
     """Ends with a sentence if the disk cannot hold the parent and the largest file beside it."""
     parent = runs / "parent"
-    need = size_of(shape, "q5_0") + SPARE + (0 if parent.exists() else 2 * (shape.ffns + shape.rest))
+    largest = int((EXPERTS * shape.ffns + shape.rest) * BITS / 8)
+    need = largest + SPARE + (0 if parent.exists() else 2 * (shape.ffns + shape.rest))
     free = shutil.disk_usage(runs).free
     log(f"needs {need / 1e9:.1f} GB of disk in {runs}, where {free / 1e9:.1f} GB are free")
     if free < need:
         sys.exit(f"{runs} has {free / 1e9:.1f} GB free, expected {need / 1e9:.1f} GB; choose another disk with --runs")
-
-
-def size_of(shape: Shape, name: str, *, experts: int = EXPERTS) -> int:
-    """Bytes of the MoE as a GGUF file of a type, about."""
-    return int((experts * shape.ffns + shape.rest) * BITS[name] / 8)
 
 
 def kept(file: Path, step: Callable[[], Any]) -> Any:
@@ -272,7 +269,7 @@ def table(found: Mapping[str, Any], shape: Shape) -> list[Row]:
     for name, runs in found["decoding"].items():
         for key, what in (("load", "loading"), ("first", "first token")):
             seconds = [each[key] for each in runs]
-            rows.append(Row(f"{name}: {what}", sorted(seconds)[len(runs) // 2], "s", None, {name: seconds}))
+            rows.append(Row(f"{name}: {what}", statistics.median(seconds), "s", None, {name: seconds}))
         rows.append(Row(f"{name}: memory", max(each["peak"] for each in runs) / MB, "MB", None, {}))
         if name not in ("stock", "dense"):
             largest += [each["peak"] for each in runs]

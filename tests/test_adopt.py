@@ -287,6 +287,7 @@ def test_a_folder_of_its_own_reads_the_weights_where_they_are(tuned: Path, tmp_p
     assert tree(tuned) == before
     assert sum(file.stat().st_size for file in out.iterdir()) < (tuned / "model.safetensors").stat().st_size / 2
     output("verify", out)
+    assert json.loads(output("plan", out / "recipe.yml", "--json"))["experts"] == 3
     stock = AutoModelForCausalLM.from_pretrained(tuned).eval()
     # both may be moved together
     (tmp_path / "work").rename(tmp_path / "moved")

@@ -4,8 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pytest
 import yaml
 
 import tiny
+from mounts import mounted
 from refusals import Outcome, check_refusal, cli, copy_of, refused, spoil, tree
 
 Parents = dict[str, list[Path]]
@@ -213,18 +213,9 @@ def test_a_disk_that_is_too_small(recipe: Path, tmp_path: Path, monkeypatch: pyt
     refused("build", recipe, tmp_path / "out", inside=tmp_path, facts=facts, hint="another disk")
 
 
-@contextmanager
-def small_disk(folder: Path, *, size: str) -> Iterator[Path]:
-    """A disk of its own for the time of a test; skips where none can be mounted."""
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        # lazily, since weights that were mapped from it keep it busy until this process ends
-        subprocess.run(["umount", "--lazy", folder], check=True)
+def small_disk(folder: Path, *, size: str) -> AbstractContextManager[Path]:
+    """A disk of its own for the time of a test."""
+    return mounted(folder, "-t", "tmpfs", "-o", f"size={size}", "none")
 
 
 @pytest.mark.parametrize(

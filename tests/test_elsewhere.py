@@ -27,11 +27,8 @@ def environment_without() -> dict[str, str]:
 
 def cli(*words: object, cwd: Path, without: bool) -> "subprocess.CompletedProcess[str]":
     """A command; `without` Linux's calls if asked."""
-    path = (
-        os.pathsep.join([str(WITHOUT), os.environ.get("PYTHONPATH", "")]) if without else os.environ.get("PYTHONPATH")
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
-    environment |= {} if path is None else {"PYTHONPATH": path}
+    environment = environment_without() if without else dict(os.environ)
+    environment |= {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(cwd / "cache")}
     flags = ["-X", "warn_default_encoding"] if without else []
     command = [sys.executable, *flags, "-m", "frankenmoe", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", env=environment)

@@ -5,14 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 import forks
 import tiny
+from mounts import mounted
 from refusals import Outcome, check_refusal, cli, copy_of, tree
 
 Parents = dict[str, list[Path]]
@@ -85,17 +85,9 @@ def test_what_needs_no_current_folder_runs_in_one_that_was_deleted(
         assert cli(*command).code == 0
 
 
-@contextmanager
-def read_only(folder: Path) -> Iterator[Path]:
-    """A folder that even root cannot write to, for the time of a test; skips where there can be none."""
-    folder.mkdir(exist_ok=True)
-    mounted = subprocess.run(["mount", "--bind", "-o", "ro", folder, folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"nothing can be mounted here: {mounted.stderr.decode().strip()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
+def read_only(folder: Path) -> AbstractContextManager[Path]:
+    """A folder that even root cannot write to, for the time of a test."""
+    return mounted(folder, "--bind", "-o", "ro", str(folder))
 
 
 @pytest.mark.parametrize(

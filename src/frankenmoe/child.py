@@ -18,11 +18,14 @@ Data = Mapping[str, Any]
 
 def program(module: str, **environment: str) -> Mapping[str, Any]:
     """Arguments of `subprocess.run` and `Popen` for a module, such as frankenmoe.charts, with this process's paths."""
-    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path if path)
+    ours, paths = str(Path(__file__).parents[1]), [os.path.abspath(path) for path in sys.path if path]
+    if ours not in paths:  # this process found the package in its current folder, which is '' on the path
+        paths.insert(0, ours)
     return {
+        # -P: no module of the current folder, which may be a downloaded model
         "args": [sys.executable, "-P", "-m", module],
         "cwd": Path(__file__).parent,  # the user's may be gone
-        "env": os.environ | {"PYTHONPATH": paths} | environment,
+        "env": os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
     }
 
 

@@ -1,6 +1,7 @@
 """The folder of a finished mixture -> an artifact. Never changes the weights.
 
-The artifact is virtual: a record, a recipe and the routers, beside the weights or in a folder of their own.
+The artifact is virtual: a record, a recipe and the routers, beside the weights or in a folder of their own. Paths in
+the recipe start at that folder.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from frankenmoe.artifact.folder import (
 from frankenmoe.artifact.record import ADOPT
 from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.build.agreement import agree
+from frankenmoe.build.backbone import moved_record
 from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.proof import prove_sources
 from frankenmoe.build.record import record_of
@@ -84,14 +86,14 @@ def adopt(
     named, pairs = _paired(what, mixture, made_from, out) if made_from is not None else (NOTHING, ())
     made = plan(recipe_of_mixture(what, mixture, named=named, inside=out is None), weights=True)
     agree(target_of(made, virtual=True))
-    progress.start("checking", made.bill.memory_virtual, "B")
-    prove_sources(made, on_bytes=progress.advance)
+    prove_sources(made, progress)
     stage = _origin(mixture, made, made_from, pairs)
+    folder = mixture.checkpoint.folder
+    table = moved_recipe(made.recipe, out=out or folder, adapters={})
     files = {
         ROUTERS: routers_bytes(kept_routers(made)),
-        RECIPE: yaml.safe_dump(made.recipe.to_dict(), sort_keys=False, allow_unicode=True).encode(),
+        RECIPE: yaml.safe_dump(table, sort_keys=False, allow_unicode=True).encode(),
     }
-    folder = mixture.checkpoint.folder
     if out is None:
         record = _record(made, folder, folder, stage, progress)
         small = {file.name: sha256(file) for file in made.deciding_files}
@@ -103,6 +105,7 @@ def adopt(
         for name, raw in files.items():
             write_atomic(partial / name, raw)
         record = _record(made, out, partial, stage, progress)
+        record |= moved_record(record, made, table, out=out)
         return Adopted(finish(partial, out, record=record | {"files": small_hashes(partial)}), stage)
 
 

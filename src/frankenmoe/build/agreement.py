@@ -1,17 +1,12 @@
 """Whether transformers agrees with a target: it loads the sources, its class has the tensors, it splits text alike.
 
-Imports torch and transformers, which takes seconds; build/asking.py remembers the answer. As a process of its own, this
-module reads a target from stdin and writes the answer to stdout.
+Imports torch and transformers, which takes seconds; build/asking.py remembers the answer.
 """
 
-import base64
 import json
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from transformers import AutoConfig
@@ -19,7 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from frankenmoe.build.target import Target
 from frankenmoe.build.tokens import tokenizer_files
-from frankenmoe.errors import ArtifactError, FrankenMoEError
+from frankenmoe.errors import ArtifactError
 from frankenmoe.moe.dense import causal_class, quiet_transformers, torch_dtype
 from frankenmoe.moe.load import check_loadable
 
@@ -75,20 +70,3 @@ def _widened(tensor: torch.Tensor, ours: tuple[torch.dtype, tuple[int, ...]] | N
 
 def _spell(found: tuple[torch.dtype, tuple[int, ...]] | None) -> str:
     return "nothing" if found is None else f"{found[0]} {list(found[1])}"
-
-
-def answer_on_stdout() -> None:
-    """Reads a target from stdin and writes the answer to stdout: files, or the error.
-
-    What transformers prints to stdout goes to stderr.
-    """
-    stdout = os.dup(1)
-    os.dup2(2, 1)
-    found: dict[str, Any]
-    try:
-        files = agree(Target.from_json(sys.stdin.read()))
-        found = {"files": {name: base64.b64encode(raw).decode() for name, raw in files.items()}}
-    except FrankenMoEError as error:
-        found = {"error": type(error).__name__, "message": error.message, "hint": error.hint}
-    with os.fdopen(stdout, "w", encoding="utf-8") as out:
-        out.write(json.dumps(found))

@@ -16,16 +16,13 @@ from frankenmoe import errors
 from frankenmoe.artifact import store
 from frankenmoe.build.target import Target
 from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.child import program
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 
 KIND = "proofs"
 AGREED = "agreed.json"  # names of the tokenizer files in an entry
+CHILD = "frankenmoe.build.answering"  # the module that it runs
 Files = dict[str, bytes]
-# what the child runs: with our search path, and without the collector, since it ends before that would pay
-CHILD = (
-    "import gc, json, sys; gc.disable(); sys.path[:] = json.loads(sys.argv[1])\n"
-    "from frankenmoe.build.agreement import answer_on_stdout; answer_on_stdout()"
-)
 
 
 @contextmanager
@@ -64,9 +61,7 @@ def _answer(
 
 
 def _child() -> "subprocess.Popen[str]":
-    # -P: no module of the current folder, which may be a downloaded model
-    command = [sys.executable, "-P", "-c", CHILD, json.dumps(list(map(str, sys.path)))]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
+    return subprocess.Popen(**program(CHILD), stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
 
 
 def _heard(child: "subprocess.Popen[str]", target: Target) -> Files:

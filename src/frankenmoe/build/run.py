@@ -80,7 +80,7 @@ def build(
         if here:
             ahead.result()
         if virtual:
-            _check_sources(made, progress)
+            prove_sources(made, progress)
         if not (partial / ROUTERS).exists():
             _write_routers(partial, subject.routers(progress, device=device))
         if virtual:
@@ -120,12 +120,6 @@ def _unless_failed(ahead: Future[Any], on_bytes: Callable[[int], None]) -> Calla
         on_bytes(amount)
 
     return listen
-
-
-def _check_sources(made: Plan, progress: Progress) -> None:
-    """Checks all values that a virtual MoE will read."""
-    progress.start("checking", made.bill.memory_virtual, "B")
-    prove_sources(made, on_bytes=progress.advance)
 
 
 def _prove(made: Plan, folder: Path) -> None:

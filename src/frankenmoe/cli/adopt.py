@@ -1,17 +1,15 @@
 """`frankenmoe adopt`: its options and output."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
-from rich.markup import escape
 from rich.table import Table
 
 from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import command, console
-from frankenmoe.cli.text import printable
+from frankenmoe.cli.text import cell, json_text, printable
 from frankenmoe.planning.adopting import MERGEKIT
 
 if TYPE_CHECKING:
@@ -43,7 +41,7 @@ def adopt_command(folder: str, out: Path | None, recipe: Path | None, as_json: b
     with bars() as progress:
         made = adopt(folder, out, recipe=recipe, progress=progress)
     if as_json:
-        click.echo(json.dumps(made.to_dict(), indent=2, ensure_ascii=False))
+        click.echo(json_text(made.to_dict()))
     else:
         show(made)
 
@@ -55,13 +53,13 @@ def show(made: "Adopted") -> None:
     for heading in ("", "expert", *(("made from", "distance", "next") if facts["recipe"] else ())):
         table.add_column(heading, overflow="fold")
     for row in facts["experts"]:
-        words = [escape(printable(row[key])) for key in ("name", "made_from") if key in row]
+        words = [cell(row[key]) for key in ("name", "made_from") if key in row]
         far = [f"{row[key]:.3g}" if row[key] is not None else "-" for key in ("distance", "next") if key in row]
         table.add_row(str(row["index"]), *words, *far)
     for name in facts["shared_experts"]:
-        table.add_row("", escape(printable(name)))
+        table.add_row("", cell(name))
     console().print(table)
-    click.echo(f"artifact in {folder}: its routers are in it, its weights in {facts['from']}")
+    click.echo(printable(f"artifact in {folder}: its routers are in it, its weights in {facts['from']}"))
     click.echo(f"next: {command('audit', folder)}")
     if facts["mergekit"] and not facts["recipe"]:
         click.echo(f"mergekit-moe left its recipe beside the weights: --recipe {MERGEKIT} names the experts", err=True)

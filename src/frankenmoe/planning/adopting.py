@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +92,7 @@ def recipe_of_mixture(what: str, mixture: Mixture, *, named: Named = NOTHING, in
 
 
 def _part(name: SourceName, part: str) -> Any:
-    return SourceName(name.path, name.revision, part=part).to_data()
+    return replace(name, part=part).to_data()
 
 
 def on_hub(what: str) -> bool:

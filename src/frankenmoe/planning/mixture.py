@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from frankenmoe.checkpoint.reader import Checkpoint
-from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
 from frankenmoe.errors import SourceError
 from frankenmoe.families.mixtures import UNLIKE_DENSE, MixtureConfig, format_of, of_width, read_mixture
@@ -20,8 +20,8 @@ from frankenmoe.families.places import generic_name
 from frankenmoe.families.spec import MoEFormat
 from frankenmoe.families.values import odd_value
 from frankenmoe.families.words import DOWN, GATE_UP
-from frankenmoe.planning.configs import WRONG_CONFIG, check_config
-from frankenmoe.planning.sources import Part, Source, open_source, sources_of
+from frankenmoe.planning.configs import check_config
+from frankenmoe.planning.sources import Part, Source, check_held, open_source, sources_of
 from frankenmoe.planning.stored import stored_backbone, stored_ffn
 from frankenmoe.planning.translate import Translation
 from frankenmoe.recipe import Recipe, SourceName
@@ -152,7 +152,8 @@ def open_mixture(source: Source, fmt: MoEFormat) -> Mixture:
         )
     found = Mixture(source.name, config, source.checkpoint, _as_saved(fmt, source.checkpoint.tensors))
     if found.tensors:
-        _check_tensors(found)
+        wanted = dict(_wanted(found))
+        check_held(found.name, found.tensors, wanted, floats=wanted)
         _check_added(found)
     return found
 
@@ -188,30 +189,6 @@ def _as_saved(fmt: MoEFormat, tensors: Tensors) -> Tensors:
         return tensors
     ours, theirs = IN_MEMORY[fmt.name]
     return {name.replace(ours, theirs): ref for name, ref in tensors.items()}
-
-
-def _check_tensors(mixture: Mixture) -> None:
-    """Raises SourceError if a tensor is missing, has another shape than config.json says, or is quantized."""
-    wanted = dict(_wanted(mixture))
-    missing = [name for name in wanted if name not in mixture.tensors]
-    if missing:
-        raise SourceError(
-            f"{mixture.name} lacks {len(missing)} of the {len(wanted)} tensors that its config.json requires, the "
-            f"first is {missing[0]}",
-            hint="download it again, or check that config.json belongs to these weights",
-        )
-    for name, shape in wanted.items():
-        ref = mixture.tensors[name]
-        if ref.shape != shape:
-            raise SourceError(
-                f"{mixture.name} holds {name} of shape {list(ref.shape)}, but its config.json says {list(shape)}",
-                hint=WRONG_CONFIG,
-            )
-        if ref.dtype not in FLOATS:
-            raise SourceError(
-                f"{mixture.name} is quantized: it holds {name} as {ref.dtype}, expected floats",
-                hint="name the model it was quantized from, or dequantize it with transformers first",
-            )
 
 
 def _wanted(mixture: Mixture) -> Iterator[tuple[str, tuple[int, ...]]]:

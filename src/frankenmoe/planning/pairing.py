@@ -17,6 +17,7 @@ from frankenmoe.planning.tree import ExpertNode
 
 SAMPLE = 2**16  # numbers of each matrix that are compared
 FAR = 0.7  # relative distance; two unrelated experts of one size have 1.4
+HINT = "give the recipe that it was made from, or leave --recipe out"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def paired(mixture: Plan, made_from: Plan) -> tuple[Pair, ...]:
             raise ArtifactError(
                 f"expert {index} of {mixture.recipe.origin} resembles no expert of {made_from.recipe.origin} that is "
                 f"left: the nearest, {made_from.nodes[found[index]].name}, is {distance:.2f} of its norm away",
-                hint="give the recipe that it was made from, or leave --recipe out",
+                hint=HINT,
             )
     return tuple(pairs)
 
@@ -67,7 +68,7 @@ def _check_sizes(mixture: Plan, made_from: Plan) -> None:
     if made_from.translation is None or any(node.children for node in made_from.nodes):
         raise ArtifactError(
             f"{made_from.recipe.origin} fits no stock format, so no such folder was made from it",
-            hint="give the recipe that it was made from, or leave --recipe out",
+            hint=HINT,
         )
     sides = [
         {
@@ -82,7 +83,7 @@ def _check_sizes(mixture: Plan, made_from: Plan) -> None:
     if differ:
         raise ArtifactError(
             f"{mixture.recipe.origin} was not made from {made_from.recipe.origin}: {', '.join(differ)}",
-            hint="give the recipe that it was made from, or leave --recipe out",
+            hint=HINT,
         )
 
 

@@ -283,27 +283,36 @@ def check_tensors(source: Source, parts: Anatomy) -> None:
     """Raises SourceError if a tensor of the family's table is missing, has another shape, or is quantized."""
     if not source.checkpoint.has_weights:
         return
-    wanted = parts.shapes
-    missing = [name for name in wanted if name not in source.tensors]
+    # a family without a table may have integer buffers in its backbone, but not in its FFNs
+    check_held(source.name, source.tensors, parts.shapes, floats=parts.shapes if source.family else parts.ffn_shapes)
+
+
+def check_held(
+    name: SourceName,
+    tensors: Mapping[str, TensorRef | TensorWrite],
+    wanted: Mapping[str, tuple[int, ...]],
+    *,
+    floats: Iterable[str],
+) -> None:
+    """Raises SourceError if a wanted tensor is missing or has another shape, or if one of `floats` is quantized."""
+    missing = [tensor for tensor in wanted if tensor not in tensors]
     if missing:
         raise SourceError(
-            f"{source.name} lacks {len(missing)} of the {len(wanted)} tensors that its config.json requires, the "
-            f"first is {missing[0]}",
+            f"{name} lacks {len(missing)} of the {len(wanted)} tensors that its config.json requires, the first is "
+            f"{missing[0]}",
             hint="download it again, or check that config.json belongs to these weights",
         )
-    for name, shape in wanted.items():
-        found = source.tensors[name].shape
+    for tensor, shape in wanted.items():
+        found = tensors[tensor].shape
         if found != shape:
             raise SourceError(
-                f"{source.name} holds {name} of shape {list(found)}, but its config.json says {list(shape)}",
+                f"{name} holds {tensor} of shape {list(found)}, but its config.json says {list(shape)}",
                 hint=WRONG_CONFIG,
             )
-    # a family without a table may have integer buffers in its backbone, but not in its FFNs
-    numbers = wanted if source.family else parts.ffn_shapes
-    coded = next((ref for name in numbers if (ref := source.tensors[name]).dtype not in FLOATS), None)
+    coded = next((ref for tensor in floats if (ref := tensors[tensor]).dtype not in FLOATS), None)
     if coded is not None:
         raise SourceError(
-            f"{source.name} is quantized: it holds {coded.name} as {coded.dtype}, expected weights in float32, float16 "
+            f"{name} is quantized: it holds {coded.name} as {coded.dtype}, expected weights in float32, float16 "
             "or bfloat16",
             hint=f"name the model it was quantized from, or dequantize it first: {dequantizing('')}",
         )

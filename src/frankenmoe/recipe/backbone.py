@@ -17,7 +17,7 @@ from pydantic import (
 
 from frankenmoe.recipe.context import SourceField
 from frankenmoe.recipe.fields import LARGEST, Finite, Share, one_of
-from frankenmoe.recipe.gatemodes import KEPT, PROMPT_MODES, RANDOM_MODES
+from frankenmoe.recipe.gatemodes import FIT_MODES
 from frankenmoe.recipe.refusals import TAG, found, refusal
 from frankenmoe.recipe.settings import Closed
 from frankenmoe.recipe.yaml import Location
@@ -207,8 +207,8 @@ def backbone_of(by_group: Mapping[str, MergeSettings]) -> MergeSettings | Groups
 
 
 def default_backbone(gate_mode: str) -> str:
-    """The method of a recipe without `backbone`: mergekit's with mergekit's own gate modes."""
-    return BASE if gate_mode in PROMPT_MODES | RANDOM_MODES | {KEPT} else AUTO
+    """The method of a recipe without `backbone`: measured if routers are fitted, else the base, as in mergekit."""
+    return AUTO if gate_mode in FIT_MODES else BASE
 
 
 def check_backbone(backbone: MergeSettings | Groups | None, *, experts: Sequence[str]) -> None:
