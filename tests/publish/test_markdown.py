@@ -131,6 +131,7 @@ def test_a_whole_card_of_nasty_names_does_nothing(made: Path, tmp_path: Path) ->
     out = READER.render(text.partition("\n---\n")[2])
     assert not re.findall(r"<(script|img|b|em|strong|del)\b", out)
     assert "evil.example" in out
+    assert f"llama-cli -m '{without_controls(EVIL.rpartition('/')[2])}.gguf' -p" in html.unescape(out)
     assert not re.findall(r'href="[^"]*evil', out)
     assert out.count("<details>") == out.count("</details>") == 1
 
