@@ -246,8 +246,9 @@ def times(gates: Gates, scale: float) -> Gates:
 def lowered(gates: Gates, statistics: Statistics, model: PreTrainedModel) -> Gates:
     """Gates for the scores that the model's routers take.
 
-    All methods fit a softmax, which a term common to all experts does not change. Far below zero a sigmoid is the
-    exponential function, so with such a term weights that add up to one are those of the softmax.
+    All methods fit gates for a softmax, and a term that is common to all experts does not change a softmax. Here this
+    term moves the scores of a sigmoid far below zero, where it is nearly the exponential function. So the weights,
+    divided by their sum, are those of the softmax.
     """
     rules = {block.router.rule.score for block in outer_blocks(model).values()}
     if rules != {"sigmoid"}:
