@@ -80,6 +80,7 @@ def test_a_block_of_code_ends_where_it_should(lines: list[str]) -> None:
 def test_controls_are_spelt_out() -> None:
     assert without_controls("a\x1b[31m\x00\u202e\ud800\r") == "a\\x1b[31m\\x00\\u202e\\ud800\\r"
     assert plain("red \x1b[0m") == "red &#92;x1b&#91;0m"
+    assert code("") == code(" \n") == ""
     assert code("a\nb\x07") == "<code>a b&#92;x07</code>"
     assert "\x1b" not in fenced("\x1b]0;title\x07")
     assert plain("my_model-v1.5 (β)") == "my_model-v1.5 (β)"
@@ -89,6 +90,16 @@ def test_controls_are_spelt_out() -> None:
 def test_sentences_keep_their_own_code_and_no_more(text: str) -> None:
     _, tags = shown(sentence(f"use `frankenmoe eval`, said {text}"))
     assert not tags & {"script", "img", "a"}
+
+
+@given(st.text(alphabet="<>b/`\\ a[]()!&\n", min_size=1, max_size=30))
+def test_in_any_sentence_only_code_and_emphasis_act(text: str) -> None:
+    assert shown(f"see {sentence(text)}")[1] <= {"p", "code", "em", "strong"}
+
+
+def test_what_is_code_in_a_sentence_is_shown_letter_by_letter() -> None:
+    said = "give `--data NAME=<FILE> & [a](b)` or ``a `<b>` c``, not <b> & `"
+    assert shown(sentence(said)) == (said.replace("`", "").replace("a <b> c", "a `<b>` c") + "`", {"p", "code"})
 
 
 EVIL = "<img src=x onerror=alert(1)>|`[x](http://evil.example)\x1b[31m*_~"
@@ -120,6 +131,7 @@ def test_a_whole_card_of_nasty_names_does_nothing(made: Path, tmp_path: Path) ->
     out = READER.render(text.partition("\n---\n")[2])
     assert not re.findall(r"<(script|img|b|em|strong|del)\b", out)
     assert "evil.example" in out
+    assert f"llama-cli -m '{without_controls(EVIL.rpartition('/')[2])}.gguf' -p" in html.unescape(out)
     assert not re.findall(r'href="[^"]*evil', out)
     assert out.count("<details>") == out.count("</details>") == 1
 

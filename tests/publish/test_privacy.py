@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,29 @@ def test_numbers_raise_no_alarm_by_chance(made: Path, monkeypatch: pytest.Monkey
     data = random.Random(0).randbytes(2**24) + b"(/ann)\0(/tmp/x)"
     assert found_in(data, names, text=0) == []
     assert found_in(data[-16:], names)[0] == "the user ann"
+    text, numbers = b"words of a vocabulary ", b"(/ann)"
+    assert found_in(text + numbers, names, text=len(text)) == []
+    assert found_in(text + numbers, names)[0] == found_in(numbers + text, names, text=6)[0] == "the user ann"
+
+
+def test_paths_of_the_machine_count_in_text_only(made: Path) -> None:
+    names = local_names(open_artifact(made))
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        other = f"({folder}/x)".encode()
+        assert found_in(other + b"numbers", names, text=len(other))[0] == f"the path {folder}"
+        assert found_in(b"text" + other, names, text=4) == []
+
+
+@pytest.mark.parametrize("text", ["{}/x", "see {} there", "It is in {}.", "/usr or {}", "file://{}/My File"])
+def test_a_path_with_spaces_is_found(made: Path, text: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="My Shared Drive ", dir="/tmp") as folder:
+        assert f"the path {folder}" in found_in(text.format(folder).encode(), local_names(open_artifact(made)))
+
+
+def test_folders_of_the_system_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.path.lexists", lambda path: True)
+    folders = [b"/usr/lib", b"/System/Library", b"/private/var", b"/nix/store", b"/Volumes/Disk", b"/data/x"]
+    assert [path for path in folders if scan.is_here.__wrapped__(path)] == [b"/Volumes/Disk", b"/data/x"]
 
 
 @pytest.mark.parametrize("user", ["root", "a", "app", "ubuntu"])

@@ -178,10 +178,9 @@ def _drawn(reports: Sequence[Facts]) -> list[dict[str, str]]:
             warnings.warn(f"the page has no charts: {error.message}", FrankenMoEWarning, stacklevel=2)
         why = f'<p class="soft">No charts: {escape(str(error), quote=False)}. All numbers are below.</p>'
         return [{chart.key: why for chart in each} for each in found]
-    keys = [dict.fromkeys(figure.chart.key for figure in each) for each in drawn]
     return [
-        {key: _figures([figure for figure in each if figure.chart.key == key]) for key in own}
-        for each, own in zip(drawn, keys, strict=True)
+        {key: _figures([figure for figure in each if figure.chart.key == key]) for key in {it.chart.key for it in each}}
+        for each in drawn
     ]
 
 

@@ -51,7 +51,7 @@ def sizes(model: Any) -> Sizes:
 
 
 def _keys(config: Any, hidden: int) -> int:
-    """The numbers of a token's keys in a layer with this config."""
+    """How many numbers the keys of one token have, in a layer with this config."""
     all_heads = getattr(config, "num_attention_heads", None) or 1
     heads = getattr(config, "num_key_value_heads", None) or all_heads
     return int(heads * (getattr(config, "head_dim", None) or hidden // all_heads))

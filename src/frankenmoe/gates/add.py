@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from frankenmoe.gates.cost import Meter
-from frankenmoe.gates.fit import Gates, closed_gates, lowered, times
+from frankenmoe.gates.fit import Gates, closed_gates, lowered, lowering, times
 from frankenmoe.gates.fitted import FittedRouters, encoded_gates, load_with_zeros, text_facts
 from frankenmoe.gates.forcing import forced, set_gates
 from frankenmoe.gates.own import Statistics, read_moments
@@ -56,7 +56,7 @@ def add_text(
     statistics = {**known.routers, (): with_text(known.routers[()], RouterText(name, onehot), moments)}
     scale = float(str(known.facts["closed_scale"]))
     outer: Statistics = {(): statistics[()]}
-    gates[()] = lowered(times(closed_gates(outer, method), scale), outer, moe.model)[()]
+    gates[()] = lowered(times(closed_gates(outer, method), scale), lowering(outer, moe.model))[()]
     with forced(moe.model, text.path):
         own = mean_loss(moe.model, text.held, on_tokens=meter.reading(OWN_LOSS))
     set_gates(moe.model, gates)

@@ -64,7 +64,7 @@ CLOSED: Mapping[str, Callable[[Sums], torch.Tensor]] = {"centroid": centroid, "l
 
 
 def level(sums: Sums, *, penalty: float = RIDGE) -> torch.Tensor:
-    """The direction v [D] for which v x is as close to 1 as possible for all states (least squares), 1 on average."""
+    """The direction v [D] with v x as close to 1 as possible for all states x (least squares), with a mean of 1."""
     found_D = torch.linalg.solve(shrunk(sums.second_DD, penalty), sums.mean_D)
     one_D: torch.Tensor = found_D / (found_D @ sums.mean_D)
     return one_D

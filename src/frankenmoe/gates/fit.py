@@ -87,11 +87,11 @@ class Job:
     places: Places
     meter: Meter
     together: bool
-    statistics: Statistics = field(default_factory=dict)
+    lowering: Gates = field(default_factory=dict)
 
     def set_gates(self, gates: Gates) -> None:
         """Gives the routers these gates, as they need them."""
-        set_gates(self.model, lowered(gates, self.statistics, self.model))
+        set_gates(self.model, lowered(gates, self.lowering))
 
     @property
     def own_texts(self) -> list[OwnText]:
@@ -123,7 +123,7 @@ def fit_gates(
     job = Job(model, texts, places, meter, together)
     before = _losses(job, BEFORE) if compare else None
     own = read_own(model, texts, places, meter=meter, together=together)
-    job = replace(job, statistics=own.kept)
+    job = replace(job, lowering=lowering(own.kept, model))
     first, closed_only = (method, True) if method in CLOSED else ("ridge", False)
     unscaled = made = closed_gates(own.kept, first)
     if own.everything is not own.kept:
@@ -142,7 +142,8 @@ def fit_gates(
         scale, gates = _scaled(job, unscaled, at=REGRET_START)
     job.set_gates(gates)
     after = _losses(job, AFTER)
-    final = lowered(times(made, scale), own.everything, model)
+    terms = job.lowering if own.everything is own.kept else lowering(own.everything, model)
+    final = lowered(times(made, scale), terms)
     set_gates(model, final)
     return Fit(
         gates=final,
@@ -243,18 +244,25 @@ def times(gates: Gates, scale: float) -> Gates:
     return {path: [scale * gate_CD for gate_CD in rows] for path, rows in gates.items()}
 
 
-def lowered(gates: Gates, statistics: Statistics, model: PreTrainedModel) -> Gates:
-    """Gates for the scores that the model's routers take.
+def lowering(statistics: Statistics, model: PreTrainedModel) -> Gates:
+    """What `lowered` subtracts from every row of a gate: a row [D] for each layer. Empty if scores are no sigmoids.
 
-    All methods fit a softmax, which a term common to all experts does not change. Far below zero a sigmoid is the
-    exponential function, so with such a term weights that add up to one are those of the softmax.
+    All methods fit gates for a softmax, and a term that is common to all experts does not change a softmax. Here this
+    term moves the scores of a sigmoid far below zero, where it is nearly the exponential function. So the weights,
+    divided by their sum, are those of the softmax.
     """
-    rules = {block.router.rule.score for block in outer_blocks(model).values()}
-    if rules != {"sigmoid"}:
-        return gates
+    if {block.router.rule.score for block in outer_blocks(model).values()} != {"sigmoid"}:
+        return {}
     return {
-        path: rows
-        if path == SHARED
-        else [gate_CD - (LOW * level(sums_of(statistics[path], layer))).float() for layer, gate_CD in enumerate(rows)]
+        path: [(LOW * level(sums_of(found, layer))).float() for layer in range(len(found.second_LDD))]
+        for path, found in statistics.items()
+        if path != SHARED
+    }
+
+
+def lowered(gates: Gates, terms: Gates) -> Gates:
+    """Gates for the scores that the model's routers take; `terms` are those of `lowering`."""
+    return {
+        path: [gate_CD - term_D for gate_CD, term_D in zip(rows, terms[path], strict=True)] if path in terms else rows
         for path, rows in gates.items()
     }

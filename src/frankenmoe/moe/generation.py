@@ -26,7 +26,8 @@ IDS = (
     "bad_words_ids", "eos_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
     "begin_suppress_tokens",
 )  # fmt: skip
-# several answers, another way to search than token by token, or a begin: one plain reply goes on from its prompt
+# for several answers, another search than token by token, or a begin token: a reply is one answer that goes on from
+# its prompt
 OTHER_SEARCHES = (
     "num_beams", "num_beam_groups", "num_return_sequences", "diversity_penalty", "early_stopping", "penalty_alpha",
     "dola_layers", "constraints", "force_words_ids", "prompt_lookup_num_tokens", "return_dict_in_generate",

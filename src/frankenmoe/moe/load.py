@@ -85,7 +85,7 @@ def check_loadable(
 ) -> None:
     """SourceError if transformers cannot make a generating model from these folders. Reads configs only.
 
-    A config stands in the place of a folder's own.
+    `sources` are folders, each with None or a config that replaces its config.json.
     """
     for folder, config in sources:
         skeleton(read_config(folder, trust_remote_code=trust_remote_code) if config is None else made_config(config))
@@ -107,7 +107,7 @@ def load_parts(
     On the CPU, weights stay memory-mapped unless `dtype` converts them. `options` are MoEBlock's: capacity_factor,
     drop_policy. Raises SourceError, ArtifactError or NumericsError for sources, tensors or gates that cannot be used.
     """
-    # the first source of a folder counts, which is no shared expert
+    # of several sources in one folder the first one counts; it is not a shared expert
     configs = {source.folder: source_config(source) for source in first_of_folders(parts.sources)}
     config = configs.get(parts.folder) or made_config(parts.config)
     if parts.own_head:

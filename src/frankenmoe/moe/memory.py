@@ -6,7 +6,7 @@ from functools import cache
 
 
 def give_back_memory() -> None:
-    """Returns what was freed to the system, where the C library can (glibc); it keeps freed tensors of odd sizes."""
+    """Returns freed memory to the system if the C library can: glibc keeps that of tensors of odd sizes until asked."""
     trim = _trim()
     if trim:
         trim(0)

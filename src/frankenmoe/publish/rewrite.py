@@ -28,20 +28,8 @@ TEXT_SUFFIXES = frozenset({".html", ".md", ".txt", ".jsonl", ".csv", ".svg"})
 SOURCE_KEYS = frozenset({"base_model", "source_model"})
 PATH_KEYS = frozenset(
     {
-        *(
-            "file",
-            "files",
-            "recipe_folder",
-            "from",
-            "made_from",
-            "data",
-            "adapter",
-            "routers",
-            "trained",
-            "path",
-            "origin",
-        ),
-        *("texts", "data_dir", "imatrix"),
+        *("file", "files", "recipe_folder", "from", "made_from", "data", "adapter", "routers", "trained", "path"),
+        *("origin", "texts", "data_dir", "imatrix"),
     }
 )
 # of configs and tokenizers, which other programs wrote

@@ -4,7 +4,7 @@ What counts, with few false alarms:
 - every path that the artifact's records name, in every spelling; the home folder; the user's name in a path; the
   host's name if it has a digit or a hyphen. Short and usual user names such as root or app are names of nobody.
 - in text, also any other absolute path of a file or folder that exists here, except folders of the system such as /usr.
-- in numbers (tensors, pictures), only names of at least LEAST bytes: shorter ones are there by chance.
+- in numbers (tensors, pictures), only names of at least LEAST bytes: shorter ones occur there by chance.
 
 Files are read in pieces, so memory does not grow with their size.
 """
@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 from frankenmoe.checkpoint.header import PREFIX
@@ -35,25 +36,16 @@ COMMON = frozenset(
         *("test", "ubuntu", "user", "users", "work", "worker"),
     }
 )
-SYSTEM = (
-    "bin",
-    "boot",
-    "dev",
-    "etc",
-    "lib",
-    "lib32",
-    "lib64",
-    "libx32",
-    "opt",
-    "proc",
-    "run",
-    "sbin",
-    "sys",
-    "usr",
-    "var",
+# folders of Linux, of its package managers, and of macOS that are alike on many machines
+SYSTEM = frozenset(
+    {
+        *("bin", "boot", "dev", "etc", "lib", "lib32", "lib64", "libx32", "opt", "proc", "run", "sbin", "sys", "usr"),
+        *("var", "nix", "snap", "Applications", "Library", "System", "private"),
+    }
 )
-PART = rb"/[\w.+@\x80-\xff-]+"
-ABSOLUTE = re.compile(rb"(?:(?<![\w./~<\\\x80-\xff-])|(?<=\\[nrt])|(?<=file://))(" + PART + PART + rb")")
+WORD = rb"[\w.+@\x80-\xff-]*[\w+@\x80-\xff-]"  # a full stop after it ends a sentence
+WORDS = WORD + rb"(?: " + WORD + rb"){0,4}"  # a name with spaces, or a name and the words behind it
+ABSOLUTE = re.compile(rb"(?:(?<![\w./~<\\\x80-\xff-])|(?<=\\[nrt])|(?<=file://))(/" + WORDS + rb"/)(" + WORDS + rb")")
 FIELD = re.compile(rb'"([^"\\]{1,80})"\s*:')
 
 
@@ -91,16 +83,16 @@ def leaks(
 ) -> Iterator[tuple[str, str]]:
     """(what, where) of the private names in a stream, of which the first `text` bytes are text, by default all."""
     found = needles(names)
-    long = [needle for needle in found if len(needle.raw) >= LEAST]
+    long, short = ([each for each in found if (len(each.raw) >= LEAST) == wanted] for wanted in (True, False))
     openings = {needle.raw[: max(LEAST, _second(needle.raw))] for needle in long}  # few, where there are many sources
     kept, start, piece = b"", 0, b"?"
     while piece:
         piece = stream.read(PIECE)
         on_bytes(len(piece))
         window = kept + piece
-        numbers = text is not None and start >= text
-        wanted = found if not numbers else long if any(opening in window for opening in openings) else []
-        for what, match in _in_window(window, wanted, numbers=numbers):
+        letters = window if text is None else window[: max(0, text - start)]
+        known = long if any(opening in window for opening in openings) else []
+        for what, match in chain(_named(known, window), _named(short, letters), _paths(letters)):
             # at an end of the window, what stands beside the name is in another one
             if (match.start() or not start) and (match.end() < len(window) or not piece):
                 yield what, _place(window, match.start(), start)
@@ -108,14 +100,20 @@ def leaks(
         start += len(window) - len(kept)
 
 
-def _in_window(window: bytes, wanted: list[Needle], *, numbers: bool) -> Iterator[tuple[str, re.Match[bytes]]]:
+def _named(wanted: list[Needle], window: bytes) -> Iterator[tuple[str, re.Match[bytes]]]:
     for needle in wanted:
         if needle.raw in window:
             yield from ((needle.what, match) for match in needle.pattern.finditer(window))
-    if not numbers:
-        for match in ABSOLUTE.finditer(window):
-            if is_here(match[1]):
-                yield f"the path {match[1].decode(errors='replace')}", match
+
+
+def _paths(text: bytes) -> Iterator[tuple[str, re.Match[bytes]]]:
+    """The absolute paths that exist here, with spaces in their names if need be."""
+    for match in ABSOLUTE.finditer(text):
+        words = match[2].split(b" ")
+        paths = (match[1] + b" ".join(words[:count]) for count in range(1, len(words) + 1))
+        path = next(filter(is_here, paths), None)
+        if path is not None:
+            yield f"the path {path.decode(errors='replace')}", match
 
 
 def needles(names: LocalNames) -> list[Needle]:

@@ -3,6 +3,7 @@
 A section without evidence returns the reason. Every number comes from the plan, the record or a report.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, Trai
 from frankenmoe.families.runtimes import in_vllm
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
-from frankenmoe.publish.markdown import code, fenced, plain, sentence, table, without_controls
+from frankenmoe.publish.markdown import code, fenced, plain, sentence, table
 from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
 from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS
@@ -234,8 +235,8 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
         )
     exported = evidence.get(ExportReport)
     if exported and exported.files:
-        file = " ".join(without_controls(exported.files[0].name).replace("`", "'").split())
-        parts.append(f'llama.cpp:\n\n```sh\nllama-cli -m {file} -p "Once upon a time" -n 100\n```')
+        file = shlex.quote(" ".join(exported.files[0].name.split()))
+        parts.append("llama.cpp:\n\n" + fenced(f'llama-cli -m {file} -p "Once upon a time" -n 100', "sh"))
     family = facts.plan.base.family if facts.plan else None  # unknown where the sources are gone
     known = in_vllm(family.model_type if family else "", facts.fmt.name) if facts.built and facts.fmt else None
     if known is not None and known.runs:

@@ -151,14 +151,14 @@ def _warnings(
     yield from findings
     if lost:
         yield f"the sources' licences cannot be read: {lost}"
-    if (artifact.folder / SINGLE).is_file() or (artifact.folder / INDEX).is_file():
-        if artifact.form == "virtual" and "weights" in groups:
+    if artifact.form == "virtual" and "weights" in groups:
+        if any((artifact.folder / name).is_file() for name in (SINGLE, INDEX)):
             yield (
-                f"other programs read the routers in the weights, and not {ROUTERS}, which a fit changes; "
-                "`frankenmoe build` writes a checkpoint with them"
+                f"other programs read the routers in the weights, but a fit changes only those in {ROUTERS}; "
+                "`frankenmoe build` writes a checkpoint with the fitted ones"
             )
-    elif artifact.form == "virtual" and "weights" in groups:
-        yield "a virtual artifact has only recipe and routers, and needs its sources to run"
+        else:
+            yield "a virtual artifact has only recipe and routers, and needs its sources to run"
 
 
 def send(shipment: Shipment, *, message: str, bars: bool = False) -> str:
