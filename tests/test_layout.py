@@ -20,7 +20,7 @@ LAYERS = (
     {"planning", "artifact", "data"},
     {"moe", "gates", "backbone", "subject"},
     {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish"},
-    {"pipeline"},
+    {"pipeline", "serve"},
     {"cli", "demo", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
