@@ -1,1 +1,1 @@
-"""A server with OpenAI's API for MoEs, dense models and GGUF files, and its page."""
+"""Serves models to chat programs and to a page in the browser."""
