@@ -79,7 +79,7 @@ class Endpoints:
 
     async def description(self, _: Request) -> Response:
         """The API in OpenAPI's form."""
-        return JSONResponse(described())
+        return JSONResponse(described(list(self._models.by_name)))
 
     async def complete(self, request: Request, *, kind: type[Asked], form: type[Form]) -> Response:
         """Answers a chat or a text, whole or as a stream."""
