@@ -16,6 +16,7 @@ from frankenmoe.checkpoint.cast import Floats, decode
 from frankenmoe.checkpoint.reader import map_bytes
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef
 from frankenmoe.checkpoint.values import check_finite
+from frankenmoe.system import give_back_memory
 
 Wide = NDArray[np.float64]
 Basis = Callable[[int], Floats]
@@ -203,6 +204,7 @@ def _iterated(
             gram_KK += product_BK.T @ product_BK
             for start in range(0, width, PANEL):  # a whole product would take as much memory as the image
                 image_IK[:, start : start + PANEL] += block_BI.T @ product_BK[:, start : start + PANEL]
+        give_back_memory()  # the next call needs the most
         values_K, turn_KK = np.linalg.eigh(gram_KK)
         values_K, turn_KK = np.maximum(values_K[::-1], 0.0), turn_KK[:, ::-1].astype(np.float32)
         now = float(values_K[:wanted].sum())
