@@ -194,10 +194,14 @@ def _sketched(
 def _iterated(
     read: Callable[[], Iterator[tuple[slice, Floats]]], basis_IK: Floats, *, wanted: int
 ) -> tuple[Floats, Wide]:
-    """Power iterations until the energy of the first `wanted` directions hardly grows (Rayleigh-Ritz after each)."""
+    """Power iterations until the energy of the first `wanted` directions hardly grows (Rayleigh-Ritz after each).
+
+    The caller's basis is one of two arrays that are written in turns: a third one would take too much memory.
+    """
     before, width = 0.0, basis_IK.shape[1]
+    image_IK = np.empty_like(basis_IK)
     for number in range(PASSES + 1):
-        image_IK = np.zeros_like(basis_IK)
+        image_IK[:] = 0
         gram_KK = np.zeros((width, width))
         for _, block_BI in read():
             product_BK = block_BI @ basis_IK
@@ -211,7 +215,7 @@ def _iterated(
         if number == PASSES or now <= before * (1 + ENOUGH):
             return _turned(basis_IK, turn_KK), values_K
         before = now
-        basis_IK = _orthonormal(_turned(image_IK, turn_KK))
+        basis_IK, image_IK = _orthonormal(_turned(image_IK, turn_KK)), basis_IK
     raise AssertionError("the last pass returns")
 
 
