@@ -58,7 +58,7 @@ def serve_command(
     if kind_of(what) == "dense":
         raise PlanError(
             f"{what} is not an artifact, a recipe or a GGUF file, expected one of them",
-            hint="a dense model can be served beside one: --beside",
+            hint="check the path; a dense model can be served beside one of these: --beside",
         )
     if kind_of(what) in ("recipe", "mixture"):
         warn(open_subject(what, trust_remote_code=trust_remote_code).planned.warnings)
