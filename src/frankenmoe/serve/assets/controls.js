@@ -39,9 +39,9 @@ export class Controls {
     document.getElementById("count-row").hidden = !can("experts_per_token");
     this.count.max = most;
     this.rows = experts.map((name, expert) => this.#row(name, expert));
-    const heads = [["on", can("disable_experts")], ["expert", true], ["tokens", can("trace")], ["added to its score", can("expert_bias")]];
+    const heads = [["on", "on", can("disable_experts")], ["", "expert", true], ["got", "tokens", can("trace")], ["bias", "added to its score", can("expert_bias")]];
     this.body.replaceChildren(
-      make("thead", {}, make("tr", {}, ...heads.filter(([, shown]) => shown).map(([text]) => make("th", { scope: "col" }, text)))),
+      make("thead", {}, make("tr", {}, ...heads.filter(([, , shown]) => shown).map(([name, text]) => make("th", { scope: "col", class: name }, text)))),
       make("tbody", {}, ...this.rows.map(({ row }) => row)));
     this.#renew(false);
   }

@@ -118,6 +118,7 @@ const send = async (text) => {
   if (running === stop) running = null;
   busy(Boolean(running));
   compare(turn);
+  toEnd();
   store();
 };
 // where two replies part
@@ -242,9 +243,10 @@ byId("as").addEventListener("click", () => {
 byId("drawer").addEventListener("click", () => byId("drawer").setAttribute("aria-expanded", String(document.body.classList.toggle("drawer"))));
 slider.addEventListener("input", () => setLayer(Number(slider.value)));
 const scroller = byId("scroller");
+const toEnd = () => { if (stuck) scroller.scrollTop = scroller.scrollHeight; };
 scroller.addEventListener("scroll", () => { stuck = scroller.scrollTop + scroller.clientHeight > scroller.scrollHeight - 40; }, { passive: true });
 talk.addEventListener("drawn", () => {
-  if (stuck) scroller.scrollTop = scroller.scrollHeight;
+  toEnd();
   showLoad();
   panel.follow();
 });
