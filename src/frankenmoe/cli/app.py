@@ -41,6 +41,7 @@ from frankenmoe.cli.options import (
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
+from frankenmoe.cli.serve import serve_command
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
 from frankenmoe.cli.text import is_unicode, json_text, printable, spelled_out
@@ -302,6 +303,7 @@ for command in (
     card_command,
     push_command,
     run_command,
+    serve_command,
     cache_command,
     families_command,
 ):
