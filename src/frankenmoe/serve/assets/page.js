@@ -93,7 +93,7 @@ const showPrompts = () => {
 };
 const replyOf = (facts) => new Reply(facts, { marks, layer: state.layer, point: (reply, token) => panel.show(reply, token) });
 const replies = () => state.turns.flatMap((turn) => turn.replies);
-const latest = () => replies().filter(({ model }) => model === state.model).at(-1);
+const latest = () => state.turns.map((turn) => turn.replies[0]).filter(({ model }) => model === state.model).at(-1);
 
 // what a side has said so far; a turn that nobody answered is left out
 const history = (turns, side) => turns.flatMap(({ text, replies }) => {
@@ -195,8 +195,7 @@ const showCopy = copyDialog(say);
 const refit = refitDialog({
   marks,
   refit: async (prompts) => {
-    const made = await server.refit(state.model, prompts);
-    modelOf(state.model).frankenmoe = made.frankenmoe ?? made;
+    modelOf(state.model).frankenmoe = (await server.refit(state.model, prompts)).frankenmoe;
     controlsOf.show(modelOf(state.model));
     byId("again").classList.add("call");
     say("The routers are fitted to these prompts from now on.");

@@ -36,12 +36,12 @@ export class Reply {
   add(text, trace, finish) {
     if (this.state === "waiting") Object.assign(this, { state: "streaming", note: "", started: performance.now() });
     this.text += text;
-    for (const { text: word, layers } of trace) {
+    spread(text, trace).forEach((word, index) => {
       this.words.push(word);
-      this.trace.push(layers);
+      this.trace.push(trace[index].layers);
       const first = this.trace.first(this.layer, this.trace.length - 1);
       if (first >= 0) this.counts[first]++;
-    }
+    });
     this.finish = finish ?? this.finish;
     if (text || trace.length) this.seconds = (performance.now() - this.started) / 1000;
     this.#soon();
@@ -165,6 +165,13 @@ export class Reply {
     this.element.setAttribute("aria-busy", String(!this.over));
   }
 }
+
+// the text of a chunk shared out among its tokens. Parts of a letter, and words without the space before them, do not add
+// up to it: then the last token has all of it
+const spread = (text, trace) => {
+  const words = trace.map((token) => token.text);
+  return words.join("") === text ? words : words.map((_, index) => (index === words.length - 1 ? text : ""));
+};
 
 // what a request changes about the routing, in words
 export const changes = ({ experts_per_token: count, disable_experts: off = [], expert_bias: bias = {} }) => [

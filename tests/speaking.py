@@ -18,12 +18,31 @@ from starlette.routing import Route
 
 from frankenmoe.serve.page import routes
 
-WORDS = ("The", " router", " chose", " an", " expert", ".", "\n", "Then", " the", " next", " one", ",", " <b>", "é", " ")
+WORDS = (
+    "The",
+    " router",
+    " chose",
+    " an",
+    " expert",
+    ".",
+    "\n",
+    "Then",
+    " the",
+    " next",
+    " one",
+    ",",
+    " <b>",
+    "é",
+    " ",
+)
 
 
 @dataclass
 class Speech:
-    """What the server says. `faults` are taken one for each request: an error's text, "gone" or a number of requests that wait."""
+    """What the server says. `bodies` are what it was asked, `said` the layers of each token.
+
+    `faults` are taken one for each request: the text of an error, "gone", or a number of requests that wait.
+    """
 
     experts: tuple[str, ...] = ("prose", "code", "maths", "law")
     layers: int = 6
@@ -33,6 +52,7 @@ class Speech:
     key: str = ""
     faults: list[str | int] = field(default_factory=list)
     bodies: list[dict[str, Any]] = field(default_factory=list)
+    said: list[list[dict[str, Any]]] = field(default_factory=list)
     prompts: dict[str, dict[str, list[str]]] | None = None
     others: tuple[str, ...] = ("base",)
 
@@ -59,7 +79,7 @@ def app(speech: Speech) -> Starlette:
 
     async def refit(request: Request) -> Response:
         speech.prompts = (await request.json())["prompts"]
-        return JSONResponse(speech.models()[0]["frankenmoe"])
+        return JSONResponse(speech.models()[0])
 
     async def chat(request: Request) -> Response:
         body = await request.json()
@@ -100,7 +120,9 @@ async def _stream(speech: Speech, body: dict[str, Any], fault: str | int | None)
         choice: dict[str, Any] = {"index": 0, "delta": {"content": speech.words[index % len(speech.words)]}}
         choice["finish_reason"] = ("length" if count == body["max_tokens"] else "stop") if index == count - 1 else None
         if body.get("trace"):
-            choice["trace"] = [{"id": index, "text": choice["delta"]["content"], "layers": _layers(speech, on, chosen, body)}]
+            layers = _layers(speech, on, chosen, body)
+            speech.said.append(layers)
+            choice["trace"] = [{"id": index, "text": choice["delta"]["content"], "layers": layers}]
         yield _event({"choices": [choice]})
     yield _event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": count}})
     yield "data: [DONE]\n\n"
@@ -126,7 +148,7 @@ def _event(data: dict[str, Any]) -> str:
 @contextmanager
 def speaking(speech: Speech, *, port: int = 0) -> Iterator[str]:
     """Serves until the end of the block; gives the address."""
-    server = uvicorn.Server(uvicorn.Config(app(speech), port=port, log_level="warning", timeout_graceful_shutdown=0))
+    server = uvicorn.Server(uvicorn.Config(app(speech), port=port, log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:
