@@ -10,6 +10,7 @@ import { Gone, Server } from "./server.js";
 import { ALL } from "./trace.js";
 
 const SAME = "="; // beside it: the same model as it is, without the changes made here
+const EXAMPLES = 4; // prompts of experts that an empty conversation offers
 const byId = (id) => document.getElementById(id);
 const { marks } = JSON.parse(byId("data").textContent);
 const state = { model: "", beside: "", layer: ALL, draft: "", settings: {}, sampling: { temperature: 0, limit: 200 }, turns: [], ...found() };
@@ -62,6 +63,7 @@ const showModels = () => {
   byId("beside-row").hidden = models.length < 2 && !same.length;
   controlsOf.show(modelOf(state.model));
   showPrompts();
+  showLayers();
   changed();
 };
 
@@ -87,7 +89,12 @@ const draw = () => {
   showLayers();
 };
 const showPrompts = () => {
-  const can = Boolean(modelOf(state.model)?.frankenmoe.prompts);
+  const prompts = modelOf(state.model)?.frankenmoe.prompts, can = Boolean(prompts);
+  byId("examples").replaceChildren(...Object.values(prompts ?? {}).slice(0, EXAMPLES).map(({ positive: [text] }) => {
+    const button = make("button", { type: "button" }, text);
+    button.addEventListener("click", () => { prompt.value = text; prompt.focus(); });
+    return button;
+  }));
   byId("edit-prompts").hidden = !can;
   document.body.classList.toggle("can-refit", can);
 };
@@ -231,7 +238,7 @@ document.addEventListener("keydown", (event) => {
 byId("stop").addEventListener("click", () => { running?.abort(); prompt.focus(); });
 byId("again").addEventListener("click", again);
 byId("new").addEventListener("click", () => { panel.clear(); state.turns = []; draw(); changed(); prompt.focus(); });
-byId("model").addEventListener("change", (event) => { state.model = event.target.value; showModels(); showLayers(); });
+byId("model").addEventListener("change", (event) => { state.model = event.target.value; showModels(); });
 byId("beside").addEventListener("change", (event) => { state.beside = event.target.value; changed(); });
 byId("edit-prompts").addEventListener("click", () => refit(modelOf(state.model).frankenmoe));
 byId("as").addEventListener("click", () => {
