@@ -29,7 +29,7 @@ STAGES = LAYERS[4] - {"build"}
 TORCH_FREE = {*LAYERS[0], *LAYERS[1], *LAYERS[2], "publish", "build.body"}
 WITH_TORCH = {"publish.samples", "data.templates"}  # templates: transformers without torch, in a child process
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
-MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")
+MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/", "serve/")
 
 
 @cache

@@ -13,9 +13,7 @@ from frankenmoe.subject import kind_of, open_subject
 INSTALL = "pip install 'frankenmoe[serve]'"
 
 
-@click.command(
-    "serve", epilog=example("frankenmoe serve recipe.yml\nfrankenmoe serve out/ --beside base/ --port 8000")
-)
+@click.command("serve", epilog=example("frankenmoe serve recipe.yml\nfrankenmoe serve out/ --beside base/ --port 8000"))
 @click.argument("what", metavar="ARTIFACT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
 @click.option(
     "--beside", metavar="MODEL", multiple=True,

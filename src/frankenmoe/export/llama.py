@@ -157,9 +157,10 @@ class Engine:
                 return True
             return hear(piece)
 
-        if said and isinstance(said[0], Mapping):
-            check_renders(self._template, said)
-            self._server.handle_chat_completions({"messages": list(said), **options, "stream": True}, listen)
+        turns = [each for each in said if isinstance(each, Mapping)]
+        if turns:
+            check_renders(self._template, turns)
+            self._server.handle_chat_completions({"messages": turns, **options, "stream": True}, listen)
         else:
             prompt = said if isinstance(said, str) else list(said)
             self._server.handle_completions({"prompt": prompt, **options, "stream": True}, listen)

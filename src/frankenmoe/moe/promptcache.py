@@ -6,14 +6,18 @@ from itertools import takewhile
 from typing import Any
 
 SEQUENCES = 4  # kept at once, such as conversations in several windows
-ENOUGH = 0.5  # of a kept sequence a prompt must share this much; a smaller part is computed again, and both are kept
+ENOUGH = 0.5  # of a kept prompt a new one must share this much; a smaller part is computed again, and both are kept
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A sequence with the cache of its tokens. Only what was computed in the same `way` may use it."""
+    """A sequence with the cache of its tokens, the first of which, the `prompt`, were not generated.
+
+    Only what is computed in the same `way` may use it.
+    """
 
     ids: tuple[int, ...]
+    prompt: int
     cache: Any
     way: Hashable
 
@@ -32,20 +36,24 @@ class PromptCache:
         """
         found = [(common(each.ids, ids[:-1]), each) for each in self._kept if each.way == way]
         length, best = max(found, key=lambda pair: pair[0], default=(0, None))
-        if best is None or length < 1 or length < ENOUGH * len(best.ids):
+        if best is None or length < 1 or length < ENOUGH * best.prompt:
             return None, 0
         self._kept = [each for each in self._kept if each is not best]
         try:
             if length < len(best.ids):
                 best.cache.crop(length - len(best.ids))
-        except (RuntimeError, ValueError, NotImplementedError):  # linear attention, or beyond a window: not to be undone
+        except (
+            RuntimeError,
+            ValueError,
+            NotImplementedError,
+        ):  # linear attention, or beyond a window: not to be undone
             return None, 0
         return best.cache, length
 
-    def keep(self, ids: Sequence[int], cache: Any, *, way: Hashable = None) -> None:
+    def keep(self, ids: Sequence[int], cache: Any, *, prompt: int, way: Hashable = None) -> None:
         """Keeps the cache of exactly `ids`. One of other length, or of a kind that cannot be measured, is not kept."""
         if cache is not None and hasattr(cache, "crop") and cache.get_seq_length() == len(ids) > 0:
-            self._kept = [*self._kept, Kept(tuple(ids), cache, way)][-self._most :]
+            self._kept = [*self._kept, Kept(tuple(ids), prompt, cache, way)][-self._most :]
 
     def clear(self) -> None:
         """Forgets all sequences, after the weights have changed."""

@@ -28,11 +28,14 @@ class Steering:
     bias_E: tuple[float, ...] | None = None
 
 
+UNCHANGED = Steering()
+
+
 @contextmanager
 def steered(model: nn.Module, steering: Steering) -> Iterator[None]:
     """Within the context the outer routers of `model` choose as `steering` says. Traces show what they then chose."""
     with ExitStack() as hooks:
-        for block in outer_blocks(model).values() if steering != Steering() else ():
+        for block in outer_blocks(model).values() if steering != UNCHANGED else ():
             hooks.callback(block.router.register_forward_hook(_hook(block.router, steering)).remove)
         yield
 

@@ -21,10 +21,10 @@ from frankenmoe.errors import FrankenMoEError
 from frankenmoe.serve.bodies import Asked, Chat, Complete, Refit, read
 from frankenmoe.serve.chunks import ChatForm, Form, TextForm
 from frankenmoe.serve.describe import described
+from frankenmoe.serve.errors import GONE, RequestError, of_error
 from frankenmoe.serve.guard import Guard, body_of, refused
 from frankenmoe.serve.line import Line, Ticket, Waiting
 from frankenmoe.serve.models import Models
-from frankenmoe.serve.problem import GONE, Problem, of_error
 
 PATIENCE = 60.0  # seconds in which a client must take what it is sent
 _log = logging.getLogger("frankenmoe.serve")
@@ -54,11 +54,11 @@ def make_app(
         ],
         middleware=[*(cors if origins else []), Middleware(Guard, key=key, hosts=hosts, origins=origins)],
         exception_handlers={
-            Problem: lambda _, problem: refused(problem),  # type: ignore[dict-item, arg-type]
-            FrankenMoEError: lambda _, error: refused(of_error(error)),  # type: ignore[dict-item, arg-type]
+            RequestError: lambda _, problem: refused(problem),
+            FrankenMoEError: lambda _, error: refused(of_error(error)),
             HTTPException: _http_problem,
             ClientDisconnect: lambda *_: Response(status_code=GONE),
-            Exception: lambda *_: refused(Problem("the server failed; its log says why", status=500)),
+            Exception: lambda *_: refused(RequestError("the server failed; its log says why", status=500)),
         },
     )
 
@@ -140,7 +140,7 @@ async def _events(ticket: Ticket, form: Form) -> AsyncIterator[str]:
                 continue
             for chunk in form.chunks(event):
                 yield _event(chunk)
-    except Problem as problem:
+    except RequestError as problem:
         yield _event(problem.body())
     else:
         yield "data: [DONE]\n\n"
@@ -173,6 +173,6 @@ async def _unless_gone(request: Request, ticket: Ticket, answer: Any) -> Respons
 
 def _http_problem(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = refused(Problem(error.detail, status=error.status_code))
+    response = refused(RequestError(error.detail, status=error.status_code))
     response.headers.update(error.headers or {})
     return response

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from frankenmoe.moe.steering import NEVER, Steering
+from frankenmoe.moe.steering import NEVER, UNCHANGED, Steering
 from frankenmoe.recipe.fields import COLDEST
 from frankenmoe.serve.bodies import Asked
-from frankenmoe.serve.problem import Problem
+from frankenmoe.serve.errors import RequestError
 from frankenmoe.suggest import did_you_mean
 
 ROUTING = ("experts_per_token", "disable_experts", "expert_bias", "trace")  # fields that need experts
@@ -32,10 +32,10 @@ class Task:
     echo: bool = False
     trace: bool = False
     penalties: dict[str, float] = field(default_factory=dict)
-    steering: Steering = Steering()
+    steering: Steering = UNCHANGED
 
 
-def task(body: Asked, prompts: Sequence[Any], *, most: int, steering: Steering = Steering()) -> Task:
+def task(body: Asked, prompts: Sequence[Any], *, most: int, steering: Steering = UNCHANGED) -> Task:
     """What a body asks for. `most` is the server's limit, which is also the default."""
     return Task(
         prompts=tuple(prompts),
@@ -54,27 +54,29 @@ def task(body: Asked, prompts: Sequence[Any], *, most: int, steering: Steering =
 
 
 def refuse(body: Asked, fields: Sequence[str], *, why: str) -> None:
-    """Raises Problem if one of these fields asks for something."""
+    """Raises RequestError if one of these fields asks for something."""
     for name in fields:
         if getattr(body, name):
-            raise Problem(f"{name} is not supported by this model: {why}", param=name, code="unsupported_parameter")
+            raise RequestError(
+                f"{name} is not supported by this model: {why}", param=name, code="unsupported_parameter"
+            )
 
 
 def steering(body: Asked, experts: Sequence[str], *, top_k: int) -> Steering:
     """How a body changes the choice among these experts, of which a token usually gets `top_k`.
 
-    Raises Problem for an unknown expert, and if more experts are asked for than are left.
+    Raises RequestError for an unknown expert, and if more experts are asked for than are left.
     """
     for name, found in (("disable_experts", body.disable_experts), ("expert_bias", body.expert_bias)):
         for expert in found:
             if expert not in experts:
-                raise Problem(f"there is no expert {expert!r}; {did_you_mean(expert, experts)}", param=name)
+                raise RequestError(f"there is no expert {expert!r}; {did_you_mean(expert, experts)}", param=name)
     left = [expert for expert in experts if expert not in body.disable_experts]
     wanted = body.experts_per_token
     if not left:
-        raise Problem("all experts are disabled, expected at least one that is not", param="disable_experts")
+        raise RequestError("all experts are disabled, expected at least one that is not", param="disable_experts")
     if wanted is not None and wanted > len(left):
-        raise Problem(
+        raise RequestError(
             f"experts_per_token must be from 1 to {len(left)}, the number of experts that are not disabled, "
             f"found {wanted}",
             param="experts_per_token",

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from frankenmoe.serve.problem import Problem, of_body
+from frankenmoe.serve.errors import RequestError, of_body
 
 MOST_CHOICES, MOST_PROMPTS, MOST_TOP = 16, 64, 20
 MOST_BIAS = 100.0  # of an expert's logit; larger ones would only round the other logits away
@@ -104,7 +104,7 @@ class Chat(Asked):
     @model_validator(mode="after")
     def _together(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise Problem("top_logprobs needs logprobs: true", param="top_logprobs")
+            raise RequestError("top_logprobs needs logprobs: true", param="top_logprobs")
         return self
 
     @property
@@ -164,7 +164,7 @@ Kind = TypeVar("Kind", bound=Body)
 
 
 def read(kind: type[Kind], body: bytes) -> Kind:
-    """The body of a request. Raises Problem if it is not JSON, or not what it must be."""
+    """The body of a request. Raises RequestError if it is not JSON, or not what it must be."""
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:

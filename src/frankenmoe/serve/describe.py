@@ -1,7 +1,7 @@
 """The API in OpenAPI's form, made from the bodies that are accepted."""
 
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 from pydantic.json_schema import models_json_schema
 
@@ -32,14 +32,13 @@ GETS = {
 @cache
 def described() -> Data:
     """The description of all routes but those of the page."""
-    schemas, definitions = models_json_schema(
-        [(kind, "validation") for kind, _ in POSTS.values()], ref_template="#/components/schemas/{model}"
-    )
+    kinds: list[tuple[Any, Literal["validation"]]] = [(kind, "validation") for kind, _ in POSTS.values()]
+    schemas, definitions = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
     problem = {"error": {"type": "object", "required": ["message", "type", "param", "code"]}}
-    components: Data = definitions.get("$defs", {}) | {"Problem": {"type": "object", "properties": problem}}
+    components: Data = definitions.get("$defs", {}) | {"Error": {"type": "object", "properties": problem}}
     paths: Data = {path: {"get": {"summary": text, "responses": _answers()}} for path, text in GETS.items()}
-    for path, (kind, text) in POSTS.items():
-        content = {"application/json": {"schema": schemas[(kind, "validation")]}}
+    for (path, (_, text)), kind in zip(POSTS.items(), kinds, strict=True):
+        content = {"application/json": {"schema": schemas[kind]}}
         post = {"summary": text, "requestBody": {"required": True, "content": content}, "responses": _answers()}
         paths[path] = {"post": post}
     return {
@@ -55,6 +54,6 @@ def described() -> Data:
 
 
 def _answers() -> Data:
-    problem = {"application/json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    problem = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
     found: Data = {status: {"description": text, "content": problem} for status, text in PROBLEMS.items()}
     return {"200": {"description": "The answer."}, **found}

@@ -8,8 +8,8 @@ from frankenmoe.errors import SourceError
 from frankenmoe.export.llama import Engine, check_loadable
 from frankenmoe.serve.asked import ROUTING, Task, refuse, task
 from frankenmoe.serve.bodies import Asked, Chat, Complete
+from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import Ticket
-from frankenmoe.serve.problem import Problem
 from frankenmoe.serve.writing import Ended, Likely, Piece, Token, Usage
 
 MOST_CONTEXT = 8192  # tokens; as in `chat`
@@ -31,7 +31,7 @@ class Gguf:
         return {"kind": "gguf", **none, "prompts": None, "recipe": None, "controls": []}
 
     def task(self, body: Asked) -> Task:
-        """What a body asks for. Raises Problem if llama.cpp cannot do it."""
+        """What a body asks for. Raises RequestError if llama.cpp cannot do it."""
         refuse(body, ROUTING, why="llama.cpp does not tell or change its experts")
         if isinstance(body, Chat):
             turns = [message.turn() for message in body.messages]
@@ -74,13 +74,13 @@ class Gguf:
         try:
             self._engine.stream(said, _options(asked, choice), hear)
         except SourceError as error:
-            raise Problem(f"{error.message}; {error.hint}") from None
+            raise RequestError(f"{error.message}; {error.hint}") from None
         ticket.say(Ended(index, reason))
         return usage
 
     def refit(self, prompts: Mapping[str, Any]) -> None:
-        """Raises Problem: a file has no recipe."""
-        raise Problem("a GGUF file has no routers that can be fitted again; serve a recipe with prompts")
+        """Raises RequestError: a file has no recipe."""
+        raise RequestError("a GGUF file has no routers that can be fitted again; serve a recipe with prompts")
 
 
 def _options(asked: Task, choice: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from frankenmoe.serve.problem import TOO_LARGE, Problem
+from frankenmoe.serve.errors import TOO_LARGE, RequestError
 
 LARGEST = 2**20  # bytes of a body
 DISCARDED = 2**26  # bytes of a body that is too large, which are read so that its sender reads the answer
@@ -38,16 +38,16 @@ class Guard:
         else:
             await refused(problem)(scope, receive, send)
 
-    def _problem(self, scope: Scope) -> Problem | None:
+    def _problem(self, scope: Scope) -> RequestError | None:
         headers = Headers(scope=scope)
         if self._hosts is not None and _name(headers.get("host", "")) not in self._hosts:
-            return Problem("this name is not one of this server's", status=403, code="host_not_allowed")
+            return RequestError("this name is not one of this server's", status=403, code="host_not_allowed")
         if scope["method"] == "POST" and not self._from_here(headers):
-            return Problem("pages of other sites may not ask this server", status=403, code="origin_not_allowed")
+            return RequestError("pages of other sites may not ask this server", status=403, code="origin_not_allowed")
         if self._key is not None and scope["path"].startswith(GUARDED):
             given = headers.get("authorization", "").partition(" ")[2].strip()
             if not hmac.compare_digest(given.encode(), self._key.encode()):
-                return Problem("the API key is missing or wrong", status=401, code="invalid_api_key")
+                return RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
         return None
 
     def _from_here(self, headers: Headers) -> bool:
@@ -55,7 +55,7 @@ class Guard:
         return origin is None or origin in self._origins or _place(origin) == headers.get("host", "").lower()
 
 
-def refused(problem: Problem) -> JSONResponse:
+def refused(problem: RequestError) -> JSONResponse:
     """The answer to a request with a problem."""
     extra = {"WWW-Authenticate": "Bearer"} if problem.status == 401 else {}
     return JSONResponse(problem.body(), status_code=problem.status, headers=extra)
@@ -78,7 +78,7 @@ def _place(origin: str) -> str:
 
 
 async def body_of(request: Request) -> bytes:
-    """The body of a request. Raises Problem if it is too large."""
+    """The body of a request. Raises RequestError if it is too large."""
     kept: list[bytes] = []
     size = 0
     async for part in request.stream():
@@ -88,7 +88,7 @@ async def body_of(request: Request) -> bytes:
         elif size > DISCARDED:
             break
     if size > LARGEST:
-        raise Problem(
+        raise RequestError(
             f"the body has more than {LARGEST:,} bytes, the most that is read", status=TOO_LARGE, code="body_too_large"
         )
     return b"".join(kept)

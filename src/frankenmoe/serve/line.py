@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from frankenmoe.errors import FrankenMoEError
-from frankenmoe.serve.problem import BUSY, STOPPING, Problem, of_error
+from frankenmoe.serve.errors import BUSY, STOPPING, RequestError, of_error
 
 LONGEST = 64  # requests in the line
 EVERY = 1.0  # seconds between two reports to one that waits
@@ -54,7 +54,10 @@ class Ticket:
         self._stop.set()
 
     async def heard(self) -> AsyncIterator[Any]:
-        """What the work says, and `Waiting` at once and each second until it begins. Raises the Problem it ends with."""
+        """What the work says, and `Waiting` at once and each second until it begins.
+
+        Raises the RequestError that it ends with.
+        """
         while True:
             before = self._line.before(self)
             if before and self._events.empty():
@@ -65,24 +68,24 @@ class Ticket:
                 continue
             if event is None:
                 return
-            if isinstance(event, Problem):
+            if isinstance(event, RequestError):
                 raise event
             yield event
 
     def run(self, work: Callable[["Ticket"], None]) -> None:
-        """Does the work and says how it ended: None, or a Problem."""
+        """Does the work and says how it ended: None, or a RequestError."""
         self._until = time.monotonic() + self._seconds
         try:
             if not self._stop.is_set():
                 work(self)
             self.say(None)
-        except Problem as problem:
+        except RequestError as problem:
             self.say(problem)
         except FrankenMoEError as error:
             self.say(of_error(error))
         except Exception:
             _log.exception("a request failed")
-            self.say(Problem("the server failed to answer; its log says why", status=500))
+            self.say(RequestError("the server failed to answer; its log says why", status=500))
 
 
 class Line:
@@ -105,11 +108,11 @@ class Line:
         return self._tickets.index(ticket) if ticket in self._tickets else 0
 
     def join(self, work: Callable[[Ticket], None]) -> Ticket:
-        """Puts work at the end of the line. Raises Problem if the line is too long, or the server ends."""
+        """Puts work at the end of the line. Raises RequestError if the line is too long, or the server ends."""
         if not self._open:
-            raise Problem("the server is stopping", status=STOPPING)
+            raise RequestError("the server is stopping", status=STOPPING)
         if len(self._tickets) > self._longest:
-            raise Problem(f"{self._longest} requests are waiting already; try again later", status=BUSY)
+            raise RequestError(f"{self._longest} requests are waiting already; try again later", status=BUSY)
         ticket = Ticket(self, seconds=self._seconds)
         self._tickets.append(ticket)
         loop = asyncio.get_running_loop()
@@ -129,5 +132,5 @@ class Line:
         self._open = False
         for ticket in self._tickets:
             ticket.cancel()
-            ticket.say(Problem("the server is stopping", status=STOPPING))
+            ticket.say(RequestError("the server is stopping", status=STOPPING))
         self._worker.shutdown(wait=False)

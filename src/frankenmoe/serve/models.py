@@ -14,8 +14,8 @@ from frankenmoe.moe.device import place, resolve
 from frankenmoe.moe.linear import prepare_kernels, to_int8
 from frankenmoe.moe.load import MoE
 from frankenmoe.progress import SILENT, Progress
+from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.gguf import Gguf
-from frankenmoe.serve.problem import Problem
 from frankenmoe.serve.refitting import Refitter, written
 from frankenmoe.serve.running import Running
 from frankenmoe.subject import Dense, kind_of, open_model, open_subject
@@ -43,9 +43,9 @@ class Models:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def find(self, name: str) -> Model:
-        """Raises Problem for a name that is not served."""
+        """Raises RequestError for a name that is not served."""
         if name not in self.by_name:
-            raise Problem(
+            raise RequestError(
                 f"there is no model {name!r}, expected one of {', '.join(self.by_name)}",
                 status=404,
                 param="model",
@@ -66,13 +66,17 @@ def load_models(whats: Sequence[str | Path], *, how: Loading, progress: Progress
         open_subject(whats[0])  # a mistake in a recipe is reported before anything is loaded
     names: list[str] = []
     for what in whats:
-        stem = Path(os.path.abspath(what)).name if kind_of(what) in ("artifact", "mixture", "dense") else Path(what).stem
+        stem = (
+            Path(os.path.abspath(what)).name if kind_of(what) in ("artifact", "mixture", "dense") else Path(what).stem
+        )
         names.append(_free(stem, names))
     return Models({name: _load(what, how, progress) for name, what in zip(names, whats, strict=True)})
 
 
 def _free(stem: str, taken: Sequence[str]) -> str:
-    return next(name for count in range(1, len(taken) + 2) if (name := stem if count == 1 else f"{stem}-{count}") not in taken)
+    return next(
+        name for count in range(1, len(taken) + 2) if (name := stem if count == 1 else f"{stem}-{count}") not in taken
+    )
 
 
 def _load(what: str | Path, how: Loading, progress: Progress) -> Model:

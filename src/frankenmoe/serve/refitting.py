@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import yaml
 
@@ -11,7 +10,7 @@ from frankenmoe.moe.load import MoE, gate_tensors
 from frankenmoe.planning.layout import SHARED, gate_paths, router_names
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.gatemodes import FIT_MODES, PROMPT_MODES
-from frankenmoe.serve.problem import Problem
+from frankenmoe.serve.errors import RequestError
 from frankenmoe.subject import Subject
 from frankenmoe.suggest import did_you_mean
 
@@ -54,13 +53,13 @@ class Refitter:
     def refit(self, moe: MoE, prompts: Mapping[str, Sides]) -> None:
         """Fits routers to these prompts and sets the gates of `moe`. Experts that are not named keep their prompts.
 
-        Raises Problem for an unknown expert, RecipeError for prompts that no router can be fitted to; nothing is
+        Raises RequestError for an unknown expert, RecipeError for prompts that no router can be fitted to; nothing is
         changed then. Writes no file.
         """
         known = self.prompts
         for name in prompts:
             if name not in known:
-                raise Problem(f"there is no expert {name!r}; {did_you_mean(name, known)}", param="prompts")
+                raise RequestError(f"there is no expert {name!r}; {did_you_mean(name, known)}", param="prompts")
         before = self._subject.recipe
         plain = before.to_dict()
         for each, expert in zip(plain["experts"], before.experts, strict=True):
@@ -74,9 +73,6 @@ class Refitter:
         paths = [*gate_paths(plan.nodes), *([SHARED] if plan.gated_shared else [])]
         set_gates(
             moe.model,
-            {
-                path: [gates[name] for name in router_names(plan.fmt, layers=plan.layers, path=path)]
-                for path in paths
-            },
+            {path: [gates[name] for name in router_names(plan.fmt, layers=plan.layers, path=path)] for path in paths},
         )
         self._subject = subject

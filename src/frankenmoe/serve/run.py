@@ -34,11 +34,14 @@ class Address:
     origins: tuple[str, ...] = ()
 
 
+HERE, USUAL = Address(), Loading()
+
+
 def serve(
     whats: Sequence[str | Path],
     *,
-    address: Address = Address(),
-    how: Loading = Loading(),
+    address: Address = HERE,
+    how: Loading = USUAL,
     seconds: float = 600.0,
     on_ready: Callable[[str], None] = lambda url: None,
     progress: Progress = SILENT,

@@ -1,7 +1,7 @@
 """A model that torch runs: an MoE, or a dense model beside it."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from frankenmoe.moe.generate import checked, encode, generate, room
 from frankenmoe.moe.generation import check_generation, end_tokens
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.promptcache import PromptCache
-from frankenmoe.moe.steering import Steering, steered
+from frankenmoe.moe.steering import UNCHANGED, steered
 from frankenmoe.moe.trace import outer_blocks, stream
 from frankenmoe.serve.asked import PENALTIES, ROUTING, Task, refuse, steering, task
 from frankenmoe.serve.bodies import Asked, Chat, Complete
+from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import Ticket
-from frankenmoe.serve.problem import Problem
 from frankenmoe.serve.refitting import Refitter
 from frankenmoe.serve.writing import Piece, Token, Usage, Writer, told
 
@@ -69,9 +69,9 @@ class Running:
         }
 
     def task(self, body: Asked) -> Task:
-        """What a body asks for. Raises Problem or SourceError if the model cannot do it."""
+        """What a body asks for. Raises RequestError or SourceError if the model cannot do it."""
         refuse(body, PENALTIES, why="transformers has no such penalty")
-        change = Steering()
+        change = UNCHANGED
         if self._moe.experts:
             change = steering(body, self._moe.experts, top_k=self._top_k)
         else:
@@ -130,7 +130,7 @@ class Running:
                     stopping_criteria=StoppingCriteriaList([writer]),
                     **sampling,
                 )
-                self._cache.keep(out[:-1], cache, way=asked.steering)
+                self._cache.keep(out[:-1], cache, prompt=len(ids), way=asked.steering)
         ticket.say(writer.end())
         return writer.count, known
 
@@ -149,10 +149,8 @@ class Running:
                 hooks.callback(self._moe.model.register_forward_hook(writer.on_output).remove)
             if asked.trace:
                 hooks.enter_context(stream(self._moe.model, writer.on_trace))
-            try:
+            with suppress(HaltedError):  # the cache then holds a part of a token's states, and is not kept
                 yield
-            except HaltedError:
-                pass  # the cache holds a part of a token's states, so it is not kept
 
     def _echo(self, asked: Task, ids: Sequence[int], index: int, ticket: Ticket) -> None:
         """Says the prompt, with the probabilities of its tokens but the first."""
@@ -172,13 +170,13 @@ class Running:
             for token, logits_V in zip(targets, out.logits[0], strict=False):
                 tokens.append(told(self._tokenizer, token, logits_V.float().log_softmax(-1), asked.top))
         if isinstance(cache, DynamicCache):
-            self._cache.keep(ids, cache, way=asked.steering)
+            self._cache.keep(ids, cache, prompt=len(ids), way=asked.steering)
         ticket.say(Piece(index, text, tuple(tokens)))
 
     def refit(self, prompts: Mapping[str, Any]) -> None:
-        """Fits the routers again from these prompts. Raises Problem if this model cannot be refitted."""
+        """Fits the routers again from these prompts. Raises RequestError if this model cannot be refitted."""
         if self._refitter is None:
-            raise Problem("this model has no prompts to fit its routers from; serve a recipe with prompts")
+            raise RequestError("this model has no prompts to fit its routers from; serve a recipe with prompts")
         self._refitter.refit(self._moe, prompts)
         self._cache.clear()
 

@@ -164,11 +164,13 @@ class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no typ
     def __call__(self, input_ids: torch.Tensor, _scores: object, **_more: object) -> torch.Tensor:
         """[B], whether the answer is whole."""
         token = self._told(int(input_ids[0, -1]))
-        if self._tracing:
-            token, self._last = self._last, token
-            token = token and replace(token, layers=tuple(_row(self._layers[at]) for at in sorted(self._layers)))
-        if token is not None:
+        if not self._tracing:
             self._write(token)
+        else:
+            if self._last is not None:
+                rows = tuple(_row(self._layers[at]) for at in sorted(self._layers))
+                self._write(replace(self._last, layers=rows))
+            self._last = token
         done = self.reason is not None or self._halted()
         return torch.full(input_ids.shape[:1], done, dtype=torch.bool, device=input_ids.device)
 

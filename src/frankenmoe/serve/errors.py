@@ -17,7 +17,7 @@ _SEVERAL: Mapping[str, str] = {
 }
 
 
-class Problem(Exception):
+class RequestError(Exception):
     """A refused request or a failed answer. `status` is that of HTTP, `param` the field that is wrong."""
 
     def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
@@ -30,23 +30,23 @@ class Problem(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def of_error(error: FrankenMoEError) -> Problem:
+def of_error(error: FrankenMoEError) -> RequestError:
     """An error that the user can fix."""
-    return Problem(f"{error.message}; {error.hint}" if error.hint else error.message)
+    return RequestError(f"{error.message}; {error.hint}" if error.hint else error.message)
 
 
-def of_body(error: ValidationError) -> Problem:
+def of_body(error: ValidationError) -> RequestError:
     """The first problem of a body that is not what it must be."""
     first = error.errors(include_url=False)[0]
     place = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
     if not place:
-        return Problem(f"the body is not what it must be: {brief(first['msg'])}")
+        return RequestError(f"the body is not what it must be: {brief(first['msg'])}")
     several = next((at for at, part in enumerate(place) if part in _SEVERAL), None)
     if several is not None:
         place = place[: several + 1]
     where = brief(".".join(map(str, place)))
     if first["type"] == "extra_forbidden":
-        return Problem(f"{where} is not supported here", param=where, code="unsupported_parameter")
+        return RequestError(f"{where} is not supported here", param=where, code="unsupported_parameter")
     if several is not None:
-        return Problem(f"{where} must be {_SEVERAL[str(place[-1])]}", param=where)
-    return Problem(f"{where} {brief(in_words(first)[0])}", param=where)
+        return RequestError(f"{where} must be {_SEVERAL[str(place[-1])]}", param=where)
+    return RequestError(f"{where} {brief(in_words(first)[0])}", param=where)
