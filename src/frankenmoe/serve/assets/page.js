@@ -15,7 +15,7 @@ const byId = (id) => document.getElementById(id);
 const { marks } = JSON.parse(byId("data").textContent);
 const state = { model: "", beside: "", layer: ALL, draft: "", settings: {}, sampling: { temperature: 0, limit: 200 }, turns: [], ...found() };
 const talk = byId("talk"), prompt = byId("prompt"), slider = byId("layer");
-let models = [], running = null, stuck = true;
+let models = [], running = null, stuck = true, leaving = false;
 
 const say = (text) => { byId("say").textContent = text; };
 const notice = (text) => {
@@ -150,6 +150,7 @@ const answer = async (reply, body, signal) => {
     reply.end("done");
     say(`${reply.model}: ${reply.text}`);
   } catch (error) {
+    if (leaving) return; // the browser ends what a page waits for before it says that the page goes
     if (error.name === "AbortError") reply.end("stopped");
     else {
       reply.end("failed", `${error.message[0].toUpperCase()}${error.message.slice(1)}.`.replace(/\.\.$/, "."));
@@ -256,7 +257,9 @@ talk.addEventListener("drawn", () => {
   showLoad();
   panel.follow();
 });
+addEventListener("beforeunload", () => { leaving = true; });
 addEventListener("pagehide", store);
+addEventListener("pageshow", () => { leaving = false; });
 addEventListener("visibilitychange", () => document.visibilityState === "visible" && server.look());
 themed(byId("theme"));
 
