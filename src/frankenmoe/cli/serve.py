@@ -1,15 +1,18 @@
 """`frankenmoe serve`: its options, and what it says when it is ready."""
 
 from pathlib import Path
+from typing import Annotated
 
 import click
+from pydantic import Field
 
-from frankenmoe.cli.options import COUNT, NO_CACHE, REMOTE, example, placed
+from frankenmoe.cli.options import COUNT, NO_CACHE, REMOTE, Number, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import warn
 from frankenmoe.errors import PlanError
 from frankenmoe.subject import kind_of, open_subject
 
+PORT = Number(Annotated[int, Field(ge=0, le=65535)])
 INSTALL = "pip install 'frankenmoe[serve]'"
 
 
@@ -20,9 +23,7 @@ INSTALL = "pip install 'frankenmoe[serve]'"
     help="Another such model, or a dense one, to compare with (repeatable).",
 )  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; others need an API key.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=8080, show_default=True, help="Port; 0 takes a free one."
-)
+@click.option("--port", type=PORT, default=8080, show_default=True, help="Port; 0 takes a free one.")
 @click.option(
     "--api-key", envvar="FRANKENMOE_API_KEY", show_envvar=True,
     help="Key that requests must have. Other users see a command line, so set the variable.",

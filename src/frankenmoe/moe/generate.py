@@ -14,17 +14,26 @@ from frankenmoe.data.templates import rendered
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.generation import MOST, end_tokens, plain_generation
 from frankenmoe.moe.load import MoE
+from frankenmoe.moe.promptcache import PromptCache
 from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply: its text, the tokens of prompt and reply [T], the routing of all tokens but the last, and tokens/s."""
+    """A reply: its text, the tokens of prompt and reply [T], the routing of the tokens that were read, and tokens/s.
+
+    These are all tokens but the last one, and but those that were known from an earlier reply.
+    """
 
     text: str
     tokens: list[int]
     routing: RoutingTrace
     tokens_per_second: float
+
+    @property
+    def read(self) -> list[int]:
+        """The tokens whose routing is known."""
+        return self.tokens[len(self.tokens) - 1 - len(self.layers[0].ids_TK) : -1]
 
     @property
     def layers(self) -> list[LayerTrace]:
@@ -40,8 +49,11 @@ def reply(
     max_new_tokens: int,
     temperature: float = 0.0,
     streamer: Any = None,
+    cache: PromptCache | None = None,
 ) -> Reply:
     """Generates a reply with a KV cache, so earlier tokens are not computed or routed again.
+
+    With a `cache`, nor are the tokens of earlier replies that were generated with the same one.
 
     `history` is a list of {"role", "content"}. `temperature` 0 is greedy. `streamer` is a transformers streamer. The
     reply ends at the model's maximum length, even before `max_new_tokens`.
@@ -49,16 +61,20 @@ def reply(
     """
     ids = encode(tokenizer, history, moe.model.config)
     began = time.perf_counter()
+    past = cache and cache.take(ids)[0]
     with record(moe.model) as layers:
-        out, _ = generate(
+        out, states = generate(
             moe,
             tokenizer,
             ids,
             max_new_tokens=min(max_new_tokens, room(moe.model.config, ids)),
             temperature=temperature,
+            past=past,
             streamer=streamer,
         )
     seconds = time.perf_counter() - began
+    if cache is not None:
+        cache.keep(out[:-1], states, prompt=len(ids))
     made = out[len(ids) :]
     return Reply(tokenizer.decode(made, skip_special_tokens=True), out, _on_cpu(concat(layers)), len(made) / seconds)
 

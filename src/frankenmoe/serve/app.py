@@ -22,11 +22,10 @@ from frankenmoe.serve.bodies import Asked, Chat, Complete, Refit, read
 from frankenmoe.serve.chunks import ChatForm, Form, TextForm
 from frankenmoe.serve.describe import described
 from frankenmoe.serve.errors import GONE, RequestError, of_error
-from frankenmoe.serve.guard import Guard, body_of, refused
+from frankenmoe.serve.guard import PATIENCE, Guard, body_of, refused
 from frankenmoe.serve.line import Line, Ticket, Waiting
 from frankenmoe.serve.models import Models
 
-PATIENCE = 60.0  # seconds in which a client must take what it is sent
 _log = logging.getLogger("frankenmoe.serve")
 
 
@@ -80,7 +79,7 @@ class Endpoints:
 
     async def description(self, _: Request) -> Response:
         """The API in OpenAPI's form."""
-        return JSONResponse(described())
+        return JSONResponse(described(list(self._models.by_name)))
 
     async def complete(self, request: Request, *, kind: type[Asked], form: type[Form]) -> Response:
         """Answers a chat or a text, whole or as a stream."""

@@ -1,6 +1,6 @@
 """The API in OpenAPI's form, made from the bodies that are accepted."""
 
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic.json_schema import models_json_schema
@@ -29,13 +29,15 @@ GETS = {
 }
 
 
-@cache
-def described() -> Data:
-    """The description of all routes but those of the page."""
+def described(names: Sequence[str]) -> Data:
+    """The description of all routes but those of the page, with the `names` of the models."""
     kinds: list[tuple[Any, Literal["validation"]]] = [(kind, "validation") for kind, _ in POSTS.values()]
-    schemas, definitions = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    made: Any = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    schemas, definitions = made[0], made[1]["$defs"]
+    for kind in ("Chat", "Complete", "Refit"):
+        definitions[kind]["properties"]["model"]["enum"] = list(names)
     problem = {"error": {"type": "object", "required": ["message", "type", "param", "code"]}}
-    components: Data = definitions.get("$defs", {}) | {"Error": {"type": "object", "properties": problem}}
+    components: Data = definitions | {"Error": {"type": "object", "properties": problem}}
     paths: Data = {path: {"get": {"summary": text, "responses": _answers()}} for path, text in GETS.items()}
     for (path, (_, text)), kind in zip(POSTS.items(), kinds, strict=True):
         content = {"application/json": {"schema": schemas[kind]}}

@@ -1,5 +1,6 @@
 """Lets through the requests that may come in: with the key, to a name of this machine, from no other site."""
 
+import asyncio
 import hmac
 from collections.abc import Sequence
 from urllib.parse import urlsplit
@@ -9,11 +10,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from frankenmoe.serve.errors import TOO_LARGE, RequestError
+from frankenmoe.serve.errors import LATE, TOO_LARGE, RequestError
 
 LARGEST = 2**20  # bytes of a body
 DISCARDED = 2**26  # bytes of a body that is too large, which are read so that its sender reads the answer
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+PATIENCE = 60.0  # seconds in which a client must send a body, and take what it is sent
 GUARDED = ("/v1/", "/health")  # paths that need the key
 
 
@@ -78,15 +80,19 @@ def _place(origin: str) -> str:
 
 
 async def body_of(request: Request) -> bytes:
-    """The body of a request. Raises RequestError if it is too large."""
+    """The body of a request. Raises RequestError if it is too large or too slow."""
     kept: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size <= LARGEST:
-            kept.append(part)
-        elif size > DISCARDED:
-            break
+    try:
+        async with asyncio.timeout(PATIENCE):
+            async for part in request.stream():
+                size += len(part)
+                if size <= LARGEST:
+                    kept.append(part)
+                elif size > DISCARDED:
+                    break
+    except TimeoutError:
+        raise RequestError(f"the body did not come within {PATIENCE:.0f} seconds", status=LATE) from None
     if size > LARGEST:
         raise RequestError(
             f"the body has more than {LARGEST:,} bytes, the most that is read", status=TOO_LARGE, code="body_too_large"

@@ -41,8 +41,11 @@ class Ticket:
 
     def say(self, event: object) -> None:
         """Tells the request something, from any thread."""
+        self._soon(self._events.put_nowait, event)
+
+    def _soon(self, call: Callable[[Any], None], argument: object) -> None:
         with suppress(RuntimeError):  # the loop has ended, and so has the request
-            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
+            self._loop.call_soon_threadsafe(call, argument)
 
     @property
     def halted(self) -> bool:
@@ -50,8 +53,9 @@ class Ticket:
         return self._stop.is_set() or time.monotonic() > self._until
 
     def cancel(self) -> None:
-        """Ends the work, or lets it never begin."""
+        """Ends the work, or lets it never begin. For the event loop's thread."""
         self._stop.set()
+        self._line.leave(self)
 
     async def heard(self) -> AsyncIterator[Any]:
         """What the work says, and `Waiting` at once and each second until it begins.
@@ -72,8 +76,8 @@ class Ticket:
                 raise event
             yield event
 
-    def run(self, work: Callable[["Ticket"], None]) -> None:
-        """Does the work and says how it ended: None, or a RequestError."""
+    def run(self, work: Callable[["Ticket"], None], ended: Callable[["Ticket"], None]) -> None:
+        """Does the work and says how it ended: None, or a RequestError. Calls `ended` in the event loop's thread."""
         self._until = time.monotonic() + self._seconds
         try:
             if not self._stop.is_set():
@@ -86,6 +90,8 @@ class Ticket:
         except Exception:
             _log.exception("a request failed")
             self.say(RequestError("the server failed to answer; its log says why", status=500))
+        finally:
+            self._soon(ended, self)
 
 
 class Line:
@@ -115,22 +121,22 @@ class Line:
             raise RequestError(f"{self._longest} requests are waiting already; try again later", status=BUSY)
         ticket = Ticket(self, seconds=self._seconds)
         self._tickets.append(ticket)
-        loop = asyncio.get_running_loop()
-
-        def turn() -> None:
-            try:
-                ticket.run(work)
-            finally:
-                with suppress(RuntimeError):  # the loop has ended
-                    loop.call_soon_threadsafe(self._tickets.remove, ticket)
-
-        self._worker.submit(turn)
+        self._worker.submit(ticket.run, work, self._ended)
         return ticket
+
+    def _ended(self, ticket: Ticket) -> None:
+        if ticket in self._tickets:
+            self._tickets.remove(ticket)
+
+    def leave(self, ticket: Ticket) -> None:
+        """Takes a request out that still waits. The first one runs, and leaves when it has ended."""
+        if ticket in self._tickets[1:]:
+            self._tickets.remove(ticket)
 
     def close(self) -> None:
         """Ends all work; the requests are told so."""
         self._open = False
-        for ticket in self._tickets:
+        for ticket in list(self._tickets):
             ticket.cancel()
             ticket.say(RequestError("the server is stopping", status=STOPPING))
         self._worker.shutdown(wait=False)

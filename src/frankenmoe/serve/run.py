@@ -7,6 +7,7 @@ no place for routing, traces or a turn in line, and it has no logprobs, no `n` a
 import logging
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -66,7 +67,8 @@ def serve(
         )
         logging.getLogger("uvicorn").setLevel(logging.ERROR)
         server = Server(config, line=line, on_ready=lambda: on_ready(_url(listener)))
-        server.run(sockets=[listener])
+        with suppress(KeyboardInterrupt):  # Ctrl-C is how it is ended
+            server.run(sockets=[listener])
 
 
 class Server(uvicorn.Server):

@@ -75,7 +75,9 @@ class Decoder:
         before, now = self._text(self._done), self._text(len(self._ids))
         if now.endswith(PARTIAL) and len(self._ids) - self._done < LONGEST_CHARACTER:
             return ""
-        self._from, self._done = self._done, len(self._ids)
+        if len(now) > len(before):  # tokenizers strip the first space, so a token with text stays in front
+            self._from = self._done
+        self._done = len(self._ids)
         return now[len(before) :]
 
     def rest(self) -> str:
