@@ -78,6 +78,8 @@ def test_what_cannot_be_served_is_refused_first(server: Server, tmp_path: Path) 
     refused("serve", tmp_path / "no.yml", inside=tmp_path, facts=(tmp_path / "no.yml",))
     refused("serve", recipe, "--host", "0.0.0.0", inside=tmp_path, facts=("0.0.0.0", "key"), hint="FRANKENMOE_API_KEY")
     refused("serve", recipe, "--port", "0", "--beside", tmp_path / "no.gguf", inside=tmp_path, facts=("no.gguf",))
+    refused("serve", recipe, "--api-key", "", inside=tmp_path, facts=("API key",), hint="openssl")
+    refused("serve", recipe, "--cors", "*", inside=tmp_path, facts=("--cors", "'*'"), hint="wildcard")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused("serve", recipe, "--port", port, inside=tmp_path, facts=(port, "in use"), hint="--port")

@@ -39,6 +39,8 @@ def described(names: Sequence[str]) -> Data:
     problem = {"error": {"type": "object", "required": ["message", "type", "param", "code"]}}
     components: Data = definitions | {"Error": {"type": "object", "properties": problem}}
     paths: Data = {path: {"get": {"summary": text, "responses": _answers()}} for path, text in GETS.items()}
+    name = {"name": "model", "in": "path", "required": True, "schema": {"enum": list(names)}}
+    paths["/v1/models/{model}"] = {"get": {"summary": "One of them.", "parameters": [name], "responses": _answers()}}
     for path, (kind, text) in POSTS.items():
         definitions[kind.__name__]["properties"]["model"]["enum"] = list(names)
         content = {"application/json": {"schema": {"$ref": f"{SCHEMAS}{kind.__name__}"}}}
