@@ -68,7 +68,8 @@ class Plan:
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors, `groups` the
     built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
     True if some identical experts (or the base) are so large that only blocks of them were compared. `measured` is the
-    report on how the backbone was chosen, if it was by measurement.
+    report on how the backbone was chosen, if it was by measurement. `carried`: the recipe's `trained` file is a
+    temporary one, so an artifact gets a copy.
     """
 
     recipe: Recipe
@@ -93,6 +94,7 @@ class Plan:
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     extracted: Mapping[tuple[int, ...], Extracted] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Any] | None = field(default=None, repr=False)
+    carried: bool = False
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
