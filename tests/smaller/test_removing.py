@@ -254,7 +254,7 @@ def test_prompts_leave_the_statistics_too(parents: Parents, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("words", "facts", "hint"),
     [
-        (["three", "less", "e3"], ("has no expert 'e3'",), "did you mean"),
+        (["three", "less", "e3"], ("has no expert 'e3'",), "choose one of e0, e1, e2"),
         (["three", "less", "e0", "e1", "2"], ("all 3 experts", "at least one to stay"), "extract"),
         (["three", "likely", "e0"], ("likely exists and is not empty",), "choose another folder"),
         (["three.yml", "less", "e0"], ("three.yml is a recipe, expected an artifact",), "from the recipe"),
