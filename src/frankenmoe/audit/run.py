@@ -23,7 +23,7 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import AuditSettings
 from frankenmoe.recipe.settings import settings_with
-from frankenmoe.subject import Subject, open_subject
+from frankenmoe.subject import Subject, kind_of, open_subject
 
 WINDOW = 256  # tokens read at once, fewer if the model has a shorter context
 SHOWN = 96  # tokens of each domain shown if no prompt is given
@@ -87,6 +87,7 @@ def look(
         subject=_head(subject),
         limit=settings.tokens,
         window=window,
+        artifact=subject.origin if subject.artifact or kind_of(subject.origin) == "mixture" else None,
         progress=progress,
     )
 

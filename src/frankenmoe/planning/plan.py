@@ -29,6 +29,7 @@ from frankenmoe.planning.compare import (
     licence_warnings,
     same_expert,
     source_warnings,
+    spare_warnings,
 )
 from frankenmoe.planning.distance import Distance, distances
 from frankenmoe.planning.files import check_small_files, deciding_files, small_files, states
@@ -365,10 +366,7 @@ def _identity_warnings(made: Plan) -> list[str]:
             f"{computes}, whatever its routers are, even trained ones; break the symmetry with "
             "noise_relative (such as 0.01) or adapters, then train"
         ]
-    return [
-        f"experts {', '.join(map(str, group))} are {same} and count as one for routing"
-        for group in made.identical_experts
-    ]
+    return spare_warnings(made.nodes, made.identical_experts, same=same)
 
 
 def _own_warnings(made: Plan) -> list[str]:
