@@ -104,6 +104,7 @@ def remove_expert_command(
     help="Text to rank and measure on, as file or hub dataset; default: the recipe's data or prompts (repeatable).",
 )  # fmt: skip
 @settings_options(PruneSettings)
+@click.option("--per-layer", is_flag=True, help="Let every layer keep its own experts; OUT is a standard checkpoint.")
 @_gates
 @click.option("--keep-anyway", is_flag=True, help="Write OUT however much the loss rises.")
 @placed
@@ -114,6 +115,7 @@ def prune_command(
     out: Path | None,
     experts: int,
     data: tuple[str, ...],
+    per_layer: bool,
     method: str | None,
     keep_gates: bool,
     keep_anyway: bool,
@@ -142,6 +144,7 @@ def prune_command(
             out,
             experts=experts,
             data=labelled,
+            per_layer=per_layer,
             method=method,
             keep_gates=keep_gates,
             keep_anyway=keep_anyway,
@@ -164,7 +167,8 @@ def show(result: "Smaller", *, as_json: bool) -> None:
         out.print(_ranking(report))
         out.print(_losses(report))
     used, before = report["experts_per_token"], report["experts_per_token_before"]
-    click.echo(printable(f"removed: {', '.join(report['removed'])}"))
+    if report["removed"]:
+        click.echo(printable(f"removed: {', '.join(report['removed'])}"))
     click.echo(printable(f"stay: {', '.join(report['experts'])}"))
     kept = "rows kept" if report["gates"] == "kept" else f"{report['gates']}, fitted without the text of what went"
     click.echo(f"routers: {kept}")
@@ -185,8 +189,9 @@ def _ranking(report: Mapping[str, Any]) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("", overflow="fold")
     for row in report["ranking"]:
+        some = f"goes in {row['goes']} of {len(report['by_layer'])} layers" if report["by_layer"] else "goes"
         facts = [
-            "goes" if row["expert"] in report["removed"] else "",
+            some if row["goes"] else "",
             "no token" if not row["load"] else "",
             f"equals {row['copy_of']}" if row["copy_of"] else "",
         ]

@@ -34,15 +34,17 @@ class Among(nn.Module):
         return Routing(weights_TK, kept_R[ids_TK], logits_TE)
 
 
-def routers_among(moe: MoE, made: Plan, routers: Routers, kept: Sequence[int]) -> list[tuple[MoEBlock, nn.Module]]:
-    """Every outer block of an MoE with the router that makes it compute the plan `made`, which has the experts `kept`.
+def routers_among(
+    moe: MoE, made: Plan, routers: Routers, kept_L: Sequence[Sequence[int]]
+) -> list[tuple[MoEBlock, nn.Module]]:
+    """Every outer block of an MoE with the router that makes it compute the plan `made`.
 
-    `routers` are those of that plan.
+    That has the experts kept_L[layer] of the MoE, and these `routers`.
     """
     gates, found = gate_tensors(routers), list[tuple[MoEBlock, nn.Module]]()
     names = router_names(made.fmt, layers=made.layers, path=())
     top_k = made.recipe.experts_per_token
-    for name, block in zip(names, outer_blocks(moe.model).values(), strict=True):
+    for name, kept, block in zip(names, kept_L, outer_blocks(moe.model).values(), strict=True):
         weight_RD = gates[name].to(device=block.router.weight.device, dtype=block.router.weight.dtype)
         router = Router(weight_RD, top_k=top_k, renormalize=made.rule.renormalizes(top_k), rule=made.rule)
         found.append((block, Among(router, kept, experts=len(block.experts))))

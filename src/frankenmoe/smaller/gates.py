@@ -20,7 +20,7 @@ from frankenmoe.gates.closed import CLOSED
 from frankenmoe.gates.fit import closed_gates, lowered, lowering, times
 from frankenmoe.gates.fitted import encoded_gates
 from frankenmoe.gates.made import MadeRouters
-from frankenmoe.gates.own import read_moments
+from frankenmoe.gates.own import Statistics, read_moments
 from frankenmoe.gates.statistics import (
     Fitted,
     Moments,
@@ -90,7 +90,7 @@ def rest_routers(
     the one of the earlier fit; after any other fit the rows stay. `data` names other places of the texts of experts
     that go. Raises SourceError if their text is not that of the fit.
     """
-    rows = kept_rows(subject.routers(progress).routers, old, made, kept)
+    rows = kept_rows(subject.routers(progress).routers, old, made, [kept] * old.layers)
     if known is None:
         return RestRouters(MadeRouters(rows), KEPT)
     assert moe is not None
@@ -102,7 +102,7 @@ def rest_routers(
     moments = {text.name: read_moments(moe.model, text, fitted_blocks(text)) for text in gone}
     for text in gone:
         _check_same(outer, text, moments[text.name])
-    statistics: dict[RouterPath, RouterStatistics] = {(): without_texts(outer, moments, classes=kept)}
+    statistics: Statistics = {(): without_texts(outer, moments, classes=kept)}
     for path in gate_paths(made.nodes):
         if path:
             statistics[path] = known.routers[kept[path[0]], *path[1:]]
@@ -111,7 +111,7 @@ def rest_routers(
     refitted = chosen in CLOSED
     scale = float(str(known.facts["closed_scale"]))
     if refitted:
-        alone = {(): statistics[()]}
+        alone: Statistics = {(): statistics[()]}
         gates = lowered(times(closed_gates(alone, chosen), scale), lowering(alone, moe.model))
         fresh = encoded_gates(made, {(): gates[()]}, None)
         rows = {**rows, **{name: fresh[name] for name in router_names(made.fmt, layers=made.layers, path=())}}
@@ -121,22 +121,18 @@ def rest_routers(
     return RestRouters(MadeRouters(rows, statistics_bytes(Fitted(statistics, facts))), chosen if refitted else KEPT)
 
 
-def kept_rows(routers: Routers, old: Plan, made: Plan, kept: Sequence[int]) -> Routers:
-    """The gates without the rows of the experts that go; gates of nested routers and of a shared expert as they are."""
+def kept_rows(routers: Routers, old: Plan, made: Plan, kept_L: Sequence[Sequence[int]]) -> Routers:
+    """The gates with the rows of the experts that stay, kept_L[layer]; nested routers' and a shared expert's whole."""
     found = {}
     paths: list[RouterPath] = [*gate_paths(made.nodes), *([SHARED] if made.gated_shared else [])]
     for path in paths:
-        before = path if path in ((), SHARED) else (kept[path[0]], *path[1:])
-        names = zip(
-            router_names(old.fmt, layers=old.layers, path=before),
-            router_names(made.fmt, layers=made.layers, path=path),
-            strict=True,
-        )
-        for was, name in names:
+        before = path if path in ((), SHARED) else (kept_L[0][path[0]], *path[1:])
+        names = router_names(made.fmt, layers=made.layers, path=path)
+        for was, name, kept in zip(router_names(old.fmt, layers=old.layers, path=before), names, kept_L, strict=True):
             dtype, (count, hidden), raw = routers[was]
             if path == ():
-                raw = raw.reshape(count, -1)[list(kept)].reshape(-1)
-            found[name] = (dtype, (len(kept) if path == () else count, hidden), raw)
+                raw, count = raw.reshape(count, -1)[list(kept)].reshape(-1), len(kept)
+            found[name] = (dtype, (count, hidden), raw)
     return found
 
 

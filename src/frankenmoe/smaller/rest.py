@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import yaml
 
@@ -48,8 +47,10 @@ def whole_plan(subject: Subject) -> Plan:
     if found is not None:
         return found
     recipe, origin = subject.recipe, subject.origin
-    shared = [_row(expert, recipe.folder) for expert in recipe.shared_experts]
-    named = Named([_row(expert, recipe.folder) for expert in recipe.experts], *shared, name=subject.name)
+    rows, shared = (
+        [_row(expert, recipe.folder) for expert in experts] for experts in (recipe.experts, recipe.shared_experts)
+    )
+    named = Named(rows, shared[0] if shared else {}, subject.name)
     made = recipe_of_mixture(origin, mixture_in(origin), named=named)
     return plan(made, weights=True, trust_remote_code=subject.trust_remote_code)
 
@@ -67,8 +68,7 @@ def plan_without(old: Plan, kept: Sequence[int], *, inside: Path | None) -> Iter
     the place of their expert. The old ones are then written to a temporary file, which the recipe names as `trained`.
     `inside` is the artifact that may hold extracted adapters.
     """
-    table = _table(old, kept)
-    made = _planned(old, table, inside)
+    made = _planned(old, smaller_recipe(old, kept), inside)
     writes = list(_changed(old, made, kept))
     if not writes:
         yield made
@@ -76,17 +76,15 @@ def plan_without(old: Plan, kept: Sequence[int], *, inside: Path | None) -> Iter
     with TemporaryDirectory(prefix="frankenmoe-rest-") as scratch:
         file = Path(scratch) / TRAINED
         write_shard(file, writes, metadata={"format": "pt"}, on_bytes=lambda size: None, scanned=set[TensorRef]())
-        yield replace(_planned(old, {**table, "trained": str(file)}, inside), carried=True)
+        yield replace(_planned(old, smaller_recipe(old, kept, trained=file), inside), carried=True)
 
 
-def _planned(old: Plan, table: dict[str, Any], inside: Path | None) -> Plan:
-    text = yaml.safe_dump(table, sort_keys=False)
-    recipe = Recipe.parse(text, folder=old.recipe.folder, origin=old.recipe.origin)
+def _planned(old: Plan, recipe: Recipe, inside: Path | None) -> Plan:
     return plan(recipe, dtype=old.dtype_name, weights=True, trust_remote_code=old.trust_remote_code, inside=inside)
 
 
-def _table(old: Plan, kept: Sequence[int]) -> dict[str, Any]:
-    """The smaller recipe as plain data, without files of routers and of trained tensors."""
+def smaller_recipe(old: Plan, kept: Sequence[int], *, trained: Path | None = None) -> Recipe:
+    """The recipe with the experts `kept` alone, with this file of trained tensors, and without a file of routers."""
     table = {key: value for key, value in old.recipe.to_dict().items() if key not in ("routers", "trained")}
     table["experts"] = [{**table["experts"][index], "name": old.nodes[index].name} for index in kept]
     table["experts_per_token"] = min(old.recipe.experts_per_token, len(kept))
@@ -94,7 +92,11 @@ def _table(old: Plan, kept: Sequence[int]) -> dict[str, Any]:
     groups = old.choice.by_group
     idle = all(_takes_nothing(settings, gone) for settings in groups.values())
     same = {group: _less(settings, gone) for group, settings in groups.items()} if idle else {}
-    return {**table, "backbone": backbone_of(same).to_data() if same else BASE}
+    table["backbone"] = backbone_of(same).to_data() if same else BASE
+    if trained is not None:
+        table["trained"] = str(trained)
+    text = yaml.safe_dump(table, sort_keys=False)
+    return Recipe.parse(text, folder=old.recipe.folder, origin=old.recipe.origin)
 
 
 def _takes_nothing(settings: MergeSettings, gone: Sequence[str]) -> bool:

@@ -4,7 +4,8 @@ Never changes the artifact. The result is written whole or not at all.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,6 +18,7 @@ from frankenmoe.data.labelled import Labelled, labelled
 from frankenmoe.errors import PlanError
 from frankenmoe.gates.fitted import computing_dtype
 from frankenmoe.gates.forcing import replaced
+from frankenmoe.gates.made import MadeRouters
 from frankenmoe.gates.states import mean_loss
 from frankenmoe.gates.statistics import Fitted
 from frankenmoe.gates.texts import OwnText, data_text, prompts_text
@@ -27,9 +29,17 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import PruneSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.smaller.among import routers_among
-from frankenmoe.smaller.gates import RestRouters, check_method, fitted_statistics, rest_routers
+from frankenmoe.smaller.bylayer import plan_by_layer, write_by_layer
+from frankenmoe.smaller.gates import (
+    KEPT,
+    RestRouters,
+    check_method,
+    fitted_statistics,
+    kept_rows,
+    rest_routers,
+)
 from frankenmoe.smaller.rest import kept_without, plan_without, whole_plan
-from frankenmoe.smaller.saliency import Saliency, order, saliency
+from frankenmoe.smaller.saliency import Ranking, Saliency, saliency
 from frankenmoe.subject import Subject, kind_of, open_subject
 
 REMOVE, PRUNE = "remove-expert", "prune"  # the stages in the record
@@ -102,7 +112,7 @@ def remove_expert(
     moe = job.load(device, dtype) if job.known else None
     with plan_without(job.plan, kept, inside=job.inside) as made:
         found = job.routers(made, kept, moe)
-        report = _report(job.plan, made, kept, found)
+        report = _report(job.plan, made, [kept], found)
         return Smaller(_written(job, made, found, out, stage=REMOVE, report=report), report)
 
 
@@ -115,6 +125,7 @@ def prune(
     settings: PruneSettings | None = None,
     method: str | None = None,
     keep_gates: bool = False,
+    per_layer: bool = False,
     keep_anyway: bool = False,
     device: str = AUTO,
     dtype: str | None = None,
@@ -127,9 +138,15 @@ def prune(
     gates, are smallest (see `saliency`). `data` are pairs of (expert or None, file or hub dataset), by default the
     recipe's data or prompts. A tenth of it (a quarter of prompts) is held out and measured before and after. Without
     `out` nothing is written. Raises PlanError if the mean held-out loss rises by more than the setting `rise`, unless
-    `keep_anyway`. `changes` are settings by name; the other arguments are those of `remove_expert`.
+    `keep_anyway`. With `per_layer` every layer keeps its own experts, whose rows of the gates stay; the result is a
+    standard checkpoint, adopted. `changes` are settings by name; the other arguments are those of `remove_expert`.
     """
     settings = settings_with(settings or PruneSettings(), changes)
+    if per_layer and method is not None:
+        raise PlanError(
+            f"--method {method} fits one row per expert of all layers, but --per-layer keeps other experts in each",
+            hint="leave one of the two out",
+        )
     if out is not None:
         out = Path(os.path.realpath(out))
         refuse_occupied(out)
@@ -146,16 +163,17 @@ def prune(
     blocks = [block for text in texts for block in text.kept]
     progress.start("ranking experts", sum(len(block.ids) for block in blocks), "tokens")
     found = saliency(moe, blocks, progress=progress)
-    ranked, copies = order(found, old.identical_experts)
-    kept = tuple(sorted(ranked[old.experts - experts :]))
+    ranking = found.ranked(old.identical_experts)
+    by_layer = found.ranked_by_layer(old.identical_experts) if per_layer else [ranking] * old.layers
+    kept_L = [each.kept(experts) for each in by_layer]
     before = _losses(moe, texts, progress)
-    with plan_without(old, kept, inside=job.inside) as made:
-        routers = job.routers(made, kept, moe)
-        with replaced(routers_among(moe, made, routers.made.routers, kept)):
+    with _made(job, moe, kept_L, per_layer=per_layer) as (made, routers):
+        with replaced(routers_among(moe, made, routers.made.routers, kept_L)):
             after = _losses(moe, texts, progress)
         report = {
-            **_report(old, made, kept, routers),
-            "ranking": _ranking(old, found, ranked, copies),
+            **_report(old, made, kept_L, routers),
+            "ranking": _rows(old, found, ranking, kept_L),
+            "by_layer": [[old.nodes[index].name for index in kept] for kept in kept_L] if per_layer else None,
             "text": {
                 name: {"from": list(domain.origin), "tokens": sum(len(block.ids) for block in text.kept)}
                 for (name, domain), text in zip(domains.items(), texts, strict=True)
@@ -168,7 +186,23 @@ def prune(
             return Smaller(None, report)
         if report["rise"] > settings.rise and not keep_anyway:
             raise _too_much(report, settings.rise, out)
+        if per_layer:
+            return Smaller(write_by_layer(made, routers.made.routers, out, report=report, progress=progress), report)
         return Smaller(_written(job, made, routers, out, stage=PRUNE, report=report), report)
+
+
+@contextmanager
+def _made(
+    job: _Job, moe: MoE, kept_L: Sequence[Sequence[int]], *, per_layer: bool
+) -> Iterator[tuple[Plan, RestRouters]]:
+    """The smaller plan with its routers, as long as its temporary files are needed."""
+    if per_layer:
+        made = plan_by_layer(job.plan, kept_L)
+        rows = kept_rows(job.subject.routers(job.progress).routers, job.plan, made, kept_L)
+        yield made, RestRouters(MadeRouters(rows), KEPT)
+        return
+    with plan_without(job.plan, kept_L[0], inside=job.inside) as made:
+        yield made, job.routers(made, kept_L[0], moe)
 
 
 def _opened(
@@ -199,9 +233,10 @@ def _losses(moe: MoE, texts: Sequence[OwnText], progress: Progress) -> dict[str,
     return {text.name: mean_loss(moe.model, text.held, on_tokens=progress.advance) for text in texts}
 
 
-def _report(old: Plan, made: Plan, kept: Sequence[int], routers: RestRouters) -> dict[str, Any]:
+def _report(old: Plan, made: Plan, kept_L: Sequence[Sequence[int]], routers: RestRouters) -> dict[str, Any]:
+    stay = {index for kept in kept_L for index in kept}
     return {
-        "removed": [node.name for index, node in enumerate(old.nodes) if index not in kept],
+        "removed": [node.name for index, node in enumerate(old.nodes) if index not in stay],
         "experts": [node.name for node in made.nodes],
         "experts_per_token": made.recipe.experts_per_token,
         "experts_per_token_before": old.recipe.experts_per_token,
@@ -209,17 +244,18 @@ def _report(old: Plan, made: Plan, kept: Sequence[int], routers: RestRouters) ->
     }
 
 
-def _ranking(old: Plan, found: Saliency, ranked: Sequence[int], copies: Mapping[int, int]) -> list[dict[str, Any]]:
-    """A row per expert, the first to go first."""
-    assignments = found.tokens_LE.sum(dim=0) / found.tokens_LE.sum().clamp(min=1)
+def _rows(old: Plan, found: Saliency, ranking: Ranking, kept_L: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+    """A row per expert, the first to go first; `goes` is the number of layers that it leaves."""
+    load_E = (found.tokens_LE.sum(dim=0) / found.tokens_LE.sum().clamp(min=1)).tolist()
     return [
         {
             "expert": old.nodes[index].name,
-            "saliency": found.shares[index],
-            "load": float(assignments[index]),
-            "copy_of": old.nodes[copies[index]].name if index in copies else None,
+            "saliency": ranking.scores[index],
+            "load": load_E[index],
+            "copy_of": old.nodes[ranking.copies[index]].name if index in ranking.copies else None,
+            "goes": sum(index not in kept for kept in kept_L),
         }
-        for index in ranked
+        for index in ranking.order
     ]
 
 
@@ -227,7 +263,7 @@ def _too_much(report: Mapping[str, Any], limit: float, out: Path) -> PlanError:
     before, after = report["held_out_loss"]["before"], report["held_out_loss"]["after"]
     worst = max(after, key=lambda name: after[name] - before[name])
     return PlanError(
-        f"without {', '.join(report['removed'])} the mean held-out loss rises by {report['rise']:.4f} nats per token "
+        f"with {len(report['experts'])} experts the mean held-out loss rises by {report['rise']:.4f} nats per token "
         f"(most on {worst}, {before[worst]:.4f} to {after[worst]:.4f}), expected at most {limit:g}; "
         f"{out} was not written",
         hint="keep more experts; or --rise allows more, and --keep-anyway any loss",

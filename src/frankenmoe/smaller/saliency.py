@@ -28,16 +28,28 @@ class Saliency:
     reap_LE: torch.Tensor
     tokens_LE: torch.Tensor
 
-    @property
-    def shares(self) -> list[float]:
-        """By expert, the mean over layers of its share of the layer's sum: norms grow from layer to layer."""
+    def ranked(self, identical: Sequence[Sequence[int]]) -> "Ranking":
+        """The experts of all layers alike: by the mean of their shares of a layer's sum, as norms grow with depth."""
         share_LE = self.reap_LE / self.reap_LE.sum(dim=1, keepdim=True).clamp(min=TINY)
-        return list(share_LE.mean(dim=0).tolist())
+        return _ranked(share_LE.mean(dim=0), self.tokens_LE.sum(dim=0), identical)
 
-    @property
-    def dead(self) -> list[int]:
-        """The experts that no token chose in any layer."""
-        return self.tokens_LE.sum(dim=0).eq(0).nonzero().flatten().tolist()
+    def ranked_by_layer(self, identical: Sequence[Sequence[int]]) -> list["Ranking"]:
+        """The experts of every layer."""
+        return [_ranked(*each, identical) for each in zip(self.reap_LE, self.tokens_LE, strict=True)]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """`order` has the first expert to go first. `scores` are by expert; `copies` maps one of several equal experts to
+    the one of them that stays."""
+
+    order: tuple[int, ...]
+    scores: tuple[float, ...]
+    copies: Mapping[int, int]
+
+    def kept(self, count: int) -> tuple[int, ...]:
+        """The `count` experts that stay, in their own order."""
+        return tuple(sorted(self.order[len(self.order) - count :]))
 
 
 @torch.no_grad()
@@ -79,15 +91,14 @@ def saliency(moe: MoE, blocks: Sequence[Block], *, progress: Progress) -> Salien
     return Saliency(sum_LE / tokens_LE.clamp(min=1), tokens_LE)
 
 
-def order(found: Saliency, identical: Sequence[Sequence[int]]) -> tuple[list[int], Mapping[int, int]]:
-    """(experts, the first to go first; expert that is one of several equal ones -> the one of them that stays).
-
-    First go experts without a token, then those that equal another one that stays, then the rest by saliency.
-    """
-    shares, dead = found.shares, set(found.dead)
-    copies = {}
+def _ranked(score_E: torch.Tensor, tokens_E: torch.Tensor, identical: Sequence[Sequence[int]]) -> Ranking:
+    """First go experts without a token, then those that equal another one that stays, then the rest by score."""
+    scores, tokens = score_E.tolist(), tokens_E.tolist()
+    copies: dict[int, int] = {}
     for group in identical:
-        best = max(group, key=lambda index: (shares[index], -index))
+        best = max(group, key=lambda index: (scores[index], -index))
         copies |= {index: best for index in group if index != best}
-    rank = sorted(range(len(shares)), key=lambda index: (index not in dead, index not in copies, shares[index], -index))
-    return rank, copies
+    order = sorted(
+        range(len(scores)), key=lambda index: (tokens[index] > 0, index not in copies, scores[index], -index)
+    )
+    return Ranking(tuple(order), tuple(scores), copies)
