@@ -103,6 +103,9 @@ def test_the_loss_is_that_of_what_is_written(gate_mode: str, parents: Parents, t
         assert mean_loss(moe.model, text.held) == pytest.approx(loss, abs=1e-5)
     assert gates(texts / "less").keys() == gates(texts / "moe").keys()
     fm.verify(texts / "less")
+    assert cli("card", texts / "less").code == 0
+    card = (texts / "less" / "README.md").read_text()
+    assert f"Then the experts {made.report['removed'][0]} were taken out" in card
 
 
 def test_an_adopted_mixture_on_text_without_a_label(parents: Parents, texts: Path) -> None:

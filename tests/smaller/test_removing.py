@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import frankenmoe as fm
 import tiny
 from frankenmoe.artifact.folder import ROUTERS, STATISTICS, open_artifact
+from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.forcing import forced
@@ -31,6 +32,10 @@ def place(parents: Parents, tmp_path_factory: pytest.TempPathFactory) -> Path:
     fm.fit(recipe_of(folder / "three.yml", parents["llama"], gate_mode="ridge"), folder / "three", **SIZE)
     fm.fit(recipe_of(folder / "likely.yml", parents["llama"], gate_mode="logistic"), folder / "likely", **SIZE)
     return folder
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {file.name: sha256(file) for file in folder.iterdir()}
 
 
 def same_tensors(one: Path, two: Path, names: dict[str, str]) -> None:
@@ -139,6 +144,32 @@ def test_what_the_smaller_recipe_would_compute_otherwise_is_written_out(parents:
         fm.remove_expert(less, one, experts=["e1"])  # once more, from what was written out
         same_tensors(source, one, {"e2": "e2"})
         fm.verify(one)
+
+
+@pytest.mark.parametrize("keys", [{}, {"backbone": "average"}], ids=["clean", "written out"])
+def test_a_fault_leaves_no_half_and_the_same_call_goes_on(
+    keys: dict[str, object], parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fm.build(recipe_of(tmp_path / "r.yml", parents["llama"], data=False, **keys), tmp_path / "moe")
+    before = hashes(tmp_path / "moe")
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("frankenmoe.build.run._prove", fail)
+        with pytest.raises(MemoryError):
+            fm.remove_expert(tmp_path / "moe", tmp_path / "less", experts=["e0"])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"r.yml", "moe", "less.partial"}
+    (shard,) = (tmp_path / "less.partial").glob("model-0*")
+    written = shard.stat().st_mtime_ns
+    fm.remove_expert(tmp_path / "moe", tmp_path / "less", experts=["e0"])
+    assert (tmp_path / "less" / shard.name).stat().st_mtime_ns == written
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yml", "moe", "less"}
+    assert hashes(tmp_path / "moe") == before
+    same_tensors(tmp_path / "moe", tmp_path / "less", {"e1": "e1", "e2": "e2"})
+    fm.verify(tmp_path / "less")
 
 
 def test_a_built_artifact_needs_no_sources(parents: Parents, tmp_path: Path) -> None:

@@ -152,6 +152,12 @@ def _text_again(
     if tuple(fact["from"]) == PROMPTS:
         texts = read_texts(plan, tokenizer, tokens=fact["tokens"], length=fact.get("longest", 256), only=name)
         return next(text for text in texts if not text.negative)
+    if "spans" not in fact:
+        raise SourceError(
+            f"the statistics do not say which tokens of {', '.join(fact['from'])} they were read from: an earlier "
+            "frankenmoe made them",
+            hint=f"fit the routers again; {OTHERWISE}",
+        )
     names = tuple(other or fact["from"])
     room = fact["block"] - (tokenizer.bos_token_id is not None)
     last = fact["spans"][-1][1]

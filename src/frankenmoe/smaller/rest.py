@@ -3,11 +3,12 @@
 Does not import torch.
 """
 
+import hashlib
+import os
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import yaml
 
@@ -23,6 +24,7 @@ from frankenmoe.recipe import Expert, Recipe
 from frankenmoe.recipe.backbone import BASE, METHODS, MergeSettings, backbone_of
 from frankenmoe.subject import Subject
 
+REST = ".rest"  # ends the name of the temporary folder
 RANDOM_MERGES = ("dare_linear", "dare_ties")  # what they drop of a parent depends on its place among the others
 
 
@@ -60,23 +62,43 @@ def _row(expert: Expert, folder: Path) -> Row:
     return row | ({"data": [user_path(text, folder=folder) for text in expert.data]} if expert.data else {})
 
 
-@contextmanager
-def plan_without(old: Plan, kept: Sequence[int], *, inside: Path | None) -> Iterator[Plan]:
-    """Within the context, the plan of the MoE with the experts `kept` alone.
+def plan_without(old: Plan, kept: Sequence[int], *, inside: Path | None) -> Plan:
+    """The plan of the MoE with the experts `kept` alone. `inside` is the artifact that may hold extracted adapters.
 
-    The smaller recipe may mean other numbers: of a merged backbone, of noise, of trained tensors, which are named by
-    the place of their expert. The old ones are then written to a temporary file, which the recipe names as `trained`.
-    `inside` is the artifact that may hold extracted adapters.
+    It may compute other numbers than `old`: of a merged backbone, of noise, and of trained tensors, which are named by
+    the place of their expert. `with_same_tensors` corrects that.
     """
-    made = _planned(old, smaller_recipe(old, kept), inside)
+    return _planned(old, smaller_recipe(old, kept), inside)
+
+
+@contextmanager
+def with_same_tensors(old: Plan, made: Plan, kept: Sequence[int], *, out: Path, inside: Path | None) -> Iterator[Plan]:
+    """Within the context, the plan `made` of `plan_without` with every tensor as in `old`.
+
+    What it would compute otherwise is written to a temporary folder beside `out`, in a file that the recipe names as
+    `trained`. After a kill the same call writes the same file again, so that an unfinished build can be continued.
+    """
     writes = list(_changed(old, made, kept))
     if not writes:
         yield made
         return
-    with TemporaryDirectory(prefix="frankenmoe-rest-") as scratch:
-        file = Path(scratch) / TRAINED
+    folder = out.with_name(f"{out.name}{REST}")
+    file = folder / TRAINED
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
         write_shard(file, writes, metadata={"format": "pt"}, on_bytes=lambda size: None, scanned=set[TensorRef]())
+        _set_time(file, f"{old.digest} {list(kept)}")
         yield replace(_planned(old, smaller_recipe(old, kept, trained=file), inside), carried=True)
+    finally:
+        with suppress(OSError):
+            file.unlink(missing_ok=True)
+            folder.rmdir()
+
+
+def _set_time(file: Path, content: str) -> None:
+    """Sets the file's time to a number that stands for its content: a plan knows its files by size and time."""
+    seconds = int.from_bytes(hashlib.blake2b(content.encode(), digest_size=3).digest(), "little")
+    os.utime(file, (seconds, seconds))
 
 
 def _planned(old: Plan, recipe: Recipe, inside: Path | None) -> Plan:

@@ -4,8 +4,7 @@ Never changes the artifact. The result is written whole or not at all.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +37,7 @@ from frankenmoe.smaller.gates import (
     kept_rows,
     rest_routers,
 )
-from frankenmoe.smaller.rest import kept_without, plan_without, whole_plan
+from frankenmoe.smaller.rest import kept_without, plan_without, whole_plan, with_same_tensors
 from frankenmoe.smaller.saliency import Ranking, Saliency, saliency
 from frankenmoe.subject import Subject, kind_of, open_subject
 
@@ -110,10 +109,10 @@ def remove_expert(
     job = _opened(what, method=method, keep_gates=keep_gates, data=data, progress=progress)
     kept = kept_without(job.plan, experts, where=job.subject.origin)
     moe = job.load(device, dtype) if job.known else None
-    with plan_without(job.plan, kept, inside=job.inside) as made:
-        found = job.routers(made, kept, moe)
-        report = _report(job.plan, made, [kept], found)
-        return Smaller(_written(job, made, found, out, stage=REMOVE, report=report), report)
+    made = plan_without(job.plan, kept, inside=job.inside)
+    found = job.routers(made, kept, moe)
+    report = _report(job.plan, made, [kept], found)
+    return Smaller(_written(job, made, kept, found, out, stage=REMOVE, report=report), report)
 
 
 def prune(
@@ -167,42 +166,38 @@ def prune(
     by_layer = found.ranked_by_layer(old.identical_experts) if per_layer else [ranking] * old.layers
     kept_L = [each.kept(experts) for each in by_layer]
     before = _losses(moe, texts, progress)
-    with _made(job, moe, kept_L, per_layer=per_layer) as (made, routers):
-        with replaced(routers_among(moe, made, routers.made.routers, kept_L)):
-            after = _losses(moe, texts, progress)
-        report = {
-            **_report(old, made, kept_L, routers),
-            "ranking": _rows(old, found, ranking, kept_L),
-            "by_layer": [[old.nodes[index].name for index in kept] for kept in kept_L] if per_layer else None,
-            "text": {
-                name: {"from": list(domain.origin), "tokens": sum(len(block.ids) for block in text.kept)}
-                for (name, domain), text in zip(domains.items(), texts, strict=True)
-            },
-            "held_out_loss": {"before": before, "after": after},
-            "rise": fmean(after.values()) - fmean(before.values()),
-            "settings": settings.model_dump(),
-        }
-        if out is None:
-            return Smaller(None, report)
-        if report["rise"] > settings.rise and not keep_anyway:
-            raise _too_much(report, settings.rise, out)
-        if per_layer:
-            return Smaller(write_by_layer(made, routers.made.routers, out, report=report, progress=progress), report)
-        return Smaller(_written(job, made, routers, out, stage=PRUNE, report=report), report)
+    made, routers = _made(job, moe, kept_L, per_layer=per_layer)
+    with replaced(routers_among(moe, made, routers.made.routers, kept_L)):
+        after = _losses(moe, texts, progress)
+    report = {
+        **_report(old, made, kept_L, routers),
+        "ranking": _rows(old, found, ranking, kept_L),
+        "by_layer": [[old.nodes[index].name for index in kept] for kept in kept_L] if per_layer else None,
+        "ranked_on": {
+            name: {"from": list(domain.origin), "tokens": sum(len(block.ids) for block in text.kept)}
+            for (name, domain), text in zip(domains.items(), texts, strict=True)
+        },
+        "held_out_loss": {"before": before, "after": after},
+        "rise": fmean(after.values()) - fmean(before.values()),
+        "settings": settings.model_dump(),
+    }
+    if out is None:
+        return Smaller(None, report)
+    if report["rise"] > settings.rise and not keep_anyway:
+        raise _too_much(report, settings.rise, out)
+    if per_layer:
+        return Smaller(write_by_layer(made, routers.made.routers, out, report=report, progress=progress), report)
+    return Smaller(_written(job, made, kept_L[0], routers, out, stage=PRUNE, report=report), report)
 
 
-@contextmanager
-def _made(
-    job: _Job, moe: MoE, kept_L: Sequence[Sequence[int]], *, per_layer: bool
-) -> Iterator[tuple[Plan, RestRouters]]:
-    """The smaller plan with its routers, as long as its temporary files are needed."""
+def _made(job: _Job, moe: MoE, kept_L: Sequence[Sequence[int]], *, per_layer: bool) -> tuple[Plan, RestRouters]:
+    """The smaller plan and its routers."""
     if per_layer:
         made = plan_by_layer(job.plan, kept_L)
         rows = kept_rows(job.subject.routers(job.progress).routers, job.plan, made, kept_L)
-        yield made, RestRouters(MadeRouters(rows), KEPT)
-        return
-    with plan_without(job.plan, kept_L[0], inside=job.inside) as made:
-        yield made, job.routers(made, kept_L[0], moe)
+        return made, RestRouters(MadeRouters(rows), KEPT)
+    made = plan_without(job.plan, kept_L[0], inside=job.inside)
+    return made, job.routers(made, kept_L[0], moe)
 
 
 def _opened(
@@ -271,25 +266,32 @@ def _too_much(report: Mapping[str, Any], limit: float, out: Path) -> PlanError:
 
 
 def _written(
-    job: _Job, made: Plan, routers: RestRouters, out: Path, *, stage: str, report: Mapping[str, Any]
+    job: _Job,
+    made: Plan,
+    kept: Sequence[int],
+    routers: RestRouters,
+    out: Path,
+    *,
+    stage: str,
+    report: Mapping[str, Any],
 ) -> Artifact:
     """The artifact of a smaller plan, in the form of the one that it comes from (virtual for a mixture's folder)."""
     subject = job.subject
-    smaller = Subject(
-        made.recipe,
-        dtype=made.dtype_name,
-        trust_remote_code=subject.trust_remote_code,
-        maker=lambda *_: routers.made,
-        known=made,
-    )
-    earlier = subject.artifact.record["stages"] if subject.artifact else ()
-    return build(
-        smaller,
-        out,
-        virtual=not subject.built,
-        allow_identical=True,
-        progress=job.progress,
-        stage=stage,
-        said={"from": subject.origin, **report},
-        earlier=earlier,
-    )
+    with with_same_tensors(job.plan, made, kept, out=out, inside=job.inside) as whole:
+        smaller = Subject(
+            whole.recipe,
+            dtype=whole.dtype_name,
+            trust_remote_code=subject.trust_remote_code,
+            maker=lambda *_: routers.made,
+            known=whole,
+        )
+        return build(
+            smaller,
+            out,
+            virtual=not subject.built,
+            allow_identical=True,
+            progress=job.progress,
+            stage=stage,
+            said={"from": subject.origin, **report},
+            earlier=subject.artifact.record["stages"] if subject.artifact else (),
+        )
