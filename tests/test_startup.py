@@ -31,4 +31,4 @@ def test_the_benchmark_has_every_command() -> None:
 
     tried = {case.words.split()[0] for case in startup.CASES}
     # the first two are other commands in a row; the others import what `fit` and `verify` do
-    assert set(app.commands) - tried == {"demo", "run", "add-expert", "adopt"}
+    assert set(app.commands) - tried == {"demo", "run", "add-expert", "remove-expert", "prune", "adopt"}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from frankenmoe.moe.load import MoE
     from frankenmoe.planning import Plan, plan
     from frankenmoe.recipe import Recipe
+    from frankenmoe.smaller.run import prune, remove_expert
     from frankenmoe.subject import Subject, load
     from frankenmoe.subject import open_subject as open
 
@@ -40,6 +41,8 @@ _HOMES = {
     "load": "frankenmoe.subject",
     "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
+    "prune": "frankenmoe.smaller.run",
+    "remove_expert": "frankenmoe.smaller.run",
     "verify": "frankenmoe.build.proof",
 }
 
@@ -64,6 +67,8 @@ __all__ = [
     "load",
     "open",
     "plan",
+    "prune",
+    "remove_expert",
     "verify",
 ]
 

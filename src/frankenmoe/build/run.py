@@ -4,9 +4,10 @@ Imports torch only to fit routers, and if transformers must be asked about this 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -39,6 +40,8 @@ from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+
 
 def build(
     what: Subject | Recipe | Artifact | str | Path,
@@ -50,13 +53,16 @@ def build(
     device: str = "auto",
     progress: Progress = SILENT,
     stage: str = "build",
+    said: Mapping[str, Any] = NOTHING,
+    earlier: Sequence[Mapping[str, Any]] = (),
     **changes: Any,
 ) -> Artifact:
     """Writes an artifact to `out`: a built one (a standard checkpoint) or a virtual one (megabytes).
 
     A virtual artifact is built with its own routers. `changes` are settings by name, such as virtual=True. `dtype` is
     the type to store weights in, by default the recipe's. Routers are fitted on `device`. `stage` is the name of the
-    entry in the record. If killed, the same call continues where it stopped. Raises subclasses of FrankenMoEError.
+    entry in the record, `said` what else it says, and `earlier` are the entries before it. If killed, the same call
+    continues where it stopped. Raises subclasses of FrankenMoEError.
     """
     # resolves a link to an empty folder on another disk
     out = Path(os.path.realpath(out))
@@ -106,8 +112,9 @@ def build(
                 f"a source of {made.recipe.origin} changed while it was read",
                 hint="build again when no other program writes to the sources",
             )
-        earlier = given.record["stages"] if given else stages_beside(made.recipe)
-        record["stages"] = [*earlier, *record["stages"]]
+        before = given.record["stages"] if given else stages_beside(made.recipe)
+        *backbone, own = record["stages"]
+        record["stages"] = [*before, *earlier, *backbone, {**own, **said}]
         return finish(partial, out, record=record)
 
 

@@ -43,6 +43,7 @@ from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
+from frankenmoe.cli.smaller import prune_command, remove_expert_command
 from frankenmoe.cli.text import is_unicode, json_text, printable, spelled_out
 from frankenmoe.cli.train import train_command
 from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError, bounded, explained
@@ -292,6 +293,8 @@ for command in (
     fit_command,
     heal_command,
     add_expert_command,
+    remove_expert_command,
+    prune_command,
     adopt_command,
     extract_command,
     extract_lora_command,

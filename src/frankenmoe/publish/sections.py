@@ -148,6 +148,8 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
             lines.append(_fitted("They were fitted again", stage["fit"]))
         elif name == "add-expert":
             lines.append("An expert was added, and its row of the gates was fitted without the other experts' text.")
+        elif name in ("remove-expert", "prune"):
+            lines.append(_taken_out(stage))
         elif name == "train" and training is None:
             lines.append("They were then trained together with the experts.")
     if training:
@@ -158,6 +160,15 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
             f"state that was kept (step {training.best_step})."
         )
     return " ".join(lines)
+
+
+def _taken_out(stage: Mapping[str, Any]) -> str:
+    """Which experts went, and what became of the gates."""
+    names, method = plain(", ".join(stage["removed"])), stage["gates"]
+    gates = (
+        "the other rows stayed" if method == "kept" else f"the gates were fitted again without their text ({method})"
+    )
+    return f"Then the experts {names} were taken out, and {gates}."
 
 
 def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
