@@ -159,7 +159,7 @@ def test_a_fine_tune_is_said_to_have_moved_and_is_right(place: Place, tmp_path: 
 
     found = verify_after(place.virtual, place.folder(tmp_path / "tuned", train))
     assert found.ok
-    assert found.verdict.startswith("every expert is still itself; training moved experts by 2 %, routers by ")
+    assert found.verdict.startswith("every expert is still itself; moved: experts by 2 %, routers by ")
     assert {part.part: round(part.moved, 3) for part in found.parts} == {
         "experts": 0.02,
         **dict.fromkeys(("routers", "embeddings", "norms", "head", "attention"), 0.01),

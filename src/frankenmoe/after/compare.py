@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from frankenmoe.after.matrix import Matrix, our_chunks, two_axes
+from frankenmoe.after.matrix import Matrix, as_float, our_chunks, two_axes
 from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.planning.pairing import FAR
@@ -18,7 +18,8 @@ from frankenmoe.planning.pairing import FAR
 MARGIN = 2.0  # times the rounding to nearest; quantizers that look at text round farther away than that
 SURE = 4.0  # standard deviations
 SAME = 1e-6  # distances below are those of float32 arithmetic
-SAMPLE = 2**16  # numbers whose rounding is measured
+# numbers stored as F32 that were rounded before, by the bits that are zero then
+NARROWER = (("BF16", np.uint32(0xFFFF)), ("F16", np.uint32(0x1FFF)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +69,9 @@ def compare(write: TensorWrite, matrix: Matrix) -> Seen:
         if not np.isfinite(found_RC).all():
             return _seen(matrix, shape, math.inf, math.inf, 0.0, broken=True)
         if start == 0:
-            rounding = _rounding(ours_RC, matrix)
+            rounding = _rounding(ours_RC, found_RC, matrix)
         own, apart = _squares(ours_RC), _squares(found_RC - ours_RC)
-        total, difference, theirs = total + own, difference + apart, theirs + _squares(found_RC)
+        total, difference, theirs = total + own, difference + apart, theirs + float(found_RC.any())
         worst = max(worst, apart / own if own else 0.0)
     far = math.sqrt(difference / total if total else difference)
     return _seen(matrix, shape, far, math.sqrt(worst), rounding, zero=bool(total) and not theirs)
@@ -81,11 +82,12 @@ def _seen(matrix: Matrix, shape: tuple[int, int], far: float, worst: float, roun
     return Seen(far, worst, rounding, stored.kind, stored.quantized, math.prod(shape), **odd)
 
 
-def _rounding(ours_RC: Floats, matrix: Matrix) -> float:
+def _rounding(ours_RC: Floats, found_RC: Floats, matrix: Matrix) -> float:
     """The distance that rounding to its type gives the first of our numbers."""
-    some_RC = ours_RC[: max(1, SAMPLE // ours_RC.shape[1])]
-    norm = _squares(some_RC)
-    return math.sqrt(_squares(matrix.stored.rounded(some_RC) - some_RC) / norm) if norm else 0.0
+    kept = next((kind for kind, spare in NARROWER if not (found_RC.view(np.uint32) & spare).any()), None)
+    rounded = matrix.stored.rounded if matrix.stored.kind != "F32" or kept is None else as_float(kept)
+    norm = _squares(ours_RC)
+    return math.sqrt(_squares(rounded(ours_RC) - ours_RC) / norm) if norm else 0.0
 
 
 def _squares(numbers: Floats) -> float:
@@ -143,7 +145,7 @@ def _apart(found: Floats, ours_ED: Floats, matrix: Matrix, *, fits: bool = True,
     return Seen(
         far,
         far,
-        _rounding(ours_ED, matrix),
+        _rounding(ours_ED, np.ascontiguousarray(found), matrix),
         stored.kind,
         stored.quantized,
         ours_ED.size,

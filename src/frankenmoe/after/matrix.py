@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from frankenmoe.checkpoint.cast import Floats, decode, encode
+from frankenmoe.checkpoint.cast import Bytes, Floats, decode, encode
 from frankenmoe.checkpoint.reader import map_bytes
 from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks
 
-CHUNK = 2**18  # elements that are compared at a time
+CHUNK = 2**16  # elements that are compared at a time; as float32 they fit a CPU cache
 
 Rows = Callable[[int, int], Floats]
 """(start, stop) -> the rows [stop - start, C]."""
@@ -115,16 +115,19 @@ def to_grid(bits: int, group: int | None, *, symmetric: bool) -> Rounding:
 def our_chunks(write: TensorWrite, shape: tuple[int, int]) -> Iterator[tuple[int, int, Floats]]:
     """(start, stop, rows [stop - start, C]) of a tensor of ours, in order, about CHUNK numbers at a time."""
     rows, columns = shape
+    width = columns * DTYPES[write.dtype].itemsize
     step = max(1, CHUNK // columns)
-    held, at = np.empty(0, np.float32), 0
+    rest, at = np.empty(0, np.uint8), 0
     for raw in blocks(write):
-        numbers = decode(raw, dtype=write.dtype) if write.dtype in FLOATS else _integers(raw, write.dtype)
-        held = np.concatenate([held, numbers]) if held.size else numbers
-        while held.size >= step * columns or (at * columns + held.size == rows * columns and held.size):
-            count = min(step, held.size // columns)
-            yield at, at + count, held[: count * columns].reshape(count, columns)
-            held, at = held[count * columns :], at + count
+        rest = np.concatenate([rest, raw]) if rest.size else raw
+        last = at + rest.size // width == rows
+        whole = len(rest) // width if last else len(rest) // width // step * step
+        for start in range(0, whole, step):
+            stop = min(start + step, whole)
+            yield at + start, at + stop, _decoded(rest[start * width : stop * width], write.dtype).reshape(-1, columns)
+        rest, at = rest[whole * width :], at + whole
 
 
-def _integers(raw: np.ndarray[tuple[int], np.dtype[np.uint8]], dtype: str) -> Floats:
-    return raw.view(np.dtype(DTYPES[dtype].name)).astype(np.float32)
+def _decoded(raw: Bytes, dtype: str) -> Floats:
+    """Numbers of any type; some families keep integers in their backbone."""
+    return decode(raw, dtype=dtype) if dtype in FLOATS else raw.view(np.dtype(DTYPES[dtype].name)).astype(np.float32)

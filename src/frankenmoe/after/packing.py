@@ -26,6 +26,8 @@ Settings = Mapping[str, Any]
 
 FLOAT8 = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}  # bits of exponent and mantissa
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")  # settings that name modules left as they are
+# formats of compressed-tensors in which a number is an integer or an 8-bit float times a scale
+CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 LOADED = "load it with transformers (dequantize) and save it again, then compare that folder"
 
 
@@ -165,8 +167,11 @@ def _unpacked(words: NDArray[Any], bits: int) -> NDArray[Any]:
 def _compressed_tensors(tensors: Tensors, settings: Settings, where: str) -> Find:
     """Integers or 8-bit floats, packed or not, times a scale for all, a row or a group."""
     rules = [group["weights"] for group in settings["config_groups"].values() if group.get("weights")]
-    if settings.get("format") in ("nvfp4-pack-quantized", "mxfp4-pack-quantized") or not rules:
-        raise SourceError(f"{where} has compressed-tensors' format {settings.get('format')}", hint=LOADED)
+    if settings.get("format") not in CT_FORMATS or not rules:
+        raise SourceError(
+            f"{where} has compressed-tensors' format {settings.get('format')}, expected one of {', '.join(CT_FORMATS)}",
+            hint=LOADED,
+        )
     bits = int(rules[0]["num_bits"])
     grid = to_grid(bits, rules[0].get("group_size"), symmetric=bool(rules[0].get("symmetric", True)))
 

@@ -97,7 +97,7 @@ def _bytes(tensor: _Tensor, other: Other) -> Iterator[Bytes]:
     for place in tensor.places:
         matrix = other.theirs[place]
         # what is turned back needs the whole tensor; these are matrices of attention at most
-        whole = place.part not in (EXPERTS, SHARED) and matrix.shape[0] * matrix.shape[1] < 64 * CHUNK
+        whole = place.part not in (EXPERTS, SHARED) and matrix.shape[0] * matrix.shape[1] < 256 * CHUNK
         step = matrix.shape[0] if whole else max(1, CHUNK // matrix.shape[1])
         for start in range(0, matrix.shape[0], step):
             rows_RC = other.plain(place, matrix.rows(start, min(start + step, matrix.shape[0])))

@@ -64,7 +64,7 @@ class After:
             return f"not as it should be: {self.faults[0].text}" + (f", and {more} more" if more else "")
         moved = [f"{each.part} by {percent(each.moved)}" for each in self.parts if each.moved]
         if moved:
-            return f"every expert is still itself; training moved {', '.join(moved)}"
+            return f"every expert is still itself; moved: {', '.join(moved)}"
         experts = next(each for each in self.parts if each.part == EXPERTS)
         if not experts.far:
             return "every expert is still itself, bit for bit"
