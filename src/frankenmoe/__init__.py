@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from frankenmoe.after.run import verify_after
     from frankenmoe.artifact.folder import Artifact
     from frankenmoe.backbone.run import heal
     from frankenmoe.build.adopt import adopt
@@ -41,6 +42,7 @@ _HOMES = {
     "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
     "verify": "frankenmoe.build.proof",
+    "verify_after": "frankenmoe.after.run",
 }
 
 # where the name in its module is another, since `open` there is Python's own
@@ -65,6 +67,7 @@ __all__ = [
     "open",
     "plan",
     "verify",
+    "verify_after",
 ]
 
 

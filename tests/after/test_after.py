@@ -15,9 +15,13 @@ import frankenmoe as fm
 import gguftools
 import tiny
 from conftest import Place, Tensors
-from family_cases import CASES, Case, make_parent, write_recipe
+from family_cases import CASES, LONG, Case, apart, logits, make_parent, write_recipe
+from frankenmoe.after.plain import write_plain
 from frankenmoe.after.run import verify_after
 from frankenmoe.export.run import export_gguf
+from frankenmoe.families import FORMATS
+from frankenmoe.families.mixtures import UNLIKE_DENSE
+from frankenmoe.progress import SILENT
 from gguf_cases import ALL
 from refusals import cli, refused
 
@@ -116,6 +120,8 @@ def test_experts_that_are_equal_raise_no_alarm(tmp_path: Path) -> None:
         "ernie4_5-shared",
         "phi3-short",
         "cohere2",
+        "gemma4",
+        "granite4-shared",
     ],
 )
 def test_other_formats_their_own_files_and_what_transformers_saves(case: str, tmp_path: Path) -> None:
@@ -129,12 +135,21 @@ def test_other_formats_their_own_files_and_what_transformers_saves(case: str, tm
         tokenizer.save_pretrained(parent)
     recipe = write_recipe(tmp_path / "r.yml", it, parents[0], parents, dtype="float32")
     built = fm.build(recipe, tmp_path / "built").folder
-    (file,) = export_gguf(built, tmp_path / "gguf", types=["f32"], allow_random=True)
-    AutoModelForCausalLM.from_pretrained(built).save_pretrained(tmp_path / "saved")
-    for other in (file.path, tmp_path / "saved"):
+    AutoModelForCausalLM.from_pretrained(built, **it.loading).save_pretrained(tmp_path / "saved")
+    others = [tmp_path / "saved"]
+    if FORMATS[it.fmt].no_gguf is None:
+        others += [file.path for file in export_gguf(built, tmp_path / "gguf", types=["f32"], allow_random=True)]
+    for other in others:
         found = verify_after(built, other)
         assert found.ok, found.verdict
         assert max(part.far for part in found.parts) < 1e-6
+        if found.compared.other.plain is not None and it.fmt not in UNLIKE_DENSE:
+            (tmp_path / f"plain-{other.stem}").mkdir()
+            write_plain(tmp_path / f"plain-{other.stem}", found.compared.other, fm.open(built), SILENT)
+            ours, theirs = (
+                logits(fm.load(each).model, tiny.ids(LONG)) for each in (built, tmp_path / f"plain-{other.stem}")
+            )
+            assert apart(ours, theirs) <= it.close
 
 
 def test_a_padded_file_is_compared_without_its_padding(tmp_path: Path) -> None:
@@ -159,7 +174,7 @@ def test_a_fine_tune_is_said_to_have_moved_and_is_right(place: Place, tmp_path: 
 
     found = verify_after(place.virtual, place.folder(tmp_path / "tuned", train))
     assert found.ok
-    assert found.verdict.startswith("every expert is still itself; moved: experts by 2 %, routers by ")
+    assert found.verdict.startswith("every expert is still itself; moved: experts by 2%, routers by ")
     assert {part.part: round(part.moved, 3) for part in found.parts} == {
         "experts": 0.02,
         **dict.fromkeys(("routers", "embeddings", "norms", "head", "attention"), 0.01),
@@ -354,7 +369,7 @@ def test_layers_that_were_not_quantized(left: range, place: Place, tmp_path: Pat
     folder = place.folder(tmp_path / "other", lambda tensors: config.update(quantizers.nf4(tensors, skipped)))
     tiny.edit_config(folder, quantization_config=config)
     where = "in layer 1" if len(left) == 1 else "in every layer"
-    expected = f"experts are not quantized {where}: stored as F32, the rest is bitsandbytes"
+    expected = f"unquantized experts {where}: stored as F32, while the model is bitsandbytes"
     assert faults(place.built, folder) == {"unquantized": expected}
     tiny.edit_config(folder, quantization_config=config | {"llm_int8_skip_modules": ["block_sparse_moe"]})
     assert faults(place.built, folder) == {}

@@ -168,4 +168,4 @@ def root_mean(seen: Sequence[Seen], value: str) -> float:
 
 def percent(share: float) -> str:
     """A distance for people."""
-    return f"{100 * share:.3g} %" if share else "0"
+    return f"{100 * share:.3g}%" if share else "0"

@@ -202,7 +202,7 @@ def _unquantized(found: Compared) -> Iterator[Finding]:
                 left.setdefault(each.layer, set()).add(seen.kind)
     if left:
         kinds = ", ".join(sorted(set().union(*left.values())))
-        text = f"experts are not quantized {where(left, found.layers)}: stored as {kinds}, the rest is {other.method}"
+        text = f"unquantized experts {where(left, found.layers)}: stored as {kinds}, while the model is {other.method}"
         yield Finding("unquantized", text, layers=tuple(sorted(left)))
 
 

@@ -1,25 +1,26 @@
 """A transformers folder that another tool made: merged, fine-tuned, quantized, or saved again. No torch."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from frankenmoe.after.matrix import Matrix
-from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, Other, Place, backbone_place, differing
+from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place, backbone_place, differing
 from frankenmoe.after.packing import Find, packing
 from frankenmoe.artifact.folder import RECORD, open_artifact
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Scale, TensorWrite
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.families import FAMILIES, MoEFormat, rope
-from frankenmoe.families.mixtures import MixtureConfig, format_of, read_mixture
+from frankenmoe.families.mixtures import UNLIKE_DENSE, format_of, read_mixture
 from frankenmoe.families.places import generic_name
 from frankenmoe.families.words import DOWN
 from frankenmoe.planning.mixture import Templates, as_saved, expert_names
 from frankenmoe.planning.parts import Parts
 from frankenmoe.planning.sources import language_model
 
+ROTARY, PLAIN = ("rope_type", "rope_theta"), ("rms_norm_eps", "layer_norm_eps", "hidden_act")
 MERGE = "merge it into its model first (PEFT's merge_and_unload), then compare the merged folder"
 
 
@@ -46,8 +47,7 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
     if not opened.has_weights:
         raise SourceError(f"{folder} has no weights", hint="give the folder that the other tool wrote")
     try:
-        read = read_mixture(fmt, config)
-        dims = read.family.dims(read.dense)
+        sizes, wanted = _sizes(fmt, config), _sizes(parts.stock[0], built)
     except (KeyError, TypeError, ValueError) as error:
         raise SourceError(
             f"{folder / 'config.json'} lacks a size of a {fmt.title} model, or has an impossible one: {error}",
@@ -56,18 +56,17 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
     tensors = as_saved(fmt, opened.tensors)
     packed = packing(tensors, config, where=str(folder))
     ours = our_tensors(parts)
-    idle = parts.stock[0].idle_layers(parts.stock[1], parts.config)
     return Other(
         where=str(folder),
         what=f"{fmt.title} folder" + (f", {packed.method}" if packed.method else ""),
-        experts=read.experts,
-        layers=dims.layers - (idle if fmt is parts.fmt else 0),
+        experts=sizes.experts,
+        layers=parts.layers + sizes.layers - wanted.layers,  # some formats add a layer that changes nothing
         ours=ours,
-        theirs=dict(_found(fmt, expert_names(fmt, tensors), packed.find, read.experts, ours)),
+        theirs=dict(_found(fmt, expert_names(fmt, tensors), packed.find, sizes.experts, ours)),
         method=packed.method,
         kept=packed.kept,
-        settings=differing(_settings(read_mixture(parts.stock[0], built), read)),
-        notes=tuple(f"it {problem}" for problem in read.problems),
+        settings=differing({key: (value, sizes.settings.get(key)) for key, value in wanted.settings.items()}),
+        notes=sizes.notes,
     )
 
 
@@ -128,11 +127,27 @@ def _ffn(templates: Templates, find: Find, layer: int, index: int, experts: int)
             yield suffix, matrix.part(first + place * rows, (rows, columns))
 
 
-def _settings(ours: MixtureConfig, theirs: MixtureConfig) -> dict[str, tuple[Any, Any]]:
-    """Setting -> ours and theirs, where another value gives another model."""
-    found: dict[str, tuple[Any, Any]] = {"experts per token": (ours.top_k, theirs.top_k)}
-    ropes = [rope(each.family, each.dense) for each in (ours, theirs)]
-    found |= {key: (ropes[0].get(key), ropes[1].get(key)) for key in ("rope_type", "rope_theta")}
-    for key in ("rms_norm_eps", "layer_norm_eps", "hidden_act"):
-        found[key] = (ours.family.read(ours.dense, key), theirs.family.read(theirs.dense, key))
-    return found
+@dataclass(frozen=True)
+class _Sizes:
+    """What a config.json says: sizes, and settings with which the same weights are another model."""
+
+    experts: int
+    layers: int
+    settings: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+
+def _sizes(fmt: MoEFormat, config: Mapping[str, Any]) -> _Sizes:
+    """Raises KeyError for a missing size, TypeError or ValueError for one that is no number."""
+    if fmt.name in UNLIKE_DENSE:
+        count, top_k = (
+            next(config[key] for key, quantity in fmt.counted.items() if quantity == wanted)
+            for wanted in ("experts", "experts_per_token")
+        )
+        return _Sizes(int(count), int(config["num_hidden_layers"]), {TOP_K: top_k})
+    read = read_mixture(fmt, config)
+    rotary = rope(read.family, read.dense)
+    settings = {TOP_K: read.top_k, **{key: rotary.get(key) for key in ROTARY}}
+    settings |= {key: read.family.read(read.dense, key) for key in PLAIN}
+    notes = tuple(f"it {problem}" for problem in read.problems)
+    return _Sizes(read.experts, read.family.dims(read.dense).layers, settings, notes)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from frankenmoe.after.matrix import Matrix, Stored, to_grid, two_axes
-from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, Other, Place, backbone_place, differing
+from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place, backbone_place, differing
 from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.checkpoint.gguffile import facts_of, open_gguf, whole
 from frankenmoe.checkpoint.quantize import quantize
@@ -25,7 +25,7 @@ from frankenmoe.planning.translate import halves_of_pairs
 SMALLEST_BLOCK = 32  # rows that are no multiple of it cannot be quantized
 # metadata that change what a model computes, and the words for them
 SETTINGS = {
-    "expert_used_count": "experts per token",
+    "expert_used_count": TOP_K,
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }

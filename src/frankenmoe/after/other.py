@@ -10,6 +10,7 @@ from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.planning.groups import FFN, group_of
 
 EXPERTS, ROUTERS, SHARED, OTHERS = "experts", "routers", "shared expert", "other"
+TOP_K = "experts per token"
 
 
 class Place(NamedTuple):

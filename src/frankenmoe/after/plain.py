@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from frankenmoe.after.matrix import CHUNK, Matrix
-from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, Other, Place
+from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place
 from frankenmoe.artifact.folder import write_json
 from frankenmoe.checkpoint.cast import Bytes, encode
 from frankenmoe.checkpoint.header import header_bytes
@@ -56,7 +56,7 @@ def write_plain(folder: Path, other: Other, subject: Subject, progress: Progress
     config = built_config(subject)
     key = next(key for key, quantity in fmt.counted.items() if quantity == "experts_per_token")
     found = {name: theirs for name, _, theirs in other.settings}
-    write_json(folder / "config.json", config | {key: found.get("experts per token", parts.top_k)})
+    write_json(folder / "config.json", config | {key: found.get(TOP_K, parts.top_k)})
 
 
 def built_config(subject: Subject) -> dict[str, Any]:

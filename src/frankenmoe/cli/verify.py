@@ -133,10 +133,10 @@ def show_text(text: "OnText") -> None:
     if text.reason is not None:
         click.echo(printable(f"not run on text: {text.reason}"))
         return
-    table = _table("text", ">tokens", ">KL", ">same word", ">same experts", ">loss", ">was")
+    table = _table("text", ">tokens", ">KL", ">same word", ">same experts", ">loss before", ">after")
     for row in text.domains:
         shares = (f"{share:.1%}" for share in (row.same_token, row.same_experts))
-        losses = (f"{loss:.3f}" for loss in (row.other_loss, row.loss))
+        losses = (f"{loss:.3f}" for loss in (row.loss, row.other_loss))
         table.add_row(cell(row.domain), str(row.tokens), f"{row.kl:.3g}", *shares, *losses)
     console().print(table)
 
