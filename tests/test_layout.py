@@ -19,7 +19,7 @@ LAYERS = (
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
     {"moe", "gates", "backbone", "subject"},
-    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish", "smaller"},
+    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish", "smaller", "after"},
     {"pipeline"},
     {"cli", "demo", "__main__"},
 )

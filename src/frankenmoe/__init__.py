@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from frankenmoe.after.run import verify_after
     from frankenmoe.artifact.folder import Artifact
     from frankenmoe.backbone.run import heal
     from frankenmoe.build.adopt import adopt
@@ -44,6 +45,7 @@ _HOMES = {
     "prune": "frankenmoe.smaller.run",
     "remove_expert": "frankenmoe.smaller.run",
     "verify": "frankenmoe.build.proof",
+    "verify_after": "frankenmoe.after.run",
 }
 
 # where the name in its module is another, since `open` there is Python's own
@@ -70,6 +72,7 @@ __all__ = [
     "prune",
     "remove_expert",
     "verify",
+    "verify_after",
 ]
 
 

@@ -331,7 +331,7 @@ def test_a_file_with_one_token_twice_is_refused_before_llama_cpp_aborts(f16: Pat
 
 
 def test_without_the_extra_plain_types_still_work(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from frankenmoe.export import quantize
+    from frankenmoe.checkpoint import quantize
 
     (with_it,) = export_gguf(place / "virtual", tmp_path / "a", types=["q5_0"])
     monkeypatch.setattr(quantize, "native", lambda: None)

@@ -42,10 +42,11 @@ from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
 from frankenmoe.cli.settings import given, settings_options
-from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
+from frankenmoe.cli.show import show_built, show_plan, warn
 from frankenmoe.cli.smaller import prune_command, remove_expert_command
 from frankenmoe.cli.text import is_unicode, json_text, printable, spelled_out
 from frankenmoe.cli.train import train_command
+from frankenmoe.cli.verify import verify_command
 from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError, bounded, explained
 from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
@@ -152,28 +153,6 @@ def build_command(
     with bars() as progress:
         artifact = build(subject, out, shard_size=shard_size, device=device, progress=progress, **given(options))
     show_built(artifact)
-
-
-@app.command("verify", epilog=example("frankenmoe verify out/"))
-@click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@JSON
-@REMOTE
-def verify_command(folder: Path, as_json: bool, trust_remote_code: bool) -> None:
-    """Compare every byte of ARTIFACT with its sources.
-
-    Also compares names, shapes and types with the model class, and checks that all values are finite. Exits with code
-    2 at the first difference.
-    """
-    subject = open_subject(folder, trust_remote_code=trust_remote_code)
-
-    from frankenmoe.build.proof import verify
-
-    with bars() as progress:
-        checks = verify(subject, progress=progress)
-    if as_json:
-        click.echo(json_text({check.what: check.found for check in checks}))
-    else:
-        show_checks(folder, checks)
 
 
 @app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
@@ -290,6 +269,7 @@ def schema_command() -> None:
 
 
 for command in (
+    verify_command,
     fit_command,
     heal_command,
     add_expert_command,
