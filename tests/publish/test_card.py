@@ -374,6 +374,16 @@ def test_results_stand_beside_the_base_and_a_base_that_wins_is_said(artifact: Ar
     assert (only.dataset_type, only.metric_value, only.source_name) == ("gsm8k", 25.0, None)
 
 
+def test_other_numbers_of_experts_are_a_table_and_not_the_result(artifact: Artifact) -> None:
+    more = evaluated(10)
+    more["models"][1] |= {"experts_per_token": 1, "domains": {"maths": {"nats_per_token": 4.5}}}
+    put(artifact, "eval.json", evaluated(10))
+    put(artifact, "eval-1.json", more)
+    text = make_card(artifact).text
+    assert "| Two-of-them | 4.250 |" in text
+    assert "| 1 | 25.00 ± 1.00 | 4.500 |\n| 2 (its own) | 25.00 ± 1.00 | 4.250 |" in text
+
+
 def test_a_run_on_some_rows_is_no_leaderboard_score(artifact: Artifact) -> None:
     put(artifact, "eval.json", evaluated(10))
     card = make_card(artifact)

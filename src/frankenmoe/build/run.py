@@ -29,7 +29,7 @@ from frankenmoe.build.record import record_of, stages_beside
 from frankenmoe.build.target import target_of
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.made import MadeRouters
 from frankenmoe.planning import Plan
 from frankenmoe.planning.buildable import check_buildable
@@ -65,6 +65,12 @@ def build(
     if subject.artifact and subject.built:
         folder = subject.artifact.folder
         raise ArtifactError(f"{folder} is already built", hint=f"its recipe is {folder / 'recipe.yml'}")
+    if subject.experts_per_token not in (None, subject.own_experts_per_token):
+        raise PlanError(
+            f"an artifact has the recipe's {subject.own_experts_per_token} experts per token, found "
+            f"{subject.experts_per_token} to build with",
+            hint="write experts_per_token in the recipe",
+        )
     settings = settings_with(settings or BuildSettings(), changes)
     virtual, given = settings.virtual, subject.artifact
     check_buildable(subject.planned, virtual=virtual, allow_identical=settings.allow_identical)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from frankenmoe.cli.options import COUNT, JSON, NO_CACHE, REMOTE, example
+from frankenmoe.cli.options import COUNT, EXPERTS_PER_TOKEN, JSON, NO_CACHE, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.text import json_text
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @settings_options(ExportSettings)
+@EXPERTS_PER_TOKEN
 @click.option("--threads", type=COUNT, help="CPU threads; default: all cores.")
 @NO_CACHE
 @JSON
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 def export_command(
     what: Path,
     out: Path,
+    experts_per_token: int | None,
     threads: int | None,
     no_cache: bool,
     as_json: bool,
@@ -50,7 +52,9 @@ def export_command(
     from frankenmoe.export.run import check_files, export_gguf, token_notes, write_report
 
     settings = settings_with(ExportSettings(), given(options))
-    subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
+    subject = open_subject(
+        what, cache=not no_cache, trust_remote_code=trust_remote_code, experts_per_token=experts_per_token
+    )
     with bars() as progress:
         files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress, resume=True)
         checks = check_files(subject, files, settings=settings, threads=threads, progress=progress)

@@ -77,7 +77,7 @@ def export_gguf(
             types=settings.types,
             pad256=settings.pad256,
             importance=found.importance if found else None,
-            notes=starved_notes(parts, found) if found else (),
+            notes=(*count_notes(subject), *(starved_notes(parts, found) if found else ())),
             finished=finished,
             threads=threads,
             progress=progress,
@@ -96,6 +96,14 @@ def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progre
     progress.start("measuring importance", len(blocks), "blocks")
     return measure(
         moe, layout(parts, pad256=settings.pad256), [block.ids for block in blocks], on_step=progress.advance
+    )
+
+
+def count_notes(subject: Subject) -> tuple[str, ...]:
+    """A sentence if the files have another number of experts per token than the model."""
+    used, own = subject.experts_per_token, subject.own_experts_per_token
+    return (
+        () if used in (None, own) else (f"{used} experts per token in this file, {own} in the model it is made from",)
     )
 
 
@@ -230,10 +238,10 @@ def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -
     if subject.artifact is not None:
         yield subject.parts
         return
-    parts = gguf_parts(subject.resolved(progress).plan)
+    gguf_parts(subject.resolved(progress).plan)  # once more: by now the backbone is known
     with tempfile.TemporaryDirectory() as folder:
         write_routers(Path(folder), subject.routers(progress).routers)
-        yield parts.with_gates(read_header(Path(folder) / ROUTERS))
+        yield subject.parts.with_gates(read_header(Path(folder) / ROUTERS))
 
 
 def _check_set(subject: Subject, *, allow_random: bool) -> None:
