@@ -138,6 +138,12 @@ def test_every_number_of_the_bill_is_the_plans(artifact: Artifact) -> None:
     assert f"{made.layers} x {made.experts}, {made.recipe.experts_per_token}" in text
 
 
+def test_a_card_says_that_the_balance_loss_stays_off(made: Path) -> None:
+    assert "leave `router_aux_loss_coef` at 0" in make_card(made / "moe").text
+    assert json.loads((made / "moe" / "config.json").read_text())["router_aux_loss_coef"] == 0
+    assert "router_aux_loss_coef" not in make_card(made / "virtual").text
+
+
 def test_an_audit_gives_picture_legend_and_faults(artifact: Artifact) -> None:
     put(artifact, "audit.json", audit(artifact))
     card = make_card(artifact)
