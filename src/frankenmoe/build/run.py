@@ -23,10 +23,11 @@ from frankenmoe.artifact.folder import (
 )
 from frankenmoe.build.asking import asked
 from frankenmoe.build.backbone import moved_record, with_own_backbone
-from frankenmoe.build.body import compose, copy_small_files
+from frankenmoe.build.body import compose
 from frankenmoe.build.proof import prove_body, prove_routers, prove_sources
 from frankenmoe.build.record import record_of, stages_beside
 from frankenmoe.build.target import target_of
+from frankenmoe.build.virtual import copy_virtual_files
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
@@ -90,7 +91,7 @@ def build(
         if not (partial / ROUTERS).exists():
             _write_routers(partial, subject.routers(progress, device=device))
         if virtual:
-            copy_small_files(made, partial)
+            copy_virtual_files(made, partial)
         else:
             progress.start("writing", sum(write.nbytes for write in made.writes), "B")
             compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))

@@ -239,6 +239,15 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
             "its recipe names, and runs straight from them; `frankenmoe build` makes a checkpoint of it that other "
             "programs load."
         )
+        if (facts.artifact.folder / "config.json").is_file():
+            parts.append(
+                "Where frankenmoe is installed, transformers runs it too:\n\n```python\nimport frankenmoe\n"
+                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
+                f'model = AutoModelForCausalLM.from_pretrained("{model}")\n```\n\n'
+                "Programs that do not import frankenmoe need `trust_remote_code=True`. This runs this repository's "
+                "`modeling_frankenmoe.py`, which imports frankenmoe."
+            )
     exported = evidence.get(ExportReport)
     if exported and exported.files:
         file = shlex.quote(" ".join(exported.files[0].name.split()))
