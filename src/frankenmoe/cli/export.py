@@ -1,5 +1,6 @@
 """`frankenmoe export`: its options and its table of files."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,7 @@ def export_command(
     Reads an artifact or a recipe directly, without a large file in between. Types: f32, f16, bf16, q8_0, q6_k, q5_k_m,
     q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. OUT/export.json lists the files and compares them with the source.
     """
+    from frankenmoe.export.ollama import modelfile_of
     from frankenmoe.export.run import check_files, export_gguf, token_notes, write_report
 
     settings = settings_with(ExportSettings(), given(options))
@@ -65,6 +67,9 @@ def export_command(
         click.echo(json_text(_as_data(files, checks)))
     else:
         _show(files, checks)
+        if settings.ollama:
+            file = modelfile_of(files[-1].path)
+            click.echo(f"for Ollama: {shlex.join(['ollama', 'create', file.stem.lower(), '-f', str(file)])}")
 
 
 def _as_data(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> list[dict[str, Any]]:

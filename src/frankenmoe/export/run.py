@@ -16,6 +16,8 @@ from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
 from frankenmoe.export.begun import Begun, reported
 from frankenmoe.export.files import GgufFile, check_output, export_files
+from frankenmoe.export.ollama import shape_of, write_modelfiles
+from frankenmoe.export.tokenizer import vocabulary_of
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.planning.forecast import gguf_parts
 from frankenmoe.planning.gguf import layout
@@ -68,20 +70,29 @@ def export_gguf(
             importance=bool(settings.imatrix),
             finished=finished,
         )
+        vocabulary = vocabulary_of(parts) if settings.ollama else None
+        shape = shape_of(vocabulary) if vocabulary else None
         found = _importance(subject, parts, settings, progress) if settings.imatrix else None
         if begun and set(paths) - finished:
             begun.note(paths)
-        return export_files(
+        files = export_files(
             parts,
             Path(out),
             types=settings.types,
             pad256=settings.pad256,
             importance=found.importance if found else None,
-            notes=(*count_notes(subject), *(starved_notes(parts, found) if found else ())),
+            notes=(
+                *count_notes(subject),
+                *(starved_notes(parts, found) if found else ()),
+                *(shape.notes if shape else ()),
+            ),
             finished=finished,
             threads=threads,
             progress=progress,
         )
+        if vocabulary is not None:
+            write_modelfiles(files, shape, vocabulary, parts)
+        return files
 
 
 def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progress: Progress) -> "Measured":
@@ -179,7 +190,6 @@ def token_notes(
     from frankenmoe.data.hardtext import HARD
     from frankenmoe.export.probe import split_otherwise
     from frankenmoe.export.samples import PROMPTS
-    from frankenmoe.export.tokenizer import vocabulary_of
     from frankenmoe.moe.dense import load_tokenizer
 
     parts = open_subject(what).parts

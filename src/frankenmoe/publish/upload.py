@@ -27,7 +27,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
         "modeling_frankenmoe.py",  # of a virtual artifact, for transformers
         "adapters/**/*",  # of a virtual artifact that was trained
     ),
-    "gguf": ("*.gguf", "gguf/*.gguf"),
+    "gguf": ("*.gguf", "gguf/*.gguf", "*.Modelfile", "gguf/*.Modelfile"),
     "reports": ("reports/**/*", "training.json"),
     "tokenizer": ("*.json", "*.model", "*.txt", "*.jinja"),
 }
