@@ -15,12 +15,12 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own row and from lower ones. A name is a package, or one file of it
 LAYERS = (
-    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "system"},
+    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "system", "registering"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
     {"moe", "gates", "backbone", "subject"},
     {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish", "smaller", "after"},
-    {"pipeline"},
+    {"pipeline", "auto"},
     {"cli", "demo", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

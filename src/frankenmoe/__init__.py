@@ -3,7 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from frankenmoe.registering import register
+
 __version__ = "0.1.0"
+
+register()
 
 if TYPE_CHECKING:
     from frankenmoe.after.run import verify_after

@@ -24,13 +24,14 @@ from frankenmoe.artifact.folder import (
 )
 from frankenmoe.build.asking import asked
 from frankenmoe.build.backbone import moved_record, with_own_backbone
-from frankenmoe.build.body import compose, copy_small_files
+from frankenmoe.build.body import compose
 from frankenmoe.build.proof import prove_body, prove_routers, prove_sources
 from frankenmoe.build.record import record_of, stages_beside
 from frankenmoe.build.target import target_of
+from frankenmoe.build.virtual import copy_virtual_files
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.made import MadeRouters
 from frankenmoe.planning import Plan
 from frankenmoe.planning.buildable import check_buildable
@@ -71,6 +72,12 @@ def build(
     if subject.artifact and subject.built:
         folder = subject.artifact.folder
         raise ArtifactError(f"{folder} is already built", hint=f"its recipe is {folder / 'recipe.yml'}")
+    if subject.experts_per_token not in (None, subject.own_experts_per_token):
+        raise PlanError(
+            f"an artifact has the recipe's {subject.own_experts_per_token} experts per token, found "
+            f"{subject.experts_per_token} to build with",
+            hint="write experts_per_token in the recipe",
+        )
     settings = settings_with(settings or BuildSettings(), changes)
     virtual, given = settings.virtual, subject.artifact
     check_buildable(subject.planned, virtual=virtual, allow_identical=settings.allow_identical)
@@ -90,7 +97,7 @@ def build(
         if not (partial / ROUTERS).exists():
             _write_routers(partial, subject.routers(progress, device=device))
         if virtual:
-            copy_small_files(made, partial)
+            copy_virtual_files(made, partial)
         else:
             progress.start("writing", sum(write.nbytes for write in made.writes), "B")
             compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))

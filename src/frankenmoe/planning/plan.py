@@ -59,7 +59,7 @@ from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.planning.vocabulary import with_rows_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import FIT_MODES, Recipe
+from frankenmoe.recipe import DOMAIN_MODES, FIT_MODES, Recipe
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,7 @@ class Plan:
             shared_ffn=self.translation.width(self.shared[0]) if self.shared else 0,
             dtype=self.dtype_name,
             rule=self.rule,
+            by_domain=self.recipe.gate_mode in DOMAIN_MODES,
         )
 
     @cached_property

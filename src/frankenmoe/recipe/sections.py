@@ -105,6 +105,7 @@ class ExportSettings(Closed):
     texts: Annotated[Strings, Option("--text", metavar="DATA")] = Field(
         (), description="Text to compare on; default: a few short ones."
     )
+    ollama: bool = Field(False, description="Write a Modelfile for Ollama beside each file.")
     allow_random: bool = Field(False, description="Export even if the routers are random.")
 
 
