@@ -42,6 +42,7 @@ from frankenmoe.cli.options import (
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
+from frankenmoe.cli.serve import serve_command
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_plan, warn
 from frankenmoe.cli.smaller import prune_command, remove_expert_command
@@ -294,6 +295,7 @@ for command in (
     card_command,
     push_command,
     run_command,
+    serve_command,
     cache_command,
     families_command,
 ):
