@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import family_cases
 import frankenmoe as fm
+import tiny
+from frankenmoe.moe import promptcache
 from frankenmoe.moe.generate import reply
-from frankenmoe.moe.promptcache import PromptCache, common
+from frankenmoe.moe.promptcache import PromptCache, common, size
 
 CASES = ("llama", "mistral-window", "gemma3", "gemma4", "qwen3_5", "lfm2", "granite4", "cohere2")
 
@@ -77,6 +80,21 @@ def test_what_is_not_kept_and_not_taken() -> None:
     assert cache.take([7, 1, 1])[1] == 2
     cache.clear()
     assert cache.take([6, 1, 1]) == (None, 0)
+
+
+def test_only_the_latest_may_be_large(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    base, one = (tiny.make_parent(tmp_path / name) for name in ("base", "one"))
+    model: Any = fm.load(tiny.write_recipe(tmp_path / "r.yml", base, [base, one])).model
+    caches = [model(torch.tensor([ids])).past_key_values for ids in ([1, 2, 3], [4, 5, 6, 7])]
+    assert [size(cache) for cache in caches] == [2 * 2 * 2 * 8 * 4 * tokens for tokens in (3, 4)]  # k, v; layers; heads
+    monkeypatch.setattr(promptcache, "BYTES", sum(map(size, caches)) - 1)
+    cache = PromptCache()
+    cache.keep([1, 2, 3], caches[0], prompt=3)
+    assert cache.take([1, 2, 3, 4])[1] == 3
+    cache.keep([1, 2, 3], caches[0], prompt=3)
+    cache.keep([4, 5, 6, 7], caches[1], prompt=4)
+    assert cache.take([1, 2, 3, 4]) == (None, 0)
+    assert cache.take([4, 5, 6, 7, 8])[1] == 4
 
 
 def test_common_beginnings() -> None:

@@ -70,6 +70,9 @@ def test_models_say_what_they_are(client: openai.OpenAI) -> None:
     assert facts["prompts"]["e1"]["positive"] == ["prompt 1", "1 is another one, longer"]
     assert "gate_mode: hidden" in facts["recipe"]
     assert [each.frankenmoe["controls"] for each in (base, gguf)] == [[], []]  # type: ignore[attr-defined]
+    assert client.models.retrieve("llama0") == base
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("other")
 
 
 def test_an_answer_is_that_of_chat_whole_and_streamed(client: openai.OpenAI, moe: Any) -> None:
@@ -308,9 +311,16 @@ def test_llama_cpp_answers_like_the_model_it_was_made_from(client: openai.OpenAI
     assert "".join(part.choices[0].delta.content or "" for part in parts) == said(moe, tokens=8)
 
 
-def test_a_signal_in_mid_stream_ends_it_with_an_error(tmp_path: Path) -> None:
+def test_a_key_a_site_and_a_signal_in_mid_stream(tmp_path: Path) -> None:
     make_models(tmp_path)
-    running = start(tmp_path, "--max-tokens", "16000", FRANKENMOE_API_KEY="secret")
+    site = "https://my.site"
+    running = start(tmp_path, "--max-tokens", "16000", "--cors", site, FRANKENMOE_API_KEY="secret")
+    asks = {"Origin": site, "Access_Control_Request_Method": "POST", "Access_Control_Request_Headers": "authorization"}
+    assert sent(running, "OPTIONS", "/v1/completions", **asks).getheader("Access-Control-Allow-Origin") == site
+    allowed = sent(running, "POST", "/v1/chat/completions", asked(), Authorization="Bearer secret", Origin=site)
+    assert (allowed.status, allowed.getheader("Access-Control-Allow-Origin")) == (200, site)
+    evil = sent(running, "POST", "/v1/chat/completions", asked(), Authorization="Bearer secret", Origin=f"{site}.evil")
+    assert (evil.status, evil.getheader("Access-Control-Allow-Origin")) == (403, None)
     assert sent(running, "POST", "/v1/chat/completions", asked()).status == 401
     assert sent(running, "GET", "/health", Authorization="Bearer wrong").status == 401
     assert sent(running, "GET", "/").status == 200

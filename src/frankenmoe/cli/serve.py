@@ -1,5 +1,6 @@
 """`frankenmoe serve`: its options, and what it says when it is ready."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -58,17 +59,12 @@ def serve_command(
     if kind_of(what) == "dense":
         raise PlanError(
             f"{what} is not an artifact, a recipe or a GGUF file, expected one of them",
-            hint="a dense model can be served beside one: --beside",
+            hint="check the path; a dense model can be served beside one of these: --beside",
         )
     if kind_of(what) in ("recipe", "mixture"):
         warn(open_subject(what, trust_remote_code=trust_remote_code).planned.warnings)
-    try:
-        import starlette
-        import uvicorn
-    except ImportError as error:
-        raise PlanError("serving needs Starlette and uvicorn, which are not installed", hint=INSTALL) from error
-    assert starlette
-    assert uvicorn
+    if not (find_spec("starlette") and find_spec("uvicorn")):
+        raise PlanError("serving needs Starlette and uvicorn, which are not installed", hint=INSTALL)
 
     from frankenmoe.serve.models import Loading
     from frankenmoe.serve.run import Address, serve

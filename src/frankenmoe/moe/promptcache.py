@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+import torch
+
 SEQUENCES = 4  # kept at once, such as conversations in several windows
+BYTES = 2**30  # of all but the latest, which is kept whatever its size
 ENOUGH = 0.5  # of a kept prompt a new one must share this much; a smaller part is computed again, and both are kept
 
 
@@ -54,10 +57,19 @@ class PromptCache:
         """Keeps the cache of exactly `ids`. One of other length, or of a kind that cannot be measured, is not kept."""
         if cache is not None and hasattr(cache, "crop") and cache.get_seq_length() == len(ids) > 0:
             self._kept = [*self._kept, Kept(tuple(ids), prompt, cache, way)][-self._most :]
+            while len(self._kept) > 1 and sum(size(each.cache) for each in self._kept) > BYTES:
+                del self._kept[0]
 
     def clear(self) -> None:
         """Forgets all sequences, after the weights have changed."""
         self._kept = []
+
+
+def size(cache: Any) -> int:
+    """Bytes of the tensors in a cache of transformers."""
+    held = (part for layer in getattr(cache, "layers", ()) for part in vars(layer).values())
+    parts = (one for part in held for one in (part.values() if isinstance(part, dict) else (part,)))
+    return sum(part.nbytes for part in parts if isinstance(part, torch.Tensor))
 
 
 def common(one: Sequence[int], other: Sequence[int]) -> int:

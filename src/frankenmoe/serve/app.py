@@ -44,6 +44,7 @@ def make_app(
     return Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
+            Route("/v1/models/{name:path}", server.model, methods=["GET"]),
             Route("/v1/chat/completions", partial(server.complete, kind=Chat, form=ChatForm), methods=["POST"]),
             Route("/v1/completions", partial(server.complete, kind=Complete, form=TextForm), methods=["POST"]),
             Route("/v1/frankenmoe/refit", server.refit, methods=["POST"]),
@@ -72,6 +73,10 @@ class Endpoints:
     async def models(self, _: Request) -> Response:
         """Every model that is served."""
         return JSONResponse({"object": "list", "data": [self._models.entry(name) for name in self._models.by_name]})
+
+    async def model(self, request: Request) -> Response:
+        """One of them."""
+        return JSONResponse(self._models.entry(request.path_params["name"]))
 
     async def health(self, _: Request) -> Response:
         """Whether the server answers, and how many requests wait."""

@@ -4,6 +4,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 from frankenmoe.serve.bodies import Asked
@@ -23,6 +24,7 @@ class Form(ABC):
         self._body = body
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
         self._begun: set[int] = set()
+        self._told_of: dict[int, int] = {}  # characters of an answer whose tokens were told
 
     def answer(self, events: Iterable[Any]) -> Data:
         """The whole answer."""
@@ -41,7 +43,7 @@ class Form(ABC):
         for index in sorted(ends):
             text = "".join(piece.text for piece in pieces.get(index, []))
             tokens = [token for piece in pieces.get(index, []) for token in piece.tokens]
-            told = self._told(tokens, at=0)
+            told = self._told(index, tokens)
             choices.append({"index": index, **self._said(text), "finish_reason": ends[index], **told})
         return {**self._head, "object": self.whole, "choices": choices, "usage": _usage(usage)}
 
@@ -52,7 +54,7 @@ class Form(ABC):
                 if event.index not in self._begun:
                     self._begun.add(event.index)
                     yield from self._beginning(event.index)
-                yield self._chunk(event.index, self._more(event.text), None, self._told(event.tokens, at=event.index))
+                yield self._chunk(event.index, self._more(event.text), None, self._told(event.index, event.tokens))
             case Ended():
                 if event.index not in self._begun:
                     yield from self._beginning(event.index)
@@ -64,9 +66,11 @@ class Form(ABC):
         choice = {"index": index, **said, "finish_reason": reason, **told}
         return {**self._head, "object": self.chunk, "choices": [choice]}
 
-    def _told(self, tokens: Sequence[Token], *, at: int) -> Data:
+    def _told(self, index: int, tokens: Sequence[Token]) -> Data:
         """What is told beside the text."""
-        found: Data = {"logprobs": self._logprobs(tokens) if self._body.top is not None else None}
+        at = self._told_of.get(index, 0)
+        self._told_of[index] = at + sum(len(token.text) for token in tokens)
+        found: Data = {"logprobs": self._logprobs(tokens, at) if self._body.top is not None else None}
         if self._body.trace:
             found["trace"] = [
                 {"id": token.id, "text": token.text, "layers": list(token.layers)}
@@ -88,8 +92,8 @@ class Form(ABC):
         """The chunks before the first text of a choice."""
 
     @abstractmethod
-    def _logprobs(self, tokens: Sequence[Token]) -> Data:
-        """The probabilities of tokens."""
+    def _logprobs(self, tokens: Sequence[Token], at: int) -> Data:
+        """The probabilities of tokens; the first one begins at character `at` of the answer."""
 
 
 class ChatForm(Form):
@@ -106,7 +110,7 @@ class ChatForm(Form):
     def _beginning(self, index: int) -> Iterator[Data]:
         yield self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None, {"logprobs": None})
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Data:
+    def _logprobs(self, tokens: Sequence[Token], at: int) -> Data:
         return {
             "content": [
                 {**_entry(token.text, token.logprob), "top_logprobs": [_entry(o.text, o.logprob) for o in token.top]}
@@ -121,31 +125,21 @@ class TextForm(Form):
 
     whole, chunk, prefix = "text_completion", "text_completion", "cmpl"
 
-    def __init__(self, body: Asked) -> None:
-        super().__init__(body)
-        self._offset = 0
-
     def _said(self, text: str) -> Data:
-        self._offset = 0
         return {"text": text}
 
     def _more(self, text: str) -> Data:
         return {"text": text}
 
     def _beginning(self, index: int) -> Iterator[Data]:
-        self._offset = 0  # choices follow one another
         yield from ()
 
-    def _logprobs(self, tokens: Sequence[Token]) -> Data:
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offset)
-            self._offset += len(token.text)
+    def _logprobs(self, tokens: Sequence[Token], at: int) -> Data:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [_best(token) for token in tokens],
-            "text_offset": offsets,
+            "text_offset": list(accumulate((len(token.text) for token in tokens[:-1]), initial=at)) if tokens else [],
         }
 
 

@@ -1,12 +1,12 @@
 """The API in OpenAPI's form, made from the bodies that are accepted."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
 from frankenmoe import __version__
-from frankenmoe.serve.bodies import Chat, Complete, Refit
+from frankenmoe.serve.bodies import Body, Chat, Complete, Refit
 
 Data = dict[str, Any]
 PROBLEMS = {
@@ -18,7 +18,8 @@ PROBLEMS = {
     "429": "Too many requests wait.",
     "503": "The server is stopping.",
 }
-POSTS = {
+SCHEMAS = "#/components/schemas/"
+POSTS: dict[str, tuple[type[Body], str]] = {
     "/v1/chat/completions": (Chat, "Answers a conversation, whole or as a stream."),
     "/v1/completions": (Complete, "Continues a text, whole or as a stream."),
     "/v1/frankenmoe/refit": (Refit, "Fits a model's routers again, from other prompts, in memory."),
@@ -31,16 +32,18 @@ GETS = {
 
 def described(names: Sequence[str]) -> Data:
     """The description of all routes but those of the page, with the `names` of the models."""
-    kinds: list[tuple[Any, Literal["validation"]]] = [(kind, "validation") for kind, _ in POSTS.values()]
-    made: Any = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
-    schemas, definitions = made[0], made[1]["$defs"]
-    for kind in ("Chat", "Complete", "Refit"):
-        definitions[kind]["properties"]["model"]["enum"] = list(names)
+    _, made = models_json_schema(
+        [(kind, "validation") for kind, _ in POSTS.values()], ref_template=f"{SCHEMAS}{{model}}"
+    )
+    definitions: Data = made["$defs"]
     problem = {"error": {"type": "object", "required": ["message", "type", "param", "code"]}}
     components: Data = definitions | {"Error": {"type": "object", "properties": problem}}
     paths: Data = {path: {"get": {"summary": text, "responses": _answers()}} for path, text in GETS.items()}
-    for (path, (_, text)), kind in zip(POSTS.items(), kinds, strict=True):
-        content = {"application/json": {"schema": schemas[kind]}}
+    name = {"name": "model", "in": "path", "required": True, "schema": {"enum": list(names)}}
+    paths["/v1/models/{model}"] = {"get": {"summary": "One of them.", "parameters": [name], "responses": _answers()}}
+    for path, (kind, text) in POSTS.items():
+        definitions[kind.__name__]["properties"]["model"]["enum"] = list(names)
+        content = {"application/json": {"schema": {"$ref": f"{SCHEMAS}{kind.__name__}"}}}
         post = {"summary": text, "requestBody": {"required": True, "content": content}, "responses": _answers()}
         paths[path] = {"post": post}
     return {
@@ -56,6 +59,6 @@ def described(names: Sequence[str]) -> Data:
 
 
 def _answers() -> Data:
-    problem = {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}}
+    problem = {"application/json": {"schema": {"$ref": f"{SCHEMAS}Error"}}}
     found: Data = {status: {"description": text, "content": problem} for status, text in PROBLEMS.items()}
     return {"200": {"description": "The answer."}, **found}

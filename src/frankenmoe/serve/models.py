@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from frankenmoe.evaluate.parents import stock_model
+from frankenmoe.export.llama import check_loadable
 from frankenmoe.moe.device import place, resolve
 from frankenmoe.moe.linear import prepare_kernels, to_int8
 from frankenmoe.moe.load import MoE
@@ -18,7 +19,7 @@ from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.gguf import Gguf
 from frankenmoe.serve.refitting import Refitter, written
 from frankenmoe.serve.running import Running
-from frankenmoe.subject import Dense, kind_of, open_model, open_subject
+from frankenmoe.subject import Dense, Subject, kind_of, open_model, open_subject
 
 Model = Running | Gguf
 
@@ -60,33 +61,34 @@ class Models:
 
 
 def load_models(whats: Sequence[str | Path], *, how: Loading, progress: Progress = SILENT) -> Models:
-    """Loads every model; the first is an MoE or a GGUF file. Raises the errors of opening and loading."""
-    first = kind_of(whats[0])
-    if first not in ("gguf", "dense"):
-        open_subject(whats[0])  # a mistake in a recipe is reported before anything is loaded
+    """Opens every model, then loads them. Raises the errors of opening and loading."""
+    opened = [_open(what, how) for what in whats]
     names: list[str] = []
     for what in whats:
-        stem = (
-            Path(os.path.abspath(what)).name if kind_of(what) in ("artifact", "mixture", "dense") else Path(what).stem
-        )
-        names.append(_free(stem, names))
-    return Models({name: _load(what, how, progress) for name, what in zip(names, whats, strict=True)})
+        # abspath gives `.` and `..` the name of the folder
+        path = Path(os.path.abspath(what))
+        names.append(_free(path.stem if path.is_file() else path.name, names))
+    return Models({name: _load(what, how, progress) for name, what in zip(names, opened, strict=True)})
+
+
+def _open(what: str | Path, how: Loading) -> Subject | Dense | Path:
+    match kind_of(what):
+        case "gguf":
+            check_loadable(Path(what))
+            return Path(what)
+        case "mixture":
+            return open_subject(what, cache=how.cache, trust_remote_code=how.trust_remote_code)
+    return open_model(what, cache=how.cache, trust_remote_code=how.trust_remote_code)
 
 
 def _free(stem: str, taken: Sequence[str]) -> str:
-    return next(
-        name for count in range(1, len(taken) + 2) if (name := stem if count == 1 else f"{stem}-{count}") not in taken
-    )
+    names = (stem if count == 1 else f"{stem}-{count}" for count in range(1, len(taken) + 2))
+    return next(name for name in names if name not in taken)
 
 
-def _load(what: str | Path, how: Loading, progress: Progress) -> Model:
-    if kind_of(what) == "gguf":
-        return Gguf(Path(what), most=how.most)
-    opened: Any = (
-        open_model(what, cache=how.cache, trust_remote_code=how.trust_remote_code)
-        if kind_of(what) == "dense"
-        else open_subject(what, cache=how.cache, trust_remote_code=how.trust_remote_code)
-    )
+def _load(opened: Subject | Dense | Path, how: Loading, progress: Progress) -> Model:
+    if isinstance(opened, Path):
+        return Gguf(opened, most=how.most)
     if isinstance(opened, Dense):
         return Running(_dense(opened, how), most=how.most)
     moe = opened.load(dtype=how.dtype, device=how.device, int8=how.int8, progress=progress)

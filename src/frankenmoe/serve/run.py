@@ -5,6 +5,7 @@ no place for routing, traces or a turn in line, and it has no logprobs, no `n` a
 """
 
 import logging
+import re
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -52,11 +53,7 @@ def serve(
     `seconds` is the most that one request may take. Raises PlanError for an address that cannot be used, and the errors
     of opening and loading a model.
     """
-    if address.key is None and address.host not in LOOPBACK:
-        raise PlanError(
-            f"--host {address.host} can be reached from other machines, expected an API key with it",
-            hint="set FRANKENMOE_API_KEY, or use --host 127.0.0.1",
-        )
+    _check(address)
     with _listening(address) as listener:
         models = load_models(whats, how=how, progress=progress)
         line = Line(seconds=seconds)
@@ -92,6 +89,26 @@ class Server(uvicorn.Server):
         """A second signal does not wait."""
         self.force_exit = self.should_exit
         super().handle_exit(sig, frame)
+
+
+def _check(address: Address) -> None:
+    """Raises PlanError for an address that would be open to others, a key no program can send, and a bad origin."""
+    if address.key is None and address.host not in LOOPBACK:
+        raise PlanError(
+            f"--host {address.host} can be reached from other machines, expected an API key with it",
+            hint="set FRANKENMOE_API_KEY, or use --host 127.0.0.1",
+        )
+    if address.key is not None and not re.fullmatch(r"[!-~]+", address.key):
+        raise PlanError(
+            "the API key must be one or more ASCII letters, digits and signs, without spaces",
+            hint="make one with `openssl rand -hex 16`",
+        )
+    for origin in address.origins:
+        if not re.fullmatch(r"https?://[^/\s*]+", origin):
+            raise PlanError(
+                f"--cors must be a site such as https://example.org, found {origin!r}",
+                hint="name each site; the path is left out, and there is no wildcard",
+            )
 
 
 def _listening(address: Address) -> socket.socket:
