@@ -311,6 +311,10 @@ def test_llama_cpp_answers_like_the_model_it_was_made_from(client: openai.OpenAI
     theirs = [each.logprob for each in whole.choices[0].logprobs.content]  # llama.cpp tells nothing of split characters
     assert len(theirs) >= 4
     assert all(min(abs(one - other) for other in ours) < 0.01 for one in theirs)
+    with pytest.raises(openai.BadRequestError, match="invalid tokens"):
+        client.completions.create(model="moe-F32", prompt=[100000])
+    two = client.completions.create(model="moe-F32", prompt=["The", "quick"], n=2, temperature=1, seed=1, max_tokens=4)
+    assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
     parts = list(answer(client, model="moe-F32", max_tokens=8, stream=True))
     assert "".join(part.choices[0].delta.content or "" for part in parts) == said(moe, tokens=8)
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import frankenmoe as fm
+from frankenmoe.export.run import export_gguf
 from serving import Server, make_models, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -35,7 +36,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def test_no_fuzzed_request_fails_the_server(tmp_path: Path) -> None:
     make_models(tmp_path)
-    running = start(tmp_path, "--max-tokens", "4", "--beside", "llama0")
+    (file,) = export_gguf(tmp_path / "moe.yml", tmp_path, types=["f32"], allow_random=True)
+    running = start(tmp_path, "--max-tokens", "4", "--beside", "llama0", "--beside", file.path.name)
     command = [
         *(sys.executable, "-m", "schemathesis.cli", "run", f"{running.url}/openapi.json"),
         *("--checks", "not_a_server_error", "--max-examples", "60", "--seed", "1"),

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.errors import SourceError
 from frankenmoe.export.llama import Engine, check_loadable
-from frankenmoe.serve.asked import ROUTING, Task, refuse, task
+from frankenmoe.serve.asked import ROUTING, Task, answer_all, refuse, task
 from frankenmoe.serve.bodies import Asked, Chat, Complete
 from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import Ticket
@@ -40,22 +39,13 @@ class Gguf:
             )
         assert isinstance(body, Complete)
         refuse(body, ("echo",), why="llama.cpp does not repeat the prompt")
+        if body.most == 0:
+            raise RequestError("max_tokens must be at least 1: llama.cpp always writes a token", param="max_tokens")
         return task(body, body.prompts, most=self._most)
 
     def write(self, asked: Task, ticket: Ticket) -> None:
         """Writes the answers to all prompts, and says the number of tokens at the end."""
-        counts = [0, 0, 0]
-        for at, said in enumerate(asked.prompts):
-            for choice in range(asked.n):
-                index = at * asked.n + choice
-                if ticket.halted:
-                    ticket.say(Ended(index, "length"))
-                    continue
-                usage = self._answer(asked, said, index, choice, ticket)
-                counts[1] += usage.completion
-                if choice == 0:
-                    counts = [counts[0] + usage.prompt, counts[1], counts[2] + usage.cached]
-        ticket.say(Usage(*counts))
+        answer_all(asked, ticket, lambda said, index, choice: self._answer(asked, said, index, choice, ticket))
 
     def _answer(self, asked: Task, said: Any, index: int, choice: int, ticket: Ticket) -> Usage:
         usage, reason = Usage(0, 0), "length"
@@ -73,10 +63,7 @@ class Gguf:
                 usage = Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], cached)
             return ticket.halted
 
-        try:
-            self._engine.stream(said, _options(asked, choice), hear)
-        except SourceError as error:
-            raise RequestError(f"{error.message}; {error.hint}") from None
+        self._engine.stream(said, _options(asked, choice), hear)
         ticket.say(Ended(index, reason))
         return usage
 

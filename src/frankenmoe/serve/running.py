@@ -15,12 +15,12 @@ from frankenmoe.moe.load import MoE
 from frankenmoe.moe.promptcache import PromptCache
 from frankenmoe.moe.steering import UNCHANGED, steered
 from frankenmoe.moe.trace import outer_blocks, stream
-from frankenmoe.serve.asked import PENALTIES, ROUTING, Task, refuse, steering, task
+from frankenmoe.serve.asked import PENALTIES, ROUTING, Task, answer_all, refuse, steering, task
 from frankenmoe.serve.bodies import Asked, Chat, Complete
 from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import Ticket
 from frankenmoe.serve.refitting import Refitter
-from frankenmoe.serve.writing import Ended, Piece, Token, Usage, Writer, told
+from frankenmoe.serve.writing import Piece, Token, Usage, Writer, told
 
 # T tokens, V vocabulary
 
@@ -95,21 +95,15 @@ class Running:
 
     def write(self, asked: Task, ticket: Ticket) -> None:
         """Writes the answers to all prompts, and says the number of tokens at the end."""
-        counts = [0, 0]  # written, known from the cache
-        with steered(self._moe.model, asked.steering):
-            for at, ids in enumerate(asked.prompts):
-                for choice in range(asked.n):
-                    index = at * asked.n + choice
-                    if ticket.halted:
-                        ticket.say(Ended(index, "length"))
-                        continue
-                    _seed(asked.seed, choice)
-                    written, known = self._answer(asked, ids, index, ticket)
-                    counts = [counts[0] + written, counts[1] + (known if choice == 0 else 0)]
-        ticket.say(Usage(sum(map(len, asked.prompts)), *counts))
 
-    def _answer(self, asked: Task, ids: Sequence[int], index: int, ticket: Ticket) -> tuple[int, int]:
-        """Writes one answer. Returns (tokens written, tokens of the prompt that were known)."""
+        def answer(ids: Sequence[int], index: int, choice: int) -> Usage:
+            _seed(asked.seed, choice)
+            return self._answer(asked, ids, index, ticket)
+
+        with steered(self._moe.model, asked.steering):
+            answer_all(asked, ticket, answer)
+
+    def _answer(self, asked: Task, ids: Sequence[int], index: int, ticket: Ticket) -> Usage:
         model = self._moe.model
         if asked.echo:
             self._echo(asked, ids, index, ticket)
@@ -141,7 +135,7 @@ class Running:
                 )
                 self._cache.keep(out[:-1], cache, prompt=len(ids), way=asked.steering)
         ticket.say(writer.end())
-        return writer.count, 0 if asked.echo else known  # the echo has just read them
+        return Usage(len(ids), writer.count, 0 if asked.echo else known)  # the echo has just read them
 
     @contextmanager
     def _watched(self, writer: Writer, asked: Task, ticket: Ticket) -> Iterator[None]:
