@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import openai
+import psutil
 import torch
 from common import ENVIRONMENT, Row, arguments, interleave, log, publish, ratio, workspace
 from sources import SHAPES, make_source, write_recipe
@@ -35,11 +36,12 @@ TOKENS = {"smoke": 8, "small": 64, "full": 128}  # of an answer
 
 
 class Turns(NamedTuple):
-    """What a conversation of two turns took: tokens per second of the first answer after its first token, and the
-    seconds to the first token of the second one. `text` is the first answer."""
+    """What a conversation of two turns took: tokens per second of the first answer after its first token, the seconds
+    to the first token of the second one, and the processor's seconds for both. `text` is the first answer."""
 
     rate: float
     first: float
+    cpu: float
     text: str
 
 
@@ -62,22 +64,24 @@ def main() -> None:
         recipe = make_models(options, work)
         moe = load(recipe)
         prepare_kernels(moe.model)
-        with running(recipe) as url:
+        with running(recipe) as (url, process):
             client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=600)
             contestants = {
                 CHAT: partial(chatted, moe, options.scale),
-                SERVE: partial(served, client, options.scale),
-                TRACED: partial(served, client, options.scale, extra_body={"trace": True}),
+                SERVE: partial(served, client, process, options.scale),
+                TRACED: partial(served, client, process, options.scale, extra_body={"trace": True}),
             }
             for contestant in contestants.values():  # reads the files and compiles kernels
                 contestant()
             found = interleave(contestants, rounds=options.rounds)
         assert len({turns.text for runs in found.values() for turns in runs}) == 1, "chat and serve must say the same"
         rates = {name: [turns.rate for turns in runs] for name, runs in found.items()}
+        cpu = {name: [turns.cpu for turns in runs] for name, runs in found.items()}
         firsts = {name: [turns.first * 1000 for turns in runs] for name, runs in found.items()}
         rows = [
             Row("tokens/s through serve against chat", ratio(rates, SERVE, to=CHAT), "x", None, rates, at_least=0.97),
             Row("tokens/s with a trace against chat", ratio(rates, TRACED, to=CHAT), "x", None, rates),
+            Row("processor time of serve against chat", ratio(cpu, SERVE, to=CHAT), "x", None, cpu),
             Row("first token, known history, against chat", ratio(firsts, SERVE, to=CHAT), "x", 1.2, firsts),
         ]
         publish("serve", rows, options=options, work=work)
@@ -99,15 +103,15 @@ def make_models(options: argparse.Namespace, work: Path) -> Path:
 
 
 @contextmanager
-def running(recipe: Path) -> Iterator[str]:
-    """A server for a recipe, as its address."""
+def running(recipe: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """A server for a recipe: its address and its process."""
     command = [sys.executable, "-m", "frankenmoe", "serve", str(recipe), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
         log(line.strip())
-        yield line.split()[-1]
+        yield line.split()[-1], psutil.Process(process.pid)
     finally:
         process.terminate()
         process.wait()
@@ -122,18 +126,21 @@ def conversation(scale: str) -> tuple[dict[str, str], dict[str, str]]:
 def chatted(moe: Any, scale: str) -> Turns:
     """A conversation as `chat` makes it."""
     tokenizer, cache, clock = moe.tokenizer(), PromptCache(sequences=1), Clock()
+    before = time.process_time()
     first, second = conversation(scale)
     made = reply(moe, tokenizer, [first], max_new_tokens=TOKENS[scale], streamer=clock, cache=cache)
     _, begun, *_, ended = clock.times
     clock, asked = Clock(), time.perf_counter()
     turns = [first, {"role": "assistant", "content": made.text}, second]
     reply(moe, tokenizer, turns, max_new_tokens=4, streamer=clock, cache=cache)
-    return Turns((TOKENS[scale] - 1) / (ended - begun), clock.times[1] - asked, made.text)
+    cpu = time.process_time() - before
+    return Turns((TOKENS[scale] - 1) / (ended - begun), clock.times[1] - asked, cpu, made.text)
 
 
-def served(client: openai.OpenAI, scale: str, **more: Any) -> Turns:
-    """The same conversation, asked from the server."""
+def served(client: openai.OpenAI, process: psutil.Process, scale: str, **more: Any) -> Turns:
+    """The same conversation, asked from the server. The client's own processor time does not count."""
     forget(client)
+    before = process.cpu_times()
     first, second = conversation(scale)
     options = {"model": "recipe", "temperature": 0, "stream": True, **more}
     text, times = "", []
@@ -148,7 +155,9 @@ def served(client: openai.OpenAI, scale: str, **more: Any) -> Turns:
     begun = next(time.perf_counter() for chunk in stream if chunk.choices[0].delta.content)
     for _ in stream:
         pass
-    return Turns((len(times) - 1) / (times[-1] - times[0]), begun - asked, text)
+    after = process.cpu_times()
+    cpu = after.user + after.system - before.user - before.system
+    return Turns((len(times) - 1) / (times[-1] - times[0]), begun - asked, cpu, text)
 
 
 def forget(client: openai.OpenAI) -> None:
