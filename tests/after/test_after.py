@@ -1,6 +1,8 @@
 """`verify --after`: planted faults are found, and what is right raises no alarm."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -375,6 +377,58 @@ def test_layers_that_were_not_quantized(left: range, place: Place, tmp_path: Pat
     assert faults(place.built, folder) == {}
 
 
+def test_a_layer_of_a_gguf_file_that_was_not_quantized(place: Place, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    files = export_gguf(place.virtual, tmp_path, types=["q8_0", "f16"], allow_random=True)
+    quantized, plain = (gguf.GGUFReader(file.path) for file in files)
+    writer = gguf.GGUFWriter(tmp_path / "mixed.gguf", "llama")
+    for field in quantized.fields.values():
+        if not field.name.startswith(("GGUF.", "tokenizer.", "general.architecture")):
+            kinds = field.types
+            writer.add_key_value(field.name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    for one, other in zip(quantized.tensors, plain.tensors, strict=True):
+        tensor = other if one.name.startswith("blk.1.ffn_") and "_exps" in one.name else one
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = "unquantized experts in layer 1: stored as F16, while the model is q8_0"
+    assert faults(place.virtual, tmp_path / "mixed.gguf") == {"unquantized": expected}
+
+
+def test_importance_that_moves_numbers_away_is_no_fault(place: Place, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    text = tmp_path / "text.txt"
+    text.write_text(gguftools.WORDS)
+    options = {"imatrix": [str(text)], "allow_random": True}
+    (file,) = export_gguf(place.virtual, tmp_path / "g", types=["q4_k_m"], **options)
+    found = verify_after(place.virtual, file.path)
+    assert found.ok, found.verdict
+    (experts,) = (part for part in found.parts if part.part == "experts")
+    assert experts.far > 1.003 * experts.rounding  # and 1.0002 without importance
+
+
+def test_training_that_rounding_hides_is_not_called_missed(place: Place, tmp_path: Path) -> None:
+    """Experts in 4 bits and attention as it was, both moved by 1 %: that of the experts cannot be seen."""
+
+    def train(tensors: Tensors) -> None:
+        torch.manual_seed(0)
+        for key in tensors:
+            if "self_attn" in key or ".experts." in key:
+                noise = torch.randn_like(tensors[key])
+                tensors[key] += 0.01 * noise * tensors[key].norm() / noise.norm()
+        config.update(quantizers.nf4(tensors, ["self_attn"]))
+
+    config: dict[str, object] = {}
+    folder = place.folder(tmp_path / "other", train)
+    tiny.edit_config(folder, quantization_config=config)
+    found = verify_after(place.virtual, folder)
+    assert found.ok, found.verdict
+    assert found.verdict == "every expert is still itself; moved: attention by 1%"
+
+
 def test_an_expert_with_wrong_scales(place: Place, tmp_path: Path) -> None:
     def quantize(tensors: Tensors) -> None:
         tensors[name(1, 1)] *= 1.5
@@ -406,6 +460,22 @@ def test_the_command_prints_a_verdict_and_exits_with_one_at_a_fault(place: Place
     assert [row["expert"] for row in facts["experts"]] == ["e0", "e3", "e2", "e1", "e0", "e1", "e2", "e3"]
 
 
+def test_weights_are_compared_without_torch(place: Place, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    (file,) = export_gguf(place.virtual, tmp_path, types=["q8_0"], allow_random=True)
+    code = (
+        "import sys; from frankenmoe.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    for other in (file.path, place.built):
+        command = [sys.executable, "-c", code, "verify", str(place.virtual), "--after", str(other)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "every expert is still itself" in run.stdout
+
+
 def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
     awq = place.folder(tmp_path / "awq")
     tiny.edit_config(awq, quantization_config={"quant_method": "awq"})
@@ -427,5 +497,6 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
     ):
         refused("verify", place.virtual, "--after", other, inside=tmp_path, facts=(fact,), hint=hint)
     refused("verify", place.recipe, "--after", awq, inside=tmp_path, facts=("is a recipe",))
+    assert "stands alone" in cli("verify", place.virtual, "--after", awq, "--text", "own", "--text", "x").stderr
     assert "--text needs --after" in cli("verify", place.virtual, "--text", "x").stderr
     assert set(CASES) <= set(ALL)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from frankenmoe.after.compare import RouterSeen, Seen, percent, root_mean
+from frankenmoe.after.compare import MARGIN, RouterSeen, Seen, percent, root_mean
 from frankenmoe.after.experts import ExpertSeen, State
 from frankenmoe.after.other import EXPERTS, ROUTERS, Other, Place
 from frankenmoe.recipe.backbone import ATTENTION
@@ -143,6 +143,8 @@ def _order(found: Compared) -> Iterator[Finding]:
             name, own = found.names[expert], found.name(index)
             if list(held.values()).count(expert) > 1:
                 rows.append(("copied", f"expert {own} is a copy of {name}", layer))
+            elif found.other.experts != len(found.names):
+                continue  # those behind one that is gone have moved up
             elif with_gate:
                 together.append(layer)
             elif held.get(expert) == index:
@@ -243,14 +245,15 @@ def _spelled(place: Place) -> str:
 
 
 def _missed(found: Compared) -> Iterator[Finding]:
-    """Attention that was trained while no expert was."""
+    """Attention that was trained while no expert was, although their rounding would not hide it."""
     parts = found.by_part()
-    moved = {part: root_mean(seen, "moved") for part, seen in parts.items()}
+    moved = root_mean(parts.get(ATTENTION, ()), "moved")
+    seen_through = moved > MARGIN * root_mean(parts.get(EXPERTS, ()), "rounding")
     experts = [each for each in found.experts if each.state is State.FOUND]
     still = [each for each in experts if not any(seen.moved for seen in each.matrices.values())]
-    if moved.get(ATTENTION) and experts and len(still) == len(experts):
+    if seen_through and experts and len(still) == len(experts):
         text = (
-            f"attention moved by {percent(moved[ATTENTION])}, and no expert moved: an adapter for experts missed them, "
+            f"attention moved by {percent(moved)}, and no expert moved: an adapter for experts missed them, "
             "or only attention was trained"
         )
         yield Finding("experts missed", text)
