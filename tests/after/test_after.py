@@ -275,17 +275,15 @@ def no_head(tensors: Tensors) -> None:
 
 
 FAULTS: dict[Callable[[Tensors], None], dict[str, str]] = {
-    a_random_expert: {
-        "unlike every expert": "expert e2 is unlike every expert of the artifact, as if random in layer 1"
-    },
+    a_random_expert: {"unlike every expert": "expert e2 in layer 1: unlike every expert of the artifact, as if random"},
     two_swapped: {"swapped": "experts e1 and e3 are swapped in layer 0"},
     three_turned: {"moved": "in the place of"},
     a_copy: {"copied": "expert e3 is a copy of e0 in every layer"},
-    zeros: {"zeros": "expert e0 is zeros in layer 1"},
-    a_missing_expert: {"missing": "expert e3 is missing in layer 1"},
-    a_nan: {"not finite": "expert e0 holds NaN or infinity in layer 0"},
-    a_random_down: {"damaged": "down_proj of expert e2 is not its own in layer 0"},
-    gate_for_up: {"gate and up swapped": "expert e1 has gate and up in each other's place in every layer"},
+    zeros: {"zeros": "expert e0 in layer 1: all zeros"},
+    a_missing_expert: {"missing": "expert e3 in layer 1: missing"},
+    a_nan: {"not finite": "expert e0 in layer 0: NaN or infinity"},
+    a_random_down: {"damaged": "expert e2 in layer 0: down_proj not its own"},
+    gate_for_up: {"gate and up swapped": "expert e1 in every layer: gate and up in each other's place"},
     transposed_gates: {"transposed": "the router's gate is transposed in every layer"},
     transposed_numbers: {"transposed": "the router's gate is transposed in layer 1"},
     other_rows: {"router rows": "the router's rows are in another order than its experts in layer 0"},
@@ -300,6 +298,18 @@ def test_a_planted_fault_is_found_and_no_other(plant: Callable[[Tensors], None],
     found = faults(place.virtual, place.folder(tmp_path / "other", plant))
     assert found.keys() == FAULTS[plant].keys()
     assert all(text in found[kind] for kind, text in FAULTS[plant].items()), found
+
+
+def test_a_model_with_other_experts_altogether_takes_few_words(place: Place, tmp_path: Path) -> None:
+    def replace(tensors: Tensors) -> None:
+        torch.manual_seed(0)
+        for key in tensors:
+            if ".experts." in key:
+                tensors[key] = torch.randn_like(tensors[key]) * 0.2
+
+    found = verify_after(place.virtual, place.folder(tmp_path / "other", replace))
+    said = "experts e0, e1, e2, e3 in every layer: unlike every expert of the artifact, as if random"
+    assert [each.text for each in found.findings] == [said]
 
 
 def test_experts_that_moved_with_their_router_rows_change_nothing(place: Place, tmp_path: Path) -> None:
@@ -330,10 +340,10 @@ def test_fewer_experts_and_fewer_layers(place: Place, tmp_path: Path) -> None:
             tensors[gate(layer)] = tensors[gate(layer)][[0, 2, 3]]
 
     folder = place.folder(tmp_path / "pruned", prune, num_local_experts=3)
-    assert faults(place.virtual, folder) == {"count": "it has 3 experts, expected 4: e1 is missing"}
+    assert faults(place.virtual, folder) == {"count": "number of experts: 3, expected 4; missing: e1"}
 
     short = place.folder(tmp_path / "short", num_hidden_layers=1)
-    assert faults(place.virtual, short) == {"layers": "it has 1 layers, expected 2"}
+    assert faults(place.virtual, short) == {"layers": "number of layers: 1, expected 2"}
 
 
 def test_a_gguf_file_with_another_count_and_one_with_swapped_experts(place: Place, tmp_path: Path) -> None:
@@ -343,7 +353,7 @@ def test_a_gguf_file_with_another_count_and_one_with_swapped_experts(place: Plac
     fewer.write_text(data[0] + "- source_model" + data[2].rpartition("- source_model")[0])
     (file,) = export_gguf(fewer, tmp_path / "fewer", types=["q8_0"], allow_random=True)
     found = faults(place.virtual, file.path)
-    assert found.pop("count") == "it has 3 experts, expected 4: e3 is missing"
+    assert found.pop("count") == "number of experts: 3, expected 4; missing: e3"
     assert found.keys() <= {"router random", "router rows"}  # random gates of three are others than of four
 
     (file,) = export_gguf(place.virtual, tmp_path / "all", types=["q4_k_m"], allow_random=True)
@@ -439,7 +449,9 @@ def test_an_expert_with_wrong_scales(place: Place, tmp_path: Path) -> None:
     tiny.edit_config(folder, quantization_config=config)
     found = faults(place.built, folder)
     assert found.keys() == {"farther"}
-    assert found["farther"].startswith("gate_proj of expert e1 is 5")
+    assert found["farther"].startswith(
+        "expert e1 in layer 1: farther away than rounding explains, such as gate_proj of e1"
+    )
 
 
 # the command

@@ -137,7 +137,7 @@ def test_a_model_that_lacks_an_expert_is_not_run(place: Place, tmp_path: Path) -
     outcome = cli("verify", place.virtual, "--after", folder, "--text", text)
     assert outcome.code == 1
     assert "not run on text: it lacks tensors" in outcome.stdout
-    assert "expert e3 is missing in every layer" in outcome.stdout
+    assert "expert e3 in every layer: missing" in outcome.stdout
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise SourceError(f"{folder} is an adapter, expected a whole model", hint=MERGE)
     # tools copy small files, so a record alone means nothing
-    if (folder / RECORD).is_file() and read_object(folder / RECORD, hint="remove it, or write it again").get("form") == "virtual":
+    if (folder / RECORD).is_file() and read_object(folder / RECORD, hint="remove it, or write it again").get(
+        "form"
+    ) == "virtual":
         raise ArtifactError(
             f"{folder} is a virtual artifact, which no other tool has written", hint="give it first: verify IT --after"
         )

@@ -113,7 +113,9 @@ def _runnable(subject: Subject, found: Compared, stack: ExitStack, progress: Pro
     folder = Path(found.other.where)
     if folder.is_dir() and found.other.method is None and not (folder / RECORD).is_file():
         return folder
-    made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frankenmoe-after-")))
+    made = Path(
+        stack.enter_context(tempfile.TemporaryDirectory(prefix="frankenmoe-after-", ignore_cleanup_errors=True))
+    )
     write_plain(made, found.other, subject, progress)
     return made
 

@@ -123,9 +123,8 @@ def show_after(found: "After") -> None:
     if found.text is not None:
         show_text(found.text)
     for finding in found.findings:
-        click.secho(
-            printable(f"{'wrong' if finding.fault else 'note'}: {finding.text}"), fg="red" if finding.fault else None
-        )
+        word, colour = ("wrong", "red") if finding.fault else ("note", None)
+        click.secho(printable(f"{word}: {finding.text}"), fg=colour)
     click.echo(printable(f"{compared.other.where}: {found.verdict}"))
 
 
