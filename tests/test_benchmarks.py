@@ -69,6 +69,8 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
         ("export.py", 16 if REAL_PARENTS else 5),
         ("gpu.py", 30),
         ("train_speed.py", 15),
+        ("serve.py", 3),
+        ("playground.py", 2),
     ],
 )
 def test_scripts_keep_their_rows(script: str, rows: int, tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ def test_freed_memory_goes_back_to_the_system() -> None:
     code = """
 import ctypes
 from pathlib import Path
-from frankenmoe.moe.memory import give_back_memory
+from frankenmoe.system import give_back_memory
 def anonymous():
     return next(int(line.split()[1]) for line in Path("/proc/self/status").open() if line.startswith("RssAnon"))
 kept = [bytearray(2**16) for _ in range(2000)][-1]  # glibc keeps what lies below it

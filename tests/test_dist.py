@@ -57,7 +57,7 @@ def installed(environment: Path, program: str, *arguments: str, folder: Path) ->
 def test_the_wheel_has_every_module_and_its_data(wheel: Path) -> None:
     source = ROOT / "src"
     wanted = {str(file.relative_to(source)) for file in source.rglob("*.py")}
-    wanted |= {str(file.relative_to(source)) for file in source.glob("frankenmoe/audit/assets/*") if file.is_file()}
+    wanted |= {str(file.relative_to(source)) for file in source.glob("frankenmoe/**/assets/*") if file.is_file()}
     assert any("assets" in name for name in wanted)
     names = set(zipfile.ZipFile(wheel).namelist())
     assert sorted((wanted | {"frankenmoe/py.typed"}) - names) == []

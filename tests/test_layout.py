@@ -15,12 +15,12 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own row and from lower ones. A name is a package, or one file of it
 LAYERS = (
-    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "system"},
+    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "system", "registering", "webpage"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
     {"moe", "gates", "backbone", "subject"},
-    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish", "after"},
-    {"pipeline"},
+    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish", "smaller", "after"},
+    {"pipeline", "auto", "serve"},
     {"cli", "demo", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -29,7 +29,7 @@ STAGES = LAYERS[4] - {"build"}
 TORCH_FREE = {*LAYERS[0], *LAYERS[1], *LAYERS[2], "publish", "build.body"}
 WITH_TORCH = {"publish.samples", "data.templates"}  # templates: transformers without torch, in a child process
 NETWORK = {"huggingface_hub", "datasets", "requests", "httpx", "urllib", "socket"}
-MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/")
+MAY_TOUCH_NETWORK = ("checkpoint/hub.py", "publish/", "serve/")
 
 
 @cache

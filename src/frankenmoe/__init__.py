@@ -3,7 +3,11 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from frankenmoe.registering import register
+
 __version__ = "0.1.0"
+
+register()
 
 if TYPE_CHECKING:
     from frankenmoe.after.run import verify_after
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from frankenmoe.moe.load import MoE
     from frankenmoe.planning import Plan, plan
     from frankenmoe.recipe import Recipe
+    from frankenmoe.smaller.run import prune, remove_expert
     from frankenmoe.subject import Subject, load
     from frankenmoe.subject import open_subject as open
 
@@ -41,6 +46,8 @@ _HOMES = {
     "load": "frankenmoe.subject",
     "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
+    "prune": "frankenmoe.smaller.run",
+    "remove_expert": "frankenmoe.smaller.run",
     "verify": "frankenmoe.build.proof",
     "verify_after": "frankenmoe.after.run",
 }
@@ -66,6 +73,8 @@ __all__ = [
     "load",
     "open",
     "plan",
+    "prune",
+    "remove_expert",
     "verify",
     "verify_after",
 ]

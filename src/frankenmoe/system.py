@@ -6,7 +6,8 @@ Linux's calls are used where they are, and portable ones elsewhere. No other fil
 import os
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import cache
 from importlib import import_module
 from io import FileIO
 from pathlib import Path
@@ -156,4 +157,20 @@ def _module(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError:
+        return None
+
+
+def give_back_memory() -> None:
+    """Returns freed memory to the system if the C library can: glibc keeps that of arrays of odd sizes until asked."""
+    trim = _trim()
+    if trim:
+        trim(0)
+
+
+@cache
+def _trim() -> Callable[[int], int] | None:
+    try:
+        ctypes = import_module("ctypes")  # not at start-up
+        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    except (OSError, TypeError):  # Windows has no library of the process itself
         return None

@@ -4,9 +4,7 @@ Screenshots go to build/screenshots, which CI keeps.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,32 +13,19 @@ from typing import Any
 import pytest
 
 import synthetic
+from browsing import launched, open_tab, shoot
 from frankenmoe import palette
 from frankenmoe.audit.page import page
 from frankenmoe.audit.write import write_report
 from frankenmoe.errors import FrankenMoEWarning
 
-SHOTS = Path(__file__).parents[2] / "build" / "screenshots"
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 LIMIT = 5_000_000
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("CI has no chromium: .ci/run must install it")
-        pytest.skip("no chromium here: apt-get install chromium to test the page")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -52,23 +37,11 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def opened(browser: Any, report: Path) -> Iterator[Any]:
-    with_page = _open(browser, report, width=1280, scheme="light")
+    with_page = open_tab(browser, report.as_uri(), width=1280, scheme="light")
     yield with_page
     assert with_page.said == []
     assert with_page.asked == [report.as_uri()]
     with_page.context.close()
-
-
-def _open(browser: Any, file: Path, *, width: int, scheme: str) -> Any:
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    tab = context.new_page()
-    tab.said, tab.asked = [], []
-    tab.on("console", lambda message: tab.said.append(message.text))
-    tab.on("pageerror", lambda error: tab.said.append(str(error)))
-    tab.on("request", lambda request: tab.asked.append(request.url))
-    tab.goto(file.as_uri())
-    tab.wait_for_selector("html[data-ready]")
-    return tab
 
 
 def _panel(tab: Any) -> str:
@@ -115,8 +88,7 @@ def test_the_slider_moves_the_whole_page(opened: Any) -> None:
     assert before.startswith("Layer 0.")
     assert after.startswith("Layer 3.")
     assert opened.locator("#tokens-0 .t").evaluate_all("all => all.map(each => each.dataset.d)") != marks
-    SHOTS.mkdir(parents=True, exist_ok=True)
-    opened.screenshot(path=str(SHOTS / "slider-moved.png"))
+    shoot(opened, "slider-moved")
 
 
 def test_the_keyboard_reaches_everything(opened: Any) -> None:
@@ -160,10 +132,9 @@ def test_a_strip_of_layers_leads_to_each(opened: Any) -> None:
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])
 def test_light_dark_and_phone(width: int, scheme: str, browser: Any, report: Path) -> None:
-    tab = _open(browser, report, width=width, scheme=scheme)
+    tab = open_tab(browser, report.as_uri(), width=width, scheme=scheme)
     try:
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        tab.screenshot(path=str(SHOTS / f"{width}-{scheme}.png"), full_page=True)
+        shoot(tab, f"{width}-{scheme}", whole=True)
         assert tab.evaluate("document.documentElement.scrollWidth") <= width  # nothing sticks out sideways
         paper = tab.evaluate("getComputedStyle(document.body).backgroundColor")
         light = sum(map(int, re.findall(r"\d+", paper)[:3])) > 3 * 128
@@ -173,7 +144,7 @@ def test_light_dark_and_phone(width: int, scheme: str, browser: Any, report: Pat
         tab.locator("#theme").click()
         assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == paper
         tab.locator("#tokens-0 .t").nth(9).hover()
-        tab.screenshot(path=str(SHOTS / f"{width}-{scheme}-token.png"))
+        shoot(tab, f"{width}-{scheme}-token")
         assert tab.said == []
         assert tab.asked == [report.as_uri()]
     finally:
@@ -183,16 +154,15 @@ def test_light_dark_and_phone(width: int, scheme: str, browser: Any, report: Pat
 def test_text_on_every_expert_can_be_read(browser: Any, tmp_path: Path) -> None:
     """Sixty-four experts: no two share colour, pattern and character, and the browser shows what the palette says."""
     file = write_report([synthetic.make_audit(experts=64, layers=2, tokens=300)], tmp_path) / "audit.html"
-    tab = _open(browser, file, width=1280, scheme="light")
+    tab = open_tab(browser, file.as_uri(), width=1280, scheme="light")
     try:
         chips = tab.locator(".legend .chip").evaluate_all(
             "all => all.map(each => [getComputedStyle(each).backgroundColor, each.className, each.textContent,"
             " getComputedStyle(each).backgroundImage + getComputedStyle(each).boxShadow])"
         )
         assert len({tuple(chip) for chip in chips}) == len({(chip[0], chip[3]) for chip in chips}) == 64
-        SHOTS.mkdir(parents=True, exist_ok=True)
         tab.locator("#tokens-0").scroll_into_view_if_needed()
-        tab.screenshot(path=str(SHOTS / "64-experts.png"))
+        shoot(tab, "64-experts")
         assert tab.said == []
     finally:
         tab.context.close()
@@ -203,13 +173,12 @@ def test_two_audits_side_by_side(browser: Any, tmp_path: Path) -> None:
         synthetic.make_audit(experts=4, layers=3, tokens=60, name=name, seed=seed) for seed, name in enumerate("ab")
     ]
     file = write_report(pair, tmp_path) / "audit.html"
-    tab = _open(browser, file, width=1280, scheme="light")
+    tab = open_tab(browser, file.as_uri(), width=1280, scheme="light")
     try:
         assert tab.locator("#here-load-0").inner_text() != tab.locator("#here-load-1").inner_text()
         tab.locator("#tokens-1 .t").nth(2).hover()
         assert "token 3 of 60" in tab.locator("#panel-1").inner_text()
-        SHOTS.mkdir(parents=True, exist_ok=True)
-        tab.screenshot(path=str(SHOTS / "two.png"), full_page=True)
+        shoot(tab, "two", whole=True)
         assert (tab.said, tab.asked) == ([], [file.as_uri()])
         assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
     finally:
@@ -220,7 +189,7 @@ def test_two_of_one_name_and_different_experts_can_be_told_apart(browser: Any, t
     pair = [synthetic.make_audit(experts=count, layers=3, tokens=60, seed=count) for count in (3, 4)]
     pair[1].report["model"]["experts"][0] = "law"
     pair[1].report["subject"]["path"] = "after/"
-    tab = _open(browser, write_report(pair, tmp_path) / "audit.html", width=1280, scheme="light")
+    tab = open_tab(browser, (write_report(pair, tmp_path) / "audit.html").as_uri(), width=1280, scheme="light")
     try:
         legend = [" ".join(text.split()) for text in tab.locator(".legend li").all_inner_texts()]
         assert legend == [
@@ -244,7 +213,7 @@ def test_two_of_one_name_and_different_experts_can_be_told_apart(browser: Any, t
 @pytest.mark.parametrize(("experts", "width"), [(4, 1280), (4, 390), (16, 1280), (64, 1280)])
 def test_tables_are_not_cut(experts: int, width: int, browser: Any, tmp_path: Path) -> None:
     audit = synthetic.make_audit(experts=experts, layers=2, tokens=60)
-    tab = _open(browser, write_report([audit], tmp_path) / "audit.html", width=width, scheme="dark")
+    tab = open_tab(browser, (write_report([audit], tmp_path) / "audit.html").as_uri(), width=width, scheme="dark")
     try:
         cut = tab.locator(".here .scroll").evaluate_all(
             "all => all.filter(each => each.scrollWidth > each.clientWidth).map(each => each.closest('.here').id)"
@@ -265,7 +234,7 @@ def test_letters_nobody_sees_and_counts_of_none_are_shown(browser: Any, tmp_path
     odd = replace(audit.trace.passages[0], shown=(" ", "\u202eabc", "a\x00", "</script><b>", "\t\n"))
     audit.report["passages"][0]["tokens"] = list(odd.shown)
     audit.report["routers"][0]["load"]["assignments"] = [0, 1, 9]
-    tab = _open(browser, write_report([audit], tmp_path) / "audit.html", width=1280, scheme="light")
+    tab = open_tab(browser, (write_report([audit], tmp_path) / "audit.html").as_uri(), width=1280, scheme="light")
     try:
         shown = tab.locator("#tokens-0 .t").all_inner_texts()
         assert [text.strip() for text in shown] == ["␣", "\\u202eabc", "a\\u0000", "</script><b>", "⇥⏎"]

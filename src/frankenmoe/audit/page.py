@@ -3,12 +3,9 @@
 Names and tokens are escaped, and a content policy forbids all requests.
 """
 
-import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from html import escape
-from importlib.resources import files
 from itertools import zip_longest
 from typing import Any
 
@@ -21,8 +18,10 @@ from frankenmoe.audit.tokens import encoded
 from frankenmoe.charts import ChartError, can_draw
 from frankenmoe.errors import FrankenMoEWarning
 from frankenmoe.palette import mark
+from frankenmoe.webpage import inlined, json_in_html, marks
 
 LARGEST = 4_900_000  # bytes of a page; token data is thinned out to stay below
+PACKAGE = "frankenmoe.audit"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 HALF_WIDE = 6  # so many experts' table fits in half of the page
 
@@ -42,7 +41,7 @@ def page(audits: Sequence[Audit]) -> str:
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title>
-<style>{_asset("page.css")}</style>
+<style>{inlined(PACKAGE, "css")}</style>
 </head>
 <body class="{_layout(reports)}">
 <a class="skip" href="#token">Skip to the tokens</a>
@@ -64,7 +63,7 @@ def page(audits: Sequence[Audit]) -> str:
 <footer>{"".join(_footer(report) for report in reports)}
 <p>Made by frankenmoe. Charts were drawn by Vega-Lite (BSD-3-Clause) beforehand; this page loads nothing.</p></footer>
 """
-    script = f"<script>{_asset('page.js')}</script>\n</body>\n</html>\n"
+    script = f'<script type="module">{inlined(PACKAGE, "js")}</script>\n</body>\n</html>\n'
     data = _data(audits, room=LARGEST - len(storable(head + script)))
     return storable(f'{head}<script type="application/json" id="data">{data}</script>\n{script}').decode()
 
@@ -78,10 +77,6 @@ def _layout(reports: Sequence[Facts]) -> str:
 def storable(text: str) -> bytes:
     """UTF-8. Lone surrogates, from bytes in a path that are not text, are written as escapes."""
     return text.encode("utf-8", "backslashreplace")
-
-
-def _asset(name: str) -> str:
-    return (files("frankenmoe.audit") / "assets" / name).read_text(encoding="utf-8")
 
 
 def _outer(report: Facts) -> list[Facts]:
@@ -294,9 +289,9 @@ def _footer(report: Facts) -> str:
 def _data(audits: Sequence[Audit], *, room: int) -> str:
     """The data of page.js in about `room` bytes: token data is thinned out, the rest is complete."""
     shown = [_shown(audit) for audit in audits]
-    left = room - len(storable(_text({"audits": shown})))
+    left = room - len(storable(json_in_html({"audits": shown})))
     traces = [encoded(audit.trace, budget=left // len(audits)) for audit in audits]
-    return _text({"audits": [each | {"trace": trace} for each, trace in zip(shown, traces, strict=True)]})
+    return json_in_html({"audits": [each | {"trace": trace} for each, trace in zip(shown, traces, strict=True)]})
 
 
 def _shown(audit: Audit) -> dict[str, Any]:
@@ -304,7 +299,7 @@ def _shown(audit: Audit) -> dict[str, Any]:
     return {
         "experts": report["model"]["experts"],
         "paths": report["model"]["paths"],
-        "marks": [asdict(mark(index)) for index in range(len(report["model"]["experts"]))],
+        "marks": marks(len(report["model"]["experts"])),
         "routers": [_slim(facts) for facts in _outer(report)],
         "passages": [{"label": each["label"], "tokens": each["tokens"]} for each in report["passages"]],
     }
@@ -322,8 +317,3 @@ def _slim(facts: Facts) -> Facts:
 
 def _short(matrix: Sequence[Sequence[float]]) -> list[list[float]]:
     return [[round(value, 3) for value in row] for row in matrix]
-
-
-def _text(data: Mapping[str, Any]) -> str:
-    # "</script>" in a token must not end the element
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")

@@ -16,6 +16,7 @@ from frankenmoe.checkpoint.cast import Floats, decode
 from frankenmoe.checkpoint.reader import map_bytes
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef
 from frankenmoe.checkpoint.values import check_finite
+from frankenmoe.system import give_back_memory
 
 Wide = NDArray[np.float64]
 Basis = Callable[[int], Floats]
@@ -193,23 +194,28 @@ def _sketched(
 def _iterated(
     read: Callable[[], Iterator[tuple[slice, Floats]]], basis_IK: Floats, *, wanted: int
 ) -> tuple[Floats, Wide]:
-    """Power iterations until the energy of the first `wanted` directions hardly grows (Rayleigh-Ritz after each)."""
+    """Power iterations until the energy of the first `wanted` directions hardly grows (Rayleigh-Ritz after each).
+
+    The caller's basis is one of two arrays that are written in turns: a third one would take too much memory.
+    """
     before, width = 0.0, basis_IK.shape[1]
+    image_IK = np.empty_like(basis_IK)
     for number in range(PASSES + 1):
-        image_IK = np.zeros_like(basis_IK)
+        image_IK[:] = 0
         gram_KK = np.zeros((width, width))
         for _, block_BI in read():
             product_BK = block_BI @ basis_IK
             gram_KK += product_BK.T @ product_BK
             for start in range(0, width, PANEL):  # a whole product would take as much memory as the image
                 image_IK[:, start : start + PANEL] += block_BI.T @ product_BK[:, start : start + PANEL]
+        give_back_memory()  # the next call needs the most
         values_K, turn_KK = np.linalg.eigh(gram_KK)
         values_K, turn_KK = np.maximum(values_K[::-1], 0.0), turn_KK[:, ::-1].astype(np.float32)
         now = float(values_K[:wanted].sum())
         if number == PASSES or now <= before * (1 + ENOUGH):
             return _turned(basis_IK, turn_KK), values_K
         before = now
-        basis_IK = _orthonormal(_turned(image_IK, turn_KK))
+        basis_IK, image_IK = _orthonormal(_turned(image_IK, turn_KK)), basis_IK
     raise AssertionError("the last pass returns")
 
 

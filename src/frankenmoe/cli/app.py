@@ -28,6 +28,7 @@ from frankenmoe.cli.options import (
     COUNT,
     DEVICE,
     DTYPE,
+    EXPERTS_PER_TOKEN,
     JSON,
     NO_CACHE,
     REMOTE,
@@ -41,8 +42,10 @@ from frankenmoe.cli.options import (
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
+from frankenmoe.cli.serve import serve_command
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import show_built, show_plan, warn
+from frankenmoe.cli.smaller import prune_command, remove_expert_command
 from frankenmoe.cli.text import is_unicode, json_text, printable, spelled_out
 from frankenmoe.cli.train import train_command
 from frankenmoe.cli.verify import verify_command
@@ -164,6 +167,7 @@ def build_command(
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed for sampling.")
 @click.option("--trace", is_flag=True, help="Show the experts of each token.")
 @click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, slightly inexact.")
+@EXPERTS_PER_TOKEN
 @placed
 @json_option("Print reply and trace as JSON; needs --prompt.")
 @NO_CACHE
@@ -176,6 +180,7 @@ def chat_command(
     seed: int,
     trace: bool,
     int8: bool,
+    experts_per_token: int | None,
     device: str,
     dtype: str | None,
     as_json: bool,
@@ -196,6 +201,10 @@ def chat_command(
 
         if int8:
             raise click.UsageError("--int8 needs an artifact or a recipe; `export` quantizes GGUF files")
+        if experts_per_token is not None:
+            raise click.UsageError(
+                "a GGUF file has its number of experts per token; `export --experts-per-token` sets it"
+            )
         if device != "auto" or dtype is not None:
             raise click.UsageError("--device and --dtype need an artifact or a recipe; llama.cpp reads GGUF files here")
         if trace:
@@ -208,7 +217,9 @@ def chat_command(
             seed=seed,
             as_json=as_json,
         )
-    subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
+    subject = open_subject(
+        what, cache=not no_cache, trust_remote_code=trust_remote_code, experts_per_token=experts_per_token
+    )
     if subject.artifact is None:
         warn(subject.planned.warnings)
 
@@ -272,6 +283,8 @@ for command in (
     fit_command,
     heal_command,
     add_expert_command,
+    remove_expert_command,
+    prune_command,
     adopt_command,
     extract_command,
     extract_lora_command,
@@ -282,6 +295,7 @@ for command in (
     card_command,
     push_command,
     run_command,
+    serve_command,
     cache_command,
     families_command,
 ):

@@ -14,6 +14,7 @@ from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, json_text, printable, spelled_out
 from frankenmoe.moe.generate import Reply, reply, weight_shares
 from frankenmoe.moe.linear import prepare_kernels
+from frankenmoe.moe.promptcache import PromptCache
 from frankenmoe.palette import mark
 from frankenmoe.subject import Subject
 
@@ -52,6 +53,7 @@ def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: b
     tokenizer = moe.tokenizer()
     torch.manual_seed(settings.seed)
     history: list[dict[str, str]] = []
+    cache = PromptCache(sequences=1)
     if prompt is None and is_terminal():
         click.echo("type a message and press Enter; Ctrl-D ends", err=True)
     while (message := ask() if prompt is None else prompt) is not None:
@@ -62,6 +64,7 @@ def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: b
             history,
             max_new_tokens=settings.max_new_tokens,
             temperature=settings.temperature,
+            cache=cache,
             streamer=None if as_json else SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
         )
         history.append({"role": "assistant", "content": made.text})
@@ -84,8 +87,8 @@ def show_trace(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> None:
         legend.append(f"{mark(index).digit} {printable(name)}  ", style=expert_style(index))
     out.print(legend)
     out.print(Text(f"{'token':<{TOKEN_WIDTH}} {title:<{width}} share of weight", style="dim"))
-    for position in range(len(made.layers[0].ids_TK)):
-        line = Text(f"{in_cells(_shown(tokenizer, made.tokens[position]), TOKEN_WIDTH)} ")
+    for position, token in enumerate(made.read):
+        line = Text(f"{in_cells(_shown(tokenizer, token), TOKEN_WIDTH)} ")
         for trace in made.layers:
             first = int(trace.ids_TK[position, 0])
             line.append(mark(first).digit, style=expert_style(first))
@@ -105,7 +108,6 @@ def _shown(tokenizer: Any, token: int) -> str:
 
 
 def _as_data(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> dict[str, Any]:
-    seen = len(made.layers[0].ids_TK)
     return {
         "reply": made.text,
         "tokens_per_second": made.tokens_per_second,
@@ -118,6 +120,6 @@ def _as_data(made: Reply, experts: tuple[str, ...], tokenizer: Any) -> dict[str,
                     for trace in made.layers
                 ],
             }
-            for at, token in enumerate(made.tokens[:seen])
+            for at, token in enumerate(made.read)
         ],
     }

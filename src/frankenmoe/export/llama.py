@@ -5,7 +5,7 @@ Uses the public API of xllamacpp. llama.cpp aborts the process on some broken fi
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,12 +125,8 @@ class Engine:
     ) -> str:
         """A reply, streamed to `on_text`: by the file's chat template, or as a continuation of the plain text."""
         made: list[str] = []
-        failed: list[str] = []
 
-        def hear(piece: dict[str, Any]) -> bool:
-            if "error" in piece:
-                failed.append(str(piece["error"].get("message", piece["error"])))
-                return True
+        def hear(piece: Mapping[str, Any]) -> bool:
             for choice in piece.get("choices") or []:
                 text = (choice.get("delta") or {}).get("content") or choice.get("text") or ""
                 if text:
@@ -138,18 +134,41 @@ class Engine:
                     on_text(text)
             return False
 
-        options = {"n_predict": tokens, "max_tokens": tokens, "temperature": temperature, "seed": seed, "stream": True}
-        if templated:
-            check_renders(self._template, history)
-            self._server.handle_chat_completions({"messages": list(history), **options}, hear)
+        options = {"n_predict": tokens, "max_tokens": tokens, "temperature": temperature, "seed": seed}
+        said = list(history) if templated else "".join(turn["content"] for turn in history)
+        self.stream(said, options, hear)
+        return "".join(made)
+
+    def stream(
+        self,
+        said: str | Sequence[int] | Sequence[Mapping[str, str]],
+        options: Mapping[str, Any],
+        hear: Callable[[Mapping[str, Any]], bool],
+    ) -> None:
+        """Gives what follows a text, ids, or turns to `hear`, as the chunks of OpenAI's API, until that is true.
+
+        `options` are llama.cpp's. Turns are formatted by the file's chat template. Raises SourceError if that refuses
+        them, or llama.cpp the request.
+        """
+        failed: list[str] = []
+
+        def listen(piece: Mapping[str, Any]) -> bool:
+            if "error" in piece:
+                failed.append(str(piece["error"].get("message", piece["error"])))
+                return True
+            return hear(piece)
+
+        turns = [each for each in said if isinstance(each, Mapping)]
+        if turns:
+            check_renders(self._template, turns)
+            self._server.handle_chat_completions({"messages": turns, **options, "stream": True}, listen)
         else:
-            said = "".join(turn["content"] for turn in history)
-            self._server.handle_completions({"prompt": said, **options}, hear)
+            prompt = said if isinstance(said, str) else list(said)
+            self._server.handle_completions({"prompt": prompt, **options, "stream": True}, listen)
         if failed:
             raise SourceError(
                 f"llama.cpp rejects this conversation: {failed[0]}", hint="shorten it, or start a new one"
             )
-        return "".join(made)
 
     def _complete(self, request: dict[str, Any]) -> dict[str, Any]:
         answer = self._server.handle_completions({"temperature": 0, "cache_prompt": True, **request})

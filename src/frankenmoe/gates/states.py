@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from frankenmoe.data.blocks import Block
-from frankenmoe.moe.memory import give_back_memory
 from frankenmoe.moe.processes import all_reduce, split
 from frankenmoe.moe.trace import outer_blocks
+from frankenmoe.system import give_back_memory
 
 BATCH_TOKENS = 2048
 LOGITS_BYTES = 2**26  # of a batch's logits in float32, unless one block has more

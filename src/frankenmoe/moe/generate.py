@@ -4,7 +4,7 @@ Shape suffixes: T tokens.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,19 +12,28 @@ import torch
 
 from frankenmoe.data.templates import rendered
 from frankenmoe.errors import SourceError
-from frankenmoe.moe.generation import end_tokens, plain_generation
+from frankenmoe.moe.generation import MOST, end_tokens, plain_generation
 from frankenmoe.moe.load import MoE
+from frankenmoe.moe.promptcache import PromptCache
 from frankenmoe.moe.trace import LayerTrace, RoutingTrace, concat, record
 
 
 @dataclass(frozen=True)
 class Reply:
-    """A reply: its text, the tokens of prompt and reply [T], the routing of all tokens but the last, and tokens/s."""
+    """A reply: its text, the tokens of prompt and reply [T], the routing of the tokens that were read, and tokens/s.
+
+    These are all tokens but the last one, and but those that were known from an earlier reply.
+    """
 
     text: str
     tokens: list[int]
     routing: RoutingTrace
     tokens_per_second: float
+
+    @property
+    def read(self) -> list[int]:
+        """The tokens whose routing is known."""
+        return self.tokens[len(self.tokens) - 1 - len(self.layers[0].ids_TK) : -1]
 
     @property
     def layers(self) -> list[LayerTrace]:
@@ -40,36 +49,69 @@ def reply(
     max_new_tokens: int,
     temperature: float = 0.0,
     streamer: Any = None,
+    cache: PromptCache | None = None,
 ) -> Reply:
     """Generates a reply with a KV cache, so earlier tokens are not computed or routed again.
+
+    With a `cache`, nor are the tokens of earlier replies that were generated with the same one.
 
     `history` is a list of {"role", "content"}. `temperature` 0 is greedy. `streamer` is a transformers streamer. The
     reply ends at the model's maximum length, even before `max_new_tokens`.
     Raises SourceError for a prompt without tokens, and for generation settings that cannot be used.
     """
-    ids = _encode(tokenizer, history, moe.model.config).to(moe.model.device)
-    limit = getattr(moe.model.config, "max_position_embeddings", None)
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - ids.shape[-1])
+    ids = encode(tokenizer, history, moe.model.config)
+    began = time.perf_counter()
+    past = cache and cache.take(ids)[0]
+    with record(moe.model) as layers:
+        out, states = generate(
+            moe,
+            tokenizer,
+            ids,
+            max_new_tokens=min(max_new_tokens, room(moe.model.config, ids)),
+            temperature=temperature,
+            past=past,
+            streamer=streamer,
+        )
+    seconds = time.perf_counter() - began
+    if cache is not None:
+        cache.keep(out[:-1], states, prompt=len(ids))
+    made = out[len(ids) :]
+    return Reply(tokenizer.decode(made, skip_special_tokens=True), out, _on_cpu(concat(layers)), len(made) / seconds)
+
+
+def generate(
+    moe: MoE,
+    tokenizer: Any,
+    ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    past: Any = None,
+    **options: Any,
+) -> tuple[list[int], Any]:
+    """(the tokens `ids` with those generated behind them, the cache of all of these but the last).
+
+    `past` is such a cache of the first of `ids`, which are then not computed again; it is changed. `options` are those
+    of transformers' `generate`, such as streamer, stopping_criteria and top_p. What they leave out is as the model's
+    generation_config.json says.
+    """
+    inputs = torch.tensor([list(ids)], device=moe.model.device)
     ends = end_tokens(moe.model.generation_config, tokenizer)
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    began = time.perf_counter()
-    where = str(moe.folder / "generation_config.json")
-    with torch.no_grad(), plain_generation(moe.model, where=where), record(moe.model) as layers:
+    with torch.no_grad(), plain_generation(moe.model, where=str(moe.folder / "generation_config.json")):
         out = moe.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=room,
-            streamer=streamer,
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
             tokenizer=tokenizer,  # for stop strings
             eos_token_id=list(ends) or None,
             pad_token_id=ends[0] if ends else 0,
+            return_dict_in_generate=True,
             **sampling,
-        )[0]
-    seconds = time.perf_counter() - began
-    made = out[ids.shape[1] :].tolist()
-    return Reply(
-        tokenizer.decode(made, skip_special_tokens=True), out.tolist(), _on_cpu(concat(layers)), len(made) / seconds
-    )
+            **({} if past is None else {"past_key_values": past}),
+            **options,
+        )
+    return out.sequences[0].tolist(), out.get("past_key_values")
 
 
 def _on_cpu(trace: RoutingTrace) -> RoutingTrace:
@@ -82,32 +124,36 @@ def _on_cpu(trace: RoutingTrace) -> RoutingTrace:
     )
 
 
-def _encode(tokenizer: Any, history: Sequence[dict[str, str]], config: Any) -> torch.Tensor:
-    """The conversation as ids [1, T], formatted with the chat template if there is one.
-
-    SourceError if it has no tokens, too many tokens for a model of this `config`, or ids without an embedding.
-    """
+def encode(tokenizer: Any, history: Sequence[Mapping[str, Any]], config: Any) -> list[int]:
+    """The conversation as ids, formatted with the chat template if there is one; errors are those of `checked`."""
     if tokenizer.chat_template:
         text = rendered(history, tokenizer, add_generation_prompt=True)
-        found = tokenizer(text, add_special_tokens=False, return_tensors="pt")
-    else:
-        found = tokenizer("".join(turn["content"] for turn in history), return_tensors="pt")
-    ids = found["input_ids"]
-    limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and ids.shape[-1] >= limit:
+        return checked(tokenizer(text, add_special_tokens=False)["input_ids"], config)
+    return checked(tokenizer("".join(turn["content"] for turn in history))["input_ids"], config)
+
+
+def checked(ids: Sequence[int], config: Any) -> list[int]:
+    """The same ids. SourceError for none, more than a model of this `config` sees, or ids without an embedding."""
+    if room(config, ids) < 1:
         raise SourceError(
-            f"the conversation has {ids.shape[-1]} tokens, but the model sees {limit} at most, including its reply",
+            f"the conversation has {len(ids)} tokens, but the model sees {config.max_position_embeddings} at most, "
+            "including its reply",
             hint="shorten the prompt, or start a new conversation",
         )
-    if ids.numel() and int(ids.max()) >= config.vocab_size:
+    if max(ids, default=0) >= config.vocab_size:
         raise SourceError(
-            f"the tokenizer gives the id {int(ids.max())}, but the model has {config.vocab_size} embeddings",
+            f"the tokenizer gives the id {max(ids)}, but the model has {config.vocab_size} embeddings",
             hint="the tokenizer in the base's folder belongs to another model",
         )
-    if not ids.shape[-1]:
+    if not ids:
         raise SourceError("the prompt has no tokens in this tokenizer", hint="write a longer prompt")
-    assert isinstance(ids, torch.Tensor)
-    return ids.long()
+    return list(ids)
+
+
+def room(config: Any, ids: Sequence[int]) -> int:
+    """How many tokens a model of this `config` can add to `ids`; at least MOST if it has no limit."""
+    limit = getattr(config, "max_position_embeddings", None)
+    return MOST if limit is None else limit - len(ids)
 
 
 def weight_shares(traces: Sequence[LayerTrace], position: int) -> list[float]:

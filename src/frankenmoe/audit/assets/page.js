@@ -1,40 +1,14 @@
-"use strict";
+import { chip, fixed, make, markOf, paint, percent, themed, visible } from "./base.js";
 // Shows one layer of every audit on the page, and what each token saw; numbers come ready from the JSON in the page.
 (() => {
   const PAGE = 500; // tokens on the screen at once: more would be as many stops for the tab key
   const data = JSON.parse(document.getElementById("data").textContent);
   const slider = document.getElementById("layer");
   const layerName = document.getElementById("layer-name");
-  const make = (name, attributes = {}, ...children) => {
-    const element = document.createElement(name);
-    for (const [key, value] of Object.entries(attributes)) {
-      if (key === "style") element.style.cssText = value;
-      else element.setAttribute(key, value);
-    }
-    element.append(...children);
-    return element;
-  };
-  const percent = (share) => (share > 0 && share < 0.005 ? "<1%" : `${Math.round(share * 100)}%`);
-  const fixed = (value, digits = 2) => (value === null || value === undefined ? "–" : value.toFixed(digits));
-  const PATTERNS = ["plain", "rising", "falling", "level", "upright", "dotted", "crossed", "edged"];
-  const NONE = { colour: "#999999", ink: "#000000", pattern: "plain", digit: "-" };
-  const markOf = (audit, expert) => audit.marks[expert] ?? NONE;
-  const paint = (element, mark) => {
-    element.classList.remove(...PATTERNS);
-    element.classList.add(mark.pattern);
-    element.style.backgroundColor = mark.colour;
-    element.style.color = mark.ink;
-    element.style.setProperty("--stroke", mark.ink === "#FFFFFF" ? "rgb(255 255 255 / .38)" : "rgb(0 0 0 / .24)");
-    return element;
-  };
-  const chip = (audit, expert) => {
-    const mark = markOf(audit, expert);
-    return paint(make("span", { class: "chip" }, mark.digit), mark);
-  };
   // names beside rows, chips over columns: names there would be too wide for half a page or a phone
   const whole = (audit, names) => names.length === audit.experts.length;
-  const heads = (audit, names) => (whole(audit, names) ? names.map((_, expert) => chip(audit, expert)) : names);
-  const named = (audit, names) => (whole(audit, names) ? names.map((name, expert) => make("span", {}, chip(audit, expert), ` ${name}`)) : names);
+  const heads = (audit, names) => (whole(audit, names) ? names.map((_, expert) => chip(markOf(audit.marks, expert))) : names);
+  const named = (audit, names) => (whole(audit, names) ? names.map((name, expert) => make("span", {}, chip(markOf(audit.marks, expert)), ` ${name}`)) : names);
   const fill = (id, ...children) => document.getElementById(id)?.replaceChildren(...children);
 
   // ---- what a layer's routers did
@@ -57,8 +31,8 @@
     const most = Math.max(...facts.load.share, 1e-9);
     const bars = make("div", { class: "bars" });
     facts.load.share.forEach((share, expert) => {
-      const bar = paint(make("span", { class: "meter", style: `width:${(100 * share) / most}%` }), markOf(audit, expert));
-      bars.append(make("span", {}, chip(audit, expert), ` ${audit.experts[expert]}`), make("span", {}, bar),
+      const bar = paint(make("span", { class: "meter", style: `width:${(100 * share) / most}%` }), markOf(audit.marks, expert));
+      bars.append(make("span", {}, chip(markOf(audit.marks, expert)), ` ${audit.experts[expert]}`), make("span", {}, bar),
         make("span", {}, facts.load.dead.includes(expert) ? "dead" : `${percent(share)}`));
     });
     return caption(`Assignments by expert in layer ${facts.layer} (even is ${percent(1 / facts.experts)})`, bars);
@@ -67,7 +41,7 @@
     if (!facts.domains) return "";
     const names = Object.keys(facts.domains.first).map((name) => {
       const expert = audit.experts.indexOf(name); // a label is the name of its expert
-      return expert < 0 ? name : make("span", {}, chip(audit, expert), ` ${name}`);
+      return expert < 0 ? name : make("span", {}, chip(markOf(audit.marks, expert)), ` ${name}`);
     });
     const counts = Object.values(facts.domains.first);
     const totals = counts.map((row) => row.reduce((sum, count) => sum + count, 0) || 1);
@@ -122,9 +96,6 @@
         expert: best[at(k, layer, token)], logit: trace.low[layer] + trace.unit[layer] * logits[at(k, layer, token)] })),
     };
   };
-  const visible = (text) => text.replace(/\n/g, "⏎").replace(/\t/g, "⇥") // others that nobody sees, or that turn the line around
-    .replace(/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}]/gu, (letter) => `\\u${letter.codePointAt(0).toString(16).padStart(4, "0")}`)
-    .replace(/^ +$/, (blank) => "␣".repeat(blank.length)) || "∅";
 
   class Tokens {
     constructor(audit, number) {
@@ -176,7 +147,7 @@
     colour() {
       const layer = rowOf(this.audit);
       for (const element of this.box.querySelectorAll(".t")) {
-        const token = Number(element.dataset.i), first = this.trace.first(layer, token), mark = markOf(this.audit, first);
+        const token = Number(element.dataset.i), first = this.trace.first(layer, token), mark = markOf(this.audit.marks, first);
         paint(element, mark).dataset.d = mark.digit;
         element.classList.toggle("now", token === this.current);
         element.setAttribute("aria-label", `${this.text[token].trim() || "space"}, ${first < 0 ? "dropped" : this.audit.experts[first]}`);
@@ -196,17 +167,17 @@
       const table = make("table", {}, make("tr", {}, ...["expert", "weight", "logit"].map((name) => make("th", { scope: "col" }, name))));
       const chosen = trace.chosen(row, current);
       for (const { expert, weight } of chosen) {
-        const bar = paint(make("span", { class: "meter", style: `width:${3.2 * weight}rem` }), markOf(audit, expert));
-        table.append(make("tr", {}, make("td", {}, chip(audit, expert), ` ${audit.experts[expert] ?? "dropped"}`), make("td", {}, bar, ` ${weight.toFixed(2)}`), make("td", {}, fixed(logit.get(expert)))));
+        const bar = paint(make("span", { class: "meter", style: `width:${3.2 * weight}rem` }), markOf(audit.marks, expert));
+        table.append(make("tr", {}, make("td", {}, chip(markOf(audit.marks, expert)), ` ${audit.experts[expert] ?? "dropped"}`), make("td", {}, bar, ` ${weight.toFixed(2)}`), make("td", {}, fixed(logit.get(expert)))));
       }
       const taken = new Set(chosen.map(({ expert }) => expert));
       for (const [expert, value] of logit) {
-        if (!taken.has(expert)) table.append(make("tr", { class: "other" }, make("td", {}, chip(audit, expert), ` ${audit.experts[expert]}`), make("td", {}, "not chosen"), make("td", {}, fixed(value))));
+        if (!taken.has(expert)) table.append(make("tr", { class: "other" }, make("td", {}, chip(markOf(audit.marks, expert)), ` ${audit.experts[expert]}`), make("td", {}, "not chosen"), make("td", {}, fixed(value))));
       }
       const left = audit.experts.length - logit.size;
       const strip = make("div", { class: "strip" });
       audit.routers.forEach((facts, index) => {
-        const first = trace.first(index, current), mark = markOf(audit, first);
+        const first = trace.first(index, current), mark = markOf(audit.marks, first);
         const button = paint(make("button", { type: "button", class: "chip", "aria-label": `layer ${facts.layer}: ${audit.experts[first] ?? "dropped"}` }, mark.digit), mark);
         if (index === row) button.setAttribute("aria-current", "true");
         button.addEventListener("click", () => setLayer(index));
@@ -242,11 +213,7 @@
     draw();
   };
   slider.addEventListener("input", draw);
-  document.getElementById("theme").addEventListener("click", () => {
-    const root = document.documentElement;
-    const dark = root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    root.dataset.theme = dark ? "light" : "dark";
-  });
+  themed(document.getElementById("theme"));
   // what sticks below the bar must know how high it is: the legend takes one line or several
   const bar = document.querySelector(".bar");
   new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar);

@@ -1,0 +1,1 @@
+"""Serves models to chat programs and to a page in the browser."""

@@ -1,0 +1,52 @@
+"""What goes wrong with a request, in the form of OpenAI's API."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from frankenmoe.errors import FrankenMoEError, bounded, brief
+from frankenmoe.recipe.refusals import in_words
+
+BUSY, GONE, STOPPING, TOO_LARGE, LATE = 429, 499, 503, 413, 408
+# fields of several types, for which pydantic reports a problem with each type
+_SEVERAL: Mapping[str, str] = {
+    "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids",
+    "stop": "a text or a list of texts",
+    "content": 'a text, or a list of {"type": "text", "text": ...}',
+}
+
+
+class RequestError(Exception):
+    """A refused request or a failed answer. `status` is that of HTTP, `param` the field that is wrong."""
+
+    def __init__(self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(bounded(message))
+        self.status, self.param, self.code = status, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The answer as OpenAI's API words it."""
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+def of_error(error: FrankenMoEError) -> RequestError:
+    """An error that the user can fix."""
+    return RequestError(f"{error.message}; {error.hint}" if error.hint else error.message)
+
+
+def of_body(error: ValidationError) -> RequestError:
+    """The first problem of a body that is not what it must be."""
+    first = error.errors(include_url=False)[0]
+    place = [part for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+    if not place:
+        return RequestError(f"the body is not what it must be: {brief(first['msg'])}")
+    several = next((at for at, part in enumerate(place) if part in _SEVERAL), None)
+    if several is not None:
+        place = place[: several + 1]
+    where = brief(".".join(map(str, place)))
+    if first["type"] == "extra_forbidden":
+        return RequestError(f"{where} is not supported here", param=where, code="unsupported_parameter")
+    if several is not None:
+        return RequestError(f"{where} must be {_SEVERAL[str(place[-1])]}", param=where)
+    return RequestError(f"{where} {brief(in_words(first)[0])}", param=where)

@@ -1,0 +1,110 @@
+"""A GGUF file that llama.cpp runs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from frankenmoe.errors import SourceError
+from frankenmoe.export.llama import Engine, check_loadable
+from frankenmoe.serve.asked import ROUTING, Task, refuse, task
+from frankenmoe.serve.bodies import Asked, Chat, Complete
+from frankenmoe.serve.errors import RequestError
+from frankenmoe.serve.line import Ticket
+from frankenmoe.serve.writing import Ended, Likely, Piece, Token, Usage
+
+MOST_CONTEXT = 8192  # tokens; as in `chat`
+
+
+class Gguf:
+    """A loaded file. llama.cpp keeps the cache of the latest conversation itself."""
+
+    def __init__(self, file: Path, *, most: int) -> None:
+        facts = check_loadable(file)
+        self._context = min(int(facts.get(f"{facts['general.architecture']}.context_length", 4096)), MOST_CONTEXT)
+        self._most = most
+        self._engine = Engine(file, context=self._context, exact_cache=False)
+        self._templated = bool(facts["chat_template"]) and self._engine.reads_template
+
+    def facts(self) -> dict[str, Any]:
+        """What /v1/models tells about it; llama.cpp tells nothing about experts."""
+        none: dict[str, Any] = {"experts": [], "layers": 0, "experts_per_token": 0, "max_experts": 0}
+        return {"kind": "gguf", **none, "prompts": None, "recipe": None, "controls": []}
+
+    def task(self, body: Asked) -> Task:
+        """What a body asks for. Raises RequestError if llama.cpp cannot do it."""
+        refuse(body, ROUTING, why="llama.cpp does not tell or change its experts")
+        if isinstance(body, Chat):
+            turns = [message.turn() for message in body.messages]
+            return task(
+                body, [turns if self._templated else "".join(turn["content"] for turn in turns)], most=self._most
+            )
+        assert isinstance(body, Complete)
+        refuse(body, ("echo",), why="llama.cpp does not repeat the prompt")
+        return task(body, body.prompts, most=self._most)
+
+    def write(self, asked: Task, ticket: Ticket) -> None:
+        """Writes the answers to all prompts, and says the number of tokens at the end."""
+        counts = [0, 0, 0]
+        for at, said in enumerate(asked.prompts):
+            for choice in range(asked.n):
+                if ticket.halted:
+                    return
+                usage = self._answer(asked, said, at * asked.n + choice, choice, ticket)
+                counts[1] += usage.completion
+                if choice == 0:
+                    counts = [counts[0] + usage.prompt, counts[1], counts[2] + usage.cached]
+        ticket.say(Usage(*counts))
+
+    def _answer(self, asked: Task, said: Any, index: int, choice: int, ticket: Ticket) -> Usage:
+        usage, reason = Usage(0, 0), "length"
+
+        def hear(chunk: Mapping[str, Any]) -> bool:
+            nonlocal usage, reason
+            for each in chunk.get("choices") or ():
+                text = (each.get("delta") or {}).get("content") or each.get("text") or ""
+                told = tuple(_token(one) for one in (each.get("logprobs") or {}).get("content") or ())
+                if text or told:
+                    ticket.say(Piece(index, text, told))
+                reason = each.get("finish_reason") or reason
+            if chunk.get("usage"):
+                cached = chunk["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0)
+                usage = Usage(chunk["usage"]["prompt_tokens"], chunk["usage"]["completion_tokens"], cached)
+            return ticket.halted
+
+        try:
+            self._engine.stream(said, _options(asked, choice), hear)
+        except SourceError as error:
+            raise RequestError(f"{error.message}; {error.hint}") from None
+        ticket.say(Ended(index, reason))
+        return usage
+
+    def refit(self, prompts: Mapping[str, Any]) -> None:
+        """Raises RequestError: a file has no recipe."""
+        raise RequestError("a GGUF file has no routers that can be fitted again; serve a recipe with prompts")
+
+
+def _options(asked: Task, choice: int) -> dict[str, Any]:
+    """llama.cpp's names of what was asked for."""
+    options: dict[str, Any] = {
+        "n_predict": asked.most,
+        "max_tokens": asked.most,
+        "temperature": asked.temperature,
+        "stop": list(asked.stops),
+        "cache_prompt": True,
+        "stream_options": {"include_usage": True},
+        **asked.penalties,
+    }
+    if asked.top_p is not None:
+        options["top_p"] = asked.top_p
+    if asked.seed is not None:
+        options["seed"] = (asked.seed + choice) % 2**32
+    if asked.top is not None:
+        options |= {"logprobs": True, "top_logprobs": asked.top, "n_probs": max(asked.top, 1)}
+    return options
+
+
+def _token(entry: Mapping[str, Any]) -> Token:
+    likely = (
+        Likely(int(each["id"]), str(each["token"]), float(each["logprob"])) for each in entry.get("top_logprobs") or ()
+    )
+    return Token(int(entry["id"]), str(entry["token"]), float(entry["logprob"]), tuple(likely))

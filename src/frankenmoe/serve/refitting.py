@@ -1,0 +1,78 @@
+"""Fits the routers of a recipe again, in memory, from other prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import yaml
+
+from frankenmoe.gates.forcing import set_gates
+from frankenmoe.moe.load import MoE, gate_tensors
+from frankenmoe.planning.layout import SHARED, gate_paths, router_names
+from frankenmoe.recipe import Recipe
+from frankenmoe.recipe.gatemodes import FIT_MODES, PROMPT_MODES
+from frankenmoe.serve.errors import RequestError
+from frankenmoe.subject import Subject
+from frankenmoe.suggest import did_you_mean
+
+Sides = Mapping[str, Sequence[str]]
+"""{"positive": prompts, "negative": prompts}"""
+
+
+def written(recipe: Recipe) -> str:
+    """A recipe as YAML."""
+    return yaml.safe_dump(recipe.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+class Refitter:
+    """A recipe whose routers come from the prompts of its experts, and these prompts, as they are now."""
+
+    def __init__(self, subject: Subject, *, device: str) -> None:
+        self._subject, self._device = subject, device
+
+    @classmethod
+    def of(cls, subject: Subject, *, device: str) -> "Refitter | None":
+        """None for an artifact, and for a recipe whose routers do not come from prompts alone."""
+        recipe = subject.recipe
+        fits = recipe.gate_mode in FIT_MODES | PROMPT_MODES and recipe.routers is None
+        prompted = all(each.positive_prompts and not each.data and not each.experts for each in recipe.experts)
+        return cls(subject, device=device) if subject.artifact is None and fits and prompted else None
+
+    @property
+    def recipe(self) -> str:
+        """The recipe as YAML."""
+        return written(self._subject.recipe)
+
+    @property
+    def prompts(self) -> dict[str, dict[str, list[str]]]:
+        """Expert -> its positive and negative prompts."""
+        return {
+            each.name: {"positive": list(each.positive_prompts), "negative": list(each.negative_prompts)}
+            for each in self._subject.recipe.experts
+        }
+
+    def refit(self, moe: MoE, prompts: Mapping[str, Sides]) -> None:
+        """Fits routers to these prompts and sets the gates of `moe`. Experts that are not named keep their prompts.
+
+        Raises RequestError for an unknown expert, RecipeError for prompts that no router can be fitted to; nothing is
+        changed then. Writes no file.
+        """
+        known = self.prompts
+        for name in prompts:
+            if name not in known:
+                raise RequestError(f"there is no expert {name!r}; {did_you_mean(name, known)}", param="prompts")
+        before = self._subject.recipe
+        plain = before.to_dict()
+        for each, expert in zip(plain["experts"], before.experts, strict=True):
+            sides = prompts.get(expert.name, known[expert.name])
+            each |= {"name": expert.name, "positive_prompts": list(sides["positive"])}
+            each |= {"negative_prompts": list(sides["negative"])}
+        recipe = Recipe.parse(yaml.safe_dump(plain), folder=before.folder, origin=before.origin)
+        subject = replace(self._subject, what=recipe, cache=False, known=None)
+        gates = gate_tensors(subject.routers(device=self._device).routers)
+        plan = subject.plan
+        paths = [*gate_paths(plan.nodes), *([SHARED] if plan.gated_shared else [])]
+        set_gates(
+            moe.model,
+            {path: [gates[name] for name in router_names(plan.fmt, layers=plan.layers, path=path)] for path in paths},
+        )
+        self._subject = subject

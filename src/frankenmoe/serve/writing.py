@@ -1,0 +1,233 @@
+"""Watches a generation token by token: its text without stop strings, probabilities and experts, and where it ends."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+from frankenmoe.moe.trace import LayerTrace
+
+# T tokens, V vocabulary
+
+PARTIAL = "�"  # what a tokenizer makes of a part of a character
+LONGEST_CHARACTER = 16  # tokens; more than that are no character
+
+
+@dataclass(frozen=True)
+class Likely:
+    """A token with the logarithm of its probability."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token of an answer, with what was asked for: how likely it and others were, its experts in each layer."""
+
+    id: int
+    text: str
+    logprob: float | None = None
+    top: tuple[Likely, ...] = ()
+    layers: tuple[dict[str, Any], ...] | None = None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of the answer number `index`, and the tokens it was made of."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The answer number `index` is whole. `reason` is stop or length."""
+
+    index: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Usage:
+    """How many tokens were read and written, and how many of the former were known from an earlier request."""
+
+    prompt: int
+    completion: int
+    cached: int = 0
+
+
+class Decoder:
+    """Tokens one by one -> text, which is held back while it ends within a character."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._from = self._done = 0  # text is decoded from the one token on, and known to the other
+
+    def add(self, token: int) -> str:
+        """The text that is now certain."""
+        self._ids.append(token)
+        before, now = self._text(self._done), self._text(len(self._ids))
+        if now.endswith(PARTIAL) and len(self._ids) - self._done < LONGEST_CHARACTER:
+            return ""
+        if len(now) > len(before):  # tokenizers strip the first space, so a token with text stays in front
+            self._from = self._done
+        self._done = len(self._ids)
+        return now[len(before) :]
+
+    def rest(self) -> str:
+        """The text that was held back."""
+        return self._text(len(self._ids))[len(self._text(self._done)) :]
+
+    def _text(self, end: int) -> str:
+        return str(self._tokenizer.decode(self._ids[self._from : end], skip_special_tokens=True))
+
+
+class Stopper:
+    """Text bit by bit -> the text before the first stop string."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def add(self, text: str) -> str:
+        """The text that is certain not to belong to a stop string."""
+        self._held += text
+        found = [place for stop in self._stops if (place := self._held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            self._held = self._held[: min(found)]
+            return self.rest()
+        begun = max((_begun(self._held, stop) for stop in self._stops), default=0)
+        certain, self._held = self._held[: len(self._held) - begun], self._held[len(self._held) - begun :]
+        return certain
+
+    def rest(self) -> str:
+        """What was held back; the text ends here."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters at the end of `text` begin the stop string."""
+    return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
+    """Writes one answer. transformers calls it after each token and ends when it says so.
+
+    `ends` are the tokens that end an answer, `most` is its length. `top` and `tracing` say what to tell of each token.
+    The experts of a token are known after the model has read it, so a traced token is written one token later.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        index: int,
+        ends: Sequence[int],
+        most: int,
+        stops: Sequence[str],
+        top: int | None,
+        tracing: bool,
+        say: Callable[[Piece], None],
+        halted: Callable[[], bool],
+    ) -> None:
+        self._tokenizer, self._index, self._ends, self._most = tokenizer, index, ends, most
+        self._top, self._tracing, self._say, self._halted = top, tracing, say, halted
+        self._decoder, self._stopper = Decoder(tokenizer), Stopper(stops)
+        self._layers: dict[int, LayerTrace] = {}
+        self._logits_V: torch.Tensor | None = None
+        self._last: Token | None = None
+        self._unsaid: list[Token] = []
+        self.count = 0
+        self.reason: str | None = None
+
+    @property
+    def wanted(self) -> int:
+        """The number of tokens to generate."""
+        return self._most + self._tracing
+
+    def on_trace(self, trace: LayerTrace, _hidden_TD: torch.Tensor) -> None:
+        """A sink for `moe.trace.stream`."""
+        if not trace.path:
+            self._layers[trace.layer] = trace
+
+    def on_output(self, _model: object, _inputs: object, out: Any) -> None:
+        """A forward hook of the model."""
+        self._logits_V = out.logits[0, -1]
+
+    def __call__(self, input_ids: torch.Tensor, _scores: object, **_more: object) -> torch.Tensor:
+        """[B], whether the answer is whole."""
+        token = self._told(int(input_ids[0, -1]))
+        if not self._tracing:
+            self._write(token)
+        else:
+            if self._last is not None:
+                rows = tuple(_row(self._layers[at]) for at in sorted(self._layers))
+                self._write(replace(self._last, layers=rows))
+            self._last = token
+        done = self.reason is not None or self._halted()
+        return torch.full(input_ids.shape[:1], done, dtype=torch.bool, device=input_ids.device)
+
+    def end(self) -> Ended:
+        """The answer is whole: says what was held back."""
+        if self.reason is None and self._last is not None:
+            self._write(self._last)
+        if not self._stopper.stopped:
+            text = self._stopper.add(self._decoder.rest())
+            text += self._stopper.rest()
+        else:
+            text = ""
+        if text or self._unsaid:
+            self._say(Piece(self._index, text, tuple(self._unsaid)))
+        return Ended(self._index, self.reason or ("length" if self._halted() else "stop"))
+
+    def _write(self, token: Token) -> None:
+        if self.reason is not None:
+            return
+        self.count += 1
+        if token.id in self._ends:
+            self.reason = "stop"
+            return
+        self._unsaid.append(token)
+        text = self._stopper.add(self._decoder.add(token.id))
+        if self._stopper.stopped:
+            self.reason = "stop"
+        elif self.count >= self._most:
+            self.reason = "length"
+        if text:
+            self._say(Piece(self._index, text, tuple(self._unsaid)))
+            self._unsaid = []
+
+    def _told(self, token: int) -> Token:
+        if self._top is None:
+            return Token(token, self._tokenizer.decode([token]) if self._tracing else "")
+        assert self._logits_V is not None
+        return told(self._tokenizer, token, self._logits_V.float().log_softmax(-1), self._top)
+
+
+def told(tokenizer: Any, token: int, logprobs_V: torch.Tensor, top: int) -> Token:
+    """A token with its probability and the `top` likeliest ones."""
+    best = logprobs_V.topk(top)
+    likely = tuple(
+        Likely(id, tokenizer.decode([id]), logprob)
+        for id, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+    return Token(token, tokenizer.decode([token]), float(logprobs_V[token]), likely)
+
+
+def _row(trace: LayerTrace) -> dict[str, Any]:
+    """What a layer did with the last of its tokens: the chosen experts, their weights, and the next best one."""
+    experts = trace.ids_TK[-1].tolist()
+    best = trace.logits_TE[-1].topk(min(len(experts) + 1, trace.experts))
+    ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    others = [expert for expert, logit in ranked if expert not in experts and logit > float("-inf")]
+    weights = [round(weight, 6) for weight in trace.weights_TK[-1].tolist()]
+    return {"experts": experts, "weights": weights, "next": others[0] if others else None}

@@ -1,0 +1,51 @@
+"""A real browser for tests of pages: Chromium without a window, and tabs that note what they say and ask for."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHOTS = Path(__file__).parents[1] / "build" / "screenshots"  # CI keeps them
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+
+
+@contextmanager
+def launched() -> Iterator[Any]:
+    """The browser; skips the test where there is none."""
+    if CHROMIUM is None:
+        if os.environ.get("CI"):
+            pytest.fail("CI has no chromium: .ci/run must install it")
+        pytest.skip("no chromium here: apt-get install chromium to test the page")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+def open_tab(browser: Any, url: str, *, width: int = 1280, scheme: str = "light", height: int = 900) -> Any:
+    """A tab of a context of its own, ready to be used. `said` has its console and errors, `asked` its requests."""
+    context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme)
+    tab = context.new_page()
+    tab.said, tab.asked = [], []
+    tab.on("console", lambda message: tab.said.append(message.text))
+    tab.on("pageerror", lambda error: tab.said.append(str(error)))
+    tab.on("request", lambda request: tab.asked.append(request.url))
+    tab.goto(url)
+    tab.wait_for_selector("html[data-ready]")
+    return tab
+
+
+def shoot(tab: Any, name: str, *, whole: bool = False) -> None:
+    """Keeps a picture of the tab, or of its whole page."""
+    SHOTS.mkdir(parents=True, exist_ok=True)
+    tab.screenshot(path=str(SHOTS / f"{name}.png"), full_page=whole)

@@ -1,0 +1,85 @@
+"""A model in this process: what is left after a request that ended early, and what is refused before it starts."""
+
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from frankenmoe.serve.bodies import Chat, read
+from frankenmoe.serve.models import Loading, load_models
+from frankenmoe.serve.writing import Ended, Piece, Usage
+from refusals import refused
+from serving import Server, make_models
+
+
+class Told:
+    """A ticket that keeps what it is told and halts at a given question."""
+
+    def __init__(self, questions: int = 10**9) -> None:
+        self.left = questions
+        self.events: list[Any] = []
+
+    def say(self, event: object) -> None:
+        self.events.append(event)
+
+    @property
+    def halted(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.events if isinstance(event, Piece))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("running")
+    make_models(folder)
+    models = load_models([folder / "moe.yml", folder / "llama0", folder / "llama0"], how=Loading(most=16))
+    assert list(models.by_name) == ["moe", "llama0", "llama0-2"]
+    return models.find("moe")
+
+
+def asked(model: Any, **fields: Any) -> Any:
+    said = [{"role": "user", "content": "some words to read"}]
+    body = {"model": "moe", "messages": said, "temperature": 0, "max_tokens": 8, **fields}
+    return model.task(read(Chat, json.dumps(body).encode()))
+
+
+@pytest.mark.parametrize("trace", [False, True])
+@pytest.mark.parametrize("questions", [*range(12), 20, 30])
+def test_after_any_early_end_the_next_answer_is_right(questions: int, trace: bool, model: Any) -> None:
+    whole = Told()
+    model.write(asked(model, trace=trace), whole)
+    model._cache.clear()
+    cut = Told(questions)
+    model.write(asked(model, trace=trace), cut)
+    assert whole.text.startswith(cut.text)
+    assert not [event for event in cut.events if isinstance(event, Ended)] or cut.events[-1] != whole.events[-1]
+    again = Told()
+    model.write(asked(model, trace=trace), again)
+    assert again.text == whole.text
+    assert [event for event in again.events if isinstance(event, Ended)] == [Ended(0, "length")]
+
+
+def test_an_answer_has_at_most_the_servers_length(model: Any) -> None:
+    told = Told()
+    model.write(asked(model, max_tokens=1000), told)
+    assert told.events[-1].completion == 16
+    assert isinstance(told.events[-1], Usage)
+
+
+def test_what_cannot_be_served_is_refused_first(server: Server, tmp_path: Path) -> None:
+    recipe = server.recipe
+    refused("serve", server.base, inside=tmp_path, facts=(server.base, "expected"), hint="--beside")
+    refused("serve", tmp_path / "no.yml", inside=tmp_path, facts=(tmp_path / "no.yml",))
+    refused("serve", recipe, "--host", "0.0.0.0", inside=tmp_path, facts=("0.0.0.0", "key"), hint="FRANKENMOE_API_KEY")
+    refused("serve", recipe, "--port", "0", "--beside", tmp_path / "no.gguf", inside=tmp_path, facts=("no.gguf",))
+    refused("serve", recipe, "--api-key", "", inside=tmp_path, facts=("API key",), hint="openssl")
+    refused("serve", recipe, "--cors", "*", inside=tmp_path, facts=("--cors", "'*'"), hint="wildcard")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused("serve", recipe, "--port", port, inside=tmp_path, facts=(port, "in use"), hint="--port")
