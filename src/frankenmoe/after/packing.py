@@ -141,7 +141,7 @@ def _gptq(tensors: Tensors, settings: Settings, where: str) -> Find:
             return None
         columns, out = ref.shape[0] * 32 // bits, ref.shape[1]
         scales_GR = _array(tensors[f"{stem}scales"])
-        zeros_GR = _unpacked(_array(tensors[f"{stem}qzeros"]), bits)[:, :out] + shift
+        zeros_GR = _unpacked(_array(tensors[f"{stem}qzeros"]), bits)[:, :out] + shift & 2**bits - 1
         found = tensors.get(f"{stem}g_idx")
         group = columns // len(scales_GR)
         groups_C = _array(found) if found else np.arange(columns) // group
