@@ -499,7 +499,17 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
+    config: dict[str, object] = {}
+    half = place.folder(tmp_path / "half", lambda tensors: config.update(quantizers.gptq(tensors)))
+    tiny.edit_config(half, quantization_config={key: value for key, value in config.items() if key != "bits"})
+    scaleless = place.folder(
+        tmp_path / "scaleless",
+        lambda tensors: [quantizers.nf4(tensors), [tensors.pop(key) for key in list(tensors) if "absmax" in key]],
+    )
+    tiny.edit_config(scaleless, quantization_config={"quant_method": "bitsandbytes"})
     for other, fact, hint in (
+        (half, "is quantized by gptq, but a setting", "again"),
+        (scaleless, "is quantized by bitsandbytes, but a setting or a tensor", "again"),
         (awq, "is quantized by awq", "divides norms"),
         (odd, "is quantized by exl3", "save it again"),
         (dense, "is a dense model of type 'llama'", "the other tool"),
