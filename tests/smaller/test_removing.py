@@ -19,6 +19,8 @@ from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.forcing import forced
 from frankenmoe.gates.statistics import load_statistics
 from frankenmoe.planning.names import named_leaves
+from frankenmoe.recipe.train import TrainSettings
+from frankenmoe.train.run import train
 from refusals import cli, refused
 
 Parents = dict[str, list[Path]]
@@ -309,3 +311,35 @@ def test_gates_without_statistics_are_not_refitted(parents: Parents, tmp_path: P
         fm.remove_expert(tmp_path / "moe", tmp_path / "less", experts=["e"])
     assert fm.remove_expert(tmp_path / "moe", tmp_path / "less", experts=["e1"]).report["gates"] == "kept"
     assert "trained" not in yaml.safe_load((tmp_path / "less" / "recipe.yml").read_text())
+
+
+def test_adapters_stay_adapters(parents: Parents, tmp_path: Path) -> None:
+    """Extracted ones, and those that training has written into the artifact."""
+    rows = {name: {"as_adapter": {"rank": 3}} for name in ("e1", "e2")}
+    fm.build(recipe_of(tmp_path / "r.yml", parents["llama"], data=False, rows=rows), tmp_path / "moe", virtual=True)
+    write_texts(tmp_path)
+    data = {name: [str(tmp_path / f"{name}.txt")] for name in ("e1", "e2")}
+    settings = {"what": ("adapters",), "steps": 2, "batch": 2, "block": 32, "rank": 2}
+    train(tmp_path / "moe", tmp_path / "tuned", data=data, settings=TrainSettings(**settings), keep_anyway=True)
+    for source in ("moe", "tuned"):
+        out = tmp_path / f"less-{source}"
+        fm.remove_expert(tmp_path / source, out, experts=["e1"])
+        same_tensors(tmp_path / source, out, {"e0": "e0", "e2": "e2"})
+        assert [bool(node.loras[0]) for node in fm.open(out).parts.nodes] == [source == "tuned", True]
+        assert {folder.name for folder in out.glob("adapters/*")} == ({"extracted-e2"} if source == "moe" else set())
+        fm.verify(out)
+
+
+def test_routers_with_sigmoid_scores(tmp_path: Path) -> None:
+    parents = [tiny.make_parent(tmp_path / f"p{seed}", "phi3", seed=seed) for seed in range(3)]
+    write_texts(tmp_path)
+    keys = {"gate_mode": "ridge", "architecture": "glm4_moe"}
+    fm.fit(recipe_of(tmp_path / "three.yml", parents, **keys), tmp_path / "three", **SIZE)
+    fm.fit(recipe_of(tmp_path / "two.yml", parents, ["e0", "e2"], **keys), tmp_path / "two", **SIZE)
+    fm.remove_expert(tmp_path / "three", tmp_path / "less", experts=["e1"])
+    assert fm.open(tmp_path / "less").plan.rule.score == "sigmoid"
+    for name, gate in gates(tmp_path / "less").items():
+        other = gates(tmp_path / "two")[name]
+        one, two = (each - each.mean(dim=0) for each in (gate, other))
+        assert torch.allclose(one / one.norm(), two / two.norm(), atol=1e-6)
+        assert torch.allclose(gate.mean(dim=0), other.mean(dim=0), atol=1e-5)  # what lowers the scores

@@ -106,7 +106,8 @@ def remove_expert(
     """
     out = Path(os.path.realpath(out))
     refuse_occupied(out)
-    job = _opened(what, method=method, keep_gates=keep_gates, data=data, progress=progress)
+    hint = "delete the expert from the recipe"
+    job = _opened(what, method=method, keep_gates=keep_gates, data=data, hint=hint, progress=progress)
     kept = kept_without(job.plan, experts, where=job.subject.origin)
     moe = job.load(device, dtype) if job.known else None
     made = plan_without(job.plan, kept, inside=job.inside)
@@ -149,7 +150,8 @@ def prune(
     if out is not None:
         out = Path(os.path.realpath(out))
         refuse_occupied(out)
-    job = _opened(what, method=method, keep_gates=keep_gates, data=None, progress=progress)
+    hint = "build it first; with --virtual that takes megabytes"
+    job = _opened(what, method=method, keep_gates=keep_gates, data=None, hint=hint, progress=progress)
     old, subject = job.plan, job.subject
     if not 1 <= experts < old.experts:
         raise PlanError(
@@ -201,12 +203,13 @@ def _made(job: _Job, moe: MoE, kept_L: Sequence[Sequence[int]], *, per_layer: bo
 
 
 def _opened(
-    what: Subject | Artifact | str | Path, *, method: str | None, keep_gates: bool, data: Texts | None,
+    what: Subject | Artifact | str | Path, *, method: str | None, keep_gates: bool, data: Texts | None, hint: str,
     progress: Progress,
 ) -> _Job:  # fmt: skip
+    """The MoE of an artifact or a mixture's folder. A recipe is refused with this hint."""
     subject = open_subject(what)
     if subject.artifact is None and kind_of(subject.origin) != "mixture":
-        subject.need_artifact(hint="delete the expert from the recipe")
+        subject.need_artifact(hint=hint)
     known = fitted_statistics(subject)
     check_method(method, known, keep_gates=keep_gates, where=subject.origin)
     return _Job(subject, whole_plan(subject), None if keep_gates else known, method, located(data or {}), progress)
