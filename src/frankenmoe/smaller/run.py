@@ -14,7 +14,7 @@ from frankenmoe.artifact.folder import Artifact, refuse_occupied
 from frankenmoe.build.run import build
 from frankenmoe.data.given import Pair, Texts, located
 from frankenmoe.data.labelled import Labelled, labelled
-from frankenmoe.errors import PlanError
+from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.fitted import computing_dtype
 from frankenmoe.gates.forcing import replaced
 from frankenmoe.gates.made import MadeRouters
@@ -24,6 +24,7 @@ from frankenmoe.gates.texts import OwnText, data_text, prompts_text
 from frankenmoe.moe.device import AUTO, resolve
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
+from frankenmoe.planning.names import named_experts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import PruneSettings
 from frankenmoe.recipe.settings import settings_with
@@ -40,6 +41,7 @@ from frankenmoe.smaller.gates import (
 from frankenmoe.smaller.rest import kept_without, plan_without, whole_plan, with_same_tensors
 from frankenmoe.smaller.saliency import Ranking, Saliency, saliency
 from frankenmoe.subject import Subject, kind_of, open_subject
+from frankenmoe.suggest import did_you_mean
 
 REMOVE, PRUNE = "remove-expert", "prune"  # the stages in the record
 
@@ -109,6 +111,12 @@ def remove_expert(
     hint = "delete the expert from the recipe"
     job = _opened(what, method=method, keep_gates=keep_gates, data=data, hint=hint, progress=progress)
     kept = kept_without(job.plan, experts, where=job.subject.origin)
+    going = [name for name, path, _ in named_experts(job.plan.nodes) if path[0] not in kept]
+    for name in job.data:
+        if name not in going:
+            raise RecipeError(
+                f"data is given for {name!r}, which is no expert that goes", hint=did_you_mean(name, going)
+            )
     moe = job.load(device, dtype) if job.known else None
     made = plan_without(job.plan, kept, inside=job.inside)
     found = job.routers(made, kept, moe)
