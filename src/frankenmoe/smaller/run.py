@@ -272,7 +272,7 @@ def _too_much(report: Mapping[str, Any], limit: float, out: Path) -> PlanError:
         f"with {len(report['experts'])} experts the mean held-out loss rises by {report['rise']:.4f} nats per token "
         f"(most on {worst}, {before[worst]:.4f} to {after[worst]:.4f}), expected at most {limit:g}; "
         f"{out} was not written",
-        hint="keep more experts; or --rise allows more, and --keep-anyway any loss",
+        hint="keep more experts, or allow more with --rise; without a folder OUT all losses are shown",
     )
 
 
