@@ -41,6 +41,10 @@ def open_file(file: Path, parts: Parts) -> Other:
         wide = int(facts[f"{arch}.embedding_length"]) != parts.translation.dims.hidden
         kind = _file_type(facts.get("general.file_type"))
         stored = {tensor.name: _matrix(tensor) for tensor in reader.tensors}
+    if int(facts.get("split.count", 1)) > 1:
+        raise SourceError(
+            f"{file} is one of {facts['split.count']} parts", hint="llama-gguf-split --merge makes one file"
+        )
     if not experts:
         raise SourceError(
             f"{file} is a dense model, expected a mixture made of {parts.name}", hint="give the file that it became"
