@@ -1,6 +1,7 @@
 """LoRAs that PEFT loads: each is its expert, Arrow's distance is measured, and any other MoE is refused."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import frankenmoe as fm
 import tiny
 from frankenmoe.artifact.folder import ROUTERS
-from frankenmoe.errors import ArtifactError, PlanError
+from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.export.run import export_adapters
 from frankenmoe.recipe.sections import ExportSettings
 from refusals import cli
@@ -98,6 +99,16 @@ def test_what_would_be_another_model_is_refused(
     with pytest.raises(PlanError, match="this MoE would be another model") as caught:
         export_adapters(fm.open(recipe), tmp_path / "out")
     assert words in caught.value.message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_that_fails_leaves_nothing(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = written(place, "two", adapted("wide", "down"))
+    with pytest.raises(SourceError, match="does not exist"):
+        export_adapters(fm.open(recipe), tmp_path / "out", settings=ExportSettings(texts=(str(tmp_path / "none.txt"),)))
+    monkeypatch.setitem(sys.modules, "peft.tuners.lora.arrow", None)
+    with pytest.raises(PlanError, match=r"needs peft 0\.18 or later, which is not installed"):
+        export_adapters(fm.open(recipe), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -32,21 +32,27 @@ class Compared:
         return asdict(self)
 
 
+def require() -> None:
+    """Raises PlanError if PEFT is not installed or has no Arrow."""
+    try:
+        import peft.tuners.lora.arrow  # noqa: F401
+    except ImportError as error:
+        raise PlanError(
+            "comparing with PEFT's Arrow needs peft 0.18 or later, which is not installed",
+            hint="pip install 'peft>=0.18', or add --no-check",
+        ) from error
+
+
 def compare(
     made: PeftFolder, plan: Plan, source: Reference, *, on_step: Callable[[int], None] = lambda amount: None
 ) -> list[Compared]:
     """The MoE itself (with a divergence of 0), then the base, each LoRA alone, and Arrow with as many LoRAs per token.
 
-    `source` is what the MoE computes. PlanError if PEFT is not installed or has no Arrow.
+    `source` is what the MoE computes.
     """
-    try:
-        from peft import PeftModel
-        from peft.tuners.lora import ArrowConfig, create_arrow_model
-    except ImportError as error:
-        raise PlanError(
-            "comparing with PEFT's Arrow needs peft 0.18 or later, which is not installed",
-            hint="pip install peft, or add --no-check",
-        ) from error
+    from peft import PeftModel
+    from peft.tuners.lora import ArrowConfig, create_arrow_model
+
     loss = math.log(source.perplexity)
     found = [Compared("this MoE", 0.0, 1.0, loss)]
     paths = list(map(str, made.experts.values()))

@@ -3,6 +3,7 @@
 Imports torch only to make a recipe's routers, to measure importance, or to check files against the source.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -198,26 +199,33 @@ def export_adapters(
     from frankenmoe.export.peft import export_peft
 
     subject, settings = open_subject(what), settings or ExportSettings()
-    made = export_peft(subject, Path(out), progress=progress)
-    found: list[Compared] = []
     if settings.check is not False:
-        from frankenmoe.export.arrow import compare
-        from frankenmoe.export.check import reference
+        from frankenmoe.export.arrow import require
 
-        moe = subject.load(dtype="float32", progress=progress)
-        tokenizer = moe.tokenizer()
-        passages = _passages(moe, tokenizer, settings)
-        progress.start("running the source", len(passages), "texts")
-        source = reference(
-            moe, tokenizer, texts=passages, prompts=(), positions=CHECK_POSITIONS, on_step=progress.advance
-        )
-        del moe
-        progress.start("comparing with PEFT", len(made.experts) + 2, "models")
-        found = compare(made, subject.plan, source, on_step=progress.advance)
-    write_json(
-        made.folder / "peft.json", {**made.to_dict(), **_about(subject), "compared": [each.to_dict() for each in found]}
-    )
+        require()
+    made = export_peft(subject, Path(out), progress=progress)
+    try:
+        found = _compared(subject, made, settings, progress) if settings.check is not False else []
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(made.folder)
+        raise
+    report = {**made.to_dict(), **_about(subject), "compared": [each.to_dict() for each in found]}
+    write_json(made.folder / "peft.json", report)
     return made, found
+
+
+def _compared(subject: Subject, made: "PeftFolder", settings: ExportSettings, progress: Progress) -> "list[Compared]":
+    from frankenmoe.export.arrow import compare
+    from frankenmoe.export.check import reference
+
+    moe = subject.load(dtype="float32", progress=progress)
+    tokenizer = moe.tokenizer()
+    passages = _passages(moe, tokenizer, settings)
+    progress.start("running the source", len(passages), "texts")
+    source = reference(moe, tokenizer, texts=passages, prompts=(), positions=CHECK_POSITIONS, on_step=progress.advance)
+    del moe
+    progress.start("comparing with PEFT", len(made.experts) + 2, "models")
+    return compare(made, subject.plan, source, on_step=progress.advance)
 
 
 def _is_checked(file: GgufFile, settings: ExportSettings) -> bool:
