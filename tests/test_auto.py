@@ -105,9 +105,12 @@ def test_changed_weights_are_not_saved_as_if_they_were_not(virtual: Path, tmp_pa
 
 
 def test_its_number_of_experts_and_its_type_can_be_chosen(virtual: Path) -> None:
-    one = AutoModelForCausalLM.from_pretrained(virtual, num_experts_per_tok=1, dtype="bfloat16", device_map="cpu")
+    wanted: dict[str, Any] = {"num_experts_per_tok": 1, "dtype": "bfloat16", "device_map": "cpu"}
+    one = AutoModelForCausalLM.from_pretrained(virtual, **wanted)
     ours = fm.open(virtual, experts_per_token=1).load(dtype="bfloat16").model
     assert torch.equal(one(tiny.ids()).logits, ours(tiny.ids()).logits)
+    eager = AutoModelForCausalLM.from_pretrained(virtual, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
     with pytest.raises(PlanError, match="has 2 experts, found 3"):
         AutoModelForCausalLM.from_pretrained(virtual, num_experts_per_tok=3)
 

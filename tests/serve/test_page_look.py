@@ -204,11 +204,17 @@ def test_two_models_side_by_side_have_a_conversation_each(tab: Any, speech: Spee
 
 def test_one_that_waits_says_how_many_are_before_it(tab: Any, speech: Speech) -> None:
     speech.faults = [2]
-    tab.fill("#prompt", "Hello")
-    tab.keyboard.press("Enter")
-    tab.get_by_text("Waits its turn: 2 requests before it.").wait_for(timeout=WAIT)
-    tab.get_by_text("Waits its turn: 1 request before it.").wait_for(timeout=WAIT)
-    whole(tab, 1)
+    tab.evaluate(
+        "() => { window.seen = []; new MutationObserver(() => seen.push(document.querySelector('.foot')?.textContent))"
+        ".observe(document.getElementById('talk'), { childList: true, subtree: true }); }"
+    )
+    ask(tab)
+    seen = list(dict.fromkeys(tab.evaluate("() => window.seen.filter(text => text.startsWith('Waits'))")))
+    assert seen == [
+        "Waits for the first token.",
+        "Waits its turn: 2 requests before it.",
+        "Waits its turn: 1 request before it.",
+    ]
 
 
 def test_errors_are_text(tab: Any, speech: Speech) -> None:
@@ -330,6 +336,14 @@ def test_parts_of_a_letter_and_lost_spaces_come_out_right(tab: Any, speech: Spee
         }"""
     )
     assert shown == ["ab word\u00e9", ["a", "b", " word", "", "\u00e9"]]
+
+
+def test_lines_end_where_the_text_has_line_ends(tab: Any, speech: Speech) -> None:
+    speech.words = ("def f():", "\n    ", "return", " 1", "\n", "\n", "so", ".\n\n", "It")
+    speech.tokens = len(speech.words)
+    ask(tab)
+    lines = [text.replace("\n", "") for text in tab.locator(".line").all_inner_texts()]
+    assert lines == ["def f():", "⏎    return 1⏎", "⏎", "so.⏎⏎", "It"]
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")])

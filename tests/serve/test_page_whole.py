@@ -118,7 +118,7 @@ def text(tab: Any, reply: int = 0) -> str:
     """The text of a reply as the page keeps it."""
     return tab.evaluate(
         "async at => { dispatchEvent(new Event('pagehide'));"
-        " return JSON.parse(sessionStorage.frankenmoe).turns.flatMap(turn => turn.replies)[at].text; }",
+        " return JSON.parse(sessionStorage['frankenmoe-1']).turns.flatMap(turn => turn.replies)[at].text; }",
         reply,
     )
 

@@ -245,6 +245,8 @@ MALFORMED: list[tuple[bytes, str | None]] = [
     (asked(model="llama0", trace=True), "trace"),
     (asked(model="../moe.yml"), "model"),
     (asked(messages=[{"role": "user", "content": "word " * 100_000}]), None),
+    (asked(messages=[{"role": "user", "content": [1] * 300_000}]), "messages.0.content"),
+    (asked(stop=["x"] * 65), "stop"),
 ]
 
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.dense import mlp_modules
@@ -20,7 +20,7 @@ from frankenmoe.serve.bodies import Asked, Chat, Complete
 from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import Ticket
 from frankenmoe.serve.refitting import Refitter
-from frankenmoe.serve.writing import Piece, Token, Usage, Writer, told
+from frankenmoe.serve.writing import Ended, Piece, Token, Usage, Writer, told
 
 # T tokens, V vocabulary
 
@@ -92,10 +92,12 @@ class Running:
         with steered(self._moe.model, asked.steering):
             for at, ids in enumerate(asked.prompts):
                 for choice in range(asked.n):
+                    index = at * asked.n + choice
                     if ticket.halted:
-                        return
+                        ticket.say(Ended(index, "length"))
+                        continue
                     _seed(asked.seed, choice)
-                    written, known = self._answer(asked, ids, at * asked.n + choice, ticket)
+                    written, known = self._answer(asked, ids, index, ticket)
                     counts = [counts[0] + written, counts[1] + (known if choice == 0 else 0)]
         ticket.say(Usage(sum(map(len, asked.prompts)), *counts))
 
@@ -132,7 +134,7 @@ class Running:
                 )
                 self._cache.keep(out[:-1], cache, prompt=len(ids), way=asked.steering)
         ticket.say(writer.end())
-        return writer.count, known
+        return writer.count, 0 if asked.echo else known  # the echo has just read them
 
     @contextmanager
     def _watched(self, writer: Writer, asked: Task, ticket: Ticket) -> Iterator[None]:
@@ -169,8 +171,7 @@ class Running:
             targets = ids[start + 1 : start + READ_AT_ONCE + 1]
             for token, logits_V in zip(targets, out.logits[0], strict=False):
                 tokens.append(told(self._tokenizer, token, logits_V.float().log_softmax(-1), asked.top))
-        if isinstance(cache, DynamicCache):
-            self._cache.keep(ids, cache, prompt=len(ids), way=asked.steering)
+        self._cache.keep(ids, cache, prompt=len(ids), way=asked.steering)
         ticket.say(Piece(index, text, tuple(tokens)))
 
     def refit(self, prompts: Mapping[str, Any]) -> None:

@@ -89,7 +89,7 @@ export class Controls {
     const cell = (...children) => make("td", {}, ...children);
     const row = make("tr", {},
       ...(this.can("disable_experts") ? [cell(on)] : []),
-      make("th", { scope: "row", title: name }, make("span", { class: "name" }, chip(mark), ` ${name}`)),
+      make("th", { scope: "row", title: name }, make("span", { class: "name" }, chip(mark), make("span", {}, name))),
       ...(this.can("trace") ? [make("td", { class: "load" }, make("span", { class: "rail" }, meter), share)] : []),
       ...(this.can("expert_bias") ? [make("td", { class: "bias" }, bias, value)] : []));
     return { row, name, on, bias, value, meter, share };

@@ -1,6 +1,7 @@
 // What a reload must not lose, in the storage of this tab: the conversation, the controls, the API key.
+// The number in the name changes when what is kept is another thing.
 
-const NAME = "frankenmoe", KEY = "frankenmoe-key";
+const NAME = "frankenmoe-1", KEY = "frankenmoe-key";
 
 export const key = {
   get: () => sessionStorage.getItem(KEY),

@@ -1,6 +1,6 @@
 // The page: one conversation with a model, or with two side by side, and what changes when its routing does.
 
-import { make, themed, visible } from "./base.js";
+import { chip, make, markOf, themed, visible } from "./base.js";
 import { Controls } from "./controls.js";
 import { askKey, copyDialog, refitDialog } from "./dialogs.js";
 import { found, keep } from "./kept.js";
@@ -30,8 +30,9 @@ const besideModel = () => (state.beside === SAME ? modelOf(state.model) : modelO
 const server = new Server({
   askKey,
   seen: ({ alive, waiting, back }) => {
+    const text = !alive ? "no answer" : waiting ? `ready, ${waiting} in the queue` : "ready";
     byId("state").className = alive ? "good" : "bad";
-    byId("state").textContent = !alive ? "no answer" : waiting ? `ready, ${waiting} in the queue` : "ready";
+    if (byId("state").textContent !== text) byId("state").textContent = text; // else a screen reader might say it again
     byId("send").disabled = !alive || !models.length;
     if (!alive) notice("The server does not answer. This page keeps the conversation and tries again every 2 seconds.");
     if (back || (alive && !models.length)) begin(back);
@@ -58,7 +59,7 @@ const options = (select, entries, value) => {
 const showModels = () => {
   state.model = options(byId("model"), models.map(({ id }) => [id, id]), state.model);
   const { controls } = modelOf(state.model).frankenmoe;
-  const same = controls.length ? [[SAME, `${state.model}, its routing unchanged`]] : [];
+  const same = controls.length ? [[SAME, "itself, unchanged"]] : [];
   state.beside = options(byId("beside"), [["", "nothing"], ...same, ...models.filter(({ id }) => id !== state.model).map(({ id }) => [id, id])], state.beside);
   byId("beside-row").hidden = models.length < 2 && !same.length;
   controlsOf.show(modelOf(state.model));
@@ -90,8 +91,8 @@ const draw = () => {
 };
 const showPrompts = () => {
   const prompts = modelOf(state.model)?.frankenmoe.prompts, can = Boolean(prompts);
-  byId("examples").replaceChildren(...Object.values(prompts ?? {}).slice(0, EXAMPLES).map(({ positive: [text] }) => {
-    const button = make("button", { type: "button" }, text);
+  byId("examples").replaceChildren(...Object.values(prompts ?? {}).slice(0, EXAMPLES).map(({ positive: [text] }, expert) => {
+    const button = make("button", { type: "button" }, chip(markOf(marks, expert)), ` ${text}`);
     button.addEventListener("click", () => { prompt.value = text; prompt.focus(); });
     return button;
   }));
@@ -127,6 +128,7 @@ const send = async (text) => {
   compare(turn);
   toEnd();
   store();
+  server.look();
 };
 // where two replies part
 const compare = ({ box, replies: [one, two] }) => {

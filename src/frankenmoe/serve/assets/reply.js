@@ -4,6 +4,7 @@ import { chip, make, markOf, paint, percent, visible } from "./base.js";
 import { Trace } from "./trace.js";
 
 const NAMED = 4; // experts named beside the bar; the list of controls has them all
+const INDENTS = /\n[^\n]+$/; // such a token begins the line that it indents; one that ends with a line end is the last of its line
 const ENDS = {
   done: "",
   length: "Cut at the limit of tokens.",
@@ -121,9 +122,9 @@ export class Reply {
   }
 
   #token(index) {
-    const word = this.words[index], before = this.words[index - 1];
-    if (!this.line || before?.includes("\n")) {
-      this.line = make("div", { class: before?.includes("\n\n") ? "line gap" : "line" });
+    const word = this.words[index], before = this.words[index - 1] ?? "";
+    if (!this.line || before.endsWith("\n") || INDENTS.test(word)) {
+      this.line = make("div", { class: before.endsWith("\n\n") ? "line gap" : "line" });
       this.box.append(this.line); // a line of its own is laid out alone
     }
     const span = make("span", { class: "t", "data-i": index }, word ? visible(word) : "·"); // a part of a letter has no text
