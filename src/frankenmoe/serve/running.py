@@ -83,8 +83,15 @@ class Running:
         if isinstance(body, Chat):
             return [encode(self._tokenizer, [message.turn() for message in body.messages], config)]
         assert isinstance(body, Complete)
-        given = (self._tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in body.prompts)
-        return [checked(ids, config) for ids in given]
+        return [checked(self._ids(one), config) for one in body.prompts]
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self._tokenizer(prompt)["input_ids"])
+        size = self._moe.model.config.vocab_size
+        if max(prompt) >= size:
+            raise RequestError(f"prompt must have token ids from 0 to {size - 1}, found {max(prompt)}", param="prompt")
+        return prompt
 
     def write(self, asked: Task, ticket: Ticket) -> None:
         """Writes the answers to all prompts, and says the number of tokens at the end."""
