@@ -177,3 +177,17 @@ def test_lm_eval_takes_it(virtual: Path) -> None:
     logprobs_TV = fm.load(virtual).model(torch.tensor([whole])).logits[0].log_softmax(-1)
     told = sum(float(logprobs_TV[at - 1, whole[at]]) for at in range(len(context), len(whole)))
     assert likelihood == pytest.approx(told, abs=1e-4)
+
+
+def test_an_artifact_from_before_runs_as_before_and_can_be_written_anew(virtual: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(virtual, old)
+    record = json.loads((old / "frankenmoe.json").read_text())
+    for name in ("config.json", "modeling_frankenmoe.py"):
+        (old / name).unlink()
+        del record["files"][name]
+    (old / "frankenmoe.json").write_text(json.dumps(record))
+    assert verify(old)
+    assert torch.equal(fm.load(old).model(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)
+    new = AutoModelForCausalLM.from_pretrained(fm.build(old, tmp_path / "new", virtual=True).folder)
+    assert torch.equal(new(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)

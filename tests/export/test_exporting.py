@@ -260,7 +260,7 @@ def test_another_number_of_experts_is_in_the_file_and_said(what: str, place: Pat
     subject = open_subject(place / what, experts_per_token=1)
     (file,) = export_gguf(subject, tmp_path, types=["f16"], check=True)
     assert check_loadable(file.path)["llama.expert_used_count"] == 1
-    assert file.notes[-1] == "1 experts per token in this file, 2 in the model it is made from"
+    assert file.notes[-1] == "experts per token: 1 in this file, 2 in the model itself"
     (checked,) = check_files(subject, [file])
     (other,) = check_files(place / what, [file])
     assert checked.kl < 1e-3 < other.kl

@@ -117,9 +117,7 @@ def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progre
 def count_notes(subject: Subject) -> tuple[str, ...]:
     """A sentence if the files have another number of experts per token than the model."""
     used, own = subject.experts_per_token, subject.own_experts_per_token
-    return (
-        () if used in (None, own) else (f"{used} experts per token in this file, {own} in the model it is made from",)
-    )
+    return () if used in (None, own) else (f"experts per token: {used} in this file, {own} in the model itself",)
 
 
 def starved_notes(parts: Parts, found: "Measured") -> tuple[str, ...]:
