@@ -15,13 +15,14 @@ const byId = (id) => document.getElementById(id);
 const { marks } = JSON.parse(byId("data").textContent);
 const state = { model: "", beside: "", layer: ALL, draft: "", settings: {}, sampling: { temperature: 0, limit: 200 }, turns: [], ...found() };
 const talk = byId("talk"), prompt = byId("prompt"), slider = byId("layer");
-let models = [], running = null, stuck = true, leaving = false;
+let models = [], running = null, stuck = true, leaving = false, pressed = null;
 
 const say = (text) => { byId("say").textContent = text; };
 const notice = (text) => {
   byId("notice").hidden = !text;
   byId("notice-text").textContent = text;
 };
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${text.endsWith(".") ? "" : "."}`;
 const modelOf = (id) => models.find((each) => each.id === id);
 const besideModel = () => (state.beside === SAME ? modelOf(state.model) : modelOf(state.beside));
 
@@ -47,7 +48,7 @@ const begin = async (back = false) => {
     if (back) say("The server answers again.");
     byId("send").disabled = !models.length;
   } catch (error) {
-    if (!(error instanceof Gone)) notice(`The server refused: ${error.message}`);
+    if (!(error instanceof Gone)) notice(sentence(error.message));
   }
 };
 
@@ -90,8 +91,9 @@ const draw = () => {
   showLayers();
 };
 const showPrompts = () => {
-  const prompts = modelOf(state.model)?.frankenmoe.prompts, can = Boolean(prompts);
-  byId("examples").replaceChildren(...Object.values(prompts ?? {}).slice(0, EXAMPLES).map(({ positive: [text] }, expert) => {
+  const { experts, prompts } = modelOf(state.model)?.frankenmoe ?? {}, can = Boolean(prompts);
+  byId("examples").replaceChildren(...(can ? experts : []).slice(0, EXAMPLES).map((name, expert) => {
+    const text = prompts[name].positive[0];
     const button = make("button", { type: "button" }, chip(markOf(marks, expert)), ` ${text}`);
     button.addEventListener("click", () => { prompt.value = text; prompt.focus(); });
     return button;
@@ -100,6 +102,7 @@ const showPrompts = () => {
   document.body.classList.toggle("can-refit", can);
 };
 const replyOf = (facts) => new Reply(facts, { marks, layer: state.layer, point: (reply, token) => panel.show(reply, token) });
+const whole = (kept) => ({ ...kept, state: kept.state === "waiting" || kept.state === "streaming" ? "cut" : kept.state });
 const replies = () => state.turns.flatMap((turn) => turn.replies);
 const latest = () => state.turns.map((turn) => turn.replies[0]).filter(({ model }) => model === state.model).at(-1);
 
@@ -142,7 +145,6 @@ const compare = ({ box, replies: [one, two] }) => {
 };
 const answer = async (reply, body, signal) => {
   const { controls } = modelOf(reply.model).frankenmoe;
-  reply.begin();
   try {
     for await (const { queued, text, trace, finish, usage } of server.chat({ ...body, ...(controls.includes("trace") && { trace: true }) }, signal)) {
       if (queued !== undefined) reply.queued(queued);
@@ -155,15 +157,23 @@ const answer = async (reply, body, signal) => {
     if (leaving) return; // the browser ends what a page waits for before it says that the page goes
     if (error.name === "AbortError") reply.end("stopped");
     else {
-      reply.end("failed", `${error.message[0].toUpperCase()}${error.message.slice(1)}.`.replace(/\.\.$/, "."));
+      reply.end("failed", sentence(error.message));
       say(`${reply.model}: ${error.message}`);
     }
   }
 };
+// the focus goes from the button that was pressed to Stop, and back
 const busy = (on) => {
+  const from = document.activeElement;
   byId("send").hidden = on;
   byId("stop").hidden = !on;
-  for (const id of ["again", "new", "model", "beside"]) byId(id).disabled = on || ((id === "again" || id === "new") && !state.turns.length);
+  for (const id of ["model", "beside"]) byId(id).disabled = on;
+  for (const id of ["again", "new"]) byId(id).disabled = on || !state.turns.length;
+  if (on && [byId("send"), byId("again")].includes(from)) {
+    pressed = from;
+    byId("stop").focus();
+  }
+  if (!on && from === byId("stop")) (pressed ?? prompt).focus();
 };
 const again = () => {
   if (running || !state.turns.length) return;
@@ -266,7 +276,7 @@ addEventListener("visibilitychange", () => document.visibilityState === "visible
 themed(byId("theme"));
 
 prompt.value = state.draft;
-state.turns = state.turns.map(({ text, replies }) => ({ text, replies: replies.map(replyOf) }));
+state.turns = state.turns.map(({ text, replies }) => ({ text, replies: replies.map((kept) => replyOf(whole(kept))) }));
 panel.clear();
 draw();
 begin().then(() => server.look()).then(() => document.documentElement.setAttribute("data-ready", "true"));

@@ -19,14 +19,8 @@ export class Reply {
     Object.assign(this, { text: "", words: [], state: "waiting", note: "", count: 0, seconds: 0, ...facts });
     this.trace = new Trace({ experts: this.experts.length, ...facts.trace });
     Object.assign(this, { marks, layer, drawn: 0, due: false, counts: this.trace.counts(layer), now: null });
-    if (this.state === "waiting" || this.state === "streaming") this.state = "cut";
     this.#build(point);
     this.#draw();
-  }
-
-  begin() {
-    this.state = "waiting";
-    this.#end();
   }
 
   queued(before) {

@@ -85,14 +85,17 @@ export class Server {
       if (response.ok) return response;
       if (response.status !== 401) throw new Refused(await reason(response));
       const given = await this.#asked(wrong && Boolean(key.get()));
-      if (!given) throw new Refused("the server wants its API key");
+      if (!given) throw new Refused("the server wants its API key; load this page again to enter it");
       key.set(given);
     }
   }
 
-  // several requests may need the key at once: it is asked for once
+  // asked for once, also if several requests need it; and not again if the answer was none
   async #asked(wrong) {
-    this.asking ??= this.askKey(wrong).finally(() => { this.asking = null; });
+    this.asking ??= this.askKey(wrong).then((given) => {
+      if (given) this.asking = null;
+      return given;
+    });
     return this.asking;
   }
 
