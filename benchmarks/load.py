@@ -1,4 +1,7 @@
-"""Loading a virtual MoE against its dense source, and a built MoE against stock transformers, in fresh processes."""
+"""Loading a virtual MoE against its dense source and through transformers, and a built MoE against stock transformers.
+
+Every load is in a fresh process.
+"""
 
 import argparse
 import json
@@ -13,7 +16,7 @@ from sources import SHAPES, Shape, make_source, write_recipe
 import frankenmoe as fm
 
 ONCE = Path(__file__).parent / "load_once.py"
-OURS, STOCK = "ours", "stock"
+OURS, STOCK, AUTO = "ours", "stock", "auto"
 # the MoE whose built form is loaded: 3.3 GB at full scale, nearly all of it experts
 BUILT = {
     "smoke": SHAPES["smoke"],
@@ -38,12 +41,17 @@ def main() -> None:
 
 
 def virtual(options: argparse.Namespace, work: Path) -> list[Row]:
-    """A virtual MoE of 16 equal experts beside its dense source: ratios of medians."""
+    """A virtual MoE of 16 equal experts beside its dense source, and by AutoModelForCausalLM: ratios of medians."""
     source = make_source(work / "source", SHAPES[options.scale], dtype="bfloat16")
     recipe = write_recipe(work / "recipe.yml", [source])
     fm.build(recipe, work / "moe", virtual=True, allow_identical=True)
-    facts = race({OURS: work / "moe", STOCK: source}, rounds=options.rounds)
-    return [
+    facts = race({OURS: work / "moe", STOCK: source, AUTO: work / "moe"}, rounds=options.rounds)
+    auto = [
+        Row(f"{stage}: from_pretrained against frankenmoe.load", ratio(seconds, AUTO, to=OURS), "x", 1.1, seconds)
+        for stage in STAGES
+        for seconds in [_samples(facts, stage, "seconds", 1)]
+    ]
+    return auto + [
         Row(f"{stage}: {what}", ratio(samples, OURS, to=STOCK), "x", limit, samples)
         for stage in STAGES
         for what, key, limit, divisor in MEASURES

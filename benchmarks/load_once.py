@@ -21,6 +21,7 @@ TOKENS = 32
 LOADERS = {
     "stock": lambda folder: AutoModelForCausalLM.from_pretrained(folder, dtype="auto"),
     "ours": lambda folder: load(folder).model,
+    "auto": AutoModelForCausalLM.from_pretrained,  # of a virtual artifact, through transformers
 }
 
 

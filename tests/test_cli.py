@@ -16,10 +16,12 @@ from click.testing import CliRunner
 import forks
 import tiny
 from frankenmoe import __version__
+from frankenmoe.build.run import build
 from frankenmoe.cli import progress
 from frankenmoe.cli.app import app
 from frankenmoe.cli.options import Size
-from frankenmoe.errors import FrankenMoEError
+from frankenmoe.errors import FrankenMoEError, PlanError
+from frankenmoe.subject import open_subject
 
 Parents = dict[str, list[Path]]
 COLUMNS = 80
@@ -88,6 +90,24 @@ def test_chat_streams_and_traces_straight_from_a_recipe(recipe: Path) -> None:
     assert max(map(len, out.splitlines())) <= COLUMNS
     plain = run("chat", recipe, "--prompt", "hello", "--max-new-tokens", 6)
     assert out.startswith(plain.rstrip("\n"))
+
+
+def test_chat_with_another_number_of_experts_is_the_model_that_has_it(recipe: Path, tmp_path: Path) -> None:
+    arguments = ("--prompt", "hello", "--max-new-tokens", 6, "--json")
+    three = tmp_path / "three.yml"
+    three.write_text(f"experts_per_token: 3\n{recipe.read_text()}")
+    asked = json.loads(run("chat", recipe, *arguments, "--experts-per-token", 3))
+    assert asked["reply"] == json.loads(run("chat", three, *arguments))["reply"]
+    assert len(asked["trace"][0]["layers"][0]["ids"]) == 3
+    with pytest.raises(PlanError, match=r"r\.yml has 3 experts, found 4 experts per token") as caught:
+        run("chat", recipe, *arguments, "--experts-per-token", 4)
+    assert "from 1 to 3; its own is 2" in str(caught.value.hint)
+
+
+def test_a_build_keeps_the_number_in_its_recipe(recipe: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="the recipe's 2 experts per token, found 1"):
+        build(open_subject(recipe, experts_per_token=1), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_chat_in_int8_says_nearly_the_same(recipe: Path) -> None:

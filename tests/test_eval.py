@@ -123,6 +123,18 @@ def test_an_moe_beside_its_parents(place: Path) -> None:
     assert found["gains"][0]["mean_nats_per_token"]["value"] == pytest.approx(expected, abs=1e-6)
 
 
+def test_another_number_of_experts_is_measured_apart_and_said(place: Path) -> None:
+    text = "--text one=one.txt --limit 2 --dtype float32"
+    (place / "one.yml").write_text(f"experts_per_token: 1\n{(place / 'recipe.yml').read_text()}")
+    for arguments, name in (("recipe.yml", "own"), ("recipe.yml --experts-per-token 1", "asked"), ("one.yml", "is")):
+        run(f"{arguments} {text} --json {name}.json", place)
+    own, asked, one = (report(place, f"{name}.json")["models"][0] for name in ("own", "asked", "is"))
+    assert [row["experts_per_token"] for row in (own, asked, one)] == [2, 1, 1]
+    assert [row["name"] for row in (own, asked)] == ["recipe", "recipe top-1"]
+    assert asked["mean_loss"] == one["mean_loss"] != own["mean_loss"]
+    assert own["digest"] != asked["digest"]
+
+
 @pytest.mark.timeout(300)
 def test_equal_experts_are_told_that_they_are_their_base(place: Path, parents: dict[str, list[Path]]) -> None:
     base = parents["llama"][0]

@@ -15,12 +15,12 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own row and from lower ones. A name is a package, or one file of it
 LAYERS = (
-    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "system", "webpage"},
+    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "system", "registering", "webpage"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
     {"moe", "gates", "backbone", "subject"},
-    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish"},
-    {"pipeline", "serve"},
+    {"build", "gates.run", "backbone.run", "train", "audit", "evaluate", "export", "publish", "smaller", "after"},
+    {"pipeline", "auto", "serve"},
     {"cli", "demo", "__main__"},
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

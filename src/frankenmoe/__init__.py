@@ -3,9 +3,14 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from frankenmoe.registering import register
+
 __version__ = "0.1.0"
 
+register()
+
 if TYPE_CHECKING:
+    from frankenmoe.after.run import verify_after
     from frankenmoe.artifact.folder import Artifact
     from frankenmoe.backbone.run import heal
     from frankenmoe.build.adopt import adopt
@@ -19,6 +24,7 @@ if TYPE_CHECKING:
     from frankenmoe.moe.load import MoE
     from frankenmoe.planning import Plan, plan
     from frankenmoe.recipe import Recipe
+    from frankenmoe.smaller.run import prune, remove_expert
     from frankenmoe.subject import Subject, load
     from frankenmoe.subject import open_subject as open
 
@@ -40,7 +46,10 @@ _HOMES = {
     "load": "frankenmoe.subject",
     "open": "frankenmoe.subject",
     "plan": "frankenmoe.planning",
+    "prune": "frankenmoe.smaller.run",
+    "remove_expert": "frankenmoe.smaller.run",
     "verify": "frankenmoe.build.proof",
+    "verify_after": "frankenmoe.after.run",
 }
 
 # where the name in its module is another, since `open` there is Python's own
@@ -64,7 +73,10 @@ __all__ = [
     "load",
     "open",
     "plan",
+    "prune",
+    "remove_expert",
     "verify",
+    "verify_after",
 ]
 
 

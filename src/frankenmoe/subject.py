@@ -38,6 +38,7 @@ class Subject:
     `dtype` is the type to store weights in, by default the recipe's. `cache` allows fitted routers to be read from and
     written to the user's cache. `trust_remote_code` allows Python code found in a source to run. `maker` makes the
     routers instead of the recipe's gate mode. `known` is a plan of the same recipe and dtype to use again.
+    `experts_per_token` replaces the recipe's number where the model runs or is exported; PlanError if there are fewer.
     """
 
     what: Recipe | Artifact
@@ -46,7 +47,21 @@ class Subject:
     trust_remote_code: bool = False
     maker: RouterMaker | None = field(default=None, repr=False)
     known: Plan | None = field(default=None, repr=False)
+    experts_per_token: int | None = None
     _made: dict[object, MadeRouters] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        experts = len(self.what.record["experts"] if isinstance(self.what, Artifact) else self.what.experts)
+        if self.experts_per_token is not None and not 1 <= self.experts_per_token <= experts:
+            raise PlanError(
+                f"{self.origin} has {experts} experts, found {self.experts_per_token} experts per token",
+                hint=f"choose a number from 1 to {experts}; its own is {self.own_experts_per_token}",
+            )
+
+    @property
+    def own_experts_per_token(self) -> int:
+        """The number in the recipe or the record, which `experts_per_token` may replace."""
+        return int(self.artifact.record["experts_per_token"] if self.artifact else self.recipe.experts_per_token)
 
     @property
     def artifact(self) -> Artifact | None:
@@ -165,11 +180,11 @@ class Subject:
     @cached_property
     def parts(self) -> Parts:
         """The tensors: a built artifact's own, otherwise those of the sources. The gates of a recipe are zeros."""
-        if isinstance(self.what, Recipe):
-            return parts_of_plan(self.plan)
-        if self.built:
-            return parts_of_built(self.what)
-        return parts_of_plan(self.plan).with_gates(self.what.routers)
+        artifact = self.artifact
+        made = parts_of_built(artifact) if artifact and self.built else parts_of_plan(self.plan)
+        if artifact and not self.built:
+            made = made.with_gates(artifact.routers)
+        return replace(made, top_k=self.experts_per_token or made.top_k)
 
     def routers(self, progress: Progress = SILENT, *, device: str = "auto") -> MadeRouters:
         """Every gate: read from the artifact, or made as the recipe says; again if its file or text has changed.
@@ -305,15 +320,20 @@ def open_subject(
     cache: bool = True,
     trust_remote_code: bool = False,
     like: Subject | None = None,
+    experts_per_token: int | None = None,
 ) -> Subject:
     """Opens a recipe or an artifact, given as an object or as a path.
 
-    A Subject is returned unchanged, except for a new `dtype`, or if its files have changed on disk. The plan of `like`
-    is used again if it is of the same recipe and dtype. Raises RecipeError or ArtifactError for a path that is neither.
+    A Subject is returned unchanged, except for a new `dtype` or `experts_per_token`, or if its files have changed on
+    disk. The plan of `like` is used again if it is of the same recipe and dtype. Raises RecipeError or ArtifactError
+    for a path that is neither.
     """
     if isinstance(what, Subject):
-        other = dtype is not None and dtype != what.dtype
-        return (replace(what, dtype=dtype, known=None) if other else what).current()
+        if dtype is not None and dtype != what.dtype:
+            what = replace(what, dtype=dtype, known=None)
+        if experts_per_token is not None:
+            what = replace(what, experts_per_token=experts_per_token)
+        return what.current()
     if not isinstance(what, Recipe | Artifact | str | Path):
         raise RecipeError(
             f"expected a recipe, an artifact or a path, found {what!r}"[:200], hint="open one by its path"
@@ -321,7 +341,7 @@ def open_subject(
     if isinstance(what, str | Path):
         what = _opened(str(what))
     known = like.plan if like and isinstance(what, Artifact) and same_plan(what, like) else None
-    return Subject(what, dtype=dtype, cache=cache, trust_remote_code=trust_remote_code, known=known)
+    return Subject(what, dtype, cache, trust_remote_code, known=known, experts_per_token=experts_per_token)
 
 
 def _opened(what: str) -> Recipe | Artifact:
@@ -342,10 +362,10 @@ def same_plan(artifact: Artifact, like: Subject) -> bool:
     return bool(record["recipe_digest"] == recipe.digest and record["dtype"] == like.plan.dtype_name)
 
 
-def open_model(what: str | Path, *, cache: bool = True, trust_remote_code: bool = False) -> Subject | Dense:
-    """Like `open_subject`, but also opens a dense model: a folder or a hub id (with @revision)."""
+def open_model(what: str | Path, *, trust_remote_code: bool = False, **options: Any) -> Subject | Dense:
+    """Like `open_subject`, but also opens a dense model: a folder or a hub id (with @revision), without `options`."""
     if kind_of(what) not in ("dense", "mixture"):
-        return open_subject(what, cache=cache, trust_remote_code=trust_remote_code)
+        return open_subject(what, trust_remote_code=trust_remote_code, **options)
     name, _, revision = str(what).partition("@") if not Path(what).exists() else (str(what), "", "")
     folder = resolve(name, revision=revision or None, folder=Path.cwd())
     return Dense(str(what), folder, trust_remote_code)

@@ -7,7 +7,7 @@ import pytest
 
 import gguftools
 import tiny
-from frankenmoe.export.quantize import quantize
+from frankenmoe.checkpoint.quantize import quantize
 from frankenmoe.export.run import export_gguf
 from frankenmoe.families.llamacpp import FILE_TYPES, MixFacts, tensor_type
 from frankenmoe.planning import plan

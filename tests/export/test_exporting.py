@@ -254,6 +254,17 @@ def test_the_command_exports_checks_reports_and_chats(place: Path, tmp_path: Pat
     assert json.loads(said.stdout)["reply"]
 
 
+@pytest.mark.parametrize("what", ["recipe.yml", "virtual", "built"])
+def test_another_number_of_experts_is_in_the_file_and_said(what: str, place: Path, tmp_path: Path) -> None:
+    subject = open_subject(place / what, experts_per_token=1)
+    (file,) = export_gguf(subject, tmp_path, types=["f16"], check=True)
+    assert check_loadable(file.path)["llama.expert_used_count"] == 1
+    assert file.notes[-1] == "1 experts per token in this file, 2 in the model it is made from"
+    (checked,) = check_files(subject, [file])
+    (other,) = check_files(place / what, [file])
+    assert checked.kl < 1e-3 < other.kl
+
+
 def test_files_that_would_abort_llama_cpp_are_refused(f16: Path, tmp_path: Path) -> None:
     whole = f16.read_bytes()
     cut = tmp_path / "cut.gguf"
@@ -331,7 +342,7 @@ def test_a_file_with_one_token_twice_is_refused_before_llama_cpp_aborts(f16: Pat
 
 
 def test_without_the_extra_plain_types_still_work(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from frankenmoe.export import quantize
+    from frankenmoe.checkpoint import quantize
 
     (with_it,) = export_gguf(place / "virtual", tmp_path / "a", types=["q5_0"])
     monkeypatch.setattr(quantize, "native", lambda: None)

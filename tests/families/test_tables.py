@@ -53,6 +53,22 @@ def test_every_format_takes_families_that_have_a_table() -> None:
     assert {family for fmt in FORMATS.values() for family in fmt.families} == set(FAMILIES)
 
 
+@pytest.mark.parametrize("name", [name for name, fmt in FORMATS.items() if fmt.loads_in_transformers])
+def test_the_balance_loss_is_off_where_the_class_has_one(name: str) -> None:
+    fmt = FORMATS[name]
+    family = FAMILIES[fmt.families[0]]
+    sizes = tiny.SIZES | NEEDED.get(family.model_type, {})
+    config = AutoConfig.for_model(family.model_type, **sizes).to_dict()
+    plain, off = (
+        moe_config(fmt, family, config, experts=4, experts_per_token=2, shared_ffn=0, dtype="float32", by_domain=mode)
+        for mode in (False, True)
+    )
+    key = "router_aux_loss_coef"
+    assert key not in plain
+    assert (key in off) == hasattr(AutoConfig.for_model(fmt.model_type), key)
+    assert off.get(key, 0) == 0
+
+
 # without these a config does not say how large the model is
 REQUIRED = {
     "model_type",

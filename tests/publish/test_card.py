@@ -138,6 +138,12 @@ def test_every_number_of_the_bill_is_the_plans(artifact: Artifact) -> None:
     assert f"{made.layers} x {made.experts}, {made.recipe.experts_per_token}" in text
 
 
+def test_a_card_says_that_the_balance_loss_stays_off(made: Path) -> None:
+    assert "leave `router_aux_loss_coef` at 0" in make_card(made / "moe").text
+    assert json.loads((made / "moe" / "config.json").read_text())["router_aux_loss_coef"] == 0
+    assert "router_aux_loss_coef" not in make_card(made / "virtual").text
+
+
 def test_an_audit_gives_picture_legend_and_faults(artifact: Artifact) -> None:
     put(artifact, "audit.json", audit(artifact))
     card = make_card(artifact)
@@ -372,6 +378,16 @@ def test_results_stand_beside_the_base_and_a_base_that_wins_is_said(artifact: Ar
     )
     (only,) = ModelCard(card.text).data.eval_results
     assert (only.dataset_type, only.metric_value, only.source_name) == ("gsm8k", 25.0, None)
+
+
+def test_other_numbers_of_experts_are_a_table_and_not_the_result(artifact: Artifact) -> None:
+    more = evaluated(10)
+    more["models"][1] |= {"experts_per_token": 1, "domains": {"maths": {"nats_per_token": 4.5}}}
+    put(artifact, "eval.json", evaluated(10))
+    put(artifact, "eval-1.json", more)
+    text = make_card(artifact).text
+    assert "| Two-of-them | 4.250 |" in text
+    assert "| 1 | 25.00 ± 1.00 | 4.500 |\n| 2 (its own) | 25.00 ± 1.00 | 4.250 |" in text
 
 
 def test_a_run_on_some_rows_is_no_leaderboard_score(artifact: Artifact) -> None:

@@ -245,6 +245,8 @@ MALFORMED: list[tuple[bytes, str | None]] = [
     (asked(model="llama0", trace=True), "trace"),
     (asked(model="../moe.yml"), "model"),
     (asked(messages=[{"role": "user", "content": "word " * 100_000}]), None),
+    (asked(messages=[{"role": "user", "content": [1] * 300_000}]), "messages.0.content"),
+    (asked(stop=["x"] * 65), "stop"),
 ]
 
 
@@ -259,6 +261,8 @@ def test_a_malformed_body_is_refused_by_name(body: bytes, param: str | None, ser
 
 def test_a_large_body_and_unknown_paths(server: Server) -> None:
     assert sent(server, "POST", "/v1/completions", b" " * 10_000_000).status == 413
+    strange = sent(server, "POST", "/v1/completions", b'{"model": "moe", "prompt": [1, 100000]}')
+    assert (strange.status, json.load(strange)["error"]["param"]) == (400, "prompt")
     for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
         answered = sent(server, method, path)
         assert answered.status == status

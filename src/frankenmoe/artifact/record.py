@@ -11,6 +11,7 @@ from frankenmoe.errors import ArtifactError
 from frankenmoe.recipe.refusals import first_problem, found, refusal
 
 RECORD_VERSION = 1
+MODEL_TYPE = "frankenmoe"  # in the config.json of a virtual artifact, by which transformers finds its class
 FORMS = ("virtual", "built")
 BACKBONE = "backbone"  # the stage that says how the backbone was chosen; it comes first
 ADOPT = "adopt"  # the stage that says where a mixture of another program comes from

@@ -209,10 +209,11 @@ class DomainLoss(ReportPart):
 
 class EvaluatedModel(ReportPart):
     """One model. `kind` is moe, model, or a rival: base, parent, merge, random gates, own expert forced or best
-    parent per text. Memory is in bytes."""
+    parent per text. Memory is in bytes. `experts_per_token` is that of a mixture; older reports do not have it."""
 
     name: AnyText
     kind: AnyText
+    experts_per_token: int | None = None
     tasks: dict[str, TaskScore] = {}
     domains: dict[str, DomainLoss] = {}
     tokens_per_second: Measure = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from frankenmoe.audit.measures import Facts, own_share, own_shares
+from frankenmoe.audit.spare import one_of_each, without
 
 GOOD, MIND, BAD, OPEN = "good", "mind", "bad", "open"
 CROWDED = 1.0  # MaxVio above this: an expert has more than twice its even share
@@ -25,7 +26,8 @@ class Whole:
 
     `routers` and `nested` are facts of outer and nested routers, `names` the experts' names by path, `identical` groups
     of equal experts, `divergence` the change of predictions with other experts (nats per token), `base` the comparison
-    with the base.
+    with the base. `silent` are experts whose output is always zero, `artifact` is the folder that experts can be taken
+    out of; None for a recipe.
     """
 
     routers: Sequence[Facts]
@@ -36,6 +38,8 @@ class Whole:
     base: Mapping[str, Any] | None
     labelled: bool
     nested: Sequence[Facts] = ()
+    silent: Sequence[str] = ()
+    artifact: str | None = None
 
 
 @dataclass(frozen=True)
@@ -154,8 +158,18 @@ def _is_moe(whole: Whole) -> Answer:
     nats = f", and predictions by {whole.divergence:.2f} nats per token" if whole.divergence is not None else ""
     level = BAD if max(moved)[0] < MOVED else MIND if same or number < MOVED else GOOD
     verdict = {GOOD: "yes", MIND: "in part", BAD: "hardly"}[level]
-    equal = f" Experts with the same weights: {same}." if same else ""
-    return Answer(*asked, verdict, level, number, CHANGE, f"{weights}. {outputs}{nats}.{equal}")
+    return Answer(*asked, verdict, level, number, CHANGE, f"{weights}. {outputs}{nats}.{_copies(whole, same)}")
+
+
+def _copies(whole: Whole, same: str) -> str:
+    """What is said of experts that add nothing, or nothing of their own."""
+    zero, left = whole.silent, len(whole.names) - sum(len(group) - 1 for group in whole.identical)
+    found = f" The output of {', '.join(zero)} is always zero: {without(zero, whole.artifact)}." if zero else ""
+    if not same:
+        return found
+    outer = all(facts["path"] == "" for facts in whole.routers) and not whole.nested
+    advice = f"; {one_of_each(left, whole.artifact)}" if outer else ""
+    return f" Experts with the same weights: {same}{advice}.{found}"
 
 
 def _norm_of(facts: Facts) -> str:
@@ -194,12 +208,14 @@ def _who(whole: Whole) -> Answer:
     places = _layers(sorted({layer for layer, _ in dead}))
     lost = f"{_experts(len(dead))} got none of {tokens} ({places})" if dead else f"No expert is dead after {tokens}"
     level = BAD if dead else MIND if worst[0] > CROWDED else GOOD
+    idle = [name for name in whole.names.values() if all((each["layer"], name) in dead for each in whole.routers)]
+    advice = f" {', '.join(idle)} got none in any layer: {without(idle, whole.artifact)}." if idle else ""
     verdict = {GOOD: "all of them", MIND: "some crowd", BAD: "not all"}[level]
     return Answer(
         *asked, verdict, level, worst[0], "MaxVio, worst layer",
         f"The coefficient of variation of the load (0 is even) is {_span(variation, _two)}. The busiest expert is "
         f"{busiest}, with {percent(share)} of the assignments in layer {worst[1]} (an even share is "
-        f"{percent(1 / layer['experts'])}). {lost}.",
+        f"{percent(1 / layer['experts'])}). {lost}.{advice}",
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from frankenmoe.audit.collect import Blocks, RouterSums, collect
 from frankenmoe.audit.facts import Facts, identical_everywhere, rounded, router_facts
 from frankenmoe.audit.probe import Change, against_base, swapped
 from frankenmoe.audit.tokens import Passage, TokenTrace, as_data, trace_tokens
-from frankenmoe.audit.weights import Distances, base_ffn, distances
+from frankenmoe.audit.weights import Distances, base_ffn, distances, silent_experts
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.trace import blocks
@@ -55,10 +55,11 @@ def examine(
     subject: Mapping[str, Any],
     limit: int,
     window: int,
+    artifact: str | None = None,
     progress: Progress = SILENT,
 ) -> Audit:
     """Audits an MoE. `plan` is None if the sources are missing. `subject` is copied into the report: what was audited,
-    its record, its recipe.
+    its record, its recipe. `artifact` is the folder that experts can be taken out of.
 
     Reads at most `limit` tokens per domain. Raises SourceError for a text without tokens, NumericsError for a router
     with logits that are not finite.
@@ -90,6 +91,8 @@ def examine(
         divergence=None if change is None else change.divergence,
         base=base,
         labelled=any(text.own is not None for text in texts.values()),
+        silent=[names[path] for path in silent_experts(moe.model)],
+        artifact=artifact,
     )
     report = {
         "kind": KIND,

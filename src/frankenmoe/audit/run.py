@@ -1,7 +1,6 @@
 """Artifact or recipe -> its audit, as data or as a report on disk."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from frankenmoe.audit.examine import Audit, DomainText, examine
 from frankenmoe.audit.tokens import Passage
 from frankenmoe.audit.write import check_place, write_report
 from frankenmoe.data.blocks import check_vocabulary, encode, packed
-from frankenmoe.data.documents import check_data, read_documents
+from frankenmoe.data.documents import read_documents
 from frankenmoe.data.given import Pair
+from frankenmoe.data.labelled import Labelled, labelled
 from frankenmoe.data.rows import Document
-from frankenmoe.errors import RecipeError, SourceError
+from frankenmoe.errors import SourceError
 from frankenmoe.moe.device import AUTO
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
@@ -23,13 +23,11 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import AuditSettings
 from frankenmoe.recipe.settings import settings_with
-from frankenmoe.subject import Subject, open_subject
-from frankenmoe.suggest import did_you_mean
+from frankenmoe.subject import Subject, kind_of, open_subject
 
 WINDOW = 256  # tokens read at once, fewer if the model has a shorter context
 SHOWN = 96  # tokens of each domain shown if no prompt is given
 SHOWN_DOMAINS = 8
-UNLABELLED = "text"
 NO_CHARACTER = "\ufffd"  # decoders put it for bytes that are no complete character
 LONGEST = 4  # bytes of one character in UTF-8
 PART = "…"
@@ -71,13 +69,13 @@ def look(
     """
     subject = open_subject(what)
     settings = settings_with(settings or AuditSettings(), changes)
-    labelled = _domains(subject.recipe, data)  # before anything is loaded
+    domains = labelled(subject.recipe, data)  # before anything is loaded
     moe = subject.load(dtype=dtype, device=device, progress=progress)
     tokenizer = moe.tokenizer()
     window = min(WINDOW, getattr(moe.model.config, "max_position_embeddings", None) or WINDOW)
     texts, openings = {}, []
-    for name, domain in labelled.items():
-        blocks = _checked(domain.blocks(tokenizer, window), moe, tokenizer, what=f"the text of {name}")
+    for name, domain in domains.items():
+        blocks = _checked(_blocks(domain, tokenizer, window), moe, tokenizer, what=f"the text of {name}")
         first = next(blocks, ())
         openings.append((name, first[:SHOWN]))
         texts[name] = DomainText(chain([first], blocks), domain.origin, domain.own)
@@ -89,6 +87,7 @@ def look(
         subject=_head(subject),
         limit=settings.tokens,
         window=window,
+        artifact=subject.origin if subject.artifact or kind_of(subject.origin) == "mixture" else None,
         progress=progress,
     )
 
@@ -101,7 +100,7 @@ def _plan_with_base(subject: Subject) -> Plan | None:
 
 def check(what: Subject | Recipe | Artifact | str | Path, *, data: Sequence[Pair] = ()) -> None:
     """Raises the errors of `look` for folder, labels and text files, without loading a model."""
-    _domains(open_subject(what).recipe, data)
+    labelled(open_subject(what).recipe, data)
 
 
 def _head(subject: Subject) -> dict[str, Any]:
@@ -116,70 +115,14 @@ def _head(subject: Subject) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _Domain:
-    """The text of one domain before tokenization. `own` is the index of its expert."""
-
-    names: tuple[str, ...]
-    folder: Path
-    prompts: tuple[str, ...]
-    own: int | None
-
-    @property
-    def origin(self) -> tuple[str, ...]:
-        return self.names or ("positive prompts of the recipe",)
-
-    def blocks(self, tokenizer: Any, window: int) -> Iterator[tuple[int, ...]]:
-        """Streams blocks of at most `window` token ids; a prompt is not joined with others."""
-        if self.names:
-            for block in packed(read_documents(self.names, folder=self.folder), tokenizer, length=window):
-                yield block.ids
-        for prompt in self.prompts:
-            for block in packed([Document(text=prompt, closed=False)], tokenizer, length=window):
-                yield block.ids
-
-
-def _domains(recipe: Recipe, data: Sequence[Pair]) -> dict[str, _Domain]:
-    """Label -> text: the given text, else the recipe's data, else the recipe's prompts."""
-    experts = [expert.name for expert in recipe.experts]
-    if data:
-        found = _given(experts, data)
-    else:
-        found = {
-            expert.name: _Domain(expert.data, recipe.folder, (), index)
-            for index, expert in enumerate(recipe.experts)
-            if expert.data
-        }
-    if not found:
-        prompted = ((index, expert, Recipe.prompts_of(expert)[0]) for index, expert in enumerate(recipe.experts))
-        found = {
-            expert.name: _Domain((), recipe.folder, positive, index) for index, expert, positive in prompted if positive
-        }
-    if not found:
-        raise SourceError(
-            f"{recipe.origin} names neither data nor prompts for its experts, so there is no text to audit with",
-            hint="add --data EXPERT=FILE, or --data FILE for text without a label",
-        )
-    for domain in found.values():
-        check_data(domain.names, folder=domain.folder)
-    return found
-
-
-def _given(experts: Sequence[str], data: Sequence[Pair]) -> dict[str, _Domain]:
-    files: dict[str, list[str]] = {}
-    unlabelled = next(name for name in (UNLABELLED, f"{UNLABELLED} without a label") if name not in experts)
-    for label, file in data:
-        if label is not None and label not in experts:
-            raise RecipeError(
-                f"--data {label}={file} names an unknown expert, expected one of {', '.join(experts)}",
-                hint=did_you_mean(label, experts),
-            )
-        files.setdefault(label or unlabelled, []).append(file)
-    labels = {label for label, _ in data}
-    return {
-        name: _Domain(tuple(names), Path.cwd(), (), experts.index(name) if name in labels else None)
-        for name, names in files.items()
-    }
+def _blocks(domain: Labelled, tokenizer: Any, window: int) -> Iterator[tuple[int, ...]]:
+    """Streams blocks of at most `window` token ids; a prompt is not joined with others."""
+    if domain.names:
+        for block in packed(read_documents(domain.names, folder=domain.folder), tokenizer, length=window):
+            yield block.ids
+    for prompt in domain.prompts:
+        for block in packed([Document(text=prompt, closed=False)], tokenizer, length=window):
+            yield block.ids
 
 
 def _checked(blocks: Iterable[tuple[int, ...]], moe: MoE, tokenizer: Any, *, what: str) -> Iterator[tuple[int, ...]]:

@@ -16,7 +16,7 @@ from frankenmoe.moe.dense import as_tensor
 from frankenmoe.moe.trace import blocks
 from frankenmoe.planning import Plan
 from frankenmoe.planning.sources import anatomy
-from frankenmoe.planning.tree import ExpertNode, ffn_writes
+from frankenmoe.planning.tree import DOWN, ExpertNode, ffn_writes
 from frankenmoe.progress import SILENT, Progress
 
 SLICE = 2**18  # elements of one expert at a time: 2 MB each in float64
@@ -63,6 +63,11 @@ class Matrix:
             rows_OI = rows_OI + self.scale * (self.b_OR[start:stop].cpu().double() @ self.a_RI.cpu().double())
         return rows_OI
 
+    @property
+    def anything(self) -> bool:
+        """Whether it is more than zeros; the first row tells at once of most."""
+        return self.a_RI is not None or bool(self.weight[0].any()) or bool(self.weight.any())
+
     def equals(self, other: "Matrix") -> bool:
         """Whether both have the same weights, part by part."""
         mine, theirs = (self.weight, self.a_RI, self.b_OR), (other.weight, other.a_RI, other.b_OR)
@@ -89,6 +94,17 @@ def base_ffn(plan: Plan) -> Mapping[int, Mapping[str, torch.Tensor]]:
     return {
         layer: {suffix: as_tensor(node.folded(layer, suffix)) for suffix in row} for layer, row in enumerate(node.ffn)
     }
+
+
+def silent_experts(model: nn.Module) -> list[str]:
+    """The paths of the experts that put out zero in every layer: all that they write to the residual stream is zero."""
+    found: dict[str, bool] = {}
+    for _, path, block in blocks(model):
+        for own, expert in leaves(block) if not path else ():
+            found[own] = found.get(own, True) and not any(
+                matrix.anything for name, matrix in matrices(expert).items() if name.startswith(DOWN)
+            )
+    return [path for path, silent in found.items() if silent]
 
 
 def leaves(block: MoEBlock, path: str = "") -> Iterator[tuple[str, nn.Module]]:

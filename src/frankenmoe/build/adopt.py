@@ -29,10 +29,10 @@ from frankenmoe.artifact.record import ADOPT
 from frankenmoe.artifact.replacing import finish_replacing, replace_files
 from frankenmoe.build.agreement import agree
 from frankenmoe.build.backbone import moved_record
-from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.proof import prove_sources
 from frankenmoe.build.record import record_of
 from frankenmoe.build.target import target_of
+from frankenmoe.build.virtual import copy_virtual_files
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.links import SNAPSHOTS
 from frankenmoe.checkpoint.weights import INDEX, NAMED, SINGLE
@@ -101,7 +101,7 @@ def adopt(
         replace_files(folder, {**files, RECORD: record_bytes(record)})
         return Adopted(open_artifact(folder), stage)
     with growing(out, digest=f"{made.digest}/{ADOPT}") as partial:
-        copy_small_files(made, partial)
+        copy_virtual_files(made, partial)
         for name, raw in files.items():
             write_atomic(partial / name, raw)
         record = _record(made, out, partial, stage, progress)

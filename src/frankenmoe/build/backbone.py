@@ -18,11 +18,11 @@ BACKBONE = "backbone.safetensors"  # other programs take every `model*.safetenso
 
 
 def with_own_backbone(made: Plan, partial: Path, *, out: Path) -> dict[str, Any] | None:
-    """Copies the tensors of a measured backbone from the user's cache into `partial`, which will become `out`.
+    """Copies the tensors of a measured backbone, or of a plan that carries some, into `partial`, which becomes `out`.
 
-    Returns the recipe that names the copy, with paths relative to `out`; None if the backbone needs no such file.
+    Returns the recipe that names the copy, with paths relative to `out`; None if there is nothing to copy.
     """
-    if made.measured is None or made.recipe.trained is None:
+    if made.recipe.trained is None or (made.measured is None and not made.carried):
         return None
     copy = partial / BACKBONE
     shutil.copyfile(made.recipe.trained, partial_of(copy))

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from frankenmoe.artifact.folder import growing, partial_folder
-from frankenmoe.build.body import copy_small_files
 from frankenmoe.build.record import record_of
+from frankenmoe.build.virtual import copy_virtual_files
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.moe.processes import is_main
 from frankenmoe.planning import plan
@@ -38,7 +38,7 @@ def virtual_record(
     """
     text = yaml.safe_dump(dict(table), sort_keys=False, allow_unicode=True)
     write_atomic(partial / "recipe.yml", text.encode())
-    copy_small_files(subject.plan, partial)
+    copy_virtual_files(subject.plan, partial)
     # planned in the partial folder, which is next to `out`, so relative paths are valid in both
     derived = Recipe.load(partial / "recipe.yml")
     made = plan(

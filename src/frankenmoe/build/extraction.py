@@ -9,13 +9,11 @@ from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
-from frankenmoe.errors import ArtifactError
 from frankenmoe.planning.files import TOKENIZER_FILES
-from frankenmoe.planning.names import named_experts
+from frankenmoe.planning.names import expert_called, named_experts
 from frankenmoe.planning.parts import Parts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.subject import Subject, open_subject
-from frankenmoe.suggest import did_you_mean
 
 
 def extract(
@@ -54,13 +52,5 @@ def _config(parts: Parts, dtype: str) -> dict[str, object]:
 def _writes(parts: Parts, expert: str, folder: Path) -> list[TensorWrite]:
     """The backbone and one expert's FFNs with adapters folded in, under dense names."""
     named = {name: node for name, _, node in named_experts(parts.nodes) if not node.children}
-    node = named[_name(expert, list(named), folder)]
+    node = named[expert_called(expert, list(named), where=folder)]
     return [*parts.backbone, *(node.folded(layer, suffix) for layer, row in enumerate(node.ffn) for suffix in row)]
-
-
-def _name(expert: str, names: list[str], folder: Path) -> str:
-    if expert in names:
-        return expert
-    if expert.isdecimal() and int(expert) < len(names):
-        return names[int(expert)]
-    raise ArtifactError(f"{folder} has no expert {expert!r}", hint=did_you_mean(expert, names))

@@ -4,9 +4,10 @@ Imports torch only to fit routers, and if transformers must be asked about this 
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -23,13 +24,14 @@ from frankenmoe.artifact.folder import (
 )
 from frankenmoe.build.asking import asked
 from frankenmoe.build.backbone import moved_record, with_own_backbone
-from frankenmoe.build.body import compose, copy_small_files
+from frankenmoe.build.body import compose
 from frankenmoe.build.proof import prove_body, prove_routers, prove_sources
 from frankenmoe.build.record import record_of, stages_beside
 from frankenmoe.build.target import target_of
+from frankenmoe.build.virtual import copy_virtual_files
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.made import MadeRouters
 from frankenmoe.planning import Plan
 from frankenmoe.planning.buildable import check_buildable
@@ -38,6 +40,8 @@ from frankenmoe.recipe import RANDOM_MODES, Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
+
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 def build(
@@ -50,13 +54,16 @@ def build(
     device: str = "auto",
     progress: Progress = SILENT,
     stage: str = "build",
+    said: Mapping[str, Any] = NOTHING,
+    earlier: Sequence[Mapping[str, Any]] = (),
     **changes: Any,
 ) -> Artifact:
     """Writes an artifact to `out`: a built one (a standard checkpoint) or a virtual one (megabytes).
 
     A virtual artifact is built with its own routers. `changes` are settings by name, such as virtual=True. `dtype` is
     the type to store weights in, by default the recipe's. Routers are fitted on `device`. `stage` is the name of the
-    entry in the record. If killed, the same call continues where it stopped. Raises subclasses of FrankenMoEError.
+    entry in the record, `said` what else it says, and `earlier` are the entries before it. If killed, the same call
+    continues where it stopped. Raises subclasses of FrankenMoEError.
     """
     # resolves a link to an empty folder on another disk
     out = Path(os.path.realpath(out))
@@ -65,6 +72,12 @@ def build(
     if subject.artifact and subject.built:
         folder = subject.artifact.folder
         raise ArtifactError(f"{folder} is already built", hint=f"its recipe is {folder / 'recipe.yml'}")
+    if subject.experts_per_token not in (None, subject.own_experts_per_token):
+        raise PlanError(
+            f"an artifact has the recipe's {subject.own_experts_per_token} experts per token, found "
+            f"{subject.experts_per_token} to build with",
+            hint="write experts_per_token in the recipe",
+        )
     settings = settings_with(settings or BuildSettings(), changes)
     virtual, given = settings.virtual, subject.artifact
     check_buildable(subject.planned, virtual=virtual, allow_identical=settings.allow_identical)
@@ -84,7 +97,7 @@ def build(
         if not (partial / ROUTERS).exists():
             _write_routers(partial, subject.routers(progress, device=device))
         if virtual:
-            copy_small_files(made, partial)
+            copy_virtual_files(made, partial)
         else:
             progress.start("writing", sum(write.nbytes for write in made.writes), "B")
             compose(made, partial, shard_size=shard_size, on_bytes=_unless_failed(ahead, progress.advance))
@@ -106,8 +119,9 @@ def build(
                 f"a source of {made.recipe.origin} changed while it was read",
                 hint="build again when no other program writes to the sources",
             )
-        earlier = given.record["stages"] if given else stages_beside(made.recipe)
-        record["stages"] = [*earlier, *record["stages"]]
+        before = given.record["stages"] if given else stages_beside(made.recipe)
+        *backbone, own = record["stages"]
+        record["stages"] = [*before, *earlier, *backbone, {**own, **said}]
         return finish(partial, out, record=record)
 
 

@@ -75,6 +75,13 @@ def same_values(a: TensorRef, b: TensorRef, *, limit: int | None) -> bool:
     return all(np.array_equal(first[start:stop], second[start:stop]) for start, stop in spans)
 
 
+def only_zeros(ref: TensorRef) -> bool:
+    """Whether all bytes of a tensor are zero; False without weights. Reads on only as long as they are."""
+    raw = map_bytes(ref) if ref.nbytes else np.ones(1, np.uint8)
+    starts = range(0, len(raw), _CHUNK)
+    return not raw[:_SAMPLE].any() and not any(raw[start : start + _CHUNK].any() for start in starts)
+
+
 def same_place(a: TensorRef, b: TensorRef) -> bool:
     """Whether two tensors are the same bytes of the same file, links resolved."""
     return (a.start, a.end) == (b.start, b.end) and os.path.realpath(a.file) == os.path.realpath(b.file)

@@ -28,6 +28,7 @@ from frankenmoe.cli.options import (
     COUNT,
     DEVICE,
     DTYPE,
+    EXPERTS_PER_TOKEN,
     JSON,
     NO_CACHE,
     REMOTE,
@@ -43,9 +44,11 @@ from frankenmoe.cli.push import push_command
 from frankenmoe.cli.run import run_command
 from frankenmoe.cli.serve import serve_command
 from frankenmoe.cli.settings import given, settings_options
-from frankenmoe.cli.show import show_built, show_checks, show_plan, warn
+from frankenmoe.cli.show import show_built, show_plan, warn
+from frankenmoe.cli.smaller import prune_command, remove_expert_command
 from frankenmoe.cli.text import is_unicode, json_text, printable, spelled_out
 from frankenmoe.cli.train import train_command
+from frankenmoe.cli.verify import verify_command
 from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError, bounded, explained
 from frankenmoe.moe.processes import is_main, world
 from frankenmoe.recipe import Recipe
@@ -154,28 +157,6 @@ def build_command(
     show_built(artifact)
 
 
-@app.command("verify", epilog=example("frankenmoe verify out/"))
-@click.argument("folder", metavar="ARTIFACT", type=click.Path(path_type=Path))
-@JSON
-@REMOTE
-def verify_command(folder: Path, as_json: bool, trust_remote_code: bool) -> None:
-    """Compare every byte of ARTIFACT with its sources.
-
-    Also compares names, shapes and types with the model class, and checks that all values are finite. Exits with code
-    2 at the first difference.
-    """
-    subject = open_subject(folder, trust_remote_code=trust_remote_code)
-
-    from frankenmoe.build.proof import verify
-
-    with bars() as progress:
-        checks = verify(subject, progress=progress)
-    if as_json:
-        click.echo(json_text({check.what: check.found for check in checks}))
-    else:
-        show_checks(folder, checks)
-
-
 @app.command("chat", epilog=example('frankenmoe chat recipe.yml --prompt "Once upon a time" --trace'))
 @click.argument("what", metavar="ARTIFACT|RECIPE|FILE.gguf", type=click.Path(path_type=Path))
 @click.option("--prompt", help="Send this message, print the reply and exit.")
@@ -186,6 +167,7 @@ def verify_command(folder: Path, as_json: bool, trust_remote_code: bool) -> None
 @click.option("--seed", type=SEED, default=0, show_default=True, help="Seed for sampling.")
 @click.option("--trace", is_flag=True, help="Show the experts of each token.")
 @click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, slightly inexact.")
+@EXPERTS_PER_TOKEN
 @placed
 @json_option("Print reply and trace as JSON; needs --prompt.")
 @NO_CACHE
@@ -198,6 +180,7 @@ def chat_command(
     seed: int,
     trace: bool,
     int8: bool,
+    experts_per_token: int | None,
     device: str,
     dtype: str | None,
     as_json: bool,
@@ -218,6 +201,10 @@ def chat_command(
 
         if int8:
             raise click.UsageError("--int8 needs an artifact or a recipe; `export` quantizes GGUF files")
+        if experts_per_token is not None:
+            raise click.UsageError(
+                "a GGUF file has its number of experts per token; `export --experts-per-token` sets it"
+            )
         if device != "auto" or dtype is not None:
             raise click.UsageError("--device and --dtype need an artifact or a recipe; llama.cpp reads GGUF files here")
         if trace:
@@ -230,7 +217,9 @@ def chat_command(
             seed=seed,
             as_json=as_json,
         )
-    subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
+    subject = open_subject(
+        what, cache=not no_cache, trust_remote_code=trust_remote_code, experts_per_token=experts_per_token
+    )
     if subject.artifact is None:
         warn(subject.planned.warnings)
 
@@ -290,9 +279,12 @@ def schema_command() -> None:
 
 
 for command in (
+    verify_command,
     fit_command,
     heal_command,
     add_expert_command,
+    remove_expert_command,
+    prune_command,
     adopt_command,
     extract_command,
     extract_lora_command,

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from frankenmoe.cache import cache_folder
 from frankenmoe.charts import ChartError
-from frankenmoe.cli.options import REMOTE, SIZE, example, placed
+from frankenmoe.cli.options import EXPERTS_PER_TOKEN, REMOTE, SIZE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import warn
@@ -19,7 +19,7 @@ from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.moe.processes import is_main
 from frankenmoe.recipe.sections import EvalSettings
 from frankenmoe.recipe.settings import settings_with
-from frankenmoe.subject import open_model
+from frankenmoe.subject import Subject, open_model
 
 if TYPE_CHECKING:
     from frankenmoe.evaluate.run import Report
@@ -47,6 +47,7 @@ SHORT = {
 @click.option("--text", "texts", multiple=True, metavar="[NAME=]FILE", help="Text to measure the loss on (repeatable).")
 @click.option("--batch-size", default="auto", show_default=True, help="Sequences at once; `auto` depends on memory.")
 @click.option("--memory", type=SIZE, help="Memory of one pass; default: a share of the free memory.")
+@EXPERTS_PER_TOKEN
 @placed
 @click.option(
     "--json", "json_file", type=click.Path(path_type=Path), help="Write the report to this file; - for stdout."
@@ -63,6 +64,7 @@ def eval_command(
     texts: tuple[str, ...],
     batch_size: str,
     memory: int | None,
+    experts_per_token: int | None,
     device: str,
     dtype: str | None,
     json_file: Path | None,
@@ -97,7 +99,14 @@ def eval_command(
     if plot_file is not None:
         check_plot(plot_file)
     store = None if no_cache else cache or cache_folder("scores")
-    opened = [open_model(model, cache=not no_cache, trust_remote_code=trust_remote_code) for model in models]
+    opened = [
+        open_model(model, cache=not no_cache, trust_remote_code=trust_remote_code, experts_per_token=experts_per_token)
+        for model in models
+    ]
+    if experts_per_token is not None and not any(isinstance(each, Subject) for each in opened):
+        raise PlanError(
+            f"--experts-per-token is for mixtures, found dense models: {', '.join(models)}", hint="leave it out"
+        )
     with bars() as progress:
         report = evaluate(
             opened,

@@ -1,5 +1,6 @@
 """`frankenmoe export`: its options and its table of files."""
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from frankenmoe.cli.options import COUNT, JSON, NO_CACHE, REMOTE, example
+from frankenmoe.cli.options import COUNT, EXPERTS_PER_TOKEN, JSON, NO_CACHE, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.text import json_text
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 @click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @settings_options(ExportSettings)
+@EXPERTS_PER_TOKEN
 @click.option("--threads", type=COUNT, help="CPU threads; default: all cores.")
 @NO_CACHE
 @JSON
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 def export_command(
     what: Path,
     out: Path,
+    experts_per_token: int | None,
     threads: int | None,
     no_cache: bool,
     as_json: bool,
@@ -47,10 +50,13 @@ def export_command(
     Reads an artifact or a recipe directly, without a large file in between. Types: f32, f16, bf16, q8_0, q6_k, q5_k_m,
     q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. OUT/export.json lists the files and compares them with the source.
     """
+    from frankenmoe.export.ollama import modelfile_of
     from frankenmoe.export.run import check_files, export_gguf, token_notes, write_report
 
     settings = settings_with(ExportSettings(), given(options))
-    subject = open_subject(what, cache=not no_cache, trust_remote_code=trust_remote_code)
+    subject = open_subject(
+        what, cache=not no_cache, trust_remote_code=trust_remote_code, experts_per_token=experts_per_token
+    )
     with bars() as progress:
         files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress, resume=True)
         checks = check_files(subject, files, settings=settings, threads=threads, progress=progress)
@@ -61,6 +67,9 @@ def export_command(
         click.echo(json_text(_as_data(files, checks)))
     else:
         _show(files, checks)
+        if settings.ollama:
+            file = modelfile_of(files[-1].path)
+            click.echo(f"for Ollama: {shlex.join(['ollama', 'create', file.stem.lower(), '-f', str(file)])}")
 
 
 def _as_data(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> list[dict[str, Any]]:

@@ -94,6 +94,9 @@ def placed(command: Callable[..., Any]) -> Callable[..., Any]:
     return DEVICE(dtype_option("Type to compute in; default: as stored.")(command))
 
 
+EXPERTS_PER_TOKEN = click.option(
+    "--experts-per-token", type=COUNT, metavar="N", help="Experts per token in each layer; default: the model's number."
+)
 NO_CACHE = click.option("--no-cache", is_flag=True, help="Neither read nor write cached routers and backbones.")
 JSON = json_option("Print JSON instead of a table.")
 DTYPE = dtype_option("Type to store weights in; default: the recipe's.")

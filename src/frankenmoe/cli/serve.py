@@ -7,7 +7,7 @@ from typing import Annotated
 import click
 from pydantic import Field
 
-from frankenmoe.cli.options import COUNT, NO_CACHE, REMOTE, Number, example, placed
+from frankenmoe.cli.options import COUNT, EXPERTS_PER_TOKEN, NO_CACHE, REMOTE, Number, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import warn
 from frankenmoe.errors import PlanError
@@ -33,6 +33,7 @@ INSTALL = "pip install 'frankenmoe[serve]'"
 @click.option("--timeout", type=COUNT, default=600, show_default=True, help="Longest time for an answer, in seconds.")
 @click.option("--cors", metavar="ORIGIN", multiple=True, help="Site whose pages may ask, as https://... (repeatable).")
 @click.option("--int8", is_flag=True, help="Round weights to 8 bits in memory: faster, slightly inexact.")
+@EXPERTS_PER_TOKEN
 @placed
 @NO_CACHE
 @REMOTE
@@ -46,6 +47,7 @@ def serve_command(
     timeout: int,
     cors: tuple[str, ...],
     int8: bool,
+    experts_per_token: int | None,
     device: str,
     dtype: str | None,
     no_cache: bool,
@@ -60,6 +62,12 @@ def serve_command(
         raise PlanError(
             f"{what} is not an artifact, a recipe or a GGUF file, expected one of them",
             hint="check the path; a dense model can be served beside one of these: --beside",
+        )
+    for_torch = int8 or experts_per_token is not None or device != "auto" or dtype is not None
+    if for_torch and all(kind_of(each) == "gguf" for each in (what, *beside)):
+        raise click.UsageError(
+            "--int8, --experts-per-token, --device and --dtype need an artifact or a recipe; llama.cpp reads GGUF "
+            "files here"
         )
     if kind_of(what) in ("recipe", "mixture"):
         warn(open_subject(what, trust_remote_code=trust_remote_code).planned.warnings)
@@ -77,7 +85,15 @@ def serve_command(
         serve(
             [what, *beside],
             address=Address(host, port, api_key, cors),
-            how=Loading(device, dtype, int8, not no_cache, trust_remote_code, max_tokens),
+            how=Loading(
+                device=device,
+                dtype=dtype,
+                int8=int8,
+                cache=not no_cache,
+                trust_remote_code=trust_remote_code,
+                most=max_tokens,
+                experts_per_token=experts_per_token,
+            ),
             seconds=timeout,
             on_ready=ready,
             progress=progress,

@@ -189,17 +189,6 @@ def show_built(artifact: Artifact) -> None:
     click.echo(f"next: {command('chat', artifact.folder)}")
 
 
-def show_checks(folder: Path, checks: Sequence[Any]) -> None:
-    """Prints one line per passed check."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="green", no_wrap=True)
-    table.add_column(overflow="fold")
-    for check in checks:
-        table.add_row(cell(f"ok  {check.what}"), cell(check.found))
-    console().print(table)
-    click.echo(f"{folder} matches its recipe")
-
-
 def command(*words: object) -> str:
     """A command of this program, quoted for a shell."""
     return f"{program()} {shlex.join(map(str, words))}"

@@ -24,6 +24,7 @@ class Contestant:
     """A model to evaluate. `load` loads it; `tokenizer` is the folder of its tokenizer.
 
     With `forcing`, only the losses of these domains are measured, each with the expert at this path in every layer.
+    `experts_per_token` is that of a mixture.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Contestant:
     load: Callable[[], Any]
     tokenizer: Path
     forcing: Mapping[str, RouterPath] | None = None
+    experts_per_token: int | None = None
 
 
 def contestant(model: Subject | Dense, dtype: str | None, progress: Progress) -> Contestant:
@@ -51,7 +53,10 @@ def contestant(model: Subject | Dense, dtype: str | None, progress: Progress) ->
     def moe() -> Any:
         return model.load(dtype=dtype, progress=progress).model
 
-    return Contestant(name, MOE, model.origin, moe, model.parts.folder)
+    used = model.parts.top_k
+    if used != model.own_experts_per_token:
+        name = f"{name} top-{used}"
+    return Contestant(name, MOE, model.origin, moe, model.parts.folder, experts_per_token=used)
 
 
 def with_unique_names(contestants: Sequence[Contestant]) -> list[Contestant]:

@@ -193,7 +193,8 @@ def _run_all(
             origin=each.origin,
             progress=progress,
         )
-        results.append(replace(result, facts={**result.facts, "tokenizer_digest": digest}))
+        facts = {"tokenizer_digest": digest, "experts_per_token": each.experts_per_token}
+        results.append(replace(result, facts={**result.facts, **facts}))
         del model
         gc.collect()
     return results

@@ -39,7 +39,8 @@ class Begun:
         else:
             model = f"{subject.artifact.record['recipe_digest']}/{sha256(subject.artifact.folder / ROUTERS)}"
         texts = states_of(settings.imatrix, folder=Path.cwd()) or settings.imatrix
-        return cls(folder / BEGUN, digest_of(os.path.realpath(subject.origin), model, texts, settings.pad256))
+        used = subject.parts.top_k
+        return cls(folder / BEGUN, digest_of(os.path.realpath(subject.origin), model, texts, settings.pad256, used))
 
     def finished(self) -> frozenset[Path]:
         """The files that were begun by the same export and have their names."""

@@ -8,10 +8,10 @@ from typing import Any
 
 from frankenmoe import system
 from frankenmoe.artifact.folder import check_disk
+from frankenmoe.checkpoint.quantize import require
 from frankenmoe.checkpoint.writer import partial_of
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.export.head import head_bytes
-from frankenmoe.export.quantize import require
 from frankenmoe.export.tokenizer import vocabulary_of
 from frankenmoe.export.write import Importance, Target, write_files
 from frankenmoe.families.llamacpp import FILE_TYPES, FileType

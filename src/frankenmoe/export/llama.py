@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frankenmoe import system
+from frankenmoe.checkpoint.gguffile import AGAIN, facts_of, open_gguf, whole
+from frankenmoe.checkpoint.quantize import INSTALL
 from frankenmoe.errors import ArtifactError, SourceError
-from frankenmoe.export.quantize import INSTALL
 from frankenmoe.export.trial import can_read, check_renders
 from frankenmoe.families.archs import ARCHS, MAX_EXPERTS
 
@@ -181,32 +182,17 @@ def check_loadable(file: Path) -> dict[str, Any]:
 
     llama.cpp aborts on an MoE whose metadata lack a valid number of experts per token.
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ArtifactError("reading a GGUF file needs the gguf package", hint=INSTALL) from error
-    if not file.is_file():
-        raise ArtifactError(f"{file} is not a file", hint="make one with `frankenmoe export`")
-    try:
-        reader = gguf.GGUFReader(file)
-        size = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
-        facts = {name: reader.fields[name].contents() for name in reader.fields if not name.startswith("tokenizer.")}
+    reader = open_gguf(file)
+    with whole(file):
+        facts = facts_of(reader)
         template = reader.fields.get("tokenizer.chat_template")
         facts["chat_template"] = template.contents() if template else ""
         words, kinds = (reader.fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "token_type"))
         facts["whole_token"] = next(
             (at for at, word in enumerate(words) if word.isascii() and word.isalnum() and kinds[at] == NORMAL), 0
         )
-    except Exception as error:  # of many classes: the reader does not validate its input
-        raise ArtifactError(f"{file} is not a whole GGUF file: {error}", hint="export or fetch it again") from error
-    if size > file.stat().st_size:
-        raise ArtifactError(
-            f"{file} is truncated: {size - file.stat().st_size} bytes are missing", hint="export or fetch it again"
-        )
     if len(set(words)) < len(words):
-        raise ArtifactError(
-            f"{file} has one token with two ids, on which llama.cpp aborts", hint="export or fetch it again"
-        )
+        raise ArtifactError(f"{file} has one token with two ids, on which llama.cpp aborts", hint=AGAIN)
     arch = str(facts.get("general.architecture"))
     experts, used = facts.get(f"{arch}.expert_count", 0), facts.get(f"{arch}.expert_used_count", 0)
     if experts and not 1 <= used <= experts <= MAX_EXPERTS:

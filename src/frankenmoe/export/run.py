@@ -16,6 +16,8 @@ from frankenmoe.checkpoint.header import read_header
 from frankenmoe.errors import ArtifactError
 from frankenmoe.export.begun import Begun, reported
 from frankenmoe.export.files import GgufFile, check_output, export_files
+from frankenmoe.export.ollama import shape_of, write_modelfiles
+from frankenmoe.export.tokenizer import vocabulary_of
 from frankenmoe.planning.buildable import check_buildable
 from frankenmoe.planning.forecast import gguf_parts
 from frankenmoe.planning.gguf import layout
@@ -68,20 +70,29 @@ def export_gguf(
             importance=bool(settings.imatrix),
             finished=finished,
         )
+        vocabulary = vocabulary_of(parts) if settings.ollama else None
+        shape = shape_of(vocabulary) if vocabulary else None
         found = _importance(subject, parts, settings, progress) if settings.imatrix else None
         if begun and set(paths) - finished:
             begun.note(paths)
-        return export_files(
+        files = export_files(
             parts,
             Path(out),
             types=settings.types,
             pad256=settings.pad256,
             importance=found.importance if found else None,
-            notes=starved_notes(parts, found) if found else (),
+            notes=(
+                *count_notes(subject),
+                *(starved_notes(parts, found) if found else ()),
+                *(shape.notes if shape else ()),
+            ),
             finished=finished,
             threads=threads,
             progress=progress,
         )
+        if vocabulary is not None:
+            write_modelfiles(files, shape, vocabulary, parts)
+        return files
 
 
 def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progress: Progress) -> "Measured":
@@ -96,6 +107,14 @@ def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progre
     progress.start("measuring importance", len(blocks), "blocks")
     return measure(
         moe, layout(parts, pad256=settings.pad256), [block.ids for block in blocks], on_step=progress.advance
+    )
+
+
+def count_notes(subject: Subject) -> tuple[str, ...]:
+    """A sentence if the files have another number of experts per token than the model."""
+    used, own = subject.experts_per_token, subject.own_experts_per_token
+    return (
+        () if used in (None, own) else (f"{used} experts per token in this file, {own} in the model it is made from",)
     )
 
 
@@ -171,7 +190,6 @@ def token_notes(
     from frankenmoe.data.hardtext import HARD
     from frankenmoe.export.probe import split_otherwise
     from frankenmoe.export.samples import PROMPTS
-    from frankenmoe.export.tokenizer import vocabulary_of
     from frankenmoe.moe.dense import load_tokenizer
 
     parts = open_subject(what).parts
@@ -230,10 +248,10 @@ def gguf_parts_of(subject: Subject, *, allow_random: bool, progress: Progress) -
     if subject.artifact is not None:
         yield subject.parts
         return
-    parts = gguf_parts(subject.resolved(progress).plan)
+    gguf_parts(subject.resolved(progress).plan)  # once more: by now the backbone is known
     with tempfile.TemporaryDirectory() as folder:
         write_routers(Path(folder), subject.routers(progress).routers)
-        yield parts.with_gates(read_header(Path(folder) / ROUTERS))
+        yield subject.parts.with_gates(read_header(Path(folder) / ROUTERS))
 
 
 def _check_set(subject: Subject, *, allow_random: bool) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from frankenmoe.checkpoint.cast import Bytes, Floats, decode
+from frankenmoe.checkpoint.quantize import quantize
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite, materialize
 from frankenmoe.checkpoint.writer import partial_of, replacing, write_all
 from frankenmoe.errors import NumericsError, SourceError
-from frankenmoe.export.quantize import quantize
 from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
 
 CHUNK = 2**17  # elements that one thread encodes at a time

@@ -7,6 +7,7 @@ from frankenmoe.families.rotary import rope
 from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat, RouterRule
 
 NORMALIZES = "norm_topk_prob"
+BALANCE = "router_aux_loss_coef"
 # fields that dense and MoE configs spell the same
 COPIED = (
     "vocab_size",
@@ -97,12 +98,14 @@ def moe_config(
     shared_ffn: int,
     dtype: str,
     rule: RouterRule | None = None,
+    by_domain: bool = False,
 ) -> dict[str, Any]:
     """config.json of the MoE: fields copied from the base, or its family's defaults, then the format's own fields.
 
     Rotary settings and dtype are written in the spellings of transformers 4 and 5. Without `rope_theta`, transformers 4
     would take the *format's* default. `dtype` is a torch name such as `bfloat16`. `shared_ffn` is the width of the
-    shared expert, 0 for none. `rule` is the format's, if not given.
+    shared expert, 0 for none. `rule` is the format's, if not given. `by_domain`: the routers send each domain to its
+    own expert, so the loss for an even load is off in other programs' training.
     """
     dims = family.dims(config)
     quantities = {
@@ -136,6 +139,7 @@ def moe_config(
         **own,
         **fmt.constants,
         **({NORMALIZES: (rule or fmt.router).normalizes} if NORMALIZES in fmt.constants else {}),
+        **({BALANCE: 0.0} if by_domain and fmt.balances else {}),
         **{key: quantities[quantity] for key, quantity in fmt.counted.items()},
         "output_router_logits": False,
         "dtype": dtype,

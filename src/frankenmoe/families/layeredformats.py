@@ -76,6 +76,7 @@ LAYERED_FORMATS = (
         },
         holds=frozenset({"layer_types"}),
         router=RouterRule(score="sigmoid", epsilon=1e-6),
+        balances=False,
     ),
     MoEFormat(
         name="qwen3_5_moe",
@@ -155,6 +156,7 @@ LAYERED_FORMATS = (
         },
         holds=frozenset({"layer_types", "sliding_window", "attention_bias"}),
         interleaved=True,
+        balances=False,
     ),
     MoEFormat(
         name="gemma4",
@@ -194,6 +196,7 @@ LAYERED_FORMATS = (
         },
         holds=frozenset({"layer_types", "sliding_window", "attention_bias"}),
         router=SOFTMAX,
+        balances=False,
         rope_by_kind=True,
         ends_in_full=True,
         no_gguf="its Gemma 4 architecture is not checked yet",

@@ -260,6 +260,7 @@ class MoEFormat:
     settings for each kind of layer. `ends_in_full`: its last layer always has full attention, so behind any other a
     layer follows that changes nothing. `partial_rotary`: it can rotate a part of each head. `on_request`: only where
     the recipe names it.
+    `balances`: its class in transformers reads `router_aux_loss_coef`, the weight of a loss for an even load.
     `no_gguf`: why llama.cpp cannot run it, where that is known or not checked.
     """
 
@@ -289,6 +290,7 @@ class MoEFormat:
     partial_rotary: bool = False
     free_heads: bool = True
     interleaved: bool = False
+    balances: bool = True
     no_gguf: str | None = None
     notes: tuple[Note, ...] = ()
 

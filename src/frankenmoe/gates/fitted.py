@@ -107,7 +107,11 @@ def text_facts(text: OwnText) -> dict[str, Any]:
         "from": list(text.origin),
         "tokens": sum(len(block.ids) for block in text.kept),
         "held_out_tokens": sum(block.targets for block in text.held),
-        **({} if text.from_prompts else {"block": len(text.kept[0].ids), "spans": joined_spans(text.kept)}),
+        **(
+            {"longest": max(len(block.ids) for block in (*text.kept, *text.held))}
+            if text.from_prompts
+            else {"block": len(text.kept[0].ids), "spans": joined_spans(text.kept)}
+        ),
     }
 
 

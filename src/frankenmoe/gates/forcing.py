@@ -1,9 +1,9 @@
-"""Replaces routers temporarily: every token goes to the expert at a path. Also reads and sets gates.
+"""Replaces routers temporarily, such as by one that sends every token to the expert at a path. Reads and sets gates.
 
 Shape suffixes: T tokens, K chosen experts, E experts.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -47,8 +47,12 @@ def forced(model: nn.Module, path: RouterPath, *, except_for: bool = False) -> I
     If that expert has experts of its own, all of them are used equally; so do SHARED and () with the outer experts.
     `except_for` uses all siblings of the expert at `path` equally instead, or that expert if it has none.
     """
-    with _replaced(
-        (block, chosen) for outer in outer_blocks(model).values() for block, chosen in _choices(outer, path, except_for)
+    with replaced(
+        [
+            (block, Forced(chosen, experts=len(block.experts)))
+            for outer in outer_blocks(model).values()
+            for block, chosen in _choices(outer, path, except_for)
+        ]
     ):
         yield
 
@@ -70,12 +74,13 @@ def _choices(block: MoEBlock, path: RouterPath, except_for: bool) -> Iterator[tu
 
 
 @contextmanager
-def _replaced(choices: Iterator[tuple[MoEBlock, list[int]]]) -> Iterator[None]:
+def replaced(routers: Iterable[tuple[MoEBlock, nn.Module]]) -> Iterator[None]:
+    """Within the context, every block has the router beside it."""
     before = []
     try:
-        for block, chosen in list(choices):
+        for block, router in routers:
             before.append((block, block.router))
-            block.router = Forced(chosen, experts=len(block.experts))  # type: ignore[assignment]
+            block.router = router  # type: ignore[assignment]
         yield
     finally:
         for block, router in before:

@@ -104,6 +104,28 @@ def with_text(statistics: RouterStatistics, text: RouterText, moments: Moments) 
     )
 
 
+def without_texts(
+    statistics: RouterStatistics, gone: Mapping[str, Moments], *, classes: Sequence[int]
+) -> RouterStatistics:
+    """The statistics without some texts, whose moments are given, and with these of the classes, in this order.
+
+    It undoes `with_text`, up to rounding.
+    """
+    second_LDD = statistics.second_LDD.clone()
+    for text in statistics.texts:
+        if text.name in gone:
+            moments = gone[text.name]
+            second_LDD -= moments.second_LDD / (moments.count_L.double()[:, None, None] / text.weight)
+    left = [index for index, text in enumerate(statistics.texts) if text.name not in gone]
+    texts = (statistics.texts[index] for index in left)
+    return RouterStatistics(
+        tuple(replace(text, target_C=tuple(text.target_C[index] for index in classes)) for text in texts),
+        statistics.count_U[left],
+        statistics.mean_ULD[left],
+        second_LDD,
+    )
+
+
 @dataclass(frozen=True)
 class Fitted:
     """The content of the statistics file: one RouterStatistics per router, by path, and how gates were made from them.

@@ -92,9 +92,9 @@ def read_texts(
         names, home = (given[name], folder) if name in given else (expert.data, plan.recipe.folder)
         prompts = () if names else written(expert.positive_prompts)
         if names:
-            found.append(_from_data(name, path, tuple(names), tokenizer, home or plan.recipe.folder, tokens, length))
+            found.append(data_text(name, path, tuple(names), tokenizer, home or plan.recipe.folder, tokens, length))
         elif prompts:
-            found.append(_from_prompts(name, path, prompts, tokenizer, length, negative=False))
+            found.append(prompts_text(name, path, prompts, tokenizer, length, negative=False))
         elif not expert.experts and path != SHARED:
             raise RecipeError(
                 f"expert {name!r} has neither data nor positive_prompts, so no router can be fitted to it",
@@ -102,7 +102,7 @@ def read_texts(
             )
         negative = written(expert.negative_prompts)
         if negative:
-            found.append(_from_prompts(name, path, negative, tokenizer, length, negative=True))
+            found.append(prompts_text(name, path, negative, tokenizer, length, negative=True))
     for text in found:
         ids = chain.from_iterable(block.ids for block in (*text.kept, *text.held))
         check_vocabulary(ids, plan.base.config.get("vocab_size"), tokenizer, what=f"the text of {text.name!r}")
@@ -116,9 +116,10 @@ def _named(plan: Plan) -> Iterator[tuple[str, tuple[RouterPath, Expert]]]:
         yield plan.recipe.shared_experts[0].name, (SHARED, plan.recipe.shared_experts[0])
 
 
-def _from_data(
+def data_text(
     name: str, path: RouterPath, names: tuple[str, ...], tokenizer: Any, folder: Path, tokens: int, length: int
 ) -> OwnText:
+    """An expert's data as `read_texts` reads it. Raises SourceError for text that cannot be read or is too short."""
     count = max(2, tokens // length)
     try:
         blocks = text_blocks(
@@ -133,9 +134,10 @@ def _from_data(
     return OwnText(name, path, False, names, tuple(kept), tuple(held))
 
 
-def _from_prompts(
+def prompts_text(
     name: str, path: RouterPath, prompts: tuple[str, ...], tokenizer: Any, length: int, *, negative: bool
 ) -> OwnText:
+    """An expert's prompts as `read_texts` reads them."""
     blocks = []
     for prompt in prompts:
         try:

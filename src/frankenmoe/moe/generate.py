@@ -151,7 +151,7 @@ def checked(ids: Sequence[int], config: Any) -> list[int]:
 
 
 def room(config: Any, ids: Sequence[int]) -> int:
-    """How many tokens a model of this `config` can add to `ids`; at least MOST if it has no limit."""
+    """How many tokens a model of this `config` can add to `ids`; MOST if it has no limit."""
     limit = getattr(config, "max_position_embeddings", None)
     return MOST if limit is None else limit - len(ids)
 

@@ -145,6 +145,7 @@ def _export(job: Job, progress: Progress) -> None:
 def _check_export(job: Job) -> None:
     """Raises for a type, shape or tokenizer that llama.cpp does not have, before days of training."""
     from frankenmoe.export.files import check_output
+    from frankenmoe.export.ollama import shape_of
     from frankenmoe.export.tokenizer import vocabulary_of
     from frankenmoe.planning.forecast import gguf_parts
 
@@ -161,7 +162,9 @@ def _check_export(job: Job) -> None:
         importance=bool(settings.imatrix),
         spare=earlier,
     )
-    vocabulary_of(parts)
+    vocabulary = vocabulary_of(parts)
+    if settings.ollama:
+        shape_of(vocabulary)
 
 
 def _export_summary(job: Job) -> str:

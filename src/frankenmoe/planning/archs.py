@@ -16,11 +16,11 @@ from frankenmoe.planning.parts import Parts
 OWN_YARN = ("attention_factor", "mscale", "mscale_all_dim")
 
 
-def choose_arch(model: Parts) -> Arch:
-    """The first architecture that computes exactly this MoE. PlanError with the reasons if there is none."""
+def choose_arch(model: Parts, name: str | None = None) -> Arch:
+    """The first architecture, or the one of that name, that computes exactly this MoE. PlanError if there is none."""
     reasons = list(_cannot(model))
     facts, names = facts_of(model), _plain_names(model)
-    able = (arch for arch in ARCHS if model.stock[0].name in arch.formats)
+    able = (arch for arch in ARCHS if model.stock[0].name in arch.formats and name in (None, arch.name))
     found = [(arch, list(_differences(arch, model, facts, names))) for arch in able]
     exact = next((arch for arch, odd in found if not odd), None)
     if exact and not reasons:

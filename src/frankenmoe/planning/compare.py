@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from frankenmoe.checkpoint.fingerprint import same_place, same_values
+from frankenmoe.checkpoint.fingerprint import only_zeros, same_place, same_values
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.peft import CONFIG
-from frankenmoe.checkpoint.tensors import LowRank, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import LowRank, Noise, TensorRef, TensorWrite
 from frankenmoe.planning.sources import Source
-from frankenmoe.planning.tree import EVERY_NAME, FFN_ADAPTER, ExpertNode, strange_keys
+from frankenmoe.planning.tree import EVERY_NAME, FFN_ADAPTER, ExpertNode, down_names, strange_keys
 from frankenmoe.planning.vocabulary import rows_warning
 
 # bytes of a tensor that are compared in full when all sampled blocks are equal
@@ -44,6 +44,27 @@ def same_expert(one: ExpertNode, two: ExpertNode) -> bool:
     Of tensors larger than COMPARE_LIMIT only blocks are compared; see `compared_whole`.
     """
     return _outline(one) == _outline(two) and all(_same_content(*pair) for pair in _ref_pairs(one, two))
+
+
+def adds_nothing(node: ExpertNode) -> bool:
+    """Whether an expert puts out zero in every layer: all that it writes to the residual stream is stored zeros."""
+    leaves = list(node.leaves())
+    writes = [
+        (write, suffix in leaf.loras[layer] or any(isinstance(step, Noise) for step in write.steps))
+        for leaf in leaves
+        for layer, row in enumerate(leaf.ffn)
+        for suffix, write in row.items()
+        if suffix.startswith(down_names(leaf.source))
+    ]
+    # of most experts the first few numbers tell
+    return bool(writes) and all(not more and all(map(only_zeros, write.sources)) for write, more in writes)
+
+
+def spare_warnings(nodes: Sequence[ExpertNode], identical: Iterable[Sequence[int]], *, same: str) -> list[str]:
+    """A sentence for every group of experts that are the `same`, and for every expert that adds nothing."""
+    equal = [f"experts {', '.join(map(str, group))} are {same} and count as one for routing" for group in identical]
+    zero = [f"the output of expert {node.name} is always zero" for node in nodes if adds_nothing(node)]
+    return [f"{found}; `frankenmoe remove-expert` takes one out of a finished MoE" for found in (*equal, *zero)]
 
 
 def compared_whole(one: ExpertNode, two: ExpertNode) -> bool:

@@ -84,42 +84,43 @@ class GgufLayout:
         return 2 * held.get(kind.base, 0) > self.weights
 
 
-def layout(model: Parts, *, pad256: bool = False) -> GgufLayout:
+def layout(model: Parts, *, pad256: bool = False, arch: str | None = None) -> GgufLayout:
     """The GGUF layout of an MoE. Raises PlanError with the reasons if llama.cpp does not support it.
 
-    `pad256` pads hidden and FFN sizes to multiples of 256 with zeros. This is exact: a norm over d' numbers, of which
-    d' - d are zero, is off by sqrt(d / d'), which its weights and its epsilon correct.
+    `arch` names the architecture, by default the first that computes exactly this MoE. `pad256` pads hidden and FFN
+    sizes to multiples of 256 with zeros. This is exact: a norm over d' numbers, of which d' - d are zero, is off by
+    sqrt(d / d'), which its weights and its epsilon correct.
     """
-    arch = choose_arch(model)
+    chosen = choose_arch(model, arch)
     family = model.stock[1]
     dims = family.dims(model.config)
     wide = _padded(sizes(model)) if pad256 else sizes(model)
-    if pad256 and not (arch.pads and arch.free_heads):
-        why = "its layers need the exact hidden size" if arch.free_heads else "it must equal heads x head size"
+    if pad256 and not (chosen.pads and chosen.free_heads):
+        why = "its layers need the exact hidden size" if chosen.free_heads else "it must equal heads x head size"
         raise PlanError(
-            f"--pad256 changes the hidden size, which llama.cpp's {arch.name} does not allow: {why}",
+            f"--pad256 changes the hidden size, which llama.cpp's {chosen.name} does not allow: {why}",
             hint="omit --pad256",
         )
-    tensors = tuple(_tensors(model, arch, wide))
-    notes = notes_on(arch, model)
+    tensors = tuple(_tensors(model, chosen, wide))
+    notes = notes_on(chosen, model)
     if pad256:
         narrow, padded = f"{dims.hidden}/{dims.ffn}", f"{wide['hidden']}/{wide['ffn']}"
         notes = (*notes, f"padded with zeros from {narrow} to {padded}: LoRAs and merges for {narrow} do not fit it")
     names = {tensor.name for tensor in tensors}
     values = ((layer, f"blk.{layer}.attn_{what}.weight") for layer in range(dims.layers) for what in ("v", "qkv"))
     return GgufLayout(
-        arch=arch,
+        arch=chosen,
         tensors=tensors,
         facts=MixFacts(
             layers=dims.layers,
             experts=len(model.nodes),
             tied="output.weight" not in names,
-            is_70b=arch.name == "llama" and dims.layers == 80 and dims.heads != dims.kv_heads,
+            is_70b=chosen.name == "llama" and dims.layers == 80 and dims.heads != dims.kv_heads,
             valued=tuple(layer for layer, name in values if name in names),
         ),
         hidden=wide["hidden"],
         ffn=wide["ffn"],
-        metadata=metadata(arch, facts_of(model, wide)),
+        metadata=metadata(chosen, facts_of(model, wide)),
         notes=notes,
     )
 

@@ -57,10 +57,7 @@ class Mixture:
     @cached_property
     def expert(self) -> Templates:
         """Name of a tensor of routed experts -> the matrices it holds."""
-        first = next(iter(self.fmt.expert))
-        block = first.partition("experts.")[0] if "experts." in first else f"{first.rsplit('.', 2)[0]}."
-        packed = {f"{block}experts.gate_up_proj": GATE_UP, f"{block}experts.down_proj": DOWN}
-        return packed if all(name.format(layer=0) in self.tensors for name in packed) else self.fmt.expert
+        return expert_names(self.fmt, self.tensors)
 
     @cached_property
     def shared_ffn(self) -> int:
@@ -150,7 +147,7 @@ def open_mixture(source: Source, fmt: MoEFormat) -> Mixture:
             f"{source.name} is a {fmt.title} model that cannot be run exactly: it {'; it '.join(config.problems)}",
             hint="eval runs it as transformers does",
         )
-    found = Mixture(source.name, config, source.checkpoint, _as_saved(fmt, source.checkpoint.tensors))
+    found = Mixture(source.name, config, source.checkpoint, as_saved(fmt, source.checkpoint.tensors))
     if found.tensors:
         wanted = dict(_wanted(found))
         check_held(found.name, found.tensors, wanted, floats=wanted)
@@ -183,7 +180,15 @@ def _plain(write: TensorWrite) -> TensorRef | TensorWrite:
     return only if isinstance(only, TensorRef) else write
 
 
-def _as_saved(fmt: MoEFormat, tensors: Tensors) -> Tensors:
+def expert_names(fmt: MoEFormat, tensors: Tensors) -> Templates:
+    """Name of a tensor of routed experts -> the matrices it holds, for a model with these tensors."""
+    first = next(iter(fmt.expert))
+    block = first.partition("experts.")[0] if "experts." in first else f"{first.rsplit('.', 2)[0]}."
+    packed = {f"{block}experts.gate_up_proj": GATE_UP, f"{block}experts.down_proj": DOWN}
+    return packed if all(name.format(layer=0) in tensors for name in packed) else fmt.expert
+
+
+def as_saved(fmt: MoEFormat, tensors: Tensors) -> Tensors:
     """The tensors under the names that save_pretrained writes, as far as each is one tensor there."""
     if fmt.name not in IN_MEMORY:
         return tensors

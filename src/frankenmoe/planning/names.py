@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+from frankenmoe.errors import ArtifactError
 from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.recipe import Expert, Recipe
+from frankenmoe.suggest import did_you_mean
 
 Node = TypeVar("Node", Expert, ExpertNode)
 
@@ -29,3 +31,12 @@ def expert_data(recipe: Recipe) -> list[str]:
 def named_leaves(nodes: Sequence[ExpertNode]) -> Iterator[tuple[str, ExpertNode]]:
     """(name, expert) of every expert that is not a mixture itself; a nested one is named "group/leaf"."""
     return ((name, node) for name, _, node in named_experts(nodes) if not node.children)
+
+
+def expert_called(expert: str, names: Sequence[str], *, where: object) -> str:
+    """The one of `names` that a user means by its name or its number from 0. ArtifactError if there is none."""
+    if expert in names:
+        return expert
+    if expert.isdecimal() and int(expert) < len(names):
+        return names[int(expert)]
+    raise ArtifactError(f"{where} has no expert {expert!r}", hint=did_you_mean(expert, names))

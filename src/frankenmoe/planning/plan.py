@@ -29,6 +29,7 @@ from frankenmoe.planning.compare import (
     licence_warnings,
     same_expert,
     source_warnings,
+    spare_warnings,
 )
 from frankenmoe.planning.distance import Distance, distances
 from frankenmoe.planning.files import check_small_files, deciding_files, small_files, states
@@ -58,7 +59,7 @@ from frankenmoe.planning.tree import ExpertNode, expert_nodes, ffn_writes
 from frankenmoe.planning.unused import unused_tensors
 from frankenmoe.planning.vocabulary import with_rows_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.recipe import FIT_MODES, Recipe
+from frankenmoe.recipe import DOMAIN_MODES, FIT_MODES, Recipe
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ class Plan:
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors, `groups` the
     built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
     True if some identical experts (or the base) are so large that only blocks of them were compared. `measured` is the
-    report on how the backbone was chosen, if it was by measurement.
+    report on how the backbone was chosen, if it was by measurement. `carried`: the recipe's `trained` file is a
+    temporary one, so an artifact gets a copy.
     """
 
     recipe: Recipe
@@ -93,6 +95,7 @@ class Plan:
     trained: tuple[TensorRef, ...] = field(default=(), repr=False)
     extracted: Mapping[tuple[int, ...], Extracted] = field(default_factory=dict, repr=False)
     measured: Mapping[str, Any] | None = field(default=None, repr=False)
+    carried: bool = False
     warnings: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
@@ -154,6 +157,7 @@ class Plan:
             shared_ffn=self.translation.width(self.shared[0]) if self.shared else 0,
             dtype=self.dtype_name,
             rule=self.rule,
+            by_domain=self.recipe.gate_mode in DOMAIN_MODES,
         )
 
     @cached_property
@@ -363,10 +367,7 @@ def _identity_warnings(made: Plan) -> list[str]:
             f"{computes}, whatever its routers are, even trained ones; break the symmetry with "
             "noise_relative (such as 0.01) or adapters, then train"
         ]
-    return [
-        f"experts {', '.join(map(str, group))} are {same} and count as one for routing"
-        for group in made.identical_experts
-    ]
+    return spare_warnings(made.nodes, made.identical_experts, same=same)
 
 
 def _own_warnings(made: Plan) -> list[str]:

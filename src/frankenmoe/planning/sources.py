@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from frankenmoe.artifact.record import MODEL_TYPE
 from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
@@ -158,6 +159,11 @@ def open_source(
     opened = open_checkpoint(found, whole=weights or is_folder(name.path, folder=folder))
     checkpoint = language_model(opened)
     model_type = str(checkpoint.config.get("model_type"))
+    if model_type == MODEL_TYPE:
+        raise SourceError(
+            f"{name} is a virtual artifact of frankenmoe, expected a dense model",
+            hint="name the models of its recipe.yml instead",
+        )
     own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES and not format_of(checkpoint.config)
     if own_code and not trust_remote_code and not known_to_transformers(model_type):
         raise SourceError(

@@ -68,6 +68,7 @@ def results(facts: Facts, evidence: Evidence) -> str | Missing:
             model.model_copy(update={"name": facts.name}) if model.kind == "moe" else model for model in measured.models
         ]
         parts += _measured(measured.model_copy(update={"models": tuple(own_name)}))
+    parts += _other_counts(facts, measured, evidence.counts)
     if not parts:
         return Missing("the model was not evaluated; run `frankenmoe eval`")
     return "\n\n".join(parts)
@@ -120,6 +121,30 @@ def _measured(measured: EvalReport) -> Iterator[str]:
                 for row in costs
             ],
         )
+
+
+def _other_counts(facts: Facts, measured: EvalReport | None, counts: Mapping[int, EvalReport]) -> Iterator[str]:
+    """The same model with other numbers of experts per token, if they were measured, beside its own number."""
+    own = facts.artifact.record["experts_per_token"]
+    reports = {**counts, **({own: measured} if measured else {})}
+    rows = {used: report.moe for used, report in sorted(reports.items()) if report.moe}
+    if not counts:
+        return
+    tasks = ordered({task for row in rows.values() for task in row.scores if task in TASKS})
+    domains = list(dict.fromkeys(domain for row in rows.values() for domain in row.loss))
+    head = ("experts per token", *(TASKS[task].dataset_name for task in tasks), *map(plain, domains))
+    cells = [
+        (
+            f"{used} (its own)" if used == own else str(used),
+            *(_score(row, task) for task in tasks),
+            *(_loss(row, domain) for domain in domains),
+        )
+        for used, row in rows.items()
+    ]
+    yield (
+        "With other numbers of experts per token (`--experts-per-token`), on the same routers; tasks in percent, text "
+        f"in nats per token:\n\n{table(head, cells)}"
+    )
 
 
 def _score(row: EvaluatedModel, task: str) -> str:

@@ -28,10 +28,14 @@ R = TypeVar("R", bound=StageReport)
 
 @dataclass(frozen=True)
 class Evidence:
-    """The newest report of each kind; `stale` are sentences about reports of another state of the model."""
+    """The newest report of each kind; `stale` are sentences about reports of another state of the model.
+
+    `counts` are evaluations with another number of experts per token than the model's own.
+    """
 
     found: Mapping[str, StageReport]
     stale: tuple[str, ...]
+    counts: Mapping[int, EvalReport]
 
     def get(self, kind: type[R]) -> R | None:
         """The report of that type, if there is one."""
@@ -45,8 +49,17 @@ def collect(artifact: Artifact, *, given: Sequence[Path] = ()) -> Evidence:
     Raises ArtifactError for a given file that is no report, and for a report that cannot be read.
     """
     found: dict[str, StageReport] = {}
+    counts: dict[int, EvalReport] = {}
     stale: list[str] = []
     state = about(artifact)
+
+    def keep(report: StageReport) -> None:
+        used = report.moe.experts_per_token if isinstance(report, EvalReport) and report.moe else None
+        if isinstance(report, EvalReport) and used not in (None, artifact.record["experts_per_token"]):
+            counts[used] = report
+        else:
+            found[report.name] = report
+
     for file in _files(artifact.folder):
         report = _read(file)
         if report is None:
@@ -55,7 +68,7 @@ def collect(artifact: Artifact, *, given: Sequence[Path] = ()) -> Evidence:
         if reason:
             stale.append(f"{file.relative_to(artifact.folder)} {reason}")
         else:
-            found[report.name] = report
+            keep(report)
     for file in given:
         report = _read(file)
         if report is None:
@@ -65,8 +78,8 @@ def collect(artifact: Artifact, *, given: Sequence[Path] = ()) -> Evidence:
         reason = _foreign(report, artifact, state)
         if reason:
             raise ArtifactError(f"{file} {reason}", hint=HINT)
-        found[report.name] = report
-    return Evidence(found, tuple(stale))
+        keep(report)
+    return Evidence(found, tuple(stale), counts)
 
 
 def _files(folder: Path) -> Iterator[Path]:

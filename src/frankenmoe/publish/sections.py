@@ -19,7 +19,7 @@ from frankenmoe.publish.markdown import code, fenced, plain, sentence, table
 from frankenmoe.publish.reports import Evidence
 from frankenmoe.recipe import PROMPT_MODES, RANDOM_MODES
 from frankenmoe.recipe.backbone import AVERAGE, BASE, GROUPS
-from frankenmoe.recipe.gatemodes import GATE_MODES
+from frankenmoe.recipe.gatemodes import DOMAIN_MODES, GATE_MODES
 from frankenmoe.recipe.sections import SECTIONS
 
 GIB = 2**30
@@ -148,6 +148,8 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
             lines.append(_fitted("They were fitted again", stage["fit"]))
         elif name == "add-expert":
             lines.append("An expert was added, and its row of the gates was fitted without the other experts' text.")
+        elif name in ("remove-expert", "prune"):
+            lines.append(_taken_out(stage))
         elif name == "train" and training is None:
             lines.append("They were then trained together with the experts.")
     if training:
@@ -158,6 +160,15 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
             f"state that was kept (step {training.best_step})."
         )
     return " ".join(lines)
+
+
+def _taken_out(stage: Mapping[str, Any]) -> str:
+    """Which experts went, and what became of the gates."""
+    names, method = plain(", ".join(stage["removed"])), stage["gates"]
+    gates = (
+        "the other rows stayed" if method == "kept" else f"the gates were fitted again without their text ({method})"
+    )
+    return f"Then the experts {names} were taken out, and {gates}."
 
 
 def _began(facts: Facts, stage: Mapping[str, Any]) -> str:
@@ -223,6 +234,12 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
             'ids = tokenizer("Once upon a time", return_tensors="pt").to(model.device)\n'
             "print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))\n```"
         )
+        if facts.fmt.balances and facts.gate_mode in DOMAIN_MODES:
+            parts.append(
+                "To fine-tune it, leave `router_aux_loss_coef` at 0, as in its `config.json`. It is the weight of a "
+                "loss for an even load of the experts, which trainers such as TRL add. These routers send each domain "
+                "to its own expert, and an even load would undo that."
+            )
     parts.append(
         "frankenmoe, which shows the experts of every token:\n\n"
         f'```sh\nfrankenmoe chat {LOCAL} --prompt "Once upon a time" --trace\n```'
@@ -233,6 +250,15 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
             "its recipe names, and runs straight from them; `frankenmoe build` makes a checkpoint of it that other "
             "programs load."
         )
+        if (facts.artifact.folder / "config.json").is_file():
+            parts.append(
+                "Where frankenmoe is installed, transformers runs it too:\n\n```python\nimport frankenmoe\n"
+                "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+                f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
+                f'model = AutoModelForCausalLM.from_pretrained("{model}")\n```\n\n'
+                "Programs that do not import frankenmoe need `trust_remote_code=True`. This runs this repository's "
+                "`modeling_frankenmoe.py`, which imports frankenmoe."
+            )
     exported = evidence.get(ExportReport)
     if exported and exported.files:
         file = shlex.quote(" ".join(exported.files[0].name.split()))

@@ -24,9 +24,10 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "card": (CARD, "routing.png"),
     "weights": (
         *("*.safetensors", "*.safetensors.index.json", "config.json", "frankenmoe.json", "recipe.yml"),
+        "modeling_frankenmoe.py",  # of a virtual artifact, for transformers
         "adapters/**/*",  # of a virtual artifact that was trained
     ),
-    "gguf": ("*.gguf", "gguf/*.gguf"),
+    "gguf": ("*.gguf", "gguf/*.gguf", "*.Modelfile", "gguf/*.Modelfile"),
     "reports": ("reports/**/*", "training.json"),
     "tokenizer": ("*.json", "*.model", "*.txt", "*.jinja"),
 }

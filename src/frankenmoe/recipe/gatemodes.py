@@ -27,5 +27,7 @@ GATE_MODES: Mapping[str, str] = MappingProxyType(
     _PROMPTED | _RANDOM | {KEPT: "as they are in the mixture that the experts are of"} | _FITTED
 )
 PROMPT_MODES, RANDOM_MODES, FIT_MODES = frozenset(_PROMPTED), frozenset(_RANDOM), frozenset(_FITTED)
+# these send each expert's text to it, so an even load is not what they are for
+DOMAIN_MODES = PROMPT_MODES | FIT_MODES
 # the modes that measured best on such text, see benchmarks/routers.py
 FROM_PROMPTS, FROM_DATA = "logistic", "regret"

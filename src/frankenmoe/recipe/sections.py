@@ -15,6 +15,7 @@ from frankenmoe.recipe.fields import (
     Prompts,
     Rate,
     Seed,
+    Share,
     Strings,
     Temperature,
     Text,
@@ -51,6 +52,16 @@ class HealSettings(Closed):
         None, description="Ridge, times the mean square of an input; default: chosen for each layer on held-out text."
     )
     rank: Count | None = Field(None, description="Store the changes as adapters of this rank; default: whole matrices.")
+
+
+class PruneSettings(Closed):
+    """What decides which experts go, and what that may cost."""
+
+    tokens: FitTokens = Field(32768, description="Most tokens of each text.")
+    block: FitBlock = Field(256, description="Tokens read at once.")
+    rise: Share = Field(
+        0.05, description="Most that the mean held-out loss may rise, in nats per token; otherwise nothing is written."
+    )
 
 
 class AuditSettings(Closed):
@@ -94,6 +105,7 @@ class ExportSettings(Closed):
     texts: Annotated[Strings, Option("--text", metavar="DATA")] = Field(
         (), description="Text to compare on; default: a few short ones."
     )
+    ollama: bool = Field(False, description="Write a Modelfile for Ollama beside each file.")
     allow_random: bool = Field(False, description="Export even if the routers are random.")
 
 

@@ -6,15 +6,16 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from frankenmoe.serve.errors import RequestError, of_body
 
-MOST_CHOICES, MOST_PROMPTS, MOST_TOP = 16, 64, 20
+MOST_CHOICES, MOST_PROMPTS, MOST_STOPS, MOST_TOP = 16, 64, 64, 20
 MOST_BIAS = 100.0  # of an expert's logit; larger ones would only round the other logits away
 SEEDS = 2**63
 
+# a list is refused at its first bad entry, because a body could have a hundred thousand of them
 Text = Annotated[str, Field(max_length=2**20)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Stops = Annotated[list[Stop], Field(max_length=64)]
+Stops = Annotated[list[Stop], Field(fail_fast=True, max_length=MOST_STOPS)]
 Id = Annotated[int, Field(ge=0, lt=2**31)]
-Ids = Annotated[list[Id], Field(min_length=1)]
+Ids = Annotated[list[Id], Field(fail_fast=True, min_length=1)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-MOST_BIAS, le=MOST_BIAS)]
@@ -49,7 +50,7 @@ class Message(Body):
     """A turn of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: Text | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = Field(None, description="Ignored.")
 
     def turn(self) -> dict[str, str]:
@@ -73,7 +74,7 @@ class Asked(Body):
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: str | None = Field(None, description="Ignored.")
     experts_per_token: Count | None = Field(None, description="Experts that each token gets, in every layer.")
-    disable_experts: Annotated[list[Name], Field(max_length=1000)] = Field([], description="Experts to do without.")
+    disable_experts: Annotated[list[Name], Field(fail_fast=True)] = Field([], description="Experts to do without.")
     expert_bias: dict[Name, Bias] = Field({}, description="Numbers that are added to the router's logits.")
     trace: bool = Field(False, description="Also tell which experts each token got.")
 
@@ -95,7 +96,7 @@ class Asked(Body):
 class Chat(Asked):
     """The body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=10_000)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_tokens: Count | None = Field(None, description="Longest answer; the server has a limit, too.")
     max_completion_tokens: Count | None = Field(None, description="The same.")
     logprobs: bool = Field(False, description="Also tell how likely each token was.")
@@ -121,9 +122,9 @@ class Complete(Asked):
 
     prompt: (
         Text
-        | Annotated[list[Text], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Text], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
         | Ids
-        | Annotated[list[Ids], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[Ids], Field(fail_fast=True, min_length=1, max_length=MOST_PROMPTS)]
     )
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 16
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = Field(
@@ -149,8 +150,8 @@ class Complete(Asked):
 class Prompts(Body):
     """The prompts of one expert."""
 
-    positive: Annotated[list[Text], Field(min_length=1, max_length=1000)]
-    negative: Annotated[list[Text], Field(max_length=1000)] = []
+    positive: Annotated[list[Text], Field(fail_fast=True, min_length=1)]
+    negative: Annotated[list[Text], Field(fail_fast=True)] = []
 
 
 class Refit(Body):

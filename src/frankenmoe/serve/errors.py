@@ -11,8 +11,8 @@ from frankenmoe.recipe.refusals import in_words
 BUSY, GONE, STOPPING, TOO_LARGE, LATE = 429, 499, 503, 413, 408
 # fields of several types, for which pydantic reports a problem with each type
 _SEVERAL: Mapping[str, str] = {
-    "prompt": "a text, a list of texts, a list of token ids, or a list of lists of token ids",
-    "stop": "a text or a list of texts",
+    "prompt": "a text, a list of token ids, or a list of up to 64 of either",
+    "stop": "a text or a list of up to 64 texts, each of 1 to 1000 characters",
     "content": 'a text, or a list of {"type": "text", "text": ...}',
 }
 

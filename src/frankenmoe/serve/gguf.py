@@ -47,9 +47,11 @@ class Gguf:
         counts = [0, 0, 0]
         for at, said in enumerate(asked.prompts):
             for choice in range(asked.n):
+                index = at * asked.n + choice
                 if ticket.halted:
-                    return
-                usage = self._answer(asked, said, at * asked.n + choice, choice, ticket)
+                    ticket.say(Ended(index, "length"))
+                    continue
+                usage = self._answer(asked, said, index, choice, ticket)
                 counts[1] += usage.completion
                 if choice == 0:
                     counts = [counts[0] + usage.prompt, counts[1], counts[2] + usage.cached]

@@ -16,7 +16,7 @@ from typing import Any
 from frankenmoe.errors import FrankenMoEError
 from frankenmoe.serve.errors import BUSY, STOPPING, RequestError, of_error
 
-LONGEST = 64  # requests in the line
+LONGEST = 64  # requests that wait
 EVERY = 1.0  # seconds between two reports to one that waits
 _log = logging.getLogger("frankenmoe.serve")
 

@@ -26,7 +26,10 @@ Model = Running | Gguf
 
 @dataclass(frozen=True)
 class Loading:
-    """How models are loaded: where, in which type, and whether caches and remote code may be used."""
+    """How models are loaded: where, in which type, and whether caches and remote code may be used.
+
+    `most` is the largest number of tokens of an answer. `experts_per_token` is for mixtures; None: as the model says.
+    """
 
     device: str = "auto"
     dtype: str | None = None
@@ -34,6 +37,7 @@ class Loading:
     cache: bool = True
     trust_remote_code: bool = False
     most: int = 2048
+    experts_per_token: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,13 +76,16 @@ def load_models(whats: Sequence[str | Path], *, how: Loading, progress: Progress
 
 
 def _open(what: str | Path, how: Loading) -> Subject | Dense | Path:
-    match kind_of(what):
-        case "gguf":
-            check_loadable(Path(what))
-            return Path(what)
-        case "mixture":
-            return open_subject(what, cache=how.cache, trust_remote_code=how.trust_remote_code)
-    return open_model(what, cache=how.cache, trust_remote_code=how.trust_remote_code)
+    if kind_of(what) == "gguf":
+        check_loadable(Path(what))
+        return Path(what)
+    opened = open_subject if kind_of(what) == "mixture" else open_model
+    return opened(
+        what,
+        cache=how.cache,
+        trust_remote_code=how.trust_remote_code,
+        experts_per_token=how.experts_per_token,
+    )
 
 
 def _free(stem: str, taken: Sequence[str]) -> str:

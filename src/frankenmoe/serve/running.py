@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
-from transformers import DynamicCache, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from frankenmoe.errors import SourceError
 from frankenmoe.moe.dense import mlp_modules
@@ -20,7 +20,7 @@ from frankenmoe.serve.bodies import Asked, Chat, Complete
 from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import Ticket
 from frankenmoe.serve.refitting import Refitter
-from frankenmoe.serve.writing import Piece, Token, Usage, Writer, told
+from frankenmoe.serve.writing import Ended, Piece, Token, Usage, Writer, told
 
 # T tokens, V vocabulary
 
@@ -83,8 +83,15 @@ class Running:
         if isinstance(body, Chat):
             return [encode(self._tokenizer, [message.turn() for message in body.messages], config)]
         assert isinstance(body, Complete)
-        given = (self._tokenizer(one)["input_ids"] if isinstance(one, str) else one for one in body.prompts)
-        return [checked(ids, config) for ids in given]
+        return [checked(self._ids(one), config) for one in body.prompts]
+
+    def _ids(self, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return list(self._tokenizer(prompt)["input_ids"])
+        size = self._moe.model.config.vocab_size
+        if max(prompt) >= size:
+            raise RequestError(f"prompt must have token ids from 0 to {size - 1}, found {max(prompt)}", param="prompt")
+        return prompt
 
     def write(self, asked: Task, ticket: Ticket) -> None:
         """Writes the answers to all prompts, and says the number of tokens at the end."""
@@ -92,10 +99,12 @@ class Running:
         with steered(self._moe.model, asked.steering):
             for at, ids in enumerate(asked.prompts):
                 for choice in range(asked.n):
+                    index = at * asked.n + choice
                     if ticket.halted:
-                        return
+                        ticket.say(Ended(index, "length"))
+                        continue
                     _seed(asked.seed, choice)
-                    written, known = self._answer(asked, ids, at * asked.n + choice, ticket)
+                    written, known = self._answer(asked, ids, index, ticket)
                     counts = [counts[0] + written, counts[1] + (known if choice == 0 else 0)]
         ticket.say(Usage(sum(map(len, asked.prompts)), *counts))
 
@@ -132,7 +141,7 @@ class Running:
                 )
                 self._cache.keep(out[:-1], cache, prompt=len(ids), way=asked.steering)
         ticket.say(writer.end())
-        return writer.count, known
+        return writer.count, 0 if asked.echo else known  # the echo has just read them
 
     @contextmanager
     def _watched(self, writer: Writer, asked: Task, ticket: Ticket) -> Iterator[None]:
@@ -169,8 +178,7 @@ class Running:
             targets = ids[start + 1 : start + READ_AT_ONCE + 1]
             for token, logits_V in zip(targets, out.logits[0], strict=False):
                 tokens.append(told(self._tokenizer, token, logits_V.float().log_softmax(-1), asked.top))
-        if isinstance(cache, DynamicCache):
-            self._cache.keep(ids, cache, prompt=len(ids), way=asked.steering)
+        self._cache.keep(ids, cache, prompt=len(ids), way=asked.steering)
         ticket.say(Piece(index, text, tuple(tokens)))
 
     def refit(self, prompts: Mapping[str, Any]) -> None:

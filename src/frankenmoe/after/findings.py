@@ -1,0 +1,268 @@
+"""Comparisons -> what is not as it should be, in sentences. No torch."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from frankenmoe.after.compare import RouterSeen, Seen, percent, root_mean
+from frankenmoe.after.experts import ExpertSeen, State
+from frankenmoe.after.other import EXPERTS, ROUTERS, Other, Place
+from frankenmoe.recipe.backbone import ATTENTION
+
+SHOWN = 4  # names in a sentence
+# what is said of an expert whose numbers are not its own
+SAID: Mapping[State, str] = {
+    State.MISSING: "is missing",
+    State.MISSHAPEN: "has another shape",
+    State.BROKEN: "holds NaN or infinity",
+    State.ZERO: "is zeros",
+    State.UNKNOWN: "is unlike every expert of the artifact, as if random",
+    State.TURNED: "has gate and up in each other's place",
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Every comparison of two models. `rest` are the tensors that are neither experts nor gates."""
+
+    other: Other
+    names: tuple[str, ...]
+    layers: int
+    experts: tuple[ExpertSeen, ...]
+    routers: tuple[RouterSeen, ...]
+    rest: Mapping[Place, Seen]
+    absent: tuple[Place, ...] = ()
+
+    def name(self, index: int) -> str:
+        """The name of an expert of theirs: ours at that place, as far as there is one."""
+        return self.names[index] if index < len(self.names) else f"number {index}"
+
+    def by_part(self) -> dict[str, list[Seen]]:
+        """Part of the model -> its tensors that could be compared."""
+        found: dict[str, list[Seen]] = {EXPERTS: [seen for each in self.experts for seen in each.matrices.values()]}
+        found[ROUTERS] = [each.seen for each in self.routers if each.seen.far == each.seen.far]
+        for place, seen in self.rest.items():
+            found.setdefault(place.part, []).append(seen)
+        return {part: some for part, some in found.items() if some}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence without its full stop. `fault`: it should not be so. `kind` is a word for programs."""
+
+    kind: str
+    text: str
+    fault: bool = True
+    layers: tuple[int, ...] = field(default=())
+
+
+def findings(found: Compared) -> list[Finding]:
+    """What is not as it should be, the worst first, then what is only worth knowing."""
+    every = [
+        *_sizes(found),
+        *_experts(found),
+        *_order(found),
+        *_routers(found),
+        *_unquantized(found),
+        *_stands_out(found),
+        *_rest(found),
+        *_missed(found),
+        *_settings(found),
+        *(Finding("note", note, fault=False) for note in found.other.notes),
+    ]
+    return sorted(every, key=lambda each: not each.fault)
+
+
+def where(layers: Iterable[int], total: int) -> str:
+    """`in layers 0, 2-5`, or `in every layer`."""
+    sorted_layers = sorted(set(layers))
+    if len(sorted_layers) == total:
+        return "in every layer" if total > 1 else "in layer 0"
+    runs: list[list[int]] = []
+    for layer in sorted_layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    words = [f"{run[0]}-{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"in layer{'s' if len(sorted_layers) > 1 else ''} {', '.join(words)}"
+
+
+def _grouped(rows: Iterable[tuple[str, str, int]], total: int) -> Iterator[Finding]:
+    """(kind, sentence, layer) -> one finding for each sentence, with its layers."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for kind, text, layer in rows:
+        layers.setdefault((kind, text), []).append(layer)
+    for (kind, text), some in layers.items():
+        yield Finding(kind, f"{text} {where(some, total)}", layers=tuple(sorted(set(some))))
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _sizes(found: Compared) -> Iterator[Finding]:
+    other = found.other
+    if other.layers != found.layers:
+        yield Finding("layers", f"it has {other.layers} layers, expected {found.layers}")
+    if other.experts != len(found.names):
+        there = {each.expert for each in found.experts}
+        gone = [name for index, name in enumerate(found.names) if index not in there]
+        which = f": {_some(gone)} {'is' if len(gone) == 1 else 'are'} missing" if gone else ""
+        yield Finding("count", f"it has {other.experts} experts, expected {len(found.names)}{which}")
+
+
+def _experts(found: Compared) -> Iterator[Finding]:
+    rows = []
+    for each in found.experts:
+        if each.state in SAID:
+            rows.append((str(each.state), f"expert {found.name(each.index)} {SAID[each.state]}", each.layer))
+        elif each.state is State.DAMAGED:
+            parts = [name.partition(".")[0] for name, seen in each.matrices.items() if seen.lost]
+            rows.append(
+                (
+                    str(each.state),
+                    f"{' and '.join(parts)} of expert {found.name(each.index)} is not its own",
+                    each.layer,
+                )
+            )
+    yield from _grouped(rows, found.layers)
+
+
+def _order(found: Compared) -> Iterator[Finding]:
+    """Experts that are in the place of others, unless the rows of the router moved with them."""
+    gates = {each.layer: each.rows for each in found.routers}
+    rows, together = [], []
+    for layer in range(found.layers):
+        held = {each.index: each.expert for each in found.experts if each.layer == layer and each.expert is not None}
+        moved = {index: expert for index, expert in held.items() if index != expert}
+        gate = gates.get(layer, ())
+        with_gate = bool(moved) and all(index < len(gate) and gate[index] == expert for index, expert in held.items())
+        for index, expert in moved.items():
+            name, own = found.names[expert], found.name(index)
+            if list(held.values()).count(expert) > 1:
+                rows.append(("copied", f"expert {own} is a copy of {name}", layer))
+            elif with_gate:
+                together.append(layer)
+            elif held.get(expert) == index:
+                if index < expert:
+                    rows.append(("swapped", f"experts {own} and {name} are swapped", layer))
+            else:
+                rows.append(("moved", f"expert {name} is in the place of {own}", layer))
+    yield from _grouped(rows, found.layers)
+    if together:
+        text = f"experts and router rows are in another order {where(together, found.layers)}, which changes nothing"
+        yield Finding("reordered", text, fault=False, layers=tuple(sorted(set(together))))
+
+
+def _routers(found: Compared) -> Iterator[Finding]:
+    held: dict[int, dict[int, int | None]] = {}
+    for each in found.experts:
+        held.setdefault(each.layer, {})[each.index] = each.expert
+    rows, quantized = [], []
+    for router in found.routers:
+        known = {index: row for index, row in enumerate(router.rows) if row is not None}
+        if router.transposed:
+            rows.append(("transposed", "the router's gate is transposed", router.layer))
+        elif router.seen.broken:
+            rows.append(("router broken", "the router's gate holds NaN or infinity", router.layer))
+        elif router.seen.zero:
+            rows.append(("router zeros", "the router's gate is zeros", router.layer))
+        elif not router.seen.fits:
+            rows.append(("router misshapen", "the router's gate has another shape", router.layer))
+        elif not known:
+            text = "the router's gate is another one, as if random or trained anew"
+            rows.append(("router random", text, router.layer))
+        elif len(known) < len(router.rows):
+            lost = [found.name(index) for index in range(len(router.rows)) if index not in known]
+            rows.append(("router rows", f"the router's rows for {_some(lost)} are like no row of ours", router.layer))
+        elif any(index != row for index, row in known.items()) and known != held.get(router.layer):
+            rows.append(("router rows", "the router's rows are in another order than its experts", router.layer))
+        if router.seen.quantized:
+            quantized.append(router.layer)
+    gates = {place.layer for place in found.absent if place.part == ROUTERS}
+    rows += [("router missing", "the router's gate is missing", layer) for layer in sorted(gates)]
+    yield from _grouped(rows, found.layers)
+    if quantized:
+        text = f"routers are quantized {where(quantized, found.layers)}, so tokens near a border change experts"
+        yield Finding("router quantized", text, fault=False, layers=tuple(quantized))
+
+
+def _unquantized(found: Compared) -> Iterator[Finding]:
+    """Layers whose experts are stored as they were in a model that says that it is quantized."""
+    other = found.other
+    if other.method is None:
+        return
+    left: dict[int, set[str]] = {}
+    for each in found.experts:
+        for suffix, seen in each.matrices.items():
+            matrix = other.theirs[Place(EXPERTS, each.layer, each.index, suffix)]
+            if not seen.quantized and not other.kept(matrix.name):
+                left.setdefault(each.layer, set()).add(seen.kind)
+    if left:
+        kinds = ", ".join(sorted(set().union(*left.values())))
+        text = f"unquantized experts {where(left, found.layers)}: stored as {kinds}, while the model is {other.method}"
+        yield Finding("unquantized", text, layers=tuple(sorted(left)))
+
+
+def _stands_out(found: Compared) -> Iterator[Finding]:
+    """Experts of a quantized model that are farther away than rounding explains, where most are not."""
+    seen = [(each, name, matrix) for each in found.experts for name, matrix in each.matrices.items()]
+    able = [row for row in seen if row[0].state is State.FOUND and row[2].quantized]
+    if not able or median(row[2].moved for row in able) > 0:
+        return
+    rows = [
+        (
+            "farther",
+            f"{name.partition('.')[0]} of expert {found.name(each.index)} is {percent(matrix.far)} away, where "
+            f"{matrix.kind} explains {percent(matrix.rounding)},",
+            each.layer,
+        )
+        for each, name, matrix in able
+        if matrix.moved
+    ]
+    yield from _grouped(rows, found.layers)
+
+
+def _rest(found: Compared) -> Iterator[Finding]:
+    """Tensors beside experts and gates that are missing or unlike ours."""
+    for kind, places in (
+        ("missing", [place for place in found.absent if place.part not in (EXPERTS, ROUTERS)]),
+        ("unlike ours", [place for place, seen in found.rest.items() if seen.unlike]),
+    ):
+        parts = dict.fromkeys(place.part for place in places)
+        for part in parts:
+            some = [_spelled(place) for place in places if place.part == part]
+            count = f"{len(some)} tensors" if len(some) > 1 else "a tensor"
+            yield Finding(kind, f"{count} of {part} {'are' if len(some) > 1 else 'is'} {kind}: {_some(some)}")
+
+
+def _spelled(place: Place) -> str:
+    return place.name if place.layer < 0 or str(place.layer) in place.name else f"{place.name} of layer {place.layer}"
+
+
+def _missed(found: Compared) -> Iterator[Finding]:
+    """Attention that was trained while no expert was."""
+    parts = found.by_part()
+    moved = {part: root_mean(seen, "moved") for part, seen in parts.items()}
+    experts = [each for each in found.experts if each.state is State.FOUND]
+    still = [each for each in experts if not any(seen.moved for seen in each.matrices.values())]
+    if moved.get(ATTENTION) and experts and len(still) == len(experts):
+        text = (
+            f"attention moved by {percent(moved[ATTENTION])}, and no expert moved: an adapter for experts missed them, "
+            "or only attention was trained"
+        )
+        yield Finding("experts missed", text)
+    elif still and len(still) < len(experts):
+        layers = [each.layer for each in still]
+        names = dict.fromkeys(found.name(each.index) for each in still)
+        text = (
+            f"{len(still)} of {len(experts)} experts did not move ({_some(list(names))}), {where(layers, found.layers)}"
+        )
+        yield Finding("still", text, fault=False)
+
+
+def _settings(found: Compared) -> Iterator[Finding]:
+    for name, expected, got in found.other.settings:
+        yield Finding("setting", f"{name}: {got}, expected {expected}")

@@ -1,0 +1,277 @@
+"""How quantizers store the matrices of a transformers folder: bitsandbytes, GPTQ, compressed-tensors, FP8. No torch.
+
+A folder says its method in `quantization_config`. Methods that change the numbers of other tensors too are refused.
+Shape suffixes: R rows (out), C columns (in), N elements, G groups.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from frankenmoe.after.matrix import Matrix, Stored, in_blocks, plain, to_grid, to_levels, two_axes
+from frankenmoe.checkpoint.cast import Floats, decode
+from frankenmoe.checkpoint.reader import map_bytes
+from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef
+from frankenmoe.errors import SourceError
+
+Tensors = Mapping[str, TensorRef]
+Find = Callable[[str], Matrix | None]
+"""Name of a weight -> its numbers; None if the folder has no such tensor."""
+Settings = Mapping[str, Any]
+
+FLOAT8 = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}  # bits of exponent and mantissa
+SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")  # settings that name modules left as they are
+# formats of compressed-tensors in which a number is an integer or an 8-bit float times a scale
+CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+LOADED = "load it with transformers (dequantize) and save it again, then compare that folder"
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The matrices of a folder. `method` is None where nothing is quantized.
+
+    `kept` says whether the folder's config leaves a module as it was.
+    """
+
+    find: Find
+    method: str | None = None
+    kept: Callable[[str], bool] = lambda name: False
+
+
+def packing(tensors: Tensors, config: Settings, *, where: str) -> Packing:
+    """How the tensors of a folder are stored. SourceError for a method that cannot be read."""
+    settings = config.get("quantization_config") or config.get("compression_config")
+    if not isinstance(settings, Mapping):
+        return Packing(lambda name: _float(tensors, name))
+    method = str(settings.get("quant_method", "compressed-tensors" if "config_groups" in settings else None))
+    if method not in METHODS:
+        raise SourceError(
+            f"{where} is quantized by {method}, and `verify` reads {', '.join(METHODS)}",
+            hint=REASONS.get(method, LOADED),
+        )
+    find = METHODS[method](tensors, settings, where)
+    return Packing(lambda name: find(name) or _float(tensors, name), method, _kept(settings))
+
+
+def _kept(settings: Settings) -> Callable[[str], bool]:
+    names = [str(name) for key in SKIPPED for name in settings.get(key) or ()]
+
+    def kept(name: str) -> bool:
+        return any(
+            re.match(each.removeprefix("re:"), name) if each.startswith("re:") else each in name for each in names
+        )
+
+    return kept
+
+
+def _float(tensors: Tensors, name: str) -> Matrix | None:
+    ref = tensors.get(name)
+    return plain(ref) if ref is not None and ref.dtype in FLOATS else None
+
+
+def _array(ref: TensorRef) -> NDArray[Any]:
+    """A small tensor, or a mapped one of integers, in its own type."""
+    raw = map_bytes(ref)
+    if ref.dtype in FLOATS:
+        return decode(raw, dtype=ref.dtype).reshape(ref.shape)
+    if ref.dtype in FLOAT8:
+        return raw.reshape(ref.shape)
+    return raw.view(np.dtype(DTYPES[ref.dtype].name)).reshape(ref.shape)
+
+
+def _bitsandbytes(tensors: Tensors, settings: Settings, where: str) -> Find:
+    """4 bits: numbers of 16 levels times the largest of their block. 8 bits: rows times theirs over 127."""
+    states = {name.partition(".quant_state.")[0]: ref for name, ref in tensors.items() if ".quant_state." in name}
+
+    def find(name: str) -> Matrix | None:
+        ref = tensors.get(name)
+        if name in states:
+            return _four_bits(tensors, name, json.loads(map_bytes(states[name]).tobytes()))
+        scale = tensors.get(f"{name.removesuffix('weight')}SCB")
+        if ref is None or ref.dtype != "I8" or scale is None:
+            return None
+        scale_R = decode(map_bytes(scale), dtype=scale.dtype) / np.float32(127)
+        return Matrix(
+            name,
+            two_axes(ref.shape),
+            Stored("int8", to_grid(8, None, symmetric=True)),
+            lambda start, stop: _array(ref)[start:stop].astype(np.float32) * scale_R[start:stop, None],
+        )
+
+    return find
+
+
+def _four_bits(tensors: Tensors, name: str, state: Mapping[str, Any]) -> Matrix:
+    levels = _array(tensors[f"{name}.quant_map"]).astype(np.float32)
+    most = _array(tensors[f"{name}.absmax"])
+    if f"{name}.nested_absmax" in tensors:  # the largest magnitudes are quantized too
+        outer = _array(tensors[f"{name}.nested_absmax"])
+        inner = _array(tensors[f"{name}.nested_quant_map"])[most]
+        most = inner * np.repeat(outer, int(state["nested_blocksize"]))[: most.size] + np.float32(
+            state["nested_offset"]
+        )
+    block, shape = int(state["blocksize"]), two_axes(tuple(state["shape"]))
+
+    def rows(start: int, stop: int) -> Floats:
+        first, last = start * shape[1], stop * shape[1]
+        codes = map_bytes(tensors[name])[first // 2 : -(-last // 2)]
+        both = np.stack([codes >> 4, codes & 15], axis=1).ravel()[first % 2 :][: last - first]
+        found: Floats = (levels[both] * most[np.arange(first, last) // block]).astype(np.float32)
+        return found.reshape(stop - start, -1)
+
+    return Matrix(name, shape, Stored(str(state["quant_type"]), in_blocks(levels, block)), rows)
+
+
+def _gptq(tensors: Tensors, settings: Settings, where: str) -> Find:
+    """Integers packed along the inputs, a scale and a zero for every group of inputs."""
+    bits = int(settings["bits"])
+    shift = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first format stored zeros less one
+    if 32 % bits:
+        raise SourceError(f"{where} has GPTQ weights of {bits} bits, expected 2, 4 or 8", hint=LOADED)
+
+    def find(name: str) -> Matrix | None:
+        stem = name.removesuffix("weight")
+        ref = tensors.get(f"{stem}qweight")
+        if ref is None:
+            return None
+        columns, out = ref.shape[0] * 32 // bits, ref.shape[1]
+        scales_GR = _array(tensors[f"{stem}scales"])
+        zeros_GR = _unpacked(_array(tensors[f"{stem}qzeros"]), bits)[:, :out] + shift
+        found = tensors.get(f"{stem}g_idx")
+        group = columns // len(scales_GR)
+        groups_C = _array(found) if found else np.arange(columns) // group
+
+        def rows(start: int, stop: int) -> Floats:
+            codes_RC = _unpacked(_array(ref)[:, start:stop].T, bits)
+            both = (scales_GR[:, start:stop].T[:, groups_C], zeros_GR[:, start:stop].T[:, groups_C])
+            return np.asarray((codes_RC - both[1]) * both[0], np.float32)
+
+        grid = to_grid(bits, group, symmetric=bool(settings.get("sym", True)))
+        return Matrix(name, (out, columns), Stored(f"gptq int{bits}", grid), rows)
+
+    return find
+
+
+def _unpacked(words: NDArray[Any], bits: int) -> NDArray[Any]:
+    """The integers in the 32-bit words of every row, lowest bits first."""
+    shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    found = (words.astype(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
+    return found.reshape(*words.shape[:-1], -1).astype(np.int32)
+
+
+def _compressed_tensors(tensors: Tensors, settings: Settings, where: str) -> Find:
+    """Integers or 8-bit floats, packed or not, times a scale for all, a row or a group."""
+    rules = [group["weights"] for group in settings["config_groups"].values() if group.get("weights")]
+    if settings.get("format") not in CT_FORMATS or not rules:
+        raise SourceError(
+            f"{where} has compressed-tensors' format {settings.get('format')}, expected one of {', '.join(CT_FORMATS)}",
+            hint=LOADED,
+        )
+    bits = int(rules[0]["num_bits"])
+    grid = to_grid(bits, rules[0].get("group_size"), symmetric=bool(rules[0].get("symmetric", True)))
+
+    def find(name: str) -> Matrix | None:
+        scale = tensors.get(f"{name}_scale")
+        packed, ref = tensors.get(f"{name}_packed"), tensors.get(name)
+        if scale is None or (packed is None and (ref is None or ref.dtype in FLOATS)):
+            return None
+        zero = tensors.get(f"{name}_zero_point")
+        if packed is None:
+            assert ref is not None
+            return _scaled(ref, _array(scale), _array(zero) if zero else None, Stored(f"int{bits}", grid))
+        rows, columns = map(int, _array(tensors[f"{name}_shape"]))
+        zeros_RG = None if zero is None else _unpacked(_array(zero).T, bits).T[:rows] - 2 ** (bits - 1)
+        scale_RG = _array(scale)
+        order = tensors.get(f"{name}_g_idx")
+        groups_C = _array(order) if order else np.arange(columns) // (columns // scale_RG.shape[1])
+
+        def numbers(start: int, stop: int) -> Floats:
+            codes_RC = _unpacked(_array(packed)[start:stop], bits)[:, :columns] - 2 ** (bits - 1)
+            if zeros_RG is not None:
+                codes_RC = codes_RC - zeros_RG[start:stop][:, groups_C]
+            return np.asarray(codes_RC * scale_RG[start:stop][:, groups_C], np.float32)
+
+        return Matrix(name, (rows, columns), Stored(f"int{bits}", grid), numbers)
+
+    return find
+
+
+def _scaled(ref: TensorRef, scale: Floats, zero: NDArray[Any] | None, stored: Stored) -> Matrix:
+    """8-bit numbers times a scale: one for all, or one for every block of rows and columns."""
+    shape = two_axes(ref.shape)
+    levels = float8(ref.dtype) if ref.dtype in FLOAT8 else None
+    scale = scale.reshape(-1, scale.shape[-1]) if scale.ndim > 1 else scale.reshape(-1, 1)
+    rows_each, columns_each = -(-shape[0] // len(scale)), -(-shape[1] // scale.shape[1])
+    columns = np.arange(shape[1]) // columns_each
+
+    def rows(start: int, stop: int) -> Floats:
+        codes_RC = _array(ref).reshape(shape)[start:stop]
+        numbers = codes_RC.astype(np.float32) if levels is None else levels[codes_RC]
+        here = np.arange(start, stop) // rows_each
+        if zero is not None:
+            numbers = numbers - zero.reshape(scale.shape)[here][:, columns].astype(np.float32)
+        return np.asarray(numbers * scale[here][:, columns], np.float32)
+
+    if levels is None:
+        return Matrix(ref.name, shape, stored, rows)
+    most = float(np.nanmax(levels))
+    return Matrix(ref.name, shape, Stored(ref.dtype, _to_float8(levels, most)), rows)
+
+
+def _to_float8(levels: Floats, most: float) -> Callable[[Floats], Floats]:
+    nearest = to_levels(levels)
+
+    def rounded(rows_RC: Floats) -> Floats:
+        scale = float(np.abs(rows_RC).max()) / most or 1.0
+        return np.asarray(nearest(rows_RC / scale) * scale, np.float32)
+
+    return rounded
+
+
+def float8(dtype: str) -> Floats:
+    """The number of each of the 256 codes of an 8-bit float; NaN for those that are no finite number."""
+    exponent_bits, mantissa_bits = FLOAT8[dtype]
+    codes = np.arange(256)
+    sign = np.where(codes & 128, -1.0, 1.0)
+    exponent = codes >> mantissa_bits & (2**exponent_bits - 1)
+    mantissa = (codes & (2**mantissa_bits - 1)) / 2**mantissa_bits
+    bias = 2 ** (exponent_bits - 1) - 1
+    found = sign * np.where(exponent, (1 + mantissa) * 2.0 ** (exponent - bias), mantissa * 2.0 ** (1 - bias))
+    # e5m2 has infinities like other floats, e4m3fn has one code for NaN
+    broken = (exponent == 31) if dtype == "F8_E5M2" else (codes & 127) == 127
+    return np.where(broken, np.nan, found).astype(np.float32)
+
+
+def _fp8(tensors: Tensors, settings: Settings, where: str) -> Find:
+    """8-bit floats in blocks of rows and columns, as DeepSeek writes them."""
+
+    def find(name: str) -> Matrix | None:
+        ref, scale = tensors.get(name), tensors.get(f"{name}_scale_inv")
+        if ref is None or ref.dtype not in FLOAT8:
+            return None
+        numbers = np.ones(1, np.float32) if scale is None else _array(scale)
+        block = settings.get("weight_block_size")
+        if block and any(size % part for size, part in zip(ref.shape[-2:], block, strict=True)):
+            raise SourceError(
+                f"{where} has {name} of {list(ref.shape)}, which blocks of {block} do not fit", hint=LOADED
+            )
+        return _scaled(ref, numbers, None, Stored(ref.dtype, lambda rows_RC: rows_RC))
+
+    return find
+
+
+METHODS: Mapping[str, Callable[[Tensors, Settings, str], Find]] = {
+    "bitsandbytes": _bitsandbytes,
+    "gptq": _gptq,
+    "compressed-tensors": _compressed_tensors,
+    "fp8": _fp8,
+}
+REASONS = {
+    "awq": "AWQ multiplies columns of experts and divides norms, so its numbers are not those of any expert; run both "
+    "models on text with `frankenmoe eval`",
+}

@@ -1,0 +1,1 @@
+"""Makes an MoE smaller: takes experts out, and finds those that matter least."""
