@@ -105,9 +105,12 @@ def test_changed_weights_are_not_saved_as_if_they_were_not(virtual: Path, tmp_pa
 
 
 def test_its_number_of_experts_and_its_type_can_be_chosen(virtual: Path) -> None:
-    one = AutoModelForCausalLM.from_pretrained(virtual, num_experts_per_tok=1, dtype="bfloat16", device_map="cpu")
+    wanted: dict[str, Any] = {"num_experts_per_tok": 1, "dtype": "bfloat16", "device_map": "cpu"}
+    one = AutoModelForCausalLM.from_pretrained(virtual, **wanted)
     ours = fm.open(virtual, experts_per_token=1).load(dtype="bfloat16").model
     assert torch.equal(one(tiny.ids()).logits, ours(tiny.ids()).logits)
+    eager = AutoModelForCausalLM.from_pretrained(virtual, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"
     with pytest.raises(PlanError, match="has 2 experts, found 3"):
         AutoModelForCausalLM.from_pretrained(virtual, num_experts_per_tok=3)
 
@@ -174,3 +177,17 @@ def test_lm_eval_takes_it(virtual: Path) -> None:
     logprobs_TV = fm.load(virtual).model(torch.tensor([whole])).logits[0].log_softmax(-1)
     told = sum(float(logprobs_TV[at - 1, whole[at]]) for at in range(len(context), len(whole)))
     assert likelihood == pytest.approx(told, abs=1e-4)
+
+
+def test_an_artifact_from_before_runs_as_before_and_can_be_written_anew(virtual: Path, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(virtual, old)
+    record = json.loads((old / "frankenmoe.json").read_text())
+    for name in ("config.json", "modeling_frankenmoe.py"):
+        (old / name).unlink()
+        del record["files"][name]
+    (old / "frankenmoe.json").write_text(json.dumps(record))
+    assert verify(old)
+    assert torch.equal(fm.load(old).model(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)
+    new = AutoModelForCausalLM.from_pretrained(fm.build(old, tmp_path / "new", virtual=True).folder)
+    assert torch.equal(new(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 IGNORED = frozenset(
     {
         *("cache_dir", "force_download", "local_files_only", "proxies", "token", "code_revision", "adapter_kwargs"),
-        *("low_cpu_mem_usage", "use_safetensors", "weights_only", "max_memory", "offload_folder", "use_cache"),
+        *("low_cpu_mem_usage", "use_safetensors", "weights_only", "max_memory", "offload_folder", "tqdm_class"),
     }
 )
 
@@ -86,8 +86,9 @@ class FrankenMoEForCausalLM:
             experts_per_token=getattr(config, "num_experts_per_tok", None),
         )
         model = subject.load(dtype=_dtype(dtype or torch_dtype), device=_device(name, device_map)).model
-        if attn_implementation is not None:
-            model.set_attn_implementation(attn_implementation)
+        attention = attn_implementation or getattr(config, "_attn_implementation", None)
+        if attention is not None:
+            model.set_attn_implementation(attention)
         _become_virtual(model, str(name), subject)
         return (model, {"missing_keys": [], "unexpected_keys": []}) if output_loading_info else model
 

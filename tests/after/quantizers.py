@@ -63,11 +63,11 @@ def gptq(tensors: Tensors, *, bits: int = 4, group: int = 32) -> dict[str, objec
         grouped = weight.reshape(len(weight), -1, group)
         low, high = grouped.amin(-1), grouped.amax(-1)
         scale = (high - low) / (2**bits - 1)
-        zero = (-low / scale).round().clamp(1, 2**bits - 1)
+        zero = (-low / scale).round().clamp(0, 2**bits - 1)
         codes = (grouped / scale[..., None]).round() + zero[..., None]
         codes = codes.clamp(0, 2**bits - 1).reshape(weight.shape)
         tensors[f"{stem}qweight"] = _packed(codes, bits).T.contiguous()
-        tensors[f"{stem}qzeros"] = _packed((zero - 1).T.contiguous(), bits)
+        tensors[f"{stem}qzeros"] = _packed((zero - 1).long().T.contiguous() & (2**bits - 1), bits)
         tensors[f"{stem}scales"] = scale.T.contiguous().half()
         tensors[f"{stem}g_idx"] = (torch.arange(weight.shape[1]) // group).int()
     return {"quant_method": "gptq", "bits": bits, "group_size": group, "sym": False}

@@ -1,6 +1,8 @@
 """`verify --after`: planted faults are found, and what is right raises no alarm."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -273,17 +275,15 @@ def no_head(tensors: Tensors) -> None:
 
 
 FAULTS: dict[Callable[[Tensors], None], dict[str, str]] = {
-    a_random_expert: {
-        "unlike every expert": "expert e2 is unlike every expert of the artifact, as if random in layer 1"
-    },
+    a_random_expert: {"unlike every expert": "expert e2 in layer 1: unlike every expert of the artifact, as if random"},
     two_swapped: {"swapped": "experts e1 and e3 are swapped in layer 0"},
     three_turned: {"moved": "in the place of"},
     a_copy: {"copied": "expert e3 is a copy of e0 in every layer"},
-    zeros: {"zeros": "expert e0 is zeros in layer 1"},
-    a_missing_expert: {"missing": "expert e3 is missing in layer 1"},
-    a_nan: {"not finite": "expert e0 holds NaN or infinity in layer 0"},
-    a_random_down: {"damaged": "down_proj of expert e2 is not its own in layer 0"},
-    gate_for_up: {"gate and up swapped": "expert e1 has gate and up in each other's place in every layer"},
+    zeros: {"zeros": "expert e0 in layer 1: all zeros"},
+    a_missing_expert: {"missing": "expert e3 in layer 1: missing"},
+    a_nan: {"not finite": "expert e0 in layer 0: NaN or infinity"},
+    a_random_down: {"damaged": "expert e2 in layer 0: down_proj not its own"},
+    gate_for_up: {"gate and up swapped": "expert e1 in every layer: gate and up in each other's place"},
     transposed_gates: {"transposed": "the router's gate is transposed in every layer"},
     transposed_numbers: {"transposed": "the router's gate is transposed in layer 1"},
     other_rows: {"router rows": "the router's rows are in another order than its experts in layer 0"},
@@ -298,6 +298,18 @@ def test_a_planted_fault_is_found_and_no_other(plant: Callable[[Tensors], None],
     found = faults(place.virtual, place.folder(tmp_path / "other", plant))
     assert found.keys() == FAULTS[plant].keys()
     assert all(text in found[kind] for kind, text in FAULTS[plant].items()), found
+
+
+def test_a_model_with_other_experts_altogether_takes_few_words(place: Place, tmp_path: Path) -> None:
+    def replace(tensors: Tensors) -> None:
+        torch.manual_seed(0)
+        for key in tensors:
+            if ".experts." in key:
+                tensors[key] = torch.randn_like(tensors[key]) * 0.2
+
+    found = verify_after(place.virtual, place.folder(tmp_path / "other", replace))
+    said = "experts e0, e1, e2, e3 in every layer: unlike every expert of the artifact, as if random"
+    assert [each.text for each in found.findings] == [said]
 
 
 def test_experts_that_moved_with_their_router_rows_change_nothing(place: Place, tmp_path: Path) -> None:
@@ -328,10 +340,10 @@ def test_fewer_experts_and_fewer_layers(place: Place, tmp_path: Path) -> None:
             tensors[gate(layer)] = tensors[gate(layer)][[0, 2, 3]]
 
     folder = place.folder(tmp_path / "pruned", prune, num_local_experts=3)
-    assert faults(place.virtual, folder) == {"count": "it has 3 experts, expected 4: e1 is missing"}
+    assert faults(place.virtual, folder) == {"count": "number of experts: 3, expected 4; missing: e1"}
 
     short = place.folder(tmp_path / "short", num_hidden_layers=1)
-    assert faults(place.virtual, short) == {"layers": "it has 1 layers, expected 2"}
+    assert faults(place.virtual, short) == {"layers": "number of layers: 1, expected 2"}
 
 
 def test_a_gguf_file_with_another_count_and_one_with_swapped_experts(place: Place, tmp_path: Path) -> None:
@@ -341,7 +353,7 @@ def test_a_gguf_file_with_another_count_and_one_with_swapped_experts(place: Plac
     fewer.write_text(data[0] + "- source_model" + data[2].rpartition("- source_model")[0])
     (file,) = export_gguf(fewer, tmp_path / "fewer", types=["q8_0"], allow_random=True)
     found = faults(place.virtual, file.path)
-    assert found.pop("count") == "it has 3 experts, expected 4: e3 is missing"
+    assert found.pop("count") == "number of experts: 3, expected 4; missing: e3"
     assert found.keys() <= {"router random", "router rows"}  # random gates of three are others than of four
 
     (file,) = export_gguf(place.virtual, tmp_path / "all", types=["q4_k_m"], allow_random=True)
@@ -375,6 +387,58 @@ def test_layers_that_were_not_quantized(left: range, place: Place, tmp_path: Pat
     assert faults(place.built, folder) == {}
 
 
+def test_a_layer_of_a_gguf_file_that_was_not_quantized(place: Place, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("xllamacpp")
+    files = export_gguf(place.virtual, tmp_path, types=["q8_0", "f16"], allow_random=True)
+    quantized, plain = (gguf.GGUFReader(file.path) for file in files)
+    writer = gguf.GGUFWriter(tmp_path / "mixed.gguf", "llama")
+    for field in quantized.fields.values():
+        if not field.name.startswith(("GGUF.", "tokenizer.", "general.architecture")):
+            kinds = field.types
+            writer.add_key_value(field.name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
+    for one, other in zip(quantized.tensors, plain.tensors, strict=True):
+        tensor = other if one.name.startswith("blk.1.ffn_") and "_exps" in one.name else one
+        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = "unquantized experts in layer 1: stored as F16, while the model is q8_0"
+    assert faults(place.virtual, tmp_path / "mixed.gguf") == {"unquantized": expected}
+
+
+def test_importance_that_moves_numbers_away_is_no_fault(place: Place, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    text = tmp_path / "text.txt"
+    text.write_text(gguftools.WORDS)
+    options = {"imatrix": [str(text)], "allow_random": True}
+    (file,) = export_gguf(place.virtual, tmp_path / "g", types=["q4_k_m"], **options)
+    found = verify_after(place.virtual, file.path)
+    assert found.ok, found.verdict
+    (experts,) = (part for part in found.parts if part.part == "experts")
+    assert experts.far > 1.003 * experts.rounding  # and 1.0002 without importance
+
+
+def test_training_that_rounding_hides_is_not_called_missed(place: Place, tmp_path: Path) -> None:
+    """Experts in 4 bits and attention as it was, both moved by 1 %: that of the experts cannot be seen."""
+
+    def train(tensors: Tensors) -> None:
+        torch.manual_seed(0)
+        for key in tensors:
+            if "self_attn" in key or ".experts." in key:
+                noise = torch.randn_like(tensors[key])
+                tensors[key] += 0.01 * noise * tensors[key].norm() / noise.norm()
+        config.update(quantizers.nf4(tensors, ["self_attn"]))
+
+    config: dict[str, object] = {}
+    folder = place.folder(tmp_path / "other", train)
+    tiny.edit_config(folder, quantization_config=config)
+    found = verify_after(place.virtual, folder)
+    assert found.ok, found.verdict
+    assert found.verdict == "every expert is still itself; moved: attention by 1%"
+
+
 def test_an_expert_with_wrong_scales(place: Place, tmp_path: Path) -> None:
     def quantize(tensors: Tensors) -> None:
         tensors[name(1, 1)] *= 1.5
@@ -385,7 +449,9 @@ def test_an_expert_with_wrong_scales(place: Place, tmp_path: Path) -> None:
     tiny.edit_config(folder, quantization_config=config)
     found = faults(place.built, folder)
     assert found.keys() == {"farther"}
-    assert found["farther"].startswith("gate_proj of expert e1 is 5")
+    assert found["farther"].startswith(
+        "expert e1 in layer 1: farther away than rounding explains, such as gate_proj of e1"
+    )
 
 
 # the command
@@ -406,6 +472,22 @@ def test_the_command_prints_a_verdict_and_exits_with_one_at_a_fault(place: Place
     assert [row["expert"] for row in facts["experts"]] == ["e0", "e3", "e2", "e1", "e0", "e1", "e2", "e3"]
 
 
+def test_weights_are_compared_without_torch(place: Place, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    (file,) = export_gguf(place.virtual, tmp_path, types=["q8_0"], allow_random=True)
+    code = (
+        "import sys; from frankenmoe.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "sys.exit(3 if 'torch' in sys.modules else 0)"
+    )
+    for other in (file.path, place.built):
+        command = [sys.executable, "-c", code, "verify", str(place.virtual), "--after", str(other)]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        assert "every expert is still itself" in run.stdout
+
+
 def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
     awq = place.folder(tmp_path / "awq")
     tiny.edit_config(awq, quantization_config={"quant_method": "awq"})
@@ -417,7 +499,17 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
+    config: dict[str, object] = {}
+    half = place.folder(tmp_path / "half", lambda tensors: config.update(quantizers.gptq(tensors)))
+    tiny.edit_config(half, quantization_config={key: value for key, value in config.items() if key != "bits"})
+    scaleless = place.folder(
+        tmp_path / "scaleless",
+        lambda tensors: [quantizers.nf4(tensors), [tensors.pop(key) for key in list(tensors) if "absmax" in key]],
+    )
+    tiny.edit_config(scaleless, quantization_config={"quant_method": "bitsandbytes"})
     for other, fact, hint in (
+        (half, "is quantized by gptq, but a setting", "again"),
+        (scaleless, "is quantized by bitsandbytes, but a setting or a tensor", "again"),
         (awq, "is quantized by awq", "divides norms"),
         (odd, "is quantized by exl3", "save it again"),
         (dense, "is a dense model of type 'llama'", "the other tool"),
@@ -427,5 +519,6 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
     ):
         refused("verify", place.virtual, "--after", other, inside=tmp_path, facts=(fact,), hint=hint)
     refused("verify", place.recipe, "--after", awq, inside=tmp_path, facts=("is a recipe",))
+    assert "stands alone" in cli("verify", place.virtual, "--after", awq, "--text", "own", "--text", "x").stderr
     assert "--text needs --after" in cli("verify", place.virtual, "--text", "x").stderr
     assert set(CASES) <= set(ALL)

@@ -1,5 +1,6 @@
 """Both models on text, against transformers, llama.cpp and numbers that are known."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import tiny
 from conftest import Place, Tensors
 from frankenmoe.after.plain import write_plain
 from frankenmoe.after.run import _opened, verify_after
+from frankenmoe.artifact.folder import RECORD
 from frankenmoe.data.blocks import text_blocks
 from frankenmoe.data.documents import read_documents
 from frankenmoe.export.run import export_gguf
@@ -115,6 +117,18 @@ def test_the_recipes_own_data_and_a_quantized_file(place: Place, tmp_path: Path)
     )
 
 
+def test_a_record_that_a_tool_has_copied_means_nothing(place: Place, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(gguftools.WORDS)
+    folder = place.folder(tmp_path / "other", softer)
+    alone = verify_after(place.virtual, folder, text=[(None, str(text))], device="cpu").text
+    shutil.copy(place.built / RECORD, folder)
+    beside = verify_after(place.virtual, folder, text=[(None, str(text))], device="cpu").text
+    assert alone is not None
+    assert alone.domains[0].kl > 0.01
+    assert beside == alone
+
+
 def test_a_model_that_lacks_an_expert_is_not_run(place: Place, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(gguftools.WORDS)
@@ -123,7 +137,7 @@ def test_a_model_that_lacks_an_expert_is_not_run(place: Place, tmp_path: Path) -
     outcome = cli("verify", place.virtual, "--after", folder, "--text", text)
     assert outcome.code == 1
     assert "not run on text: it lacks tensors" in outcome.stdout
-    assert "expert e3 is missing in every layer" in outcome.stdout
+    assert "expert e3 in every layer: missing" in outcome.stdout
 
 
 @pytest.mark.parametrize(

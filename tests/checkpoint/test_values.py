@@ -31,7 +31,7 @@ from frankenmoe.checkpoint.tensors import (
 from frankenmoe.checkpoint.values import blocks, check_finite, materialize, values
 from frankenmoe.errors import NumericsError, SourceError
 
-GOLDEN_NOISE = [-1.744478702545166, -0.48715826869010925, 1.5449836254119873]
+GOLDEN_NOISE = [-0.360317200422287, 0.13622140884399414, -1.117372989654541]
 SIXTEEN_BITS = np.arange(2**16, dtype=np.uint16)
 
 
@@ -233,6 +233,21 @@ def test_relative_noise_is_a_share_of_the_tensor_before_the_step(save, monkeypat
     std = (2 * tensor).double().std(correction=0).item()
     absolute = written(step_write(ref, Scale(2.0), Noise(0.1 * std, False, 1)))
     torch.testing.assert_close(relative, absolute, rtol=1e-6, atol=0)
+
+
+def test_noise_is_normal(save) -> None:
+    drawn = noise_of(save({"w": torch.zeros(2**18)})["w"], seed=3).double()
+    for limit, share in ((-2.0, 0.02275), (-1.0, 0.15866), (0.0, 0.5), (0.5, 0.69146), (3.0, 0.99865)):
+        assert (drawn < limit).double().mean().item() == pytest.approx(share, abs=0.004)
+    assert torch.corrcoef(torch.stack([drawn[:-1], drawn[1:]]))[0, 1].abs() < 0.01
+
+
+def test_relative_noise_follows_a_file_that_was_replaced(save) -> None:
+    added = [
+        (written(step_write(save({"w": size * torch.arange(9.0)})["w"], Noise(0.1, True, 1))) / size).tolist()
+        for size in (1, 2)
+    ]
+    assert added[0] == pytest.approx(added[1])
 
 
 def test_relative_noise_of_a_constant_tensor_is_none(save) -> None:

@@ -180,7 +180,7 @@ def test_a_loss_that_rises_too_much_is_reported_and_nothing_is_written(parents: 
         *("prune", texts / "moe", texts / "less", *words, "--rise", rise - 0.005),
         inside=texts,
         facts=("the mean held-out loss rises by", "expected at most", "was not written"),
-        hint="--keep-anyway",
+        hint="allow more with --rise",
     )
     outcome = cli("prune", texts / "moe", texts / "less", *words, "--rise", rise + 0.005)
     assert outcome.code == 0, outcome.stderr

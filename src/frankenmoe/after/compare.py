@@ -73,7 +73,7 @@ def compare(write: TensorWrite, matrix: Matrix) -> Seen:
         own, apart = _squares(ours_RC), _squares(found_RC - ours_RC)
         total, difference, theirs = total + own, difference + apart, theirs + float(found_RC.any())
         worst = max(worst, apart / own if own else 0.0)
-    far = math.sqrt(difference / total if total else difference)
+    far = math.sqrt(difference / (total or 1.0))
     return _seen(matrix, shape, far, math.sqrt(worst), rounding, zero=bool(total) and not theirs)
 
 
@@ -106,8 +106,7 @@ def nearest(theirs_N: Floats, ours_EN: Floats, own: int) -> tuple[int, float]:
         d_N = ours_EN[best] - ours_EN[own]
         noise = 2 * math.sqrt(_squares((theirs_N - ours_EN[best]) * d_N))
         best = own if _squares(d_N) <= SURE * noise else best
-    norm = _squares(ours_EN[best])
-    return best, math.sqrt(apart_E[best] / norm if norm else apart_E[best])
+    return best, distance(theirs_N, ours_EN[best])
 
 
 @dataclass(frozen=True)
@@ -134,12 +133,12 @@ def compare_gate(layer: int, write: TensorWrite, matrix: Matrix, experts: int) -
     rows = tuple(index if far < FAR else None for index, far in pairs)
     seen = _apart(found, ours_ED, matrix)
     turned = found.reshape(hidden, experts).T
-    transposed = None in rows and experts > 1 and count == experts and _far(turned, ours_ED) < min(FAR, seen.far)
+    transposed = None in rows and experts > 1 and count == experts and distance(turned, ours_ED) < min(FAR, seen.far)
     return RouterSeen(layer, seen, rows, transposed)
 
 
 def _apart(found: Floats, ours_ED: Floats, matrix: Matrix, *, fits: bool = True, broken: bool = False) -> Seen:
-    far = _far(found, ours_ED) if found.shape == ours_ED.shape and not broken else math.nan
+    far = distance(found, ours_ED) if found.shape == ours_ED.shape and not broken else math.nan
     zero = not found.any() and bool(ours_ED.any())
     stored = matrix.stored
     return Seen(
@@ -155,7 +154,8 @@ def _apart(found: Floats, ours_ED: Floats, matrix: Matrix, *, fits: bool = True,
     )
 
 
-def _far(found: Floats, ours: Floats) -> float:
+def distance(found: Floats, ours: Floats) -> float:
+    """The norm of the difference over the norm of ours; where ours is zero, the norm of the difference."""
     norm = _squares(ours)
     return math.sqrt(_squares(found - ours) / (norm or 1.0))
 

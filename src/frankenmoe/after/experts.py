@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from frankenmoe.after.compare import Seen, compare, nearest
+from frankenmoe.after.compare import Seen, compare, distance, nearest
 from frankenmoe.after.matrix import Matrix, our_chunks, two_axes
 from frankenmoe.after.other import EXPERTS, Other, Place
 from frankenmoe.checkpoint.cast import Floats
@@ -85,8 +85,7 @@ def _expert(
     expert, near = nearest(sample_N, sample_EN, index)
     cuts = np.cumsum([part_N.size for part_N in parts])[:-1]
     own = np.split(sample_EN[expert], cuts)
-    fars = [nearest(part_N, own_N[None], 0)[1] for part_N, own_N in zip(parts, own, strict=True)]
-    if min(fars) >= FAR:
+    if min(map(distance, parts, own)) >= FAR:
         return ExpertSeen(layer, index, State.UNKNOWN if sample_N.any() else State.ZERO, near=near)
     matrices = {suffix: compare(ours[expert][suffix], row[suffix]) for suffix in FFN_SUFFIXES}
     broken = any(seen.broken for seen in matrices.values())
@@ -100,7 +99,7 @@ def _expert(
 def _turned(parts: list[Floats], own: list[Floats]) -> bool:
     """Whether gate and up stand in each other's place."""
     gate, up, _ = parts
-    return all(nearest(found, wanted[None], 0)[1] < FAR for found, wanted in ((gate, own[1]), (up, own[0])))
+    return gate.size == up.size and max(distance(gate, own[1]), distance(up, own[0])) < FAR
 
 
 def _rows_of(shape: tuple[int, int], size: int) -> int:

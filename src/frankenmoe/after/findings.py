@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from frankenmoe.after.compare import RouterSeen, Seen, percent, root_mean
+from frankenmoe.after.compare import MARGIN, RouterSeen, Seen, percent, root_mean
 from frankenmoe.after.experts import ExpertSeen, State
 from frankenmoe.after.other import EXPERTS, ROUTERS, Other, Place
 from frankenmoe.recipe.backbone import ATTENTION
@@ -12,12 +12,12 @@ from frankenmoe.recipe.backbone import ATTENTION
 SHOWN = 4  # names in a sentence
 # what is said of an expert whose numbers are not its own
 SAID: Mapping[State, str] = {
-    State.MISSING: "is missing",
-    State.MISSHAPEN: "has another shape",
-    State.BROKEN: "holds NaN or infinity",
-    State.ZERO: "is zeros",
-    State.UNKNOWN: "is unlike every expert of the artifact, as if random",
-    State.TURNED: "has gate and up in each other's place",
+    State.MISSING: "missing",
+    State.MISSHAPEN: "another shape",
+    State.BROKEN: "NaN or infinity",
+    State.ZERO: "all zeros",
+    State.UNKNOWN: "unlike every expert of the artifact, as if random",
+    State.TURNED: "gate and up in each other's place",
 }
 
 
@@ -89,12 +89,16 @@ def where(layers: Iterable[int], total: int) -> str:
 
 
 def _grouped(rows: Iterable[tuple[str, str, int]], total: int) -> Iterator[Finding]:
-    """(kind, sentence, layer) -> one finding for each sentence, with its layers."""
-    layers: dict[tuple[str, str], list[int]] = {}
+    """(kind, sentence, layer) -> one finding for each sentence, with its layers; of many of a kind, the first."""
+    layers: dict[str, dict[str, list[int]]] = {}
     for kind, text, layer in rows:
-        layers.setdefault((kind, text), []).append(layer)
-    for (kind, text), some in layers.items():
-        yield Finding(kind, f"{text} {where(some, total)}", layers=tuple(sorted(set(some))))
+        layers.setdefault(kind, {}).setdefault(text, []).append(layer)
+    for kind, found in layers.items():
+        for text, some in list(found.items())[:SHOWN]:
+            yield Finding(kind, f"{text} {where(some, total)}", layers=tuple(sorted(set(some))))
+        if len(found) > SHOWN:
+            rest = sorted({layer for some in list(found.values())[SHOWN:] for layer in some})
+            yield Finding(kind, f"{len(found) - SHOWN} more like this {where(rest, total)}", layers=tuple(rest))
 
 
 def _some(names: Sequence[str]) -> str:
@@ -105,29 +109,28 @@ def _some(names: Sequence[str]) -> str:
 def _sizes(found: Compared) -> Iterator[Finding]:
     other = found.other
     if other.layers != found.layers:
-        yield Finding("layers", f"it has {other.layers} layers, expected {found.layers}")
+        yield Finding("layers", f"number of layers: {other.layers}, expected {found.layers}")
     if other.experts != len(found.names):
         there = {each.expert for each in found.experts}
         gone = [name for index, name in enumerate(found.names) if index not in there]
-        which = f": {_some(gone)} {'is' if len(gone) == 1 else 'are'} missing" if gone else ""
-        yield Finding("count", f"it has {other.experts} experts, expected {len(found.names)}{which}")
+        which = f"; missing: {_some(gone)}" if gone else ""
+        yield Finding("count", f"number of experts: {other.experts}, expected {len(found.names)}{which}")
 
 
 def _experts(found: Compared) -> Iterator[Finding]:
-    rows = []
+    """Experts whose numbers are not their own; those of which the same is true in the same layers share a sentence."""
+    layers: dict[tuple[State, str, str], list[int]] = {}
     for each in found.experts:
-        if each.state in SAID:
-            rows.append((str(each.state), f"expert {found.name(each.index)} {SAID[each.state]}", each.layer))
-        elif each.state is State.DAMAGED:
+        if each.state is not State.FOUND:
             parts = [name.partition(".")[0] for name, seen in each.matrices.items() if seen.lost]
-            rows.append(
-                (
-                    str(each.state),
-                    f"{' and '.join(parts)} of expert {found.name(each.index)} is not its own",
-                    each.layer,
-                )
-            )
-    yield from _grouped(rows, found.layers)
+            said = SAID.get(each.state) or f"{' and '.join(parts)} not its own"
+            layers.setdefault((each.state, said, found.name(each.index)), []).append(each.layer)
+    names: dict[tuple[State, str, tuple[int, ...]], list[str]] = {}
+    for (state, said, name), some in layers.items():
+        names.setdefault((state, said, tuple(some)), []).append(name)
+    for (state, said, there), alike in names.items():
+        text = f"expert{'s' if len(alike) > 1 else ''} {_some(alike)} {where(there, found.layers)}: {said}"
+        yield Finding(str(state), text, layers=there)
 
 
 def _order(found: Compared) -> Iterator[Finding]:
@@ -143,6 +146,8 @@ def _order(found: Compared) -> Iterator[Finding]:
             name, own = found.names[expert], found.name(index)
             if list(held.values()).count(expert) > 1:
                 rows.append(("copied", f"expert {own} is a copy of {name}", layer))
+            elif found.other.experts != len(found.names):
+                continue  # those behind one that is gone have moved up
             elif with_gate:
                 together.append(layer)
             elif held.get(expert) == index:
@@ -208,21 +213,25 @@ def _unquantized(found: Compared) -> Iterator[Finding]:
 
 def _stands_out(found: Compared) -> Iterator[Finding]:
     """Experts of a quantized model that are farther away than rounding explains, where most are not."""
-    seen = [(each, name, matrix) for each in found.experts for name, matrix in each.matrices.items()]
-    able = [row for row in seen if row[0].state is State.FOUND and row[2].quantized]
-    if not able or median(row[2].moved for row in able) > 0:
-        return
-    rows = [
-        (
-            "farther",
-            f"{name.partition('.')[0]} of expert {found.name(each.index)} is {percent(matrix.far)} away, where "
-            f"{matrix.kind} explains {percent(matrix.rounding)},",
-            each.layer,
-        )
-        for each, name, matrix in able
-        if matrix.moved
+    able = [
+        (seen, name.partition(".")[0], each)
+        for each in found.experts
+        for name, seen in each.matrices.items()
+        if each.state is State.FOUND and seen.quantized
     ]
-    yield from _grouped(rows, found.layers)
+    if not able or median(seen.moved for seen, _, _ in able) > 0:
+        return
+    odd = [row for row in able if row[0].moved]
+    if odd:
+        seen, name, each = max(odd, key=lambda row: row[0].moved)
+        names = _some(list(dict.fromkeys(found.name(each.index) for _, _, each in odd)))
+        layers = tuple(sorted({each.layer for _, _, each in odd}))
+        text = (
+            f"expert{'s' if ',' in names else ''} {names} {where(layers, found.layers)}: farther away than rounding "
+            f"explains, such as {name} of {found.name(each.index)} by {percent(seen.far)}, where {seen.kind} explains "
+            f"{percent(seen.rounding)}"
+        )
+        yield Finding("farther", text, layers=layers)
 
 
 def _rest(found: Compared) -> Iterator[Finding]:
@@ -239,18 +248,19 @@ def _rest(found: Compared) -> Iterator[Finding]:
 
 
 def _spelled(place: Place) -> str:
-    return place.name if place.layer < 0 or str(place.layer) in place.name else f"{place.name} of layer {place.layer}"
+    return place.name if place.layer < 0 or f".{place.layer}." in place.name else f"{place.name} of layer {place.layer}"
 
 
 def _missed(found: Compared) -> Iterator[Finding]:
-    """Attention that was trained while no expert was."""
+    """Attention that was trained while no expert was, although their rounding would not hide it."""
     parts = found.by_part()
-    moved = {part: root_mean(seen, "moved") for part, seen in parts.items()}
+    moved = root_mean(parts.get(ATTENTION, ()), "moved")
+    seen_through = moved > MARGIN * root_mean(parts.get(EXPERTS, ()), "rounding")
     experts = [each for each in found.experts if each.state is State.FOUND]
     still = [each for each in experts if not any(seen.moved for seen in each.matrices.values())]
-    if moved.get(ATTENTION) and experts and len(still) == len(experts):
+    if seen_through and experts and len(still) == len(experts):
         text = (
-            f"attention moved by {percent(moved[ATTENTION])}, and no expert moved: an adapter for experts missed them, "
+            f"attention moved by {percent(moved)}, and no expert moved: an adapter for experts missed them, "
             "or only attention was trained"
         )
         yield Finding("experts missed", text)

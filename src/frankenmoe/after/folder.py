@@ -8,7 +8,8 @@ from typing import Any
 from frankenmoe.after.matrix import Matrix
 from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place, backbone_place, differing
 from frankenmoe.after.packing import Find, packing
-from frankenmoe.artifact.folder import RECORD, open_artifact
+from frankenmoe.artifact.folder import RECORD
+from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.reader import open_checkpoint
 from frankenmoe.checkpoint.tensors import Scale, TensorWrite
 from frankenmoe.errors import ArtifactError, SourceError
@@ -31,7 +32,10 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
     """
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         raise SourceError(f"{folder} is an adapter, expected a whole model", hint=MERGE)
-    if (folder / RECORD).is_file() and open_artifact(folder).form == "virtual":
+    # tools copy small files, so a record alone means nothing
+    if (folder / RECORD).is_file() and read_object(folder / RECORD, hint="remove it, or write it again").get(
+        "form"
+    ) == "virtual":
         raise ArtifactError(
             f"{folder} is a virtual artifact, which no other tool has written", hint="give it first: verify IT --after"
         )

@@ -22,6 +22,7 @@ from frankenmoe.planning.gguf import GgufLayout, GgufTensor, layout
 from frankenmoe.planning.parts import Parts
 from frankenmoe.planning.translate import halves_of_pairs
 
+PLAIN = ("f32", "f16", "bf16")
 SMALLEST_BLOCK = 32  # rows that are no multiple of it cannot be quantized
 # metadata that change what a model computes, and the words for them
 SETTINGS = {
@@ -41,6 +42,10 @@ def open_file(file: Path, parts: Parts) -> Other:
         wide = int(facts[f"{arch}.embedding_length"]) != parts.translation.dims.hidden
         kind = _file_type(facts.get("general.file_type"))
         stored = {tensor.name: _matrix(tensor) for tensor in reader.tensors}
+    if int(facts.get("split.count", 1)) > 1:
+        raise SourceError(
+            f"{file} is one of {facts['split.count']} parts", hint="llama-gguf-split --merge makes one file"
+        )
     if not experts:
         raise SourceError(
             f"{file} is a dense model, expected a mixture made of {parts.name}", hint="give the file that it became"
@@ -61,7 +66,8 @@ def open_file(file: Path, parts: Parts) -> Other:
             rows = list(_rows(tensor, parts.layers))
             ours |= dict(rows)
             theirs |= dict(_parts(tensor, rows, stored, experts))
-    quantized = kind not in ("f32", "f16", "bf16")
+    quantized = kind not in PLAIN if kind else any(matrix.stored.quantized for matrix in stored.values())
+    kind = kind or "of a type that it does not name"
     narrow = {name for name, matrix in stored.items() if matrix.shape[1] % SMALLEST_BLOCK}
     return Other(
         where=str(file),
@@ -79,8 +85,11 @@ def open_file(file: Path, parts: Parts) -> Other:
 
 
 def _file_type(number: Any) -> str:
+    """The name of a file type; empty if the file does not say it."""
     import gguf
 
+    if number is None:
+        return ""
     known = next((kind.name for kind in FILE_TYPES.values() if kind.number == number), None)
     return known or str(gguf.LlamaFileType(number).name).removeprefix("MOSTLY_").lower()
 
@@ -165,7 +174,13 @@ def _matrix(tensor: Any) -> Matrix:
     raw_RB = np.asarray(tensor.data).view(np.uint8).reshape(shape[0], -1)
 
     def rows(start: int, stop: int) -> Floats:
-        found = gguf.quants.dequantize(raw_RB[start:stop], kind)
+        try:
+            found = gguf.quants.dequantize(raw_RB[start:stop], kind)
+        except NotImplementedError:
+            raise SourceError(
+                f"{tensor.name} has the type {kind.name}, which the gguf package cannot read",
+                hint="update it: pip install -U gguf",
+            ) from None
         return np.asarray(found, np.float32).reshape(stop - start, shape[1])
 
     return Matrix(str(tensor.name), shape, _stored(kind), rows)

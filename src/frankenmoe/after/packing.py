@@ -6,8 +6,10 @@ Shape suffixes: R rows (out), C columns (in), N elements, G groups.
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -54,8 +56,32 @@ def packing(tensors: Tensors, config: Settings, *, where: str) -> Packing:
             f"{where} is quantized by {method}, and `verify` reads {', '.join(METHODS)}",
             hint=REASONS.get(method, LOADED),
         )
-    find = METHODS[method](tensors, settings, where)
-    return Packing(lambda name: find(name) or _float(tensors, name), method, _kept(settings))
+    with _whole(where, method):
+        find = METHODS[method](tensors, settings, where)
+
+    def found(name: str) -> Matrix | None:
+        with _whole(where, method):
+            matrix = find(name)
+        return _float(tensors, name) if matrix is None else replace(matrix, rows=partial(_rows, matrix, where, method))
+
+    return Packing(found, method, _kept(settings))
+
+
+def _rows(matrix: Matrix, where: str, method: str, start: int, stop: int) -> Floats:
+    with _whole(where, method):
+        return matrix.rows(start, stop)
+
+
+@contextmanager
+def _whole(where: str, method: str) -> Iterator[None]:
+    """SourceError for settings and tensors that do not belong together."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise SourceError(
+            f"{where} is quantized by {method}, but a setting or a tensor of it is missing or broken: {error}",
+            hint="quantize it again, or fetch it again",
+        ) from error
 
 
 def _kept(settings: Settings) -> Callable[[str], bool]:
@@ -141,7 +167,7 @@ def _gptq(tensors: Tensors, settings: Settings, where: str) -> Find:
             return None
         columns, out = ref.shape[0] * 32 // bits, ref.shape[1]
         scales_GR = _array(tensors[f"{stem}scales"])
-        zeros_GR = _unpacked(_array(tensors[f"{stem}qzeros"]), bits)[:, :out] + shift
+        zeros_GR = _unpacked(_array(tensors[f"{stem}qzeros"]), bits)[:, :out] + shift & 2**bits - 1
         found = tensors.get(f"{stem}g_idx")
         group = columns // len(scales_GR)
         groups_C = _array(found) if found else np.arange(columns) // group

@@ -16,6 +16,7 @@ import torch
 from frankenmoe.after.experts import State
 from frankenmoe.after.findings import Compared
 from frankenmoe.after.plain import write_plain
+from frankenmoe.artifact.folder import RECORD
 from frankenmoe.data.blocks import Block, check_vocabulary, text_blocks
 from frankenmoe.data.documents import check_data, read_documents
 from frankenmoe.data.given import Pair
@@ -105,11 +106,16 @@ def _check_whole(found: Compared) -> None:
 
 
 def _runnable(subject: Subject, found: Compared, stack: ExitStack, progress: Progress) -> Path:
-    """A folder that opens as a mixture: the other model's own, or one with its numbers written out."""
+    """A folder that opens as a mixture: the other model's own, or one with its numbers written out.
+
+    With a record beside it, a folder would open as an artifact, with gates that another tool may not have changed.
+    """
     folder = Path(found.other.where)
-    if folder.is_dir() and found.other.method is None:
+    if folder.is_dir() and found.other.method is None and not (folder / RECORD).is_file():
         return folder
-    made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frankenmoe-after-")))
+    made = Path(
+        stack.enter_context(tempfile.TemporaryDirectory(prefix="frankenmoe-after-", ignore_cleanup_errors=True))
+    )
     write_plain(made, found.other, subject, progress)
     return made
 

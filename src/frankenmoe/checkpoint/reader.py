@@ -84,19 +84,35 @@ def map_bytes(ref: TensorRef) -> NDArray[np.uint8]:
     The pages are private: writing to the array changes all views of the file in this process, but never the file.
     Raises SourceError if the file is missing or has become too short. A file that was replaced is mapped again.
     """
+    state = state_of(ref)
+    try:
+        return _map(*state)[ref.start : ref.end]
+    except OSError as error:
+        raise _unmapped(ref, error) from error
+
+
+def state_of(ref: TensorRef) -> tuple[Path, int, int]:
+    """(real path, bytes, time of the last change in ns) of a tensor's file: another file under its name differs.
+
+    Raises SourceError if the file is missing or has become too short.
+    """
     try:
         real = Path(os.path.realpath(ref.file))
         status = real.stat()
-        if ref.end > status.st_size:
-            raise SourceError(
-                f"{ref.file} has only {status.st_size} bytes left, but tensor {ref.name!r} ends at byte {ref.end}",
-                hint="the source changed meanwhile; start again",
-            )
-        return _map(real, status.st_size, status.st_mtime_ns)[ref.start : ref.end]
     except OSError as error:
+        raise _unmapped(ref, error) from error
+    if ref.end > status.st_size:
         raise SourceError(
-            f"{ref.file} cannot be mapped: {error.strerror}", hint="the source changed meanwhile; start again"
-        ) from error
+            f"{ref.file} has only {status.st_size} bytes left, but tensor {ref.name!r} ends at byte {ref.end}",
+            hint="the source changed meanwhile; start again",
+        )
+    return real, status.st_size, status.st_mtime_ns
+
+
+def _unmapped(ref: TensorRef, error: OSError) -> SourceError:
+    return SourceError(
+        f"{ref.file} cannot be mapped: {error.strerror}", hint="the source changed meanwhile; start again"
+    )
 
 
 def unmap() -> None:

@@ -11,14 +11,16 @@ import click
 from frankenmoe.cli.options import COUNT, EXPERTS_PER_TOKEN, JSON, NO_CACHE, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
-from frankenmoe.cli.text import json_text
+from frankenmoe.cli.text import cell, json_text
 from frankenmoe.recipe.sections import ExportSettings
 from frankenmoe.recipe.settings import settings_with
-from frankenmoe.subject import open_subject
+from frankenmoe.subject import Subject, open_subject
 
 if TYPE_CHECKING:
     from frankenmoe.export.check import Checked
     from frankenmoe.export.files import GgufFile
+
+PEFT_SETTINGS = {"texts", "check"}  # those that --peft has too
 
 
 @click.command(
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 @click.argument("what", metavar="ARTIFACT|RECIPE", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @settings_options(ExportSettings)
+@click.option("--peft", "as_peft", is_flag=True, help="Write adapter experts as PEFT LoRAs instead of GGUF files.")
 @EXPERTS_PER_TOKEN
 @click.option("--threads", type=COUNT, help="CPU threads; default: all cores.")
 @NO_CACHE
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 def export_command(
     what: Path,
     out: Path,
+    as_peft: bool,
     experts_per_token: int | None,
     threads: int | None,
     no_cache: bool,
@@ -49,14 +53,22 @@ def export_command(
 
     Reads an artifact or a recipe directly, without a large file in between. Types: f32, f16, bf16, q8_0, q6_k, q5_k_m,
     q5_k_s, q5_1, q5_0, q4_k_m, q4_k_s, q4_1, q4_0. OUT/export.json lists the files and compares them with the source.
+
+    With --peft: writes the LoRA of every expert, for an MoE of adapters on one base, and compares it with PEFT's Arrow.
     """
     from frankenmoe.export.ollama import modelfile_of
     from frankenmoe.export.run import check_files, export_gguf, token_notes, write_report
 
-    settings = settings_with(ExportSettings(), given(options))
+    wanted = given(options)
+    settings = settings_with(ExportSettings(), wanted)
     subject = open_subject(
         what, cache=not no_cache, trust_remote_code=trust_remote_code, experts_per_token=experts_per_token
     )
+    if as_peft:
+        foreign = sorted(f"--{name}".replace("_", "-") for name in wanted if name not in PEFT_SETTINGS)
+        if foreign or threads:
+            raise click.UsageError(f"{', '.join(foreign or ['--threads'])} is for GGUF files, not for --peft")
+        return _peft(subject, out, settings, as_json)
     with bars() as progress:
         files = export_gguf(subject, out, settings=settings, threads=threads, progress=progress, resume=True)
         checks = check_files(subject, files, settings=settings, threads=threads, progress=progress)
@@ -70,6 +82,29 @@ def export_command(
         if settings.ollama:
             file = modelfile_of(files[-1].path)
             click.echo(f"for Ollama: {shlex.join(['ollama', 'create', file.stem.lower(), '-f', str(file)])}")
+
+
+def _peft(subject: Subject, out: Path, settings: ExportSettings, as_json: bool) -> None:
+    from rich.table import Table
+
+    from frankenmoe.cli.show import console
+    from frankenmoe.export.peft import arrow_code
+    from frankenmoe.export.run import export_adapters
+
+    with bars() as progress:
+        made, compared = export_adapters(subject, out, settings=settings, progress=progress)
+    if as_json:
+        click.echo(json_text({**made.to_dict(), "compared": [each.to_dict() for each in compared]}))
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for name in ("KL from the MoE", "same best token", "loss"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for each in compared:
+        table.add_row(cell(each.name), f"{each.kl:.1e}", f"{each.top1:.1%}", f"{each.loss:.3f}")
+    if compared:
+        console().print(table)
+    click.echo(f"{len(made.experts)} LoRAs of rank {made.rank} in {out}; with PEFT's Arrow:\n{arrow_code(made)}")
 
 
 def _as_data(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> list[dict[str, Any]]:

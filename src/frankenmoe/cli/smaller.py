@@ -170,7 +170,8 @@ def show(result: "Smaller", *, as_json: bool) -> None:
     if report["removed"]:
         click.echo(printable(f"removed: {', '.join(report['removed'])}"))
     click.echo(printable(f"stay: {', '.join(report['experts'])}"))
-    kept = "rows kept" if report["gates"] == "kept" else f"{report['gates']}, fitted without the text of what went"
+    fitted = f"{report['gates']}, without the text of what went, at the earlier scale"
+    kept = "rows kept" if report["gates"] == "kept" else fitted
     click.echo(f"routers: {kept}")
     if used != before:
         click.secho(f"a token uses {used} of the experts now, not {before}: there are no more", fg="yellow", err=True)

@@ -80,10 +80,11 @@ def verify_command(
 
 def _pairs(texts: Sequence[str]) -> list[Pair] | None:
     """The texts by name; empty for the recipe's own, None without text."""
-    given = [text for text in texts if text != OWN]
-    if not texts or not given:
+    if OWN in texts and set(texts) != {OWN}:
+        raise click.UsageError(f"--text {OWN} stands alone; name the other files in the recipe's data")
+    if OWN in texts or not texts:
         return [] if texts else None
-    return pairs(given, flag="--text", unlabelled=True, folder=Path.cwd(), form="NAME=FILE")
+    return pairs(texts, flag="--text", unlabelled=True, folder=Path.cwd(), form="NAME=FILE")
 
 
 def show_checks(folder: Path, checks: Sequence[Any]) -> None:
@@ -122,9 +123,8 @@ def show_after(found: "After") -> None:
     if found.text is not None:
         show_text(found.text)
     for finding in found.findings:
-        click.secho(
-            printable(f"{'wrong' if finding.fault else 'note'}: {finding.text}"), fg="red" if finding.fault else None
-        )
+        word, colour = ("wrong", "red") if finding.fault else ("note", None)
+        click.secho(printable(f"{word}: {finding.text}"), fg=colour)
     click.echo(printable(f"{compared.other.where}: {found.verdict}"))
 
 

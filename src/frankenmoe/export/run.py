@@ -3,13 +3,14 @@
 Imports torch only to make a recipe's routers, to measure importance, or to check files against the source.
 """
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frankenmoe.artifact.folder import ROUTERS, Artifact, write_routers
+from frankenmoe.artifact.folder import ROUTERS, Artifact, write_json, write_routers
 from frankenmoe.artifact.record import BODY_STAGES
 from frankenmoe.artifact.reports import ExportReport, about, versions
 from frankenmoe.checkpoint.header import read_header
@@ -29,8 +30,11 @@ from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
 
 if TYPE_CHECKING:
+    from frankenmoe.export.arrow import Compared
     from frankenmoe.export.check import Checked
     from frankenmoe.export.importance import Measured
+    from frankenmoe.export.peft import PeftFolder
+    from frankenmoe.moe.load import MoE
 
 IMATRIX_LENGTH = 512  # tokens of a calibration block
 IMATRIX_BLOCKS = 128
@@ -113,9 +117,7 @@ def _importance(subject: Subject, parts: Parts, settings: ExportSettings, progre
 def count_notes(subject: Subject) -> tuple[str, ...]:
     """A sentence if the files have another number of experts per token than the model."""
     used, own = subject.experts_per_token, subject.own_experts_per_token
-    return (
-        () if used in (None, own) else (f"{used} experts per token in this file, {own} in the model it is made from",)
-    )
+    return () if used in (None, own) else (f"experts per token: {used} in this file, {own} in the model itself",)
 
 
 def starved_notes(parts: Parts, found: "Measured") -> tuple[str, ...]:
@@ -147,22 +149,12 @@ def check_files(
     files = [file for file in files if _is_checked(file, settings)]
     if not files:
         return []
-    from frankenmoe.data.blocks import text_blocks
-    from frankenmoe.data.documents import read_documents
-    from frankenmoe.data.rows import Document
     from frankenmoe.export.check import check, reference, steps
-    from frankenmoe.export.samples import PROMPTS, TEXTS
+    from frankenmoe.export.samples import PROMPTS
 
     moe = open_subject(what).load(dtype="float32", progress=progress)
     tokenizer = moe.tokenizer()
-    length = min(CHECK_LENGTH, int(moe.model.config.max_position_embeddings))
-    if settings.texts:
-        documents = read_documents(settings.texts, folder=Path.cwd())
-        blocks = text_blocks(documents, tokenizer, length=length, limit=CHECK_BLOCKS)
-    else:
-        alone = [text_blocks([Document(text=text)], tokenizer, length=length, limit=1) for text in TEXTS]
-        blocks = [block for found in alone for block in found]
-    passages = [block.ids for block in blocks]
+    passages = _passages(moe, tokenizer, settings)
     progress.start("running the source", len(passages) + len(PROMPTS), "texts")
     source = reference(moe, tokenizer, texts=passages, positions=CHECK_POSITIONS, on_step=progress.advance)
     found = []
@@ -171,6 +163,67 @@ def check_files(
         progress.start(f"checking {file.type}", total, "positions")
         found.append(check(file.path, source, threads=threads, on_step=progress.advance))
     return found
+
+
+def _passages(moe: "MoE", tokenizer: Any, settings: ExportSettings) -> list[Sequence[int]]:
+    """The texts to compare on, as ids: those of the settings, else a few short ones."""
+    from frankenmoe.data.blocks import text_blocks
+    from frankenmoe.data.documents import read_documents
+    from frankenmoe.data.rows import Document
+    from frankenmoe.export.samples import TEXTS
+
+    length = min(CHECK_LENGTH, int(moe.model.config.max_position_embeddings))
+    if settings.texts:
+        documents = read_documents(settings.texts, folder=Path.cwd())
+        blocks = text_blocks(documents, tokenizer, length=length, limit=CHECK_BLOCKS)
+    else:
+        alone = [text_blocks([Document(text=text)], tokenizer, length=length, limit=1) for text in TEXTS]
+        blocks = [block for found in alone for block in found]
+    return [block.ids for block in blocks]
+
+
+def export_adapters(
+    what: Subject | Recipe | Artifact | str | Path,
+    out: str | Path,
+    *,
+    settings: ExportSettings | None = None,
+    progress: Progress = SILENT,
+) -> "tuple[PeftFolder, list[Compared]]":
+    """Writes the adapter experts as PEFT LoRAs, with peft.json: how far PEFT's models of them are from the MoE.
+
+    Compared are the base, each LoRA alone and Arrow, on `texts`; nothing with `check=False`. Raises PlanError for an
+    MoE that is more than adapters on one base, ArtifactError if `out` exists.
+    """
+    from frankenmoe.export.peft import export_peft
+
+    subject, settings = open_subject(what), settings or ExportSettings()
+    if settings.check is not False:
+        from frankenmoe.export.arrow import require
+
+        require()
+    made = export_peft(subject, Path(out), progress=progress)
+    try:
+        found = _compared(subject, made, settings, progress) if settings.check is not False else []
+    except BaseException:  # Ctrl-C too
+        shutil.rmtree(made.folder)
+        raise
+    report = {**made.to_dict(), **_about(subject), "compared": [each.to_dict() for each in found]}
+    write_json(made.folder / "peft.json", report)
+    return made, found
+
+
+def _compared(subject: Subject, made: "PeftFolder", settings: ExportSettings, progress: Progress) -> "list[Compared]":
+    from frankenmoe.export.arrow import compare
+    from frankenmoe.export.check import reference
+
+    moe = subject.load(dtype="float32", progress=progress)
+    tokenizer = moe.tokenizer()
+    passages = _passages(moe, tokenizer, settings)
+    progress.start("running the source", len(passages), "texts")
+    source = reference(moe, tokenizer, texts=passages, prompts=(), positions=CHECK_POSITIONS, on_step=progress.advance)
+    del moe
+    progress.start("comparing with PEFT", len(made.experts) + 2, "models")
+    return compare(made, subject.plan, source, on_step=progress.advance)
 
 
 def _is_checked(file: GgufFile, settings: ExportSettings) -> bool:

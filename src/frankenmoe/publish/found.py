@@ -125,11 +125,11 @@ def _measured(measured: EvalReport) -> Iterator[str]:
 
 def _other_counts(facts: Facts, measured: EvalReport | None, counts: Mapping[int, EvalReport]) -> Iterator[str]:
     """The same model with other numbers of experts per token, if they were measured, beside its own number."""
+    if not counts:
+        return
     own = facts.artifact.record["experts_per_token"]
     reports = {**counts, **({own: measured} if measured else {})}
     rows = {used: report.moe for used, report in sorted(reports.items()) if report.moe}
-    if not counts:
-        return
     tasks = ordered({task for row in rows.values() for task in row.scores if task in TASKS})
     domains = list(dict.fromkeys(domain for row in rows.values() for domain in row.loss))
     head = ("experts per token", *(TASKS[task].dataset_name for task in tasks), *map(plain, domains))

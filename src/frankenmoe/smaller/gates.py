@@ -37,7 +37,8 @@ from frankenmoe.planning.names import named_experts
 from frankenmoe.progress import Progress
 from frankenmoe.subject import Subject
 
-KEPT, NEAR = "kept", 0.01  # the largest relative distance of a text's mean state from the stored one
+KEPT = "kept"  # in place of a method: the rows stayed
+NEAR = 0.01  # the largest relative distance of a text's mean state from the stored one
 OTHERWISE = "--keep-gates keeps the other experts' rows as they are and reads no text"
 
 
@@ -94,31 +95,34 @@ def rest_routers(
     if known is None:
         return RestRouters(MadeRouters(rows), KEPT)
     assert moe is not None
-    chosen = method or str(known.facts["method"])
-    outer = known.routers[()]
-    _refuse_negative(old, outer)
+    _refuse_negative(old, known.routers[()])
     gone = list(_gone_texts(old, moe, known, kept, data))
     progress.start("reading", sum(len(block.ids) for text in gone for block in fitted_blocks(text)), "tokens")
-    moments = {text.name: read_moments(moe.model, text, fitted_blocks(text)) for text in gone}
-    for text in gone:
-        _check_same(outer, text, moments[text.name])
-    statistics: Statistics = {(): without_texts(outer, moments, classes=kept)}
-    for path in gate_paths(made.nodes):
-        if path:
-            statistics[path] = known.routers[kept[path[0]], *path[1:]]
-    if SHARED in known.routers:
-        statistics[SHARED] = known.routers[SHARED]
-    refitted = chosen in CLOSED
-    scale = float(str(known.facts["closed_scale"]))
-    if refitted:
-        alone: Statistics = {(): statistics[()]}
-        gates = lowered(times(closed_gates(alone, chosen), scale), lowering(alone, moe.model))
-        fresh = encoded_gates(made, {(): gates[()]}, None)
-        rows = {**rows, **{name: fresh[name] for name in router_names(made.fmt, layers=made.layers, path=())}}
+    statistics = _without(known, gone, moe, made, kept, progress)
     facts = _facts(known.facts, [text.name for text in gone])
-    if refitted:
-        facts |= {"method": chosen, "scale": scale}
-    return RestRouters(MadeRouters(rows, statistics_bytes(Fitted(statistics, facts))), chosen if refitted else KEPT)
+    chosen = method or str(facts["method"])
+    if chosen not in CLOSED:
+        return RestRouters(MadeRouters(rows, statistics_bytes(Fitted(statistics, facts))), KEPT)
+    outer: Statistics = {(): statistics[()]}
+    scale = float(facts["closed_scale"])
+    gates = lowered(times(closed_gates(outer, chosen), scale), lowering(outer, moe.model))
+    fresh = encoded_gates(made, gates, None)
+    rows = {**rows, **{name: fresh[name] for name in router_names(made.fmt, layers=made.layers, path=())}}
+    facts |= {"method": chosen, "scale": scale}
+    return RestRouters(MadeRouters(rows, statistics_bytes(Fitted(statistics, facts))), chosen)
+
+
+def _without(
+    known: Fitted, gone: Sequence[OwnText], moe: MoE, made: Plan, kept: Sequence[int], progress: Progress
+) -> Statistics:
+    """The statistics of every router that stays; the outer one's without the texts `gone`, which are read again."""
+    outer, moments = known.routers[()], dict[str, Moments]()
+    for text in gone:
+        moments[text.name] = read_moments(moe.model, text, fitted_blocks(text), on_tokens=progress.advance)
+        _check_same(outer, text, moments[text.name])
+    found: Statistics = {(): without_texts(outer, moments, classes=kept)}
+    found |= {path: known.routers[kept[path[0]], *path[1:]] for path in gate_paths(made.nodes) if path}
+    return found | ({SHARED: known.routers[SHARED]} if SHARED in known.routers else {})
 
 
 def kept_rows(routers: Routers, old: Plan, made: Plan, kept_L: Sequence[Sequence[int]]) -> Routers:
@@ -177,16 +181,14 @@ def _text_again(
 def _check_same(outer: RouterStatistics, text: OwnText, moments: Moments) -> None:
     """Raises SourceError unless the moments are those of the stored text: equal counts, nearly equal means."""
     at = [each.name for each in outer.texts].index(text.name)
-    count, stored = int(outer.count_U[at]), int(moments.count_L[0])
-    mean_LD = moments.sum_LD / max(stored, 1)
+    wanted, count = int(outer.count_U[at]), int(moments.count_L[0])
+    mean_LD = moments.sum_LD / max(count, 1)
     apart = float((mean_LD - outer.mean_ULD[at]).norm() / outer.mean_ULD[at].norm())
-    if count != stored or apart > NEAR:
-        found = (
-            f"{stored} tokens" if count != stored else f"other text of {stored} tokens (states differ by {apart:.0%})"
-        )
+    if wanted != count or apart > NEAR:
+        other = f"other text (the mean state differs by {apart:.0%})" if wanted == count else f"{count}"
         raise SourceError(
-            f"the text of expert {text.name!r} is not the one that the routers were fitted to: expected {count} "
-            f"tokens, found {found} in {', '.join(text.origin)}",
+            f"the text of expert {text.name!r} is not the one that the routers were fitted to: expected {wanted} "
+            f"tokens of it, found {other} in {', '.join(text.origin)}",
             hint=f"--data {text.name}=FILE says where it is now; {OTHERWISE}",
         )
 

@@ -24,7 +24,7 @@ from frankenmoe.recipe import Expert, Recipe
 from frankenmoe.recipe.backbone import BASE, METHODS, MergeSettings, backbone_of
 from frankenmoe.subject import Subject
 
-REST = ".rest"  # ends the name of the temporary folder
+REST = ".partial-tensors"  # ends the name of the temporary folder
 RANDOM_MERGES = ("dare_linear", "dare_ties")  # what they drop of a parent depends on its place among the others
 
 
@@ -84,6 +84,7 @@ def with_same_tensors(old: Plan, made: Plan, kept: Sequence[int], *, out: Path, 
         return
     folder = out.with_name(f"{out.name}{REST}")
     file = folder / TRAINED
+    fresh = [each for each in (folder, *folder.parents) if not each.exists()] or [folder]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_shard(file, writes, metadata={"format": "pt"}, on_bytes=lambda size: None, scanned=set[TensorRef]())
@@ -92,7 +93,8 @@ def with_same_tensors(old: Plan, made: Plan, kept: Sequence[int], *, out: Path, 
     finally:
         with suppress(OSError):
             file.unlink(missing_ok=True)
-            folder.rmdir()
+            for each in fresh:  # as far as they are empty
+                each.rmdir()
 
 
 def _set_time(file: Path, content: str) -> None:

@@ -14,7 +14,7 @@ from frankenmoe.artifact.folder import Artifact, refuse_occupied
 from frankenmoe.build.run import build
 from frankenmoe.data.given import Pair, Texts, located
 from frankenmoe.data.labelled import Labelled, labelled
-from frankenmoe.errors import PlanError
+from frankenmoe.errors import PlanError, RecipeError
 from frankenmoe.gates.fitted import computing_dtype
 from frankenmoe.gates.forcing import replaced
 from frankenmoe.gates.made import MadeRouters
@@ -24,6 +24,7 @@ from frankenmoe.gates.texts import OwnText, data_text, prompts_text
 from frankenmoe.moe.device import AUTO, resolve
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
+from frankenmoe.planning.names import named_experts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import PruneSettings
 from frankenmoe.recipe.settings import settings_with
@@ -40,6 +41,7 @@ from frankenmoe.smaller.gates import (
 from frankenmoe.smaller.rest import kept_without, plan_without, whole_plan, with_same_tensors
 from frankenmoe.smaller.saliency import Ranking, Saliency, saliency
 from frankenmoe.subject import Subject, kind_of, open_subject
+from frankenmoe.suggest import did_you_mean
 
 REMOVE, PRUNE = "remove-expert", "prune"  # the stages in the record
 
@@ -106,8 +108,15 @@ def remove_expert(
     """
     out = Path(os.path.realpath(out))
     refuse_occupied(out)
-    job = _opened(what, method=method, keep_gates=keep_gates, data=data, progress=progress)
+    hint = "delete the expert from the recipe"
+    job = _opened(what, method=method, keep_gates=keep_gates, data=data, hint=hint, progress=progress)
     kept = kept_without(job.plan, experts, where=job.subject.origin)
+    going = [name for name, path, _ in named_experts(job.plan.nodes) if path[0] not in kept]
+    for name in job.data:
+        if name not in going:
+            raise RecipeError(
+                f"data is given for {name!r}, which is no expert that goes", hint=did_you_mean(name, going)
+            )
     moe = job.load(device, dtype) if job.known else None
     made = plan_without(job.plan, kept, inside=job.inside)
     found = job.routers(made, kept, moe)
@@ -149,7 +158,8 @@ def prune(
     if out is not None:
         out = Path(os.path.realpath(out))
         refuse_occupied(out)
-    job = _opened(what, method=method, keep_gates=keep_gates, data=None, progress=progress)
+    hint = "build it first; with --virtual that takes megabytes"
+    job = _opened(what, method=method, keep_gates=keep_gates, data=None, hint=hint, progress=progress)
     old, subject = job.plan, job.subject
     if not 1 <= experts < old.experts:
         raise PlanError(
@@ -201,12 +211,13 @@ def _made(job: _Job, moe: MoE, kept_L: Sequence[Sequence[int]], *, per_layer: bo
 
 
 def _opened(
-    what: Subject | Artifact | str | Path, *, method: str | None, keep_gates: bool, data: Texts | None,
+    what: Subject | Artifact | str | Path, *, method: str | None, keep_gates: bool, data: Texts | None, hint: str,
     progress: Progress,
 ) -> _Job:  # fmt: skip
+    """The MoE of an artifact or a mixture's folder. A recipe is refused with this hint."""
     subject = open_subject(what)
     if subject.artifact is None and kind_of(subject.origin) != "mixture":
-        subject.need_artifact(hint="delete the expert from the recipe")
+        subject.need_artifact(hint=hint)
     known = fitted_statistics(subject)
     check_method(method, known, keep_gates=keep_gates, where=subject.origin)
     return _Job(subject, whole_plan(subject), None if keep_gates else known, method, located(data or {}), progress)
@@ -261,7 +272,7 @@ def _too_much(report: Mapping[str, Any], limit: float, out: Path) -> PlanError:
         f"with {len(report['experts'])} experts the mean held-out loss rises by {report['rise']:.4f} nats per token "
         f"(most on {worst}, {before[worst]:.4f} to {after[worst]:.4f}), expected at most {limit:g}; "
         f"{out} was not written",
-        hint="keep more experts; or --rise allows more, and --keep-anyway any loss",
+        hint="keep more experts, or allow more with --rise; without a folder OUT all losses are shown",
     )
 
 
