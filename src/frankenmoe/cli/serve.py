@@ -64,7 +64,7 @@ def serve_command(
             hint="check the path; a dense model can be served beside one of these: --beside",
         )
     for_torch = int8 or experts_per_token is not None or device != "auto" or dtype is not None
-    if for_torch and all(kind_of(each) == "gguf" for each in (what, *beside)):
+    if for_torch and {kind_of(what), *map(kind_of, beside)} == {"gguf"}:
         raise click.UsageError(
             "--int8, --experts-per-token, --device and --dtype need an artifact or a recipe; llama.cpp reads GGUF "
             "files here"
