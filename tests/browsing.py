@@ -1,6 +1,7 @@
 """A real browser for tests of pages: Chromium without a window, and tabs that note what they say and ask for."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,12 +10,29 @@ from typing import Any
 
 import pytest
 
+from frankenmoe.palette import contrast
+
 SHOTS = Path(__file__).parents[1] / "build" / "screenshots"  # CI keeps them
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
 ]  # fmt: skip
+
+# every text that is shown, its colour and the colour behind it
+LEGIBLE = """() => {
+  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const clear = (each) => /^rgba.*, 0(\\.\\d+)?\\)$/.test(getComputedStyle(each).backgroundColor);
+  while (walker.nextNode()) {
+    const text = walker.currentNode.textContent.trim(), own = walker.currentNode.parentElement;
+    if (!text || !own.checkVisibility({ opacityProperty: true })) continue;
+    if (own.closest('.hidden, :disabled, option, script')) continue;
+    let behind = own;
+    while (behind.parentElement && clear(behind)) behind = behind.parentElement;
+    found.push([text, getComputedStyle(own).color, getComputedStyle(behind).backgroundColor]);
+  }
+  return found;
+}"""
 
 
 @contextmanager
@@ -49,3 +67,15 @@ def shoot(tab: Any, name: str, *, whole: bool = False) -> None:
     """Keeps a picture of the tab, or of its whole page."""
     SHOTS.mkdir(parents=True, exist_ok=True)
     tab.screenshot(path=str(SHOTS / f"{name}.png"), full_page=whole)
+
+
+def legible(tab: Any) -> None:
+    """Every text that is shown has the contrast of WCAG 2.2, AA."""
+    found = tab.evaluate(LEGIBLE)
+    assert len(found) > 10
+    for text, ink, paper in found:
+        assert contrast(_hex(ink), _hex(paper)) >= 4.5, (text, ink, paper)
+
+
+def _hex(colour: str) -> str:
+    return "#" + "".join(f"{round(float(part)):02x}" for part in re.findall(r"[\d.]+", colour)[:3])

@@ -191,3 +191,28 @@ def test_an_artifact_from_before_runs_as_before_and_can_be_written_anew(virtual:
     assert torch.equal(fm.load(old).model(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)
     new = AutoModelForCausalLM.from_pretrained(fm.build(old, tmp_path / "new", virtual=True).folder)
     assert torch.equal(new(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)
+
+
+def test_transformers_serve_loads_it(virtual: Path) -> None:
+    managers = pytest.importorskip("transformers.cli.serving.model_manager")
+    model, tokenizer = managers.ModelManager(device="cpu").load_model_and_processor(f"{virtual}@main")
+    assert torch.equal(model(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)
+    assert tokenizer("hello")["input_ids"] == fm.load(virtual).tokenizer()("hello")["input_ids"]
+
+
+@pytest.mark.slow
+def test_trl_trains_an_adapter_on_it_and_adds_no_balance_loss(virtual: Path, tmp_path: Path) -> None:
+    trl, peft = pytest.importorskip("trl"), pytest.importorskip("peft")
+    from datasets import Dataset
+
+    asked = {"max_steps": 2, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "bf16": False}
+    settings = trl.SFTConfig(output_dir=str(tmp_path / "trl"), max_length=32, **asked)
+    text = Dataset.from_dict({"text": ["hello world " * 3] * 8})
+    lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = trl.SFTTrainer(model=str(virtual), train_dataset=text, args=settings, peft_config=lora)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "lora"))
+    assert peft.PeftConfig.from_pretrained(tmp_path / "lora").base_model_name_or_path == str(virtual)
+    AutoModelForCausalLM.from_pretrained(virtual).save_pretrained(tmp_path / "built")
+    built = trl.SFTTrainer(model=str(tmp_path / "built"), train_dataset=text, args=settings)
+    assert not built.aux_loss_enabled

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from browsing import launched, open_tab, shoot
-from frankenmoe.palette import contrast, mark
+from browsing import launched, legible, open_tab, shoot
+from frankenmoe.palette import mark
 from speaking import Speech, speaking
 
 NASTY = "<img src=x onerror=document.title='owned'>"
@@ -383,33 +383,6 @@ def test_light_dark_and_phone(width: int, scheme: str, browser: Any) -> None:
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         assert tab.said == []
         tab.context.close()
-
-
-LEGIBLE = """() => {
-  const found = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  const clear = (each) => /^rgba.*, 0(\\.\\d+)?\\)$/.test(getComputedStyle(each).backgroundColor);
-  while (walker.nextNode()) {
-    const text = walker.currentNode.textContent.trim(), own = walker.currentNode.parentElement;
-    if (!text || !own.checkVisibility({ opacityProperty: true })) continue;
-    if (own.closest('.hidden, :disabled, option, script')) continue;
-    let behind = own;
-    while (behind.parentElement && clear(behind)) behind = behind.parentElement;
-    found.push([text, getComputedStyle(own).color, getComputedStyle(behind).backgroundColor]);
-  }
-  return found;
-}"""
-
-
-def legible(tab: Any) -> None:
-    """Every text that is shown has the contrast of WCAG 2.2, AA."""
-    found = tab.evaluate(LEGIBLE)
-    assert len(found) > 10
-    for text, ink, paper in found:
-        assert contrast(_hex(ink), _hex(paper)) >= 4.5, (text, ink, paper)
-
-
-def _hex(colour: str) -> str:
-    return "#" + "".join(f"{round(float(part)):02x}" for part in re.findall(r"[\d.]+", colour)[:3])
 
 
 def test_sixty_four_experts_and_long_conversations_fit(browser: Any) -> None:
