@@ -92,6 +92,7 @@ def test_a_token_shows_experts_weights_and_the_runner_up(tab: Any, speech: Speec
         shown = [f"{weight:.3f}" for weight in said["weights"]]
         assert rows == [f"{name} {what}" for name, what in zip(names, [*shown, "runner-up"], strict=True)]
     tab.locator("#token summary").click()
+    tab.locator("#token details tr").nth(6).wait_for()  # the page fills it in after the click
     lines = tab.locator("#token details tr").all_inner_texts()[1:]
     assert len(lines) == 6
     assert [line.split()[1] for line in lines] == [mark(said["experts"][0]).digit for said in speech.said[39]]
