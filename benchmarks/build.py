@@ -1,5 +1,6 @@
 """Building 16 experts against `cp` of the same bytes, time and memory; knows nothing of what is in the files."""
 
+import argparse
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,15 +37,24 @@ CASES = (
 
 
 def main() -> None:
-    options = arguments("Build 16 experts of one shape, and cp the result.", name="build")
+    options = arguments("Build 16 experts of one shape, and cp the result.", name="build", more=_more)
     shape = SHAPES[options.scale]
+    peer = not options.no_peer and find_spec("mergekit") is not None
     with workspace(options.work) as work:
-        rows = [row for case in CASES for row in race(case, shape, work=work, rounds=options.rounds)]
-        publish("build", [*rows, four_times(shape, work=work), imports_alone()], options=options, work=work)
+        cases = [case for case in CASES if options.only in ("", case.name)]
+        rows = [row for case in cases for row in race(case, shape, work=work, rounds=options.rounds, peer=peer)]
+        if not options.only:
+            rows += [four_times(shape, work=work), imports_alone()]
+        publish("build", rows, options=options, work=work)
 
 
-def race(case: Case, shape: Shape, *, work: Path, rounds: int) -> list[Row]:
-    """Ours, `cp` and, where it is installed, mergekit-moe in turns over the same sources; all leave synced bytes.
+def _more(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--only", default="", choices=[case.name for case in CASES], help="one case")
+    parser.add_argument("--no-peer", action="store_true", help="leave mergekit-moe out, which takes minutes a round")
+
+
+def race(case: Case, shape: Shape, *, work: Path, rounds: int, peer: bool) -> list[Row]:
+    """Ours, `cp` and, if `peer`, mergekit-moe in turns over the same sources; all leave synced bytes.
 
     The first build of a recipe has to ask transformers about it; a later one remembers the answer.
     """
@@ -59,7 +69,7 @@ def race(case: Case, shape: Shape, *, work: Path, rounds: int) -> list[Row]:
             FIRST: ["env", f"XDG_CACHE_HOME={out}-cache", *build_command(recipe)],
             FLOOR: ["cp", "-r", str(reference)],
         }
-        if find_spec("mergekit") is not None:
+        if peer:
             contestants[PEER] = [sys.executable, "-m", "mergekit.scripts.moe", str(recipe)]
         measure(synced(contestants[OURS], reference))  # also the warm-up
         turns = {name: partial(run_and_discard, command, out) for name, command in contestants.items()}
