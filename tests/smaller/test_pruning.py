@@ -18,6 +18,7 @@ from frankenmoe.gates.texts import data_text
 from frankenmoe.moe.trace import outer_blocks, stream
 from frankenmoe.progress import SILENT
 from frankenmoe.smaller.saliency import saliency
+from frankenmoe.subject import Subject
 from refusals import cli, refused
 
 Parents = dict[str, list[Path]]
@@ -203,7 +204,7 @@ def test_without_a_folder_nothing_is_written(parents: Parents, texts: Path) -> N
 @pytest.mark.parametrize(
     ("words", "facts", "hint"),
     [
-        (["--experts", 3], ("--experts must be from 1 to 2", "found 3"), "that stay"),
+        (["--experts", 3], ("--experts is 3", "fewer than moe has (3)"), "that stay"),
         (["--experts", 2, "--data", "e9=e0.txt"], ("names an unknown expert",), "choose one of e0, e1, e2"),
         (["--experts", 2], ("neither data nor prompts",), "--data EXPERT=FILE"),
         (["--experts", 2, "--data", "none.txt"], ("none.txt",), "path"),
@@ -216,3 +217,23 @@ def test_mistakes_are_refused(
     monkeypatch.chdir(texts)
     fm.build(recipe_of(texts / "r.yml", parents["llama"], data=False), texts / "moe", virtual=True)
     refused("prune", "moe", "less", *words, inside=texts, facts=facts, hint=hint)
+
+
+def test_what_cannot_work_is_refused_before_the_text_is_read(
+    parents: Parents, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = {"e0": {"negative_prompts": ["no no no"]}}
+    fm.build(recipe_of(texts / "r.yml", parents["llama"], rows=rows, gate_mode="ridge", fit=SIZE), texts / "moe")
+    monkeypatch.setattr(Subject, "load", lambda *given, **more: pytest.fail("the model was loaded"))
+    words = ("prune", texts / "moe", texts / "less", "--experts", 2)
+    refused(*words, inside=texts, facts=("negative prompts of expert 'e0'",), hint="--keep-gates")
+
+
+def test_the_text_of_the_fit_that_is_elsewhere(parents: Parents, texts: Path) -> None:
+    fm.fit(recipe_of(texts / "r.yml", parents["llama"], gate_mode="ridge"), texts / "moe", **SIZE)
+    data = []
+    for name in ("e0", "e1", "e2"):
+        (texts / f"{name}.txt").rename(texts / f"{name}-moved.txt")
+        data += ["--data", f"{name}={texts / name}-moved.txt"]
+    words = ("prune", texts / "moe", texts / "less", "--experts", 2, "--tokens", 512, "--block", 32, *data)
+    refused(*words, inside=texts, facts=("must leave the routers' statistics",), hint="`frankenmoe remove-expert`")

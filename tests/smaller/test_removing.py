@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import frankenmoe as fm
 import tiny
 from frankenmoe.artifact.folder import ROUTERS, STATISTICS, open_artifact
+from frankenmoe.build import run
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
@@ -173,6 +175,24 @@ def test_a_fault_leaves_no_half_and_the_same_call_goes_on(
     fm.verify(tmp_path / "less")
 
 
+def test_another_process_is_refused_and_does_no_harm(
+    parents: Parents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fm.build(recipe_of(tmp_path / "r.yml", parents["llama"], data=False, backbone="average"), tmp_path / "moe")
+    write_routers = run._write_routers
+
+    def meanwhile(*given: Any) -> None:
+        monkeypatch.undo()
+        words = ("remove-expert", tmp_path / "moe", tmp_path / "less", "e0")
+        refused(*words, inside=tmp_path, facts=("another process",), hint="wait")
+        write_routers(*given)
+
+    monkeypatch.setattr(run, "_write_routers", meanwhile)
+    fm.remove_expert(tmp_path / "moe", tmp_path / "less", experts=["e0"])
+    assert {path.name for path in tmp_path.iterdir()} == {"r.yml", "moe", "less"}
+    same_tensors(tmp_path / "moe", tmp_path / "less", {"e1": "e1", "e2": "e2"})
+
+
 def test_a_built_artifact_needs_no_sources(parents: Parents, tmp_path: Path) -> None:
     sources = [shutil.copytree(folder, tmp_path / "away" / folder.name) for folder in parents["llama"]]
     fm.build(recipe_of(tmp_path / "r.yml", sources, data=False), tmp_path / "built")
@@ -287,11 +307,13 @@ def test_prompts_leave_the_statistics_too(parents: Parents, tmp_path: Path) -> N
     ("words", "facts", "hint"),
     [
         (["three", "less", "e3"], ("has no expert 'e3'",), "choose one of e0, e1, e2"),
-        (["three", "less", "e0", "e1", "2"], ("all 3 experts", "at least one to stay"), "extract"),
+        (["three", "less", "e0", "e1", "2"], ("no expert of three would stay", "expected at least one"), "extract"),
         (["three", "likely", "e0"], ("likely exists and is not empty",), "choose another folder"),
         (["three.yml", "less", "e0"], ("three.yml is a recipe, expected an artifact",), "from the recipe"),
         (["three", "less", "e0", "--method", "regret"], ("expected one of centroid, lda, ridge",), "frankenmoe fit"),
         (["three", "less", "e0", "--method", "ridge", "--keep-gates"], ("--keep-gates keeps them",), "--method out"),
+        (["three", "less", "9" * 5000], ("has no expert '999",), "choose one of e0, e1, e2"),
+        (["three", "less", "e0", "--keep-gates", "--data", "e0=e0.txt"], ("no text is read",), "leave --data out"),
         (["three", "less", "e0", "--data", "e1=e1.txt"], ("'e1', which is no expert that goes",), "choose one of e0"),
         (["three", "less", "e0", "--data", "e0=none.txt"], ("text of expert 'e0'", "none.txt"), "--keep-gates"),
     ],

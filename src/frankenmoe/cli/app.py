@@ -58,7 +58,7 @@ from frankenmoe.subject import kind_of, open_subject
 TOGETHER = {"train", "eval", "fit", "heal"}  # commands that several processes of a launcher can share
 GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells expect it
-RESUMING = {"build", "heal", "train", "eval", "run", "push"}
+RESUMING = {"build", "heal", "train", "eval", "run", "push", "remove-expert"}
 
 _python_shows = warnings.showwarning
 

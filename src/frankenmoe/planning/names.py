@@ -37,6 +37,7 @@ def expert_called(expert: str, names: Sequence[str], *, where: object) -> str:
     """The one of `names` that a user means by its name or its number from 0. ArtifactError if there is none."""
     if expert in names:
         return expert
-    if expert.isdecimal() and int(expert) < len(names):
-        return names[int(expert)]
+    numbered = {str(index): name for index, name in enumerate(names)}
+    if expert in numbered:
+        return numbered[expert]
     raise ArtifactError(f"{where} has no expert {expert!r}", hint=did_you_mean(expert, names))

@@ -28,21 +28,27 @@ from frankenmoe.smaller.rest import smaller_recipe
 REPORT = "prune.json"
 
 
-def plan_by_layer(old: Plan, kept_L: Sequence[Sequence[int]]) -> Plan:
-    """The plan of a standard checkpoint that has the experts kept_L[layer] of `old` in each layer.
-
-    Raises PlanError if the MoE has no standard format.
-    """
+def standard(old: Plan) -> Translation:
+    """How a plan becomes a standard checkpoint. PlanError if it cannot."""
     if old.translation is None or old.problems or not old.translation.fmt.loads_in_transformers:
         why = "; ".join(old.problems) or "it loads in llama.cpp alone"
         raise PlanError(
             f"only a standard checkpoint can have other experts in each layer, and this MoE cannot be one: {why}",
             hint="leave --per-layer out",
         )
+    return old.translation
+
+
+def plan_by_layer(old: Plan, kept_L: Sequence[Sequence[int]]) -> Plan:
+    """The plan of a standard checkpoint that has the experts kept_L[layer] of `old` in each layer.
+
+    Raises PlanError if the MoE has no standard format.
+    """
+    there = standard(old)
     count = len(kept_L[0])
     nodes = tuple(_slot(old, index, [kept[index] for kept in kept_L]) for index in range(count))
-    fmt, family = old.translation.fmt, old.translation.family
-    translation = Translation(fmt, family, old.base.config, count)
+    fmt = there.fmt
+    translation = Translation(fmt, there.family, old.base.config, count)
     gated = old.gated_shared
     return replace(
         old,

@@ -40,6 +40,7 @@ from frankenmoe.subject import Subject
 KEPT = "kept"  # in place of a method: the rows stayed
 NEAR = 0.01  # the largest relative distance of a text's mean state from the stored one
 OTHERWISE = "--keep-gates keeps the other experts' rows as they are and reads no text"
+ELSEWHERE = f"if it is elsewhere now, tell `frankenmoe remove-expert` with --data {{name}}=FILE; {OTHERWISE}"
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,17 @@ def fitted_statistics(subject: Subject) -> Fitted | None:
     return load_statistics(file) if file is not None and file.is_file() else None
 
 
-def check_method(method: str | None, known: Fitted | None, *, keep_gates: bool, where: str) -> None:
-    """Raises PlanError for a method that cannot refit these gates."""
+def check_refit(
+    plan: Plan, known: Fitted | None, *, method: str | None, keep_gates: bool, data: Texts, where: str
+) -> None:
+    """Raises PlanError for a method or data that these gates cannot use, and for gates that need `keep_gates`."""
+    if known is not None and not keep_gates:
+        _refuse_negative(plan, known.routers[()])
+    elif data:
+        raise PlanError(
+            f"--data names the text of {', '.join(data)}, but the other experts' rows stay and no text is read",
+            hint="leave --data out",
+        )
     if method is None:
         return
     if method not in CLOSED:
@@ -95,7 +105,6 @@ def rest_routers(
     if known is None:
         return RestRouters(MadeRouters(rows), KEPT)
     assert moe is not None
-    _refuse_negative(old, known.routers[()])
     gone = list(_gone_texts(old, moe, known, kept, data))
     progress.start("reading", sum(len(block.ids) for text in gone for block in fitted_blocks(text)), "tokens")
     statistics = _without(known, gone, moe, made, kept, progress)
@@ -171,7 +180,7 @@ def _text_again(
     except SourceError as error:
         raise SourceError(
             f"the text of expert {name!r} must leave the routers' statistics, but it cannot be read: {error.message}",
-            hint=f"--data {name}=FILE says where it is now; {OTHERWISE}",
+            hint=ELSEWHERE.format(name=name),
         ) from error
     spans = fact["spans"]
     fitted = (block for block in blocks if any(start <= block.span[0] < end for start, end in spans))
@@ -189,7 +198,7 @@ def _check_same(outer: RouterStatistics, text: OwnText, moments: Moments) -> Non
         raise SourceError(
             f"the text of expert {text.name!r} is not the one that the routers were fitted to: expected {wanted} "
             f"tokens of it, found {other} in {', '.join(text.origin)}",
-            hint=f"--data {text.name}=FILE says where it is now; {OTHERWISE}",
+            hint=ELSEWHERE.format(name=text.name),
         )
 
 

@@ -5,13 +5,15 @@ Does not import torch.
 
 import hashlib
 import os
+import shutil
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
+from frankenmoe.artifact.folder import growing
 from frankenmoe.checkpoint.tensors import MERGES, LowRank, Merge, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.writer import write_shard
 from frankenmoe.data.given import user_path
@@ -24,7 +26,6 @@ from frankenmoe.recipe import Expert, Recipe
 from frankenmoe.recipe.backbone import BASE, METHODS, MergeSettings, backbone_of
 from frankenmoe.subject import Subject
 
-REST = ".partial-tensors"  # ends the name of the temporary folder
 RANDOM_MERGES = ("dare_linear", "dare_ties")  # what they drop of a parent depends on its place among the others
 
 
@@ -37,7 +38,7 @@ def kept_without(plan: Plan, names: Collection[str], *, where: object) -> tuple[
     gone = {expert_called(name, known, where=where) for name in names}
     if len(gone) == len(known):
         raise PlanError(
-            f"all {len(known)} experts of {where} would go, expected at least one to stay",
+            f"no expert of {where} would stay, expected at least one",
             hint=f"`frankenmoe extract {where} OUT --expert {known[0]}` makes a dense model of one expert",
         )
     return tuple(index for index, name in enumerate(known) if name not in gone)
@@ -77,24 +78,21 @@ def with_same_tensors(old: Plan, made: Plan, kept: Sequence[int], *, out: Path, 
 
     What it would compute otherwise is written to a temporary folder beside `out`, in a file that the recipe names as
     `trained`. After a kill the same call writes the same file again, so that an unfinished build can be continued.
+    ArtifactError if another process does the same now.
     """
     writes = list(_changed(old, made, kept))
     if not writes:
         yield made
         return
-    folder = out.with_name(f"{out.name}{REST}")
-    file = folder / TRAINED
-    fresh = [each for each in (folder, *folder.parents) if not each.exists()] or [folder]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_shard(file, writes, metadata={"format": "pt"}, on_bytes=lambda size: None, scanned=set[TensorRef]())
-        _set_time(file, f"{old.digest} {list(kept)}")
-        yield replace(_planned(old, smaller_recipe(old, kept, trained=file), inside), carried=True)
-    finally:
-        with suppress(OSError):
-            file.unlink(missing_ok=True)
-            for each in fresh:  # as far as they are empty
-                each.rmdir()
+    content = f"{old.digest} {list(kept)}"
+    with growing(out.with_name(f"{out.name}.tensors"), digest=content) as folder:
+        try:
+            file = folder / TRAINED
+            write_shard(file, writes, metadata={"format": "pt"}, on_bytes=lambda size: None, scanned=set[TensorRef]())
+            _set_time(file, content)
+            yield replace(_planned(old, smaller_recipe(old, kept, trained=file), inside), carried=True)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _set_time(file: Path, content: str) -> None:

@@ -29,11 +29,11 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import PruneSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.smaller.among import routers_among
-from frankenmoe.smaller.bylayer import plan_by_layer, write_by_layer
+from frankenmoe.smaller.bylayer import plan_by_layer, standard, write_by_layer
 from frankenmoe.smaller.gates import (
     KEPT,
     RestRouters,
-    check_method,
+    check_refit,
     fitted_statistics,
     kept_rows,
     rest_routers,
@@ -158,14 +158,16 @@ def prune(
     if out is not None:
         out = Path(os.path.realpath(out))
         refuse_occupied(out)
-    hint = "build it first; with --virtual that takes megabytes"
-    job = _opened(what, method=method, keep_gates=keep_gates, data=None, hint=hint, progress=progress)
+    hint, keep = "build it first; with --virtual that takes megabytes", keep_gates or per_layer
+    job = _opened(what, method=method, keep_gates=keep, data=None, hint=hint, progress=progress)
     old, subject = job.plan, job.subject
     if not 1 <= experts < old.experts:
         raise PlanError(
-            f"--experts must be from 1 to {old.experts - 1}, as {subject.origin} has {old.experts}, found {experts}",
+            f"--experts is {experts}, expected at least 1 and fewer than {subject.origin} has ({old.experts})",
             hint="it is the number of experts that stay",
         )
+    if per_layer:
+        standard(old)
     domains = labelled(subject.recipe, data)
     moe = job.load(device, dtype)
     texts = [_text(name, domain, moe, settings, old) for name, domain in domains.items()]
@@ -218,9 +220,9 @@ def _opened(
     subject = open_subject(what)
     if subject.artifact is None and kind_of(subject.origin) != "mixture":
         subject.need_artifact(hint=hint)
-    known = fitted_statistics(subject)
-    check_method(method, known, keep_gates=keep_gates, where=subject.origin)
-    return _Job(subject, whole_plan(subject), None if keep_gates else known, method, located(data or {}), progress)
+    known, old, texts = fitted_statistics(subject), whole_plan(subject), located(data or {})
+    check_refit(old, known, method=method, keep_gates=keep_gates, data=texts, where=subject.origin)
+    return _Job(subject, old, None if keep_gates else known, method, texts, progress)
 
 
 def _text(name: str, domain: Labelled, moe: MoE, settings: PruneSettings, plan: Plan) -> OwnText:
