@@ -156,7 +156,7 @@ class Virtual:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """Pickles with the class of the base, since no module holds this one."""
-        _, _, *rest = super().__reduce_ex__(protocol)
+        _, _, *rest = tuple(super().__reduce_ex__(protocol))
         return (_empty, type(self).__bases__[1:], *rest)
 
 
@@ -181,7 +181,8 @@ def _refuse(name: str | Path, options: list[str]) -> None:
 
 def _become_virtual(model: "PreTrainedModel", name: str, subject: "Subject") -> None:
     """Gives a model the methods of Virtual, and the name by which a trained adapter finds it again."""
-    model.__class__ = _virtual(type(model))
+    own: Any = type(model)
+    model.__class__ = _virtual(own)
     model.frankenmoe_subject = subject
     model.name_or_path = model.config._name_or_path = name
 
