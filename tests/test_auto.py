@@ -1,6 +1,7 @@
 """Virtual artifacts in other programs: transformers' Auto classes and pipelines, PEFT, lm-eval."""
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -88,6 +89,8 @@ def test_saving_builds_what_stock_transformers_loads(virtual: Path, tmp_path: Pa
     assert type(built) is MixtralForCausalLM
     assert torch.allclose(built(tiny.ids()).logits, model(tiny.ids()).logits, atol=1e-5)
     assert verify(tmp_path / "built")
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
 
 
 def test_changed_weights_are_not_saved_as_if_they_were_not(virtual: Path, tmp_path: Path) -> None:
@@ -102,29 +105,62 @@ def test_changed_weights_are_not_saved_as_if_they_were_not(virtual: Path, tmp_pa
     with pytest.raises(ArtifactError, match="push_to_hub cannot send") as caught:
         model.push_to_hub("me/moe")
     assert "frankenmoe push" in str(caught.value.hint)
+    same = AutoModelForCausalLM.from_pretrained(virtual)
+    state = {name: tensor + 1 for name, tensor in same.state_dict().items()}
+    with pytest.raises(ArtifactError, match=r"\d+ tensors of the model were changed"):
+        same.save_pretrained(tmp_path / "out", state_dict=state)
+    with pytest.raises(ArtifactError, match="push_to_hub cannot send"):
+        same.save_pretrained(tmp_path / "out", push_to_hub=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_its_number_of_experts_and_its_type_can_be_chosen(virtual: Path) -> None:
     wanted: dict[str, Any] = {"num_experts_per_tok": 1, "dtype": "bfloat16", "device_map": "cpu"}
-    one = AutoModelForCausalLM.from_pretrained(virtual, **wanted)
+    one = AutoModelForCausalLM.from_pretrained(virtual.parent, subfolder=virtual.name, **wanted)
     ours = fm.open(virtual, experts_per_token=1).load(dtype="bfloat16").model
     assert torch.equal(one(tiny.ids()).logits, ours(tiny.ids()).logits)
     eager = AutoModelForCausalLM.from_pretrained(virtual, attn_implementation="eager")
     assert eager.config._attn_implementation == "eager"
-    with pytest.raises(PlanError, match="has 2 experts, found 3"):
-        AutoModelForCausalLM.from_pretrained(virtual, num_experts_per_tok=3)
+    quick = AutoModelForCausalLM.from_pretrained(virtual, use_cache=False, pad_token_id=1, output_hidden_states=True)
+    assert not quick.config.use_cache
+    assert quick.config.pad_token_id == 1
+    assert len(quick(tiny.ids()).hidden_states) == 3
+
+
+def test_the_report_on_loading_has_what_other_models_have(virtual: Path) -> None:
+    dense = json.loads((virtual / "frankenmoe.json").read_text())["recipe"]["base_model"]
+    found, expected = (
+        AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)[1] for folder in (virtual, dense)
+    )
+    assert {key: list(value) for key, value in found.items()} == {key: list(value) for key, value in expected.items()}
+
+
+def test_it_can_be_pickled(virtual: Path, tmp_path: Path) -> None:
+    again = pickle.loads(pickle.dumps(AutoModelForCausalLM.from_pretrained(virtual)))
+    assert torch.equal(again(tiny.ids()).logits, fm.load(virtual).model(tiny.ids()).logits)
+    again.save_pretrained(tmp_path / "built")
+    assert verify(tmp_path / "built")
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"load_in_4bit": True}, "cannot be loaded with load_in_4bit"),
+        ({"vocab_size": 7}, "cannot be loaded with another vocab_size"),
+        ({"num_experts_per_tok": 3}, "has 2 experts, found 3 experts per token"),
+        ({"num_experts_per_tok": "2"}, "has 2 experts, found '2' experts per token"),
+        ({"num_experts_per_tok": 0}, "has 2 experts, found 0 experts per token"),
         ({"device_map": {"model": 0, "lm_head": "cpu"}}, "runs on one device, found a device_map of 2"),
     ],
 )
 def test_what_it_cannot_do_is_refused_with_a_way_out(options: dict[str, Any], words: str, virtual: Path) -> None:
     with pytest.raises(PlanError, match=words):
         AutoModelForCausalLM.from_pretrained(virtual, **options)
+
+
+def test_a_config_alone_is_no_model(virtual: Path) -> None:
+    with pytest.raises(PlanError, match="does not say what its model consists of"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(virtual))
 
 
 def test_as_a_source_it_is_named(virtual: Path, tmp_path: Path) -> None:
@@ -143,6 +179,12 @@ def test_an_adapter_finds_the_artifact_again(virtual: Path, tmp_path: Path) -> N
     tuned.save_pretrained(tmp_path)
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(input_ids=tiny.ids()).logits, expected)
+    by_transformers = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(by_transformers(tiny.ids()).logits, expected)
+    by_transformers.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved" / "config.json").exists()  # of the adapter alone, as transformers does
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(saved(tiny.ids()).logits, expected)
 
 
 def no_class(folder: Path, tokenizer: Any) -> None:

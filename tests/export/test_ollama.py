@@ -12,7 +12,7 @@ import gguftools
 import tiny
 from frankenmoe.data.templates import render
 from frankenmoe.errors import PlanError
-from frankenmoe.export.ollama import BRIEF, TALK, Shape, literal, modelfile, shape_of
+from frankenmoe.export.ollama import BRIEF, TALK, Shape, literal, modelfile, ollama_name, shape_of
 from frankenmoe.export.tokenizer import Vocabulary
 from refusals import cli
 
@@ -64,6 +64,13 @@ TEMPLATES = {
     "braces": (
         "{% for m in messages %}{{ '{{' + m.role + '}} \"' + m.content + '\"\n' }}{% endfor %}{{ '{{assistant}} \"' }}"
     ),
+    "a brace before a message": (
+        "{% for m in messages %}{{ '{' + m.role + ': {' + m.content + '}}' }}{% endfor %}{{ '{assistant: {' }}"
+    ),
+    "nothing to see": (
+        "{% for m in messages %}{{ '\a' + m.role + '\u00a0\u200b\\\\' + m.content }}{% endfor %}"
+        "{{ '\aassistant\u00a0' }}"
+    ),
 }
 NO_SYSTEM = ("mistral", "gemma")
 
@@ -108,7 +115,7 @@ REFUSED = {
     "drops": "{{ messages[-1].content }}",
     "reverses": "{% for m in messages | reverse %}{{ m.content }}{% endfor %}",
     "shouts": "{% for m in messages %}{{ m.role + m.content | upper }}{% endfor %}",
-    "bell": "{% for m in messages %}{{ '\a' + m.content }}{% endfor %}",
+    "half a character": "{% for m in messages %}{{ m.role + '\ud83d' + m.content }}{% endfor %}",
 }
 
 
@@ -185,6 +192,18 @@ def test_go_writes_what_jinja_writes(tmp_path: Path) -> None:
 
 def test_text_that_go_would_read_as_code_is_quoted() -> None:
     assert literal('a {{ "b" }}\n\\') == '{{ "a {{ \\"b\\" }}\\n\\\\" }}'
+
+
+def test_a_brace_does_not_join_those_of_the_code_behind_it() -> None:
+    assert literal("role: {") == '{{ "role: {" }}'
+    assert literal("{role}}") == "{role}}"  # braces that end nothing are text for Go
+
+
+@pytest.mark.parametrize(
+    ("stem", "expected"), [("My-MoE-Q8_0", "my-moe-q8_0"), ("a b", "a-b"), ("Ärger-F16", "rger-f16"), ("模型", "moe")]
+)
+def test_a_name_that_ollama_takes(stem: str, expected: str) -> None:
+    assert ollama_name(Path(f"{stem}.gguf")) == expected
 
 
 def test_the_command_writes_one_beside_every_file(tmp_path: Path) -> None:

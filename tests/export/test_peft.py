@@ -112,6 +112,17 @@ def test_a_comparison_that_fails_leaves_nothing(place: Path, tmp_path: Path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_expert_may_have_the_name_of_a_file_beside_it(place: Path, tmp_path: Path) -> None:
+    names = ("peft.json", ROUTERS, "backbone")
+    experts = [{"source_model": "base", "adapter": "wide", "name": name} for name in names]
+    recipe = written(place, "odd", experts, base_model="base+attention")
+    made, _ = export_adapters(fm.open(recipe), tmp_path / "out", settings=ExportSettings(check=False))
+    assert (tmp_path / "out" / "peft.json").is_file()
+    assert load_file(tmp_path / "out" / ROUTERS)
+    assert made.backbone is not None
+    assert len({*made.experts.values(), made.backbone}) == 4
+
+
 def test_the_command_prints_how_far_arrow_is(place: Path, tmp_path: Path) -> None:
     recipe = written(place, "two", adapted("wide", "down"))
     said = cli("export", str(recipe), str(tmp_path / "out"), "--peft")

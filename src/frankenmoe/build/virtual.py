@@ -27,10 +27,8 @@ except ImportError as error:
 __all__ = ["{CONFIG}", "{LOADER}"]
 '''
 # of the base's config, for programs that look at a config without loading the model
-SHOWN = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings", "bos_token_id",
-    "eos_token_id", "pad_token_id", "tie_word_embeddings",
-)  # fmt: skip
+SIZES = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+SHOWN = (*SIZES, "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
 def copy_virtual_files(plan: Plan, folder: Path) -> None:

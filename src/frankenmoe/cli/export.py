@@ -56,7 +56,7 @@ def export_command(
 
     With --peft: writes the LoRA of every expert, for an MoE of adapters on one base, and compares it with PEFT's Arrow.
     """
-    from frankenmoe.export.ollama import modelfile_of
+    from frankenmoe.export.ollama import modelfile_of, ollama_name
     from frankenmoe.export.run import check_files, export_gguf, token_notes, write_report
 
     wanted = given(options)
@@ -81,7 +81,7 @@ def export_command(
         _show(files, checks)
         if settings.ollama:
             file = modelfile_of(files[-1].path)
-            click.echo(f"for Ollama: {shlex.join(['ollama', 'create', file.stem.lower(), '-f', str(file)])}")
+            click.echo(f"for Ollama: {shlex.join(['ollama', 'create', ollama_name(file), '-f', str(file)])}")
 
 
 def _peft(subject: Subject, out: Path, settings: ExportSettings, as_json: bool) -> None:

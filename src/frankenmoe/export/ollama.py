@@ -8,6 +8,7 @@ Sources: template/template.go and parser/parser.go of Ollama (MIT licence) for w
 Modelfile is read.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +40,7 @@ PARAMETERS: Mapping[str, str] = {
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
+ESCAPES = {"\\": "\\\\", '"': '\\"', "\n": "\\n", "\t": "\\t"}  # in a string of Go's
 HINT = "leave out --ollama, and write a Modelfile with a TEMPLATE by hand"
 
 Turn = tuple[str, str]
@@ -153,14 +155,22 @@ def _refusal(why: str) -> PlanError:
 
 
 def literal(text: str) -> str:
-    """A text in a Go template. PlanError for a character that a Modelfile cannot hold."""
-    odd = next((letter for letter in text if not (letter.isprintable() or letter in "\n\t")), None)
-    if odd is not None:
-        raise _refusal(f"it writes the character {odd!a}, which a Modelfile cannot hold")
-    if "{{" not in text and "}}" not in text and '"""' not in text:
+    """A text in a Go template: as a string of Go's where it would be read as code, or has characters that show nothing.
+
+    PlanError for half a character.
+    """
+    if any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise _refusal(f"it writes {text!a}, which is not Unicode text")
+    plain = all(letter.isprintable() or letter in "\n\t" for letter in text)
+    # code follows, and would begin with a brace at the end of the text
+    if plain and "{{" not in text and '"""' not in text and not text.endswith("{"):
         return text
-    quoted = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t")
-    return f'{{{{ "{quoted}" }}}}'
+    return f'{{{{ "{"".join(map(_escaped, text))}" }}}}'
+
+
+def _escaped(letter: str) -> str:
+    """A character in a string of Go's."""
+    return ESCAPES.get(letter) or (letter if letter.isprintable() else f"\\U{ord(letter):08x}")
 
 
 def write_modelfiles(files: Sequence[GgufFile], shape: Shape | None, vocabulary: Vocabulary, model: Parts) -> None:
@@ -176,6 +186,11 @@ def modelfile_of(file: Path) -> Path:
     return file.with_suffix(SUFFIX)
 
 
+def ollama_name(file: Path) -> str:
+    """A name for the model of a GGUF file that Ollama takes: small letters, digits, and few other characters."""
+    return re.sub(r"[^a-z0-9._-]+", "-", file.stem.lower()).strip("-._") or "moe"
+
+
 def modelfile(file: str, shape: Shape | None, vocabulary: Vocabulary, *, folder: Path, context: int) -> str:
     """The text of a Modelfile for the GGUF file of that name beside it.
 
@@ -184,7 +199,7 @@ def modelfile(file: str, shape: Shape | None, vocabulary: Vocabulary, *, folder:
     template = PLAIN if shape is None else shape.template()
     ends = dict.fromkeys(vocabulary.tokens[vocabulary.special[end]] for end in ENDS if end in vocabulary.special)
     lines = [f"FROM {_value(f'./{file}')}", f'TEMPLATE """{template}"""']
-    lines += [f"PARAMETER stop {_value(end)}" for end in ends]
+    lines += [f"PARAMETER stop {_value(end)}" for end in ends if end]
     lines += [f"PARAMETER num_ctx {min(context, CONTEXT)}", *_parameters(folder / GENERATION)]
     return "\n".join(lines) + "\n"
 
@@ -200,7 +215,7 @@ def _parameters(file: Path) -> Iterator[str]:
         for key, name in PARAMETERS.items():
             value = settings.get(key)
             if isinstance(value, int | float) and not isinstance(value, bool):
-                yield f"PARAMETER {name} {value:g}"
+                yield f"PARAMETER {name} {value if isinstance(value, int) else f'{value:g}'}"
 
 
 def _value(text: str) -> str:

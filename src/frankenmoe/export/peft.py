@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from frankenmoe import system
-from frankenmoe.artifact.folder import refuse_occupied, whole_or_absent, write_routers
+from frankenmoe.artifact.folder import ROUTERS, refuse_occupied, whole_or_absent, write_routers
 from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.checkpoint.hub import is_folder
 from frankenmoe.checkpoint.peft import AdapterWriter
@@ -25,7 +25,7 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.subject import Subject
 
 DTYPE = "F32"  # in which the scale of an adapter can be multiplied into it
-BACKBONE = "backbone"
+BACKBONE, REPORT = "backbone", "peft.json"
 HINT = "`as_adapter` in a recipe makes adapters of whole fine-tunes; `frankenmoe extract-lora` writes one such adapter"
 
 
@@ -82,7 +82,8 @@ def export_peft(subject: Subject, out: Path, *, progress: Progress = SILENT) -> 
         for step in write.steps
         if isinstance(step, LowRank)
     }
-    folders = dict(zip(adapted, system.file_names([*adapted, BACKBONE], default="expert"), strict=False))
+    taken = [BACKBONE, REPORT, ROUTERS]
+    folders = dict(zip(adapted, system.file_names([*taken, *adapted], default="expert")[len(taken) :], strict=True))
     base = _base_name(plan)
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_or_absent(out) as partial:

@@ -194,21 +194,21 @@ def export_adapters(
     Compared are the base, each LoRA alone and Arrow, on `texts`; nothing with `check=False`. Raises PlanError for an
     MoE that is more than adapters on one base, ArtifactError if `out` exists.
     """
-    from frankenmoe.export.peft import export_peft
+    from frankenmoe.export import peft
 
     subject, settings = open_subject(what), settings or ExportSettings()
     if settings.check is not False:
         from frankenmoe.export.arrow import require
 
         require()
-    made = export_peft(subject, Path(out), progress=progress)
+    made = peft.export_peft(subject, Path(out), progress=progress)
     try:
         found = _compared(subject, made, settings, progress) if settings.check is not False else []
     except BaseException:  # Ctrl-C too
         shutil.rmtree(made.folder)
         raise
     report = {**made.to_dict(), **_about(subject), "compared": [each.to_dict() for each in found]}
-    write_json(made.folder / "peft.json", report)
+    write_json(made.folder / peft.REPORT, report)
     return made, found
 
 
