@@ -247,6 +247,14 @@ MALFORMED: list[tuple[bytes, str | None]] = [
     (asked(messages=[{"role": "user", "content": "word " * 100_000}]), None),
     (asked(messages=[{"role": "user", "content": [1] * 300_000}]), "messages.0.content"),
     (asked(stop=["x"] * 65), "stop"),
+    (asked(**{"top-k": 1}), "'top-k'"),
+    (asked(**{"": 1}), "''"),
+    (asked(messages=[{"role": "user", "content": "x", "cache-control": 1}]), "messages.0.'cache-control'"),
+    (asked(expert_bias={"stop": "x"}), "expert_bias.stop"),
+    (asked(expert_bias={"an expert": "x"}), "expert_bias.'an expert'"),
+    (asked(expert_bias={"x" * 1001: 1}), f"expert_bias.{'x' * 135}...{'x' * 50}"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", None),
+    (asked(temperature=float("nan")), "temperature"),
 ]
 
 
@@ -261,12 +269,20 @@ def test_a_malformed_body_is_refused_by_name(body: bytes, param: str | None, ser
 
 def test_a_large_body_and_unknown_paths(server: Server) -> None:
     assert sent(server, "POST", "/v1/completions", b" " * 10_000_000).status == 413
+    nothing = sent(server, "POST", "/v1/completions", b'{"model": "moe", "prompt": "hi", "max_tokens": 0}')
+    assert json.load(nothing)["choices"][0]["finish_reason"] == "length"
     strange = sent(server, "POST", "/v1/completions", b'{"model": "moe", "prompt": [1, 100000]}')
     assert (strange.status, json.load(strange)["error"]["param"]) == (400, "prompt")
-    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/completions", 405)):
+    for method, path, status, says in (
+        ("GET", "/v1/nothing", 404, "/openapi.json"),
+        ("GET", "/v1/models/", 404, "there is no model ''"),
+        ("GET", "/health/", 404, "/openapi.json"),
+        ("GET", "/../etc/passwd", 404, "/openapi.json"),
+        ("GET", "/v1/completions", 405, "method"),
+    ):
         answered = sent(server, method, path)
         assert answered.status == status
-        assert json.load(answered)["error"]["message"]
+        assert says in json.load(answered)["error"]["message"]
 
 
 def test_other_sites_and_names_are_refused(server: Server) -> None:
@@ -330,7 +346,9 @@ def test_a_key_a_site_and_a_signal_in_mid_stream(tmp_path: Path) -> None:
     evil = sent(running, "POST", "/v1/chat/completions", asked(), Authorization="Bearer secret", Origin=f"{site}.evil")
     assert (evil.status, evil.getheader("Access-Control-Allow-Origin")) == (403, None)
     assert sent(running, "POST", "/v1/chat/completions", asked()).status == 401
-    assert sent(running, "GET", "/health", Authorization="Bearer wrong").status == 401
+    for wrong in ("Bearer wrong", "Bearer \u00e9", "Bearer", "Basic secret", "secret"):
+        assert sent(running, "GET", "/health", Authorization=wrong).status == 401
+    assert sent(running, "GET", "/openapi.json").status == 401  # which names the models
     assert sent(running, "GET", "/").status == 200
     answered = sent(
         running, "POST", "/v1/chat/completions", asked(stream=True, max_tokens=16000), Authorization="Bearer secret"

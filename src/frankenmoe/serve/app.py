@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,6 +27,11 @@ from frankenmoe.serve.line import Line, Ticket, Waiting
 from frankenmoe.serve.models import Models
 
 _log = logging.getLogger("frankenmoe.serve")
+# what is wrong with a request that no route takes
+PROBLEMS: Mapping[int, str] = {
+    404: "there is nothing at this path; GET /openapi.json lists what there is",
+    405: "this path does not take this method; the Allow header names those that it takes",
+}
 
 
 def make_app(
@@ -41,7 +46,7 @@ def make_app(
     """The server's app: `page` are more routes, the rest is as `Guard` and `Line` say."""
     server = Endpoints(models, line)
     cors = [Middleware(CORSMiddleware, allow_origins=list(origins), allow_methods=["*"], allow_headers=["*"])]
-    return Starlette(
+    app = Starlette(
         routes=[
             Route("/v1/models", server.models, methods=["GET"]),
             Route("/v1/models/{name:path}", server.model, methods=["GET"]),
@@ -61,6 +66,8 @@ def make_app(
             Exception: lambda *_: refused(RequestError("the server failed; its log says why", status=500)),
         },
     )
+    app.router.redirect_slashes = False  # a redirect would repeat whatever Host header it was sent
+    return app
 
 
 class Endpoints:
@@ -177,6 +184,7 @@ async def _unless_gone(request: Request, ticket: Ticket, answer: Any) -> Respons
 
 def _http_problem(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = refused(RequestError(error.detail, status=error.status_code))
+    status = error.status_code
+    response = refused(RequestError(PROBLEMS.get(status, error.detail), status=status))
     response.headers.update(error.headers or {})
     return response

@@ -11,6 +11,7 @@ from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import Ticket
 from frankenmoe.serve.writing import Ended, Likely, Piece, Token, Usage
 
+RANDOM = 2**32 - 1  # for llama.cpp this seed is a new one each time
 MOST_CONTEXT = 8192  # tokens; as in `chat`
 
 
@@ -86,7 +87,7 @@ def _options(asked: Task, choice: int) -> dict[str, Any]:
     if asked.top_p is not None:
         options["top_p"] = asked.top_p
     if asked.seed is not None:
-        options["seed"] = (asked.seed + choice) % 2**32
+        options["seed"] = (asked.seed + choice) % RANDOM
     if asked.top is not None:
         options |= {"logprobs": True, "top_logprobs": asked.top, "n_probs": max(asked.top, 1)}
     return options

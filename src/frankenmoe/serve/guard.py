@@ -16,7 +16,7 @@ LARGEST = 2**20  # bytes of a body
 DISCARDED = 2**26  # bytes of a body that is too large, which are read so that its sender reads the answer
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 PATIENCE = 60.0  # seconds in which a client must send a body, and take what it is sent
-GUARDED = ("/v1/", "/health")  # paths that need the key
+GUARDED = ("/v1/", "/health", "/openapi.json")  # paths that need the key
 
 
 class Guard:
@@ -47,8 +47,9 @@ class Guard:
         if scope["method"] == "POST" and not self._from_here(headers):
             return RequestError("pages of other sites may not ask this server", status=403, code="origin_not_allowed")
         if self._key is not None and scope["path"].startswith(GUARDED):
-            given = headers.get("authorization", "").partition(" ")[2].strip()
-            if not hmac.compare_digest(given.encode(), self._key.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            same = hmac.compare_digest(given.strip().encode(), self._key.encode())
+            if scheme.lower() != "bearer" or not same:
                 return RequestError("the API key is missing or wrong", status=401, code="invalid_api_key")
         return None
 

@@ -71,7 +71,8 @@ def load_models(whats: Sequence[str | Path], *, how: Loading, progress: Progress
     for what in whats:
         # abspath gives `.` and `..` the name of the folder
         path = Path(os.path.abspath(what))
-        names.append(_free(path.stem if path.is_file() else path.name, names))
+        name = path.stem if path.is_file() else path.name
+        names.append(_free(os.fsencode(name).decode(errors="replace"), names))  # a name on a disk may be no text
     return Models({name: _load(what, how, progress) for name, what in zip(names, opened, strict=True)})
 
 

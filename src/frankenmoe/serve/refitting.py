@@ -27,7 +27,12 @@ class Refitter:
     """A recipe whose routers come from the prompts of its experts, and these prompts, as they are now."""
 
     def __init__(self, subject: Subject, *, device: str) -> None:
-        self._subject, self._device = subject, device
+        self._device = device
+        self._use(subject)
+
+    def _use(self, subject: Subject) -> None:
+        self._subject = subject
+        self.recipe = written(subject.recipe)  # as YAML, written once: a long one takes a second
 
     @classmethod
     def of(cls, subject: Subject, *, device: str) -> "Refitter | None":
@@ -36,11 +41,6 @@ class Refitter:
         fits = recipe.gate_mode in FIT_MODES | PROMPT_MODES and recipe.routers is None
         prompted = all(each.positive_prompts and not each.data and not each.experts for each in recipe.experts)
         return cls(subject, device=device) if subject.artifact is None and fits and prompted else None
-
-    @property
-    def recipe(self) -> str:
-        """The recipe as YAML."""
-        return written(self._subject.recipe)
 
     @property
     def prompts(self) -> dict[str, dict[str, list[str]]]:
@@ -75,4 +75,4 @@ class Refitter:
             moe.model,
             {path: [gates[name] for name in router_names(plan.fmt, layers=plan.layers, path=path)] for path in paths},
         )
-        self._subject = subject
+        self._use(subject)

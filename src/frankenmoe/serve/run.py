@@ -116,10 +116,11 @@ def _listening(address: Address) -> socket.socket:
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
         return socket.create_server((address.host, address.port), family=family, backlog=2048)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+        why = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
         raise PlanError(
-            f"cannot listen on {address.host} port {address.port}: {error.strerror or error}",
-            hint="choose another --port; 0 takes a free one",
+            f"cannot listen on {address.host} port {address.port}: {why}",
+            hint="choose another --host or --port; port 0 takes a free one",
         ) from error
 
 

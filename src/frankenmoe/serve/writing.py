@@ -13,6 +13,7 @@ from frankenmoe.moe.trace import LayerTrace
 
 PARTIAL = "�"  # what a tokenizer makes of a part of a character
 LONGEST_CHARACTER = 16  # tokens; more than that are no character
+IMPOSSIBLE = -9999.0  # logarithm of no probability, as in OpenAI's API: JSON has no infinity
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,8 @@ class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no typ
             text = ""
         if text or self._unsaid:
             self._say(Piece(self._index, text, tuple(self._unsaid)))
-        return Ended(self._index, self.reason or ("length" if self._halted() else "stop"))
+        whole = bool(self._most) and not self._halted()
+        return Ended(self._index, self.reason or ("stop" if whole else "length"))
 
     def _write(self, token: Token) -> None:
         if self.reason is not None:
@@ -215,12 +217,13 @@ class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no typ
 
 def told(tokenizer: Any, token: int, logprobs_V: torch.Tensor, top: int) -> Token:
     """A token with its probability and the `top` likeliest ones."""
-    best = logprobs_V.topk(top)
+    finite_V = logprobs_V.clamp(min=IMPOSSIBLE)
+    best = finite_V.topk(min(top, len(finite_V)))
     likely = tuple(
         Likely(id, tokenizer.decode([id]), logprob)
         for id, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True)
     )
-    return Token(token, tokenizer.decode([token]), float(logprobs_V[token]), likely)
+    return Token(token, tokenizer.decode([token]), float(finite_V[token]), likely)
 
 
 def _row(trace: LayerTrace) -> dict[str, Any]:
