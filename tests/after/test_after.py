@@ -1,16 +1,19 @@
 """`verify --after`: planted faults are found, and what is right raises no alarm."""
 
 import json
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pytest
 import quantizers
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import frankenmoe as fm
@@ -255,6 +258,10 @@ def transposed_numbers(tensors: Tensors) -> None:
     tensors[gate(1)] = tensors[gate(1)].T.contiguous().reshape(tensors[gate(1)].shape)
 
 
+def a_gate_with_more_rows(tensors: Tensors) -> None:
+    tensors[gate(0)] = tensors[gate(0)].repeat(2, 1)
+
+
 def other_rows(tensors: Tensors) -> None:
     tensors[gate(0)] = tensors[gate(0)][[1, 0, 2, 3]]
 
@@ -286,6 +293,7 @@ FAULTS: dict[Callable[[Tensors], None], dict[str, str]] = {
     gate_for_up: {"gate and up swapped": "expert e1 in every layer: gate and up in each other's place"},
     transposed_gates: {"transposed": "the router's gate is transposed in every layer"},
     transposed_numbers: {"transposed": "the router's gate is transposed in layer 1"},
+    a_gate_with_more_rows: {"router misshapen": "the router's gate has another shape in layer 0"},
     other_rows: {"router rows": "the router's rows are in another order than its experts in layer 0"},
     a_random_gate: {"router random": "the router's gate is another one, as if random or trained anew in layer 0"},
     an_adapter_that_missed: {"experts missed": "and no expert moved"},
@@ -390,22 +398,83 @@ def test_layers_that_were_not_quantized(left: range, place: Place, tmp_path: Pat
 def test_a_layer_of_a_gguf_file_that_was_not_quantized(place: Place, tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     pytest.importorskip("xllamacpp")
-    files = export_gguf(place.virtual, tmp_path, types=["q8_0", "f16"], allow_random=True)
-    quantized, plain = (gguf.GGUFReader(file.path) for file in files)
-    writer = gguf.GGUFWriter(tmp_path / "mixed.gguf", "llama")
-    for field in quantized.fields.values():
+    quantized, plain = export_gguf(place.virtual, tmp_path, types=["q8_0", "f16"], allow_random=True)
+    others = {tensor.name: tensor for tensor in gguf.GGUFReader(plain.path).tensors}
+
+    def change(tensor: Any) -> tuple[Any, Any]:
+        left = tensor.name.startswith("blk.1.ffn_") and "_exps" in tensor.name
+        chosen = others[tensor.name] if left else tensor
+        return np.array(chosen.data), chosen.tensor_type
+
+    rewritten(quantized.path, tmp_path / "mixed.gguf", change)
+    expected = "unquantized experts in layer 1: stored as F16, while the model is q8_0"
+    assert faults(place.virtual, tmp_path / "mixed.gguf") == {"unquantized": expected}
+
+
+def rewritten(
+    file: Path, out: Path, change: Callable[[Any], tuple[Any, Any]] = lambda tensor: (tensor.data, tensor.tensor_type),
+    *, added: Mapping[str, Any] = MappingProxyType({}), **options: Any,
+) -> None:  # fmt: skip
+    """Writes a GGUF file again, with the numbers and the type that `change` gives for each tensor, and `added` ones."""
+    import gguf
+
+    reader, writer = gguf.GGUFReader(file), gguf.GGUFWriter(out, "llama", **options)
+    for field in reader.fields.values():
         if not field.name.startswith(("GGUF.", "tokenizer.", "general.architecture")):
             kinds = field.types
             writer.add_key_value(field.name, field.contents(), kinds[0], kinds[-1] if len(kinds) > 1 else None)
-    for one, other in zip(quantized.tensors, plain.tensors, strict=True):
-        tensor = other if one.name.startswith("blk.1.ffn_") and "_exps" in one.name else one
-        writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for tensor in reader.tensors:
+        data, kind = change(tensor)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    for name, data in added.items():
+        writer.add_tensor(name, data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    expected = "unquantized experts in layer 1: stored as F16, while the model is q8_0"
-    assert faults(place.virtual, tmp_path / "mixed.gguf") == {"unquantized": expected}
+
+
+def test_a_gguf_file_with_transposed_gates_and_one_in_parts(place: Place, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    (file,) = export_gguf(place.virtual, tmp_path, types=["f16"], allow_random=True)
+
+    def change(tensor: Any) -> tuple[Any, Any]:
+        turned = "ffn_gate_inp" in tensor.name
+        return np.ascontiguousarray(tensor.data.T) if turned else tensor.data, tensor.tensor_type
+
+    rewritten(file.path, tmp_path / "turned.gguf", change)
+    assert faults(place.virtual, tmp_path / "turned.gguf") == {
+        "transposed": "the router's gate is transposed in every layer"
+    }
+    rewritten(file.path, tmp_path / "parts.gguf", split_max_tensors=12)
+    parts = sorted(tmp_path.glob("parts-*.gguf"))
+    assert len(parts) == 2
+    for part in parts:
+        refused("verify", place.virtual, "--after", part, inside=tmp_path, facts=("is one of 2 parts",), hint="merge")
+
+
+def test_a_head_beside_embeddings_that_ours_is_tied_to(tmp_path: Path) -> None:
+    """It is what transformers and llama.cpp use, whatever the config says."""
+    pytest.importorskip("gguf")
+    base, other = gguftools.parents(tmp_path, "llama", count=2, tie_word_embeddings=True)
+    built = fm.build(tiny.write_recipe(tmp_path / "r.yml", base, [base, other]), tmp_path / "built").folder
+    (exported,) = export_gguf(built, tmp_path / "g", types=["f32"], allow_random=True)
+    tensors = {name: tensor for file in built.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    embeddings, plain = tensors["model.embed_tokens.weight"], tmp_path / "plain"
+    plain.mkdir()
+    for said, head in (("equal", embeddings.clone()), ("random", torch.randn_like(embeddings))):
+        folder, file = tmp_path / said, tmp_path / f"{said}.gguf"
+        folder.mkdir()
+        shutil.copy(built / "config.json", folder)
+        tiny.edit_config(folder, tie_word_embeddings=False)
+        save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+        rewritten(exported.path, file, added={"output.weight": head.numpy()})
+        expected = {} if said == "equal" else {"unlike ours": "a tensor of head is unlike ours: lm_head.weight"}
+        for made in (folder, file):
+            assert faults(built, made) == expected
+            write_plain(plain, verify_after(built, made).compared.other, fm.open(built), SILENT)
+            ours, theirs = fm.load(plain).model, AutoModelForCausalLM.from_pretrained(folder)
+            assert apart(logits(theirs, tiny.ids()), logits(ours, tiny.ids())) < 1e-5
 
 
 def test_importance_that_moves_numbers_away_is_no_fault(place: Place, tmp_path: Path) -> None:
@@ -507,7 +576,11 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
         lambda tensors: [quantizers.nf4(tensors), [tensors.pop(key) for key in list(tensors) if "absmax" in key]],
     )
     tiny.edit_config(scaleless, quantization_config={"quant_method": "bitsandbytes"})
+    whole_numbers = place.folder(
+        tmp_path / "whole", lambda tensors: tensors.update({name(0, 0): tensors[name(0, 0)].to(torch.int64)})
+    )
     for other, fact, hint in (
+        (whole_numbers, f"holds {name(0, 0)} as I64", "save it again"),
         (half, "is quantized by gptq, but a setting", "again"),
         (scaleless, "is quantized by bitsandbytes, but a setting or a tensor", "again"),
         (awq, "is quantized by awq", "divides norms"),

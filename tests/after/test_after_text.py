@@ -1,5 +1,6 @@
 """Both models on text, against transformers, llama.cpp and numbers that are known."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import frankenmoe as fm
 import gguftools
 import tiny
 from conftest import Place, Tensors
+from frankenmoe.after import plain
 from frankenmoe.after.plain import write_plain
 from frankenmoe.after.run import _opened, verify_after
 from frankenmoe.artifact.folder import RECORD
@@ -67,9 +69,12 @@ def test_words_and_experts_are_those_of_transformers(place: Place, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_k_m"])
-def test_a_gguf_file_written_out_is_the_model_that_llama_cpp_runs(kind: str, place: Place, tmp_path: Path) -> None:
+def test_a_gguf_file_written_out_is_the_model_that_llama_cpp_runs(
+    kind: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With rows of q and k in llama.cpp's order, which would give other words if they were left there."""
     pytest.importorskip("xllamacpp")
+    monkeypatch.setattr(plain, "CHUNK", 128)  # matrices of attention have far more numbers, as in large models
     (file,) = export_gguf(place.virtual, tmp_path / "g", types=[kind], allow_random=True)
     subject, out = fm.open(place.virtual), tmp_path / "plain"
     out.mkdir()
@@ -153,3 +158,12 @@ def test_an_adapter_that_peft_merges(names: list[str], moved: set[str], place: P
     found = verify_after(place.virtual, tmp_path / "merged")
     assert {part.part for part in found.parts if part.moved} == moved
     assert [each.kind for each in found.faults] == ([] if "experts" in moved else ["experts missed"])
+
+
+def test_numbers_that_are_none_are_valid_json(place: Place, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(gguftools.WORDS)
+    folder = place.folder(tmp_path / "other", lambda tensors: tensors["lm_head.weight"].fill_(torch.nan))
+    outcome = cli("verify", place.virtual, "--after", folder, "--text", tmp_path / "text.txt", "--json")
+    assert outcome.code == 1, outcome.stderr
+    facts = json.loads(outcome.stdout, parse_constant=lambda word: pytest.fail(f"{word} is no JSON"))
+    assert facts["text"]["domains"][0]["kl"] is None

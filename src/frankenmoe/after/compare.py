@@ -5,8 +5,9 @@ E experts of ours, D hidden.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -127,8 +128,9 @@ def compare_gate(layer: int, write: TensorWrite, matrix: Matrix, experts: int) -
     finite = bool(np.isfinite(found).all())
     if matrix.shape == (hidden, experts) != (experts, hidden):
         return RouterSeen(layer, _apart(found.T, ours_ED, matrix, fits=False), (None,) * experts, transposed=True)
-    if matrix.shape != (experts, hidden) or not finite:
-        return RouterSeen(layer, _apart(found, ours_ED, matrix, fits=finite, broken=not finite), (None,) * experts)
+    fits = matrix.shape == (experts, hidden)
+    if not fits or not finite:
+        return RouterSeen(layer, _apart(found, ours_ED, matrix, fits=fits, broken=not finite), (None,) * experts)
     pairs = [nearest(row_D, ours_ED, own) for own, row_D in enumerate(found)]
     rows = tuple(index if far < FAR else None for index, far in pairs)
     seen = _apart(found, ours_ED, matrix)
@@ -164,6 +166,13 @@ def root_mean(seen: Sequence[Seen], value: str) -> float:
     """The mean of a distance over tensors, as that of all of them side by side."""
     numel = sum(each.numel for each in seen)
     return math.sqrt(sum(getattr(each, value) ** 2 * each.numel for each in seen) / numel) if numel else 0.0
+
+
+def finite(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """The same facts with None for NaN and infinity, which JSON does not have."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in numbers.items()
+    }
 
 
 def percent(share: float) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.after.matrix import Matrix
-from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place, backbone_place, differing
+from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place, backbone_place, differing, own_head
 from frankenmoe.after.packing import Find, packing
 from frankenmoe.artifact.folder import RECORD
 from frankenmoe.checkpoint.jsonfile import read_object
@@ -37,7 +37,8 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
         "form"
     ) == "virtual":
         raise ArtifactError(
-            f"{folder} is a virtual artifact, which no other tool has written", hint="give it first: verify IT --after"
+            f"{folder} is a virtual artifact, which no other tool has written",
+            hint=f"write it first: frankenmoe verify {folder} --after OTHER",
         )
     opened = language_model(open_checkpoint(folder))
     config = opened.config
@@ -60,6 +61,7 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
     tensors = as_saved(fmt, opened.tensors)
     packed = packing(tensors, config, where=str(folder))
     ours = our_tensors(parts)
+    ours |= {place: write for place, write in own_head(ours).items() if packed.find(place.name)}
     return Other(
         where=str(folder),
         what=f"{fmt.title} folder" + (f", {packed.method}" if packed.method else ""),

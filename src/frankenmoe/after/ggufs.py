@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from frankenmoe.after.matrix import Matrix, Stored, to_grid, two_axes
-from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place, backbone_place, differing
+from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place, backbone_place, differing, own_head
 from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.checkpoint.gguffile import facts_of, open_gguf, whole
 from frankenmoe.checkpoint.quantize import quantize
@@ -23,6 +23,7 @@ from frankenmoe.planning.parts import Parts
 from frankenmoe.planning.translate import halves_of_pairs
 
 PLAIN = ("f32", "f16", "bf16")
+OUTPUT = "output.weight"
 SMALLEST_BLOCK = 32  # rows that are no multiple of it cannot be quantized
 # metadata that change what a model computes, and the words for them
 SETTINGS = {
@@ -37,15 +38,21 @@ def open_file(file: Path, parts: Parts) -> Other:
     reader = open_gguf(file)
     with whole(file):
         facts = facts_of(reader)
-        arch = str(facts["general.architecture"])
-        experts, layers = int(facts.get(f"{arch}.expert_count", 0)), int(facts[f"{arch}.block_count"])
-        wide = int(facts[f"{arch}.embedding_length"]) != parts.translation.dims.hidden
-        kind = _file_type(facts.get("general.file_type"))
         stored = {tensor.name: _matrix(tensor) for tensor in reader.tensors}
-    if int(facts.get("split.count", 1)) > 1:
+    if facts.get("split.count", 1) != 1:
         raise SourceError(
             f"{file} is one of {facts['split.count']} parts", hint="llama-gguf-split --merge makes one file"
         )
+    try:
+        arch = str(facts["general.architecture"])
+        experts, layers = int(facts.get(f"{arch}.expert_count", 0)), int(facts[f"{arch}.block_count"])
+        wide = int(facts[f"{arch}.embedding_length"]) != parts.translation.dims.hidden
+    except (KeyError, TypeError, ValueError) as error:
+        raise SourceError(
+            f"{file} lacks a size of a model, or has an impossible one: {error}",
+            hint="give the file of a whole model, not an adapter or a projector",
+        ) from None
+    kind = _file_type(facts.get("general.file_type"))
     if not experts:
         raise SourceError(
             f"{file} is a dense model, expected a mixture made of {parts.name}", hint="give the file that it became"
@@ -66,8 +73,11 @@ def open_file(file: Path, parts: Parts) -> Other:
             rows = list(_rows(tensor, parts.layers))
             ours |= dict(rows)
             theirs |= dict(_parts(tensor, rows, stored, experts))
+    if OUTPUT in stored:
+        for place, write in own_head(ours).items():
+            ours[place], theirs[place] = write, _unpadded(stored[OUTPUT], two_axes(write.shape))
     quantized = kind not in PLAIN if kind else any(matrix.stored.quantized for matrix in stored.values())
-    kind = kind or "of a type that it does not name"
+    kind = kind or "of a type without a name"
     narrow = {name for name, matrix in stored.items() if matrix.shape[1] % SMALLEST_BLOCK}
     return Other(
         where=str(file),
@@ -85,13 +95,12 @@ def open_file(file: Path, parts: Parts) -> Other:
 
 
 def _file_type(number: Any) -> str:
-    """The name of a file type; empty if the file does not say it."""
+    """The name of a file type; empty if the file does not say it, or if the gguf package does not know it."""
     import gguf
 
-    if number is None:
-        return ""
     known = next((kind.name for kind in FILE_TYPES.values() if kind.number == number), None)
-    return known or str(gguf.LlamaFileType(number).name).removeprefix("MOSTLY_").lower()
+    types = {int(kind): kind.name for kind in gguf.LlamaFileType}
+    return known or types.get(number, "").removeprefix("MOSTLY_").lower()
 
 
 def _rows(tensor: GgufTensor, layers: int) -> Iterator[tuple[Place, TensorWrite]]:
@@ -132,14 +141,14 @@ def _back(made: GgufLayout) -> Callable[[Place, Floats], Floats] | None:
     """From the file's numbers to a checkpoint's; None for an architecture that stores some in another form."""
     if any(place.steps or place.order for place in made.arch.places.values()):
         return None
-    tensors = {write.name: tensor for tensor in made.tensors for write in tensor.parts}
+    tensors = {write.name: (tensor, write.shape[0]) for tensor in made.tensors for write in tensor.parts}
 
     def plain(place: Place, rows_RC: Floats) -> Floats:
-        tensor = tensors.get(place.name)
-        if tensor is None:
+        if place.name not in tensors:
             return rows_RC
+        tensor, rows = tensors[place.name]
         if tensor.heads:  # side by side in the file, half a head apart in a checkpoint
-            halves = rows_RC.reshape(tensor.heads, rows_RC.size // rows_RC.shape[-1] // tensor.heads // 2, 2, -1)
+            halves = rows_RC.reshape(tensor.heads, rows // tensor.heads // 2, 2, -1)
             rows_RC = np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows_RC.shape)
         return rows_RC / np.float32(tensor.factor)
 
@@ -156,13 +165,17 @@ def _parts(
     place, first = rows[0]
     shape = two_axes(first.shape)
     if place.part != EXPERTS:
-        rows_there = matrix.shape[0] if len(first.shape) > 1 and matrix.shape[1] == shape[1] else shape[0]
-        yield place, matrix.part(0, (rows_there, min(shape[1], matrix.shape[1])))
+        yield place, _unpadded(matrix, shape)
         return
     each = matrix.shape[0] // experts
     for index in range(experts):
         kept = (min(shape[0], each), min(shape[1], matrix.shape[1]))
         yield place._replace(expert=index), matrix.part(index * each, kept)
+
+
+def _unpadded(matrix: Matrix, shape: tuple[int, int]) -> Matrix:
+    """The numbers without padding; all of them if the columns are not padded."""
+    return matrix.part(0, (min(shape[0], matrix.shape[0]), shape[1])) if matrix.shape[1] > shape[1] else matrix
 
 
 def _matrix(tensor: Any) -> Matrix:

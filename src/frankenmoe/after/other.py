@@ -1,13 +1,14 @@
 """A model that another tool made, beside the MoE that it was made from: the same tensors of both. No torch."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from frankenmoe.after.matrix import Matrix
 from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.planning.groups import FFN, group_of
+from frankenmoe.planning.heads import EMBEDDINGS, HEAD
 
 EXPERTS, ROUTERS, SHARED, OTHERS = "experts", "routers", "shared expert", "other"
 TOP_K = "experts per token"
@@ -48,6 +49,15 @@ def backbone_place(name: str, layer: int) -> Place:
     """The place of a plain tensor outside the experts."""
     group = group_of(name)
     return Place(OTHERS if group == FFN else group, layer, 0, name)
+
+
+def own_head(ours: Mapping[Place, TensorWrite]) -> dict[Place, TensorWrite]:
+    """What a head holds that is stored beside embeddings that ours ties to it; empty where ours is stored too.
+
+    Transformers and llama.cpp use a stored head whatever the config says.
+    """
+    head, embeddings = backbone_place(HEAD, -1), ours.get(backbone_place(EMBEDDINGS, -1))
+    return {} if head in ours or embeddings is None else {head: replace(embeddings, name=HEAD)}
 
 
 def differing(pairs: Mapping[str, tuple[Any, Any]]) -> tuple[tuple[str, Any, Any], ...]:

@@ -49,7 +49,7 @@ def packing(tensors: Tensors, config: Settings, *, where: str) -> Packing:
     """How the tensors of a folder are stored. SourceError for a method that cannot be read."""
     settings = config.get("quantization_config") or config.get("compression_config")
     if not isinstance(settings, Mapping):
-        return Packing(lambda name: _float(tensors, name))
+        return Packing(lambda name: _float(tensors, name, where))
     method = str(settings.get("quant_method", "compressed-tensors" if "config_groups" in settings else None))
     if method not in METHODS:
         raise SourceError(
@@ -62,7 +62,11 @@ def packing(tensors: Tensors, config: Settings, *, where: str) -> Packing:
     def found(name: str) -> Matrix | None:
         with _whole(where, method):
             matrix = find(name)
-        return _float(tensors, name) if matrix is None else replace(matrix, rows=partial(_rows, matrix, where, method))
+        return (
+            _float(tensors, name, where)
+            if matrix is None
+            else replace(matrix, rows=partial(_rows, matrix, where, method))
+        )
 
     return Packing(found, method, _kept(settings))
 
@@ -95,9 +99,14 @@ def _kept(settings: Settings) -> Callable[[str], bool]:
     return kept
 
 
-def _float(tensors: Tensors, name: str) -> Matrix | None:
+def _float(tensors: Tensors, name: str, where: str) -> Matrix | None:
     ref = tensors.get(name)
-    return plain(ref) if ref is not None and ref.dtype in FLOATS else None
+    if ref is not None and ref.dtype not in FLOATS:
+        raise SourceError(
+            f"{where} holds {name} as {ref.dtype}, and its config.json does not say what these numbers stand for",
+            hint=LOADED,
+        )
+    return plain(ref) if ref else None
 
 
 def _array(ref: TensorRef) -> NDArray[Any]:
@@ -193,7 +202,7 @@ def _unpacked(words: NDArray[Any], bits: int) -> NDArray[Any]:
 def _compressed_tensors(tensors: Tensors, settings: Settings, where: str) -> Find:
     """Integers or 8-bit floats, packed or not, times a scale for all, a row or a group."""
     rules = [group["weights"] for group in settings["config_groups"].values() if group.get("weights")]
-    if settings.get("format") not in CT_FORMATS or not rules:
+    if settings.get("format") not in CT_FORMATS:
         raise SourceError(
             f"{where} has compressed-tensors' format {settings.get('format')}, expected one of {', '.join(CT_FORMATS)}",
             hint=LOADED,

@@ -3,14 +3,14 @@
 Shape suffixes: R rows, C columns.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from frankenmoe.after.matrix import CHUNK, Matrix
+from frankenmoe.after.matrix import CHUNK
 from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, TOP_K, Other, Place
 from frankenmoe.artifact.folder import write_json
 from frankenmoe.checkpoint.cast import Bytes, encode
@@ -21,9 +21,11 @@ from frankenmoe.checkpoint.values import blocks
 from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import replacing, write_all
 from frankenmoe.errors import PlanError
+from frankenmoe.planning.heads import HEAD
 from frankenmoe.planning.layout import built_writes
 from frankenmoe.planning.parts import Parts
 from frankenmoe.progress import Progress
+from frankenmoe.recipe.backbone import ATTENTION
 from frankenmoe.subject import Subject
 
 
@@ -43,7 +45,7 @@ def write_plain(folder: Path, other: Other, subject: Subject, progress: Progress
     if other.plain is None:
         raise PlanError(f"{other.where} stores some tensors in another form", hint="compare its weights alone")
     parts, fmt = subject.parts, subject.parts.stock[0]
-    tensors = list(_tensors(parts, other.theirs))
+    tensors = list(_tensors(parts, other))
     head = header_bytes([(each.write.name, each.write.dtype, each.write.shape) for each in tensors], metadata={})
     size = len(head) + sum(each.write.nbytes for each in tensors)
     progress.start("dequantizing", size, "B")
@@ -56,7 +58,10 @@ def write_plain(folder: Path, other: Other, subject: Subject, progress: Progress
     config = built_config(subject)
     key = next(key for key, quantity in fmt.counted.items() if quantity == "experts_per_token")
     found = {name: theirs for name, _, theirs in other.settings}
-    write_json(folder / "config.json", config | {key: found.get(TOP_K, parts.top_k)})
+    changes = {key: found.get(TOP_K, parts.top_k)}
+    if any(each.write.name == HEAD for each in tensors):
+        changes["tie_word_embeddings"] = False
+    write_json(folder / "config.json", config | changes)
 
 
 def built_config(subject: Subject) -> dict[str, Any]:
@@ -67,10 +72,10 @@ def built_config(subject: Subject) -> dict[str, Any]:
     return dict(subject.plan.config or {})
 
 
-def _tensors(parts: Parts, theirs: Mapping[Place, Matrix]) -> Iterator[_Tensor]:
-    """Every tensor of the built form, gates included."""
+def _tensors(parts: Parts, other: Other) -> Iterator[_Tensor]:
+    """Every tensor of the built form, gates included, and a head that ours ties to its embeddings."""
     fmt, there = parts.stock[0], parts.translation
-    known = {place.name: place for place in theirs if place.part not in (EXPERTS, SHARED, ROUTERS)}
+    known = {place.name: place for place in other.theirs if place.part not in (EXPERTS, SHARED, ROUTERS)}
     stacks: dict[str, tuple[Place, ...]] = {name: (place,) for name, place in known.items()}
     count = len(parts.nodes)
     for layer in range(parts.layers):
@@ -87,7 +92,10 @@ def _tensors(parts: Parts, theirs: Mapping[Place, Matrix]) -> Iterator[_Tensor]:
     groups = built_writes(
         there, parts.backbone, parts.nodes, parts.shared, gated_shared=parts.shared_kind == "gated", dtype=dtype
     )
-    for write in (*(write for group in groups for write in group), *parts.gates.values()):
+    writes = [*(write for group in groups for write in group), *parts.gates.values()]
+    if HEAD in known and all(write.name != HEAD for write in writes):
+        writes.append(other.ours[known[HEAD]])
+    for write in writes:
         yield _Tensor(write, stacks.get(write.name, ()))
 
 
@@ -96,9 +104,8 @@ def _bytes(tensor: _Tensor, other: Other) -> Iterator[Bytes]:
     assert other.plain is not None
     for place in tensor.places:
         matrix = other.theirs[place]
-        # what is turned back needs the whole tensor; these are matrices of attention at most
-        whole = place.part not in (EXPERTS, SHARED) and matrix.shape[0] * matrix.shape[1] < 256 * CHUNK
-        step = matrix.shape[0] if whole else max(1, CHUNK // matrix.shape[1])
+        # rows of attention may lie in another order, so they are turned back together
+        step = matrix.shape[0] if place.part == ATTENTION else max(1, CHUNK // matrix.shape[1])
         for start in range(0, matrix.shape[0], step):
             rows_RC = other.plain(place, matrix.rows(start, min(start + step, matrix.shape[0])))
             yield encode(np.ascontiguousarray(rows_RC, np.float32).ravel(), dtype=tensor.write.dtype)

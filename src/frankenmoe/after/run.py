@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from frankenmoe.after.compare import RouterSeen, Seen, compare, compare_gate, percent, root_mean
+from frankenmoe.after.compare import RouterSeen, Seen, compare, compare_gate, finite, percent, root_mean
 from frankenmoe.after.experts import ExpertSeen, compare_experts
 from frankenmoe.after.findings import Compared, Finding, findings
 from frankenmoe.after.folder import open_folder
@@ -100,8 +100,7 @@ class After:
 
 
 def _plain(seen: Seen) -> dict[str, Any]:
-    numbers = {key: getattr(seen, key) for key in ("far", "worst", "rounding", "moved")}
-    return {"kind": seen.kind, **{key: value if value < float("inf") else None for key, value in numbers.items()}}
+    return finite({key: getattr(seen, key) for key in ("kind", "far", "worst", "rounding", "moved")})
 
 
 def verify_after(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from frankenmoe.after.compare import finite
 from frankenmoe.after.experts import State
 from frankenmoe.after.findings import Compared
 from frankenmoe.after.plain import write_plain
@@ -61,7 +62,7 @@ class OnText:
 
     def to_dict(self) -> dict[str, Any]:
         """The result as plain data."""
-        return asdict(self)
+        return {"domains": [finite(asdict(each)) for each in self.domains], "reason": self.reason}
 
 
 def read_texts(subject: Subject, pairs: Sequence[Pair]) -> Texts:
