@@ -15,8 +15,9 @@ from frankenmoe import cache, subject
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
 from frankenmoe.gates import fitted
 from frankenmoe.pipeline import run
+from frankenmoe.planning.kind import kind_of
 from frankenmoe.progress import Progress
-from frankenmoe.subject import Dense, kind_of, open_model, open_subject
+from frankenmoe.subject import Dense, open_model, open_subject
 from frankenmoe.train.run import train
 from refusals import cli
 

@@ -7,9 +7,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from frankenmoe.artifact.folder import RECORD, ROUTERS, Artifact, open_artifact
+from frankenmoe.artifact.folder import ROUTERS, Artifact, open_artifact
 from frankenmoe.backbone import resolve as backbone
 from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.checkpoint.tensors import safetensors_dtype
@@ -18,8 +18,9 @@ from frankenmoe.gates.cached import key_of
 from frankenmoe.gates.made import MadeRouters, RouterMaker, artifact_routers, make_routers
 from frankenmoe.moe.processes import main_first
 from frankenmoe.planning import Plan, plan
-from frankenmoe.planning.adopting import is_mixture, mixture_in, recipe_of_mixture
+from frankenmoe.planning.adopting import mixture_in, recipe_of_mixture
 from frankenmoe.planning.buildable import check_buildable
+from frankenmoe.planning.kind import kind_of
 from frankenmoe.planning.parts import Parts, parts_of_built, parts_of_plan, sharing_equal_experts
 from frankenmoe.planning.recall import plan_of, recipe_of
 from frankenmoe.progress import SILENT, Progress
@@ -27,8 +28,6 @@ from frankenmoe.recipe import Recipe
 
 if TYPE_CHECKING:
     from frankenmoe.moe.load import MoE
-
-Kind = Literal["recipe", "artifact", "gguf", "mixture", "dense"]
 
 
 @dataclass(frozen=True)
@@ -52,9 +51,10 @@ class Subject:
 
     def __post_init__(self) -> None:
         experts = len(self.what.record["experts"] if isinstance(self.what, Artifact) else self.what.experts)
-        if self.experts_per_token is not None and not 1 <= self.experts_per_token <= experts:
+        used = self.experts_per_token
+        if used is not None and not (isinstance(used, int) and 1 <= used <= experts):
             raise PlanError(
-                f"{self.origin} has {experts} experts, found {self.experts_per_token} experts per token",
+                f"{self.origin} has {experts} experts, found {used!r} experts per token",
                 hint=f"choose a number from 1 to {experts}; its own is {self.own_experts_per_token}",
             )
 
@@ -369,22 +369,6 @@ def open_model(what: str | Path, *, trust_remote_code: bool = False, **options: 
     name, _, revision = str(what).partition("@") if not Path(what).exists() else (str(what), "", "")
     folder = resolve(name, revision=revision or None, folder=Path.cwd())
     return Dense(str(what), folder, trust_remote_code)
-
-
-def kind_of(what: str | Path) -> Kind:
-    """What a path names.
-
-    A missing file ending in .yml or .yaml is a recipe. A folder without a record is dense, unless its config.json is
-    that of a mixture in a known format. That is opened as the recipe that means it; `adopt` makes an artifact of it.
-    """
-    path = Path(what)
-    if path.suffix == ".gguf" and not path.is_dir():
-        return "gguf"
-    if path.is_file() or (path.suffix in (".yml", ".yaml") and not path.is_dir()):
-        return "recipe"
-    if (path / RECORD).is_file():
-        return "artifact"
-    return "mixture" if is_mixture(path) else "dense"
 
 
 def load(

@@ -18,8 +18,9 @@ from frankenmoe.after.plain import built_config
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.data.given import Pair
 from frankenmoe.errors import ArtifactError, SourceError
+from frankenmoe.planning.kind import kind_of
 from frankenmoe.progress import SILENT, Progress
-from frankenmoe.subject import Subject, kind_of, open_subject
+from frankenmoe.subject import Subject, open_subject
 
 if TYPE_CHECKING:
     from frankenmoe.after.text import OnText

@@ -19,11 +19,12 @@ from frankenmoe.errors import SourceError
 from frankenmoe.moe.device import AUTO
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
+from frankenmoe.planning.kind import kind_of
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import AuditSettings
 from frankenmoe.recipe.settings import settings_with
-from frankenmoe.subject import Subject, kind_of, open_subject
+from frankenmoe.subject import Subject, open_subject
 
 WINDOW = 256  # tokens read at once, fewer if the model has a shorter context
 SHOWN = 96  # tokens of each domain shown if no prompt is given

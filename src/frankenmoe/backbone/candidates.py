@@ -19,7 +19,7 @@ from frankenmoe.moe.dense import as_tensor, torch_dtype
 from frankenmoe.moe.device import free_memory
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
-from frankenmoe.planning.plan import plan as plan_recipe
+from frankenmoe.planning.make import plan as plan_recipe
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.tree import parent_tensors
 from frankenmoe.recipe.backbone import MergeSettings, backbone_of

@@ -51,9 +51,10 @@ from frankenmoe.cli.train import train_command
 from frankenmoe.cli.verify import verify_command
 from frankenmoe.errors import FrankenMoEError, FrankenMoEWarning, PlanError, bounded, explained
 from frankenmoe.moe.processes import is_main, world
+from frankenmoe.planning.kind import kind_of
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.sections import SHARD_SIZE, BuildSettings
-from frankenmoe.subject import kind_of, open_subject
+from frankenmoe.subject import open_subject
 
 TOGETHER = {"train", "eval", "fit", "heal"}  # commands that several processes of a launcher can share
 GRACE = 3  # seconds in which a launcher ends the other processes after the first one failed

@@ -11,7 +11,8 @@ from frankenmoe.cli.options import COUNT, EXPERTS_PER_TOKEN, NO_CACHE, REMOTE, N
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import warn
 from frankenmoe.errors import PlanError
-from frankenmoe.subject import kind_of, open_subject
+from frankenmoe.planning.kind import kind_of
+from frankenmoe.subject import open_subject
 
 PORT = Number(Annotated[int, Field(ge=0, le=65535)])
 INSTALL = "pip install 'frankenmoe[serve]'"

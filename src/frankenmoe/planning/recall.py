@@ -11,7 +11,8 @@ import yaml
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.checkpoint.fingerprint import fingerprint, sha256
 from frankenmoe.errors import ArtifactError, SourceError
-from frankenmoe.planning.plan import Plan, plan
+from frankenmoe.planning.make import plan
+from frankenmoe.planning.plan import Plan
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.backbone import BASE
 from frankenmoe.recipe.moved import found_recipe

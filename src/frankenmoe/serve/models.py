@@ -14,12 +14,13 @@ from frankenmoe.export.llama import check_loadable
 from frankenmoe.moe.device import place, resolve
 from frankenmoe.moe.linear import prepare_kernels, to_int8
 from frankenmoe.moe.load import MoE
+from frankenmoe.planning.kind import kind_of
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.gguf import Gguf
 from frankenmoe.serve.refitting import Refitter, written
 from frankenmoe.serve.running import Running
-from frankenmoe.subject import Dense, Subject, kind_of, open_model, open_subject
+from frankenmoe.subject import Dense, Subject, open_model, open_subject
 
 Model = Running | Gguf
 

@@ -24,6 +24,7 @@ from frankenmoe.gates.texts import OwnText, data_text, prompts_text
 from frankenmoe.moe.device import AUTO, resolve
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
+from frankenmoe.planning.kind import kind_of
 from frankenmoe.planning.names import named_experts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import PruneSettings
@@ -40,7 +41,7 @@ from frankenmoe.smaller.gates import (
 )
 from frankenmoe.smaller.rest import kept_without, plan_without, whole_plan, with_same_tensors
 from frankenmoe.smaller.saliency import Ranking, Saliency, saliency
-from frankenmoe.subject import Subject, kind_of, open_subject
+from frankenmoe.subject import Subject, open_subject
 from frankenmoe.suggest import did_you_mean
 
 REMOVE, PRUNE = "remove-expert", "prune"  # the stages in the record
