@@ -288,7 +288,11 @@ def test_the_key_is_asked_for_and_kept_out_of_what_is_copied(browser: Any) -> No
         tab.locator("#key").press("Escape")
         tab.get_by_text("The server wants its API key; load this page again to enter it.").wait_for(timeout=WAIT)
         tab.reload()
-        tab.locator("#key").fill("wrong")
+        tab.locator("#key").fill("ключ")  # no header can have it
+        tab.keyboard.press("Enter")
+        assert tab.locator("#key-dialog").is_visible()
+        assert not tab.locator("#key").evaluate("input => input.validity.valid")
+        tab.locator("#key").fill("wrong ")
         tab.keyboard.press("Enter")
         tab.locator("#key-wrong").wait_for(timeout=WAIT)
         tab.locator("#key").fill("sesame")

@@ -329,6 +329,9 @@ def test_llama_cpp_answers_like_the_model_it_was_made_from(client: openai.OpenAI
     assert all(min(abs(one - other) for other in ours) < 0.01 for one in theirs)
     with pytest.raises(openai.BadRequestError, match="invalid tokens"):
         client.completions.create(model="moe-F32", prompt=[100000])
+    hot: dict[str, Any] = {"model": "moe-F32", "temperature": 1.5, "seed": -1}
+    one, other = (answer(client, **hot).choices[0].message.content for _ in range(2))
+    assert one == other
     two = client.completions.create(model="moe-F32", prompt=["The", "quick"], n=2, temperature=1, seed=1, max_tokens=4)
     assert [choice.index for choice in two.choices] == [0, 1, 2, 3]
     parts = list(answer(client, model="moe-F32", max_tokens=8, stream=True))

@@ -1,15 +1,18 @@
 """A model in this process: what is left after a request that ended early, and what is refused before it starts."""
 
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import tiny
 from frankenmoe.serve.bodies import Chat, read
 from frankenmoe.serve.models import Loading, load_models
-from frankenmoe.serve.writing import Ended, Piece, Usage
+from frankenmoe.serve.writing import Ended, Piece, Usage, told
 from refusals import cli, refused
 from serving import Server, make_models
 
@@ -82,6 +85,21 @@ def test_an_answer_has_at_most_the_servers_length(model: Any) -> None:
     assert isinstance(told.events[-1], Usage)
 
 
+def test_a_name_on_the_disk_that_is_no_text(server: Server) -> None:
+    odd = server.folder / os.fsdecode(b"odd\xff.yml")
+    odd.write_text(server.recipe.read_text())
+    models = load_models([odd], how=Loading(most=16))
+    assert list(models.by_name) == ["odd\ufffd"]
+    assert json.dumps(models.entry("odd\ufffd"), ensure_ascii=False).encode()
+
+
+def test_an_impossible_token_has_a_probability_that_json_can_say() -> None:
+    tokenizer = tiny.make_tokenizer()
+    found = told(tokenizer, 1, torch.tensor([0.0, float("-inf"), -1.0]), 20)
+    assert found.logprob == -9999.0
+    assert [each.logprob for each in found.top] == [0.0, -1.0, -9999.0]
+
+
 def test_what_cannot_be_served_is_refused_first(server: Server, tmp_path: Path) -> None:
     recipe = server.recipe
     refused("serve", server.base, inside=tmp_path, facts=(server.base, "expected"), hint="--beside")
@@ -96,3 +114,5 @@ def test_what_cannot_be_served_is_refused_first(server: Server, tmp_path: Path) 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused("serve", recipe, "--port", port, inside=tmp_path, facts=(port, "in use"), hint="--port")
+    host = f"\u00e9{'a' * 70}"  # longer than a name may be
+    refused("serve", recipe, "--host", host, "--api-key", "x", inside=tmp_path, facts=(host,), hint="--host")

@@ -115,9 +115,13 @@ def _listening(address: Address) -> socket.socket:
     """A socket on which nobody is answered yet, so that an address in use is reported before a model is loaded."""
     family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
     try:
-        return socket.create_server((address.host, address.port), family=family, backlog=2048)
-    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
-        why = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+        name = address.host.encode("idna").decode()
+        return socket.create_server((name, address.port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        # Python adds the address to the text of some errors
+        why = (
+            str(error.strerror).partition(" (while")[0] if isinstance(error, OSError) else "no host can have this name"
+        )
         raise PlanError(
             f"cannot listen on {address.host} port {address.port}: {why}",
             hint="choose another --host or --port; port 0 takes a free one",
