@@ -14,6 +14,7 @@ from frankenmoe.palette import contrast
 
 SHOTS = Path(__file__).parents[1] / "build" / "screenshots"  # CI keeps them
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WAIT = 60_000  # milliseconds
 FLAGS = [
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync",
@@ -61,6 +62,12 @@ def open_tab(browser: Any, url: str, *, width: int = 1280, scheme: str = "light"
     tab.goto(url)
     tab.wait_for_selector("html[data-ready]")
     return tab
+
+
+def whole(tab: Any, replies: int) -> None:
+    """Waits until the playground has so many whole replies."""
+    tab.locator(".reply[aria-busy=false]").nth(replies - 1).wait_for(timeout=WAIT)
+    assert tab.locator(".reply").count() == replies
 
 
 def shoot(tab: Any, name: str, *, whole: bool = False) -> None:

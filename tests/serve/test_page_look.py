@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from browsing import launched, legible, open_tab, shoot
+from browsing import WAIT, launched, legible, open_tab, shoot, whole
 from frankenmoe.palette import mark
 from speaking import Speech, speaking
 
 NASTY = "<img src=x onerror=document.title='owned'>"
-WAIT = 20_000  # milliseconds
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +44,6 @@ def ask(tab: Any, text: str = "Which expert?", *, replies: int = 1) -> None:
     tab.fill("#prompt", text)
     tab.keyboard.press("Enter")
     whole(tab, replies)
-
-
-def whole(tab: Any, replies: int) -> None:
-    tab.locator(".reply[aria-busy=false]").nth(replies - 1).wait_for(timeout=WAIT)
-    assert tab.locator(".reply").count() == replies
 
 
 def digits(tab: Any) -> list[str]:

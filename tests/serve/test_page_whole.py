@@ -17,10 +17,9 @@ import yaml
 from openai import OpenAI
 
 import tiny
-from browsing import launched, open_tab
+from browsing import WAIT, launched, open_tab, whole
 from frankenmoe.recipe.model import Recipe
 
-WAIT = 60_000  # milliseconds
 LONG = 3000  # tokens of a reply that is not over before the test has done something
 
 
@@ -99,11 +98,6 @@ def ask(tab: Any, text: str = "prompt 1", *, replies: int = 1) -> None:
     tab.fill("#prompt", text)
     tab.keyboard.press("Enter")
     whole(tab, replies)
-
-
-def whole(tab: Any, replies: int) -> None:
-    tab.locator(".reply[aria-busy=false]").nth(replies - 1).wait_for(timeout=WAIT)
-    assert tab.locator(".reply").count() == replies
 
 
 def begun(tab: Any) -> None:

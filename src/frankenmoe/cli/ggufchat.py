@@ -7,21 +7,16 @@ import click
 from frankenmoe.cli.ask import ask, is_terminal
 from frankenmoe.cli.show import warn
 from frankenmoe.cli.text import json_text, spelled_out
-from frankenmoe.export.llama import Engine, check_loadable
+from frankenmoe.export.llama import Engine
 
 
 def chat_gguf(
     file: Path, *, prompt: str | None, max_new_tokens: int, temperature: float, seed: int, as_json: bool
 ) -> None:
     """Answers `prompt`; without one, a conversation until end of input or Ctrl-C."""
-    facts = check_loadable(file)
-    arch = str(facts["general.architecture"])
-    context = int(facts.get(f"{arch}.context_length", 4096))
-    engine = Engine(file, context=min(context, 8192), exact_cache=False)
-    templated = bool(facts["chat_template"])
-    if templated and not engine.reads_template:
+    engine = Engine(file, exact_cache=False)
+    if not engine.reads_template:
         warn(["llama.cpp cannot read the file's chat template, so the model continues your text"])
-        templated = False
     history: list[dict[str, str]] = []
     if prompt is None and is_terminal():
         click.echo("type a message and press Enter; Ctrl-D ends", err=True)
@@ -29,7 +24,6 @@ def chat_gguf(
         history.append({"role": "user", "content": message})
         text = engine.chat(
             history,
-            templated=templated,
             tokens=max_new_tokens,
             temperature=temperature,
             seed=seed,

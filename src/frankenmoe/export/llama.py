@@ -24,6 +24,7 @@ from frankenmoe.families.archs import ARCHS, MAX_EXPERTS
 STAND_IN = "chatml"  # a chat template that llama.cpp knows by name
 QUIET = -1  # verbosity
 NORMAL = 1  # type of a token that is neither special nor a byte
+MOST_CONTEXT = 8192  # tokens, unless more are asked for: the cache grows with them
 SMALL = 2**29  # bytes; for smaller files one thread is faster than several
 
 
@@ -40,11 +41,14 @@ class Distribution:
 class Engine:
     """A loaded file. Requests are greedy by default, and reuse the prefix they share with the previous one."""
 
-    def __init__(self, file: Path, *, context: int, threads: int | None = None, exact_cache: bool = True) -> None:
+    def __init__(
+        self, file: Path, *, context: int | None = None, threads: int | None = None, exact_cache: bool = True
+    ) -> None:
         """Loads a file. Raises ArtifactError if llama.cpp cannot load it or is not installed.
 
-        `exact_cache` keeps keys and values in float32, so that only the weights are rounded. Afterwards
-        `reads_template` is false if llama.cpp cannot read the file's chat template, or must not.
+        `context` is in tokens, by default what the file allows and at most MOST_CONTEXT. `exact_cache` keeps keys and
+        values in float32, so that only the weights are rounded. Afterwards `reads_template` is false if llama.cpp
+        cannot read the file's chat template, or must not.
         """
         facts = check_loadable(file)
         self._whole_token = int(facts["whole_token"])
@@ -55,7 +59,8 @@ class Engine:
             raise ArtifactError("running a GGUF file needs llama.cpp, which is not installed", hint=INSTALL) from error
         params = xllamacpp.CommonParams()
         params.model.path = str(file)
-        params.n_ctx = context
+        allowed = int(facts.get(f"{facts.get('general.architecture')}.context_length", 4096))
+        params.n_ctx = context or min(allowed, MOST_CONTEXT)
         params.n_parallel = 1
         params.n_gpu_layers = 0
         params.warmup = False
@@ -115,15 +120,14 @@ class Engine:
 
     def chat(
         self,
-        history: Sequence[dict[str, str]],
+        history: Sequence[Mapping[str, str]],
         *,
-        templated: bool,
         tokens: int,
         temperature: float,
         seed: int,
         on_text: Callable[[str], None],
     ) -> str:
-        """A reply, streamed to `on_text`: by the file's chat template, or as a continuation of the plain text."""
+        """A reply, streamed to `on_text`."""
         made: list[str] = []
 
         def hear(piece: Mapping[str, Any]) -> bool:
@@ -135,9 +139,14 @@ class Engine:
             return False
 
         options = {"n_predict": tokens, "max_tokens": tokens, "temperature": temperature, "seed": seed}
-        said = list(history) if templated else "".join(turn["content"] for turn in history)
-        self.stream(said, options, hear)
+        self.stream(self.said(history), options, hear)
         return "".join(made)
+
+    def said(self, turns: Sequence[Mapping[str, str]]) -> str | list[Mapping[str, str]]:
+        """What `stream` reads of a conversation: the turns, or their plain text if there is no template to use."""
+        if self._template and self.reads_template:
+            return list(turns)
+        return "".join(turn["content"] for turn in turns)
 
     def stream(
         self,

@@ -45,11 +45,7 @@ class PromptCache:
         try:
             if length < len(best.ids):
                 best.cache.crop(length - len(best.ids))
-        except (
-            RuntimeError,
-            ValueError,
-            NotImplementedError,
-        ):  # linear attention, or beyond a window: not to be undone
+        except (RuntimeError, ValueError):  # linear attention, or beyond a window: not to be undone
             return None, 0
         return best.cache, length
 

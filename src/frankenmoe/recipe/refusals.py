@@ -30,6 +30,7 @@ _EXPECTED: Mapping[str, str] = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "too_short": "a list with at least one entry",
+    "literal_error": "{expected}",
 }
 _HINTS: Mapping[str, str] = {
     "string_type": "put quotes around a value that YAML takes for something else",

@@ -1,5 +1,6 @@
 """The bodies of requests: OpenAI's fields that are supported, and the fields that change the routing."""
 
+from abc import abstractmethod
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -83,14 +84,14 @@ class Asked(Body):
         return tuple([self.stop] if isinstance(self.stop, str) else self.stop or ())
 
     @property
+    @abstractmethod
     def most(self) -> int | None:
         """The number of tokens that was asked for."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def top(self) -> int | None:
         """The number of likely tokens to report for each token; None to report no probabilities."""
-        raise NotImplementedError
 
 
 class Chat(Asked):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.export.llama import Engine, check_loadable
+from frankenmoe.export.llama import Engine
 from frankenmoe.serve.asked import ROUTING, Task, answer_all, refuse, task
 from frankenmoe.serve.bodies import Asked, Chat, Complete
 from frankenmoe.serve.errors import RequestError
@@ -12,18 +12,14 @@ from frankenmoe.serve.line import Ticket
 from frankenmoe.serve.writing import Ended, Likely, Piece, Token, Usage
 
 RANDOM = 2**32 - 1  # for llama.cpp this seed is a new one each time
-MOST_CONTEXT = 8192  # tokens; as in `chat`
 
 
 class Gguf:
     """A loaded file. llama.cpp keeps the cache of the latest conversation itself."""
 
     def __init__(self, file: Path, *, most: int) -> None:
-        facts = check_loadable(file)
-        self._context = min(int(facts.get(f"{facts['general.architecture']}.context_length", 4096)), MOST_CONTEXT)
         self._most = most
-        self._engine = Engine(file, context=self._context, exact_cache=False)
-        self._templated = bool(facts["chat_template"]) and self._engine.reads_template
+        self._engine = Engine(file, exact_cache=False)
 
     def facts(self) -> dict[str, Any]:
         """What /v1/models tells about it; llama.cpp tells nothing about experts."""
@@ -34,10 +30,8 @@ class Gguf:
         """What a body asks for. Raises RequestError if llama.cpp cannot do it."""
         refuse(body, ROUTING, why="llama.cpp does not tell or change its experts")
         if isinstance(body, Chat):
-            turns = [message.turn() for message in body.messages]
-            return task(
-                body, [turns if self._templated else "".join(turn["content"] for turn in turns)], most=self._most
-            )
+            said = self._engine.said([message.turn() for message in body.messages])
+            return task(body, [said], most=self._most)
         assert isinstance(body, Complete)
         refuse(body, ("echo",), why="llama.cpp does not repeat the prompt")
         if body.most == 0:
