@@ -1,22 +1,25 @@
 """A frankenMoE of real parents beside every dense merge of them: what is kept of what each fine-tune learnt.
 
 Makes its parents first (benchmarks/real_parents.py). Every group of rows is kept as a file under --runs, so that a
-killed run goes on where it stopped. Runs in bf16, as the parents are stored; losses are of float32 logits. The parents
-that the project ships as toys are measured in float32.
+killed run goes on where it stopped. Sets of parents are measured side by side, in processes that share the cores.
+Models run in bf16, as the parents are stored; losses are of float32 logits. The parents that the project ships as toys
+are measured in float32.
 """
 
 import argparse
 import json
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from common import RESULTS, Row, log, publish, workspace
 from real_bed import SCALES, SHARED, Bed, Parents
 from real_costs import COSTS
@@ -29,7 +32,7 @@ from frankenmoe.demo.real import real_folder
 
 GROUPS = {**ROWS, **COSTS, **PEERS}
 # set of parents -> the groups of rows that are measured on it
-QUICK = {"near": ("dense", "backbones", "routers")}
+QUICK = {"near": ("dense", "backbones", "healed", "product")}
 WHOLE = {
     "near": ("dense", "backbones", "healed", "routers", "product", "extracted", "fit-cost", "memory", "mergekit"),
     "far": ("dense", "backbones", "healed", "product"),
@@ -44,34 +47,66 @@ TOYS = ("french", "math", "python", "shakespeare")
 
 def main() -> None:
     options = _options()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     wanted = QUICK if options.quick else WHOLE
-    table: list[Row] = []
+    if options.parents:
+        wanted = {name: WHOLE[name] for name in options.parents.split(",")}
+    if options.only:
+        wanted = dict.fromkeys(wanted, tuple(options.only.split(",")))
     with workspace(options.work) as work:
-        for name in options.parents.split(",") if options.parents else wanted:
-            bed: Bed | None = None
-            for group in options.only.split(",") if options.only else wanted[name]:
-                kept = options.runs / f"{options.scale}-{name}-{group}.json"
-                if not options.kept and not complete(kept):
-                    bed = bed or Bed(
-                        parents(name, jobs=options.jobs),
-                        SCALES[options.scale],
-                        work,
-                        options.runs / f"{options.scale}-{name}",
-                        options.device,
-                    )
-                    log(f"  {name}: {group}")
-                    begun = time.perf_counter()
-                    rows = [asdict(row) for row in GROUPS[group](bed)]
-                    kept.parent.mkdir(parents=True, exist_ok=True)
-                    kept.write_text(json.dumps({"seconds": time.perf_counter() - begun, "rows": rows}, indent=2))
-                if kept.exists():
-                    table += named(name, json.loads(kept.read_text())["rows"])
+        if options.part:
+            for name, groups in wanted.items():
+                measured(name, groups, options, work)
+            return
+        if not options.kept:
+            side_by_side(wanted, options)
+        files = [
+            (name, options.runs / f"{options.scale}-{name}-{group}.json") for name in wanted for group in wanted[name]
+        ]
+        table = [
+            row for name, kept in files if kept.exists() for row in named(name, json.loads(kept.read_text())["rows"])
+        ]
         table += medians(table)
         publish("real", table, options=options, work=work)
     for row in table:
         if row.value is None:
             print(f"{row.what}: {row.note}")
+
+
+def measured(name: str, groups: Sequence[str], options: argparse.Namespace, work: Path) -> None:
+    """Measures the groups of one set of parents that are not kept yet."""
+    bed: Bed | None = None
+    for group in groups:
+        kept = options.runs / f"{options.scale}-{name}-{group}.json"
+        if complete(kept):
+            continue
+        bed = bed or Bed(
+            parents(name, jobs=options.jobs),
+            SCALES[options.scale],
+            work,
+            options.runs / f"{options.scale}-{name}",
+            options.device,
+        )
+        log(f"  {name}: {group}")
+        begun = time.perf_counter()
+        rows = [asdict(row) for row in GROUPS[group](bed)]
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps({"seconds": time.perf_counter() - begun, "rows": rows}, indent=2))
+
+
+def side_by_side(wanted: Mapping[str, Sequence[str]], options: argparse.Namespace) -> None:
+    """Measures every set of parents in a process of its own, `--jobs` at a time; their parents are made before."""
+    for name in wanted:
+        parents(name, jobs=options.jobs)
+    jobs = min(options.jobs, len(wanted))
+    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs)), **os.environ}
+
+    def run(name: str) -> None:
+        words = [sys.executable, __file__, *sys.argv[1:], "--part", "--parents", name, "--only", ",".join(wanted[name])]
+        subprocess.run(words, check=True, env=environment)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in pool.map(run, wanted):
+            pass
 
 
 def _options() -> argparse.Namespace:
@@ -81,9 +116,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--only", help=f"these groups of rows, comma between: {', '.join(GROUPS)}")
     parser.add_argument("--parents", help=f"these sets of parents, comma between: {', '.join(WHOLE)}")
     parser.add_argument("--device", default="cpu", help="where models run, such as cuda (default: cpu)")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that train parents (default: 2)")
+    parser.add_argument("--jobs", type=int, default=2, help="sets of parents at a time (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path(tempfile.gettempdir()) / "frankenmoe-real")
     parser.add_argument("--kept", action="store_true", help="measure nothing: the rows that are kept")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)  # a process of `side_by_side`
     parser.add_argument("--work", type=Path, help="folder for temporary models (default: the temporary folder)")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/real-SCALE.json)")
     options = parser.parse_args()

@@ -39,13 +39,12 @@ class Scale:
     heal: int
     general: int
     block: int = 256
-    healed: tuple[str, ...] = ("auto",)  # backbones
 
 
 SCALES: Mapping[str, Scale] = {
     "smoke": Scale(held_out=512, fit=512, heal=512, general=512),
-    "quick": Scale(held_out=4096, fit=4096, heal=16_384, general=4096),
-    "whole": Scale(held_out=12_288, fit=4096, heal=24_576, general=8192, healed=("base", "average", "regmean", "auto")),
+    "quick": Scale(held_out=2048, fit=2048, heal=4096, general=2048),
+    "whole": Scale(held_out=4096, fit=4096, heal=16_384, general=4096),
 }
 
 

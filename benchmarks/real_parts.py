@@ -39,7 +39,10 @@ def kept_row(bed: Bed, what: str, losses: Losses, *, least: float | None = None)
     """The share of the parents' advantage that is kept: mean over domains, with every domain's own."""
     shares = bed.kept(losses)
     row = make_row(what, shares.pop("mean"), "%", least=least, by=shares)
-    log(f"    {what}: {row.value:.1f} %  " + ", ".join(f"{name} {share:.0f}" for name, share in shares.items()))
+    log(
+        f"    {bed.parents.name}: {what}: {row.value:.1f} %  "
+        + ", ".join(f"{name} {share:.0f}" for name, share in shares.items())
+    )
     return row
 
 

@@ -59,13 +59,9 @@ def backbones(bed: Bed) -> Iterator[Row]:
 
 def healed(bed: Bed) -> Iterator[Row]:
     """Own expert forced, after `heal`."""
-    best: list[Row] = []
-    for name in bed.scale.healed:
-        with attempted(f"healed, {name}") as rows:
-            rows.append(kept_row(bed, f"healed, {name}", _healed_losses(bed, name)))
-        yield from rows
-        best += [row for row in rows if row.value is not None]
-    yield best_row("healed, best backbone", best, 98.0)
+    with attempted("healed, auto") as rows:
+        rows.append(kept_row(bed, "healed, auto", _healed_losses(bed), least=98.0))
+    yield from rows
 
 
 def eight(bed: Bed) -> Iterator[Row]:
@@ -78,7 +74,7 @@ def eight(bed: Bed) -> Iterator[Row]:
             rows.append(kept_row(bed, f"{count} parents, forced, {name}", _forced(bed, name)))
         yield from rows
     with attempted(f"{count} parents, healed") as rows:
-        rows.append(kept_row(bed, f"{count} parents, healed", _healed_losses(bed, "auto"), least=95.0))
+        rows.append(kept_row(bed, f"{count} parents, healed", _healed_losses(bed), least=95.0))
     yield from rows
 
 
@@ -178,22 +174,18 @@ def _routed(bed: Bed, make: Callable[[], fm.Recipe]) -> Losses:
     return bed.losses(bed.load(make()).model)
 
 
-def _healed_losses(bed: Bed, name: str) -> Losses:
-    """The same after healing."""
-
-    def measured() -> Losses:
-        return bed.forced(bed.load(_healed(bed, name)))
-
-    return bed.known(f"healed {name}", measured)
+def _healed_losses(bed: Bed) -> Losses:
+    """The same with `backbone: auto`, after healing."""
+    return bed.known("healed auto", lambda: bed.forced(bed.load(_healed(bed))))
 
 
-def _healed(bed: Bed, name: str) -> Path:
-    """A healed artifact of the parents, made once, with a backbone of BACKBONES. Its routers are random."""
-    out = bed.kept_in / f"healed-{name.replace(' ', '-')}"
+def _healed(bed: Bed) -> Path:
+    """A healed artifact of the parents with `backbone: auto`, made once. Its routers are random."""
+    out = bed.kept_in / "healed-auto"
     if not out.exists():
         file = bed.kept_in / "heal.yml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        recipe = bed.recipe(bed.with_texts(), backbone=BACKBONES[name])
+        recipe = bed.recipe(bed.with_texts(), backbone="auto")
         file.write_text(yaml.safe_dump(recipe.to_dict(), allow_unicode=True))
         options = ["--tokens", str(bed.scale.heal), "--device", bed.device]
         command([*FRANKENMOE, "heal", str(file), str(out), *options])
@@ -206,7 +198,7 @@ def _fitted(bed: Bed) -> Path:
     if not out.exists():
         partial = out.with_name("fitting")
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(_healed(bed, "auto"), partial)
+        shutil.copytree(_healed(bed), partial)
         fm.fit(partial, data=bed.data(), method="regret", tokens=bed.scale.heal, device=bed.device)
         partial.rename(out)
     return out
