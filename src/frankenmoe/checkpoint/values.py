@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -256,8 +257,17 @@ def _add_low_rank(block_N: Floats, number: int, *, b: TensorRef, a_RI: Floats) -
     first_row, skipped = divmod(number * BLOCK, columns)
     last_row = math.ceil((number * BLOCK + block_N.size) / columns)
     raw = _elements(map_bytes(b), first_row * rank, last_row * rank, dtype=b.dtype)
-    rows = decode(raw, dtype=b.dtype).reshape(-1, rank) @ a_RI
+    with _blas().limit(limits=1, user_api="blas"):  # for so small a product, waking threads takes longer than computing
+        rows = decode(raw, dtype=b.dtype).reshape(-1, rank) @ a_RI
     return block_N + rows.ravel()[skipped : skipped + block_N.size]
+
+
+@cache
+def _blas() -> Any:
+    """The threads of numpy's matrix library."""
+    from threadpoolctl import ThreadpoolController  # not needed at start-up
+
+    return ThreadpoolController()
 
 
 def _std(numbers: Blocks) -> float:
