@@ -63,7 +63,7 @@ def _reason(
     if name == "lm_head.weight":
         return "the head is tied to the embeddings, and holds the same numbers"
     if OUTSIDE.search(name):
-        return "it reads pictures or sound, and the MoE is one of text"
+        return "it reads pictures or sound, and only the base's does in the MoE, if it has such a part"
     return "not a tensor of this family"
 
 

@@ -1,0 +1,38 @@
+"""What is around a base's language model and passes through into the built MoE. Does not import torch."""
+
+from frankenmoe.checkpoint.tensors import TensorWrite
+from frankenmoe.errors import SourceError
+from frankenmoe.families import MoEFormat, text_name
+from frankenmoe.families.wrapped import WRAPPERS
+from frankenmoe.planning.configs import WRONG_FILE
+from frankenmoe.planning.sources import Source, check_held
+from frankenmoe.planning.tree import stored_as
+
+
+def passed_writes(fmt: MoEFormat, base: Source, *, dtype: str) -> tuple[TensorWrite, ...]:
+    """The base's tensors around its language model, stored as `dtype`; none for a format of text alone.
+
+    Raises SourceError for impossible sizes, and for tensors that are missing or have other shapes.
+    """
+    outer = base.checkpoint.outer
+    tower = WRAPPERS[fmt.inside.wrapper].tower if fmt.inside else None
+    if tower is None or outer is None:
+        return ()
+    try:
+        shapes = tower.shapes(outer)
+    except (TypeError, ValueError) as error:
+        raise SourceError(f"{base.folder / 'config.json'} has {error}", hint=WRONG_FILE) from None
+    if base.checkpoint.has_weights:
+        check_held(base.name, base.tensors, shapes, floats=shapes)
+    refs = {name: base.tensor(name, shape) for name, shape in shapes.items()}
+    return tuple(TensorWrite(name, stored_as(ref, dtype), shapes[name], (ref,)) for name, ref in refs.items())
+
+
+def adapted(fmt: MoEFormat, base: Source) -> tuple[str, ...]:
+    """A clause if the base's adapter changes what passes through, which would lose that."""
+    tower = WRAPPERS[fmt.inside.wrapper].tower if fmt.inside else None
+    if tower is None or base.adapter is None:
+        return ()
+    names = (text_name(name).removeprefix("base_model.model.") for name in base.adapter.tensors)
+    lost = next((name for name in names if name.startswith(tower.prefix)), None)
+    return (f"the adapter on base_model changes {lost}, and what reads pictures passes through unchanged",) if lost else ()
