@@ -49,8 +49,8 @@ def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
         found.append(f"has head_dim {dims.head_dim}, {fmt.title} requires hidden size / heads")
     if fmt.turned and dims.hidden in (dims.ffn, 2 * dims.ffn):
         found.append(
-            f"has FFNs of {dims.ffn} rows for a hidden size of {dims.hidden}: transformers cannot tell rows from columns "
-            f"in experts of {fmt.title} of these sizes"
+            f"has FFNs of {dims.ffn} rows for a hidden size of {dims.hidden}, and transformers cannot tell rows from "
+            f"columns in {fmt.title} experts of these sizes"
         )
     found += [
         f"has {name} {value!r:.60}, a setting that the table of {family.model_type} does not know and that may change "

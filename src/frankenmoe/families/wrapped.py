@@ -76,7 +76,7 @@ def text_config(config: Config) -> dict[str, Any]:
 
 
 def outer_config(inside: Inside, moe: Config, base: Config) -> dict[str, Any]:
-    """The config of an MoE inside an outer model: `moe` is what would be its own, `base` that of the outer dense model."""
+    """The config of an MoE inside an outer model: `moe` is what would be its own, `base` the outer dense model's."""
     wrapper = WRAPPERS[inside.wrapper]
     assert wrapper.tower is not None
     places = _places(wrapper, base)

@@ -55,8 +55,10 @@ def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple
     fitting = [fmt for fmt in asked if fmt.takes(family, base.wrapper)]
     if not fitting:
         return None, (f"architecture {recipe.architecture} cannot be built from {base.wrapper or family.model_type}",)
-    # of a model that reads pictures, the format that does too comes first
-    fitting.sort(key=lambda fmt: (bool(_unshareable(fmt, recipe)), fmt.inside is None))
+    if recipe.architecture is None and any(fmt.inside for fmt in fitting):
+        # a model that reads pictures becomes one of text on request only
+        fitting = [fmt for fmt in fitting if fmt.inside]
+    fitting.sort(key=lambda fmt: bool(_unshareable(fmt, recipe)))
     problems = {fmt.name: (*_unshareable(fmt, recipe), *_unsupported(fmt, base, family)) for fmt in fitting}
     chosen = next((fmt for fmt in fitting if not problems[fmt.name]), fitting[0])
     reasons = problems[chosen.name]

@@ -38,7 +38,7 @@ from frankenmoe.planning.layout import (
     without_weights,
 )
 from frankenmoe.planning.mixture import opened_sources
-from frankenmoe.planning.passed import adapted, passed_writes
+from frankenmoe.planning.passed import passed_writes
 from frankenmoe.planning.plan import Plan
 from frankenmoe.planning.siblings import check_ffns, check_siblings
 from frankenmoe.planning.sources import Source, anatomy, check_tensors
@@ -94,7 +94,7 @@ def plan(
     fmt, problems = choose_format(recipe, base)
     to = Translation(fmt, base.family, base.config, len(nodes)) if fmt is not None and base.family is not None else None
     if to is not None:
-        problems = (*problems, *expert_conflicts(to, nodes, shared), *lost_in(stored, base), *adapted(to.fmt, base))
+        problems = (*problems, *expert_conflicts(to, nodes, shared), *lost_in(stored, base))
     passed = passed_writes(to.fmt, base, dtype=stored) if to is not None else ()
     problems = (*problems, *without_weights(opened.values()))
     gated = gates_shared(recipe, fmt)
@@ -141,7 +141,8 @@ def plan(
             by_group=choice.by_group,
             trained=bool(trained),
             nodes=(*nodes, *shared),
-            backbone=(*backbone, *passed),
+            backbone=backbone,
+            passed=passed,
         ),
         trained=tuple(trained.values()),
         extracted=extracted,

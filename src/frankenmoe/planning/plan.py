@@ -40,10 +40,11 @@ class Plan:
     """What a recipe becomes. `problems` are reasons why it cannot be built; it may still be virtual.
 
     `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors of the
-    language model, `passed` those of what is around it, which only a built MoE has, `groups` the built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
-    True if some identical experts (or the base) are so large that only blocks of them were compared. `measured` is the
-    report on how the backbone was chosen, if it was by measurement. `carried`: the recipe's `trained` file is a
-    temporary one, so an artifact gets a copy.
+    language model, `passed` those of what is around it, which only a built MoE has. `groups` are the built weights in
+    byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is True if some
+    identical experts (or the base) are so large that only blocks of them were compared. `measured` is the report on how
+    the backbone was chosen, if it was by measurement. `carried`: the recipe's `trained` file is a temporary one, so an
+    artifact gets a copy.
     """
 
     recipe: Recipe
