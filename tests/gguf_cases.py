@@ -83,6 +83,8 @@ ARCHITECTURE: dict[str, str] = {
     "granite4-attention": "granitemoe",
     "granite4-groups": "granitehybrid",
 }
+# architectures of models that read pictures, which tests/families/test_vision.py runs -> (outer family, format)
+WITH_VISION = {"qwen3vlmoe": ("qwen3_vl", "qwen3_vl_moe")}
 # case -> words of the reason
 REFUSED: dict[str, str] = {
     "qwen3": "qwen3moe has no place for model.layers.0.self_attn.q_proj.bias",

@@ -155,3 +155,33 @@ MODELS: Mapping[str, Published] = {
         32, 256000, num_key_value_heads=8, head_dim=128,
     ),
 }  # fmt: skip
+
+
+def _nested(source: str, layers: int, hidden: int, ffn: int, heads: int, *, tied: bool, **vision: Any) -> Published:
+    """A Qwen3-VL: a language model nested beside a part that reads pictures."""
+    text = {
+        "model_type": "qwen3_vl_text", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn,
+        "num_attention_heads": heads, "vocab_size": 151936, "attention_bias": False, "head_dim": 128,
+        "hidden_act": "silu", "max_position_embeddings": 262144, "num_key_value_heads": 8, "rms_norm_eps": 1e-6,
+        "rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+        "rope_theta": 5000000, "bos_token_id": 151643, "eos_token_id": 151645,
+    }  # fmt: skip
+    eyes = {
+        "in_channels": 3, "num_heads": 16, "num_position_embeddings": 2304, "out_hidden_size": hidden, "patch_size": 16,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "hidden_act": "gelu_pytorch_tanh", "model_type": "qwen3_vl",
+    }  # fmt: skip
+    config = {
+        "architectures": ["Qwen3VLForConditionalGeneration"], "model_type": "qwen3_vl", "text_config": text,
+        "vision_config": eyes | vision, "tie_word_embeddings": tied, "image_token_id": 151655, "video_token_id": 151656,
+        "vision_start_token_id": 151652, "vision_end_token_id": 151653, "transformers_version": "4.57.0.dev0",
+    }  # fmt: skip
+    return Published(source, config)
+
+
+SMALL_EYES = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
+LARGE_EYES = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
+NESTED: Mapping[str, Published] = {
+    "Qwen/Qwen3-VL-4B-Instruct": _nested(COPY, 36, 2560, 9728, 32, tied=True, **SMALL_EYES),
+    "Qwen/Qwen3-VL-8B-Instruct": _nested(COPY, 36, 4096, 12288, 32, tied=False, **LARGE_EYES),
+    "Qwen/Qwen3-VL-32B-Instruct": _nested(COPY, 64, 5120, 25600, 64, tied=False, **LARGE_EYES),
+}

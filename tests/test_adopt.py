@@ -107,7 +107,7 @@ def test_a_mixture_that_is_unlike_a_dense_model_is_refused_and_its_dense_model_i
     """Gemma 4 has one class for both."""
     saved(mixture_of(CASES["gemma4"]), tmp_path / "gemma4")
     facts = ("gemma4 has in every layer a dense FFN beside its experts",)
-    refused("adopt", tmp_path / "gemma4", inside=tmp_path, facts=facts, hint="eval runs it")
+    refused("adopt", tmp_path / "gemma4", inside=tmp_path, facts=facts, hint="name the dense models")
     make_parent(tmp_path / "dense", CASES["gemma4"])
     refused("adopt", tmp_path / "dense", inside=tmp_path, facts=("'gemma4_text' model, expected a mixture",), hint="")
     recipe = write_recipe(tmp_path / "r.yml", CASES["gemma4"], tmp_path / "dense", [tmp_path / "dense"] * 2)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from frankenmoe.checkpoint import values as values_module
-from frankenmoe.checkpoint.tensors import Join, Noise, Part, Permute, Scale, Shift, TensorWrite
+from frankenmoe.checkpoint.tensors import Join, Noise, Part, Permute, Scale, Shift, TensorWrite, Turn
 from frankenmoe.checkpoint.values import blocks, materialize
 
 
@@ -54,12 +54,32 @@ def test_noise_on_a_part_is_the_noise_of_the_whole(save, small_blocks: int) -> N
     assert torch.equal(written(TensorWrite("p", "F32", (2, 4), (noisy,), (Part(8),))), written(noisy)[2:4])
 
 
+@pytest.mark.parametrize("columns", [1, 3, 2**23])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_turned_matrices(
+    save, small_blocks: int, dtype: torch.dtype, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(values_module, "TURNED", columns * 10)
+    a, b = torch.randn(4, 5).to(dtype), torch.randn(6, 5).to(dtype)
+    refs = save({"a": a, "b": b})
+    whole = torch.cat([a, b]).float()
+    assert torch.equal(written(TensorWrite("t", "F32", (5, 10), (refs["a"], refs["b"]), (Turn(),))), whole.T)
+    doubled = TensorWrite("d", "F32", (6, 5), (refs["b"],), (Scale(2.0),))
+    turned = TensorWrite("t", "F32", (5, 10), (refs["a"], doubled), (Turn(), Shift(1.0)))
+    assert torch.equal(written(turned), torch.cat([a.float(), b.float() * 2]).T + 1)
+    again = TensorWrite(
+        "u", "F32", (10, 5), (TensorWrite("t", "F32", (5, 10), tuple(refs.values()), (Turn(),)),), (Turn(),)
+    )
+    assert torch.equal(written(again), whole)
+
+
 @pytest.mark.parametrize(
     ("shape", "steps"),
     [
         ((5, 3), (Join(),)),
         ((3, 3), (Part(12),)),
         ((6, 3), (Permute((1, 0, 2, 3)),)),
+        ((6, 3), (Turn(),)),
         ((6, 3), (Scale(1.0), Part(0))),
     ],
 )

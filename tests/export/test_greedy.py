@@ -21,7 +21,7 @@ from frankenmoe.export.run import export_gguf
 from frankenmoe.families.archs import ARCHS
 from frankenmoe.planning.gguf import layout
 from frankenmoe.subject import open_subject
-from gguf_cases import ALL, ARCHITECTURE, CONTEXT, REFUSED
+from gguf_cases import ALL, ARCHITECTURE, CONTEXT, REFUSED, WITH_VISION
 
 pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
@@ -84,7 +84,7 @@ def divergence(engine: Engine, model: Any, places: range) -> float:
 
 def test_every_case_and_architecture_is_here() -> None:
     assert {*ARCHITECTURE, *REFUSED} == set(ALL)
-    assert set(ARCHITECTURE.values()) == {arch.name for arch in ARCHS}
+    assert {*ARCHITECTURE.values(), *WITH_VISION} == {arch.name for arch in ARCHS}
 
 
 @pytest.mark.parametrize("name", QUICK)

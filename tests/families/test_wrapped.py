@@ -31,6 +31,7 @@ WRAPPED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "gemma3": ("gemma3", {}, SIGLIP, "gemma4"),
     "gemma4": ("gemma4", {}, GEMMA4, "gemma4"),
     "qwen3_5": ("qwen3_5", {}, QWEN, "qwen3_5_moe"),
+    # for the format that reads pictures too see test_vision.py
     "qwen3_vl": ("qwen3", {"rope_parameters": PLACES}, QWEN | {"deepstack_visual_indexes": [0]}, "qwen3_moe"),
 }
 
@@ -57,7 +58,8 @@ def make_wrapped(folder: Path, outer: str, *, tied: bool, seed: int = 0) -> Path
 def test_the_language_model_inside_becomes_experts(outer: str, tied: bool, tmp_path: Path) -> None:
     case, fmt = CASES[WRAPPED[outer][0]], WRAPPED[outer][3]
     base = make_wrapped(tmp_path / "base", outer, tied=tied)
-    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base] * 4, experts_per_token=2)
+    keys = {"architecture": "Qwen3 MoE"} if outer == "qwen3_vl" else {}
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base] * 4, experts_per_token=2, **keys)
     made = fm.plan(fm.Recipe.load(recipe))
     assert made.fmt.name == fmt
     assert {why for _, _, why in made.unused} == {"it reads pictures or sound, and the MoE is one of text"}

@@ -40,6 +40,11 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
             f"{folder} is a virtual artifact, which no other tool has written",
             hint=f"write it first: frankenmoe verify {folder} --after OTHER",
         )
+    if parts.stock[0].inside:
+        raise SourceError(
+            f"{parts.stock[0].title} reads pictures too, and only folders of models of text can be compared",
+            hint="compare the GGUF file of its text",
+        )
     opened = language_model(open_checkpoint(folder))
     config = opened.config
     fmt = format_of(config)

@@ -7,18 +7,24 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
+import transformers
 from transformers import AutoConfig
 from transformers.core_model_loading import revert_weight_conversion
 
 from frankenmoe.build.target import Target
 from frankenmoe.build.tokens import tokenizer_files
 from frankenmoe.errors import ArtifactError
+from frankenmoe.families import FORMATS
 from frankenmoe.moe.dense import causal_class, quiet_transformers, torch_dtype
 from frankenmoe.moe.load import check_loadable
 
 UNKNOWN_CLASS = "the installed transformers has a new layout for this format; update frankenmoe"
+# model types whose stacked experts are stored turned; the class takes them both ways, and would save them as they are
+TURNED = frozenset(fmt.model_type for fmt in FORMATS.values() if fmt.turned)
+EXPERT_AXES = 3
 Tensors = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
@@ -44,13 +50,17 @@ def compare_class(folder: Path, tensors: Tensors, *, where: str, hint: str) -> s
     """
     with torch.device("meta"), quiet_transformers():
         config = AutoConfig.from_pretrained(folder)
-        model = causal_class(config)._from_config(config, dtype=config.dtype)
+        model = _stock_class(config)._from_config(config, dtype=config.dtype)
         state = revert_weight_conversion(model, model.state_dict())
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     ours = {name: (torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
+    turns = config.model_type in TURNED
     theirs = {
-        name: (ours[name][0] if _widened(tensor, ours.get(name)) else tensor.dtype, tuple(tensor.shape))
+        name: (
+            ours[name][0] if _widened(tensor, ours.get(name)) else tensor.dtype,
+            tuple(tensor.mT.shape if turns and tensor.dim() == EXPERT_AXES else tensor.shape),
+        )
         for name, tensor in state.items()
     }
     for name in sorted(theirs.keys() | ours.keys()):
@@ -61,6 +71,12 @@ def compare_class(folder: Path, tensors: Tensors, *, where: str, hint: str) -> s
                 hint=hint,
             )
     return f"{type(model).__name__} has exactly these {len(state)} tensors"
+
+
+def _stock_class(config: Any) -> Any:
+    """The class of a config that a plan has made: the one that the config names."""
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    return causal_class(config) if found is None else found
 
 
 def _widened(tensor: torch.Tensor, ours: tuple[torch.dtype, tuple[int, ...]] | None) -> bool:

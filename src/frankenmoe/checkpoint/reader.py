@@ -27,7 +27,8 @@ _MAPPED_FILES = 256  # each holds a file descriptor, and 1024 is a common limit
 class Checkpoint:
     """A dense model on disk; `tensors` and `files` are empty if the folder has no weights.
 
-    `notes` says which other weights in the folder are not used, and which are links.
+    `notes` says which other weights in the folder are not used, and which are links. `outer` is the config of the model
+    that it is nested in, if it is.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorRef]
     files: tuple[Path, ...]
     notes: tuple[str, ...] = ()
+    outer: Mapping[str, Any] | None = None
 
     @property
     def has_weights(self) -> bool:

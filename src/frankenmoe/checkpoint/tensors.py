@@ -205,8 +205,13 @@ class Permute:
         return Permute(tuple(self.order.index(row) for row in range(len(self.order))))
 
 
-Step = Merge | LowRank | Noise | Scale | Shift | Exp | Constant | Join | Part | Permute
-FIRST = (Merge, Constant, Join, Part, Permute)
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """Stack the inputs, matrices with equal columns, along their rows and exchange rows and columns; a first step."""
+
+
+Step = Merge | LowRank | Noise | Scale | Shift | Exp | Constant | Join | Part | Permute | Turn
+FIRST = (Merge, Constant, Join, Part, Permute, Turn)
 """The steps that can only be the first one."""
 
 
@@ -229,13 +234,13 @@ class TensorWrite:
         first = self.steps[0] if self.steps else None
         if isinstance(first, Constant) == bool(self.inputs):
             raise ValueError(f"{self.name}: a write has either inputs or a Constant as its first step")
-        if len(self.inputs) > 1 and not isinstance(first, Merge | Join):
-            raise ValueError(f"{self.name}: {len(self.inputs)} inputs need a Merge or Join as their first step")
+        if len(self.inputs) > 1 and not isinstance(first, Merge | Join | Turn):
+            raise ValueError(f"{self.name}: {len(self.inputs)} inputs need a Merge, Join or Turn as their first step")
         if isinstance(first, Merge) and len(self.inputs) != first.count:
             parents = f"{len(first.weights)} parents{' and the base' if MERGES[first.method] else ''}"
             raise ValueError(f"{self.name}: {first.method} of {parents} with {len(self.inputs)} inputs")
         if any(isinstance(step, FIRST) for step in self.steps[1:]):
-            raise ValueError(f"{self.name}: Merge, Constant, Join, Part and Permute can only be the first step")
+            raise ValueError(f"{self.name}: Merge, Constant, Join, Part, Permute and Turn can only be the first step")
         self._check_sizes(first)
         for step in self.steps:
             if isinstance(step, LowRank):
@@ -250,6 +255,10 @@ class TensorWrite:
                 fits = 0 <= start <= sizes[0] - self.numel
             case Permute(order):
                 fits = sizes == [self.numel] and self.shape[0] % len(order) == 0
+            case Turn():
+                shapes = [each.shape for each in self.inputs]
+                whole = all(len(shape) == 2 and shape[1] == self.shape[0] for shape in shapes)
+                fits = whole and self.shape[1:] == (sum(shape[0] for shape in shapes),)
             case _:
                 fits = all(size == self.numel for size in sizes)
         if not fits:

@@ -31,6 +31,7 @@ from frankenmoe.checkpoint.tensors import (
     Step,
     TensorRef,
     TensorWrite,
+    Turn,
 )
 from frankenmoe.errors import NumericsError, SourceError
 
@@ -38,6 +39,7 @@ Stage = Callable[[Floats, int], Floats]
 """A prepared step: takes a block and its number, returns the block after the step, does not change its input."""
 
 BLOCK = 2**20  # elements; also keys the noise, so another value gives other noise
+TURNED = 2**23  # elements of a turned matrix at a time: more read longer parts of each row
 
 
 def values(ref: TensorRef) -> Floats:
@@ -144,6 +146,8 @@ def _numbers(what: TensorRef | TensorWrite) -> Blocks:
             numbers, steps = partial(_part, inputs[0], start, what.numel), what.steps[1:]
         case (Permute(order),):
             numbers, steps = partial(_permuted, inputs[0], order, what.shape[0]), what.steps[1:]
+        case (Turn(),):
+            numbers, steps = partial(_turned, what.inputs), what.steps[1:]
         case _:
             (numbers,), steps = inputs, what.steps
     source = next(iter(what.inputs), None) if steps is what.steps else None
@@ -187,6 +191,35 @@ def _permuted(numbers: Blocks, order: tuple[int, ...], rows: int) -> Iterator[Fl
     """Holds the whole tensor while it is cut."""
     whole_GON = np.concatenate(list(numbers())).reshape(rows // len(order), len(order), -1)
     return _cut([whole_GON[:, list(order)].reshape(-1)])
+
+
+def _turned(inputs: Sequence[TensorRef | TensorWrite]) -> Iterator[Floats]:
+    """Reads some columns of stored matrices at a time. Holds the whole matrix where its numbers are computed."""
+    columns = inputs[0].shape[1]
+    step = max(1, TURNED // sum(each.shape[0] for each in inputs))
+    matrices = [_matrix(each) for each in inputs]
+
+    def turned() -> Iterator[Floats]:
+        for start in range(0, columns, step):
+            parts = [numbers(start, start + step).T for numbers in matrices]
+            yield np.concatenate(parts, axis=1).reshape(-1)
+
+    return _cut(turned())
+
+
+def _matrix(what: TensorRef | TensorWrite) -> Callable[[int, int], Floats]:
+    """First and last column (exclusive) -> the numbers of a matrix in these columns, [O, columns]."""
+    if isinstance(what, TensorWrite):
+        whole_OI = np.concatenate(list(_numbers(what)())).reshape(what.shape)
+        return lambda start, stop: whole_OI[:, start:stop]
+    size = DTYPES[what.dtype].itemsize
+    raw_OI = map_bytes(what).reshape(what.shape[0], -1)
+
+    def numbers(start: int, stop: int) -> Floats:
+        part = np.ascontiguousarray(raw_OI[:, start * size : stop * size])
+        return decode(part.reshape(-1), dtype=what.dtype).reshape(what.shape[0], -1)
+
+    return numbers
 
 
 def _cut(pieces: Iterable[Floats]) -> Iterator[Floats]:

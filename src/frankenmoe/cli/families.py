@@ -36,7 +36,7 @@ def families_command(as_json: bool) -> None:
     out = console()
     out.print(table)
     out.print("* read in the program's tables, not run here", style="dim", highlight=False, markup=False)
-    for outer, wrapper in WRAPPERS.items():
+    for outer, wrapper in ((outer, wrapper) for outer, wrapper in WRAPPERS.items() if wrapper.tower is None):
         out.print(f"read for its text: {outer}, as {wrapper.text}", style="dim", highlight=False, markup=False)
     for model_type, reason in VIRTUAL.items():
         out.print(f"virtual only: {model_type}: {reason}", style="dim", highlight=False, markup=False)

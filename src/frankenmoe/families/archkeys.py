@@ -9,8 +9,9 @@ from typing import Any
 
 from frankenmoe.families.known import is_neutral
 from frankenmoe.families.places import key_heads
-from frankenmoe.families.rotary import longrope_attention, rope
+from frankenmoe.families.rotary import longrope_attention, rope, written_rope
 from frankenmoe.families.spec import ATTENTION_KINDS, FULL, SLIDING, Config, Dims, Family
+from frankenmoe.families.towers import QWEN3_VISION
 from frankenmoe.families.words import GRANITE_FIELDS, INERT_FFN
 
 SOFTMAX, SIGMOID = 1, 2  # numbers of gating functions
@@ -20,7 +21,8 @@ SOFTMAX, SIGMOID = 1, 2  # numbers of gating functions
 class Facts:
     """What metadata tell of an MoE.
 
-    `hidden`, `ffn` and `shared_ffn` are the sizes in the file; without a shared expert its width is 0.
+    `hidden`, `ffn` and `shared_ffn` are the sizes in the file; without a shared expert its width is 0. `outer` is the
+    config of the model that it is nested in, if it is.
     """
 
     family: Family
@@ -31,6 +33,7 @@ class Facts:
     top_k: int
     shared_ffn: int
     eps: float
+    outer: Config | None = None
 
     @property
     def dims(self) -> Dims:
@@ -182,9 +185,24 @@ def mamba_lacks(facts: Facts) -> str | None:
     return None if facts.read("mamba_conv_bias") else "needs biases of the convolution, found mamba_conv_bias false"
 
 
+def _sections(rotary: Mapping[str, Any], usual: tuple[int, ...]) -> list[int]:
+    """How many frequencies turn with the place in time, in height and in width; in text these are one place."""
+    found = [*(rotary.get("mrope_section") or usual), 0, 0, 0]
+    return [int(each) for each in found[:4]]
+
+
+def nested_in_vision(facts: Facts) -> dict[str, Any]:
+    """What the text of Qwen3-VL needs for pictures, which come from another file."""
+    outer = facts.outer or {}
+    tower = {"deepstack_visual_indexes": QWEN3_VISION.defaults["deepstack_visual_indexes"], **outer["vision_config"]}
+    return {
+        "rope.dimension_sections": _sections(written_rope(outer["text_config"]), (24, 20, 20)),
+        "n_deepstack_layers": len(tower["deepstack_visual_indexes"]),
+    }
+
+
 def delta_net(facts: Facts) -> dict[str, Any]:
     dims = facts.dims
-    sections = [*(rope(facts.family, facts.config).get("mrope_section") or (11, 11, 10)), 0, 0, 0]
     return {
         "ssm.conv_kernel": dims.size("kernel"),
         "ssm.state_size": dims.size("linear_head"),
@@ -192,7 +210,7 @@ def delta_net(facts: Facts) -> dict[str, Any]:
         "ssm.inner_size": dims.size("linear_values"),
         "ssm.time_step_rank": dims.size("linear_heads"),
         "attention.recurrent_layers": [kind != FULL for kind in dims.kinds],
-        "rope.dimension_sections": [int(each) for each in sections[:4]],
+        "rope.dimension_sections": _sections(rope(facts.family, facts.config), (11, 11, 10)),
         "expert_shared_feed_forward_length": facts.shared_ffn or INERT_FFN,
     }
 

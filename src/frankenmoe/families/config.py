@@ -5,6 +5,7 @@ from typing import Any
 from frankenmoe.families.known import NEUTRAL, is_known, is_neutral
 from frankenmoe.families.rotary import rope
 from frankenmoe.families.spec import FULL, MAY_BE_NULL, Config, Family, MoEFormat, RouterRule
+from frankenmoe.families.wrapped import outer_config
 
 NORMALIZES = "norm_topk_prob"
 BALANCE = "router_aux_loss_coef"
@@ -46,6 +47,11 @@ def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
     dims = family.dims(config)
     if not fmt.free_heads and dims.head_dim * dims.heads != dims.hidden:
         found.append(f"has head_dim {dims.head_dim}, {fmt.title} requires hidden size / heads")
+    if fmt.turned and dims.hidden in (dims.ffn, 2 * dims.ffn):
+        found.append(
+            f"has FFNs of {dims.ffn} rows for a hidden size of {dims.hidden}, and transformers cannot tell rows from "
+            f"columns in {fmt.title} experts of these sizes"
+        )
     found += [
         f"has {name} {value!r:.60}, a setting that the table of {family.model_type} does not know and that may change "
         "what the model computes (delete it from config.json if it does not)"
@@ -99,13 +105,15 @@ def moe_config(
     dtype: str,
     rule: RouterRule | None = None,
     by_domain: bool = False,
+    outer: Config | None = None,
 ) -> dict[str, Any]:
     """config.json of the MoE: fields copied from the base, or its family's defaults, then the format's own fields.
 
     Rotary settings and dtype are written in the spellings of transformers 4 and 5. Without `rope_theta`, transformers 4
     would take the *format's* default. `dtype` is a torch name such as `bfloat16`. `shared_ffn` is the width of the
     shared expert, 0 for none. `rule` is the format's, if not given. `by_domain`: the routers send each domain to its
-    own expert, so the loss for an even load is off in other programs' training.
+    own expert, so the loss for an even load is off in other programs' training. `outer` is the config of the model
+    that the base is nested in, for a format that is nested too.
     """
     dims = family.dims(config)
     quantities = {
@@ -128,7 +136,7 @@ def moe_config(
     idle = fmt.idle_layers(family, config)
     if idle:
         own["layer_types"] = [*own["layer_types"], *[FULL] * idle]
-    return {
+    made = {
         "architectures": [fmt.architecture],
         "model_type": fmt.model_type,
         **copied,
@@ -145,3 +153,4 @@ def moe_config(
         "dtype": dtype,
         "torch_dtype": dtype,
     }
+    return outer_config(fmt.inside, made, outer) if fmt.inside and outer else made

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from frankenmoe.families.layeredformats import LAYERED_FORMATS
 from frankenmoe.families.rotary import rope
 from frankenmoe.families.rows import LAYER, QKV_BIAS
-from frankenmoe.families.spec import SOFTMAX, MoEFormat, Note, RouterRule, TensorSpec
+from frankenmoe.families.spec import SOFTMAX, Inside, MoEFormat, Note, RouterRule, TensorSpec
 from frankenmoe.families.words import (
     COUNTED,
+    DOWN,
     EXPERT,
     GATE,
+    GATE_UP,
     GRANITE,
     GRANITE_EXPERTS,
     GRANITE_FIELDS,
@@ -22,6 +24,7 @@ from frankenmoe.families.words import (
 )
 
 QWEN = {"decoder_sparse_step": 1, "norm_topk_prob": True, "mlp_only_layers": [], "use_sliding_window": False}
+QWEN3_VL = "model.language_model."
 # source: llama.cpp's graphs (norm_w is false) and converters (only the Llama classes write rope_freqs)
 WEAKER = Note(
     "llama.cpp does not renormalise the top-k weights of this format, so experts have less weight there than in "
@@ -230,5 +233,22 @@ FORMATS: Mapping[str, MoEFormat] = {
             partial_rotary=True,
         ),
         *LAYERED_FORMATS,
+        MoEFormat(
+            name="qwen3_vl_moe",
+            title="Qwen3-VL MoE",
+            model_type="qwen3_vl_moe",
+            architecture="Qwen3VLMoeForConditionalGeneration",
+            families=("qwen3",),
+            inside=Inside(wrapper="qwen3_vl", text="qwen3_vl_moe_text", tower="qwen3_vl_moe", root=QWEN3_VL),
+            gate=QWEN3_VL + "layers.{layer}.mlp.gate.weight",
+            expert={
+                QWEN3_VL + "layers.{layer}.mlp.experts.gate_up_proj": GATE_UP,
+                QWEN3_VL + "layers.{layer}.mlp.experts.down_proj": DOWN,
+            },
+            turned=True,
+            constants=QWEN,
+            holds=frozenset({"attention_bias"}),
+            counted=COUNTED | {"moe_intermediate_size": "ffn"},
+        ),
     )
 }

@@ -123,6 +123,7 @@ UNLIKE_DENSE: Mapping[str, str] = {
     "gemma4": (
         "has in every layer a dense FFN beside its experts, with norms of both, where a dense Gemma 4 has only an FFN"
     ),
+    "qwen3_vl_moe": "is a mixture beside a part that reads pictures, and frankenmoe takes only mixtures of text apart",
 }
 
 

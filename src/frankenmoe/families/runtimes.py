@@ -53,6 +53,7 @@ NOT_IN_VLLM: Mapping[str, Known] = {
 LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
     ("phi3", "glm4_moe"): "models with longrope are refused",
     ("qwen3", "qwen3_moe"): "models with attention biases are refused",
+    ("qwen3_vl", "qwen3_vl_moe"): "what reads pictures is left out, and models with attention biases are refused",
     ("lfm2", "lfm2_moe"): "models with biases of the convolution are refused",
     ("cohere2", "cohere2_moe"): "models with attention biases or without windows are refused",
     ("cohere", "cohere2_moe"): "models with attention biases are refused",
@@ -89,7 +90,12 @@ def pairs() -> Iterator[Pair]:
     """Every family with every format, in the order in which formats are tried."""
     for family in FAMILIES.values():
         for fmt in (fmt for fmt in FORMATS.values() if family.model_type in fmt.families):
-            yield Pair(family.model_type, fmt.name, fmt.title, _shared(fmt), programs(fmt, family))
+            yield Pair(source_type(family, fmt), fmt.name, fmt.title, _shared(fmt), programs(fmt, family))
+
+
+def source_type(family: Family, fmt: MoEFormat) -> str:
+    """The model type of what becomes a format: the family's, or that of the model that it must be nested in."""
+    return fmt.inside.wrapper if fmt.inside else family.model_type
 
 
 def _shared(fmt: MoEFormat) -> tuple[str, ...]:
@@ -110,7 +116,7 @@ def in_llamacpp(family: Family, fmt: MoEFormat) -> Known:
         return Known(False, f"llama.cpp: {fmt.no_gguf}")
     if activation != "silu":
         return Known(False, f"llama.cpp: its experts support only silu, not {activation}")
-    lacks = LLAMACPP_LACKS.get((family.model_type, fmt.name))
+    lacks = LLAMACPP_LACKS.get((source_type(family, fmt), fmt.name))
     return Known(True, "; ".join(filter(None, (LLAMACPP, lacks))))
 
 
@@ -130,6 +136,6 @@ def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:
     return {
         "transformers": Known(True, TRANSFORMERS) if fmt.loads_in_transformers else needs_code,
         "llama.cpp": llama,
-        "vLLM": in_vllm(family.model_type, fmt.name),
+        "vLLM": in_vllm(source_type(family, fmt), fmt.name),
         "Ollama": _in_ollama(fmt, llama),
     }

@@ -245,6 +245,20 @@ SOFTMAX = RouterRule(rounds_weights=False)
 
 
 @dataclass(frozen=True, slots=True)
+class Inside:
+    """The place of a format's language model in an outer model, which otherwise passes through from the base.
+
+    `wrapper` is the model type of such bases (families/wrapped.py). `text` and `tower` are the model types of the two
+    nested configs. `root` is what names in the language model begin with, in the place of `model.`.
+    """
+
+    wrapper: str
+    text: str
+    tower: str
+    root: str
+
+
+@dataclass(frozen=True, slots=True)
 class MoEFormat:
     """A MoE checkpoint format: where experts, routers and the shared expert are written, and its config.
 
@@ -260,6 +274,8 @@ class MoEFormat:
     settings for each kind of layer. `ends_in_full`: its last layer always has full attention, so behind any other a
     layer follows that changes nothing. `partial_rotary`: it can rotate a part of each head. `on_request`: only where
     the recipe names it.
+    `inside`: its language model is in another model, which the base has too. `turned`: stacked experts are stored with
+    rows and columns exchanged.
     `balances`: its class in transformers reads `router_aux_loss_coef`, the weight of a loss for an even load.
     `no_gguf`: why llama.cpp cannot run it, where that is known or not checked.
     """
@@ -290,9 +306,20 @@ class MoEFormat:
     partial_rotary: bool = False
     free_heads: bool = True
     interleaved: bool = False
+    inside: Inside | None = None
+    turned: bool = False
     balances: bool = True
     no_gguf: str | None = None
     notes: tuple[Note, ...] = ()
+
+    def named(self, plain: str) -> str:
+        """The name in a checkpoint of a backbone tensor with a plain name."""
+        within = self.inside is not None and plain.startswith("model.")
+        return f"{self.inside.root}{plain.removeprefix('model.')}" if self.inside and within else plain
+
+    def takes(self, family: Family, wrapper: str | None) -> bool:
+        """Whether it can have models of a family, which may be nested in a model of the type `wrapper`."""
+        return family.model_type in self.families and (self.inside is None or self.inside.wrapper == wrapper)
 
     @property
     def counts_shared(self) -> bool:

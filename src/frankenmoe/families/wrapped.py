@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from frankenmoe.families.spec import Config
+from frankenmoe.families.rotary import written_rope
+from frankenmoe.families.spec import Config, Inside
+from frankenmoe.families.towers import QWEN3_VISION, Tower
+
+# fields of the outer config that name tokens of pictures and videos -> the defaults of its class
+QWEN3_TOKENS = {
+    "image_token_id": 151655, "video_token_id": 151656, "vision_start_token_id": 151652, "vision_end_token_id": 151653,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,12 +22,16 @@ class Wrapper:
     """A model type around a language model of type `text`.
 
     `defaults` are those of the nested config's class where they differ from those of `text`. `positions` are settings
-    of rotation that tell places in a picture apart; in text they change nothing.
+    of rotation that tell places in a picture apart; in text they change nothing. Where an MoE format has the outer
+    model too, `tower` and `passed` say what passes through: the part that reads pictures, and outer fields with the
+    defaults of their class.
     """
 
     text: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     positions: tuple[str, ...] = ()
+    tower: Tower | None = None
+    passed: Mapping[str, Any] = field(default_factory=dict)
 
 
 WRAPPERS: Mapping[str, Wrapper] = {
@@ -32,6 +43,8 @@ WRAPPERS: Mapping[str, Wrapper] = {
         "qwen3",
         defaults={"rope_theta": 500000.0, "max_position_embeddings": 128000},
         positions=("mrope_section", "mrope_interleaved"),
+        tower=QWEN3_VISION,
+        passed=QWEN3_TOKENS,
     ),
 }
 # what a tensor's name begins with -> what the same tensor of a language model alone begins with
@@ -41,6 +54,7 @@ PREFIXES: Mapping[str, str] = {
     "language_model.lm_head.": "lm_head.",
 }
 PEFT = "base_model.model."
+ROTARY = ("rope_scaling", "rope_parameters")
 # fields of the outer config that count; where it lacks them, the nested ones
 OUTER = ("tie_word_embeddings", "quantization_config", "compression_config")
 # fields of the outer config that count where the nested one lacks them
@@ -55,10 +69,34 @@ def text_config(config: Config) -> dict[str, Any]:
     outer = {key: config[key] for key in OUTER if config.get(key) is not None}
     also = {key: config[key] for key in ALSO_OUTER if key in config}
     found = {**wrapper.defaults, **also, **config["text_config"], **outer, "model_type": wrapper.text}
-    for key in ("rope_scaling", "rope_parameters"):
+    for key in ROTARY:
         if isinstance(found.get(key), Mapping):
             found[key] = {name: value for name, value in found[key].items() if name not in wrapper.positions}
     return found
+
+
+def outer_config(inside: Inside, moe: Config, base: Config) -> dict[str, Any]:
+    """The config of an MoE inside an outer model: `moe` is what would be its own, `base` the outer dense model's."""
+    wrapper = WRAPPERS[inside.wrapper]
+    assert wrapper.tower is not None
+    places = _places(wrapper, base)
+    rotary = {key: {**(moe[key] or {"rope_type": "default"}), **places} for key in ROTARY if places}
+    nested = {key: value for key, value in moe.items() if key != "architectures"}
+    field_name = wrapper.tower.field
+    return {
+        "architectures": moe["architectures"],
+        "model_type": moe["model_type"],
+        "text_config": {**nested, **rotary, "model_type": inside.text},
+        field_name: {**base[field_name], "model_type": inside.tower},
+        **{key: base.get(key, default) for key, default in wrapper.passed.items()},
+        **{key: moe[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype")},
+    }
+
+
+def _places(wrapper: Wrapper, config: Config) -> dict[str, Any]:
+    """The settings that tell places in a picture apart, as an outer config has them."""
+    written = written_rope(config["text_config"])
+    return {key: written[key] for key in wrapper.positions if written.get(key) is not None}
 
 
 def wrapper_of(config: Config) -> Wrapper | None:

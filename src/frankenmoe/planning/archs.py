@@ -115,6 +115,7 @@ def facts_of(model: Parts, wide: Mapping[str, int] | None = None) -> Facts:
         experts=len(model.nodes),
         top_k=model.top_k,
         eps=float(family.read(model.config, "rms_norm_eps")) * own["hidden"] / wide["hidden"],
+        outer=model.outer,
     )
 
 
@@ -130,4 +131,6 @@ def notes_on(arch: Arch, model: Parts) -> tuple[str, ...]:
         )
     if arch.inert == "ffn" and not model.shared:
         notes.append(f"llama.cpp's {arch.name} always has a shared expert: the file has one of zeros")
+    if model.outer is not None:
+        notes.append("the file has the text alone: what reads pictures (mmproj) is left out")
     return tuple(notes)

@@ -1,7 +1,7 @@
 """What an MoE costs: parameters, bytes on disk, memory, KV cache."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ def make_bill(
     backbone: Iterable[TensorWrite],
     nodes: tuple[ExpertNode, ...],
     extra: Iterable[TensorWrite],
+    passed: Sequence[TensorWrite],
     routers: Mapping[str, tuple[int, int]],
     top_k: int,
     itemsize: int,
@@ -66,19 +67,20 @@ def make_bill(
 ) -> Bill:
     """Adds everything up.
 
-    `extra` are the shared expert and the zeros that a format requires, `kv_numbers` the cached numbers per token over
-    all layers, `small_files` the bytes of tokenizer, configs and router statistics. `stock`: it fits a stock format.
+    `extra` are the shared expert and the zeros that a format requires, `passed` what a token of text does not use: the
+    part that reads pictures, which only the built form has. `kv_numbers` are the cached numbers per token over all
+    layers, `small_files` the bytes of tokenizer, configs and router statistics. `stock`: it fits a stock format.
     """
     static = [*backbone, *extra]
     router_parameters = sum(math.prod(shape) for shape in routers.values())
     shared = sum(write.numel for write in static) + router_parameters
     experts = [expert_parameters(node) for node in nodes]
-    total = shared + sum(experts)
+    total = shared + sum(experts) + sum(write.numel for write in passed)
     leaves = [leaf for node in nodes for leaf in node.leaves()]
     sizes = sorted((active_parameters(node) for node in nodes), reverse=True)
     folded = [write for leaf in leaves for write in leaf.folded_writes()]
     shapes = [(write.name, write.shape) for write in (*static, *folded)] + list(routers.items())
-    body = sum(write.nbytes for write in (*static, *folded))
+    body = sum(write.nbytes for write in (*static, *folded, *passed))
     router_bytes = router_parameters * itemsize
     return Bill(
         total=total,

@@ -25,20 +25,27 @@ TOKENIZER_FILES = (
     "chat_template.json",
     GENERATION,
 )
+# what prepares pictures and videos
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 # files that describe the weights
 CONFIGS = ("config.json", INDEX)
 
 
-def small_files(base: Source) -> tuple[Path, ...]:
-    """Tokenizer, chat template and generation settings of the base, which are copied unchanged."""
-    return tuple(file for name in TOKENIZER_FILES if (file := base.folder / name).is_file())
+def small_files(base: Source, *, processor: bool = False) -> tuple[Path, ...]:
+    """Tokenizer, chat template and generation settings of the base, which are copied unchanged.
+
+    With `processor`, also the settings for pictures and videos.
+    """
+    names = TOKENIZER_FILES + (PROCESSOR_FILES if processor else ())
+    return tuple(file for name in names if (file := base.folder / name).is_file())
 
 
-def deciding_files(base: Source, sources: Iterable[Source]) -> tuple[Path, ...]:
+def deciding_files(base: Source, sources: Iterable[Source], *, processor: bool = False) -> tuple[Path, ...]:
     """Every small file that the plan depends on: all configs, and the files copied from the base."""
     configs = [source.folder / name for source in sources for name in CONFIGS]
     adapters = [source.adapter.folder / "adapter_config.json" for source in sources if source.adapter is not None]
-    return tuple(dict.fromkeys((*(file for file in (*configs, *adapters) if file.is_file()), *small_files(base))))
+    small = small_files(base, processor=processor)
+    return tuple(dict.fromkeys((*(file for file in (*configs, *adapters) if file.is_file()), *small)))
 
 
 def states(weights: Sequence[Path], small: Sequence[Path]) -> list[tuple[object, ...]]:
@@ -66,7 +73,7 @@ def check_small_files(base: Source) -> None:
 
     Otherwise the error would come after hours, or never.
     """
-    for file in (base.folder / name for name in TOKENIZER_FILES):
+    for file in (base.folder / name for name in (*TOKENIZER_FILES, *PROCESSOR_FILES)):
         if os.path.lexists(file) and not file.is_file():
             raise SourceError(
                 f"{file} is not a file{', but a link that leads to none' if file.is_symlink() else ''}",

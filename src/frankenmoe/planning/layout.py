@@ -10,7 +10,7 @@ from frankenmoe.families.places import generic_name
 from frankenmoe.families.spec import RouterRule
 from frankenmoe.families.words import DOWN
 from frankenmoe.planning.sources import Source
-from frankenmoe.planning.translate import Translation, joined
+from frankenmoe.planning.translate import Translation, joined, turned
 from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.recipe import RANDOM_MODES, Recipe
 from frankenmoe.recipe.gatemodes import KEPT
@@ -52,16 +52,19 @@ def choose_format(recipe: Recipe, base: Source) -> tuple[MoEFormat | None, tuple
         return None, ("no stock MoE format has nested experts",)
     mixture = base.part.mixture if base.part else None
     asked = [mixture.fmt] if mixture and recipe.architecture is None else _asked(recipe)
-    fitting = [fmt for fmt in asked if family.model_type in fmt.families]
+    fitting = [fmt for fmt in asked if fmt.takes(family, base.wrapper)]
     if not fitting:
-        return None, (f"architecture {recipe.architecture} cannot be built from {family.model_type}",)
+        return None, (f"architecture {recipe.architecture} cannot be built from {base.wrapper or family.model_type}",)
+    if recipe.architecture is None and any(fmt.inside for fmt in fitting):
+        # a model that reads pictures becomes one of text on request only
+        fitting = [fmt for fmt in fitting if fmt.inside]
     fitting.sort(key=lambda fmt: bool(_unshareable(fmt, recipe)))
     problems = {fmt.name: (*_unshareable(fmt, recipe), *_unsupported(fmt, base, family)) for fmt in fitting}
     chosen = next((fmt for fmt in fitting if not problems[fmt.name]), fitting[0])
     reasons = problems[chosen.name]
     if mixture and chosen is not mixture.fmt and not mixture.rule.normalizes:
         reasons += (f"{base.name} does not divide the weights of the chosen experts by their sum, {chosen.title} does",)
-    others = [fmt for fmt in FORMATS.values() if family.model_type in fmt.families and fmt not in fitting]
+    others = [fmt for fmt in FORMATS.values() if fmt.takes(family, base.wrapper) and fmt not in fitting]
     able = [fmt.title for fmt in others if not _unshareable(fmt, recipe) and not _unsupported(fmt, base, family)]
     # a format that the recipe asks for is never replaced silently
     return chosen, (*reasons, f"architecture: {able[0]} supports it") if reasons and able else reasons
@@ -242,11 +245,17 @@ def extra_writes(
     backbone: tuple[TensorWrite, ...],
     nodes: tuple[ExpertNode, ...],
     shared: tuple[ExpertNode, ...],
+    *,
+    passed: tuple[TensorWrite, ...],
 ) -> list[TensorWrite]:
-    """Writes that are neither the sources' backbone nor routed experts: the shared expert and what a format adds."""
+    """Writes that are neither the sources' backbone nor routed experts: the shared expert and what a format adds.
+
+    Those in `passed` are left out.
+    """
     if translation is None:
         return [write for node in shared for write in node.folded_writes()]
-    given = {write.name for write in translation.plain(backbone)}
+    given = {translation.fmt.named(write.name) for write in translation.plain(backbone)}
+    given |= {write.name for write in passed}
     given |= {
         name.format(layer=layer, expert=index)
         for name in translation.fmt.expert
@@ -267,6 +276,8 @@ def _expert_writes(fmt: MoEFormat, rows: list[dict[str, TensorWrite]], layer: in
         for name, suffixes in names.items():
             if "{expert}" not in name:
                 matrices = [row[suffix] for row in rows for suffix in suffixes]
+                if fmt.turned:
+                    matrices = [turned([row[suffix] for suffix in suffixes]) for row in rows]
                 yield joined(name.format(layer=layer), matrices, experts=len(rows))
 
 

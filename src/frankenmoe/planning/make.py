@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError
 from frankenmoe.planning.asadapter import extracted_adapters
 from frankenmoe.planning.backbone import backbone_writes, choose, lost_differences
@@ -37,6 +38,7 @@ from frankenmoe.planning.layout import (
     without_weights,
 )
 from frankenmoe.planning.mixture import opened_sources
+from frankenmoe.planning.passed import passed_writes
 from frankenmoe.planning.plan import Plan
 from frankenmoe.planning.siblings import check_ffns, check_siblings
 from frankenmoe.planning.sources import Source, anatomy, check_tensors
@@ -93,6 +95,7 @@ def plan(
     to = Translation(fmt, base.family, base.config, len(nodes)) if fmt is not None and base.family is not None else None
     if to is not None:
         problems = (*problems, *expert_conflicts(to, nodes, shared), *lost_in(stored, base))
+    passed = passed_writes(to.fmt, base, dtype=stored) if to is not None else ()
     problems = (*problems, *without_weights(opened.values()))
     gated = gates_shared(recipe, fmt)
     apart = distances(base_pair, nodes)
@@ -100,7 +103,10 @@ def plan(
     writes = backbone_writes(recipe, base, base_parts, nodes=nodes, by_group=choice.by_group, dtype=stored)
     backbone = with_trained(writes, trained)
     check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
-    groups = built_writes(to, backbone, nodes, shared, gated_shared=gated, dtype=stored) if to is not None else ()
+    groups: tuple[tuple[TensorWrite, ...], ...] = ()
+    if to is not None:
+        groups = built_writes(to, backbone, nodes, shared, gated_shared=gated, dtype=stored)
+        groups = (*((write,) for write in passed), *groups)
     layers, hidden = len(base_parts.ffn), int(base.config["hidden_size"])
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
     identical = identical_groups(nodes)
@@ -120,6 +126,7 @@ def plan(
         shared=shared,
         gated_shared=gated,
         backbone=backbone,
+        passed=passed,
         groups=groups,
         routers=routers,
         identical_experts=tuple(map(tuple, identical)),
@@ -135,6 +142,7 @@ def plan(
             trained=bool(trained),
             nodes=(*nodes, *shared),
             backbone=backbone,
+            passed=passed,
         ),
         trained=tuple(trained.values()),
         extracted=extracted,

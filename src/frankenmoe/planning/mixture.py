@@ -15,7 +15,7 @@ from frankenmoe.checkpoint.reader import Checkpoint
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
 from frankenmoe.errors import SourceError
-from frankenmoe.families.mixtures import UNLIKE_DENSE, MixtureConfig, format_of, of_width, read_mixture
+from frankenmoe.families.mixtures import MixtureConfig, format_of, of_width, read_mixture
 from frankenmoe.families.places import generic_name
 from frankenmoe.families.spec import MoEFormat
 from frankenmoe.families.values import odd_value
@@ -131,8 +131,6 @@ def open_mixture(source: Source, fmt: MoEFormat) -> Mixture:
 
     Raises SourceError for a format or a setting that the tables cannot express, and for missing and misshapen tensors.
     """
-    if fmt.name in UNLIKE_DENSE:
-        raise SourceError(f"{source.name} {UNLIKE_DENSE[fmt.name]}", hint="eval runs it as transformers does")
     try:
         config = read_mixture(fmt, source.checkpoint.config)
         if odd := odd_value(config.family, config.dense):

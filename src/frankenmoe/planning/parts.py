@@ -32,7 +32,8 @@ class Parts:
     `config` is that of the dense base. `folder` holds the tokenizer and generation settings. `sources` are those whose
     configs give the experts' activations; empty for a built artifact. `gates` are zeros until routers are made. `rule`
     says how the gate's scores become weights. `shared_config` is that of a dense model with the shared expert, where
-    its width is another than that of the routed ones. `about` goes into the metadata of exported files.
+    its width is another than that of the routed ones. `outer` is the config of the model that the MoE is nested in, if
+    it is. `about` goes into the metadata of exported files.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Parts:
     top_k: int
     rule: RouterRule = SOFTMAX
     shared_config: Mapping[str, Any] | None = None
+    outer: Mapping[str, Any] | None = None
     sources: tuple[Source, ...] = ()
     own_head: bool = False
     trust_remote_code: bool = False
@@ -115,6 +117,7 @@ def parts_of_plan(plan: Plan) -> Parts:
         shared_config=next(
             (node.source.config for node in plan.shared if node.source and is_shared(node.source)), None
         ),
+        outer=plan.base.checkpoint.outer if plan.passed else None,
         sources=plan.sources,
         own_head=plan.base.own_head,
         trust_remote_code=plan.trust_remote_code,
@@ -170,6 +173,7 @@ def parts_of_built(artifact: Artifact) -> Parts:
         top_k=record["experts_per_token"],
         rule=rule_in(fmt, opened.config),
         shared_config=shared_config,
+        outer=opened.config if fmt.inside else None,
         about={"licence": licence(artifact.folder), "recipe_digest": record.get("recipe_digest")},
     )
 

@@ -39,11 +39,12 @@ from frankenmoe.recipe import DOMAIN_MODES, FIT_MODES, Recipe
 class Plan:
     """What a recipe becomes. `problems` are reasons why it cannot be built; it may still be virtual.
 
-    `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors, `groups` the
-    built weights in byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is
-    True if some identical experts (or the base) are so large that only blocks of them were compared. `measured` is the
-    report on how the backbone was chosen, if it was by measurement. `carried`: the recipe's `trained` file is a
-    temporary one, so an artifact gets a copy.
+    `nodes` and `shared` are the experts as tensor writes under dense names, `backbone` all other tensors of the
+    language model, `passed` those of what is around it, which only a built MoE has. `groups` are the built weights in
+    byte order, `routers` the shape (experts, hidden) of every gate by name. `identical_sampled` is True if some
+    identical experts (or the base) are so large that only blocks of them were compared. `measured` is the report on how
+    the backbone was chosen, if it was by measurement. `carried`: the recipe's `trained` file is a temporary one, so an
+    artifact gets a copy.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Plan:
     shared: tuple[ExpertNode, ...]
     gated_shared: bool
     backbone: tuple[TensorWrite, ...]
+    passed: tuple[TensorWrite, ...]
     groups: tuple[tuple[TensorWrite, ...], ...]
     routers: Mapping[str, tuple[int, int]]
     identical_experts: tuple[tuple[int, ...], ...]
@@ -131,6 +133,7 @@ class Plan:
             dtype=self.dtype_name,
             rule=self.rule,
             by_domain=self.recipe.gate_mode in DOMAIN_MODES,
+            outer=self.base.checkpoint.outer,
         )
 
     @cached_property
@@ -140,12 +143,15 @@ class Plan:
         return make_bill(
             backbone=self.backbone,
             nodes=self.nodes,
-            extra=extra_writes(self.translation, self.groups, self.backbone, self.nodes, self.shared),
+            extra=extra_writes(
+                self.translation, self.groups, self.backbone, self.nodes, self.shared, passed=self.passed
+            ),
+            passed=self.passed,
             routers=self.routers,
             top_k=self.recipe.experts_per_token,
             itemsize=4 if self.dtype == "F32" else 2,
             kv_numbers=kv_numbers(self.base),
-            small_files=sum(file.stat().st_size for file in small_files(self.base))
+            small_files=sum(file.stat().st_size for file in self.small_files)
             + sum(each.bytes for each in self.extracted.values())
             + (statistics_bytes(self.routers) if fitted else 0),
             stock=not misfits(self.problems),
@@ -182,14 +188,14 @@ class Plan:
 
     @property
     def small_files(self) -> tuple[Path, ...]:
-        """Tokenizer, chat template and generation settings of the base, which are copied unchanged."""
-        return small_files(self.base)
+        """Tokenizer, chat template, generation settings and processor of the base, which are copied unchanged."""
+        return small_files(self.base, processor=bool(self.passed))
 
     @property
     def deciding_files(self) -> tuple[Path, ...]:
         """Every config and small file that the plan depends on."""
         configs = [each.adapter.folder / CONFIG for each in self.extracted.values() if each.there]
-        return (*deciding_files(self.base, self.sources), *configs)
+        return (*deciding_files(self.base, self.sources, processor=bool(self.passed)), *configs)
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data, as `frankenmoe plan --json` prints it."""

@@ -15,7 +15,7 @@ from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, MLPS, Family, text_config, text_name, wrapper_of
-from frankenmoe.families.mixtures import MixtureConfig, format_of
+from frankenmoe.families.mixtures import UNLIKE_DENSE, MixtureConfig, format_of
 from frankenmoe.planning.configs import WRONG_CONFIG, check_config, dequantizing
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
@@ -126,6 +126,11 @@ class Source:
         return self.checkpoint.config
 
     @property
+    def wrapper(self) -> str | None:
+        """The model type of the model that it is nested in; None if it is a language model alone."""
+        return str(self.checkpoint.outer["model_type"]) if self.checkpoint.outer else None
+
+    @property
     def family(self) -> Family | None:
         """The table of this source's family; None if only a virtual MoE is possible."""
         return FAMILIES.get(str(self.config.get("model_type")))
@@ -164,7 +169,10 @@ def open_source(
             f"{name} is a virtual artifact of frankenmoe, expected a dense model",
             hint="name the models of its recipe.yml instead",
         )
-    own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES and not format_of(checkpoint.config)
+    fmt = format_of(checkpoint.config)
+    if fmt is not None and fmt.name in UNLIKE_DENSE:
+        raise SourceError(f"{name} {UNLIKE_DENSE[fmt.name]}", hint="name the dense models that it was made of")
+    own_code = checkpoint.config.get("auto_map") and model_type not in FAMILIES and fmt is None
     if own_code and not trust_remote_code and not known_to_transformers(model_type):
         raise SourceError(
             f"{name} is a {model_type!r} model with Python code of its own, which is not run",
@@ -183,10 +191,11 @@ def open_source(
 
 def language_model(opened: Checkpoint) -> Checkpoint:
     """A checkpoint with the config and the names of its language model, which may be nested in another model."""
-    config, tensors = in_one_spelling(text_config(opened.config)), opened.tensors
-    if wrapper_of(opened.config):
-        tensors = {text_name(name): ref for name, ref in tensors.items()}
-    return replace(opened, config=config, tensors=tensors)
+    config = in_one_spelling(text_config(opened.config))
+    if wrapper_of(opened.config) is None:
+        return replace(opened, config=config)
+    tensors = {text_name(name): ref for name, ref in opened.tensors.items()}
+    return replace(opened, config=config, tensors=tensors, outer=opened.config)
 
 
 def language_adapter(adapter: Adapter) -> Adapter:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from frankenmoe.checkpoint.tensors import Scale, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError
 from frankenmoe.families.rows import LAYER
+from frankenmoe.families.spec import MoEFormat
 from frankenmoe.families.words import DOWN
 from frankenmoe.planning.sources import FFN_NAME
-from frankenmoe.planning.translate import Translation, narrowed
+from frankenmoe.planning.translate import Translation, narrowed, rows_of, turned
 
 HALF = Scale(0.5)
 Tensors = Mapping[str, TensorRef]
@@ -25,7 +26,7 @@ def stored_backbone(tensors: Tensors, translation: Translation) -> tuple[TensorW
     """Every backbone tensor under its dense name. ArtifactError if one is missing."""
     family, config = translation.family, translation.config
     return tuple(
-        translation.dense(name, shape, lambda plain: stored(tensors, plain, plain))
+        translation.dense(name, shape, lambda plain: stored(tensors, translation.fmt.named(plain), plain))
         for name, shape in family.shapes(family.backbone, config).items()
     )
 
@@ -40,7 +41,8 @@ def stored_ffn(
     family, config = translation.family, translation.config
     rows: list[dict[str, TensorWrite]] = [{} for _ in range(translation.dims.layers)]
     plain: list[dict[str, TensorWrite]] = [
-        _plain(tensors, templates, layer=layer, index=index, halved=halved) for layer in range(len(rows))
+        _plain(tensors, translation.fmt, templates, layer=layer, index=index, halved=halved)
+        for layer in range(len(rows))
     ]
     for name, shape in family.shapes(family.ffn, config).items():
         match = FFN_NAME.match(name)
@@ -51,19 +53,22 @@ def stored_ffn(
 
 
 def _plain(
-    tensors: Tensors, templates: Mapping[str, tuple[str, ...]], *, layer: int, index: int, halved: bool
+    tensors: Tensors, fmt: MoEFormat, templates: Mapping[str, tuple[str, ...]], *, layer: int, index: int, halved: bool
 ) -> dict[str, TensorWrite]:
     """Plain name -> write of one expert in one layer: a tensor, or a part of one that several matrices share."""
     found = {}
     for template, suffixes in templates.items():
         ref = _found(tensors, template.format(layer=layer, expert=index))
-        rows, columns = ref.shape[-2] // len(suffixes), ref.shape[-1]
         first = index * math.prod(ref.shape[-2:]) if len(ref.shape) == 3 else 0
+        own = narrowed(ref, ref.shape[-2:], first)
+        whole = TensorWrite("", ref.dtype, own.shape, (own,))
+        if fmt.turned and len(ref.shape) == 3:
+            whole = turned([whole])
+        rows = whole.shape[0] // len(suffixes)
         for place, suffix in enumerate(suffixes):
-            part = narrowed(ref, (rows, columns), first + place * rows * columns)
             name = f"{LAYER.format(layer=layer)}mlp.{suffix}"
-            write = TensorWrite(name, ref.dtype, part.shape, (part,))
-            found[name] = replace(write, steps=(HALF,)) if halved and (suffix,) == DOWN else write
+            write = rows_of(whole, name, place * rows, rows)
+            found[name] = replace(write, steps=(*write.steps, HALF)) if halved and (suffix,) == DOWN else write
     return found
 
 

@@ -19,6 +19,7 @@ from frankenmoe.checkpoint.tensors import (
     Step,
     TensorRef,
     TensorWrite,
+    Turn,
 )
 from frankenmoe.families import Family, MoEFormat, rotary_size
 from frankenmoe.families.places import generic_name
@@ -68,7 +69,8 @@ class Translation:
     def backbone(self, writes: Sequence[TensorWrite]) -> list[TensorWrite]:
         """The backbone in the format: its plain tensors, then those that the format adds."""
         found = list(self.plain(writes))
-        return [*found, *self._added({write.name: write for write in found}, writes[0].dtype)]
+        added = self._added({write.name: write for write in found}, writes[0].dtype)
+        return [replace(write, name=self.fmt.named(write.name)) for write in (*found, *added)]
 
     def ffn(self, node: ExpertNode, layer: int) -> dict[str, TensorWrite]:
         """Plain suffix (`gate_proj.weight`) -> write, of one expert in one layer, with its adapter folded in."""
@@ -150,6 +152,12 @@ def joined(name: str, parts: Sequence[TensorWrite], *, experts: int | None = Non
     rows, columns = sum(part.shape[0] for part in parts), parts[0].shape[1:]
     shape = (rows, *columns) if experts is None else (experts, rows // experts, *columns)
     return TensorWrite(name, parts[0].dtype, shape, tuple(map(_input, parts)), (Join(),))
+
+
+def turned(matrices: Sequence[TensorWrite]) -> TensorWrite:
+    """Matrices stacked along their rows, with rows and columns exchanged."""
+    rows, columns = sum(matrix.shape[0] for matrix in matrices), matrices[0].shape[1]
+    return replace(matrices[0], shape=(columns, rows), inputs=tuple(map(_input, matrices)), steps=(Turn(),))
 
 
 def rows_of(write: TensorWrite, name: str, start: int, rows: int) -> TensorWrite:

@@ -11,6 +11,8 @@ from frankenmoe.recipe.backbone import AVERAGE, BASE, MergeSettings
 
 # what is around a language model
 OUTSIDE = re.compile(r"^(model\.)?(visual|vision_tower|multi_modal_projector|embed_vision|audio_tower|embed_audio)\.")
+OF_TEXT = "it reads pictures or sound, and the MoE is one of text"
+OF_BASE = "what reads pictures comes from the base"
 UnusedTensor = tuple[str, str, str]
 """(source, tensor, reason)."""
 
@@ -23,16 +25,17 @@ def unused_tensors(
     trained: bool,
     nodes: tuple[ExpertNode, ...],
     backbone: tuple[TensorWrite, ...],
+    passed: tuple[TensorWrite, ...],
 ) -> tuple[UnusedTensor, ...]:
     """Every unused tensor of every source; `nodes` include the shared experts."""
-    writes = [*backbone, *(write for node in nodes for write in node.folded_writes())]
+    writes = [*backbone, *passed, *(write for node in nodes for write in node.folded_writes())]
     used = {ref for write in writes for ref in write.sources}
     rows: list[UnusedTensor] = []
     for source, found in parts:
         inside_ffn = found.ffn_shapes.keys()
         for name, ref in source.tensors.items():
             if ref not in used:
-                why = _reason(name, found, inside_ffn, by_group=by_group, is_base=source is base)
+                why = _reason(name, found, inside_ffn, by_group=by_group, is_base=source is base, passed=bool(passed))
                 rows.append((str(source.name), name, f"{why}, or training replaced it" if trained else why))
         for name, ref in source.adapter.tensors.items() if source.adapter else ():
             if ref not in used:
@@ -41,7 +44,13 @@ def unused_tensors(
 
 
 def _reason(
-    name: str, found: Anatomy, inside_ffn: Collection[str], *, by_group: Mapping[str, MergeSettings], is_base: bool
+    name: str,
+    found: Anatomy,
+    inside_ffn: Collection[str],
+    *,
+    by_group: Mapping[str, MergeSettings],
+    is_base: bool,
+    passed: bool,
 ) -> str:
     if name in inside_ffn:
         return (
@@ -63,7 +72,7 @@ def _reason(
     if name == "lm_head.weight":
         return "the head is tied to the embeddings, and holds the same numbers"
     if OUTSIDE.search(name):
-        return "it reads pictures or sound, and the MoE is one of text"
+        return OF_BASE if passed else OF_TEXT
     return "not a tensor of this family"
 
 

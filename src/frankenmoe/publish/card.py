@@ -157,7 +157,7 @@ def _head(facts: Facts, evidence: Evidence) -> tuple[str, dict[str, str]]:
         "library_name": "transformers"
         if facts.built and facts.fmt and facts.fmt.loads_in_transformers
         else "frankenmoe",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": "image-text-to-text" if facts.built and facts.fmt and facts.fmt.inside else "text-generation",
         "datasets": datasets,
         "model_name": facts.name if scores else None,
         "eval_results": eval_results(scores, origin=origin) if scores else None,

@@ -12,7 +12,7 @@ import yaml
 
 from frankenmoe.artifact.record import BACKBONE, BODY_STAGES, HEAL
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
-from frankenmoe.families.runtimes import in_vllm
+from frankenmoe.families.runtimes import in_vllm, source_type
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
 from frankenmoe.publish.markdown import code, fenced, plain, sentence, table
@@ -226,11 +226,12 @@ def _checked(check: FileCheck) -> Iterator[str]:
 def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
     """How to run the model, in every program that can load it."""
     parts = []
+    loader = "AutoModelForImageTextToText" if facts.fmt and facts.fmt.inside else "AutoModelForCausalLM"
     if facts.built and facts.fmt and facts.fmt.loads_in_transformers:
         parts.append(
-            "transformers:\n\n```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"transformers:\n\n```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
             f'tokenizer = AutoTokenizer.from_pretrained("{model}")\n'
-            f'model = AutoModelForCausalLM.from_pretrained("{model}", dtype="auto", device_map="auto")\n'
+            f'model = {loader}.from_pretrained("{model}", dtype="auto", device_map="auto")\n'
             'ids = tokenizer("Once upon a time", return_tensors="pt").to(model.device)\n'
             "print(tokenizer.decode(model.generate(**ids, max_new_tokens=100)[0]))\n```"
         )
@@ -264,7 +265,8 @@ def usage(facts: Facts, evidence: Evidence, *, model: str) -> str | Missing:
         file = shlex.quote(" ".join(exported.files[0].name.split()))
         parts.append("llama.cpp:\n\n" + fenced(f'llama-cli -m {file} -p "Once upon a time" -n 100', "sh"))
     family = facts.plan.base.family if facts.plan else None  # unknown where the sources are gone
-    known = in_vllm(family.model_type if family else "", facts.fmt.name) if facts.built and facts.fmt else None
+    kind = source_type(family, facts.fmt) if family and facts.fmt else ""
+    known = in_vllm(kind, facts.fmt.name) if facts.built and facts.fmt else None
     if known is not None and known.runs:
         parts.append(f"vLLM serves this format ({known.how}; not run for this card):\n\n```sh\nvllm serve {model}\n```")
     return "\n\n".join(parts)

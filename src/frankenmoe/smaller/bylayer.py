@@ -36,6 +36,11 @@ def standard(old: Plan) -> Translation:
             f"only a standard checkpoint can have other experts in each layer, and this MoE cannot be one: {why}",
             hint="leave --per-layer out",
         )
+    if old.passed:
+        raise PlanError(
+            f"--per-layer writes models of text, and {old.translation.fmt.title} reads pictures too",
+            hint="leave --per-layer out",
+        )
     return old.translation
 
 
