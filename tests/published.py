@@ -141,7 +141,7 @@ MODELS: Mapping[str, Published] = {
         LITGPT, "olmo2", 40, 5120, 13824, 40, 100352, rms_norm_eps=1e-6, rope_theta=5e5, max_position_embeddings=4096
     ),
     "allenai/OLMo-2-0325-32B": _model(
-        "https://github.com/allenai/OLMo-core (olmo2_32B in nn/transformer/config.py), padded vocabulary of the smaller",
+        "https://github.com/allenai/OLMo-core (olmo2_32B in nn/transformer/config.py), vocabulary of the smaller",
         "olmo2", 64, 5120, 27648, 40, 100352, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=5e5,
     ),
     "microsoft/Phi-3-mini-4k-instruct": _model(
