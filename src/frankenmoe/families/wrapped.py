@@ -35,7 +35,17 @@ class Wrapper:
 
 
 WRAPPERS: Mapping[str, Wrapper] = {
-    "gemma3": Wrapper("gemma3_text"),
+    # its published configs leave out what the class has anyway
+    "gemma3": Wrapper(
+        "gemma3_text",
+        defaults={
+            "vocab_size": 262208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+        },
+    ),
     "gemma4": Wrapper("gemma4_text"),
     "qwen3_5": Wrapper("qwen3_5_text"),
     # on text alone its language model computes what Qwen3 does
