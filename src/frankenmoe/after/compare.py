@@ -6,7 +6,7 @@ E experts of ours, D hidden.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from frankenmoe.planning.pairing import FAR
 
 MARGIN = 2.0  # times the rounding to nearest; quantizers that look at text round farther away than that
 SURE = 4.0  # standard deviations
+STRETCHED = 0.8  # share of a distance
+TINY = 1e-30
 SAME = 1e-6  # distances below are those of float32 arithmetic
 # numbers stored as F32 that were rounded before, by the bits that are zero then
 NARROWER = (("BF16", np.uint32(0xFFFF)), ("F16", np.uint32(0x1FFF)))
@@ -29,6 +31,7 @@ class Seen:
 
     `worst` is the distance of the farthest rows that were read together, `rounding` that of our own numbers after
     rounding to the same type. `broken`: it holds NaN or infinity. `zero`: only zeros, where ours is not.
+    `stretched` is the part of the distance that is a factor for each column, measured where factors may have moved.
     """
 
     far: float
@@ -40,6 +43,7 @@ class Seen:
     broken: bool = False
     zero: bool = False
     fits: bool = True
+    stretched: float = 0.0
 
     @property
     def moved(self) -> float:
@@ -47,6 +51,11 @@ class Seen:
         if not self.far > MARGIN * self.rounding + SAME:
             return 0.0
         return math.sqrt(max(0.0, self.far**2 - self.rounding**2))
+
+    @property
+    def scaled(self) -> bool:
+        """Whether factors for its columns explain why it is farther away than rounding."""
+        return self.stretched > STRETCHED * self.moved > 0
 
     @property
     def unlike(self) -> bool:
@@ -59,8 +68,11 @@ class Seen:
         return self.unlike or self.worst >= FAR
 
 
-def compare(write: TensorWrite, matrix: Matrix) -> Seen:
-    """Compares a tensor of ours with theirs, block by block. More rows of theirs than of ours are ignored."""
+def compare(write: TensorWrite, matrix: Matrix, *, folds: bool = False) -> Seen:
+    """Compares a tensor of ours with theirs, block by block. More rows of theirs than of ours are ignored.
+
+    `folds`: their method may have multiplied columns.
+    """
     shape = two_axes(write.shape)
     if matrix.shape[1] != shape[1] or matrix.shape[0] < shape[0]:
         return _seen(matrix, shape, math.inf, math.inf, 0.0, fits=False)
@@ -75,7 +87,17 @@ def compare(write: TensorWrite, matrix: Matrix) -> Seen:
         total, difference, theirs = total + own, difference + apart, theirs + float(found_RC.any())
         worst = max(worst, apart / own if own else 0.0)
     far = math.sqrt(difference / (total or 1.0))
-    return _seen(matrix, shape, far, math.sqrt(worst), rounding, zero=bool(total) and not theirs)
+    seen = _seen(matrix, shape, far, math.sqrt(worst), rounding, zero=bool(total) and not theirs)
+    return replace(seen, stretched=_stretched(write, matrix, shape)) if folds and seen.moved else seen
+
+
+def _stretched(write: TensorWrite, matrix: Matrix, shape: tuple[int, int]) -> float:
+    """How far ours is from itself with every column times the factor that brings it nearest to theirs."""
+    both_C, own_C = np.zeros((2, shape[1]))
+    for start, stop, ours_RC in our_chunks(write, shape):
+        both_C += np.einsum("rc,rc->c", ours_RC, matrix.rows(start, stop))
+        own_C += np.einsum("rc,rc->c", ours_RC, ours_RC)
+    return math.sqrt(float((np.square(both_C - own_C) / np.maximum(own_C, TINY)).sum() / max(own_C.sum(), TINY)))
 
 
 def _seen(matrix: Matrix, shape: tuple[int, int], far: float, worst: float, rounding: float, **odd: bool) -> Seen:

@@ -4,7 +4,7 @@ Pairs are found on the first rows of every matrix, distances are those of whole 
 Shape suffixes: E experts of ours, N sampled numbers.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
@@ -12,16 +12,20 @@ from typing import TypeVar
 import numpy as np
 
 from frankenmoe.after.compare import Seen, compare, distance, nearest
-from frankenmoe.after.matrix import Matrix, our_chunks, two_axes
+from frankenmoe.after.folds import even_rows
+from frankenmoe.after.matrix import Matrix, first_rows, two_axes
 from frankenmoe.after.other import EXPERTS, Other, Place
 from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.checkpoint.tensors import TensorWrite
-from frankenmoe.families.words import FFN_SUFFIXES
+from frankenmoe.families.words import DOWN, FFN_SUFFIXES, GATE_UP
 from frankenmoe.planning.pairing import FAR
 from frankenmoe.progress import Progress
 
 MOST, LEAST = 2**16, 2**12  # numbers of a matrix that are compared with every expert's
+ROWS = 8  # at least; the columns of down_proj have no direction in one
+TINY = 1e-30
 WORK = 2**28  # numbers that are compared in a layer to find its pairs
+UP = GATE_UP[1]
 T = TypeVar("T")
 
 
@@ -57,10 +61,12 @@ def compare_experts(other: Other, layer: int, count: int, progress: Progress) ->
     """Every expert of a layer of theirs, beside `count` of ours."""
     ours = [_row(other.ours, layer, index) for index in range(count)]
     size = max(LEAST, min(MOST, WORK // (count * max(1, other.experts) * len(FFN_SUFFIXES))))
-    sample_EN = np.stack([_sample_of_ours(row, size) for row in ours])
+    counts = {suffix: max(ROWS, size // write.shape[-1]) for suffix, write in ours[0].items()}
+    samples = [[first_rows(row[suffix], count) for suffix, count in counts.items()] for row in ours]
+    sample_EN = np.stack([np.concatenate(_flat(parts, other)) for parts in samples])
     for index in range(other.experts):
         row = _row(other.theirs, layer, index)
-        seen = _expert(layer, index, row, ours, sample_EN, size)
+        seen = _expert(layer, index, row, ours, sample_EN, counts, other)
         yield seen
         progress.advance(sum(write.nbytes for write in ours[min(index, count - 1)].values()))
 
@@ -71,14 +77,20 @@ def _row(tensors: Mapping[Place, T], layer: int, index: int) -> dict[str, T]:
 
 
 def _expert(
-    layer: int, index: int, row: Mapping[str, Matrix], ours: list[dict[str, TensorWrite]], sample_EN: Floats, size: int
+    layer: int,
+    index: int,
+    row: dict[str, Matrix],
+    ours: list[dict[str, TensorWrite]],
+    sample_EN: Floats,
+    counts: Mapping[str, int],
+    other: Other,
 ) -> ExpertSeen:
     if len(row) < len(FFN_SUFFIXES):
         return ExpertSeen(layer, index, State.MISSING)
     wanted = {suffix: two_axes(write.shape) for suffix, write in ours[0].items()}
     if any(row[suffix].shape != shape for suffix, shape in wanted.items()):
         return ExpertSeen(layer, index, State.MISSHAPEN)
-    parts = [_first_rows(row[suffix], size) for suffix in FFN_SUFFIXES]
+    parts = _flat([row[suffix].rows(0, min(count, wanted[suffix][0])) for suffix, count in counts.items()], other)
     sample_N = np.concatenate(parts)
     if not np.isfinite(sample_N).all():
         return ExpertSeen(layer, index, State.BROKEN)
@@ -87,9 +99,11 @@ def _expert(
     own = np.split(sample_EN[expert], cuts)
     if min(map(distance, parts, own)) >= FAR:
         return ExpertSeen(layer, index, State.UNKNOWN if sample_N.any() else State.ZERO, near=near)
-    matrices = {suffix: compare(ours[expert][suffix], row[suffix]) for suffix in FFN_SUFFIXES}
+    if other.folds:
+        even_rows(row, ours[expert][UP], UP, *DOWN)
+    matrices = {suffix: compare(ours[expert][suffix], row[suffix], folds=other.folds) for suffix in FFN_SUFFIXES}
     broken = any(seen.broken for seen in matrices.values())
-    lost = any(seen.lost for seen in matrices.values())
+    lost = any(seen.lost and not seen.scaled for seen in matrices.values())
     state = State.BROKEN if broken else State.DAMAGED if lost else State.FOUND
     if lost and _turned(parts, own):
         state = State.TURNED
@@ -102,23 +116,12 @@ def _turned(parts: list[Floats], own: list[Floats]) -> bool:
     return gate.size == up.size and max(distance(gate, own[1]), distance(up, own[0])) < FAR
 
 
-def _rows_of(shape: tuple[int, int], size: int) -> int:
-    return min(shape[0], max(1, size // shape[1]))
+def _flat(parts: Sequence[Floats], other: Other) -> list[Floats]:
+    """First rows of gate, up and down, each in a row of numbers.
 
-
-def _first_rows(matrix: Matrix, size: int) -> Floats:
-    return matrix.rows(0, _rows_of(matrix.shape, size)).ravel()
-
-
-def _sample_of_ours(row: Mapping[str, TensorWrite], size: int) -> Floats:
-    parts = []
-    for suffix in FFN_SUFFIXES:
-        shape = two_axes(row[suffix].shape)
-        wanted = _rows_of(shape, size) * shape[1]
-        found = np.empty(0, np.float32)
-        for _, _, rows_RC in our_chunks(row[suffix], shape):
-            found = np.concatenate([found, rows_RC.ravel()])
-            if found.size >= wanted:
-                break
-        parts.append(found[:wanted])
-    return np.concatenate(parts)
+    Where factors move from rows of up to columns of down, rows of the first two and columns of the last get the norm 1.
+    """
+    if other.folds:
+        norms = [np.linalg.norm(part, axis=axis, keepdims=True) for part, axis in zip(parts, (1, 1, 0), strict=True)]
+        parts = [part_RC / np.maximum(norm, TINY) for part_RC, norm in zip(parts, norms, strict=True)]
+    return [part_RC.ravel() for part_RC in parts]

@@ -6,6 +6,7 @@ from statistics import median
 
 from frankenmoe.after.compare import MARGIN, RouterSeen, Seen, percent, root_mean
 from frankenmoe.after.experts import ExpertSeen, State
+from frankenmoe.after.folds import Evened
 from frankenmoe.after.other import EXPERTS, ROUTERS, Other, Place
 from frankenmoe.recipe.backbone import ATTENTION
 
@@ -32,6 +33,7 @@ class Compared:
     routers: tuple[RouterSeen, ...]
     rest: Mapping[Place, Seen]
     absent: tuple[Place, ...] = ()
+    even: Evened = field(default_factory=lambda: Evened({}))
 
     def name(self, index: int) -> str:
         """The name of an expert of theirs: ours at that place, as far as there is one."""
@@ -63,6 +65,7 @@ def findings(found: Compared) -> list[Finding]:
         *_experts(found),
         *_order(found),
         *_routers(found),
+        *_one_sided(found),
         *_unquantized(found),
         *_stands_out(found),
         *_rest(found),
@@ -194,6 +197,27 @@ def _routers(found: Compared) -> Iterator[Finding]:
         yield Finding("router quantized", text, fault=False, layers=tuple(quantized))
 
 
+def _one_sided(found: Compared) -> Iterator[Finding]:
+    """Factors that were moved to one side only, so that the model computes something else."""
+    rows = []
+    for part, layer in found.even.one_sided:
+        reader = {ROUTERS: "the router's gate", EXPERTS: "the experts"}.get(part, part)
+        text = f"the norm before {reader} was divided by factors, and {reader} was not multiplied by them"
+        rows.append(("one-sided", text.replace("experts was", "experts were"), layer))
+    columns = [(place.name, place.layer) for place, seen in found.rest.items() if seen.scaled]
+    for each in found.experts:
+        names = [name.partition(".")[0] for name, seen in each.matrices.items() if seen.scaled]
+        columns += [(f"{name} of {found.name(each.index)}", each.layer) for name in names]
+    for name, layer in columns:
+        text = f"columns of {name} were multiplied by factors that what is before it was not divided by"
+        rows.append(("one-sided", text, layer))
+    yield from _grouped(rows, found.layers)
+    if found.even.layers:
+        text = f"factors that {found.other.method} moved between matrices were taken back for the comparison"
+        layers = tuple(sorted(set(found.even.layers)))
+        yield Finding("factors", f"{text} {where(layers, found.layers)}", fault=False, layers=layers)
+
+
 def _unquantized(found: Compared) -> Iterator[Finding]:
     """Layers whose experts are stored as they were in a model that says that it is quantized."""
     other = found.other
@@ -217,7 +241,7 @@ def _stands_out(found: Compared) -> Iterator[Finding]:
         (seen, name.partition(".")[0], each)
         for each in found.experts
         for name, seen in each.matrices.items()
-        if each.state is State.FOUND and seen.quantized
+        if each.state is State.FOUND and seen.quantized and not seen.scaled
     ]
     if not able or median(seen.moved for seen, _, _ in able) > 0:
         return
@@ -254,7 +278,7 @@ def _spelled(place: Place) -> str:
 def _missed(found: Compared) -> Iterator[Finding]:
     """Attention that was trained while no expert was, although their rounding would not hide it."""
     parts = found.by_part()
-    moved = root_mean(parts.get(ATTENTION, ()), "moved")
+    moved = root_mean([seen for seen in parts.get(ATTENTION, ()) if not seen.scaled], "moved")
     seen_through = moved > MARGIN * root_mean(parts.get(EXPERTS, ()), "rounding")
     experts = [each for each in found.experts if each.state is State.FOUND]
     still = [each for each in experts if not any(seen.moved for seen in each.matrices.values())]

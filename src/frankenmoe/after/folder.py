@@ -16,12 +16,13 @@ from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.families import FAMILIES, MoEFormat, rope
 from frankenmoe.families.mixtures import UNLIKE_DENSE, format_of, read_mixture
 from frankenmoe.families.places import generic_name
-from frankenmoe.families.words import DOWN
-from frankenmoe.planning.mixture import Templates, as_saved, expert_names
+from frankenmoe.families.words import DOWN, alone
+from frankenmoe.planning.mixture import Templates, Tensors, as_saved, expert_names
 from frankenmoe.planning.parts import Parts
 from frankenmoe.planning.sources import language_model
 
 ROTARY, PLAIN = ("rope_type", "rope_theta"), ("rms_norm_eps", "layer_norm_eps", "hidden_act")
+NORMS_ADD = {"qwen3_5_moe": 1.0}  # formats whose norms multiply by 1 + weight
 MERGE = "merge it into its model first (PEFT's merge_and_unload), then compare the merged folder"
 
 
@@ -73,8 +74,10 @@ def open_folder(folder: Path, parts: Parts, built: Mapping[str, Any]) -> Other:
         experts=sizes.experts,
         layers=parts.layers + sizes.layers - wanted.layers,  # some formats add a layer that changes nothing
         ours=ours,
-        theirs=dict(_found(fmt, expert_names(fmt, tensors), packed.find, sizes.experts, ours)),
+        theirs=dict(_found(fmt, _expert_names(fmt, tensors, packed.find), packed.find, sizes.experts, ours)),
         method=packed.method,
+        folds=packed.folds and fmt.name not in UNLIKE_DENSE,
+        norms_add=NORMS_ADD.get(fmt.name, 0.0),
         kept=packed.kept,
         settings=differing({key: (value, sizes.settings.get(key)) for key, value in wanted.settings.items()}),
         notes=sizes.notes,
@@ -101,6 +104,14 @@ def our_tensors(parts: Parts) -> dict[Place, TensorWrite]:
         if parts.shared_kind == "gated" and fmt.shared_gate:
             found[Place(ROUTERS, layer, 0, "shared gate")] = parts.gates[fmt.shared_gate.format(layer=layer)]
     return found
+
+
+def _expert_names(fmt: MoEFormat, tensors: Tensors, find: Find) -> Templates:
+    """Name of a tensor of routed experts -> the matrices it holds; llm-compressor names all formats' experts alike."""
+    found = expert_names(fmt, tensors)
+    first = next(iter(found)).format(layer=0, expert=0)
+    linear = alone(first.partition("experts.")[0].replace("layers.0.", "layers.{layer}.") + "experts.{expert}.")
+    return linear if find(first) is None and find(next(iter(linear)).format(layer=0, expert=0)) else found
 
 
 def _found(

@@ -49,6 +49,19 @@ class Matrix:
 
         return replace(self, shape=shape, rows=rows)
 
+    def times(self, *, rows_R: Floats | None = None, columns_C: Floats | None = None) -> "Matrix":
+        """Every row times its factor, and every column times its own; its type rounded the numbers before that."""
+        by_row = np.ones(self.shape[0], np.float32) if rows_R is None else rows_R
+        by_column = np.ones(self.shape[1], np.float32) if columns_C is None else columns_C
+
+        def rows(start: int, stop: int) -> Floats:
+            return np.asarray(self.rows(start, stop) * by_row[start:stop, None] * by_column, np.float32)
+
+        def rounded(rows_RC: Floats) -> Floats:  # blocks lie within rows, whose factors round nothing
+            return np.asarray(self.stored.rounded(rows_RC / by_column) * by_column, np.float32)
+
+        return replace(self, rows=rows, stored=replace(self.stored, rounded=rounded))
+
 
 def two_axes(shape: tuple[int, ...]) -> tuple[int, int]:
     """(R, C) of a tensor."""
@@ -126,6 +139,18 @@ def our_chunks(write: TensorWrite, shape: tuple[int, int]) -> Iterator[tuple[int
             stop = min(start + step, whole)
             yield at + start, at + stop, _decoded(rest[start * width : stop * width], write.dtype).reshape(-1, columns)
         rest, at = rest[whole * width :], at + whole
+
+
+def first_rows(write: TensorWrite, count: int) -> Floats:
+    """The first `count` rows of a tensor of ours, or all if it has fewer."""
+    shape = two_axes(write.shape)
+    count = min(count, shape[0])
+    found = np.empty((0, shape[1]), np.float32)
+    for _, _, rows_RC in our_chunks(write, shape):
+        found = np.concatenate([found, rows_RC])
+        if len(found) >= count:
+            break
+    return found[:count]
 
 
 def _decoded(raw: Bytes, dtype: str) -> Floats:

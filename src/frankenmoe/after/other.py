@@ -27,9 +27,10 @@ class Place(NamedTuple):
 class Other:
     """What another tool made. `ours` are the MoE's tensors in the order and scale that its file format has.
 
-    `what` names the format, `method` how it says that it is quantized (None: not). `kept` tells which tensors it may
-    leave as they were. `settings` are (name, expected, found) of config values that change what it computes.
-    `plain` turns its numbers at a place into those of a checkpoint; None where it cannot.
+    `what` names the format, `method` how it says that it is quantized (None: not). `folds`: the method may have
+    multiplied columns and divided what gives their inputs; then `norms_add` is what the format adds to a norm's
+    weights. `kept` tells which tensors it may leave as they were. `settings` are (name, expected, found) of config
+    values that change what it computes. `plain` turns its numbers at a place into those of a checkpoint; None where it cannot.
     """
 
     where: str
@@ -39,6 +40,8 @@ class Other:
     ours: Mapping[Place, TensorWrite]
     theirs: Mapping[Place, Matrix]
     method: str | None = None
+    folds: bool = False
+    norms_add: float = 0.0
     kept: Callable[[str], bool] = lambda name: False
     settings: tuple[tuple[str, Any, Any], ...] = ()
     notes: tuple[str, ...] = ()

@@ -1,12 +1,12 @@
-"""How quantizers store the matrices of a transformers folder: bitsandbytes, GPTQ, compressed-tensors, FP8. No torch.
+"""How quantizers store the matrices of a folder: bitsandbytes, GPTQ, AWQ, compressed-tensors, FP8. No torch.
 
-A folder says its method in `quantization_config`. Methods that change the numbers of other tensors too are refused.
+A folder says its method in `quantization_config`.
 Shape suffixes: R rows (out), C columns (in), N elements, G groups.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,6 +30,7 @@ FLOAT8 = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}  # bits of exponent and mantissa
 SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")  # settings that name modules left as they are
 # formats of compressed-tensors in which a number is an integer or an 8-bit float times a scale
 CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output each four bits of a word hold, lowest bits first
 LOADED = "load it with transformers (dequantize) and save it again, then compare that folder"
 
 
@@ -37,11 +38,13 @@ LOADED = "load it with transformers (dequantize) and save it again, then compare
 class Packing:
     """The matrices of a folder. `method` is None where nothing is quantized.
 
-    `kept` says whether the folder's config leaves a module as it was.
+    `folds`: the method may have multiplied columns, and divided what gives their inputs. `kept` says whether the
+    folder's config leaves a module as it was.
     """
 
     find: Find
     method: str | None = None
+    folds: bool = False
     kept: Callable[[str], bool] = lambda name: False
 
 
@@ -54,7 +57,7 @@ def packing(tensors: Tensors, config: Settings, *, where: str) -> Packing:
     if method not in METHODS:
         raise SourceError(
             f"{where} is quantized by {method}, and `verify` reads {', '.join(METHODS)}",
-            hint=REASONS.get(method, LOADED),
+            hint=LOADED,
         )
     with _whole(where, method):
         find = METHODS[method](tensors, settings, where)
@@ -68,7 +71,7 @@ def packing(tensors: Tensors, config: Settings, *, where: str) -> Packing:
             else replace(matrix, rows=partial(_rows, matrix, where, method))
         )
 
-    return Packing(found, method, _kept(settings))
+    return Packing(found, method, method in FOLDING, _kept(settings))
 
 
 def _rows(matrix: Matrix, where: str, method: str, start: int, stop: int) -> Floats:
@@ -192,9 +195,53 @@ def _gptq(tensors: Tensors, settings: Settings, where: str) -> Find:
     return find
 
 
-def _unpacked(words: NDArray[Any], bits: int) -> NDArray[Any]:
-    """The integers in the 32-bit words of every row, lowest bits first."""
+def _awq(tensors: Tensors, settings: Settings, where: str) -> Find:
+    """Integers of 4 bits, a scale and a zero for every group of inputs.
+
+    Source: awq/modules/linear/gemm.py and gemv.py of AutoAWQ 0.2.9 (MIT licence). `gemm` packs eight outputs of an
+    input into a word, in the order AWQ_ORDER; `gemv` packs eight inputs of an output, in their own order.
+    """
+    bits, version = int(settings["bits"]), str(settings.get("version") or settings.get("format", "gemm")).lower()
+    if bits != 4 or version not in ("gemm", "gemv"):
+        raise SourceError(
+            f"{where} has AWQ weights of {bits} bits in the layout {version!r}, expected 4 bits in gemm or gemv",
+            hint=LOADED,
+        )
+
+    def find(name: str) -> Matrix | None:
+        stem = name.removesuffix("weight")
+        ref = tensors.get(f"{stem}qweight")
+        if ref is None:
+            return None
+        scales, zeros = _array(tensors[f"{stem}scales"]), _array(tensors[f"{stem}qzeros"])
+        group = max(0, int(settings.get("group_size", 128)))  # -1 is a whole row
+        if version == "gemm":
+            shape = (ref.shape[1] * 8, ref.shape[0])
+            scales_RG, zeros_RG = scales.T, _unpacked(zeros, bits, AWQ_ORDER).T
+        else:
+            shape = (ref.shape[0], ref.shape[1] * 8)
+            scales_RG, zeros_RG = scales, _unpacked(zeros, bits)
+        groups_C = np.arange(shape[1]) // (group or shape[1])
+
+        def rows(start: int, stop: int) -> Floats:
+            if version == "gemm":
+                words = _array(ref)[:, start // 8 : -(-stop // 8)]
+                codes_RC = _unpacked(words, bits, AWQ_ORDER).T[start % 8 :][: stop - start]
+            else:
+                codes_RC = _unpacked(_array(ref)[start:stop], bits)
+            apart_RC = codes_RC - zeros_RG[start:stop][:, groups_C]
+            return np.asarray(apart_RC * scales_RG[start:stop][:, groups_C], np.float32)
+
+        return Matrix(name, shape, Stored("awq int4", to_grid(bits, group, symmetric=False)), rows)
+
+    return find
+
+
+def _unpacked(words: NDArray[Any], bits: int, order: Sequence[int] | None = None) -> NDArray[Any]:
+    """The integers in the 32-bit words of every row, lowest bits first, or each at its place of `order`."""
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
+    if order is not None:
+        shifts = shifts[np.argsort(order)]
     found = (words.astype(np.uint32)[..., None] >> shifts) & np.uint32(2**bits - 1)
     return found.reshape(*words.shape[:-1], -1).astype(np.int32)
 
@@ -303,10 +350,9 @@ def _fp8(tensors: Tensors, settings: Settings, where: str) -> Find:
 METHODS: Mapping[str, Callable[[Tensors, Settings, str], Find]] = {
     "bitsandbytes": _bitsandbytes,
     "gptq": _gptq,
+    "awq": _awq,
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
 }
-REASONS = {
-    "awq": "AWQ multiplies columns of experts and divides norms, so its numbers are not those of any expert; run both "
-    "models on text with `frankenmoe eval`",
-}
+# llm-compressor writes its AWQ and its SmoothQuant as compressed-tensors
+FOLDING = ("awq", "compressed-tensors")

@@ -4,7 +4,7 @@ Imports torch only to run both models on text.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from frankenmoe.after.compare import RouterSeen, Seen, compare, compare_gate, fi
 from frankenmoe.after.experts import ExpertSeen, compare_experts
 from frankenmoe.after.findings import Compared, Finding, findings
 from frankenmoe.after.folder import open_folder
+from frankenmoe.after.folds import evened
 from frankenmoe.after.ggufs import open_file
 from frankenmoe.after.other import EXPERTS, ROUTERS, Other, Place
 from frankenmoe.after.plain import built_config
@@ -149,23 +150,25 @@ def _compared(other: Other, subject: Subject, progress: Progress) -> Compared:
     names, layers = subject.parts.experts, subject.parts.layers
     shared = {place: write for place, write in other.ours.items() if place.layer < other.layers}
     progress.start("comparing", sum(write.nbytes for write in shared.values()), "B")
+    even = evened(other)
+    here = replace(other, theirs=even.theirs)
     experts: list[ExpertSeen] = []
     routers: list[RouterSeen] = []
     rest: dict[Place, Seen] = {}
     for layer in range(min(layers, other.layers)):
-        experts += compare_experts(other, layer, len(names), progress)
+        experts += compare_experts(here, layer, len(names), progress)
         gate = Place(ROUTERS, layer, 0, "gate")
-        if gate in other.theirs:
-            routers.append(compare_gate(layer, other.ours[gate], other.theirs[gate], other.experts))
+        if gate in here.theirs:
+            routers.append(compare_gate(layer, here.ours[gate], here.theirs[gate], here.experts))
             progress.advance(other.ours[gate].nbytes)
     for place, write in shared.items():
         if place.part != EXPERTS and place.name != "gate" and place in other.theirs:
-            rest[place] = compare(write, other.theirs[place])
+            rest[place] = compare(write, here.theirs[place], folds=here.folds)
             progress.advance(write.nbytes)
     absent = tuple(place for place in shared if place.part != EXPERTS and place not in other.theirs)
     if not experts:
         raise ArtifactError(f"{other.where} has no layer in common with {subject.name}", hint="is it the right file?")
-    return Compared(other, names, layers, tuple(experts), tuple(routers), rest, absent)
+    return Compared(other, names, layers, tuple(experts), tuple(routers), rest, absent, even)
 
 
 def _parts(parts: Mapping[str, Sequence[Seen]]) -> list[PartSeen]:
