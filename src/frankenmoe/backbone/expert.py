@@ -61,11 +61,11 @@ class HealedExpert:
 
 def alone(plan: Plan, leaf: ExpertNode, *, dtype: torch.dtype | None = None) -> MoE:
     """The MoE with one expert, adapters folded in: what a plan computes if every token goes to `leaf`."""
-    rows = tuple({suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in enumerate(leaf.ffn))
-    node = replace(leaf, path=(0,), ffn=rows, loras=tuple({} for _ in rows))
+    rows = {layer: {suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in leaf.ffn.items()}
+    node = replace(leaf, path=(0,), ffn=rows, loras={layer: {} for layer in rows})
     parts = replace(parts_of_plan(plan), nodes=(node,), top_k=1)
     shapes = dict(plan.routers)
-    shapes.update(dict.fromkeys(parts.router_names(()), (1, plan.hidden)))
+    shapes.update(dict.fromkeys(parts.router_names(()).values(), (1, plan.hidden)))
     gates = {name: torch.zeros(shape, dtype=torch_dtype(plan.dtype)) for name, shape in shapes.items()}
     return load_parts(parts, gates, dtype=dtype)
 

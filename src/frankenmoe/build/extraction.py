@@ -53,4 +53,4 @@ def _writes(parts: Parts, expert: str, folder: Path) -> list[TensorWrite]:
     """The backbone and one expert's FFNs with adapters folded in, under dense names."""
     named = {name: node for name, _, node in named_experts(parts.nodes) if not node.children}
     node = named[expert_called(expert, list(named), where=folder)]
-    return [*parts.backbone, *(node.folded(layer, suffix) for layer, row in enumerate(node.ffn) for suffix in row)]
+    return [*parts.backbone, *(node.folded(layer, suffix) for layer, row in node.ffn.items() for suffix in row)]

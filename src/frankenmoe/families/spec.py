@@ -187,6 +187,14 @@ class Family:
         dims = self.dims(config)
         return {name: dims.shape(row.shape) for name, row in self.expand(rows, config)}
 
+    def layered(self, config: Config) -> dict[int, dict[str, tuple[str, tuple[int, ...]]]]:
+        """Layer -> suffix of an FFN tensor -> (its name, its shape). Layers without an FFN are left out."""
+        found: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
+        for name, shape in self.shapes(self.ffn, config).items():
+            layer, _, suffix = name.partition(f".{self.mlp}.")
+            found.setdefault(int(layer.rpartition(".")[2]), {})[suffix] = (name, shape)
+        return found
+
     def expand(self, rows: tuple[TensorSpec, ...], config: Config) -> Iterator[tuple[str, TensorSpec]]:
         """(name, row) of every tensor that the rows describe in this config, layer by layer."""
         dims = self.dims(config)

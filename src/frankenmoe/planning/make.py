@@ -101,7 +101,7 @@ def plan(
     backbone = with_trained(writes, trained)
     check_used(recipe, trained, backbone=backbone, nodes=(*nodes, *shared))
     groups = built_writes(to, backbone, nodes, shared, gated_shared=gated, dtype=stored) if to is not None else ()
-    layers, hidden = len(base_parts.ffn), int(base.config["hidden_size"])
+    layers, hidden = tuple(base_parts.ffn), int(base.config["hidden_size"])
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
@@ -114,7 +114,7 @@ def plan(
         base=base,
         sources=tuple(opened.values()),
         dtype=stored,
-        layers=layers,
+        layers=base.family.dims(base.config).layers if base.family else len(layers),
         hidden=hidden,
         nodes=nodes,
         shared=shared,

@@ -66,7 +66,7 @@ class Mixture:
         if not width or width != self.fmt.inert_shared_ffn or not self.tensors:
             return width
         down = next(name for name, suffixes in self.fmt.shared.items() if suffixes == DOWN)
-        found = (self.tensors.get(down.format(layer=layer)) for layer in range(self.translation().dims.layers))
+        found = (self.tensors.get(down.format(layer=layer)) for layer in self.translation().layers)
         return width if any(ref is None or values(ref).any() for ref in found) else 0
 
     def translation(self, *, shared: bool = False) -> Translation:
@@ -83,7 +83,7 @@ class Mixture:
         shared = part == SHARED_PART
         templates, index = (self.fmt.shared, 0) if shared else (self.expert, int(part))
         rows = stored_ffn(self.tensors, self.translation(shared=shared), templates, index=index, halved=False)
-        return (write for row in rows for write in row.values())
+        return (write for row in rows.values() for write in row.values())
 
     @cached_property
     def backbone(self) -> dict[str, TensorRef | TensorWrite]:
@@ -94,7 +94,7 @@ class Mixture:
         """Per layer, its gate of that name; none without weights, or where it has no such gate."""
         if template is None or not self.tensors:
             return ()
-        return tuple(self.tensors[template.format(layer=layer)] for layer in range(self.translation().dims.layers))
+        return tuple(self.tensors[template.format(layer=layer)] for layer in self.translation().layers)
 
 
 def opened_sources(recipe: Recipe, *, weights: bool, trust_remote_code: bool) -> dict[tuple[str, str | None], Source]:
@@ -204,7 +204,7 @@ def _wanted(mixture: Mixture) -> Iterator[tuple[str, tuple[int, ...]]]:
         for piece in there.pieces(generic):
             yield piece.name.format(layer=layer), there.dims.shape(there.symbols[piece.name])
     hidden, count = there.dims.hidden, mixture.config.experts
-    for layer in range(there.dims.layers):
+    for layer in there.layers:
         yield fmt.gate.format(layer=layer), (count, hidden)
         yield from _matrices(mixture.expert, there.dims.ffn, hidden, layer, count)
         if mixture.shared_ffn:

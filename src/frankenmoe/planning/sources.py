@@ -36,15 +36,15 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Names and shapes of a dense checkpoint: its backbone, and per layer its FFN."""
+    """Names and shapes of a dense checkpoint: its backbone, and the FFN of every layer that has one."""
 
     backbone: Mapping[str, tuple[int, ...]]
-    ffn: tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]  # per layer: suffix -> (full name, shape)
+    ffn: Mapping[int, Mapping[str, tuple[str, tuple[int, ...]]]]  # layer -> suffix -> (full name, shape)
 
     @property
     def ffn_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of every FFN tensor."""
-        return dict(tensor for layer in self.ffn for tensor in layer.values())
+        return dict(tensor for row in self.ffn.values() for tensor in row.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -251,7 +251,7 @@ def anatomy(source: Source) -> Anatomy:
     family = source.family
     if family is not None:
         backbone = family.shapes(family.backbone, source.config)
-        return Anatomy(backbone, _layered(family.shapes(family.ffn, source.config), source))
+        return Anatomy(backbone, family.layered(source.config))
     if not source.checkpoint.has_weights:
         raise SourceError(
             f"{source.name} is a {source.config.get('model_type')!r} model without weights, and only the names in its "
@@ -270,7 +270,7 @@ def anatomy(source: Source) -> Anatomy:
 
 def _layered(
     shapes: Mapping[str, tuple[int, ...]], source: Source
-) -> tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]:
+) -> Mapping[int, Mapping[str, tuple[str, tuple[int, ...]]]]:
     layers: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         match = FFN_NAME.match(name)
@@ -282,7 +282,7 @@ def _layered(
             f"like `...layers.0.mlp...`, found them in layers {sorted(layers)}",
             hint="only decoders with a per-layer `mlp` can give experts",
         )
-    return tuple(layers[index] for index in range(len(layers)))
+    return dict(sorted(layers.items()))
 
 
 def check_tensors(source: Source, parts: Anatomy) -> None:

@@ -92,7 +92,7 @@ def make_learnable(
     return slots
 
 
-def gate_modules(model: nn.Module, names: Callable[[tuple[int, ...]], tuple[str, ...]]) -> dict[nn.Module, str]:
+def gate_modules(model: nn.Module, names: Callable[[tuple[int, ...]], Mapping[int, str]]) -> dict[nn.Module, str]:
     """Every module whose `weight` is a gate -> the gate's name in the routers file."""
     found: dict[nn.Module, str] = {}
 
