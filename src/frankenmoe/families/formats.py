@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from frankenmoe.families.layeredformats import LAYERED_FORMATS
+from frankenmoe.families.nemotron import NEMOTRON_H_MOE
 from frankenmoe.families.rotary import rope
 from frankenmoe.families.rows import LAYER, QKV_BIAS
 from frankenmoe.families.spec import SOFTMAX, MoEFormat, Note, RouterRule, TensorSpec
@@ -230,5 +231,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             partial_rotary=True,
         ),
         *LAYERED_FORMATS,
+        NEMOTRON_H_MOE,
     )
 }

@@ -28,6 +28,7 @@ from frankenmoe.planning.tree import dense_writes
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Expert
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "model.embeddings.weight")
 Prompts = tuple[tuple[str, ...], tuple[str, ...]]
 Side = Callable[[tuple[str, ...]], torch.Tensor]
 """Prompts -> their representation in each layer, [L, D]."""
@@ -109,7 +110,7 @@ def _state_sides(plan: Plan, device: str) -> Side:
 
 def _embedding_sides(plan: Plan) -> Side:
     tokenizer = load_tokenizer(plan.base.folder)
-    name = next((write for write in plan.backbone if write.name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    name = next((write for write in plan.backbone if write.name.endswith(EMBEDDINGS)), None)
     if name is None:
         raise SourceError(
             f"{plan.base.name} has no embed_tokens.weight, which gate_mode cheap_embed reads",

@@ -38,6 +38,7 @@ IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "granitemoeshared": ROUTER,
     "granitemoehybrid": ROUTER,
     "ernie4_5_moe": (".gate.moe_statics.", ".moe_statics."),
+    "nemotron_h": ("model.", "backbone."),
 }
 
 
@@ -184,7 +185,9 @@ def expert_names(fmt: MoEFormat, tensors: Tensors) -> Templates:
     """Name of a tensor of routed experts -> the matrices it holds, for a model with these tensors."""
     first = next(iter(fmt.expert))
     block = first.partition("experts.")[0] if "experts." in first else f"{first.rsplit('.', 2)[0]}."
-    packed = {f"{block}experts.gate_up_proj": GATE_UP, f"{block}experts.down_proj": DOWN}
+    into = next(suffixes for suffixes in fmt.expert.values() if suffixes != DOWN)
+    name = "gate_up_proj" if set(GATE_UP) & set(into) else "up_proj"
+    packed = {f"{block}experts.{name}": GATE_UP if name == "gate_up_proj" else into, f"{block}experts.down_proj": DOWN}
     return packed if all(name.format(layer=0) in tensors for name in packed) else fmt.expert
 
 

@@ -14,14 +14,14 @@ from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.errors import SourceError
-from frankenmoe.families import FAMILIES, MLPS, Family, text_config, text_name, wrapper_of
+from frankenmoe.families import FAMILIES, FFN_PARTS, Family, prefixes_of, text_config, text_name
 from frankenmoe.families.mixtures import MixtureConfig, format_of
 from frankenmoe.planning.configs import WRONG_CONFIG, check_config, dequantizing
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
 
 # a tensor of a per-layer `mlp` in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
-FFN_NAME = re.compile(rf"^(?P<prefix>.*\.(?P<layer>\d+)\.({'|'.join(MLPS)})\.)(?P<suffix>.+)$")
+FFN_NAME = re.compile(rf"^(?P<prefix>.*\.(?P<layer>\d+)\.({FFN_PARTS})\.)(?P<suffix>.+)$")
 # a tensor of an expert: mlp.experts.3.w, block_sparse_moe.experts.3.w, mlp.experts.gate_up_proj ...
 OWN_EXPERTS = re.compile(r"\.\d+\.(\w+\.)*experts\.")
 BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
@@ -32,6 +32,8 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("n_layer", "num_layers"),
     "num_attention_heads": ("n_head", "num_heads"),
 }
+# fields with a word or a letter for every layer
+LISTS = ("layers_block_type", "hybrid_override_pattern")
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,20 +180,19 @@ def open_source(
     if adapter and "@" in adapter and not os.path.exists(local_path(adapter, folder=folder)):
         path, revision = adapter.rsplit("@", 1)
     opened_adapter = open_adapter(resolve(path, revision=revision, folder=folder, weights=True))
-    return replace(source, adapter=language_adapter(opened_adapter) if wrapper_of(opened.config) else opened_adapter)
+    return replace(source, adapter=language_adapter(opened_adapter, prefixes_of(opened.config)))
 
 
 def language_model(opened: Checkpoint) -> Checkpoint:
     """A checkpoint with the config and the names of its language model, which may be nested in another model."""
-    config, tensors = in_one_spelling(text_config(opened.config)), opened.tensors
-    if wrapper_of(opened.config):
-        tensors = {text_name(name): ref for name, ref in tensors.items()}
-    return replace(opened, config=config, tensors=tensors)
+    prefixes = prefixes_of(opened.config)
+    tensors = {text_name(name, prefixes): ref for name, ref in opened.tensors.items()} if prefixes else opened.tensors
+    return replace(opened, config=in_one_spelling(text_config(opened.config)), tensors=tensors)
 
 
-def language_adapter(adapter: Adapter) -> Adapter:
-    """An adapter of a model around a language model, with the names of the language model."""
-    return replace(adapter, tensors={text_name(name): ref for name, ref in adapter.tensors.items()})
+def language_adapter(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:
+    """An adapter of a model whose names begin with other words, with those of its language model's class."""
+    return replace(adapter, tensors={text_name(name, prefixes): ref for name, ref in adapter.tensors.items()})
 
 
 @cache
@@ -209,9 +210,10 @@ def known_to_transformers(model_type: str) -> bool:
 
 
 def in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with its sizes under their common names."""
+    """A config with its sizes under their common names; where it lists its layers, it may not count them."""
     found = {key: config[other] for key, others in SPELLINGS.items() for other in others if other in config}
-    return found | dict(config)
+    listed = next((config[key] for key in LISTS if isinstance(config.get(key), list | str)), None)
+    return ({} if listed is None else {"num_hidden_layers": len(listed)}) | found | dict(config)
 
 
 def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:

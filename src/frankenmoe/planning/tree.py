@@ -14,14 +14,14 @@ from frankenmoe.checkpoint.peft import PREFIX
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
-from frankenmoe.families import MLPS
+from frankenmoe.families import FFN_PARTS
 from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
 # names of the matrix that writes to the residual stream, in the families of transformers
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 # a tensor of an adapter on an FFN, of any kind of adapter
-FFN_ADAPTER = re.compile(rf"\.\d+\.({'|'.join(MLPS)})\.")
+FFN_ADAPTER = re.compile(rf"\.\d+\.({FFN_PARTS})\.")
 EVERY_NAME = re.compile("")
 
 Rows = Mapping[int, Mapping[str, TensorWrite]]

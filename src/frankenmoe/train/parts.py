@@ -178,13 +178,14 @@ def _attention(model: Any, *, rank: int, seed: int) -> Slots:
     """
     head = model.get_output_embeddings()
     slots: Slots = {}
+    opaque = [name for name, module in model.named_modules() if type(module).__name__ in OPAQUE]
     found = [
         (name, module)
         for name, module in _backbone_modules(model)
         if module is not head
         and isinstance(module, nn.Linear | LoraLinear)
         and not name.endswith(".base")
-        and not OPAQUE.intersection(name.split("."))
+        and not any(name.startswith(f"{each}.") for each in opaque)
     ]
     for name, module in found:
         if isinstance(module, nn.Linear):
