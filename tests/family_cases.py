@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import tiny
+from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.families import FAMILIES, FORMATS
 
 # odd sizes, groups of heads, four layers
@@ -53,6 +54,17 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_n_groups": 1,
     "mamba_chunk_size": 8,
+}
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "mlp", "full_attention", "mlp", "linear_attention"],
+    "head_dim": 8,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 10,
+    "ssm_state_size": 8,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "layer_norm_epsilon": 3e-5,
+    "pad_token_id": None,
 }
 GEMMA3 = {
     "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
@@ -262,6 +274,19 @@ CASES: dict[str, Case] = {
         MULTIPLIERS | MAMBA | {"position_embedding_type": "rope", "attention_bias": True},
         SHARED,
     ),
+    "nemotron_h": Case("nemotron_h", "nemotron_h", NEMOTRON_H),
+    "nemotron_h-shared": Case(
+        "nemotron_h",
+        "nemotron_h",
+        NEMOTRON_H
+        | {
+            "layers_block_type": ["mlp", "linear_attention", "full_attention", "mlp"],
+            "use_conv_bias": False,
+            "use_bias": True,
+            "mlp_hidden_act": "gelu_pytorch_tanh",
+        },
+        SHARED,
+    ),
 }
 
 
@@ -341,9 +366,10 @@ def per_token(
 ) -> Any:
     """The stock model of `base` with a loop in place of every FFN; `gates` are an artifact's stored routers."""
     fmt, mlp = FORMATS[case.fmt], FAMILIES[case.family].mlp
+    with_ffn = FAMILIES[case.family].layered(read_object(base / "config.json", hint=""))
     model, *others = (AutoModelForCausalLM.from_pretrained(each).eval() for each in (base, *parents))
     common = AutoModelForCausalLM.from_pretrained(shared).eval() if shared else None
-    for index, layer in enumerate(model.model.layers):
+    for index, layer in ((index, model.model.layers[index]) for index in with_ffn):
         own = gates.get(fmt.shared_gate.format(layer=index)) if fmt.shared_gate and common is not None else None
         loop = PerToken(
             case.fmt,

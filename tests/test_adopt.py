@@ -322,7 +322,7 @@ def test_one_expert_of_a_mixture_beside_a_dense_model(retrained: Path, tmp_path:
     for one, two in ((ours[0], tuned[1]), (ours[1], fm.open(retrained / "recipe.yml").parts.nodes[2])):
         assert all(
             (materialize(one.folded(layer, suffix)) == materialize(two.folded(layer, suffix))).all()
-            for layer, row in enumerate(one.ffn)
+            for layer, row in one.ffn.items()
             for suffix in row
         )
 

@@ -147,18 +147,18 @@ def test_layer_by_layer_is_the_model(family: str, parents: Parents) -> None:
     torch.testing.assert_close(torch.cat(stream.states), expected[0])
     stream.advance(0)
     torch.testing.assert_close(torch.cat(stream.states), expected[1])
-    assert stream.gain(mlp_modules(model)[0][1]) == pytest.approx(1, abs=1e-3)
+    assert stream.gain(0, mlp_modules(model)[0][1]) == pytest.approx(1, abs=1e-3)
 
 
 def test_a_multiplier_on_the_ffn_is_found(tmp_path: Path) -> None:
     folder = tiny.make_parent(tmp_path / "granite", "granite", residual_multiplier=0.25)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
 
-    assert Stream(model, tiny.ids()).gain(mlp_modules(model)[0][1]) == pytest.approx(0.25, abs=1e-3)
+    assert Stream(model, tiny.ids()).gain(0, mlp_modules(model)[0][1]) == pytest.approx(0.25, abs=1e-3)
 
 
 def test_an_ffn_whose_output_is_normalised_is_refused(parents: Parents) -> None:
     model = AutoModelForCausalLM.from_pretrained(parents["olmo2"][0]).eval()
 
     with pytest.raises(PlanError, match="Olmo2DecoderLayer does not add its FFN's output"):
-        Stream(model, tiny.ids()).gain(mlp_modules(model)[0][1])
+        Stream(model, tiny.ids()).gain(0, mlp_modules(model)[0][1])

@@ -26,6 +26,8 @@ STAGED = {
 }
 # norms after the FFN: what it adds is not proportional to its output
 UNHEALED = {"olmo2", "gemma3_text", "gemma4_text"}
+# a list of kinds of layers -> how many of them a small model has
+LISTED = {"layer_types": 2, "layers_block_type": 3}
 SMALL: dict[str, Any] = {"tokens": 512, "block": 16}
 
 
@@ -36,8 +38,8 @@ def words(file: Path, letters: str, *, count: int = 2000) -> Path:
 
 
 def shallow(case: Case) -> Case:
-    """The same with two layers."""
-    kinds = {"layer_types": case.config["layer_types"][:2]} if "layer_types" in case.config else {}
+    """The same with two layers; three where only one of three has an FFN."""
+    kinds = {key: case.config[key][:count] for key, count in LISTED.items() if key in case.config}
     return replace(case, config=case.config | {"num_hidden_layers": 2} | kinds)
 
 

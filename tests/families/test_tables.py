@@ -81,7 +81,7 @@ REQUIRED = {
 # null is a value of its own in these fields of a written config
 NULLS = {
     "sliding_window", "bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling", "n_shared_experts",
-    "rms_norm_eps", "position_embedding_type", "final_logit_softcapping",
+    "rms_norm_eps", "position_embedding_type", "final_logit_softcapping", "moe_latent_size",
 }  # fmt: skip
 # sizes that belong together, as the defaults of the class do not fit the small ones here
 NEEDED: dict[str, dict[str, Any]] = {

@@ -340,7 +340,7 @@ def test_packing_keeps_parameters_and_state_and_takes_no_memory_of_its_own(
     # whatever packed holds, the modules hold too
     packed = block._packing.of(block.groups, torch.randn(1, HIDDEN))
     if isinstance(packed, packing.Distinct):
-        held = [packed.gate_up_EOI, packed.down_EOI]
+        held = [packed.into_EOI, packed.down_EOI]
     else:
         held = [tensor for low in packed.low_rank.values() for tensor in (low.a_ERI, low.b_EOR)]
     assert {tensor.untyped_storage().data_ptr() for tensor in held} <= storages(block)

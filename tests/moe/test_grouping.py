@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, NemotronHConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMLP
 
 from frankenmoe.moe.adapter import LoraLinear, with_adapter, wrap_linear
 from frankenmoe.moe.block import MoEBlock
@@ -25,6 +26,10 @@ SIZES = {"gate_proj": (HIDDEN, FFN), "up_proj": (HIDDEN, FFN), "down_proj": (FFN
 
 def make_mlp(*, bias: bool = False) -> LlamaMLP:
     return LlamaMLP(LlamaConfig(hidden_size=HIDDEN, intermediate_size=FFN, mlp_bias=bias, num_attention_heads=1))
+
+
+def make_ungated() -> NemotronHMLP:
+    return NemotronHMLP(NemotronHConfig(hidden_size=HIDDEN, intermediate_size=FFN))
 
 
 def adapted(mlp: nn.Module, names: tuple[str, ...], *, rank: int = 2) -> nn.Module:
@@ -52,14 +57,18 @@ SOME_PROJECTIONS = st.lists(st.sampled_from(sorted(SIZES)), unique=True).map(tup
     kinds=st.lists(st.tuples(st.integers(0, 1), SOME_PROJECTIONS), min_size=1, max_size=7),
     tokens=st.integers(1, 9),
     dropped=st.sampled_from([0.0, 0.3, 1.0]),
+    gated=st.booleans(),
 )
 def test_equals_every_expert_by_itself(
-    data: st.DataObject, seed: int, kinds: list[tuple[int, tuple[str, ...]]], tokens: int, dropped: float
+    data: st.DataObject, seed: int, kinds: list[tuple[int, tuple[str, ...]]], tokens: int, dropped: float, gated: bool
 ) -> None:
     torch.manual_seed(seed)
     top_k = data.draw(st.integers(1, len(kinds)), label="top_k")
-    bases = [make_mlp(), make_mlp()]
-    experts = nn.ModuleList(adapted(bases[base], names) for base, names in kinds)
+    bases = [make_mlp() if gated else make_ungated() for _ in range(2)]
+    experts = nn.ModuleList(
+        adapted(bases[base], names if gated else tuple(name for name in names if name != "gate_proj"))
+        for base, names in kinds
+    )
     weights_TK, ids_TK = torch.rand(tokens, len(experts)).topk(top_k, dim=1)
     ids_TK = ids_TK.masked_fill(torch.rand(ids_TK.shape) < dropped, -1)
     hidden_TD, probe_TD = torch.randn(tokens, HIDDEN), torch.randn(tokens, HIDDEN)
@@ -90,10 +99,17 @@ def test_sixteen_equal_experts_run_once_for_a_token() -> None:
     assert tokens() == 11 + 11
 
 
-def test_sixteen_adapters_take_their_base_once_for_a_token() -> None:
-    mlp = make_mlp()
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [(make_mlp, ("gate_proj", "up_proj", "down_proj")), (make_ungated, ("up_proj", "down_proj"))],
+    ids=["gated", "ungated"],
+)
+def test_sixteen_adapters_take_their_base_once_for_a_token(
+    make: Callable[[], nn.Module], names: tuple[str, ...]
+) -> None:
+    mlp = make()
     tokens = counted(mlp)
-    experts = [adapted(mlp, ("gate_proj", "up_proj", "down_proj")) for _ in range(16)]
+    experts = [adapted(mlp, names) for _ in range(16)]
     block = MoEBlock(Router(torch.randn(16, HIDDEN), top_k=3, renormalize=True), experts)
     block(torch.randn(1, 11, HIDDEN))
     assert tokens() == 11

@@ -45,7 +45,7 @@ def merged(refs: Refs, *, scale: float = 1.0, density: float = 0.5) -> TensorWri
 
 
 def node(write: TensorWrite, *, index: int = 0) -> ExpertNode:
-    return ExpertNode(f"e{index}", (index,), None, ({SUFFIX: write},), ({},))
+    return ExpertNode(f"e{index}", (index,), None, {0: {SUFFIX: write}}, {0: {}})
 
 
 def test_experts_merged_from_equal_tensors_are_equal(saved: Callable[..., Refs]) -> None:

@@ -92,7 +92,7 @@ def our_tensors(parts: Parts) -> dict[Place, TensorWrite]:
         found[backbone_place(write.name, generic_name(write.name)[0])] = write
     # a format that always gates its shared expert halves it, so it holds the double
     doubled = fmt.shared_gate is not None and parts.shared_kind == "plain"
-    for layer in range(parts.layers):
+    for layer in parts.expert_layers:
         for index, node in enumerate(parts.nodes):
             for suffix, write in there.ffn(node, layer).items():
                 found[Place(EXPERTS, layer, index, suffix)] = write

@@ -78,7 +78,7 @@ def _tensors(parts: Parts, other: Other) -> Iterator[_Tensor]:
     known = {place.name: place for place in other.theirs if place.part not in (EXPERTS, SHARED, ROUTERS)}
     stacks: dict[str, tuple[Place, ...]] = {name: (place,) for name, place in known.items()}
     count = len(parts.nodes)
-    for layer in range(parts.layers):
+    for layer in parts.expert_layers:
         for template, suffixes in fmt.expert.items():
             for some in [[index] for index in range(count)] if "{expert}" in template else [list(range(count))]:
                 places = tuple(Place(EXPERTS, layer, index, suffix) for index in some for suffix in suffixes)

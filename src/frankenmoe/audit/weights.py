@@ -91,9 +91,7 @@ def distances(
 def base_ffn(plan: Plan) -> Mapping[int, Mapping[str, torch.Tensor]]:
     """Layer -> suffix -> tensor of the base's own FFNs with its adapter folded in; memory-mapped if unchanged."""
     node = ExpertNode("base", (), plan.base, *ffn_writes(plan.base, anatomy(plan.base), dtype=plan.dtype))
-    return {
-        layer: {suffix: as_tensor(node.folded(layer, suffix)) for suffix in row} for layer, row in enumerate(node.ffn)
-    }
+    return {layer: {suffix: as_tensor(node.folded(layer, suffix)) for suffix in row} for layer, row in node.ffn.items()}
 
 
 def silent_experts(model: nn.Module) -> list[str]:

@@ -61,11 +61,11 @@ class HealedExpert:
 
 def alone(plan: Plan, leaf: ExpertNode, *, dtype: torch.dtype | None = None) -> MoE:
     """The MoE with one expert, adapters folded in: what a plan computes if every token goes to `leaf`."""
-    rows = tuple({suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in enumerate(leaf.ffn))
-    node = replace(leaf, path=(0,), ffn=rows, loras=tuple({} for _ in rows))
+    rows = {layer: {suffix: leaf.folded(layer, suffix) for suffix in row} for layer, row in leaf.ffn.items()}
+    node = replace(leaf, path=(0,), ffn=rows, loras={layer: {} for layer in rows})
     parts = replace(parts_of_plan(plan), nodes=(node,), top_k=1)
     shapes = dict(plan.routers)
-    shapes.update(dict.fromkeys(parts.router_names(()), (1, plan.hidden)))
+    shapes.update(dict.fromkeys(parts.router_names(()).values(), (1, plan.hidden)))
     gates = {name: torch.zeros(shape, dtype=torch_dtype(plan.dtype)) for name, shape in shapes.items()}
     return load_parts(parts, gates, dtype=dtype)
 
@@ -106,7 +106,7 @@ def heal_expert(
     losses, goal = {0.0: measured(own.model)}, measured(parent)
     changes = tuple(_sweep(parent, own, downs, kept, held, ridges=ridges, rank=rank, on_tokens=on_tokens))
     for step in from_main(STEPS if any(change.left < 1 for change in changes) else ()):
-        with _changed(downs, [step * change.whole_OI for change in changes]):
+        with _changed(list(downs.values()), [step * change.whole_OI for change in changes]):
             losses[step] = measured(own.model)
     step = from_main(surely_best(losses))
     lowest = min(losses, key=lambda each: losses[each].mean)
@@ -134,20 +134,20 @@ def cost(kept: Sequence[Block], held: Sequence[Block]) -> int:
     return length * (2 * (len(kept) + len(held)) + (2 + len(STEPS)) * len(held))
 
 
-def _downs(moe: MoE, leaf: ExpertNode) -> list[nn.Module]:
-    """The down projection of the only expert of every layer."""
-    found = []
+def _downs(moe: MoE, leaf: ExpertNode) -> dict[int, nn.Module]:
+    """Layer -> the down projection of its only expert."""
+    found = {}
     for layer, block in outer_blocks(moe.model).items():
         suffix = down_suffix(leaf, layer)
         assert suffix is not None
-        found.append(block.experts[0].get_submodule(suffix.removesuffix(".weight")))
+        found[layer] = block.experts[0].get_submodule(suffix.removesuffix(".weight"))
     return found
 
 
 def _sweep(
     parent: PreTrainedModel,
     own: MoE,
-    downs: Sequence[nn.Module],
+    downs: Mapping[int, nn.Module],
     kept: Sequence[Block],
     held: Sequence[Block],
     *,
@@ -158,10 +158,14 @@ def _sweep(
     """The change of every layer from the first on; a layer is refitted after all earlier ones have changed."""
     ids_NT = torch.tensor([block.ids for block in (*kept, *held)])
     leading, following = (Stream(model, ids_NT, together=world() > 1) for model in (parent, own.model))
-    gain = following.gain(outer_blocks(own.model)[0])
+    gain = following.gain(*next(iter(outer_blocks(own.model).items())))
     tokens, ridge = 2 * ids_NT.numel(), None
-    for layer, down in enumerate(downs):
+    for layer in leading.layers:
         leading.advance(layer)
+        if layer not in downs:
+            following.advance(layer)
+            continue
+        down = downs[layer]
         outs = list(following.run(layer, observed=down))
         moments = _moments(down, leading, outs, kept=len(kept), gain=gain)
         found = refit(*moments, ridges=ridges, first=ridge)
@@ -171,7 +175,8 @@ def _sweep(
             for out_BTO, inputs_BTI in outs
         ]
         yield change
-        on_tokens(tokens * (layer + 1) // len(downs) - tokens * layer // len(downs))
+        done = list(downs).index(layer)
+        on_tokens(tokens * (done + 1) // len(downs) - tokens * done // len(downs))
 
 
 def _moments(

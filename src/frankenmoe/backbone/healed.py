@@ -86,10 +86,10 @@ def patients_of(plan: Plan, settings: HealSettings, *, data: Texts) -> tuple[Pat
 
 def _reason(leaf: ExpertNode) -> str:
     """Why an expert cannot be healed; "" if it can."""
-    if any(isinstance(step, Noise) for row in leaf.ffn for write in row.values() for step in write.steps):
+    if any(isinstance(step, Noise) for row in leaf.ffn.values() for write in row.values() for step in write.steps):
         return "its weights have noise, which healing would remove"
-    if any(down_suffix(leaf, layer) is None for layer in range(len(leaf.ffn))):
-        return f"none of {', '.join(leaf.ffn[0])} is a known down projection"
+    if any(down_suffix(leaf, layer) is None for layer in leaf.ffn):
+        return f"none of {', '.join(next(iter(leaf.ffn.values())))} is a known down projection"
     return ""
 
 
@@ -242,7 +242,7 @@ def _tensors(plan: Plan, leaf: ExpertNode, healed: HealedExpert) -> Iterator[tup
 
     The plan applies a leaf's residual scale, and its own adapter, to what is stored.
     """
-    for layer, change in enumerate(healed.changes):
+    for layer, change in zip(leaf.ffn, healed.changes, strict=True):
         suffix = down_suffix(leaf, layer)
         assert suffix is not None
         write = leaf.ffn[layer][suffix]
@@ -302,8 +302,8 @@ def _write_kept(
 def _terms(leaf: ExpertNode, refs: Mapping[str, TensorRef]) -> Terms:
     """An expert's adapter with the changes beside its own terms, as A and B with scale 1."""
     own = {
-        row[suffix].name.removesuffix(".weight"): lora
-        for row, loras in zip(leaf.ffn, leaf.loras, strict=True)
+        leaf.ffn[layer][suffix].name.removesuffix(".weight"): lora
+        for layer, loras in leaf.loras.items()
         for suffix, lora in loras.items()
     }
     found: Terms = {name: _pair(lora) for name, lora in own.items()}

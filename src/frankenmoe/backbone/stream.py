@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from frankenmoe.errors import PlanError
-from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.dense import layer_modules
 from frankenmoe.moe.processes import split
 
 BATCH_TOKENS = 2048
@@ -37,11 +37,12 @@ class Stream:
     `states` are the batches [B, T, D] that enter the next layer, `starts` the numbers of their first blocks. The
     decoder's own call of each layer (masks, rotary embeddings) is recorded once per batch size, so models need no code
     here. With `together`, each process of a launcher has its share of the same batches. Raises PlanError for a model
-    whose layers do more than follow one another.
+    whose layers do more than follow one another. `layers` are the numbers of all layers, with an FFN or without.
     """
 
     def __init__(self, model: PreTrainedModel, ids_NT: torch.Tensor, *, together: bool = False) -> None:
-        self._layers = {layer: holder for layer, (holder, _) in mlp_modules(model).items()}
+        self._layers = layer_modules(model)
+        self.layers = tuple(self._layers)
         size = max(1, BATCH_TOKENS // ids_NT.shape[1])
         self.device = model.device
         ids_NT = ids_NT.to(self.device)
@@ -90,24 +91,27 @@ class Stream:
         return found
 
     @torch.no_grad()
-    def gain(self, mlp: nn.Module) -> float:
-        """How much a change of the first FFN's output changes what leaves its layer: 1, or the family's multiplier.
+    def gain(self, layer: int, mlp: nn.Module) -> float:
+        """How much a change of the output of a layer's FFN changes what leaves it: 1, or the family's multiplier.
 
         Raises PlanError for a layer that normalises the FFN's output: the change is then not proportional.
         """
-        plain_BTD = self._call(0, self._first)
+        states_BTD = self._first
+        for before in self.layers[: self.layers.index(layer)]:
+            states_BTD = self._call(before, states_BTD)
+        plain_BTD = self._call(layer, states_BTD)
         noise_BTD = torch.randn(plain_BTD.shape, generator=torch.Generator().manual_seed(0)).to(plain_BTD.device)
         delta_BTD = (noise_BTD * plain_BTD.float().pow(2).mean().sqrt()).to(plain_BTD.dtype)
         hook = mlp.register_forward_hook(lambda _, inputs, out: out + delta_BTD)
         try:
-            moved_BTD = self._call(0, self._first)
+            moved_BTD = self._call(layer, states_BTD)
         finally:
             hook.remove()
         answer, change = moved_BTD.float() - plain_BTD.float(), delta_BTD.float()
         gain = float((answer * change).sum() / change.pow(2).sum())
         if float((answer - gain * change).norm()) > PROBE * float(answer.norm()):
             raise PlanError(
-                f"{type(self._layers[0]).__name__} does not add its FFN's output to the residual stream as it is, "
+                f"{type(self._layers[layer]).__name__} does not add its FFN's output to the residual stream as it is, "
                 "so experts of this family cannot be healed",
                 hint="leave healing out",
             )

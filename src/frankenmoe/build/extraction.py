@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from frankenmoe.artifact.folder import Artifact, become, check_disk, growing, refuse_occupied, write_json
@@ -9,6 +10,7 @@ from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
+from frankenmoe.families import text_name
 from frankenmoe.planning.files import TOKENIZER_FILES
 from frankenmoe.planning.names import expert_called, named_experts
 from frankenmoe.planning.parts import Parts
@@ -50,7 +52,9 @@ def _config(parts: Parts, dtype: str) -> dict[str, object]:
 
 
 def _writes(parts: Parts, expert: str, folder: Path) -> list[TensorWrite]:
-    """The backbone and one expert's FFNs with adapters folded in, under dense names."""
+    """The backbone and one expert's FFNs with adapters folded in, under the names that files of its family have."""
     named = {name: node for name, _, node in named_experts(parts.nodes) if not node.children}
     node = named[expert_called(expert, list(named), where=folder)]
-    return [*parts.backbone, *(node.folded(layer, suffix) for layer, row in enumerate(node.ffn) for suffix in row)]
+    writes = [*parts.backbone, *(node.folded(layer, suffix) for layer, row in node.ffn.items() for suffix in row)]
+    stored = {inside: outside for outside, inside in parts.family.prefixes.items()} if parts.family else {}
+    return [replace(write, name=text_name(write.name, stored)) for write in writes]

@@ -127,11 +127,11 @@ def prove_sources(plan: Plan, progress: Progress = SILENT) -> None:
     """Checks that all values that a virtual MoE will read are finite and fit the stored type."""
     progress.start("checking", plan.bill.memory_virtual, "B")
     leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
-    ffn = (write for leaf in leaves for row in leaf.ffn for write in row.values())
+    ffn = (write for leaf in leaves for row in leaf.ffn.values() for write in row.values())
     for write in dict.fromkeys((*plan.backbone, *ffn)):
         for block in blocks(write):
             progress.advance(block.size)
-    for lora in (lora for leaf in leaves for row in leaf.loras for lora in row.values()):
+    for lora in (lora for leaf in leaves for row in leaf.loras.values() for lora in row.values()):
         check_finite(lora.a)
         check_finite(lora.b)
 

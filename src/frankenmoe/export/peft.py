@@ -115,14 +115,14 @@ def check_adapters(plan: Plan) -> None:
     for node in plan.nodes:
         if node.children:
             reasons.append(f"expert {node.name} is a mixture itself")
-        elif not all(is_base(write) for row in node.ffn for write in row.values()):
+        elif not all(is_base(write) for row in node.ffn.values() for write in row.values()):
             reasons.append(f"expert {node.name} is not the base's FFN with an adapter")
     if plan.shared:
         reasons.append("it has a shared expert")
     changed = next((write.name for write in plan.backbone if not is_base(write)), None)
     if changed is not None:
         reasons.append(f"its backbone is not the base's, as {changed} shows")
-    if not reasons and not any(lora for node in plan.nodes for lora in node.loras):
+    if not reasons and not any(row for node in plan.nodes for row in node.loras.values()):
         reasons.append("no expert has an adapter")
     if reasons:
         more = f", and {len(reasons) - 1} more such reasons" if len(reasons) > 1 else ""
@@ -139,7 +139,7 @@ def _terms(node: ExpertNode) -> dict[str, LowRank]:
     """Dense name of a linear layer -> the term of an expert's adapter."""
     return {
         node.ffn[layer][suffix].name.removesuffix(".weight"): lora
-        for layer, row in enumerate(node.loras)
+        for layer, row in node.loras.items()
         for suffix, lora in row.items()
     }
 

@@ -62,6 +62,8 @@ def unsupported(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
 
 
 def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str]:
+    if not fmt.rotates:
+        return []
     rotary, found = rope(family, config), []
     by_kind = family.rope_by_kind is not None or any(isinstance(value, dict) for value in rotary.values())
     if by_kind and not fmt.rope_by_kind:
@@ -79,6 +81,8 @@ def _rotary_problems(fmt: MoEFormat, family: Family, config: Config) -> list[str
 
 def _rotary_fields(fmt: MoEFormat, family: Family, config: Config) -> dict[str, Any]:
     """Rotary settings in the spellings of transformers 4 and 5; by kind of layer there is only that of 5."""
+    if not fmt.rotates:
+        return {}
     if family.rope_by_kind:
         return {"rope_parameters": family.rope_by_kind(family.filled(config))}
     rotary = rope(family, config)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from frankenmoe.checkpoint.tensors import Shift
 from frankenmoe.families.gemma import GEMMAS
 from frankenmoe.families.layered import LAYERED
+from frankenmoe.families.nemotron import NEMOTRON_H
 from frankenmoe.families.rows import (
     ATTENTION,
     ATTENTION_BIAS,
@@ -262,11 +263,22 @@ FAMILIES: Mapping[str, Family] = {
         ),
         *LAYERED,
         *GEMMAS,
+        NEMOTRON_H,
     )
 }
 
 OPAQUE = frozenset(name for family in FAMILIES.values() for name in family.opaque)
-"""Names of modules whose code reads the weights of its linear layers itself, so that these cannot be wrapped."""
+"""Classes whose code reads the weights of its linear layers itself, so that these cannot be wrapped."""
 
-MLPS = tuple(dict.fromkeys(family.mlp for family in FAMILIES.values()))
-"""Names of the module that is an FFN, in all families; models without a table call it `mlp`."""
+MLPS = tuple(dict.fromkeys(family.mlp for family in FAMILIES.values() if family.in_every_layer))
+"""Names of the module that is an FFN in every layer, in all families; models without a table call it `mlp`."""
+
+
+def _ffn_part(family: Family) -> str:
+    """What in a tensor's name tells that it is one of an FFN, as a regular expression."""
+    inside = "" if family.in_every_layer else rf"(?=\.(?:{'|'.join(family.linears)})\.)"
+    return family.mlp + inside
+
+
+FFN_PARTS = "|".join(dict.fromkeys(map(_ffn_part, FAMILIES.values())))
+"""A regular expression of the part of a tensor's name that tells that it is one of an FFN, in all families."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from frankenmoe.families.layeredformats import LAYERED_FORMATS
+from frankenmoe.families.nemotron import NEMOTRON_H_MOE
 from frankenmoe.families.rotary import rope
 from frankenmoe.families.rows import LAYER, QKV_BIAS
 from frankenmoe.families.spec import SOFTMAX, Inside, MoEFormat, Note, RouterRule, TensorSpec
@@ -250,5 +251,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             holds=frozenset({"attention_bias"}),
             counted=COUNTED | {"moe_intermediate_size": "ffn"},
         ),
+        NEMOTRON_H_MOE,
     )
 }

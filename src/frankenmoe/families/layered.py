@@ -267,7 +267,7 @@ MINISTRAL = Family(
 GRANITE4 = Family(
     model_type="granitemoehybrid",
     mlp="shared_mlp",
-    opaque=("mamba",),
+    opaque=("GraniteMoeHybridMambaLayer",),
     backbone=(
         *ENDS,
         *PRE_NORMS,

@@ -45,8 +45,8 @@ def _in_block(place: str | Place) -> Place:
 
 def generic_name(name: str) -> tuple[int, str]:
     """(3, "model.layers.{layer}.x") for model.layers.3.x; (-1, name) for a tensor outside the layers."""
-    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
-    return (int(match[1]), f"model.layers.{{layer}}.{match[2]}") if match else (-1, name)
+    match = re.fullmatch(r"(model|backbone)\.layers\.(\d+)\.(.+)", name)
+    return (int(match[2]), f"{match[1]}.layers.{{layer}}.{match[3]}") if match else (-1, name)
 
 
 HEAD = {"model.embed_tokens.weight": Place("token_embd.weight"), "lm_head.weight": Place("output.weight")}

@@ -108,8 +108,9 @@ class Family:
     `fixed` are fields that its class does not read, with the only value that agrees with what the class computes.
     `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
     adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
-    down(act(gate x) * up x). `opaque` names modules whose code reads the weights of its linear layers itself.
-    `wide_range`: its changes give numbers that float16 is too narrow for.
+    down(act(gate x) * up x), or down(act(up x)) where its rows have no gate. `opaque` names classes whose code reads
+    the weights of its linear layers itself. `prefixes`: what names in its files begin with -> what they begin with in
+    its class, as everywhere here. `wide_range`: its changes give numbers that float16 is too narrow for.
     """
 
     model_type: str
@@ -129,6 +130,7 @@ class Family:
     interleaved: bool = False
     plain_mlp: str | None = None
     opaque: tuple[str, ...] = ()
+    prefixes: Mapping[str, str] = field(default_factory=dict)
     wide_range: bool = False
 
     @property
@@ -137,6 +139,16 @@ class Family:
         names = [row.name for row in self.ffn]
         plain = {name: [piece.name for piece in self.pieces.get(name, ())] or [name] for name in names}
         return tuple(name.split(".")[-2] for name in names if any(".down_proj." in each for each in plain[name]))
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The modules of its FFN that have a matrix: gate and up, or up alone, and down."""
+        return tuple(row.name.split(".")[-2] for row in self.ffn if len(row.shape) > 1)
+
+    @property
+    def in_every_layer(self) -> bool:
+        """Whether every layer has an FFN."""
+        return not any(row.kinds for row in self.ffn)
 
     def has(self, setting: str) -> bool:
         """Whether its class reads a plain setting, or the table derives it."""
@@ -167,7 +179,7 @@ class Family:
         """Sizes from a config.json; KeyError names a field that is missing and has no default."""
         hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
         return Dims(
-            layers=int(config["num_hidden_layers"]),
+            layers=int(self.read(config, "num_hidden_layers")),
             hidden=hidden,
             ffn=int(self.read(config, "intermediate_size")),
             heads=heads,
@@ -186,6 +198,14 @@ class Family:
         """Name -> shape of every tensor that the rows describe in this config, layer by layer."""
         dims = self.dims(config)
         return {name: dims.shape(row.shape) for name, row in self.expand(rows, config)}
+
+    def layered(self, config: Config) -> dict[int, dict[str, tuple[str, tuple[int, ...]]]]:
+        """Layer -> suffix of an FFN tensor -> (its name, its shape). Layers without an FFN are left out."""
+        found: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
+        for name, shape in self.shapes(self.ffn, config).items():
+            layer, _, suffix = name.partition(f".{self.mlp}.")
+            found.setdefault(int(layer.rpartition(".")[2]), {})[suffix] = (name, shape)
+        return found
 
     def expand(self, rows: tuple[TensorSpec, ...], config: Config) -> Iterator[tuple[str, TensorSpec]]:
         """(name, row) of every tensor that the rows describe in this config, layer by layer."""
@@ -270,12 +290,11 @@ class MoEFormat:
     `holds` names the plain settings in `NEUTRAL` that the format can express; with others a model cannot be built.
     `inert_shared_ffn` is the width of the all-zero shared expert for formats that require one; it may be 0. `added`
     tensors are written where the family lacks them. `two_word_rope`: the format's code reads only `type` and `factor`
-    of `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `rope_by_kind`: it has rotary
-    settings for each kind of layer. `ends_in_full`: its last layer always has full attention, so behind any other a
-    layer follows that changes nothing. `partial_rotary`: it can rotate a part of each head. `on_request`: only where
-    the recipe names it.
-    `inside`: its language model is in another model, which the base has too. `turned`: stacked experts are stored with
-    rows and columns exchanged.
+    of `rope_scaling`. `ropes` are the rotary types it has; None for all of transformers'. `rotates` is False where no
+    layer does. `rope_by_kind`: it has rotary settings for each kind of layer. `ends_in_full`: its last layer always has
+    full attention, so behind any other a layer follows that changes nothing. `partial_rotary`: it can rotate a part of
+    each head. `on_request`: only where the recipe names it. `inside`: its language model is in another model, which the
+    base has too. `turned`: stacked experts are stored with rows and columns exchanged.
     `balances`: its class in transformers reads `router_aux_loss_coef`, the weight of a loss for an even load.
     `no_gguf`: why llama.cpp cannot run it, where that is known or not checked.
     """
@@ -301,6 +320,7 @@ class MoEFormat:
     on_request: bool = False
     two_word_rope: bool = False
     ropes: tuple[str, ...] | None = None
+    rotates: bool = True
     rope_by_kind: bool = False
     ends_in_full: bool = False
     partial_rotary: bool = False

@@ -104,6 +104,8 @@ def odd_value(family: Family, config: Config) -> str | None:
         for name in (*NEUTRAL, *COPIED):
             family.read(config, name)
         family.shapes(family.backbone, config)
+        if not family.layered(config):
+            return "has no layer with an FFN, expected at least one"
         return _incomplete_rope(family, config)
     except _UNREADABLE as error:
         return f"has settings that do not fit together ({type(error).__name__} {first_line(error):.100})"

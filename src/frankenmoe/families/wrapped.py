@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.rotary import written_rope
 from frankenmoe.families.spec import Config, Inside
 from frankenmoe.families.towers import QWEN3_VISION, Tower
@@ -114,9 +115,15 @@ def wrapper_of(config: Config) -> Wrapper | None:
     return WRAPPERS.get(str(config.get("model_type"))) if isinstance(config.get("text_config"), Mapping) else None
 
 
-def text_name(name: str) -> str:
+def prefixes_of(config: Config) -> Mapping[str, str]:
+    """What names in the files of a model begin with -> what they begin with in the class of its language model."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return PREFIXES if wrapper_of(config) else family.prefixes if family else {}
+
+
+def text_name(name: str, prefixes: Mapping[str, str] = PREFIXES) -> str:
     """The name of a tensor as a language model alone has it; in an adapter, PEFT's words stand before the prefix."""
     before = PEFT if name.startswith(PEFT) else ""
     rest = name.removeprefix(before)
-    found = next((prefix for prefix in PREFIXES if rest.startswith(prefix)), "")
-    return before + PREFIXES.get(found, "") + rest.removeprefix(found)
+    found = next((prefix for prefix in prefixes if rest.startswith(prefix)), "")
+    return before + prefixes.get(found, "") + rest.removeprefix(found)

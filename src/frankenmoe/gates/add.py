@@ -19,7 +19,7 @@ from frankenmoe.moe.dense import load_tokenizer
 from frankenmoe.moe.device import AUTO
 from frankenmoe.planning import Plan
 from frankenmoe.planning.fitting import AFTER, OWN_LOSS, STATISTICS
-from frankenmoe.planning.layout import SHARED, gate_paths, router_names
+from frankenmoe.planning.layout import SHARED, gate_paths
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import FitSettings
 
@@ -81,7 +81,7 @@ def add_text(
 def _old_gates(plan: Plan, old: Mapping[str, torch.Tensor]) -> Gates:
     """All gates except the outer ones, which have one more row."""
     paths = [path for path in gate_paths(plan.nodes) if path != ()] + ([SHARED] if plan.gated_shared else [])
-    names = {path: router_names(plan.fmt, layers=plan.layers, path=path) for path in paths}
+    names = {path: plan.router_names(path).values() for path in paths}
     return {path: [old[each].float() for each in names[path]] for path in paths}
 
 

@@ -21,7 +21,7 @@ from frankenmoe.moe.dense import load_tokenizer, torch_dtype
 from frankenmoe.moe.device import AUTO, CPU, Weights, check_room, free_memory, resolve
 from frankenmoe.moe.load import MoE, load_parts
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths, router_names
+from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths
 from frankenmoe.planning.parts import parts_of_plan, sharing_equal_experts
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.sections import FitSettings
@@ -131,7 +131,7 @@ def has_bfloat16_units() -> bool:
 
 
 def _named(plan: Plan, path: RouterPath, layers: Sequence[torch.Tensor]) -> dict[str, Any]:
-    names = router_names(plan.fmt, layers=plan.layers, path=path)
+    names = plan.router_names(path).values()
     return {name: gate.float().cpu().numpy() for name, gate in zip(names, layers, strict=True)}
 
 

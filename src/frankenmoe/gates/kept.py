@@ -12,7 +12,7 @@ from frankenmoe.checkpoint.values import check_finite, values
 from frankenmoe.errors import PlanError
 from frankenmoe.gates.chance import encoded
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED, router_names
+from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.sources import Part
 from frankenmoe.planning.tree import ExpertNode
 
@@ -25,7 +25,7 @@ def kept_routers(plan: Plan) -> Routers:
     found = {}
     for path, nodes in (((), plan.nodes), (SHARED, plan.shared if plan.gated_shared else ())):
         parts = [_part(node) for node in nodes]
-        names = router_names(plan.fmt, layers=plan.layers, path=path) if parts else ()
+        names = plan.router_names(path).values() if parts else []
         for layer, name in enumerate(names):
             gates = {ref: _gate(ref) for ref in dict.fromkeys(part.gates[layer] for part in parts)}
             found[name] = np.stack([gates[part.gates[layer]][_row(part)] for part in parts])

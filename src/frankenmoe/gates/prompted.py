@@ -21,13 +21,14 @@ from frankenmoe.gates.methods import STATE_MODES, direction, embedding_sum, prom
 from frankenmoe.moe.dense import as_tensor, load_dense, load_tokenizer, source_config
 from frankenmoe.moe.device import AUTO, Weights, check_room, place, resolve
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED, router_names
+from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.names import named_experts
 from frankenmoe.planning.sources import anatomy
 from frankenmoe.planning.tree import dense_writes
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Expert
 
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "model.embeddings.weight")
 Prompts = tuple[tuple[str, ...], tuple[str, ...]]
 Side = Callable[[tuple[str, ...]], torch.Tensor]
 """Prompts -> their representation in each layer, [L, D]."""
@@ -58,7 +59,7 @@ def _prompted_gates(plan: Plan, side: Side, progress: Progress) -> Mapping[str, 
     rows: dict[str, NDArray[np.float32]] = {}
     for path, experts in levels.items():
         stack_LED = torch.stack([directions[plan.recipe.prompts_of(expert)] for expert in experts], dim=1)
-        names = router_names(plan.fmt, layers=plan.layers, path=path)
+        names = plan.router_names(path).values()
         rows |= {name: gate_ED.numpy() for name, gate_ED in zip(names, stack_LED, strict=True)}
     return rows
 
@@ -109,7 +110,7 @@ def _state_sides(plan: Plan, device: str) -> Side:
 
 def _embedding_sides(plan: Plan) -> Side:
     tokenizer = load_tokenizer(plan.base.folder)
-    name = next((write for write in plan.backbone if write.name.endswith(("embed_tokens.weight", "wte.weight"))), None)
+    name = next((write for write in plan.backbone if write.name.endswith(EMBEDDINGS)), None)
     if name is None:
         raise SourceError(
             f"{plan.base.name} has no embed_tokens.weight, which gate_mode cheap_embed reads",
@@ -118,7 +119,7 @@ def _embedding_sides(plan: Plan) -> Side:
     embeddings_VD = as_tensor(name)
     return lambda prompts: embedding_sum(
         [token for ids in _ids(plan, tokenizer, prompts) for token in ids], embeddings_VD
-    ).expand(plan.layers, -1)
+    ).expand(len(plan.expert_layers), -1)
 
 
 def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int | None = None) -> list[list[int]]:

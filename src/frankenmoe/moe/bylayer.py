@@ -9,7 +9,7 @@ from torch import nn
 
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.block import MoEBlock
-from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.dense import layer_modules
 from frankenmoe.moe.device import amount, free_memory, place, usable
 from frankenmoe.moe.router import Router
 
@@ -30,7 +30,7 @@ def placed(model: Model, device: torch.device) -> Model:
     room = usable(free_memory(device))
     if _bytes(_spots(model.modules())) <= room:
         return place(model, device)
-    layers = [layer for layer, _ in mlp_modules(model).values()]
+    layers = list(layer_modules(model).values())
     inside = {id(part) for layer in layers for part in _staying(layer)}
     outside = [module for module in model.modules() if id(module) not in inside]
     needed = _bytes(_spots(outside)) + max((_bytes(_spots(_staying(layer))) for layer in layers), default=0)

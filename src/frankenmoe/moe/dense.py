@@ -20,7 +20,7 @@ from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
 from frankenmoe.errors import SourceError
-from frankenmoe.families import MLPS, text_config, wrapper_of
+from frankenmoe.families import FAMILIES, MLPS, text_config, wrapper_of
 from frankenmoe.moe.linear import is_linear, keep_stored
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.planning.tree import dense_writes
@@ -30,7 +30,7 @@ LONGEST = 200  # characters that are quoted of another library's message
 # oneDNN, which multiplies 16-bit matrices on CPUs, keeps compiled code for 1,024 shapes, nearly 1 MB each. Experts read
 # another number of tokens in every batch, so it would keep them all. It reads this variable at its first product.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-MLP_NAME = re.compile(rf"(?:^|.*\.)(\d+)\.({'|'.join(MLPS)})$")
+IN_LAYER = re.compile(r"(?:^|.*\.)(?P<layer>\d+)\.(?P<part>\w+)$")
 
 
 def as_tensor(write: TensorWrite) -> torch.Tensor:
@@ -141,11 +141,10 @@ def mlp_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
 
     SourceError if an `mlp` takes more than hidden states. Bloom's, for example, adds the residual itself.
     """
-    found = {}
-    for name, module in model.named_modules():
-        match = MLP_NAME.match(name)
-        if match:
-            found[int(match[1])] = (model.get_submodule(name.rpartition(".")[0]), module)
+    config: Any = model.config
+    family = FAMILIES.get(config.model_type)
+    some = None if family is None or family.in_every_layer else family.layered(config.to_dict())
+    found = {layer: pair for layer, pair in _named_parts(model).items() if some is None or layer in some}
     for _, mlp in found.values():
         wanted = [key for key, value in signature(mlp.forward).parameters.items() if value.default is Parameter.empty]
         if len(wanted) > 1:
@@ -153,6 +152,23 @@ def mlp_modules(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
                 f"the `mlp` of {type(model).__name__} takes {' and '.join(wanted)}, expected only hidden states",
                 hint="an expert's `mlp` must map hidden states to hidden states; use another model",
             )
+    return found
+
+
+def layer_modules(model: nn.Module) -> dict[int, nn.Module]:
+    """Layer -> the layer of a transformers decoder, also where it has no FFN."""
+    return {layer: holder for layer, (holder, _) in _named_parts(model).items()}
+
+
+def _named_parts(model: nn.Module) -> dict[int, tuple[nn.Module, nn.Module]]:
+    """Layer -> (the layer, its module that is called as FFNs are)."""
+    config: Any = model.config
+    family = FAMILIES.get(config.model_type)
+    names, found = MLPS if family is None else (family.mlp,), {}
+    for name, module in model.named_modules():
+        match = IN_LAYER.match(name)
+        if match and match["part"] in names:
+            found[int(match["layer"])] = (model.get_submodule(name.rpartition(".")[0]), module)
     return dict(sorted(found.items()))
 
 

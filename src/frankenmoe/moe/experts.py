@@ -10,7 +10,7 @@ from torch import nn
 from frankenmoe.moe.cpu.onetoken import OneToken
 from frankenmoe.moe.gpu import grouped
 from frankenmoe.moe.gpu.packing import Packed
-from frankenmoe.moe.grouping import Gated, Group, group_experts
+from frankenmoe.moe.grouping import Group, Plain, group_experts
 from frankenmoe.moe.lean import Share, mix
 
 # T tokens, D hidden, F ffn, E experts, K top-k, N tokens of one expert or group, M of one member of a group
@@ -76,14 +76,15 @@ def _output(
     return out_ND * weights_NK.masked_fill(~mine_NK, 0).sum(dim=1, keepdim=True)
 
 
-def _adapted(base: Gated, hidden_ND: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
+def _adapted(base: Plain, hidden_ND: torch.Tensor, shares: Sequence[Share]) -> torch.Tensor:
     """Adapters over one FFN: gate and up once per token, low-rank terms once per (token, expert).
 
     down is linear, so the weighted sum over experts is taken before it: sum_k w_k (W + B_k A_k) h_k =
     W sum_k w_k h_k + sum_k B_k A_k (w_k h_k).
     """
-    mixed_NF, update_ND = mix(hidden_ND, base.gate_proj(hidden_ND), base.up_proj(hidden_ND), shares, act=base.act)
-    out_ND: torch.Tensor = base.down_proj(mixed_NF)
+    into_NF = {name: linear(hidden_ND) for name, linear in base.into.items()}
+    mixed_NF, update_ND = mix(hidden_ND, into_NF, shares, act=base.act)
+    out_ND: torch.Tensor = base.down(mixed_NF)
     return out_ND if update_ND is None else out_ND + update_ND
 
 

@@ -10,20 +10,30 @@ from frankenmoe.families import FAMILIES
 from frankenmoe.moe.adapter import LoraLinear
 from frankenmoe.moe.linear import Linear, is_linear
 
-# the MLPs of transformers that compute exactly down(act(gate x) * up x); others with the same names may compute more
-GATED_MLPS = frozenset(family.plain_mlp for family in FAMILIES.values() if family.plain_mlp)
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+# The MLPs of transformers that compute exactly down(act(gate x) * up x), or down(act(up x)) without a gate -> their
+# linear layers, down last. Others with the same names may compute more.
+PLAIN_MLPS: Mapping[str, tuple[str, ...]] = {
+    family.plain_mlp: family.linears for family in FAMILIES.values() if family.plain_mlp
+}
 REGISTRIES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
-class Gated:
-    """The FFN under a group of adapter experts: down(act(gate x) * up x)."""
+class Plain:
+    """The FFN under a group of adapter experts.
 
-    gate_proj: Linear
-    up_proj: Linear
-    down_proj: Linear
+    `into` are the linear layers that read its input, by name: `act` of the first one's output, times those of the
+    others, is what `down` reads.
+    """
+
+    into: Mapping[str, Linear]
+    down: Linear
     act: nn.Module
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """All its linear layers, down last."""
+        return (*self.into.values(), self.down)
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class Group:
 
     members: tuple[int, ...]
     module: nn.Module
-    base: Gated | None = None
+    base: Plain | None = None
     loras: tuple[Mapping[str, LoraLinear], ...] = ()
 
 
@@ -60,7 +70,7 @@ class Grouping(Transient):
         now = tuple(map(id, experts))
         if self._experts != now or not self._watch.holds():
             self._experts, self._groups = now, group_experts(experts)
-            self._watch = Watch([expert for expert in experts if _is_gated(expert)])
+            self._watch = Watch([expert for expert in experts if projections(expert)])
         return self._groups
 
 
@@ -109,27 +119,27 @@ def _group(entries: list[tuple[int, nn.Module]]) -> Group:
     first = modules[0]
     if all(module is first for module in modules):
         return Group(members, first)
-    return Group(members, first, gated(first), tuple(map(_loras, modules)))
+    return Group(members, first, plain(first), tuple(map(_loras, modules)))
 
 
 def _key(expert: nn.Module) -> object:
     """Equal for experts that can share work: the same module, or adapters over the same FFN."""
-    if not _is_gated(expert) or not all(is_linear(_base(expert, name)) for name in PROJECTIONS):
+    bases = [_base(expert, name) for name in projections(expert)]
+    if not bases or not all(map(is_linear, bases)):
         return id(expert)
     if listened(expert, *(module for module in expert.modules() if isinstance(module, LoraLinear))):
         return id(expert)
     if any("forward" in vars(module) for module in expert.modules()):  # accelerate fetches offloaded weights there
         return id(expert)
-    bases = [_base(expert, name) for name in PROJECTIONS]
     if bases[-1].bias is not None:  # it would need a weight too
         return id(expert)
     return type(expert), id(expert.act_fn), *(id(base.weight) for base in bases), *(id(base.bias) for base in bases)
 
 
-def gated(expert: nn.Module) -> Gated:
-    """The FFN of one of GATED_MLPS, without its adapters."""
-    gate, up, down = (_base(expert, name) for name in PROJECTIONS)
-    return Gated(gate, up, down, expert.get_submodule("act_fn"))
+def plain(expert: nn.Module) -> Plain:
+    """The FFN of one of PLAIN_MLPS, without its adapters."""
+    *names, down = projections(expert)
+    return Plain({name: _base(expert, name) for name in names}, _base(expert, down), expert.get_submodule("act_fn"))
 
 
 def listened(*modules: nn.Module) -> bool:
@@ -139,8 +149,9 @@ def listened(*modules: nn.Module) -> bool:
     )
 
 
-def _is_gated(expert: nn.Module) -> bool:
-    return type(expert).__name__ in GATED_MLPS
+def projections(expert: nn.Module) -> tuple[str, ...]:
+    """The names of the linear layers of one of PLAIN_MLPS; none for another module."""
+    return PLAIN_MLPS.get(type(expert).__name__, ())
 
 
 def _base(expert: nn.Module, name: str) -> Any:
@@ -149,4 +160,4 @@ def _base(expert: nn.Module, name: str) -> Any:
 
 
 def _loras(expert: nn.Module) -> Mapping[str, LoraLinear]:
-    return {name: found for name in PROJECTIONS if isinstance(found := getattr(expert, name, None), LoraLinear)}
+    return {name: part for name in projections(expert) if isinstance(part := getattr(expert, name), LoraLinear)}

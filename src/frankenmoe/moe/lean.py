@@ -1,7 +1,7 @@
 """Computes what adapter experts do between the matrices of their FFN, and stores little for backward.
 
-Plain autograd keeps every intermediate of every (token, expert). This module keeps only the gate and up products, once
-per token. Backward computes activation, product and adapters again, one expert at a time.
+Plain autograd keeps every intermediate of every (token, expert). This module keeps only the products with gate and up,
+once per token. Backward computes activation, product and adapters again, one expert at a time.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,50 +32,54 @@ class Share(NamedTuple):
         return (torch.zeros_like(like) if to is None else to).index_add_(0, self.row_M, part_M.to(like.dtype))
 
 
+Products = Mapping[str, torch.Tensor]
+"""The products with gate and up, or with up alone, by the name of the linear layer: what `act` reads comes first."""
+
+
 def mix(
-    hidden_ND: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, shares: Sequence[Share], *, act: nn.Module
+    hidden_ND: torch.Tensor, into_NF: Products, shares: Sequence[Share], *, act: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(mixed_NF, update_ND), two weighted sums over experts.
 
-    `mixed_NF` sums act(gate x) * (up x), with the adapters on gate and up. `update_ND` sums what the adapters on `down`
-    make of that; None if there are none.
+    `mixed_NF` sums act(gate x) * (up x), with the adapters on gate and up; act(up x) without a gate. `update_ND` sums
+    what the adapters on `down` make of that; None if there are none.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _mix(hidden_ND, gate_NF, up_NF, shares, act=act)
+        return _mix(hidden_ND, into_NF, shares, act=act)
     weights = (share.weight_M1 for share in shares)
-    tensors = [hidden_ND, gate_NF, up_NF, *weights, *_learning(shares)]
-    mixed_NF, update_ND = _Mix.apply(act, shares, *tensors)  # type: ignore[no-untyped-call]
+    tensors = [hidden_ND, *into_NF.values(), *weights, *_learning(shares)]
+    mixed_NF, update_ND = _Mix.apply(act, shares, tuple(into_NF), *tensors)  # type: ignore[no-untyped-call]
     return mixed_NF, update_ND
 
 
 def _mix(
-    hidden_ND: torch.Tensor, gate_NF: torch.Tensor, up_NF: torch.Tensor, shares: Sequence[Share], *, act: nn.Module
+    hidden_ND: torch.Tensor, into_NF: Products, shares: Sequence[Share], *, act: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    mixed_NF, update_ND = None, None
+    mixed_NF, update_ND, like_NF = None, None, next(iter(into_NF.values()))
     for share in shares:
-        inner_MF, update_MD = _one(
-            share.loras, share.of(hidden_ND), share.of(gate_NF), share.of(up_NF), share.weight_M1, act
-        )
-        mixed_NF = share.add(inner_MF, mixed_NF, like=gate_NF)
+        into_MF = {name: share.of(each_NF) for name, each_NF in into_NF.items()}
+        inner_MF, update_MD = _one(share.loras, share.of(hidden_ND), into_MF, share.weight_M1, act)
+        mixed_NF = share.add(inner_MF, mixed_NF, like=like_NF)
         if update_MD is not None:
             update_ND = share.add(update_MD, update_ND, like=hidden_ND)
-    return torch.zeros_like(gate_NF) if mixed_NF is None else mixed_NF, update_ND
+    return torch.zeros_like(like_NF) if mixed_NF is None else mixed_NF, update_ND
 
 
 def _one(
     loras: Mapping[str, LoraLinear],
     hidden_MD: torch.Tensor,
-    gate_MF: torch.Tensor,
-    up_MF: torch.Tensor,
+    into_MF: Products,
     weight_M1: torch.Tensor,
     act: nn.Module,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One expert's weighted inner_MF, and what its adapter on `down` makes of it (or None)."""
     reuse = not torch.is_grad_enabled()  # without backward it can be overwritten; allocating memory is slow
-    gate_MF = with_update(gate_MF, loras.get("gate_proj"), hidden_MD, in_place=reuse)
-    up_MF = with_update(up_MF, loras.get("up_proj"), hidden_MD, in_place=reuse)
-    inner_MF, weight_M1 = act(gate_MF), weight_M1.to(gate_MF.dtype)
-    inner_MF = inner_MF.mul_(up_MF).mul_(weight_M1) if reuse else inner_MF * up_MF * weight_M1
+    first_MF, *others_MF = (
+        with_update(each_MF, loras.get(name), hidden_MD, in_place=reuse) for name, each_MF in into_MF.items()
+    )
+    inner_MF = act(first_MF)
+    for factor in (*others_MF, weight_M1.to(first_MF.dtype)):
+        inner_MF = inner_MF.mul_(factor) if reuse else inner_MF * factor
     return inner_MF, loras["down_proj"].update(inner_MF) if "down_proj" in loras else None
 
 
@@ -83,44 +87,47 @@ class _Mix(torch.autograd.Function):
     """`mix` with its own backward, which runs autograd for one expert at a time, on its rows only."""
 
     @staticmethod
-    def forward(ctx: Any, act: nn.Module, shares: Sequence[Share], *tensors: torch.Tensor) -> Any:
-        hidden_ND, gate_NF, up_NF, *_ = tensors
-        ctx.act, ctx.shares = act, shares
-        ctx.save_for_backward(hidden_ND, gate_NF, up_NF)
+    def forward(
+        ctx: Any, act: nn.Module, shares: Sequence[Share], names: tuple[str, ...], *tensors: torch.Tensor
+    ) -> Any:
+        hidden_ND, *into_NF = tensors[: 1 + len(names)]
+        ctx.act, ctx.shares, ctx.names = act, shares, names
+        ctx.save_for_backward(hidden_ND, *into_NF)
         device = hidden_ND.device.type
         ctx.cast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.set_materialize_grads(False)
-        return _mix(hidden_ND, gate_NF, up_NF, shares, act=act)
+        return _mix(hidden_ND, dict(zip(names, into_NF, strict=True)), shares, act=act)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *d_made: torch.Tensor | None) -> Any:
-        stored, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        stored, needed = ctx.saved_tensors, ctx.needs_input_grad[3:]
         device, dtype, enabled = ctx.cast
-        totals: list[torch.Tensor | None] = [None, None, None]  # of hidden, gate and up
+        totals: list[torch.Tensor | None] = [None] * len(stored)  # of the hidden states and the products
         weights: list[torch.Tensor | None] = []
         learnt: dict[nn.Parameter, torch.Tensor | None] = dict.fromkeys(_learning(ctx.shares))
-        for share, weight_needed in zip(ctx.shares, needed[3:], strict=False):
-            hidden_MD, gate_MF, up_MF = (
+        for share, weight_needed in zip(ctx.shares, needed[len(stored) :], strict=False):
+            hidden_MD, *into_MF = (
                 share.of(tensor).detach().requires_grad_(wanted) for tensor, wanted in zip(stored, needed, strict=False)
             )
             weight_M1 = share.weight_M1.detach().requires_grad_(weight_needed)
             with torch.enable_grad(), torch.autocast(device, dtype=dtype, enabled=enabled):
-                made = _one(share.loras, hidden_MD, gate_MF, up_MF, weight_M1, ctx.act)
+                products = dict(zip(ctx.names, into_MF, strict=True))
+                made = _one(share.loras, hidden_MD, products, weight_M1, ctx.act)
             own = _learning([share])
             found = _gradients(
                 made,
                 [each if each is None else share.of(each) for each in d_made],
-                [hidden_MD, gate_MF, up_MF, weight_M1, *own],
+                [hidden_MD, *into_MF, weight_M1, *own],
             )
-            for index, part in enumerate(found[:3]):
+            for index, part in enumerate(found[: len(stored)]):
                 if part is not None:
                     totals[index] = share.add(part, totals[index], like=stored[index])
-            weights.append(found[3])
-            for parameter, part in zip(own, found[4:], strict=True):
+            weights.append(found[len(stored)])
+            for parameter, part in zip(own, found[len(stored) + 1 :], strict=True):
                 before = learnt[parameter]
                 learnt[parameter] = part if before is None or part is None else before + part
-        return None, None, *totals, *weights, *learnt.values()
+        return None, None, None, *totals, *weights, *learnt.values()
 
 
 def _gradients(

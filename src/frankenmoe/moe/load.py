@@ -130,7 +130,7 @@ def _assemble(
     tensor = _tensor_cache(dtype)
     first = next(parts.nodes[0].leaves())
     backbone, loras = low_rank(config, parts.backbone)
-    writes = (*backbone, *(write for row in first.ffn for write in row.values()))
+    writes = (*backbone, *(write for row in first.ffn.values() for write in row.values()))
     tensors = {write.name: tensor(write) for write in writes}
     model = load_dense(config, tensors, dtype=dtype or tensors[parts.backbone[0].name].dtype)
     for name, lora in loras.items():

@@ -30,9 +30,8 @@ def adapter_names(plan: Plan, paths: Sequence[tuple[int, ...] | None]) -> dict[t
 def scales_of(plan: Plan) -> dict[tuple[tuple[int, ...], str], float]:
     """(expert, dense name) -> the factor that the plan applies to that tensor last."""
     leaves = [leaf for node in (*plan.nodes, *plan.shared) for leaf in node.leaves()]
-    return {
-        (leaf.path, write.name): residual_scale(write) for leaf in leaves for row in leaf.ffn for write in row.values()
-    }
+    writes = ((leaf.path, write) for leaf in leaves for row in leaf.ffn.values() for write in row.values())
+    return {(path, write.name): residual_scale(write) for path, write in writes}
 
 
 def source_path(plan: Plan, path: tuple[int, ...] | None) -> str:

@@ -160,7 +160,7 @@ def savings(adapters: Mapping[NodePath, Extracted], nodes: Iterable[ExpertNode])
             "expert": each.name,
             "rank": list(each.ranks),
             "bytes": each.bytes,
-            "instead_of": sum(write.nbytes for row in leaves[path].ffn for write in row.values()),
+            "instead_of": sum(write.nbytes for row in leaves[path].ffn.values() for write in row.values()),
             "extracted": each.there,
             "certain": each.certain,
         }

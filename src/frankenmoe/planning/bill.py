@@ -99,7 +99,7 @@ def make_bill(
 
 def expert_parameters(node: ExpertNode) -> int:
     """Parameters of all FFNs below a node, without its routers."""
-    return sum(write.numel for leaf in node.leaves() for row in leaf.ffn for write in row.values())
+    return sum(write.numel for leaf in node.leaves() for row in leaf.ffn.values() for write in row.values())
 
 
 def active_parameters(node: ExpertNode) -> int:
@@ -111,8 +111,8 @@ def active_parameters(node: ExpertNode) -> int:
 
 def distinct_bytes(static: Iterable[TensorWrite], leaves: Iterable[ExpertNode]) -> int:
     """Bytes of a virtual MoE in memory: each source tensor once, and each computed tensor."""
-    writes = [*static, *(write for leaf in leaves for row in leaf.ffn for write in row.values())]
-    loras = [lora for leaf in leaves for row in leaf.loras for lora in row.values()]
+    writes = [*static, *(write for leaf in leaves for row in leaf.ffn.values() for write in row.values())]
+    loras = [lora for leaf in leaves for row in leaf.loras.values() for lora in row.values()]
     copied = (write.copied or write for write in writes)
     # a reference without weights has no bytes, but the write that copies it knows how many there will be
     sizes = {_place(each): write.nbytes for each, write in zip(copied, writes, strict=True)}

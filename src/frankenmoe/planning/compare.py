@@ -52,7 +52,7 @@ def adds_nothing(node: ExpertNode) -> bool:
     writes = [
         (write, suffix in leaf.loras[layer] or any(isinstance(step, Noise) for step in write.steps))
         for leaf in leaves
-        for layer, row in enumerate(leaf.ffn)
+        for layer, row in leaf.ffn.items()
         for suffix, write in row.items()
         if suffix.startswith(down_names(leaf.source))
     ]
@@ -91,8 +91,8 @@ def one_for_all(nodes: Sequence[ExpertNode], identical: Iterable[Sequence[int]])
 
 def _outline(node: ExpertNode) -> object:
     """Everything about an expert but its tensors: its nesting, and per matrix the steps and the adapter's scale."""
-    ffn = [{suffix: _recipe(write) for suffix, write in row.items()} for row in node.ffn]
-    loras = [sorted((suffix, lora.scale) for suffix, lora in row.items()) for row in node.loras]
+    ffn = [{suffix: _recipe(write) for suffix, write in row.items()} for row in node.ffn.values()]
+    loras = [sorted((suffix, lora.scale) for suffix, lora in row.items()) for row in node.loras.values()]
     return node.top_k, ffn, loras, [_outline(child) for child in node.children]
 
 
@@ -109,8 +109,9 @@ def _ref_pairs(one: ExpertNode, two: ExpertNode) -> Iterator[tuple[TensorRef, Te
 
 
 def _refs(leaf: ExpertNode) -> list[TensorRef]:
-    written = [ref for row in leaf.ffn for suffix in sorted(row) for ref in row[suffix].sources]
-    return written + [ref for row in leaf.loras for suffix in sorted(row) for ref in (row[suffix].a, row[suffix].b)]
+    rows, loras = leaf.ffn.values(), leaf.loras.values()
+    written = [ref for row in rows for suffix in sorted(row) for ref in row[suffix].sources]
+    return written + [ref for row in loras for suffix in sorted(row) for ref in (row[suffix].a, row[suffix].b)]
 
 
 def _same_name(one: TensorRef, two: TensorRef) -> bool:

@@ -155,9 +155,10 @@ def _tensors(model: Parts, arch: Arch, wide: Mapping[str, int]) -> Iterator[Gguf
         yield GgufTensor(f"{name}.weight", (len(numbers),), (), values=numbers)
     for layer in range(dims.layers):
         yield from rows[layer]
-        for name, symbols, value in arch.constants:
-            yield _constant(f"blk.{layer}.{name}", dims.shape(symbols), value)
-        yield from _experts(model, arch, layer, wide)
+        if layer in model.expert_layers:
+            for name, symbols, value in arch.constants:
+                yield _constant(f"blk.{layer}.{name}", dims.shape(symbols), value)
+            yield from _experts(model, arch, layer, wide)
 
 
 def placed(write: TensorWrite, place: Place, dims: Dims, shape: tuple[int, ...]) -> TensorWrite:

@@ -24,7 +24,7 @@ def heal_bytes(made: Plan, settings: HealSettings) -> int:
     leaves = [leaf for _, path, leaf in named_experts(made.nodes) if not leaf.children and entries[path].data]
     found = 0
     for leaf in leaves:
-        for layer, row in enumerate(leaf.ffn):
+        for layer, row in leaf.ffn.items():
             suffix = down_suffix(leaf, layer)
             if suffix is not None:
                 write = row[suffix]

@@ -160,7 +160,7 @@ def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, 
 def router_shapes(
     fmt: MoEFormat | None,
     *,
-    layers: int,
+    layers: Sequence[int],
     hidden: int,
     nodes: tuple[ExpertNode, ...],
     gated_shared: bool,
@@ -172,14 +172,14 @@ def router_shapes(
     """
     widths = gate_paths(nodes) | ({SHARED: 1} if gated_shared else {})
     named = [
-        zip(router_names(fmt, layers=layers, path=path), [width] * layers, strict=True)
+        [(name, width) for name in router_names(fmt, layers=layers, path=path).values()]
         for path, width in widths.items()
     ]
     return {name: (width, hidden) for row in zip(*named, strict=True) for name, width in row}
 
 
-def router_names(fmt: MoEFormat | None, *, layers: int, path: tuple[int, ...]) -> tuple[str, ...]:
-    """Per layer `...mlp.gate.weight` for the outer router, `...mlp.experts.2.experts.0.gate.weight` for path (2, 0)."""
+def router_names(fmt: MoEFormat | None, *, layers: Sequence[int], path: tuple[int, ...]) -> dict[int, str]:
+    """Layer -> `...mlp.gate.weight` for the outer router, `...mlp.experts.2.experts.0.gate.weight` for path (2, 0)."""
     naming = fmt or FORMATS["qwen2_moe"]
     if path == SHARED:
         template = naming.shared_gate or FORMATS["qwen2_moe"].shared_gate
@@ -187,7 +187,7 @@ def router_names(fmt: MoEFormat | None, *, layers: int, path: tuple[int, ...]) -
     else:
         nested = "".join(f"experts.{index}." for index in path)
         template = naming.gate.replace("gate.weight", f"{nested}gate.weight")
-    return tuple(template.format(layer=layer) for layer in range(layers))
+    return {layer: template.format(layer=layer) for layer in layers}
 
 
 def gate_paths(nodes: tuple[ExpertNode, ...], path: tuple[int, ...] = ()) -> dict[tuple[int, ...], int]:
@@ -215,12 +215,11 @@ def built_writes(
     """
     fmt = translation.fmt
     groups: list[tuple[TensorWrite, ...]] = [(write,) for write in translation.backbone(backbone)]
-    layers = translation.dims.layers
-    for layer in range(layers):
+    for layer in translation.layers:
         groups.append(tuple(_expert_writes(fmt, [translation.ffn(node, layer) for node in nodes], layer)))
         if fmt.shared and (shared or fmt.inert_shared_ffn is not None):
             groups.append(_shared_writes(translation, layer, shared, gated=gated_shared, dtype=dtype))
-    idle = fmt.idle_layers(translation.family, translation.config)
+    layers, idle = translation.dims.layers, fmt.idle_layers(translation.family, translation.config)
     groups += [tuple(_idle_writes(translation, groups, layer, dtype=dtype)) for layer in range(layers, layers + idle)]
     return tuple(groups)
 
@@ -259,7 +258,7 @@ def extra_writes(
     given |= {
         name.format(layer=layer, expert=index)
         for name in translation.fmt.expert
-        for layer in range(translation.dims.layers)
+        for layer in translation.layers
         for index in range(len(nodes))
     }
     return [write for group in groups for write in group if write.name not in given]

@@ -107,7 +107,7 @@ def plan(
     if to is not None:
         groups = built_writes(to, backbone, nodes, shared, gated_shared=gated, dtype=stored)
         groups = (*((write,) for write in passed), *groups)
-    layers, hidden = len(base_parts.ffn), int(base.config["hidden_size"])
+    layers, hidden = tuple(base_parts.ffn), int(base.config["hidden_size"])
     routers = router_shapes(fmt, layers=layers, hidden=hidden, nodes=nodes, gated_shared=gated)
     identical = identical_groups(nodes)
     base_node = ExpertNode("base", (), base, *ffn_writes(base, base_parts, dtype=stored))
@@ -120,7 +120,7 @@ def plan(
         base=base,
         sources=tuple(opened.values()),
         dtype=stored,
-        layers=layers,
+        layers=base.family.dims(base.config).layers if base.family else len(layers),
         hidden=hidden,
         nodes=nodes,
         shared=shared,

@@ -38,6 +38,7 @@ IN_MEMORY: Mapping[str, tuple[str, str]] = {
     "granitemoeshared": ROUTER,
     "granitemoehybrid": ROUTER,
     "ernie4_5_moe": (".gate.moe_statics.", ".moe_statics."),
+    "nemotron_h": ("model.", "backbone."),
 }
 
 
@@ -66,7 +67,7 @@ class Mixture:
         if not width or width != self.fmt.inert_shared_ffn or not self.tensors:
             return width
         down = next(name for name, suffixes in self.fmt.shared.items() if suffixes == DOWN)
-        found = (self.tensors.get(down.format(layer=layer)) for layer in range(self.translation().dims.layers))
+        found = (self.tensors.get(down.format(layer=layer)) for layer in self.translation().layers)
         return width if any(ref is None or values(ref).any() for ref in found) else 0
 
     def translation(self, *, shared: bool = False) -> Translation:
@@ -83,7 +84,7 @@ class Mixture:
         shared = part == SHARED_PART
         templates, index = (self.fmt.shared, 0) if shared else (self.expert, int(part))
         rows = stored_ffn(self.tensors, self.translation(shared=shared), templates, index=index, halved=False)
-        return (write for row in rows for write in row.values())
+        return (write for row in rows.values() for write in row.values())
 
     @cached_property
     def backbone(self) -> dict[str, TensorRef | TensorWrite]:
@@ -94,7 +95,7 @@ class Mixture:
         """Per layer, its gate of that name; none without weights, or where it has no such gate."""
         if template is None or not self.tensors:
             return ()
-        return tuple(self.tensors[template.format(layer=layer)] for layer in range(self.translation().dims.layers))
+        return tuple(self.tensors[template.format(layer=layer)] for layer in self.translation().layers)
 
 
 def opened_sources(recipe: Recipe, *, weights: bool, trust_remote_code: bool) -> dict[tuple[str, str | None], Source]:
@@ -182,7 +183,9 @@ def expert_names(fmt: MoEFormat, tensors: Tensors) -> Templates:
     """Name of a tensor of routed experts -> the matrices it holds, for a model with these tensors."""
     first = next(iter(fmt.expert))
     block = first.partition("experts.")[0] if "experts." in first else f"{first.rsplit('.', 2)[0]}."
-    packed = {f"{block}experts.gate_up_proj": GATE_UP, f"{block}experts.down_proj": DOWN}
+    into = next(suffixes for suffixes in fmt.expert.values() if suffixes != DOWN)
+    name = "gate_up_proj" if set(GATE_UP) & set(into) else "up_proj"
+    packed = {f"{block}experts.{name}": GATE_UP if name == "gate_up_proj" else into, f"{block}experts.down_proj": DOWN}
     return packed if all(name.format(layer=0) in tensors for name in packed) else fmt.expert
 
 
@@ -202,7 +205,7 @@ def _wanted(mixture: Mixture) -> Iterator[tuple[str, tuple[int, ...]]]:
         for piece in there.pieces(generic):
             yield piece.name.format(layer=layer), there.dims.shape(there.symbols[piece.name])
     hidden, count = there.dims.hidden, mixture.config.experts
-    for layer in range(there.dims.layers):
+    for layer in there.layers:
         yield fmt.gate.format(layer=layer), (count, hidden)
         yield from _matrices(mixture.expert, there.dims.ffn, hidden, layer, count)
         if mixture.shared_ffn:

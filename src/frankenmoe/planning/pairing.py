@@ -90,7 +90,8 @@ def _check_sizes(mixture: Plan, made_from: Plan) -> None:
 def _samples(plan: Plan, node: ExpertNode) -> Iterator[Floats]:
     """The first numbers of every matrix of the first, the middle and the last layer, in the format's own order."""
     assert plan.translation is not None
-    for layer in sorted({0, plan.layers // 2, plan.layers - 1}):
+    layers = plan.expert_layers
+    for layer in dict.fromkeys((layers[0], layers[len(layers) // 2], layers[-1])):
         row = plan.translation.ffn(node, layer)
         for suffix in sorted(row):
             write = row[suffix]

@@ -8,7 +8,7 @@ from typing import Any
 
 from frankenmoe.artifact.folder import Artifact, check_no_stray
 from frankenmoe.checkpoint.reader import open_checkpoint
-from frankenmoe.checkpoint.tensors import Constant, LowRank, TensorRef, TensorWrite
+from frankenmoe.checkpoint.tensors import Constant, TensorRef, TensorWrite
 from frankenmoe.errors import ArtifactError, PlanError
 from frankenmoe.families import FAMILIES, FORMATS, SOFTMAX, Family, MoEFormat
 from frankenmoe.families.mixtures import of_width, rule_in
@@ -22,7 +22,7 @@ from frankenmoe.planning.siblings import is_shared
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.stored import stored, stored_backbone, stored_ffn
 from frankenmoe.planning.translate import Translation
-from frankenmoe.planning.tree import ExpertNode
+from frankenmoe.planning.tree import ExpertNode, expert_layers
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,14 @@ class Parts:
     def shared_kind(self) -> str:
         return "gated" if self.shared and self.gated_shared else "plain" if self.shared else "none"
 
-    def router_names(self, path: tuple[int, ...]) -> tuple[str, ...]:
-        """Per layer, the name of the router at a path of nested experts; SHARED is the gate of the shared expert."""
-        return router_names(self.fmt, layers=self.layers, path=path)
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with experts: those that have an FFN."""
+        return expert_layers(self.nodes)
+
+    def router_names(self, path: tuple[int, ...]) -> dict[int, str]:
+        """Layer -> the name of the router at a path of nested experts; SHARED is the gate of the shared expert."""
+        return router_names(self.fmt, layers=self.expert_layers, path=path)
 
     def with_gates(self, refs: Mapping[str, TensorRef]) -> "Parts":
         """The same MoE with the gates stored in `refs`. ArtifactError if one is missing."""
@@ -143,19 +148,16 @@ def parts_of_built(artifact: Artifact) -> Parts:
         raise ArtifactError(
             f"the record of {artifact.folder} has {wrong}", hint="the record was edited; build the artifact again"
         )
-    layers = family.dims(config).layers
-
     gated = fmt.shared_gate is not None and fmt.shared_gate.format(layer=0) in artifact.routers
     there = Translation(fmt, family, config, len(record["experts"]))
     shared_config = _shared_config(there, tensors) if record["shared_experts"] else None
-    no_loras: tuple[Mapping[str, LowRank], ...] = ({},) * layers
 
     def expert(name: str, path: tuple[int, ...], templates: Mapping[str, tuple[str, ...]], index: int) -> ExpertNode:
         beside = path[: len(SHARED)] == SHARED
         halved = beside and fmt.shared_gate is not None and not gated
         into = replace(there, config=shared_config) if beside and shared_config else there
         rows = stored_ffn(tensors, into, templates, index=index, halved=halved)
-        return ExpertNode(name, path, None, rows, no_loras)
+        return ExpertNode(name, path, None, rows, {layer: {} for layer in rows})
 
     shared = tuple(expert(name, (*SHARED, 0), fmt.shared, 0) for name in record["shared_experts"])
     return Parts(
@@ -164,7 +166,7 @@ def parts_of_built(artifact: Artifact) -> Parts:
         family=family,
         config=config,
         folder=artifact.folder,
-        layers=layers,
+        layers=family.dims(config).layers,
         backbone=stored_backbone(tensors, there),
         nodes=tuple(expert(name, (index,), fmt.expert, index) for index, name in enumerate(record["experts"])),
         shared=shared,

@@ -27,11 +27,12 @@ from frankenmoe.planning.layout import (
     LAYOUT_VERSION,
     extra_writes,
     misfits,
+    router_names,
     rule_of,
 )
 from frankenmoe.planning.sources import Source
 from frankenmoe.planning.translate import Translation
-from frankenmoe.planning.tree import ExpertNode
+from frankenmoe.planning.tree import ExpertNode, expert_layers
 from frankenmoe.recipe import DOMAIN_MODES, FIT_MODES, Recipe
 
 
@@ -97,6 +98,15 @@ class Plan:
     @property
     def experts(self) -> int:
         return len(self.nodes)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with experts: those that have an FFN."""
+        return expert_layers(self.nodes)
+
+    def router_names(self, path: tuple[int, ...]) -> dict[int, str]:
+        """Layer -> the name of the router at a path of nested experts; SHARED is the gate of the shared expert."""
+        return router_names(self.fmt, layers=self.expert_layers, path=path)
 
     @property
     def all_identical(self) -> bool:

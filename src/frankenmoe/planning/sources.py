@@ -14,14 +14,14 @@ from frankenmoe.checkpoint.hub import is_folder, local_path, resolve
 from frankenmoe.checkpoint.reader import Adapter, Checkpoint, open_adapter, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.errors import SourceError
-from frankenmoe.families import FAMILIES, MLPS, Family, text_config, text_name, wrapper_of
+from frankenmoe.families import FAMILIES, FFN_PARTS, Family, prefixes_of, text_config, text_name, wrapper_of
 from frankenmoe.families.mixtures import UNLIKE_DENSE, MixtureConfig, format_of
 from frankenmoe.planning.configs import WRONG_CONFIG, check_config, dequantizing
 from frankenmoe.recipe import Expert, Recipe, SourceName
 from frankenmoe.recipe.backbone import WITHOUT_BASE, ExpertMerge
 
 # a tensor of a per-layer `mlp` in any transformers decoder: model.layers.3.mlp.x, transformer.h.3.mlp.x ...
-FFN_NAME = re.compile(rf"^(?P<prefix>.*\.(?P<layer>\d+)\.({'|'.join(MLPS)})\.)(?P<suffix>.+)$")
+FFN_NAME = re.compile(rf"^(?P<prefix>.*\.(?P<layer>\d+)\.({FFN_PARTS})\.)(?P<suffix>.+)$")
 # a tensor of an expert: mlp.experts.3.w, block_sparse_moe.experts.3.w, mlp.experts.gate_up_proj ...
 OWN_EXPERTS = re.compile(r"\.\d+\.(\w+\.)*experts\.")
 BUFFER = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(bias|masked_bias)$|\.attention\.(bias|masked_bias)$")
@@ -32,19 +32,21 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
     "num_hidden_layers": ("n_layer", "num_layers"),
     "num_attention_heads": ("n_head", "num_heads"),
 }
+# fields with a word or a letter for every layer
+LISTS = ("layers_block_type", "hybrid_override_pattern")
 
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Names and shapes of a dense checkpoint: its backbone, and per layer its FFN."""
+    """Names and shapes of a dense checkpoint: its backbone, and the FFN of every layer that has one."""
 
     backbone: Mapping[str, tuple[int, ...]]
-    ffn: tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]  # per layer: suffix -> (full name, shape)
+    ffn: Mapping[int, Mapping[str, tuple[str, tuple[int, ...]]]]  # layer -> suffix -> (full name, shape)
 
     @property
     def ffn_shapes(self) -> dict[str, tuple[int, ...]]:
         """Full name -> shape of every FFN tensor."""
-        return dict(tensor for layer in self.ffn for tensor in layer.values())
+        return dict(tensor for row in self.ffn.values() for tensor in row.values())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -186,21 +188,20 @@ def open_source(
     if adapter and "@" in adapter and not os.path.exists(local_path(adapter, folder=folder)):
         path, revision = adapter.rsplit("@", 1)
     opened_adapter = open_adapter(resolve(path, revision=revision, folder=folder, weights=True))
-    return replace(source, adapter=language_adapter(opened_adapter) if wrapper_of(opened.config) else opened_adapter)
+    return replace(source, adapter=language_adapter(opened_adapter, prefixes_of(opened.config)))
 
 
 def language_model(opened: Checkpoint) -> Checkpoint:
     """A checkpoint with the config and the names of its language model, which may be nested in another model."""
-    config = in_one_spelling(text_config(opened.config))
-    if wrapper_of(opened.config) is None:
-        return replace(opened, config=config)
-    tensors = {text_name(name): ref for name, ref in opened.tensors.items()}
-    return replace(opened, config=config, tensors=tensors, outer=opened.config)
+    prefixes = prefixes_of(opened.config)
+    tensors = {text_name(name, prefixes): ref for name, ref in opened.tensors.items()} if prefixes else opened.tensors
+    outer = opened.config if wrapper_of(opened.config) else opened.outer
+    return replace(opened, config=in_one_spelling(text_config(opened.config)), tensors=tensors, outer=outer)
 
 
-def language_adapter(adapter: Adapter) -> Adapter:
-    """An adapter of a model around a language model, with the names of the language model."""
-    return replace(adapter, tensors={text_name(name): ref for name, ref in adapter.tensors.items()})
+def language_adapter(adapter: Adapter, prefixes: Mapping[str, str]) -> Adapter:
+    """An adapter of a model whose names begin with other words, with those of its language model's class."""
+    return replace(adapter, tensors={text_name(name, prefixes): ref for name, ref in adapter.tensors.items()})
 
 
 @cache
@@ -218,9 +219,10 @@ def known_to_transformers(model_type: str) -> bool:
 
 
 def in_one_spelling(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with its sizes under their common names."""
+    """A config with its sizes under their common names; where it lists its layers, it may not count them."""
     found = {key: config[other] for key, others in SPELLINGS.items() for other in others if other in config}
-    return found | dict(config)
+    listed = next((config[key] for key in LISTS if isinstance(config.get(key), list | str)), None)
+    return ({} if listed is None else {"num_hidden_layers": len(listed)}) | found | dict(config)
 
 
 def sources_of(recipe: Recipe) -> Iterator[tuple[SourceName, str | None]]:
@@ -260,7 +262,7 @@ def anatomy(source: Source) -> Anatomy:
     family = source.family
     if family is not None:
         backbone = family.shapes(family.backbone, source.config)
-        return Anatomy(backbone, _layered(family.shapes(family.ffn, source.config), source))
+        return Anatomy(backbone, family.layered(source.config))
     if not source.checkpoint.has_weights:
         raise SourceError(
             f"{source.name} is a {source.config.get('model_type')!r} model without weights, and only the names in its "
@@ -279,7 +281,7 @@ def anatomy(source: Source) -> Anatomy:
 
 def _layered(
     shapes: Mapping[str, tuple[int, ...]], source: Source
-) -> tuple[Mapping[str, tuple[str, tuple[int, ...]]], ...]:
+) -> Mapping[int, Mapping[str, tuple[str, tuple[int, ...]]]]:
     layers: dict[int, dict[str, tuple[str, tuple[int, ...]]]] = {}
     for name, shape in shapes.items():
         match = FFN_NAME.match(name)
@@ -291,7 +293,7 @@ def _layered(
             f"like `...layers.0.mlp...`, found them in layers {sorted(layers)}",
             hint="only decoders with a per-layer `mlp` can give experts",
         )
-    return tuple(layers[index] for index in range(len(layers)))
+    return dict(sorted(layers.items()))
 
 
 def check_tensors(source: Source, parts: Anatomy) -> None:

@@ -9,7 +9,6 @@ from frankenmoe.errors import ArtifactError
 from frankenmoe.families.rows import LAYER
 from frankenmoe.families.spec import MoEFormat
 from frankenmoe.families.words import DOWN
-from frankenmoe.planning.sources import FFN_NAME
 from frankenmoe.planning.translate import Translation, narrowed, rows_of, turned
 
 HALF = Scale(0.5)
@@ -33,23 +32,16 @@ def stored_backbone(tensors: Tensors, translation: Translation) -> tuple[TensorW
 
 def stored_ffn(
     tensors: Tensors, translation: Translation, templates: Mapping[str, tuple[str, ...]], *, index: int, halved: bool
-) -> tuple[dict[str, TensorWrite], ...]:
-    """Per layer, dense suffix -> write of the expert `index`; `templates` are those of experts or of the shared one.
+) -> dict[int, dict[str, TensorWrite]]:
+    """Layer -> dense suffix -> write of the expert `index`; `templates` are those of experts or of the shared one.
 
     `halved` undoes the doubling of an ungated shared expert, whose constant gate is one half.
     """
-    family, config = translation.family, translation.config
-    rows: list[dict[str, TensorWrite]] = [{} for _ in range(translation.dims.layers)]
-    plain: list[dict[str, TensorWrite]] = [
-        _plain(tensors, translation.fmt, templates, layer=layer, index=index, halved=halved)
-        for layer in range(len(rows))
-    ]
-    for name, shape in family.shapes(family.ffn, config).items():
-        match = FFN_NAME.match(name)
-        assert match is not None, name
-        layer = int(match["layer"])
-        rows[layer][match["suffix"]] = translation.dense(name, shape, plain[layer].__getitem__)
-    return tuple(rows)
+    rows = {}
+    for layer, row in translation.family.layered(translation.config).items():
+        plain = _plain(tensors, translation.fmt, templates, layer=layer, index=index, halved=halved)
+        rows[layer] = {key: translation.dense(name, shape, plain.__getitem__) for key, (name, shape) in row.items()}
+    return rows
 
 
 def _plain(

@@ -61,13 +61,13 @@ def nodes_with_trained(nodes: tuple[ExpertNode, ...], trained: Mapping[str, Tens
         replace(
             node,
             children=nodes_with_trained(node.children, trained),
-            ffn=tuple(
-                {
+            ffn={
+                layer: {
                     suffix: _replaced(write, trained.get(trained_name(node.path, write.name)))
                     for suffix, write in row.items()
                 }
-                for row in node.ffn
-            ),
+                for layer, row in node.ffn.items()
+            },
         )
         for node in nodes
     )
@@ -81,7 +81,7 @@ def check_used(
     nodes: tuple[ExpertNode, ...],
 ) -> None:
     """Raises SourceError for a trained tensor that belongs to no part of this recipe."""
-    experts = (write for node in nodes for leaf in node.leaves() for row in leaf.ffn for write in row.values())
+    experts = (write for node in nodes for leaf in node.leaves() for row in leaf.ffn.values() for write in row.values())
     used = {ref for write in (*backbone, *experts) for ref in write.sources}
     for name, ref in trained.items():
         if ref not in used:

@@ -55,6 +55,11 @@ class Translation:
                 found[piece.name] = (piece.rows, *spec.shape[1:]) if piece.rows else spec.shape
         return found
 
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """The numbers of the layers with an FFN."""
+        return tuple(self.family.layered(self.config))
+
     def plain(self, writes: Sequence[TensorWrite], dims: Dims | None = None) -> Iterator[TensorWrite]:
         """The plain tensors that dense writes hold, in their order; `dims` are those of the base if not given."""
         for write in writes:
@@ -82,7 +87,7 @@ class Translation:
     def width(self, node: ExpertNode) -> int:
         """The width of an expert's FFN, which may be another one in a shared expert."""
         down = next(spec.name for spec in self.family.ffn if spec.shape == ("hidden", "ffn"))
-        return node.ffn[0][down.partition(f".{self.family.mlp}.")[2]].shape[1]
+        return next(iter(node.ffn.values()))[down.partition(f".{self.family.mlp}.")[2]].shape[1]
 
     def dense(self, name: str, shape: tuple[int, ...], plain: Plain) -> TensorWrite:
         """A dense tensor, put together again from the plain ones that `plain` finds by name."""

@@ -6,40 +6,42 @@ then the residual scale.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from frankenmoe.checkpoint.lorasettings import check_settings, lora_scale
 from frankenmoe.checkpoint.peft import PREFIX
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
 from frankenmoe.errors import PlanError, SourceError
-from frankenmoe.families import MLPS
+from frankenmoe.families import FFN_PARTS
 from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
 from frankenmoe.recipe import Expert, Recipe, SourceName
 
 # names of the matrix that writes to the residual stream, in the families of transformers
 DOWN = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "fc_out", "wo")
 # a tensor of an adapter on an FFN, of any kind of adapter
-FFN_ADAPTER = re.compile(rf"\.\d+\.({'|'.join(MLPS)})\.")
+FFN_ADAPTER = re.compile(rf"\.\d+\.({FFN_PARTS})\.")
 EVERY_NAME = re.compile("")
 
+Rows = Mapping[int, Mapping[str, TensorWrite]]
+LoraRows = Mapping[int, Mapping[str, LowRank]]
 ParentTensors = Callable[[str, tuple[int, ...]], TensorRef | TensorWrite]
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertNode:
-    """An expert: a leaf with FFN writes per layer (dense names), or a nested mixture with children and a top-k.
+    """An expert: a leaf with FFN writes (dense names), or a nested mixture with children and a top-k.
 
-    `ffn[layer][suffix]` is the write without the adapter, `loras[layer][suffix]` the adapter's step. `path` is (2, 0)
-    for the first expert nested in the third.
+    `ffn[layer][suffix]` is the write without the adapter, `loras[layer][suffix]` the adapter's step, for every layer
+    that has an FFN. `path` is (2, 0) for the first expert nested in the third.
     """
 
     name: str
     path: tuple[int, ...]
     source: Source | None
-    ffn: tuple[Mapping[str, TensorWrite], ...] = ()
-    loras: tuple[Mapping[str, LowRank], ...] = ()
+    ffn: Rows = field(default_factory=dict)
+    loras: LoraRows = field(default_factory=dict)
     children: tuple["ExpertNode", ...] = ()
     top_k: int = 0
 
@@ -58,8 +60,13 @@ class ExpertNode:
     def folded_writes(self) -> list[TensorWrite]:
         """All FFN writes below this node, with adapters folded in."""
         return [
-            leaf.folded(layer, suffix) for leaf in self.leaves() for layer, row in enumerate(leaf.ffn) for suffix in row
+            leaf.folded(layer, suffix) for leaf in self.leaves() for layer, row in leaf.ffn.items() for suffix in row
         ]
+
+
+def expert_layers(nodes: Sequence[ExpertNode]) -> tuple[int, ...]:
+    """The numbers of the layers that have experts, which are the same for all experts of an MoE."""
+    return tuple(next(nodes[0].leaves()).ffn)
 
 
 def with_lora(write: TensorWrite, lora: LowRank) -> TensorWrite:
@@ -102,10 +109,10 @@ def _node(
         top_k = expert.experts_per_token or recipe.experts_per_token
         return ExpertNode(expert.name, path, None, children=children, top_k=top_k)
     source, parts = _parent(recipe, expert, sources)
-    down = down_names(source)
-    if expert.residual_scale is not None and not any(suffix.startswith(down) for suffix in parts.ffn[0]):
+    down, some = down_names(source), next(iter(parts.ffn.values()))
+    if expert.residual_scale is not None and not any(suffix.startswith(down) for suffix in some):
         raise PlanError(
-            f"residual_scale of expert {expert.name} cannot be applied: its FFN has {', '.join(parts.ffn[0])}, and "
+            f"residual_scale of expert {expert.name} cannot be applied: its FFN has {', '.join(some)}, and "
             f"none of them is a known down projection ({', '.join(down)})",
             hint="leave residual_scale out for this family",
         )
@@ -117,20 +124,20 @@ def _node(
         shared, lora_rows = ffn_writes(replace(base, adapter=ours), base_parts, dtype=dtype)
         # biases have no low rank, and weigh nothing: they are the parent's own
         own, _ = ffn_writes(source, parts, dtype=dtype)
-        ffn = tuple(
-            {key: write if len(write.shape) > 1 else row[key] for key, write in layer.items()}
-            for layer, row in zip(shared, own, strict=True)
-        )
-    changed = tuple(
-        {
+        ffn = {
+            layer: {key: write if len(write.shape) > 1 else own[layer][key] for key, write in row.items()}
+            for layer, row in shared.items()
+        }
+    changed = {
+        layer: {
             suffix: replace(
                 write,
                 steps=(*write.steps, *_steps(recipe, expert, write.name, down=suffix.startswith(down), path=path)),
             )
-            for suffix, write in layer.items()
+            for suffix, write in row.items()
         }
-        for layer in ffn
-    )
+        for layer, row in ffn.items()
+    }
     return ExpertNode(expert.name, path, source, changed, lora_rows)
 
 
@@ -158,20 +165,18 @@ def _one_expert(source: Source) -> Source:
     return source
 
 
-def ffn_writes(
-    source: Source, parts: Anatomy, *, dtype: str
-) -> tuple[tuple[Mapping[str, TensorWrite], ...], tuple[Mapping[str, LowRank], ...]]:
-    """A parent's FFNs as they are: per layer, suffix -> write under its dense name, and suffix -> adapter step."""
+def ffn_writes(source: Source, parts: Anatomy, *, dtype: str) -> tuple[Rows, LoraRows]:
+    """A parent's FFNs as they are: layer -> suffix -> write under its dense name, and the same of adapter steps."""
     for single in source.singles:
         refuse_strange_keys(single, FFN_ADAPTER)
     # the adapter of a single source stays apart, so that the virtual form keeps it low-rank
     loras = {} if source.merged is not None else adapter_steps(source, parts)
     tensors = parent_tensors(replace(source, adapter=None))
-    ffn = tuple(
-        {suffix: _written(tensors(name, shape), name, dtype) for suffix, (name, shape) in layer.items()}
-        for layer in parts.ffn
-    )
-    return ffn, tuple({key: loras[name] for key, (name, _) in layer.items() if name in loras} for layer in parts.ffn)
+    ffn, steps = dict[int, Mapping[str, TensorWrite]](), dict[int, Mapping[str, LowRank]]()
+    for layer, row in parts.ffn.items():
+        ffn[layer] = {suffix: _written(tensors(name, shape), name, dtype) for suffix, (name, shape) in row.items()}
+        steps[layer] = {suffix: loras[name] for suffix, (name, _) in row.items() if name in loras}
+    return ffn, steps
 
 
 def down_names(source: Source | None) -> tuple[str, ...]:

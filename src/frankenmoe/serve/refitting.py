@@ -7,7 +7,7 @@ import yaml
 
 from frankenmoe.gates.forcing import set_gates
 from frankenmoe.moe.load import MoE, gate_tensors
-from frankenmoe.planning.layout import SHARED, gate_paths, router_names
+from frankenmoe.planning.layout import SHARED, gate_paths
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.gatemodes import FIT_MODES, PROMPT_MODES
 from frankenmoe.serve.errors import RequestError
@@ -73,6 +73,6 @@ class Refitter:
         paths = [*gate_paths(plan.nodes), *([SHARED] if plan.gated_shared else [])]
         set_gates(
             moe.model,
-            {path: [gates[name] for name in router_names(plan.fmt, layers=plan.layers, path=path)] for path in paths},
+            {path: [gates[name] for name in plan.router_names(path).values()] for path in paths},
         )
         self._use(subject)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList
 
-from frankenmoe.errors import SourceError
-from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.dense import layer_modules
 from frankenmoe.moe.generate import checked, encode, generate, room
 from frankenmoe.moe.generation import check_generation, end_tokens
 from frankenmoe.moe.load import MoE
@@ -185,10 +184,7 @@ class Running:
 
 def _decoders(model: Any) -> list[torch.nn.Module]:
     """The layers of a model; none if it is built in an unusual way, and is then stopped only between tokens."""
-    try:
-        return [layer for layer, _ in mlp_modules(model).values()]
-    except SourceError:
-        return []
+    return list(layer_modules(model).values())
 
 
 def _seed(seed: int | None, choice: int) -> None:

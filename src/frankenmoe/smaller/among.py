@@ -14,7 +14,6 @@ from frankenmoe.moe.load import MoE, gate_tensors
 from frankenmoe.moe.router import Router, Routing
 from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import router_names
 
 
 class Among(nn.Module):
@@ -42,7 +41,7 @@ def routers_among(
     That has the experts kept_L[layer] of the MoE, and these `routers`.
     """
     gates, found = gate_tensors(routers), list[tuple[MoEBlock, nn.Module]]()
-    names = router_names(made.fmt, layers=made.layers, path=())
+    names = made.router_names(()).values()
     top_k = made.recipe.experts_per_token
     for name, kept, block in zip(names, kept_L, outer_blocks(moe.model).values(), strict=True):
         weight_RD = gates[name].to(device=block.router.weight.device, dtype=block.router.weight.dtype)

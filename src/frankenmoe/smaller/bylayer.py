@@ -61,7 +61,7 @@ def plan_by_layer(old: Plan, kept_L: Sequence[Sequence[int]]) -> Plan:
         translation=translation,
         nodes=nodes,
         groups=built_writes(translation, old.backbone, nodes, old.shared, gated_shared=gated, dtype=old.dtype),
-        routers=router_shapes(fmt, layers=old.layers, hidden=old.hidden, nodes=nodes, gated_shared=gated),
+        routers=router_shapes(fmt, layers=old.expert_layers, hidden=old.hidden, nodes=nodes, gated_shared=gated),
         extracted={},
     )
 
@@ -69,8 +69,9 @@ def plan_by_layer(old: Plan, kept_L: Sequence[Sequence[int]]) -> Plan:
 def _slot(old: Plan, index: int, experts: Sequence[int]) -> ExpertNode:
     """A place among the experts of every layer; it has the name of its expert if that is the same in all layers."""
     name = old.nodes[experts[0]].name if len(set(experts)) == 1 else f"expert-{index}"
-    ffn = tuple(old.nodes[expert].ffn[layer] for layer, expert in enumerate(experts))
-    loras = tuple(old.nodes[expert].loras[layer] for layer, expert in enumerate(experts))
+    chosen = dict(zip(old.expert_layers, experts, strict=True))
+    ffn = {layer: old.nodes[expert].ffn[layer] for layer, expert in chosen.items()}
+    loras = {layer: old.nodes[expert].loras[layer] for layer, expert in chosen.items()}
     return ExpertNode(name, (index,), old.nodes[experts[0]].source, ffn, loras)
 
 

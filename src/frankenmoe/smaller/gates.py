@@ -32,7 +32,7 @@ from frankenmoe.gates.statistics import (
 from frankenmoe.gates.texts import PROMPTS, OwnText, fitted_blocks, read_texts
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning import Plan
-from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths, router_names
+from frankenmoe.planning.layout import SHARED, RouterPath, gate_paths
 from frankenmoe.planning.names import named_experts
 from frankenmoe.progress import Progress
 from frankenmoe.subject import Subject
@@ -101,7 +101,7 @@ def rest_routers(
     the one of the earlier fit; after any other fit the rows stay. `data` names other places of the texts of experts
     that go. Raises SourceError if their text is not that of the fit.
     """
-    rows = kept_rows(subject.routers(progress).routers, old, made, [kept] * old.layers)
+    rows = kept_rows(subject.routers(progress).routers, old, made, [kept] * len(old.expert_layers))
     if known is None:
         return RestRouters(MadeRouters(rows), KEPT)
     assert moe is not None
@@ -116,7 +116,7 @@ def rest_routers(
     scale = float(facts["closed_scale"])
     gates = lowered(times(closed_gates(outer, chosen), scale), lowering(outer, moe.model))
     fresh = encoded_gates(made, gates, None)
-    rows = {**rows, **{name: fresh[name] for name in router_names(made.fmt, layers=made.layers, path=())}}
+    rows = {**rows, **{name: fresh[name] for name in made.router_names(()).values()}}
     facts |= {"method": chosen, "scale": scale}
     return RestRouters(MadeRouters(rows, statistics_bytes(Fitted(statistics, facts))), chosen)
 
@@ -140,8 +140,8 @@ def kept_rows(routers: Routers, old: Plan, made: Plan, kept_L: Sequence[Sequence
     paths: list[RouterPath] = [*gate_paths(made.nodes), *([SHARED] if made.gated_shared else [])]
     for path in paths:
         before = path if path in ((), SHARED) else (kept_L[0][path[0]], *path[1:])
-        names = router_names(made.fmt, layers=made.layers, path=path)
-        for was, name, kept in zip(router_names(old.fmt, layers=old.layers, path=before), names, kept_L, strict=True):
+        names = (each.router_names(at).values() for each, at in ((old, before), (made, path)))
+        for was, name, kept in zip(*names, kept_L, strict=True):
             dtype, (count, hidden), raw = routers[was]
             if path == ():
                 raw, count = raw.reshape(count, -1)[list(kept)].reshape(-1), len(kept)

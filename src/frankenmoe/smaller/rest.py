@@ -151,9 +151,9 @@ def _changed(old: Plan, made: Plan, kept: Sequence[int]) -> Iterator[TensorWrite
 
 
 def _changed_ffn(leaf: ExpertNode, other: ExpertNode) -> Iterator[TensorWrite]:
-    for row, others in zip(leaf.ffn, other.ffn, strict=True):
+    for layer, row in leaf.ffn.items():
         for suffix, write in row.items():
-            if write != others[suffix]:
+            if write != other.ffn[layer][suffix]:
                 yield _written_out(write, trained_name(other.path, write.name))
 
 

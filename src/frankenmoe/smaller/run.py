@@ -176,7 +176,7 @@ def prune(
     progress.start("ranking experts", sum(len(block.ids) for block in blocks), "tokens")
     found = saliency(moe, blocks, progress=progress)
     ranking = found.ranked(old.identical_experts)
-    by_layer = found.ranked_by_layer(old.identical_experts) if per_layer else [ranking] * old.layers
+    by_layer = found.ranked_by_layer(old.identical_experts) if per_layer else [ranking] * len(old.expert_layers)
     kept_L = [each.kept(experts) for each in by_layer]
     before = _losses(moe, texts, progress)
     made, routers = _made(job, moe, kept_L, per_layer=per_layer)

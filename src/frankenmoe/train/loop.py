@@ -55,7 +55,7 @@ class Run:
 
     moe: MoE
     plan: Plan | None
-    gate_names: Callable[[tuple[int, ...]], tuple[str, ...]]
+    gate_names: Callable[[tuple[int, ...]], Mapping[int, str]]
     domains: tuple[Domain, ...]
     settings: TrainSettings
     folder: Path

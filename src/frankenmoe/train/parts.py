@@ -92,7 +92,7 @@ def make_learnable(
     return slots
 
 
-def gate_modules(model: nn.Module, names: Callable[[tuple[int, ...]], tuple[str, ...]]) -> dict[nn.Module, str]:
+def gate_modules(model: nn.Module, names: Callable[[tuple[int, ...]], Mapping[int, str]]) -> dict[nn.Module, str]:
     """Every module whose `weight` is a gate -> the gate's name in the routers file."""
     found: dict[nn.Module, str] = {}
 
@@ -178,13 +178,14 @@ def _attention(model: Any, *, rank: int, seed: int) -> Slots:
     """
     head = model.get_output_embeddings()
     slots: Slots = {}
+    opaque = [name for name, module in model.named_modules() if type(module).__name__ in OPAQUE]
     found = [
         (name, module)
         for name, module in _backbone_modules(model)
         if module is not head
         and isinstance(module, nn.Linear | LoraLinear)
         and not name.endswith(".base")
-        and not OPAQUE.intersection(name.split("."))
+        and not any(name.startswith(f"{each}.") for each in opaque)
     ]
     for name, module in found:
         if isinstance(module, nn.Linear):

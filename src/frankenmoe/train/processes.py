@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from frankenmoe.errors import PlanError
-from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.dense import layer_modules
 from frankenmoe.moe.processes import world
 from frankenmoe.recipe.train import TrainSettings
 
@@ -73,7 +73,7 @@ def spread(model: Any, accelerator: Accelerator, *, shard: bool) -> nn.Module:
         wrapped: nn.Module = accelerator.prepare_model(model)
         return wrapped
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for layer, _ in mlp_modules(model).values():
+    for layer in layer_modules(model).values():
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model  # type: ignore[no-any-return]

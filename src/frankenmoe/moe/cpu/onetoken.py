@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Group, Transient, gated, listened
+from frankenmoe.moe.grouping import Group, Transient, listened, plain, projections
 from frankenmoe.moe.linear import KINDS, LOW_KINDS, SMALL, Int8Linear, have_addresses, is_linear, is_row, kernels
 
 # D hidden, F ffn, K top-k
 
+GATE_UP_DOWN = 3  # matrices of the only kind of FFN with a kernel
 SILU = frozenset({"SiLU", "SiLUActivation"})  # torch's and transformers' names of the only activation with a kernel
 
 
@@ -103,10 +104,11 @@ def _go_together(hidden_1D: torch.Tensor, experts: Sequence[Prepared]) -> bool:
 
 def _prepare(group: Group, member: int, compiled: ModuleType) -> Prepared | None:
     """None for an expert that computes something else, or that has a hook."""
-    if type(group.module).__name__ not in GATED_MLPS or (group.base is None and listened(group.module)):
+    names = projections(group.module)
+    if len(names) != GATE_UP_DOWN or (group.base is None and listened(group.module)):
         return None
-    base = group.base or gated(group.module)
-    linears = [base.gate_proj, base.up_proj, base.down_proj]
+    base = group.base or plain(group.module)
+    linears = base.linears
     if type(base.act).__name__ not in SILU or not all(map(is_linear, linears)) or listened(*linears, base.act):
         return None
     loras = group.loras[group.members.index(member)] if group.loras else {}
@@ -132,7 +134,7 @@ def _prepare(group: Group, member: int, compiled: ModuleType) -> Prepared | None
         and all(tensor.is_contiguous() for tensor in tensors)
     ):
         return None
-    given = (loras.get(name) for name in PROJECTIONS)
+    given = (loras.get(name) for name in names)
     return Prepared(
         ffn=group.members[0],
         dtype=weights[0].dtype,

@@ -1,5 +1,6 @@
 """Computes packed experts on a GPU. The host never waits for the device."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,29 +68,35 @@ def _distinct(
     if packed.place_E is not None:
         place_TK = packed.place_E[place_TK]
     rows = _rows(place_TK, experts=packed.down_EOI.shape[0])
-    gate_AF, up_AF = _product(hidden_TD.index_select(0, rows.token_A), packed.gate_up_EOI, rows).chunk(2, dim=-1)
-    out_AD = _product(packed.act(gate_AF) * up_AF, packed.down_EOI, rows)
+    into_AO = _product(hidden_TD.index_select(0, rows.token_A), packed.into_EOI, rows)
+    out_AD = _product(_inner(into_AO.split(packed.down_EOI.shape[2], dim=-1), packed.act), packed.down_EOI, rows)
     return (_kept(out_AD, rows, ids_TK) * weights_TK[..., None]).sum(dim=1)
 
 
 def _adapted(hidden_TD: torch.Tensor, weights_TK: torch.Tensor, ids_TK: torch.Tensor, packed: Adapted) -> torch.Tensor:
-    """Gate and up of the base once per token, down once for the weighted sum over experts (see moe/experts.py)."""
+    """The base's gate and up once per token, down once for the weighted sum over experts (see moe/experts.py)."""
     base, low_rank = packed.group.base, stacked(packed)
     assert base is not None
     rows = _rows(ids_TK.clamp(min=0), experts=len(packed.group.members))
     hidden_AD = hidden_TD.index_select(0, rows.token_A)
-    gate_AF = base.gate_proj(hidden_TD).index_select(0, rows.token_A)
-    up_AF = base.up_proj(hidden_TD).index_select(0, rows.token_A)
-    if "gate_proj" in low_rank:
-        gate_AF = gate_AF + _update(hidden_AD, low_rank["gate_proj"], rows)
-    if "up_proj" in low_rank:
-        up_AF = up_AF + _update(hidden_AD, low_rank["up_proj"], rows)
-    weight_A = weights_TK.reshape(-1).index_select(0, rows.order_A).to(gate_AF.dtype)
-    inner_AF = base.act(gate_AF) * up_AF * weight_A[:, None]
-    out_TD: torch.Tensor = base.down_proj(_kept(inner_AF, rows, ids_TK).sum(dim=1))
+    into_AF = []
+    for name, linear in base.into.items():
+        product_AF = linear(hidden_TD).index_select(0, rows.token_A)
+        into_AF.append(product_AF + _update(hidden_AD, low_rank[name], rows) if name in low_rank else product_AF)
+    weight_A = weights_TK.reshape(-1).index_select(0, rows.order_A).to(into_AF[0].dtype)
+    inner_AF = _inner(into_AF, base.act) * weight_A[:, None]
+    out_TD: torch.Tensor = base.down(_kept(inner_AF, rows, ids_TK).sum(dim=1))
     if "down_proj" in low_rank:
         out_TD = out_TD + _kept(_update(inner_AF, low_rank["down_proj"], rows), rows, ids_TK).sum(dim=1)
     return out_TD
+
+
+def _inner(into_AF: Sequence[torch.Tensor], act: nn.Module) -> torch.Tensor:
+    """act(gate x) * up x, or act(up x) without a gate: what `down` reads, [A, F]."""
+    inner_AF: torch.Tensor = act(into_AF[0])
+    for factor_AF in into_AF[1:]:
+        inner_AF = inner_AF * factor_AF
+    return inner_AF
 
 
 def _rows(place_TK: torch.Tensor, *, experts: int) -> Rows:

@@ -9,7 +9,7 @@ import torch.distributed
 from torch import nn
 
 from frankenmoe.errors import FrankenMoEWarning
-from frankenmoe.moe.grouping import GATED_MLPS, PROJECTIONS, Group, Transient, listened
+from frankenmoe.moe.grouping import Group, Transient, listened, projections
 from frankenmoe.moe.linear import is_linear
 
 # E experts, D hidden, F ffn, R rank, I inputs, O outputs
@@ -25,9 +25,12 @@ ALIGNMENT = 16  # rows of a grouped product must be a multiple of this many byte
 
 @dataclass(frozen=True)
 class Distinct:
-    """Experts with different weights and no bias. `place_E` maps ids to rows of the tensors; None if they are equal."""
+    """Experts with different weights and no bias. `place_E` maps ids to rows of the tensors; None if they are equal.
 
-    gate_up_EOI: torch.Tensor
+    `into_EOI` has what reads the input: the rows of gate and then of up, or of up alone.
+    """
+
+    into_EOI: torch.Tensor
     down_EOI: torch.Tensor
     act: nn.Module
     place_E: torch.Tensor | None
@@ -64,7 +67,7 @@ class Adapted:
     def like(self) -> torch.Tensor:
         """One of the weights. All have the same dtype and device."""
         assert self.group.base is not None
-        return self.group.base.down_proj.weight
+        return self.group.base.down.weight
 
     @property
     def aligned(self) -> bool:
@@ -144,28 +147,28 @@ def _pack_distinct(groups: Sequence[Group]) -> Distinct | None:
     act = experts[0].get_submodule("act_fn")
     if not all(_same(act, expert.get_submodule("act_fn")) for expert in experts):
         return None
-    weights = [[_weight(expert, name) for name in PROJECTIONS] for expert in experts]
+    weights = [[_weight(expert, name) for name in projections(expert)] for expert in experts]
     ffn, hidden = weights[0][0].shape
-    gate_up_EOI = weights[0][0].new_empty(len(experts), 2 * ffn, hidden)
+    into_EOI = weights[0][0].new_empty(len(experts), (len(weights[0]) - 1) * ffn, hidden)
     down_EOI = weights[0][0].new_empty(len(experts), hidden, ffn)
-    for place, (gate, up, down) in enumerate(weights):  # one by one, which frees each weight's memory at once
-        _move(gate, gate_up_EOI[place, :ffn])
-        _move(up, gate_up_EOI[place, ffn:])
+    for place, (*into, down) in enumerate(weights):  # one by one, which frees each weight's memory at once
+        for index, weight in enumerate(into):
+            _move(weight, into_EOI[place, index * ffn : (index + 1) * ffn])
         _move(down, down_EOI[place])
     place_of = {member: place for place, group in enumerate(groups) for member in group.members}
     places = [place_of[member] for member in sorted(place_of)]
     shifted = places != list(range(len(places)))
-    return Distinct(gate_up_EOI, down_EOI, act, torch.tensor(places, device=down_EOI.device) if shifted else None)
+    return Distinct(into_EOI, down_EOI, act, torch.tensor(places, device=down_EOI.device) if shifted else None)
 
 
 def _pack_adapted(group: Group) -> Adapted | None:
     base = group.base
     assert base is not None
-    frozen = [base.gate_proj.weight, base.up_proj.weight, base.down_proj.weight]
+    frozen = [linear.weight for linear in base.linears]
     learned = [weight for loras in group.loras for lora in loras.values() for weight in (lora.a, lora.b)]
     if len({(weight.dtype, weight.device) for weight in (*frozen, *learned)}) > 1 or not learned:
         return None
-    names = [name for name in PROJECTIONS if any(name in loras for loras in group.loras)]
+    names = [name for name in projections(group.module) if any(name in loras for loras in group.loras)]
     scales = {name: _scales(group, name) for name in names}
     if any(weight.requires_grad for weight in learned):
         return Adapted(group, scales, None)
@@ -210,12 +213,13 @@ def _is_captured(hidden: torch.Tensor) -> bool:
 
 
 def _is_plain(expert: nn.Module) -> bool:
-    """Whether an expert is down(act(gate x) * up x) of frozen linear layers without biases and hooks."""
-    if type(expert).__name__ not in GATED_MLPS or not isinstance(expert.act_fn, nn.Module):
+    """Whether an expert is one of PLAIN_MLPS, with frozen linear layers that have no biases and no hooks."""
+    names = projections(expert)
+    if not names or not isinstance(expert.act_fn, nn.Module):
         return False
     if listened(expert, expert.act_fn):
         return False
-    linears = [expert._modules.get(name) for name in PROJECTIONS]
+    linears = [expert._modules.get(name) for name in names]
     return all(
         isinstance(linear, nn.Linear)
         and is_linear(linear)
@@ -229,9 +233,9 @@ def _is_plain(expert: nn.Module) -> bool:
 
 def _kind(expert: nn.Module) -> object:
     """Equal for experts that one grouped product can compute."""
-    return tuple(
-        (weight.shape, weight.dtype, weight.device) for weight in (_weight(expert, name) for name in PROJECTIONS)
-    )
+    names = projections(expert)
+    weights = (_weight(expert, name) for name in names)
+    return names, *((weight.shape, weight.dtype, weight.device) for weight in weights)
 
 
 def _weight(expert: nn.Module, name: str) -> torch.Tensor:
