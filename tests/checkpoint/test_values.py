@@ -4,6 +4,7 @@ import itertools
 import math
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -356,3 +357,20 @@ def test_blocks_are_made_as_they_are_asked_for(save, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(values_module, "BLOCK", 2)
     ref = save({"w": torch.tensor([1.0, 2.0, torch.nan])})["w"]
     assert len(list(itertools.islice(blocks(step_write(ref, dtype="BF16")), 1))) == 1
+
+
+def test_blocks_of_a_pool_are_the_same_and_in_order(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    tensors = {
+        "x": torch.randn(5, 2**19 + 3, generator=random),
+        "a": torch.randn(4, 2**19 + 3, generator=random),
+        "b": torch.randn(5, 4, generator=random),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    refs = read_header(tmp_path / "model.safetensors")
+    steps = (Noise(0.1, True, 7), LowRank(refs["a"], refs["b"], 0.5), Scale(2.0))
+    alone = [raw.tobytes() for raw in blocks(step_write(refs["x"], *steps, dtype="BF16"))]
+    with ThreadPoolExecutor(3) as pool:
+        together = blocks(step_write(refs["x"], *steps, dtype="BF16"), pool, ahead=2)
+        assert [raw.tobytes() for raw in together] == alone
+    assert len(alone) > 2

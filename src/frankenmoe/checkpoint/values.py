@@ -5,9 +5,13 @@ Shape suffixes: N elements of one block, O rows (out) and I columns (in) of a ma
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from functools import cache, lru_cache, partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -48,11 +52,11 @@ def values(ref: TensorRef) -> Floats:
     return decode(map_bytes(ref), dtype=ref.dtype).reshape(ref.shape).copy()
 
 
-def blocks(write: TensorWrite) -> Iterator[Bytes]:
+def blocks(write: TensorWrite, pool: Executor | None = None, *, ahead: int = 0) -> Iterator[Bytes]:
     """The output bytes of `write` in order, one array per 2**20 elements. Read-only: copies are mapped views.
 
-    Raises while iterating: SourceError for types that are not floats, NumericsError for NaN or infinity in a source and
-    for results out of the range of `write.dtype`.
+    With a pool, up to `ahead` blocks are computed at the same time. Raises while iterating: SourceError for types that
+    are not floats, NumericsError for NaN or infinity in a source and for results out of the range of `write.dtype`.
     """
     if write.copied is not None:
         yield from _copied_blocks(write, write.copied)
@@ -62,12 +66,30 @@ def blocks(write: TensorWrite) -> Iterator[Bytes]:
             yield from _copied_blocks(each, each)
         return
     _require_castable(write)
-    for number, block_N in enumerate(_numbers(write)()):
-        raw = encode(block_N, dtype=write.dtype)
-        bad = first_nonfinite(raw, dtype=write.dtype)
-        if bad is not None:
-            raise _no_number(write, value=float(block_N[bad]), flat=number * BLOCK + bad)
-        yield raw
+    before, stages = _prepared(write)
+    numbered = enumerate(before())
+    if pool is None:
+        yield from (_encoded(write, stages, *each) for each in numbered)
+        return
+    waiting: deque[Future[Bytes]] = deque()
+    for each in numbered:
+        waiting.append(pool.submit(_encoded, write, stages, *each))
+        if len(waiting) >= ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+def _encoded(write: TensorWrite, stages: Sequence[Stage], number: int, block_N: Floats) -> Bytes:
+    """The output bytes of one block, given its numbers before the stages."""
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked, where the element is known
+        for stage in stages:
+            block_N = stage(block_N, number)
+    raw = encode(block_N, dtype=write.dtype)
+    bad = first_nonfinite(raw, dtype=write.dtype)
+    if bad is not None:
+        raise _no_number(write, value=float(block_N[bad]), flat=number * BLOCK + bad)
+    return raw
 
 
 def materialize(write: TensorWrite) -> Bytes:
@@ -128,33 +150,42 @@ def _require_float(ref: TensorRef) -> None:
 
 
 def _numbers(what: TensorRef | TensorWrite) -> Blocks:
-    """The numbers of a tensor before they are rounded to its type; may be read again and again.
+    """The numbers of a tensor before they are rounded to its type; may be read again and again."""
+    if isinstance(what, TensorRef):
+        return partial(_decoded, what)
+    numbers, stages = _prepared(what)
+    for stage in stages:
+        numbers = _after(numbers, stage)
+    return numbers
+
+
+def _prepared(write: TensorWrite) -> tuple[Blocks, list[Stage]]:
+    """The numbers of a tensor before the steps that work block by block, and these steps.
 
     What a step needs of the whole tensor is computed here, once.
     """
-    if isinstance(what, TensorRef):
-        return partial(_decoded, what)
-    inputs = [_numbers(each) for each in what.inputs]
-    match what.steps[:1]:
+    inputs = [_numbers(each) for each in write.inputs]
+    match write.steps[:1]:
         case (Merge() as merge,):
-            numbers, steps = merged(merge, inputs), what.steps[1:]
+            before, steps = merged(merge, inputs), write.steps[1:]
         case (Constant(value),):
-            numbers, steps = partial(_constant, value, what.numel), what.steps[1:]
+            before, steps = partial(_constant, value, write.numel), write.steps[1:]
         case (Join(),):
-            numbers, steps = partial(_joined, inputs), what.steps[1:]
+            before, steps = partial(_joined, inputs), write.steps[1:]
         case (Part(start),):
-            numbers, steps = partial(_part, inputs[0], start, what.numel), what.steps[1:]
+            before, steps = partial(_part, inputs[0], start, write.numel), write.steps[1:]
         case (Permute(order),):
-            numbers, steps = partial(_permuted, inputs[0], order, what.shape[0]), what.steps[1:]
+            before, steps = partial(_permuted, inputs[0], order, write.shape[0]), write.steps[1:]
         case (Turn(),):
-            numbers, steps = partial(_turned, what.inputs), what.steps[1:]
+            before, steps = partial(_turned, write.inputs), write.steps[1:]
         case _:
-            (numbers,), steps = inputs, what.steps
-    source = next(iter(what.inputs), None) if steps is what.steps else None
+            (before,), steps = inputs, write.steps
+    stages: list[Stage] = []
+    numbers, source = before, next(iter(write.inputs), None) if steps is write.steps else None
     for step in steps:
-        numbers = _after(numbers, _stage(step, numbers, source if isinstance(source, TensorRef) else None))
-        source = None
-    return numbers
+        stages.append(_stage(step, numbers, source if isinstance(source, TensorRef) else None))
+        numbers, source = _after(numbers, stages[-1]), None
+    return before, stages
 
 
 def _decoded(ref: TensorRef) -> Iterator[Floats]:
@@ -290,9 +321,27 @@ def _add_low_rank(block_N: Floats, number: int, *, b: TensorRef, a_RI: Floats) -
     first_row, skipped = divmod(number * BLOCK, columns)
     last_row = math.ceil((number * BLOCK + block_N.size) / columns)
     raw = _elements(map_bytes(b), first_row * rank, last_row * rank, dtype=b.dtype)
-    with _blas().limit(limits=1, user_api="blas"):  # for so small a product, waking threads takes longer than computing
+    with _one_thread():  # for so small a product, waking threads takes longer than computing
         rows = decode(raw, dtype=b.dtype).reshape(-1, rank) @ a_RI
     return block_N + rows.ravel()[skipped : skipped + block_N.size]
+
+
+_limits: list[Any] = []  # that of numpy's matrix library, once per thread of ours that is inside `_one_thread`
+_limiting = Lock()
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Numpy's matrix library uses one thread; again several after the last thread of ours has left."""
+    with _limiting:
+        _limits.append(_limits[-1] if _limits else _blas().limit(limits=1, user_api="blas"))
+    try:
+        yield
+    finally:
+        with _limiting:
+            limit = _limits.pop()
+            if not _limits:
+                limit.restore_original_limits()
 
 
 @cache

@@ -7,7 +7,7 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,7 +77,7 @@ def write_files(
 def _write_tensor(
     tensor: GgufTensor,
     sinks: Sequence[_Sink],
-    pool: ThreadPoolExecutor,
+    pool: Executor,
     ahead: int,
     weights_PC: Floats | None,
     on_bytes: Callable[[int], None],
@@ -142,7 +142,7 @@ def _compute(
     tensor: GgufTensor,
     part: TensorWrite,
     sinks: Sequence[_Sink],
-    pool: ThreadPoolExecutor,
+    pool: Executor,
     ahead: int,
     weights_C: Floats | None,
 ) -> None:
@@ -156,7 +156,7 @@ def _compute(
             write_all(sink.fd, data.data)
 
     done = 0
-    for raw_RC in _row_chunks(part, heads=tensor.heads):
+    for raw_RC in _row_chunks(part, pool, ahead, heads=tensor.heads):
         waiting.append(pool.submit(_encode, raw_RC, part, tensor.factor, columns, kinds, weights_C))
         done += len(raw_RC)
         while len(waiting) >= ahead:
@@ -193,7 +193,7 @@ def _encode(
     return found
 
 
-def _row_chunks(part: TensorWrite, *, heads: int) -> Iterator[Bytes]:
+def _row_chunks(part: TensorWrite, pool: Executor, ahead: int, *, heads: int) -> Iterator[Bytes]:
     """The stored bytes of a part in chunks of whole rows, [R, bytes of a row]."""
     _, columns = _matrix(part.shape)
     width = columns * DTYPES[part.dtype].itemsize
@@ -201,7 +201,7 @@ def _row_chunks(part: TensorWrite, *, heads: int) -> Iterator[Bytes]:
     if heads:
         pieces: Iterable[Bytes] = [_interleaved(materialize(part), part.shape, heads)]
     else:
-        pieces = [materialize(part)] if part.is_copy else blocks(part)
+        pieces = [materialize(part)] if part.is_copy else blocks(part, pool, ahead=ahead)
     rest = np.empty(0, np.uint8)
     for piece in pieces:
         rest = np.concatenate([rest, piece]) if rest.size else piece
