@@ -1,7 +1,7 @@
 """Built artifacts in vLLM: does it load every format, and say what transformers and we say, token by token?
 
 vLLM wants other versions than we do, so it runs in an environment of its own, in the user's cache, made on the first
-run: 3.5 GB, minutes. `--make` makes it and measures nothing. A run that was killed goes on where it stopped.
+run: 3.5 GB, minutes. `--make` makes it and measures nothing. Making it goes on where it was killed.
 (The script's name is not vllm.py, because it would be imported in place of vllm.)
 """
 
@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import yaml
 from common import ENVIRONMENT, Row, arguments, log, publish, workspace
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
 import frankenmoe as fm
@@ -34,6 +36,7 @@ MADE = "made.json"
 ONCE = Path(__file__).parent / "in_vllm_once.py"
 TOKENS = 200
 PROMPT = (5, 9, 30, 44, 17, 60, 21, 8)  # any ids; parents here are random
+NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
 QUESTION = "How do I make tomato soup?"
 # sizes that vLLM's CPU kernels take: heads of 32
 SIZES: Mapping[str, Any] = {
@@ -67,6 +70,27 @@ LONGROPE = {
     "original_max_position_embeddings": 512,
 }
 LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
+GEMMA3 = WINDOWS | {
+    "tie_word_embeddings": True,
+    "query_pre_attn_scalar": 32,
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
+    },
+}
+GEMMA4 = WINDOWS | {
+    "tie_word_embeddings": True,
+    "global_head_dim": 64,
+    "num_global_key_value_heads": 1,
+    "attention_k_eq_v": True,
+    "hidden_size_per_layer_input": 0,
+    "final_logit_softcapping": 30.0,
+}
+PLACES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4], "mrope_interleaved": True}
+VISION = {
+    "depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128,
+    "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
+}  # fmt: skip
 PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 
 
@@ -74,6 +98,7 @@ PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0
 class Toy:
     """A family built as a format. `config` are the parents' own settings, `recipe` keys of the recipe.
 
+    With `vision`, parents are models of that type around a language model, with this config of what reads pictures.
     `cached` is False where transformers 5.23 computes something else with a cache than without.
     """
 
@@ -83,6 +108,26 @@ class Toy:
     recipe: Mapping[str, Any] = field(default_factory=dict)
     loading: Mapping[str, Any] = field(default_factory=dict)
     cached: bool = True
+    vision: tuple[str, Mapping[str, Any]] | None = None
+
+    @property
+    def auto(self) -> Any:
+        """The class with which transformers loads parents and MoE."""
+        return AutoModelForImageTextToText if self.vision else AutoModelForCausalLM
+
+    @property
+    def engine(self) -> Mapping[str, Any]:
+        """Options of vLLM: only the text of a model that reads pictures is compared."""
+        return {"limit_mm_per_prompt": {"image": 0, "video": 0}} if self.vision else {}
+
+    def parent_config(self) -> Any:
+        """The config of its parents."""
+        text = SIZES | self.config
+        if self.vision is None:
+            return AutoConfig.for_model(self.family, **text)
+        outer, vision = self.vision
+        tied = text["tie_word_embeddings"]
+        return AutoConfig.for_model(outer, text_config=text, vision_config=vision, tie_word_embeddings=tied)
 
 
 EAGER = {"attn_implementation": "eager"}
@@ -108,6 +153,10 @@ TOYS: Mapping[str, Toy] = {
     "lfm2": Toy("lfm2", "lfm2_moe", LFM2 | {"tie_word_embeddings": True}),
     "lfm2-untied": Toy("lfm2", "lfm2_moe", LFM2),
     "cohere2": Toy("cohere2", "cohere2_moe", WINDOWS | {"tie_word_embeddings": True}),
+    "cohere": Toy("cohere", "cohere2_moe", {"tie_word_embeddings": True}),
+    "gemma3": Toy("gemma3_text", "gemma4", GEMMA3),
+    "gemma4": Toy("gemma4_text", "gemma4", GEMMA4),
+    "qwen3_vl": Toy("qwen3", "qwen3_vl_moe", {"rope_parameters": PLACES}, vision=("qwen3_vl", VISION)),
     "smollm3": Toy("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0]}, loading=EAGER),
     "ministral": Toy("ministral", "granitemoe_swa", WINDOWS, loading=EAGER),
     "qwen3_5": Toy(
@@ -172,10 +221,10 @@ def main() -> None:
     ]
     with workspace(options.work) as work:
         for name, toy in TOYS.items():
-            rows += compared(name, built(toy, work / name), PROMPT, loading=toy.loading, cached=toy.cached)
+            rows += compared(name, built(toy, work / name), PROMPT, toy)
         if options.scale == "full":
             folder, prompt = real(work / "real")
-            rows += compared("SmolLM2-135M", folder, prompt)
+            rows += compared("SmolLM2-135M", folder, prompt, TOYS["mixtral"])
         publish("vllm", rows, options=options, work=work)
 
 
@@ -224,7 +273,7 @@ def built(toy: Toy, work: Path) -> Path:
     parents = []
     for seed in range(4):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(toy.family, **(SIZES | toy.config)))
+        model = toy.auto.from_config(toy.parent_config())
         with torch.no_grad():  # norms and biases too, so that a lost one shows
             for parameter in model.parameters():
                 if parameter.dim() == 1:
@@ -264,23 +313,21 @@ def _built(work: Path, base: Path, experts: Sequence[Mapping[str, Any]], **keys:
 # ---- the comparison --------------------------------------------------------------------------------------------------
 
 
-def compared(
-    name: str, folder: Path, prompt: Sequence[int], *, loading: Mapping[str, Any] | None = None, cached: bool = True
-) -> list[Row]:
+def compared(name: str, folder: Path, prompt: Sequence[int], toy: Toy) -> list[Row]:
     """How many of vLLM's tokens are those of transformers and ours, until the first that is not; and its times.
 
-    Where vLLM does not run the model there are no times, and the note is vLLM's last line. `loading` are options of
-    transformers.
+    Where vLLM does not run the model there are no times, and the note is vLLM's last line. `toy` says how transformers
+    loads it.
     """
     log(f"  {name}")
     try:
-        theirs = vllm(folder, prompt)
+        theirs = vllm(folder, prompt, engine=toy.engine)
     except RuntimeError as error:
         note = str(error).strip().splitlines()[-1][:300]
         return [Row(f"{name}: greedy tokens as in transformers", None, "", None, {}, at_least=TOKENS, note=note)]
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **(loading or {}))
+    stock = toy.auto.from_pretrained(folder, dtype=torch.float32, **toy.loading)
     models = {"transformers": stock, "frankenmoe": fm.load(folder).model}
-    found = {who: greedy(model, prompt, cached=cached) for who, model in models.items()}
+    found = {who: greedy(model, prompt, cached=toy.cached) for who, model in models.items()}
     rows = [
         Row(f"{name}: greedy tokens as in {who}", agreeing(theirs.tokens, tokens), "", None, {}, at_least=TOKENS)
         for who, tokens in found.items()
@@ -292,16 +339,28 @@ def compared(
     ]
 
 
-def vllm(folder: Path, prompt: Sequence[int], *, tokens: int = TOKENS) -> Answer:
+def vllm(
+    folder: Path, prompt: Sequence[int], *, tokens: int = TOKENS, engine: Mapping[str, Any] = NO_OPTIONS
+) -> Answer:
     """Loads a model in vLLM, in float32, in a fresh process; RuntimeError with its last words where that fails."""
-    asked = json.dumps({"model": str(folder), "prompt": list(prompt), "tokens": tokens})
+    asked = {"model": str(folder), "prompt": list(prompt), "tokens": tokens, "engine": dict(engine)}
+    runner = _runner()
+    assert runner.stdin is not None
+    assert runner.stdout is not None
+    print(json.dumps(asked), file=runner.stdin, flush=True)
+    found = json.loads(runner.stdout.readline() or '{"error": "vLLM\'s process has ended"}')
+    if "error" in found:
+        raise RuntimeError(f"vLLM does not run {folder}:\n{found['error']}")
+    return Answer(tuple(found["tokens"]), found["loading"], found["writing"])
+
+
+@cache
+def _runner() -> "subprocess.Popen[str]":
+    """The process that runs models; it ends when its stdin is closed, as ours ends."""
     # -P: else the folder of the script is searched for modules first
     words = [str(environment() / "bin" / "python"), "-P", str(ONCE)]
-    done = subprocess.run(words, input=asked, capture_output=True, text=True, env=ENVIRONMENT)
-    if done.returncode:
-        raise RuntimeError(f"vLLM does not run {folder}:\n{done.stderr[-2000:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return Answer(tuple(found["tokens"]), found["loading"], found["writing"])
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
 
 
 @torch.inference_mode()

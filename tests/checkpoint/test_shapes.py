@@ -6,10 +6,15 @@ import torch
 from frankenmoe.checkpoint import values as values_module
 from frankenmoe.checkpoint.tensors import Join, Noise, Part, Permute, Scale, Shift, TensorWrite, Turn
 from frankenmoe.checkpoint.values import blocks, materialize
+from frankenmoe.errors import NumericsError
 
 
 def written(write: TensorWrite) -> torch.Tensor:
-    return torch.from_numpy(materialize(write).copy()).view(torch.float32).reshape(write.shape)
+    return from_bytes(write, torch.float32)
+
+
+def from_bytes(write: TensorWrite, dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(materialize(write).copy()).view(dtype).reshape(write.shape)
 
 
 @pytest.fixture(params=[2, 7, 2**20])
@@ -71,6 +76,21 @@ def test_turned_matrices(
         "u", "F32", (10, 5), (TensorWrite("t", "F32", (5, 10), tuple(refs.values()), (Turn(),)),), (Turn(),)
     )
     assert torch.equal(written(again), whole)
+    # of one type, bytes are moved as they are
+    name = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
+    moved = TensorWrite("m", name, (5, 10), tuple(refs.values()), (Turn(),))
+    assert torch.equal(from_bytes(moved, dtype), torch.cat([a, b]).T)
+    twice = TensorWrite("c", name, (2, 5, 10), (moved, moved), (Join(),))
+    assert len(twice.chained) == 2
+    assert torch.equal(from_bytes(twice, dtype), torch.stack([torch.cat([a, b]).T] * 2))
+
+
+def test_numbers_of_a_turned_matrix_are_checked(save) -> None:
+    odd = torch.ones(4, 3)
+    odd[2, 1] = float("nan")
+    ref = save({"a": odd})["a"]
+    with pytest.raises(NumericsError, match=r"holds NaN at \[2, 1\]"):
+        materialize(TensorWrite("t", "F32", (3, 4), (ref,), (Turn(),)))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 
 from frankenmoe.demo.real import package_file
 from frankenmoe.errors import SourceError
+from frankenmoe.families import FORMATS
 
 pytestmark = pytest.mark.slow
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -34,8 +35,8 @@ def peer(monkeypatch: pytest.MonkeyPatch) -> Any:
     return in_vllm
 
 
-def same_everywhere(peer: Any, name: str, folder: Path, prompt: tuple[int, ...], **how: Any) -> None:
-    rows = peer.compared(name, folder, prompt, **how)
+def same_everywhere(peer: Any, name: str, folder: Path, prompt: tuple[int, ...], toy: Any) -> None:
+    rows = peer.compared(name, folder, prompt, toy)
     assert {row.what: row.value for row in rows if row.at_least} == {
         f"{name}: greedy tokens as in {who}": peer.TOKENS for who in ("transformers", "frankenmoe")
     }
@@ -45,8 +46,8 @@ def same_everywhere(peer: Any, name: str, folder: Path, prompt: tuple[int, ...],
 def test_a_built_moe_writes_the_same_tokens(name: str, peer: Any, tmp_path: Path) -> None:
     toy = peer.TOYS[name]
     folder = peer.built(toy, tmp_path)
-    assert json.loads((folder / "config.json").read_text())["model_type"] == toy.fmt
-    same_everywhere(peer, name, folder, peer.PROMPT, loading=toy.loading, cached=toy.cached)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [FORMATS[toy.fmt].architecture]
+    same_everywhere(peer, name, folder, peer.PROMPT, toy)
 
 
 def test_every_toy_of_the_script_is_here(peer: Any) -> None:
@@ -59,7 +60,7 @@ def test_a_real_one_writes_the_same_tokens(peer: Any, tmp_path: Path) -> None:
         package_file()
     except SourceError as error:
         pytest.skip(f"{error}: {error.hint}")
-    same_everywhere(peer, "real", *peer.real(tmp_path))
+    same_everywhere(peer, "real", *peer.real(tmp_path), peer.TOYS["mixtral"])
 
 
 def test_deepseek_needs_code_from_the_hub(peer: Any, tmp_path: Path) -> None:

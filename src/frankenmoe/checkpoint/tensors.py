@@ -303,6 +303,21 @@ class TensorWrite:
         return found if len(found) == len(refs) else ()
 
     @property
+    def turned(self) -> tuple[TensorRef, ...]:
+        """The matrices whose bytes the output has, with rows and columns exchanged; empty if it has other ones."""
+        if self.steps != (Turn(),) or self.dtype not in FLOATS:
+            return ()
+        found = tuple(each for each in self.inputs if isinstance(each, TensorRef) and each.dtype == self.dtype)
+        return found if len(found) == len(self.inputs) else ()
+
+    @property
+    def chained(self) -> tuple["TensorWrite", ...]:
+        """The turned matrices whose bytes follow one another in the output; empty if it is not such a join."""
+        parts = tuple(each for each in self.inputs if isinstance(each, TensorWrite) and each.turned)
+        same = len(parts) == len(self.inputs) and all(part.dtype == self.dtype for part in parts)
+        return parts if self.steps == (Join(),) and same else ()
+
+    @property
     def sources(self) -> tuple[TensorRef, ...]:
         """Every tensor this write reads, at any depth: its inputs and the factors of its low-rank terms."""
         inputs = (each.sources if isinstance(each, TensorWrite) else (each,) for each in self.inputs)

@@ -43,7 +43,7 @@ Stage = Callable[[Floats, int], Floats]
 """A prepared step: takes a block and its number, returns the block after the step, does not change its input."""
 
 BLOCK = 2**20  # elements; also keys the noise, so another value gives other noise
-TURNED = 2**23  # elements of a turned matrix at a time: more read longer parts of each row
+TURNED = 2**22  # elements of a turned matrix at a time
 
 
 def values(ref: TensorRef) -> Floats:
@@ -64,6 +64,13 @@ def blocks(write: TensorWrite, pool: Executor | None = None, *, ahead: int = 0) 
     if write.joined:
         for each in write.joined:
             yield from _copied_blocks(each, each)
+        return
+    if write.turned:
+        yield from _finite(_turned_bytes(write.turned), write)
+        return
+    if write.chained:
+        for part in write.chained:
+            yield from blocks(part)
         return
     _require_castable(write)
     before, stages = _prepared(write)
@@ -129,6 +136,15 @@ def _copied_blocks(what: TensorWrite | TensorRef, source: TensorRef) -> Iterator
         if what.dtype in FLOATS and first_nonfinite(block, dtype=what.dtype) is not None:
             check_finite(source)
         yield block
+
+
+def _finite(raws: Iterable[Bytes], write: TensorWrite) -> Iterator[Bytes]:
+    """The same bytes. Raises NumericsError for the first that is no finite number."""
+    for raw in raws:
+        if first_nonfinite(raw, dtype=write.dtype) is not None:
+            for ref in write.sources:
+                check_finite(ref)
+        yield raw
 
 
 def _require_castable(write: TensorWrite) -> None:
@@ -225,32 +241,22 @@ def _permuted(numbers: Blocks, order: tuple[int, ...], rows: int) -> Iterator[Fl
 
 
 def _turned(inputs: Sequence[TensorRef | TensorWrite]) -> Iterator[Floats]:
-    """Reads some columns of stored matrices at a time. Holds the whole matrix where its numbers are computed."""
-    columns = inputs[0].shape[1]
-    step = max(1, TURNED // sum(each.shape[0] for each in inputs))
-    matrices = [_matrix(each) for each in inputs]
-
-    def turned() -> Iterator[Floats]:
-        for start in range(0, columns, step):
-            parts = [numbers(start, start + step).T for numbers in matrices]
-            yield np.concatenate(parts, axis=1).reshape(-1)
-
-    return _cut(turned())
+    """Some columns of stored matrices at a time. Holds the whole matrices where numbers are computed."""
+    refs = [each for each in inputs if isinstance(each, TensorRef)]
+    if len(refs) == len(inputs) and len({ref.dtype for ref in refs}) == 1:
+        return _cut(decode(raw, dtype=refs[0].dtype) for raw in _turned_bytes(refs))
+    matrices = [np.concatenate(list(_numbers(each)())).reshape(each.shape) for each in inputs]
+    return _cut([np.concatenate(matrices).T.reshape(-1)])
 
 
-def _matrix(what: TensorRef | TensorWrite) -> Callable[[int, int], Floats]:
-    """First and last column (exclusive) -> the numbers of a matrix in these columns, [O, columns]."""
-    if isinstance(what, TensorWrite):
-        whole_OI = np.concatenate(list(_numbers(what)())).reshape(what.shape)
-        return lambda start, stop: whole_OI[:, start:stop]
-    size = DTYPES[what.dtype].itemsize
-    raw_OI = map_bytes(what).reshape(what.shape[0], -1)
-
-    def numbers(start: int, stop: int) -> Floats:
-        part = np.ascontiguousarray(raw_OI[:, start * size : stop * size])
-        return decode(part.reshape(-1), dtype=what.dtype).reshape(what.shape[0], -1)
-
-    return numbers
+def _turned_bytes(refs: Sequence[TensorRef]) -> Iterator[Bytes]:
+    """The bytes of matrices of one type, stacked along their rows, with rows and columns exchanged."""
+    size = DTYPES[refs[0].dtype].itemsize
+    matrices = [map_bytes(ref).view(f"u{size}").reshape(ref.shape) for ref in refs]
+    step = max(1, TURNED // sum(ref.shape[0] for ref in refs))
+    for start in range(0, refs[0].shape[1], step):
+        columns = [matrix[:, start : start + step].T for matrix in matrices]
+        yield np.concatenate(columns, axis=1).reshape(-1).view(np.uint8)
 
 
 def _cut(pieces: Iterable[Floats]) -> Iterator[Floats]:
