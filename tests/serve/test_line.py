@@ -10,7 +10,7 @@ import pytest
 
 from frankenmoe.errors import PlanError
 from frankenmoe.serve.errors import RequestError
-from frankenmoe.serve.line import Line, Ticket, Waiting
+from frankenmoe.serve.line import Job, Line, Ticket, Waiting
 
 
 async def all_of(events: AsyncIterator[Any]) -> list[Any]:
@@ -29,7 +29,7 @@ def test_requests_take_turns_and_those_who_leave_are_not_counted() -> None:
 
             return write
 
-        one, two, three = (line.join(work(name)) for name in ("one", "two", "three"))
+        one, two, three = (line.join(Job(work(name))) for name in ("one", "two", "three"))
         assert [line.before(each) for each in (one, two, three)] == [0, 1, 2]
         assert await anext(three.heard()) == Waiting(2)
         two.cancel()
@@ -45,12 +45,38 @@ def test_requests_take_turns_and_those_who_leave_are_not_counted() -> None:
     asyncio.run(run())
 
 
+def test_work_takes_along_what_goes_the_same_way_and_nobody_is_overtaken() -> None:
+    async def run() -> None:
+        line, gate, done = Line(seconds=60), threading.Event(), []
+
+        def write(ticket: Ticket) -> None:
+            gate.wait(30)
+            others = iter(lambda: ticket.along(lambda asked: asked < 9), None)
+            for each in (ticket, *others):
+                done.append((each.asked, line.waiting))
+                each.say(each.asked)
+                each.end()
+
+        asked = [(1, "a"), (2, "a"), (3, "b"), (4, "a"), (5, None), (6, None), (7, "a"), (9, "a"), (8, "a")]
+        tickets = [line.join(Job(write, number, way)) for number, way in asked]
+        assert [line.before(each) for each in tickets] == list(range(9))
+        gate.set()
+        for (number, _), ticket in zip(asked, tickets, strict=True):
+            heard = [event for event in await all_of(ticket.heard()) if not isinstance(event, Waiting)]
+            assert heard == [number]
+        # the works: 1 takes 2 along; 3 is of another way, and two without a way do not go together; 9 does not fit
+        assert done == [(1, 7), (2, 7), (3, 6), (4, 5), (5, 4), (6, 3), (7, 2), (9, 0), (8, 0)]
+        line.close()
+
+    asyncio.run(run())
+
+
 def test_a_full_line_and_a_closed_one_refuse() -> None:
     async def run() -> None:
         line, gate = Line(seconds=60, longest=1), threading.Event()
-        running, waiting = (line.join(lambda _: bool(gate.wait(30))) for _ in range(2))  # type: ignore[arg-type, return-value]
+        running, waiting = (line.join(Job(lambda _: bool(gate.wait(30)))) for _ in range(2))  # type: ignore[arg-type, return-value]
         with pytest.raises(RequestError, match="1 requests are waiting"):
-            line.join(lambda _: None)
+            line.join(Job(lambda _: None))
         line.close()
         gate.set()
         for ticket in (running, waiting):
@@ -58,7 +84,7 @@ def test_a_full_line_and_a_closed_one_refuse() -> None:
                 await all_of(ticket.heard())
             assert refused.value.status == 503
         with pytest.raises(RequestError, match="stopping"):
-            line.join(lambda _: None)
+            line.join(Job(lambda _: None))
 
     asyncio.run(run())
 
@@ -78,12 +104,12 @@ def test_work_ends_when_its_time_is_over_and_failures_are_told() -> None:
         def breaks(_: Ticket) -> None:
             raise ValueError("a secret path")
 
-        assert await all_of(line.join(long).heard()) == ["over"]
+        assert await all_of(line.join(Job(long)).heard()) == ["over"]
         with pytest.raises(RequestError, match="the plan is wrong; mend it") as refused:
-            await all_of(line.join(fails).heard())
+            await all_of(line.join(Job(fails)).heard())
         assert refused.value.status == 400
         with pytest.raises(RequestError, match="its log says why") as failed:
-            await all_of(line.join(breaks).heard())
+            await all_of(line.join(Job(breaks)).heard())
         assert failed.value.status == 500
         line.close()
 

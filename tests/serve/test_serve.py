@@ -5,6 +5,8 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -196,17 +198,32 @@ def test_probabilities_are_those_of_the_model(client: openai.OpenAI, moe: Any) -
     assert told.token_logprobs[1:-1] == pytest.approx(wanted, abs=1e-4)
 
 
-def test_a_second_request_waits_and_is_told_so(server: Server) -> None:
+def test_a_request_of_another_routing_waits_and_is_told_so(server: Server) -> None:
     first = stream(server, max_tokens=16000)
     events = chunks(iter(first.readline, b""))
     assert next(events)["choices"]
-    second = chunks(iter(stream(server).readline, b""))
+    second = chunks(iter(stream(server, experts_per_token=1).readline, b""))
     assert next(second) == ": queued 1"
     assert waiting(server) == 1
+    third = chunks(iter(stream(server).readline, b""))  # could go with the first one, but does not overtake the second
+    assert next(third) == ": queued 2"
     first.close()  # which ends its generation
-    rest = [event for event in second if not isinstance(event, str)]
-    assert rest[-1]["choices"][0]["finish_reason"] == "length"
+    for events in (second, third):
+        rest = [event for event in events if not isinstance(event, str)]
+        assert rest[-1]["choices"][0]["finish_reason"] == "length"
     assert waiting(server) == 0
+
+
+def test_requests_of_one_routing_are_answered_at_once(client: openai.OpenAI, moe: Any, server: Server) -> None:
+    long = stream(server, max_tokens=16000)
+    events = chunks(iter(long.readline, b""))
+    assert next(events)["choices"]
+    turns = [[{"role": "user", "content": f"{number} words of the sea"}] for number in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for messages, made in zip(turns, pool.map(partial(answer, client), turns), strict=True):
+            assert made.choices[0].message.content == said(moe, messages)
+    assert next(events)["choices"]  # it goes on meanwhile
+    long.close()
 
 
 @pytest.mark.parametrize("streamed", [False, True])

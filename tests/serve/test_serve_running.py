@@ -3,26 +3,45 @@
 import json
 import os
 import socket
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import frankenmoe as fm
 import tiny
+from frankenmoe.serve.batch import MOST
 from frankenmoe.serve.bodies import Chat, read
+from frankenmoe.serve.line import Job
 from frankenmoe.serve.models import Loading, load_models
+from frankenmoe.serve.running import Running
 from frankenmoe.serve.writing import Ended, Piece, Usage, told
 from refusals import cli, refused
 from serving import Server, make_models
 
 
 class Told:
-    """A ticket that keeps what it is told and halts at a given question."""
+    """A ticket that keeps what it is told and halts at a given question. Others go with it, as soon as they fit."""
 
-    def __init__(self, questions: int = 10**9) -> None:
-        self.left = questions
+    def __init__(self, job: Job, questions: int = 10**9, *, others: Sequence["Told"] = ()) -> None:
+        self.job, self.asked, self.left, self._others = job, job.asked, questions, list(others)
         self.events: list[Any] = []
+        self.ends: list[Exception | None] = []
+
+    def along(self, fits: Callable[[Any], bool]) -> "Told | None":
+        other = self._others[0] if self._others else None
+        fitting = other is not None and other.job.way == self.job.way and fits(other.asked)
+        return self._others.pop(0) if fitting else None
+
+    def end(self, error: Exception | None = None) -> None:
+        self.ends.append(error)
+
+    def write(self) -> "Told":
+        self.job.work(self)  # type: ignore[arg-type]
+        return self
 
     def say(self, event: object) -> None:
         self.events.append(event)
@@ -46,41 +65,139 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return models.find("moe")
 
 
-def asked(model: Any, **fields: Any) -> Any:
+def asked(model: Any, **fields: Any) -> Job:
     said = [{"role": "user", "content": "some words to read"}]
-    body = {"model": "moe", "messages": said, "temperature": 0, "max_tokens": 8, **fields}
-    return model.task(read(Chat, json.dumps(body).encode()))
+    body = {"model": "moe", "messages": said, "temperature": 0, "max_tokens": 8} | fields
+    return model.job(read(Chat, json.dumps(body).encode()))
 
 
 @pytest.mark.parametrize("trace", [False, True])
 @pytest.mark.parametrize("questions", [*range(12), 20, 30])
 def test_after_any_early_end_the_next_answer_is_right(questions: int, trace: bool, model: Any) -> None:
-    whole = Told()
-    model.write(asked(model, trace=trace), whole)
+    whole = Told(asked(model, trace=trace)).write()
     model._cache.clear()
-    cut = Told(questions)
-    model.write(asked(model, trace=trace), cut)
+    cut = Told(asked(model, trace=trace), questions).write()
     assert whole.text.startswith(cut.text)
     assert cut.events[-1].completion <= 8
     assert cut.events[-2] == Ended(0, "length")
-    again = Told()
-    model.write(asked(model, trace=trace), again)
+    again = Told(asked(model, trace=trace)).write()
     assert again.text == whole.text
     assert [event for event in again.events if isinstance(event, Ended)] == [Ended(0, "length")]
+
+
+# requests that are answered together: unlike lengths, settings and ends
+CROWD: list[dict[str, Any]] = [
+    {"max_tokens": 14},
+    {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3},
+    {"temperature": 1.3, "seed": 5, "n": 3, "max_tokens": 9},
+    {"messages": [{"role": "user", "content": "more words " * 9}], "logprobs": True, "top_logprobs": 2},
+    {"temperature": 0.8, "seed": 6, "top_p": 0.9, "max_tokens": 1},
+    {"stop": ["a", "e"], "max_tokens": 16},
+    {"n": 2, "max_tokens": 6, "temperature": 1, "seed": -1},
+    {"max_tokens": 16, "temperature": 1.1, "seed": 9},
+]
+
+
+def of_answer(events: Sequence[Any], index: int) -> tuple[list[Any], list[float]]:
+    """What one answer was told, and apart from it the numbers that can differ by rounding."""
+    exact: list[Any] = []
+    numbers: list[float] = []
+    for event in events:
+        if getattr(event, "index", None) != index:
+            continue
+        exact.append(replace(event, tokens=()) if isinstance(event, Piece) else event)
+        for token in getattr(event, "tokens", ()):
+            exact += [token.id, token.text, [one.id for one in token.top]]
+            numbers += [one.logprob for one in (token, *token.top) if one.logprob is not None]
+            for layer in token.layers or ():
+                exact.append((layer["experts"], layer["next"]))
+                numbers += layer["weights"]
+    return exact, numbers
+
+
+@pytest.mark.parametrize("trace", [False, True])
+def test_answers_do_not_depend_on_those_beside_them(trace: bool, model: Any) -> None:
+    jobs = [asked(model, trace=trace, **fields) for fields in CROWD]
+    alone = []
+    for job in jobs:
+        model._cache.clear()
+        alone.append(Told(job).write())
+    model._cache.clear()
+    others = [Told(job) for job in jobs[1:]]
+    first = Told(jobs[0], others=others).write()
+    for one, other in zip(alone, [first, *others], strict=True):
+        assert other.ends == [None]
+        for index in range(one.asked.n):  # the answers of one request come in any order
+            (mine, my_numbers), (theirs, their_numbers) = (of_answer(told.events, index) for told in (other, one))
+            assert mine == theirs
+            assert my_numbers == pytest.approx(their_numbers, abs=1e-4)
+        assert replace(other.events[-1], cached=0) == replace(one.events[-1], cached=0)
+
+
+def test_who_leaves_or_fails_disturbs_nobody(model: Any) -> None:
+    whole = Told(asked(model)).write()
+    leaves = Told(asked(model, max_tokens=16), 8)
+    broken = asked(model)
+    fails = Told(replace(broken, asked=replace(broken.asked, prompts=((10**6,),))))  # there is no such token
+    stays = Told(asked(model))
+    first = Told(asked(model), others=[leaves, fails, stays]).write()
+    assert first.text == stays.text == whole.text
+    assert (first.ends, leaves.ends, stays.ends) == ([None], [None], [None])
+    assert leaves.events[-2] == Ended(0, "length")
+    assert 0 < len(leaves.text) < 16
+    assert isinstance(fails.ends[0], IndexError)
+
+
+def test_answers_to_one_prompt_read_it_once(model: Any) -> None:
+    sizes: list[int] = []
+    model._cache.clear()
+    embeddings = model._moe.model.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
+    told = Told(asked(model, n=4, temperature=1, seed=3)).write()
+    hook.remove()
+    prompt = told.events[-1].prompt
+    assert sizes[0] == prompt
+    assert max(sizes[1:]) == 4  # a token of each
+    assert sum(sizes) == prompt + 4 * 7  # the last token of an answer is not read
+    assert told.events[-1].completion == 32
+
+
+def test_who_goes_along(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def taken(one: Any, *others: Job) -> int:
+        waiting = [Told(job) for job in others]
+        Told(one, others=waiting).write()
+        return sum(bool(each.events) for each in waiting)
+
+    plain = asked(model)
+    assert taken(plain, *[plain] * 9) == 9
+    assert taken(plain, asked(model, experts_per_token=1), plain) == 0
+    assert taken(plain, asked(model, trace=True)) == 0
+    at_once: list[int] = []
+    read = model._moe.model.register_forward_pre_hook(
+        lambda _, __, inputs: at_once.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    long = asked(model, max_tokens=16)
+    taken(long, *[long] * 11)
+    assert max(at_once) == MOST
+    at_once.clear()
+    monkeypatch.setattr("frankenmoe.serve.batch.BYTES", 0)
+    assert taken(plain, plain, plain) == 2  # one after the other
+    assert max(at_once) == 1
+    read.remove()
+    make_models(tmp_path)
+    moe = fm.load(tmp_path / "moe.yml", capacity_factor=1.0)
+    assert Running(moe, most=16)._at_once == 1
 
 
 def test_the_number_of_experts_can_be_set_for_all_requests(model: Any, server: Server) -> None:
     one = load_models([server.recipe], how=Loading(most=16, experts_per_token=1)).find("moe")
     assert one.facts()["experts_per_token"] == 1
-    fewer, asks = Told(), Told()
-    one.write(asked(one), fewer)
-    model.write(asked(model, experts_per_token=1), asks)
+    fewer, asks = Told(asked(one)).write(), Told(asked(model, experts_per_token=1)).write()
     assert fewer.text == asks.text
 
 
 def test_an_answer_has_at_most_the_servers_length(model: Any) -> None:
-    told = Told()
-    model.write(asked(model, max_tokens=1000), told)
+    told = Told(asked(model, max_tokens=1000)).write()
     assert told.events[-1].completion == 16
     assert isinstance(told.events[-1], Usage)
 

@@ -95,23 +95,30 @@ def generate(
     of transformers' `generate`, such as streamer, stopping_criteria and top_p. What they leave out is as the model's
     generation_config.json says.
     """
-    inputs = torch.tensor([list(ids)], device=moe.model.device)
-    ends = end_tokens(moe.model.generation_config, tokenizer)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    with torch.no_grad(), plain_generation(moe.model, where=str(moe.folder / "generation_config.json")):
+    with plain_generation(moe.model, where=str(moe.folder / "generation_config.json")):
+        asked = request(moe, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature)
         out = moe.model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
             tokenizer=tokenizer,  # for stop strings
-            eos_token_id=list(ends) or None,
-            pad_token_id=ends[0] if ends else 0,
             return_dict_in_generate=True,
-            **sampling,
             **({} if past is None else {"past_key_values": past}),
+            **asked,
             **options,
         )
     return out.sequences[0].tolist(), out.get("past_key_values")
+
+
+def request(moe: MoE, tokenizer: Any, ids: Sequence[int], *, max_new_tokens: int, temperature: float) -> dict[str, Any]:
+    """What transformers' `generate` is asked for one reply to `ids`, within `plain_generation`."""
+    inputs = torch.tensor([list(ids)], device=moe.model.device)
+    ends = end_tokens(moe.model.generation_config, tokenizer)
+    return {
+        "input_ids": inputs,
+        "attention_mask": torch.ones_like(inputs),
+        "max_new_tokens": max_new_tokens,
+        "eos_token_id": list(ends) or None,
+        "pad_token_id": ends[0] if ends else 0,
+        **({"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}),
+    }
 
 
 def _on_cpu(trace: RoutingTrace) -> RoutingTrace:

@@ -23,7 +23,7 @@ from frankenmoe.serve.chunks import ChatForm, Form, TextForm
 from frankenmoe.serve.describe import described
 from frankenmoe.serve.errors import GONE, RequestError, of_error
 from frankenmoe.serve.guard import PATIENCE, Guard, body_of, refused
-from frankenmoe.serve.line import Line, Ticket, Waiting
+from frankenmoe.serve.line import Job, Line, Ticket, Waiting
 from frankenmoe.serve.models import Models
 
 _log = logging.getLogger("frankenmoe.serve")
@@ -98,8 +98,8 @@ class Endpoints:
         body = read(kind, await body_of(request))
         model = self._models.find(body.model)
         async with self._one:
-            asked = await run_in_threadpool(model.task, body)
-        ticket = self._line.join(partial(model.write, asked))
+            job = await run_in_threadpool(model.job, body)
+        ticket = self._line.join(job)
         if body.stream:
             return Stream(_events(ticket, form(body)), ticket)
         return await _unless_gone(request, ticket, _whole(ticket, form(body)))
@@ -109,7 +109,7 @@ class Endpoints:
         body = read(Refit, await body_of(request))
         model = self._models.find(body.model)
         prompts = {name: sides.model_dump() for name, sides in body.prompts.items()}
-        ticket = self._line.join(lambda _: model.refit(prompts))
+        ticket = self._line.join(Job(lambda _: model.refit(prompts)))
 
         async def done() -> Response:
             async for _ in ticket.heard():

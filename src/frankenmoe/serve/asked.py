@@ -1,6 +1,6 @@
 """A request as every kind of model takes it: checked prompts, and how to write what follows them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,8 +8,6 @@ from frankenmoe.moe.steering import NEVER, UNCHANGED, Steering
 from frankenmoe.recipe.fields import COLDEST
 from frankenmoe.serve.bodies import Asked
 from frankenmoe.serve.errors import RequestError
-from frankenmoe.serve.line import Ticket
-from frankenmoe.serve.writing import Ended, Usage
 from frankenmoe.suggest import did_you_mean
 
 ROUTING = ("experts_per_token", "disable_experts", "expert_bias", "trace")  # fields that need experts
@@ -53,24 +51,6 @@ def task(body: Asked, prompts: Sequence[Any], *, most: int, steering: Steering =
         penalties={name: getattr(body, name) for name in PENALTIES if getattr(body, name)},
         steering=steering,
     )
-
-
-def answer_all(asked: Task, ticket: Ticket, answer: Callable[[Any, int, int], Usage]) -> None:
-    """Writes `n` answers to each prompt and says how many tokens that were. A prompt that has several is read once.
-
-    `answer` gets a prompt, the number of the answer, and its number among those of the prompt.
-    """
-    total = Usage(0, 0)
-    for at, prompt in enumerate(asked.prompts):
-        for choice in range(asked.n):
-            index = at * asked.n + choice
-            if ticket.halted:
-                ticket.say(Ended(index, "length"))
-                continue
-            made = answer(prompt, index, choice)
-            read = Usage(made.prompt, 0, made.cached) if choice == 0 else Usage(0, 0)
-            total = Usage(total.prompt + read.prompt, total.completion + made.completion, total.cached + read.cached)
-    ticket.say(total)
 
 
 def refuse(body: Asked, fields: Sequence[str], *, why: str) -> None:

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.export.llama import Engine
-from frankenmoe.serve.asked import ROUTING, Task, answer_all, refuse, task
+from frankenmoe.serve.asked import ROUTING, Task, refuse, task
 from frankenmoe.serve.bodies import Asked, Chat, Complete
 from frankenmoe.serve.errors import RequestError
-from frankenmoe.serve.line import Ticket
+from frankenmoe.serve.line import Job, Ticket
 from frankenmoe.serve.writing import Ended, Likely, Piece, Token, Usage
 
 RANDOM = 2**32 - 1  # for llama.cpp this seed is a new one each time
@@ -26,8 +26,11 @@ class Gguf:
         none: dict[str, Any] = {"experts": [], "layers": 0, "experts_per_token": 0, "max_experts": 0}
         return {"kind": "gguf", **none, "prompts": None, "recipe": None, "controls": []}
 
-    def task(self, body: Asked) -> Task:
+    def job(self, body: Asked) -> Job:
         """What a body asks for. Raises RequestError if llama.cpp cannot do it."""
+        return Job(self.write, self._task(body))
+
+    def _task(self, body: Asked) -> Task:
         refuse(body, ROUTING, why="llama.cpp does not tell or change its experts")
         if isinstance(body, Chat):
             said = self._engine.said([message.turn() for message in body.messages])
@@ -38,9 +41,19 @@ class Gguf:
             raise RequestError("max_tokens must be at least 1: llama.cpp always writes a token", param="max_tokens")
         return task(body, body.prompts, most=self._most)
 
-    def write(self, asked: Task, ticket: Ticket) -> None:
-        """Writes the answers to all prompts, and says the number of tokens at the end."""
-        answer_all(asked, ticket, lambda said, index, choice: self._answer(asked, said, index, choice, ticket))
+    def write(self, ticket: Ticket) -> None:
+        """Writes all answers, one after the other, and says the number of tokens at the end."""
+        asked: Task = ticket.asked
+        total = Usage(0, 0)
+        for at, prompt in enumerate(asked.prompts):
+            for choice in range(asked.n):
+                index = at * asked.n + choice
+                if ticket.halted:
+                    ticket.say(Ended(index, "length"))
+                    continue
+                made = self._answer(asked, prompt, index, choice, ticket)
+                total += made if choice == 0 else Usage(0, made.completion)  # llama.cpp knows a prompt that it has read
+        ticket.say(total)
 
     def _answer(self, asked: Task, said: Any, index: int, choice: int, ticket: Ticket) -> Usage:
         usage, reason = Usage(0, 0), "length"

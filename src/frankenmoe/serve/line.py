@@ -1,13 +1,14 @@
-"""The line in which requests wait: one generation at a time, in the order in which they came.
+"""The line in which requests wait: one work at a time, in the order in which they came.
 
-All models share the machine, so two generations at once would not end earlier, and each would be slower.
+All models share the machine, so two works at once would not end earlier. Answers of one model do, if it reads their
+tokens together; so a work may take the next request along if that goes the same way.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,15 +24,26 @@ _log = logging.getLogger("frankenmoe.serve")
 
 @dataclass(frozen=True)
 class Waiting:
-    """`before` requests are answered before this one."""
+    """`before` requests run, or are answered, before this one."""
 
     before: int
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a request wants: `work` is done with its ticket, which has what is `asked`. Jobs of one `way` go together,
+    those without a way alone."""
+
+    work: Callable[["Ticket"], None]
+    asked: Any = None
+    way: Hashable = None
 
 
 class Ticket:
     """A request in the line: what it gets is told in `heard`, and `cancel` takes it out, also while it runs."""
 
-    def __init__(self, line: "Line", *, seconds: float) -> None:
+    def __init__(self, line: "Line", job: Job, *, seconds: float) -> None:
+        self.job = job
         self._line = line
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Any] = asyncio.Queue()
@@ -39,23 +51,41 @@ class Ticket:
         self._seconds = seconds
         self._until = float("inf")
 
+    @property
+    def asked(self) -> Any:
+        """What the request asks for."""
+        return self.job.asked
+
     def say(self, event: object) -> None:
         """Tells the request something, from any thread."""
-        self._soon(self._events.put_nowait, event)
-
-    def _soon(self, call: Callable[[Any], None], argument: object) -> None:
         with suppress(RuntimeError):  # the loop has ended, and so has the request
-            self._loop.call_soon_threadsafe(call, argument)
+            self._loop.call_soon_threadsafe(self._events.put_nowait, event)
 
     @property
     def halted(self) -> bool:
-        """Whether the work must end now: it was cancelled, or its time is over."""
+        """Whether the work must end now: it was cancelled or has ended, or its time is over."""
         return self._stop.is_set() or time.monotonic() > self._until
 
-    def cancel(self) -> None:
-        """Ends the work, or lets it never begin. For the event loop's thread."""
+    def along(self, fits: Callable[[Any], bool]) -> "Ticket | None":
+        """The next request, if it goes the same way and what it asks for `fits`. It runs from now on, and must be ended
+        by the work that called this."""
+        return self._line.take(lambda job: job.way is not None and job.way == self.job.way and fits(job.asked))
+
+    def begin(self) -> None:
+        """Its time runs from now on."""
+        self._until = time.monotonic() + self._seconds
+
+    def end(self, error: Exception | None = None) -> None:
+        """Says how the work ended: well, or with an error. From any thread; what is said later is not heard."""
         self._stop.set()
-        self._line.leave(self)
+        if self._line.remove(self):
+            self.say(None if error is None else _told(error))
+
+    def cancel(self) -> None:
+        """Ends the work, or lets it never begin."""
+        self._stop.set()
+        if self._line.is_waiting(self):
+            self.end()
 
     async def heard(self) -> AsyncIterator[Any]:
         """What the work says, and `Waiting` at once and each second until it begins.
@@ -76,67 +106,91 @@ class Ticket:
                 raise event
             yield event
 
-    def run(self, work: Callable[["Ticket"], None], ended: Callable[["Ticket"], None]) -> None:
-        """Does the work and says how it ended: None, or a RequestError. Calls `ended` in the event loop's thread."""
-        self._until = time.monotonic() + self._seconds
-        try:
-            if not self._stop.is_set():
-                work(self)
-            self.say(None)
-        except RequestError as problem:
-            self.say(problem)
-        except FrankenMoEError as error:
-            self.say(of_error(error))
-        except Exception:
-            _log.exception("a request failed")
-            self.say(RequestError("the server failed to answer; its log says why", status=500))
-        finally:
-            self._soon(ended, self)
+
+def _told(error: Exception) -> RequestError:
+    """An error as the request is told it."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, FrankenMoEError):
+        return of_error(error)
+    _log.error("a request failed", exc_info=error)
+    return RequestError("the server failed to answer; its log says why", status=500)
 
 
 class Line:
-    """The requests that run and wait. Its methods are for the event loop's thread."""
+    """The requests that run and wait."""
 
     def __init__(self, *, seconds: float, longest: int = LONGEST) -> None:
         """`seconds` is the most that one request may run."""
-        self._tickets: list[Ticket] = []
+        self._waiting: list[Ticket] = []
+        self._running: list[Ticket] = []
+        self._lock = threading.Lock()  # of both lists, which the worker changes, too
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="generation")
         self._seconds, self._longest = seconds, longest
         self._open = True
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for their turn."""
-        return max(0, len(self._tickets) - 1)
+        """Requests that wait for their turn. The first one of an idle line does not."""
+        return max(0, len(self._waiting) - (not self._running))
 
     def before(self, ticket: Ticket) -> int:
-        """Requests before this one; 0 when it runs or has ended."""
-        return self._tickets.index(ticket) if ticket in self._tickets else 0
+        """Requests that run or wait before this one; 0 when it runs or has ended."""
+        with self._lock:
+            return len(self._running) + self._waiting.index(ticket) if ticket in self._waiting else 0
 
-    def join(self, work: Callable[[Ticket], None]) -> Ticket:
-        """Puts work at the end of the line. Raises RequestError if the line is too long, or the server ends."""
+    def is_waiting(self, ticket: Ticket) -> bool:
+        """Whether its turn has not come."""
+        return ticket in self._waiting
+
+    def join(self, job: Job) -> Ticket:
+        """Puts a job at the end of the line, from the event loop's thread.
+
+        Raises RequestError if the line is too long, or the server ends.
+        """
         if not self._open:
             raise RequestError("the server is stopping", status=STOPPING)
-        if len(self._tickets) > self._longest:
-            raise RequestError(f"{self._longest} requests are waiting already; try again later", status=BUSY)
-        ticket = Ticket(self, seconds=self._seconds)
-        self._tickets.append(ticket)
-        self._worker.submit(ticket.run, work, self._ended)
+        ticket = Ticket(self, job, seconds=self._seconds)
+        with self._lock:
+            if self.waiting >= self._longest:
+                raise RequestError(f"{self._longest} requests are waiting already; try again later", status=BUSY)
+            self._waiting.append(ticket)
+        self._worker.submit(self._turn)
         return ticket
 
-    def _ended(self, ticket: Ticket) -> None:
-        if ticket in self._tickets:
-            self._tickets.remove(ticket)
+    def take(self, fits: Callable[[Job], bool]) -> Ticket | None:
+        """The first one that waits, which runs from now on; None if there is none, or its job does not fit."""
+        with self._lock:
+            if not self._waiting or not fits(self._waiting[0].job):
+                return None
+            ticket = self._waiting.pop(0)
+            self._running.append(ticket)
+        ticket.begin()
+        return ticket
 
-    def leave(self, ticket: Ticket) -> None:
-        """Takes a request out that still waits. The first one runs, and leaves when it has ended."""
-        if ticket in self._tickets[1:]:
-            self._tickets.remove(ticket)
+    def _turn(self) -> None:
+        """Does the work of the first one; of none if that was taken along, or has left."""
+        ticket = self.take(lambda _: True)
+        if ticket is None:
+            return
+        try:
+            ticket.job.work(ticket)
+        except Exception as error:
+            ticket.end(error)
+        else:
+            ticket.end()
+
+    def remove(self, ticket: Ticket) -> bool:
+        """Takes a request out, and says whether it was there."""
+        with self._lock:
+            found = next((each for each in (self._waiting, self._running) if ticket in each), None)
+            if found is not None:
+                found.remove(ticket)
+            return found is not None
 
     def close(self) -> None:
         """Ends all work; the requests are told so."""
         self._open = False
-        for ticket in list(self._tickets):
-            ticket.cancel()
-            ticket.say(RequestError("the server is stopping", status=STOPPING))
+        for ticket in (*self._waiting, *self._running):
+            ticket.end(RequestError("the server is stopping", status=STOPPING))
         self._worker.shutdown(wait=False)

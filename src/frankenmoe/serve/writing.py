@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
 
 from frankenmoe.moe.trace import LayerTrace
 
@@ -13,6 +12,7 @@ from frankenmoe.moe.trace import LayerTrace
 
 PARTIAL = "�"  # what a tokenizer makes of a part of a character
 LONGEST_CHARACTER = 16  # tokens; more than that are no character
+Row = dict[str, Any]  # what a layer did with a token: `experts`, `weights`, `next`
 IMPOSSIBLE = -9999.0  # logarithm of no probability, as in OpenAI's API: JSON has no infinity
 
 
@@ -33,7 +33,7 @@ class Token:
     text: str
     logprob: float | None = None
     top: tuple[Likely, ...] = ()
-    layers: tuple[dict[str, Any], ...] | None = None
+    layers: tuple[Row, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Usage:
     prompt: int
     completion: int
     cached: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(self.prompt + other.prompt, self.completion + other.completion, self.cached + other.cached)
 
 
 class Decoder:
@@ -120,8 +123,8 @@ def _begun(text: str, stop: str) -> int:
     return next((size for size in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:size])), 0)
 
 
-class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no types
-    """Writes one answer. transformers calls it after each token and ends when it says so.
+class Writer:
+    """Writes one answer from its tokens.
 
     `ends` are the tokens that end an answer, `most` is its length. `top` and `tracing` say what to tell of each token.
     The experts of a token are known after the model has read it, so a traced token is written one token later.
@@ -138,47 +141,32 @@ class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no typ
         top: int | None,
         tracing: bool,
         say: Callable[[Piece], None],
-        halted: Callable[[], bool],
     ) -> None:
         self._tokenizer, self._index, self._ends, self._most = tokenizer, index, ends, most
-        self._top, self._tracing, self._say, self._halted = top, tracing, say, halted
+        self._top, self._tracing, self._say = top, tracing, say
         self._decoder, self._stopper = Decoder(tokenizer), Stopper(stops)
-        self._layers: dict[int, LayerTrace] = {}
-        self._logits_V: torch.Tensor | None = None
         self._last: Token | None = None
         self._unsaid: list[Token] = []
         self.count = 0
-        self.reason: str | None = None
+        self.reason: str | None = None  # why the answer has ended, if it has
 
     @property
     def wanted(self) -> int:
         """The number of tokens to generate."""
         return self._most + self._tracing
 
-    def on_trace(self, trace: LayerTrace, _hidden_TD: torch.Tensor) -> None:
-        """A sink for `moe.trace.stream`."""
-        if not trace.path:
-            self._layers[trace.layer] = trace
-
-    def on_output(self, _model: object, _inputs: object, out: Any) -> None:
-        """A forward hook of the model."""
-        self._logits_V = out.logits[0, -1]
-
-    def __call__(self, input_ids: torch.Tensor, _scores: object, **_more: object) -> torch.Tensor:
-        """[B], whether the answer is whole."""
-        token = self._told(int(input_ids[0, -1]))
+    def add(self, token: int, logits_V: torch.Tensor, layers: tuple[Row, ...]) -> None:
+        """The next token, the logits that it was chosen by, and what the layers did with the token before it."""
+        told = self._told(token, logits_V)
         if not self._tracing:
-            self._write(token)
+            self._write(told)
         else:
             if self._last is not None:
-                rows = tuple(_row(self._layers[at]) for at in sorted(self._layers))
-                self._write(replace(self._last, layers=rows))
-            self._last = token
-        done = self.reason is not None or self._halted()
-        return torch.full(input_ids.shape[:1], done, dtype=torch.bool, device=input_ids.device)
+                self._write(replace(self._last, layers=layers))
+            self._last = told
 
-    def end(self) -> Ended:
-        """The answer is whole: says what was held back."""
+    def end(self, *, cut: bool) -> Ended:
+        """No token follows: says what was held back. `cut` says that there would have been more."""
         if self.reason is None and self._last is not None:
             self._write(self._last)
         if not self._stopper.stopped:
@@ -188,8 +176,7 @@ class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no typ
             text = ""
         if text or self._unsaid:
             self._say(Piece(self._index, text, tuple(self._unsaid)))
-        whole = bool(self._most) and not self._halted()
-        return Ended(self._index, self.reason or ("stop" if whole else "length"))
+        return Ended(self._index, self.reason or ("length" if cut or not self._most else "stop"))
 
     def _write(self, token: Token) -> None:
         if self.reason is not None:
@@ -208,11 +195,10 @@ class Writer(StoppingCriteria):  # type: ignore[misc]  # transformers has no typ
             self._say(Piece(self._index, text, tuple(self._unsaid)))
             self._unsaid = []
 
-    def _told(self, token: int) -> Token:
+    def _told(self, token: int, logits_V: torch.Tensor) -> Token:
         if self._top is None:
             return Token(token, self._tokenizer.decode([token]) if self._tracing else "")
-        assert self._logits_V is not None
-        return told(self._tokenizer, token, self._logits_V.float().log_softmax(-1), self._top)
+        return told(self._tokenizer, token, logits_V.float().log_softmax(-1), self._top)
 
 
 def told(tokenizer: Any, token: int, logprobs_V: torch.Tensor, top: int) -> Token:
@@ -226,11 +212,11 @@ def told(tokenizer: Any, token: int, logprobs_V: torch.Tensor, top: int) -> Toke
     return Token(token, tokenizer.decode([token]), float(finite_V[token]), likely)
 
 
-def _row(trace: LayerTrace) -> dict[str, Any]:
-    """What a layer did with the last of its tokens: the chosen experts, their weights, and the next best one."""
-    experts = trace.ids_TK[-1].tolist()
-    best = trace.logits_TE[-1].topk(min(len(experts) + 1, trace.experts))
+def row(trace: LayerTrace, at: int) -> Row:
+    """What a layer did with one of its tokens: the chosen experts, their weights, and the next best one."""
+    experts = trace.ids_TK[at].tolist()
+    best = trace.logits_TE[at].topk(min(len(experts) + 1, trace.experts))
     ranked = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     others = [expert for expert, logit in ranked if expert not in experts and logit > float("-inf")]
-    weights = [round(weight, 6) for weight in trace.weights_TK[-1].tolist()]
+    weights = [round(weight, 6) for weight in trace.weights_TK[at].tolist()]
     return {"experts": experts, "weights": weights, "next": others[0] if others else None}
