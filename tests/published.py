@@ -11,6 +11,7 @@ from typing import Any
 
 LITGPT = "https://github.com/Lightning-AI/litgpt/blob/v0.5.13/litgpt/config.py, from https://huggingface.co/"
 EXECUTORCH = "https://github.com/pytorch/executorch/tree/main/examples/models/"
+MEGATRON = "https://github.com/NVIDIA-NeMo/Megatron-Bridge, src/megatron/bridge/models/nemotronh/nemotron_h_provider.py"
 DEFAULTS = "defaults of its config class in transformers 5.23, whose documentation names the model"
 COPY = "a copy of its config.json in a public repository (code index of 2026-11)"
 
@@ -34,6 +35,16 @@ def _model(
         "vocab_size": vocab,
     }
     return Published(source, {"model_type": model_type, **sizes, **own})
+
+
+def _nemotron_h(
+    pattern: str, hidden: int, ffn: int, heads: int, *, mamba_heads: int, head: int, state: int, context: int
+) -> Published:
+    """A Nemotron-H: what NVIDIA's converter from its config.json writes, and the defaults of its config class."""
+    own = {"hybrid_override_pattern": pattern, "mamba_num_heads": mamba_heads, "mamba_head_dim": head}
+    own |= {"ssm_state_size": state, "n_groups": 8, "num_key_value_heads": 8, "attention_head_dim": 128}
+    own |= {"layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "max_position_embeddings": context}
+    return _model(MEGATRON, "nemotron_h", len(pattern), hidden, ffn, heads, 131072, **own)
 
 
 def _hybrid(layers: int, every: int) -> list[str]:
@@ -145,6 +156,22 @@ MODELS: Mapping[str, Published] = {
     "Qwen/Qwen3.5-4B": _model(
         EXECUTORCH + "qwen3_5", "qwen3_5_text", 32, 2560, 9216, 16, 248320, **QWEN3_5, num_key_value_heads=4,
         linear_num_value_heads=32, layer_types=_hybrid(32, 4),
+    ),
+    "nvidia/Nemotron-H-8B-Base-8K": _nemotron_h(
+        "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-", 4096, 21504, 32, mamba_heads=128, head=64, state=128,
+        context=8192,
+    ),
+    "nvidia/Nemotron-H-47B-Base-8K": _nemotron_h(
+        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
+        8192, 30720, 64, mamba_heads=256, head=64, state=256, context=8192,
+    ),
+    "nvidia/NVIDIA-Nemotron-Nano-9B-v2": _nemotron_h(
+        "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", 4480, 15680, 40, mamba_heads=128, head=80,
+        state=128, context=131072,
+    ),
+    "nvidia/NVIDIA-Nemotron-Nano-12B-v2": _nemotron_h(
+        "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-", 5120, 20480, 40, mamba_heads=128, head=80,
+        state=128, context=131072,
     ),
     "HuggingFaceTB/SmolLM3-3B": _model(
         EXECUTORCH + "smollm3", "smollm3", 36, 2048, 11008, 16, 128256, num_key_value_heads=4, rms_norm_eps=1e-6,

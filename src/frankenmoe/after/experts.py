@@ -56,7 +56,7 @@ class ExpertSeen:
 def compare_experts(other: Other, layer: int, count: int, progress: Progress) -> Iterator[ExpertSeen]:
     """Every expert of a layer of theirs, beside `count` of ours."""
     ours = [_row(other.ours, layer, index) for index in range(count)]
-    size = max(LEAST, min(MOST, WORK // (count * max(1, other.experts) * len(FFN_SUFFIXES))))
+    size = max(LEAST, min(MOST, WORK // (count * max(1, other.experts) * len(ours[0]))))
     sample_EN = np.stack([_sample_of_ours(row, size) for row in ours])
     for index in range(other.experts):
         row = _row(other.theirs, layer, index)
@@ -73,12 +73,12 @@ def _row(tensors: Mapping[Place, T], layer: int, index: int) -> dict[str, T]:
 def _expert(
     layer: int, index: int, row: Mapping[str, Matrix], ours: list[dict[str, TensorWrite]], sample_EN: Floats, size: int
 ) -> ExpertSeen:
-    if len(row) < len(FFN_SUFFIXES):
+    if len(row) < len(ours[0]):
         return ExpertSeen(layer, index, State.MISSING)
     wanted = {suffix: two_axes(write.shape) for suffix, write in ours[0].items()}
     if any(row[suffix].shape != shape for suffix, shape in wanted.items()):
         return ExpertSeen(layer, index, State.MISSHAPEN)
-    parts = [_first_rows(row[suffix], size) for suffix in FFN_SUFFIXES]
+    parts = [_first_rows(matrix, size) for matrix in row.values()]
     sample_N = np.concatenate(parts)
     if not np.isfinite(sample_N).all():
         return ExpertSeen(layer, index, State.BROKEN)
@@ -87,7 +87,7 @@ def _expert(
     own = np.split(sample_EN[expert], cuts)
     if min(map(distance, parts, own)) >= FAR:
         return ExpertSeen(layer, index, State.UNKNOWN if sample_N.any() else State.ZERO, near=near)
-    matrices = {suffix: compare(ours[expert][suffix], row[suffix]) for suffix in FFN_SUFFIXES}
+    matrices = {suffix: compare(ours[expert][suffix], matrix) for suffix, matrix in row.items()}
     broken = any(seen.broken for seen in matrices.values())
     lost = any(seen.lost for seen in matrices.values())
     state = State.BROKEN if broken else State.DAMAGED if lost else State.FOUND
@@ -98,6 +98,8 @@ def _expert(
 
 def _turned(parts: list[Floats], own: list[Floats]) -> bool:
     """Whether gate and up stand in each other's place."""
+    if len(parts) < len(FFN_SUFFIXES):  # no gate
+        return False
     gate, up, _ = parts
     return gate.size == up.size and max(distance(gate, own[1]), distance(up, own[0])) < FAR
 
@@ -112,11 +114,11 @@ def _first_rows(matrix: Matrix, size: int) -> Floats:
 
 def _sample_of_ours(row: Mapping[str, TensorWrite], size: int) -> Floats:
     parts = []
-    for suffix in FFN_SUFFIXES:
-        shape = two_axes(row[suffix].shape)
+    for write in row.values():
+        shape = two_axes(write.shape)
         wanted = _rows_of(shape, size) * shape[1]
         found = np.empty(0, np.float32)
-        for _, _, rows_RC in our_chunks(row[suffix], shape):
+        for _, _, rows_RC in our_chunks(write, shape):
             found = np.concatenate([found, rows_RC.ravel()])
             if found.size >= wanted:
                 break

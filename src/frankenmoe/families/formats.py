@@ -230,7 +230,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             holds=frozenset({"qkv_bias"}),
             partial_rotary=True,
         ),
-        *LAYERED_FORMATS,
         NEMOTRON_H_MOE,
+        *LAYERED_FORMATS,
     )
 }
