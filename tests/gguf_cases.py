@@ -39,6 +39,12 @@ MORE: dict[str, Case] = {
         CASES["granite4"], config=CASES["granite4"].config | {"layer_types": ["attention"] * 4}
     ),
     "granite4-groups": replace(CASES["granite4"], config=CASES["granite4"].config | {"mamba_n_groups": 2}),
+    "nemotron_h-both": replace(CASES["nemotron_h"], recipe=SHARED),
+    "nemotron_h-bias": replace(CASES["nemotron_h"], config=CASES["nemotron_h"].config | {"use_bias": True}),
+    "nemotron_h-no-bias": replace(CASES["nemotron_h"], config=CASES["nemotron_h"].config | {"use_conv_bias": False}),
+    "nemotron_h-attention": replace(
+        CASES["nemotron_h"], config=CASES["nemotron_h"].config | {"layers_block_type": ["full_attention", "mlp"] * 2}
+    ),
 }
 ALL = CASES | MORE
 # case -> the architecture
@@ -82,6 +88,8 @@ ARCHITECTURE: dict[str, str] = {
     "granite4-shared": "granitehybrid",
     "granite4-attention": "granitemoe",
     "granite4-groups": "granitehybrid",
+    "nemotron_h": "nemotron_h_moe",
+    "nemotron_h-both": "nemotron_h_moe",
 }
 # architectures of models that read pictures, which tests/families/test_vision.py runs -> (outer family, format)
 WITH_VISION = {"qwen3vlmoe": ("qwen3_vl", "qwen3_vl_moe")}
@@ -101,5 +109,9 @@ REFUSED: dict[str, str] = {
     "phi3-partial": "glm4moe has no rope scaling 'longrope'",
     "granite4-unrotated": "granitehybrid needs a Mamba layer",
     "granite4-no-bias": "granitehybrid needs biases of the convolution, found mamba_conv_bias false",
+    "nemotron_h-shared": "nemotron_h_moe supports only relu2 in its experts, found gelu_pytorch_tanh",
+    "nemotron_h-bias": "nemotron_h_moe has no place for backbone.layers.0.mixer.in_proj.bias",
+    "nemotron_h-no-bias": "nemotron_h_moe needs biases of the convolution, found use_conv_bias false",
+    "nemotron_h-attention": "nemotron_h_moe needs a Mamba layer",
     "lfm2-bias": "lfm2moe has no place for model.layers.0.conv.conv.bias",
 }

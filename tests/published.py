@@ -15,6 +15,7 @@ from typing import Any
 
 LITGPT = "https://github.com/Lightning-AI/litgpt/blob/v0.5.13/litgpt/config.py, from https://huggingface.co/"
 EXECUTORCH = "https://github.com/pytorch/executorch/tree/main/examples/models/"
+MEGATRON = "https://github.com/NVIDIA-NeMo/Megatron-Bridge, src/megatron/bridge/models/nemotronh/nemotron_h_provider.py"
 DEFAULTS = "defaults of its config class in transformers 5.23, whose documentation names the model"
 COPY = "a copy of its config.json in a public repository (code index of 2026-11)"
 SPYRE = "https://github.com/vllm-project/vllm-spyre/tree/main/tests/fixtures/model_configs/"
@@ -47,6 +48,16 @@ def _model(
 def _nested(outer: str, found: Published, **own: Any) -> Published:
     """The same model as it was published: inside one that reads pictures."""
     return Published(found.source, {"model_type": outer, "text_config": found.config, **own})
+
+
+def _nemotron_h(
+    pattern: str, hidden: int, ffn: int, heads: int, *, mamba_heads: int, head: int, state: int, context: int
+) -> Published:
+    """A Nemotron-H: what NVIDIA's converter from its config.json writes, and the defaults of its config class."""
+    own = {"hybrid_override_pattern": pattern, "mamba_num_heads": mamba_heads, "mamba_head_dim": head}
+    own |= {"ssm_state_size": state, "n_groups": 8, "num_key_value_heads": 8, "attention_head_dim": 128}
+    own |= {"layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2", "max_position_embeddings": context}
+    return _model(MEGATRON, "nemotron_h", len(pattern), hidden, ffn, heads, 131072, **own)
 
 
 def _hybrid(layers: int, every: int) -> list[str]:
@@ -348,10 +359,26 @@ MODELS: Mapping[str, Published] = {
         position_embedding_type="rope_gptj", rope_scaling=None, use_parallel_embedding=False,
         use_embedding_sharing=True,
     ),
+    "nvidia/Nemotron-H-8B-Base-8K": _nemotron_h(
+        "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-", 4096, 21504, 32, mamba_heads=128, head=64, state=128,
+        context=8192,
+    ),
+    "nvidia/Nemotron-H-47B-Base-8K": _nemotron_h(
+        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
+        8192, 30720, 64, mamba_heads=256, head=64, state=256, context=8192,
+    ),
+    "nvidia/NVIDIA-Nemotron-Nano-9B-v2": _nemotron_h(
+        "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", 4480, 15680, 40, mamba_heads=128, head=80,
+        state=128, context=131072,
+    ),
+    "nvidia/NVIDIA-Nemotron-Nano-12B-v2": _nemotron_h(
+        "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-", 5120, 20480, 40, mamba_heads=128, head=80,
+        state=128, context=131072,
+    ),
 }  # fmt: skip
 
 
-def _nested(source: str, layers: int, hidden: int, ffn: int, heads: int, *, tied: bool, **vision: Any) -> Published:
+def _vision(source: str, layers: int, hidden: int, ffn: int, heads: int, *, tied: bool, **vision: Any) -> Published:
     """A Qwen3-VL: a language model nested beside a part that reads pictures."""
     text = {
         "model_type": "qwen3_vl_text", "num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": ffn,
@@ -375,7 +402,7 @@ def _nested(source: str, layers: int, hidden: int, ffn: int, heads: int, *, tied
 SMALL_EYES = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "deepstack_visual_indexes": [5, 11, 17]}
 LARGE_EYES = {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "deepstack_visual_indexes": [8, 16, 24]}
 NESTED: Mapping[str, Published] = {
-    "Qwen/Qwen3-VL-4B-Instruct": _nested(COPY, 36, 2560, 9728, 32, tied=True, **SMALL_EYES),
-    "Qwen/Qwen3-VL-8B-Instruct": _nested(COPY, 36, 4096, 12288, 32, tied=False, **LARGE_EYES),
-    "Qwen/Qwen3-VL-32B-Instruct": _nested(COPY, 64, 5120, 25600, 64, tied=False, **LARGE_EYES),
+    "Qwen/Qwen3-VL-4B-Instruct": _vision(COPY, 36, 2560, 9728, 32, tied=True, **SMALL_EYES),
+    "Qwen/Qwen3-VL-8B-Instruct": _vision(COPY, 36, 4096, 12288, 32, tied=False, **LARGE_EYES),
+    "Qwen/Qwen3-VL-32B-Instruct": _vision(COPY, 64, 5120, 25600, 64, tied=False, **LARGE_EYES),
 }

@@ -27,6 +27,7 @@ GEMMA4 = {
     "attention_k_eq_v": True, "head_dim": 8, "global_head_dim": 16, "num_global_key_value_heads": 1,
     "hidden_size_per_layer_input": 0, "sliding_window": 32,
 }  # fmt: skip
+NEMOTRON_H = {"hybrid_override_pattern": "M-*-"}
 # model -> (family, format, its extra settings)
 PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
     "LLaMA 7B": ("llama", "mixtral", {"max_sequence_length": 2048, "pad_token_id": -1}),
@@ -69,6 +70,17 @@ PUBLISHED: dict[str, tuple[str, str, dict[str, Any]]] = {
         "gemma4",
         GEMMA4 | {"final_logit_softcapping": 30.0, "use_bidirectional_attention": "vision", "num_experts": None},
     ),
+    "Nemotron-H 8B": (
+        "nemotron_h",
+        "nemotron_h",
+        NEMOTRON_H
+        | {
+            "attention_head_dim": 128, "expand": 2, "hidden_dropout": 0.0, "mamba_proj_bias": False,
+            "num_logits_to_keep": 1, "rescale_prenorm_residual": True, "residual_in_fp32": False, "rms_norm_eps": 1e-5,
+            "time_step_floor": 1e-4, "time_step_limit": [0.0, float("inf")], "time_step_max": 0.1,
+            "time_step_min": 0.001, "time_step_rank": 256, "use_mamba_kernels": True, "sliding_window": None,
+        },
+    ),
     "Command R": ("cohere", "cohere2_moe", {"logit_scale": 0.0625, "model_max_length": 131072, "use_qk_norm": False}),
     "Qwen3.5": (
         "qwen3_5_text",
@@ -110,6 +122,14 @@ def test_published_configs_are_built(model: str) -> None:
         ("gemma4", "gemma4_text", "use_bidirectional_attention", "all"),
         ("gemma4", "gemma4_text", "per_layer_config", {"0": {"sliding_window": 4}}),
         ("gemma4", "gemma4_text", "query_pre_attn_scalar", 64),
+        ("nemotron_h", "nemotron_h", "attention_head_dim", 64),
+        ("nemotron_h", "nemotron_h", "residual_in_fp32", True),
+        ("nemotron_h", "nemotron_h", "mlp_bias", True),
+        ("nemotron_h", "nemotron_h", "attention_bias", True),
+        ("nemotron_h", "nemotron_h", "sliding_window", 8),
+        ("nemotron_h", "nemotron_h", "tie_word_embeddings", True),
+        ("nemotron_h", "nemotron_h", "rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("nemotron_h", "nemotron_h", "ffn_multiplier", 2.0),
         # its class ignores them, but the format's does not
         ("mixtral", "llama", "sliding_window", 8),
         ("granitemoe", "llama", "embedding_multiplier", 12.0),
@@ -121,7 +141,8 @@ def test_published_configs_are_built(model: str) -> None:
     ],
 )
 def test_other_values_are_refused_by_name(fmt: str, family: str, field: str, value: Any) -> None:
-    own = {"max_position_embeddings": 2048} | (HYBRID if family == "granitemoehybrid" else {})
+    needed = {"granitemoehybrid": HYBRID, "nemotron_h": NEMOTRON_H}
+    own = {"max_position_embeddings": 2048} | needed.get(family, {})
     before = problems(fmt, family, **own)
     assert [text for text in problems(fmt, family, **own | {field: value}) if text not in before and field in text]
 

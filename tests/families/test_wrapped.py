@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import frankenmoe as fm
 import tiny
 from family_cases import CASES, LONG, apart, logits, make_parent
-from frankenmoe.families import text_name
+from frankenmoe.families import prefixes_of, text_name
 
 SIGLIP = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -111,3 +111,12 @@ def test_fields_of_the_outer_config_count_where_the_nested_one_has_none(tmp_path
 )
 def test_names_lose_the_prefix_of_what_is_around(name: str, plain: str) -> None:
     assert text_name(name) == plain
+
+
+def test_nemotron_h_says_backbone_in_its_files_and_model_in_its_class() -> None:
+    prefixes = prefixes_of({"model_type": "nemotron_h"})
+    assert text_name("backbone.layers.3.mixer.D", prefixes) == "model.layers.3.mixer.D"
+    assert text_name("model.layers.3.mixer.D", prefixes) == "model.layers.3.mixer.D"
+    assert text_name("lm_head.weight", prefixes) == "lm_head.weight"
+    name = "layers.1.mixer.up_proj.lora_A.weight"
+    assert text_name(f"base_model.model.backbone.{name}", prefixes) == f"base_model.model.model.{name}"

@@ -60,7 +60,7 @@ class ExpertSeen:
 def compare_experts(other: Other, layer: int, count: int, progress: Progress) -> Iterator[ExpertSeen]:
     """Every expert of a layer of theirs, beside `count` of ours."""
     ours = [_row(other.ours, layer, index) for index in range(count)]
-    size = max(LEAST, min(MOST, WORK // (count * max(1, other.experts) * len(FFN_SUFFIXES))))
+    size = max(LEAST, min(MOST, WORK // (count * max(1, other.experts) * len(ours[0]))))
     counts = {suffix: max(ROWS, size // write.shape[-1]) for suffix, write in ours[0].items()}
     samples = [[first_rows(row[suffix], count) for suffix, count in counts.items()] for row in ours]
     sample_EN = np.stack([np.concatenate(_flat(parts, other)) for parts in samples])
@@ -85,7 +85,7 @@ def _expert(
     counts: Mapping[str, int],
     other: Other,
 ) -> ExpertSeen:
-    if len(row) < len(FFN_SUFFIXES):
+    if len(row) < len(ours[0]):
         return ExpertSeen(layer, index, State.MISSING)
     wanted = {suffix: two_axes(write.shape) for suffix, write in ours[0].items()}
     if any(row[suffix].shape != shape for suffix, shape in wanted.items()):
@@ -101,7 +101,7 @@ def _expert(
         return ExpertSeen(layer, index, State.UNKNOWN if sample_N.any() else State.ZERO, near=near)
     if other.folds:
         even_rows(row, ours[expert][UP], UP, *DOWN)
-    matrices = {suffix: compare(ours[expert][suffix], row[suffix], folds=other.folds) for suffix in FFN_SUFFIXES}
+    matrices = {suffix: compare(ours[expert][suffix], matrix, folds=other.folds) for suffix, matrix in row.items()}
     broken = any(seen.broken for seen in matrices.values())
     lost = any(seen.lost and not seen.scaled for seen in matrices.values())
     state = State.BROKEN if broken else State.DAMAGED if lost else State.FOUND
@@ -112,6 +112,8 @@ def _expert(
 
 def _turned(parts: list[Floats], own: list[Floats]) -> bool:
     """Whether gate and up stand in each other's place."""
+    if len(parts) < len(FFN_SUFFIXES):  # no gate
+        return False
     gate, up, _ = parts
     return gate.size == up.size and max(distance(gate, own[1]), distance(up, own[0])) < FAR
 
@@ -119,9 +121,10 @@ def _turned(parts: list[Floats], own: list[Floats]) -> bool:
 def _flat(parts: Sequence[Floats], other: Other) -> list[Floats]:
     """First rows of gate, up and down, each in a row of numbers.
 
-    Where factors move from rows of up to columns of down, rows of the first two and columns of the last get the norm 1.
+    Where factors move from rows of up to columns of down, rows of the first ones and columns of down get the norm 1.
     """
     if other.folds:
-        norms = [np.linalg.norm(part, axis=axis, keepdims=True) for part, axis in zip(parts, (1, 1, 0), strict=True)]
+        axes = [1] * (len(parts) - 1) + [0]
+        norms = [np.linalg.norm(part, axis=axis, keepdims=True) for part, axis in zip(parts, axes, strict=True)]
         parts = [part_RC / np.maximum(norm, TINY) for part_RC, norm in zip(parts, norms, strict=True)]
     return [part_RC.ravel() for part_RC in parts]

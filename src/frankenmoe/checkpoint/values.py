@@ -76,11 +76,11 @@ def blocks(write: TensorWrite, pool: Executor | None = None, *, ahead: int = 0) 
     before, stages = _prepared(write)
     numbered = enumerate(before())
     if pool is None:
-        yield from (_encoded(write, stages, *each) for each in numbered)
+        yield from (_encoded(write, stages, *item) for item in numbered)
         return
     waiting: deque[Future[Bytes]] = deque()
-    for each in numbered:
-        waiting.append(pool.submit(_encoded, write, stages, *each))
+    for item in numbered:
+        waiting.append(pool.submit(_encoded, write, stages, *item))
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
     while waiting:

@@ -68,11 +68,13 @@ def show_plan(made: Plan) -> None:
 def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
     counts, memory = facts["parameters"], facts["memory"]
     need, free = facts["disk"]["need"], facts["disk"]["free"]
+    some = len(made.expert_layers)  # in a few families not every layer has an FFN
+    layers = f"{made.layers} layers" if some == made.layers else f"{some} of {made.layers} layers"
     licences = sorted({str(source["licence"]) for source in facts["sources"] if source["licence"]})
     return [
         ("name", made.recipe.name or made.recipe.origin),
         ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
-        ("shape", f"{made.layers} layers x {made.experts} experts, {made.recipe.experts_per_token} per token"),
+        ("shape", f"{layers} x {made.experts} experts, {made.recipe.experts_per_token} per token"),
         ("routers", f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {len(made.routers)} gates"),
         *_fit_lines(made),
         ("backbone", _backbone(made)),

@@ -20,7 +20,7 @@ from torch import nn
 from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.families import FAMILIES
 from frankenmoe.moe.block import MoEBlock
-from frankenmoe.moe.dense import mlp_modules
+from frankenmoe.moe.dense import layer_modules, mlp_modules
 from frankenmoe.moe.load import MoE
 from frankenmoe.planning.gguf import GgufLayout
 
@@ -32,14 +32,14 @@ ENOUGH = 64  # own tokens from which an expert is measured on those
 Key = tuple[int, str, int]
 """(layer, what reads the input: a module of the layer, experts, down, shared or shared_down; expert)."""
 
-Q, LINEAR = ("self_attn.q_proj", "self_attn.qkv_proj"), ("linear_attn.in_proj_qkv",)
+Q, LINEAR = ("self_attn.q_proj", "self_attn.qkv_proj", "mixer.q_proj"), ("linear_attn.in_proj_qkv",)
 # matrix in the file -> the modules that read its input, one for each family. Two are left out: the output of linear
 # attention, whose columns are in another order in the file, and Mamba, whose code reads its weights itself
 INPUTS: Mapping[str, tuple[str, ...]] = {
     "attn_q": Q,
     "attn_k": Q,
     "attn_v": Q,
-    "attn_output": ("self_attn.o_proj", "self_attn.out_proj"),
+    "attn_output": ("self_attn.o_proj", "self_attn.out_proj", "mixer.o_proj"),
     "attn_qkv": LINEAR,
     "attn_gate": LINEAR,
     "ssm_alpha": LINEAR,
@@ -96,7 +96,7 @@ def measure(
     experts = layout.facts.experts
     starved = tuple(
         (layer, expert, own.tokens.get((layer, "experts", expert), 0))
-        for layer in range(layout.facts.layers)
+        for layer in mlp_modules(moe.model)
         for expert in range(experts)
         if own.tokens.get((layer, "experts", expert), 0) < min(ENOUGH, read)
     )
@@ -148,10 +148,11 @@ def _widened(rows_PC: Floats, columns: int) -> Floats:
 def _listening(moe: MoE, own: _Sums, forced: _Sums | None) -> Iterator[None]:
     """Hooks on every attention and MoE block while one text is read."""
     hooks = []
-    for layer, (holder, block) in mlp_modules(moe.model).items():
+    for layer, holder in layer_modules(moe.model).items():
         inside = dict(holder.named_modules())
         for what in {name for names in INPUTS.values() for name in names if name in inside}:
             hooks.append(inside[what].register_forward_pre_hook(partial(_add_input, own, (layer, what, 0))))
+    for layer, (_, block) in mlp_modules(moe.model).items():
         hooks.append(block.register_forward_pre_hook(partial(_add_experts, layer, own, forced)))
     try:
         yield

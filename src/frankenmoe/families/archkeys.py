@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from frankenmoe.families.known import is_neutral
+from frankenmoe.families.nemotron import FFN
+from frankenmoe.families.nemotron import MAMBA as LINEAR
 from frankenmoe.families.places import key_heads
 from frankenmoe.families.rotary import longrope_attention, rope, written_rope
 from frankenmoe.families.spec import ATTENTION_KINDS, FULL, SLIDING, Config, Dims, Family
@@ -199,6 +201,30 @@ def nested_in_vision(facts: Facts) -> dict[str, Any]:
         "rope.dimension_sections": _sections(written_rope(outer["text_config"]), (24, 20, 20)),
         "n_deepstack_layers": len(tower["deepstack_visual_indexes"]),
     }
+
+
+def nemotron_h(facts: Facts) -> dict[str, Any]:
+    """A layer without FFN has width 0 there; if it has no keys either, llama.cpp takes it for Mamba."""
+    dims = facts.dims
+    return {
+        "feed_forward_length": [facts.ffn * (kind == FFN) for kind in dims.kinds],
+        "attention.layer_norm_epsilon": facts.eps,  # it wants both keys
+        "expert_shared_count": 1,
+        "expert_shared_feed_forward_length": facts.shared_ffn or INERT_FFN,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 1.0,
+        "ssm.conv_kernel": dims.size("kernel"),
+        "ssm.state_size": int(facts.read("ssm_state_size")),
+        "ssm.group_count": dims.size("mamba_groups"),
+        "ssm.inner_size": dims.size("inner"),
+        "ssm.time_step_rank": dims.size("mamba_heads"),
+    }
+
+
+def nemotron_h_lacks(facts: Facts) -> str | None:
+    if LINEAR not in facts.dims.kinds:
+        return "needs a Mamba layer"
+    return None if facts.read("use_conv_bias") else "needs biases of the convolution, found use_conv_bias false"
 
 
 def delta_net(facts: Facts) -> dict[str, Any]:

@@ -26,6 +26,8 @@ from frankenmoe.families.archkeys import (
     lfm2,
     mamba,
     mamba_lacks,
+    nemotron_h,
+    nemotron_h_lacks,
     nested_in_vision,
     rope_pattern,
     rope_pattern_lacks,
@@ -36,7 +38,19 @@ from frankenmoe.families.archkeys import (
     window_lacks,
     window_pattern,
 )
-from frankenmoe.families.places import COHERE2, GLM4, LFM2, MAMBA, O_BIAS, PLAIN, QK_NORM, QKV_BIAS, QWEN3_5, Places
+from frankenmoe.families.places import (
+    COHERE2,
+    GLM4,
+    LFM2,
+    MAMBA,
+    NEMOTRON_H,
+    O_BIAS,
+    PLAIN,
+    QK_NORM,
+    QKV_BIAS,
+    QWEN3_5,
+    Places,
+)
 from frankenmoe.families.rotary import rope, rotary_size
 from frankenmoe.families.words import INERT_FFN
 
@@ -58,8 +72,8 @@ class Arch:
     stands for none: a number, or "ffn". `interleaved`: rotary pairs are adjacent, so rows of q and k are permuted.
     `own_head`: the head cannot be tied. `free_heads`: heads times head size may differ from the hidden size.
     `multipliers`: it has Granite's. `windows`: it has windows per layer. `unrotated`: layers may be without rotation.
-    `pads`: hidden and FFN sizes may be padded with zeros. `constants` are tensors of one value: name, shape, value.
-    `lacks` says what else of a model it does not have.
+    `activation` is that of its experts. `pads`: hidden and FFN sizes may be padded with zeros. `constants` are tensors
+    of one value beside the experts: name, shape, value. `lacks` says what else of a model it does not have.
     """
 
     name: str
@@ -78,6 +92,7 @@ class Arch:
     multipliers: bool = False
     windows: bool = False
     unrotated: bool = False
+    activation: str = "silu"
     pads: bool = True
     constants: tuple[tuple[str, tuple[str, ...], float], ...] = ()
     lacks: Callable[[Facts], str | None] = lambda facts: None
@@ -249,5 +264,20 @@ ARCHS: Sequence[Arch] = (
         pads=False,
         keys=(expert_ffn, all_sparse, gating(SOFTMAX), window_pattern, cohere2_norms),
         lacks=window_lacks,
+    ),
+    Arch(
+        "nemotron_h_moe",
+        formats=("nemotron_h",),
+        normalizes=True,
+        shared=("none", "plain"),
+        inert=str(INERT_FFN),
+        interleaved=False,
+        places=NEMOTRON_H,
+        unrotated=True,
+        activation="relu2",
+        pads=False,
+        keys=(expert_ffn, kv_heads_by_layer, nemotron_h),
+        lacks=nemotron_h_lacks,
+        constants=(("exp_probs_b.bias", ("experts",), 0.0),),
     ),
 )

@@ -233,7 +233,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             holds=frozenset({"qkv_bias"}),
             partial_rotary=True,
         ),
-        *LAYERED_FORMATS,
         MoEFormat(
             name="qwen3_vl_moe",
             title="Qwen3-VL MoE",
@@ -252,5 +251,6 @@ FORMATS: Mapping[str, MoEFormat] = {
             counted=COUNTED | {"moe_intermediate_size": "ffn"},
         ),
         NEMOTRON_H_MOE,
+        *LAYERED_FORMATS,
     )
 }

@@ -10,6 +10,7 @@ from typing import Any
 from frankenmoe.families.config import NORMALIZES, unsupported
 from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.formats import FORMATS
+from frankenmoe.families.nemotron import dense_kinds
 from frankenmoe.families.rotary import written_rope
 from frankenmoe.families.spec import MAY_BE_NULL, Config, Family, MoEFormat, RouterRule
 
@@ -92,6 +93,16 @@ VIEWS: Mapping[str, DenseView] = {
         },
         derived={"head_dim": _head_dim},
         ignored=frozenset({"num_nextn_predict_layers"}),  # further layers that only guess ahead
+    ),
+    "nemotron_h": DenseView(
+        "nemotron_h",
+        {
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 7688,
+            "moe_shared_expert_intermediate_size": 7688,
+        },
+        derived={"layers_block_type": dense_kinds},
     ),
     "lfm2_moe": DenseView("lfm2", {"num_dense_layers": 2}, fixed={"block_auto_adjust_ff_dim": False}),
     "qwen3_5_moe": DenseView("qwen3_5_text", {"num_key_value_heads": 2, "shared_expert_intermediate_size": 512}),

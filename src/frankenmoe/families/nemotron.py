@@ -4,6 +4,7 @@ Its files call `backbone` what its class calls `model`. It does not rotate.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from frankenmoe.families.rows import LAYER, defaults, rows
 from frankenmoe.families.spec import FULL, Config, Family, MoEFormat, Piece, RouterRule, TensorSpec
@@ -25,9 +26,24 @@ MIXER = "backbone.layers.{layer}.mixer."
 UP = ("up_proj.weight",)
 
 
+def _listed(config: Config) -> Any:
+    """A word or a letter for every layer: from the list, from the pattern, or what the class takes without both."""
+    return config.get(LIST) or config.get(PATTERN) or (MAMBA, EXPERTS, FULL, FFN)
+
+
 def _kinds(config: Config) -> list[str]:
-    """What its layers are: from the list, from the pattern, or what the class takes without both."""
-    return [KINDS[each] for each in config.get(LIST) or config.get(PATTERN) or (MAMBA, EXPERTS, FULL, FFN)]
+    return [KINDS[each] for each in _listed(config)]
+
+
+def _is_mixture(config: Config) -> bool:
+    found = _listed(config)
+    return isinstance(found, list | tuple | str) and any(word in found for word in (EXPERTS, "E"))
+
+
+def dense_kinds(config: Config) -> list[str]:
+    """The kinds of layers of the dense model of a mixture. They stay if it has dense FFNs too: no recipe says that."""
+    kinds = _kinds(config)
+    return kinds if FFN in kinds else [FFN if kind == EXPERTS else kind for kind in kinds]
 
 
 def _sizes(config: Config) -> Mapping[str, int]:
@@ -118,19 +134,20 @@ NEMOTRON_H = Family(
     ),
     reads={
         # the class counts the kinds, whatever number stands beside them; its own files have none
-        "num_hidden_layers": lambda config: len(_kinds(config)),
+        "num_hidden_layers": lambda config: len(_listed(config)),
         "rms_norm_eps": "layer_norm_epsilon",
         "hidden_act": "mlp_hidden_act",
         "layer_types": _kinds,
         "no_rope_layers": lambda config: [0],
         "time_step_limit": lambda config: None,  # the class reads only the least time step
-        "own_experts": lambda config: int(EXPERTS in _kinds(config)),
+        "own_experts": lambda config: int(_is_mixture(config)),
     },
     sizes=_sizes,
     fields=frozenset(
         {
-            LIST, PATTERN, "hidden_act", "num_logits_to_keep", "use_mamba_kernels", "rescale_prenorm_residual",
-            "mamba_ssm_cache_dtype", "time_step_limit", "time_step_max", "time_step_floor", "time_step_rank",
+            LIST, PATTERN, "hidden_act", "norm_eps", "num_logits_to_keep", "use_mamba_kernels",
+            "rescale_prenorm_residual", "mamba_ssm_cache_dtype", "time_step_limit", "time_step_max",
+            "time_step_floor", "time_step_rank",
             # of its mixtures, which this is not, and of layers that only guess ahead
             "n_routed_experts", "n_shared_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
             "moe_latent_size", "moe_shared_expert_overlap", "num_experts_per_tok", "routed_scaling_factor", "n_group",
@@ -147,7 +164,7 @@ NEMOTRON_H = Family(
 
 
 def _pattern(family: Family, config: Config) -> str:
-    """The kinds of its layers in letters, as published files have them: vLLM and llama.cpp read nothing else."""
+    """The kinds of its layers in letters, as published files have them."""
     kinds = family.read(config, "layer_types")
     return "".join(LETTERS[EXPERTS if kind == FFN else kind] for kind in kinds)
 
@@ -171,7 +188,6 @@ NEMOTRON_H_MOE = MoEFormat(
         "routed_scaling_factor": 1.0,
         "norm_topk_prob": True,
         "moe_latent_size": None,
-        "num_nextn_predict_layers": 0,
     },
     counted={
         "n_routed_experts": "experts",

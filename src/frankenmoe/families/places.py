@@ -32,9 +32,9 @@ Places = Mapping[str, Place]
 """Plain name, with `{layer}` -> place."""
 
 
-def _inside(prefix: str, names: Mapping[str, str | Place]) -> dict[str, Place]:
+def _inside(prefix: str, names: Mapping[str, str | Place], *, layer: str = LAYER) -> dict[str, Place]:
     """The places of tensors of a layer, from plain names without the prefix; a place may be its name alone."""
-    return {LAYER + prefix + ours: _in_block(theirs) for ours, theirs in names.items()}
+    return {layer + prefix + ours: _in_block(theirs) for ours, theirs in names.items()}
 
 
 def _in_block(place: str | Place) -> Place:
@@ -53,15 +53,13 @@ HEAD = {"model.embed_tokens.weight": Place("token_embd.weight"), "lm_head.weight
 ENDS = {**HEAD, "model.norm.weight": Place("output_norm.weight")}
 FFN_NORM = _inside("", {"post_attention_layernorm.weight": "ffn_norm.weight"})
 NORM = _inside("", {"input_layernorm.weight": "attn_norm.weight"})
-ATTENTION = _inside(
-    "self_attn.",
-    {
-        "q_proj.weight": "attn_q.weight",
-        "k_proj.weight": "attn_k.weight",
-        "v_proj.weight": "attn_v.weight",
-        "o_proj.weight": "attn_output.weight",
-    },
-)
+_ATTENTION: Mapping[str, str] = {
+    "q_proj.weight": "attn_q.weight",
+    "k_proj.weight": "attn_k.weight",
+    "v_proj.weight": "attn_v.weight",
+    "o_proj.weight": "attn_output.weight",
+}
+ATTENTION = _inside("self_attn.", _ATTENTION)
 PLAIN = {**ENDS, **NORM, **FFN_NORM, **ATTENTION}
 QKV_BIAS = _inside(
     "self_attn.", {"q_proj.bias": "attn_q.bias", "k_proj.bias": "attn_k.bias", "v_proj.bias": "attn_v.bias"}
@@ -94,19 +92,25 @@ LFM2 = {
 }
 # A is stored as the logarithm of -A
 NEGATIVE_EXP = (Exp(), Scale(-1.0))
-MAMBA = _inside(
-    "mamba.",
-    {
-        "A_log": Place("ssm_a", shape=("mamba_heads", "1"), steps=NEGATIVE_EXP),
-        "D": Place("ssm_d", shape=("mamba_heads", "1")),
-        "dt_bias": "ssm_dt.bias",
-        "conv1d.weight": Place("ssm_conv1d.weight", shape=("convolved", "kernel")),
-        "conv1d.bias": "ssm_conv1d.bias",
-        "in_proj.weight": "ssm_in.weight",
-        "norm.weight": Place("ssm_norm.weight", shape=("mamba_groups", "mamba_group")),
-        "out_proj.weight": "ssm_out.weight",
-    },
-)
+_MIXER: Mapping[str, str | Place] = {
+    "A_log": Place("ssm_a", shape=("mamba_heads", "1"), steps=NEGATIVE_EXP),
+    "D": Place("ssm_d", shape=("mamba_heads", "1")),
+    "dt_bias": "ssm_dt.bias",
+    "conv1d.weight": Place("ssm_conv1d.weight", shape=("convolved", "kernel")),
+    "conv1d.bias": "ssm_conv1d.bias",
+    "in_proj.weight": "ssm_in.weight",
+    "norm.weight": Place("ssm_norm.weight", shape=("mamba_groups", "mamba_group")),
+    "out_proj.weight": "ssm_out.weight",
+}
+MAMBA = _inside("mamba.", _MIXER)
+_BACKBONE = "backbone.layers.{layer}."
+NEMOTRON_H = {
+    "backbone.embeddings.weight": Place("token_embd.weight"),
+    "backbone.norm_f.weight": Place("output_norm.weight"),
+    "lm_head.weight": HEAD["lm_head.weight"],
+    **_inside("", {"norm.weight": "attn_norm.weight"}, layer=_BACKBONE),
+    **_inside("mixer.", {**_ATTENTION, **_MIXER}, layer=_BACKBONE),
+}
 
 
 def key_heads(dims: Dims) -> int:
@@ -176,7 +180,7 @@ EXPERTS: Mapping[str, str] = {
 SHARED_EXPERT: Mapping[str, str] = {
     f"{which}_proj.weight": f"{BLOCK}ffn_{which}_shexp.weight" for which in ("gate", "up", "down")
 }
-EVERY: Places = {**LFM2, **MAMBA, **QWEN3_5, **PLAIN, **QKV_BIAS, **O_BIAS, **QK_NORM}
+EVERY: Places = {**LFM2, **MAMBA, **NEMOTRON_H, **QWEN3_5, **PLAIN, **QKV_BIAS, **O_BIAS, **QK_NORM}
 
 
 def gguf_name(name: str) -> str | None:

@@ -61,9 +61,14 @@ LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
     ("granitemoehybrid", "granitemoehybrid"): (
         "models of attention layers without rotation, and convolutions without biases, are refused"
     ),
+    ("nemotron_h", "nemotron_h"): (
+        "models without Mamba layers, with biases in them, or with convolutions without biases are refused"
+    ),
 }
 # llama.cpp's architectures that Ollama's copy of it does not have (github.com/ollama/ollama, llama/llama.cpp)
 NOT_IN_OLLAMA = ("granite_swa", "cohere2moe")
+# those that Ollama runs with code of its own (model/models)
+OLLAMAS_OWN = ("nemotron_h_moe",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,11 +116,12 @@ def in_vllm(family: str, fmt: str) -> Known:
 
 def in_llamacpp(family: Family, fmt: MoEFormat) -> Known:
     """What is known of llama.cpp and a format made of a family."""
-    activation = family.defaults.get("hidden_act")
+    activation = family.read({}, "hidden_act")
+    able = [arch.activation for arch in ARCHS if fmt.name in arch.formats]
     if fmt.no_gguf:
         return Known(False, f"llama.cpp: {fmt.no_gguf}")
-    if activation != "silu":
-        return Known(False, f"llama.cpp: its experts support only silu, not {activation}")
+    if activation not in able:
+        return Known(False, f"llama.cpp: its experts support only {', '.join(dict.fromkeys(able))}, not {activation}")
     lacks = LLAMACPP_LACKS.get((source_type(family, fmt), fmt.name))
     return Known(True, "; ".join(filter(None, (LLAMACPP, lacks))))
 
@@ -126,7 +132,8 @@ def _in_ollama(fmt: MoEFormat, llama: Known) -> Known:
     name = next(arch.name for arch in ARCHS if fmt.name in arch.formats)
     if name in NOT_IN_OLLAMA:
         return Known(False, f"read: its copy of llama.cpp has no {name}")
-    return Known(True, f"read: its copy of llama.cpp has {name}; not run here")
+    engine = "own engine" if name in OLLAMAS_OWN else "copy of llama.cpp"
+    return Known(True, f"read: its {engine} has {name}; not run here")
 
 
 def programs(fmt: MoEFormat, family: Family) -> dict[str, Known]:

@@ -38,9 +38,6 @@ def _cannot(model: Parts) -> Iterator[str]:
     fmt, family = model.stock
     if fmt.no_gguf:
         yield fmt.no_gguf
-    activation = family.read(model.config, "hidden_act")
-    if activation != "silu":
-        yield f"its experts support only silu, found {activation}"
     if len(model.nodes) > MAX_EXPERTS:
         yield f"it allows {MAX_EXPERTS} experts, found {len(model.nodes)}"
     rotary = rope(family, model.config)
@@ -66,6 +63,9 @@ def _differences(arch: Arch, model: Parts, facts: Facts, names: Mapping[str, str
     `names` are those of `_plain_names`.
     """
     family, dims = facts.family, facts.dims
+    activation = family.read(model.config, "hidden_act")
+    if activation != arch.activation:
+        yield f"supports only {arch.activation} in its experts, found {activation}"
     if model.normalizes not in (arch.normalizes, None):
         yield f"{'scales' if arch.normalizes else 'does not scale'} the weights of the chosen experts to sum to one"
     if model.shared_kind not in arch.shared:

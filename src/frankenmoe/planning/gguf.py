@@ -183,7 +183,7 @@ def _experts(model: Parts, arch: Arch, layer: int, wide: Mapping[str, int]) -> I
     gate = model.gates[fmt.gate.format(layer=layer)]
     yield GgufTensor(ROUTER.format(layer=layer), (count, hidden), (gate,))
     rows = [model.translation.ffn(node, layer) for node in model.nodes]
-    for suffix, name in EXPERTS.items():
+    for suffix, name in ((suffix, name) for suffix, name in EXPERTS.items() if suffix in rows[0]):
         shape = (hidden, ffn) if suffix.startswith("down") else (ffn, hidden)
         parts = tuple(row[suffix] for row in rows)
         yield GgufTensor(name.format(layer=layer), (count, *shape), parts)
@@ -191,7 +191,7 @@ def _experts(model: Parts, arch: Arch, layer: int, wide: Mapping[str, int]) -> I
     doubled = model.shared_kind == "plain" and "plain" in arch.shared and "gated" in arch.shared
     for node in model.shared:
         row = model.translation.ffn(node, layer)
-        for suffix, name in SHARED_EXPERT.items():
+        for suffix, name in ((suffix, name) for suffix, name in SHARED_EXPERT.items() if suffix in row):
             down = suffix.startswith("down")
             shape = (hidden, wide["shared_ffn"]) if down else (wide["shared_ffn"], hidden)
             write = row[suffix]
@@ -200,7 +200,7 @@ def _experts(model: Parts, arch: Arch, layer: int, wide: Mapping[str, int]) -> I
             yield GgufTensor(name.format(layer=layer), shape, (write,))
     if not model.shared and arch.inert:
         inert = wide.get(arch.inert) or int(arch.inert)
-        for suffix, name in SHARED_EXPERT.items():
+        for suffix, name in ((suffix, name) for suffix, name in SHARED_EXPERT.items() if suffix in rows[0]):
             shape = (hidden, inert) if suffix.startswith("down") else (inert, hidden)
             yield _constant(name.format(layer=layer), shape)
     if model.shared_kind == "gated":

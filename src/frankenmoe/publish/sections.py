@@ -119,7 +119,7 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
     rows = [
         ("parameters", f"{costs.total:,} ({billions(costs.total)})"),
         ("active per token", f"{costs.active:,} ({billions(costs.active)})"),
-        ("layers x experts, per token", f"{made.layers} x {count}, {made.recipe.experts_per_token}"),
+        ("layers x experts, per token", f"{len(made.expert_layers)} x {count}, {made.recipe.experts_per_token}"),
         *([] if costs.built is None else [("weights on disk", f"{gib(costs.built)} as {made.dtype_name}")]),
         ("memory for the weights", f"{_in_memory(costs.memory_built)}{gib(costs.memory_virtual)} virtual"),
         ("KV cache", f"{costs.kv_per_token / 2**10:.1f} KiB per token (16 bit)"),
