@@ -9,7 +9,9 @@ import frankenmoe as fm
 import gguftools
 import tiny
 from family_cases import MULTIPLIERS
+from frankenmoe import system
 from frankenmoe.errors import PlanError
+from frankenmoe.export import llama
 from frankenmoe.export.run import export_gguf
 
 pytest.importorskip("gguf")
@@ -106,6 +108,21 @@ def test_adapters_and_noise_are_folded_in(tmp_path: Path) -> None:
     path = tiny.write_recipe(tmp_path / "r.yml", base, others, experts=entries)
     (file,) = export_gguf(path, tmp_path / "out", types=["f32"], allow_random=True)
     assert gguftools.greatest_kl(file.path, fm.load(path)) < 1e-6
+
+
+@pytest.mark.parametrize(("free", "copied"), [(10**12, True), (10_000, False)])
+def test_weights_are_copied_only_where_memory_is_left(
+    free: int, copied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import xllamacpp
+
+    path = recipe(tmp_path, gguftools.parents(tmp_path, "llama", count=3))
+    (file,) = export_gguf(path, tmp_path / "out", types=["q4_0"], allow_random=True)
+    monkeypatch.setattr(system, "free_memory", lambda: free)
+    seen, server = [], xllamacpp.Server
+    monkeypatch.setattr(xllamacpp, "Server", lambda params: seen.append(params.no_extra_bufts) or server(params))
+    assert len(llama.Engine(file.path).greedy([1, 2, 3], tokens=3)) == 3
+    assert seen == [not copied]
 
 
 REFUSED = [

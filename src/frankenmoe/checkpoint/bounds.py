@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from frankenmoe.checkpoint import noise
 from frankenmoe.checkpoint.cast import BITS, decode
 from frankenmoe.checkpoint.reader import map_bytes, state_of
 from frankenmoe.checkpoint.tensors import FLOATS, Noise, Scale, Shift, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import BLOCK
 
-MOST_NOISE = 5.0  # standard deviations; the largest of the 65536 quantiles is 4.3
 ROUNDING = 1.001
 
 
@@ -30,7 +30,7 @@ def surely_fits(write: TensorWrite) -> bool:
             case Shift(amount):
                 most += abs(amount)
             case Noise(std, relative, _):  # the deviation of numbers is at most the largest of them
-                most += MOST_NOISE * std * (most if relative else 1.0)
+                most += noise.MOST * std * (most if relative else 1.0)
             case _:
                 return False
     return most * ROUNDING <= BITS[write.dtype].largest  # not so for NaN

@@ -18,6 +18,7 @@ import numpy as np
 
 from frankenmoe.checkpoint.cast import BITS, Bytes, Floats, decode, encode, first_nonfinite
 from frankenmoe.checkpoint.merging import Blocks, merged
+from frankenmoe.checkpoint.noise import add_noise
 from frankenmoe.checkpoint.reader import map_bytes, state_of
 from frankenmoe.checkpoint.tensors import (
     DTYPES,
@@ -295,30 +296,10 @@ def _stage(step: Step, before: Blocks, source: TensorRef | None) -> Stage:
         case Noise(std, relative, seed):
             if relative:
                 std *= _std_of(source, state_of(source)) if source else _std(before)
-            return partial(_add_noise, std=std, seed=seed)
+            return partial(add_noise, std=std, seed=seed)
         case LowRank(a, b, scale):
             return partial(_add_low_rank, b=b, a_RI=values(a) * np.float32(scale))
     raise AssertionError(f"{step} is a first step")
-
-
-def _add_noise(block_N: Floats, number: int, *, std: float, seed: int) -> Floats:
-    """Add normal numbers of 16 bits each: numpy's own, of 24 bits, take five times as long."""
-    # keyed by block, so that any block can be computed alone, in any process
-    words = np.random.Philox(key=np.array([seed, number], np.uint64)).random_raw(-(-block_N.size // 4))
-    noise_N = (_quantiles() * np.float32(std)).take(words.view(np.uint16)[: block_N.size])
-    noise_N += block_N
-    return noise_N
-
-
-@cache
-def _quantiles() -> Floats:
-    """The 65536 quantiles of the normal distribution in the middles of equal shares, with standard deviation 1."""
-    from statistics import NormalDist  # slow to import, and few need it
-
-    middles = (np.arange(2**16) + 0.5) / 2**16
-    found = [NormalDist().inv_cdf(share) for share in middles.tolist()]
-    std = math.sqrt(math.fsum(number * number for number in found) / len(found))  # the same sum on every machine
-    return (np.array(found) / std).astype(np.float32)
 
 
 def _add_low_rank(block_N: Floats, number: int, *, b: TensorRef, a_RI: Floats) -> Floats:

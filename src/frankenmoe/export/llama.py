@@ -26,6 +26,7 @@ QUIET = -1  # verbosity
 NORMAL = 1  # type of a token that is neither special nor a byte
 MOST_CONTEXT = 8192  # tokens, unless more are asked for: the cache grows with them
 SMALL = 2**29  # bytes; for smaller files one thread is faster than several
+REPACKED = 0.5  # of the free memory that a second copy of the weights may take
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Engine:
         params.n_parallel = 1
         params.n_gpu_layers = 0
         params.warmup = False
+        params.no_extra_bufts = not can_repack(file.stat().st_size)
         params.verbosity = QUIET
         params.endpoint_metrics = True
         count = threads or (system.cores() if file.stat().st_size > SMALL else 1)
@@ -210,6 +212,14 @@ def check_loadable(file: Path) -> dict[str, Any]:
             hint=f"export it again; frankenmoe writes the architectures {', '.join(known.name for known in ARCHS)}",
         )
     return facts
+
+
+def can_repack(size: int) -> bool:
+    """Whether llama.cpp may copy the weights of a file of `size` bytes into an order that suits the processor.
+
+    Weights that are only mapped can leave the memory when others need it; a copy cannot.
+    """
+    return size <= REPACKED * system.free_memory()
 
 
 @contextmanager
