@@ -104,7 +104,7 @@ def odd_value(family: Family, config: Config) -> str | None:
         for name in (*NEUTRAL, *COPIED):
             family.read(config, name)
         family.shapes(family.backbone, config)
-        if not family.layered(config):
+        if not family.layered(config) and not family.read(config, "own_experts"):
             return "has no layer with an FFN, expected at least one"
         return _incomplete_rope(family, config)
     except _UNREADABLE as error:

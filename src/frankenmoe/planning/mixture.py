@@ -183,10 +183,10 @@ def expert_names(fmt: MoEFormat, tensors: Tensors) -> Templates:
     """Name of a tensor of routed experts -> the matrices it holds, for a model with these tensors."""
     first = next(iter(fmt.expert))
     block = first.partition("experts.")[0] if "experts." in first else f"{first.rsplit('.', 2)[0]}."
-    into = next(suffixes for suffixes in fmt.expert.values() if suffixes != DOWN)
-    name = "gate_up_proj" if set(GATE_UP) & set(into) else "up_proj"
-    packed = {f"{block}experts.{name}": GATE_UP if name == "gate_up_proj" else into, f"{block}experts.down_proj": DOWN}
-    return packed if all(name.format(layer=0) in tensors for name in packed) else fmt.expert
+    gated = any(GATE_UP[0] in suffixes for suffixes in fmt.expert.values())
+    into = {"gate_up_proj": GATE_UP} if gated else {"up_proj": GATE_UP[1:]}
+    packed = {f"{block}experts.{name}": suffixes for name, suffixes in (into | {"down_proj": DOWN}).items()}
+    return packed if packed.keys() <= {generic_name(name)[1] for name in tensors} else fmt.expert
 
 
 def as_saved(fmt: MoEFormat, tensors: Tensors) -> Tensors:
