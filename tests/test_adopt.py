@@ -190,6 +190,25 @@ def test_a_shared_expert_that_is_wider_than_the_others_in_llama_cpp(
     assert report["files"][0]["check"]["kl"] < 1e-6
 
 
+def test_a_head_of_its_own_beside_a_config_that_ties_it(tmp_path: Path) -> None:
+    """Transformers uses a stored head that differs from the embeddings, whatever the config says."""
+    folder = saved(mixture_of(CASES["llama"], tie_word_embeddings=True), tmp_path / "mixture")
+    tensors = load_file(folder / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = torch.randn_like(tensors["model.embed_tokens.weight"]) * 0.1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert torch.equal(stock.lm_head.weight, tensors["lm_head.weight"])
+    expected = logits(stock, tiny.ids())
+    assert apart(expected, logits(fm.load(folder).model, tiny.ids())) <= 5e-6  # without being adopted
+    fm.adopt(folder)
+    fm.verify(folder)
+    built = fm.build(folder, tmp_path / "built").folder
+    assert json.loads((built / "config.json").read_text())["tie_word_embeddings"] is False
+    for model in (fm.load(folder).model, fm.load(built).model, AutoModelForCausalLM.from_pretrained(built).eval()):
+        assert apart(expected, logits(model, tiny.ids())) <= 5e-6
+
+
 @pytest.fixture(scope="module")
 def retrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with parents, recipe.yml, our build, and that build as a trainer saves it, experts 0 and 2 swapped."""

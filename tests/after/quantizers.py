@@ -1,6 +1,7 @@
 """Quantizers written by hand, each in the format of its own program."""
 
 import json
+import re
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,8 @@ BLOCK = 64
 
 
 def _linears(tensors: Tensors, skipped: Sequence[str] = ()) -> list[str]:
-    """Attention and experts, without gates, embeddings and head."""
-    inside = [name for name in tensors if ".self_attn." in name or ".experts." in name]
+    """Matrices of attention and experts, without gates, embeddings and head."""
+    inside = [name for name in tensors if (".self_attn." in name or ".experts." in name) and tensors[name].dim() == 2]
     return [name for name in inside if not any(part in name for part in skipped)]
 
 
@@ -99,3 +100,71 @@ def fp8(tensors: Tensors, *, block: int = 128) -> dict[str, object]:
         tensors[name] = (blocks / scale[:, None, :, None]).reshape(weight.shape).to(torch.float8_e4m3fn)
         tensors[f"{name}_scale_inv"] = scale
     return {"quant_method": "fp8", "weight_block_size": [block, block]}
+
+
+EXPERT = re.compile(r"(.*\.experts\.\d+\.|.*\.shared_expert\.)(w1|gate_proj)\.weight")
+
+
+def fold(tensors: Tensors, *, router: bool = True, norm: bool = True, up: bool = True, experts: bool = True) -> None:
+    """As AWQ moves factors: columns are multiplied, what gives their inputs is divided; with no word false, rightly."""
+    torch.manual_seed(3)
+    layers = sorted({name.partition(".self_attn.")[0] for name in tensors if ".self_attn." in name})
+    for layer in layers:
+        here = [name for name in tensors if name.startswith(f"{layer}.")]
+        ffn = [name for name in here if EXPERT.fullmatch(name)]
+        qkv = [f"{layer}.self_attn.{letter}_proj.weight" for letter in "qkv"]
+        _move(tensors, [f"{layer}.input_layernorm.weight"], qkv)
+        value = [f"{layer}.self_attn.v_proj.{word}" for word in ("weight", "bias")]
+        if tensors[value[0]].shape == tensors[f"{layer}.self_attn.o_proj.weight"].shape:
+            _move(tensors, [name for name in value if name in tensors], [f"{layer}.self_attn.o_proj.weight"])
+        gates = [name for name in here if re.search(r"(block_sparse_moe|mlp)\.(gate|shared_expert_gate)\.", name)]
+        readers = [each for name in ffn for each in (name, _beside(name, "up"))] if experts else []
+        _move(tensors, [f"{layer}.post_attention_layernorm.weight"] * norm, readers + gates * router)
+        for name in ffn:
+            _move(tensors, [_beside(name, "up")] * up, [_beside(name, "down")])
+
+
+def _beside(name: str, matrix: str) -> str:
+    """The name of another matrix of an expert."""
+    return name.replace("gate_proj", f"{matrix}_proj").replace("w1", {"up": "w3", "down": "w2"}[matrix])
+
+
+def _move(tensors: Tensors, before: Sequence[str], columns: Sequence[str]) -> None:
+    """Divides rows by random factors, and multiplies columns by them."""
+    size = next(iter([*(tensors[name].shape[0] for name in before), *(tensors[name].shape[1] for name in columns)]))
+    factors = torch.exp(0.4 * torch.randn(size))
+    for name in before:
+        tensors[name] = tensors[name] / factors.reshape(-1, *[1] * (tensors[name].dim() - 1))
+    for name in columns:
+        tensors[name] = tensors[name] * factors
+
+
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # awq/modules/linear/gemm.py
+
+
+def awq_linear(weight: torch.Tensor, *, group: int, gemv: bool = False) -> dict[str, torch.Tensor]:
+    """A matrix [out, in] as AutoAWQ 0.2.9 packs it, which the test compares with what that package wrote."""
+    grouped = weight.reshape(len(weight), -1, group)
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    scales = (high - low).clamp(min=1e-5) / 15
+    zeros = (-(low / scales).round()).clamp(0, 15)
+    codes = ((grouped / scales).round() + zeros).clamp(0, 15).reshape(weight.shape)
+    scales, zeros = scales[..., 0].half(), zeros[..., 0]
+    if gemv:  # a whole number of words of zeros for each output, and more for small groups
+        each = {64: 2, 32: 4}.get(group, 1)
+        words = -(-zeros.shape[1] // 8 // each) * each if zeros.shape[1] > 8 * each else each
+        wide = torch.zeros(2, len(weight), words * 8)
+        wide[:, :, : zeros.shape[1]] = torch.stack([zeros, scales.float()])
+        return {"qweight": _packed(codes, 4), "qzeros": _packed(wide[0], 4), "scales": wide[1].half()}
+    outputs = torch.arange(len(weight)).reshape(-1, 8)[:, AWQ_ORDER].flatten()
+    columns = {"qweight": codes[outputs].T, "qzeros": zeros[outputs].T}
+    return {name: _packed(each, 4) for name, each in columns.items()} | {"scales": scales.T.contiguous()}
+
+
+def awq(tensors: Tensors, skipped: Sequence[str] = (), *, gemv: bool = False, group: int = 32) -> dict[str, object]:
+    """As AutoAWQ saves a model, after `fold`."""
+    for name in _linears(tensors, skipped):
+        packed = awq_linear(tensors.pop(name), group=group, gemv=gemv)
+        tensors |= {name.removesuffix("weight") + part: tensor for part, tensor in packed.items()}
+    version = "gemv" if gemv else "gemm"
+    return {"quant_method": "awq", "bits": 4, "group_size": group, "zero_point": True, "version": version}

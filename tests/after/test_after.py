@@ -558,8 +558,8 @@ def test_weights_are_compared_without_torch(place: Place, tmp_path: Path) -> Non
 
 
 def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
-    awq = place.folder(tmp_path / "awq")
-    tiny.edit_config(awq, quantization_config={"quant_method": "awq"})
+    torn = place.folder(tmp_path / "torn")
+    tiny.edit_config(torn, quantization_config={"quant_method": "awq"})
     odd = place.folder(tmp_path / "odd")
     tiny.edit_config(odd, quantization_config={"quant_method": "exl3"})
     dense = tiny.make_parent(tmp_path / "dense")
@@ -583,7 +583,7 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
         (whole_numbers, f"holds {name(0, 0)} as I64", "save it again"),
         (half, "is quantized by gptq, but a setting", "again"),
         (scaleless, "is quantized by bitsandbytes, but a setting or a tensor", "again"),
-        (awq, "is quantized by awq", "divides norms"),
+        (torn, "is quantized by awq, but a setting", "again"),
         (odd, "is quantized by exl3", "save it again"),
         (dense, "is a dense model of type 'llama'", "the other tool"),
         (garbage, "is not a whole GGUF file", "again"),
@@ -591,7 +591,7 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
         (tmp_path / "nowhere", "is neither a folder nor a GGUF file", ""),
     ):
         refused("verify", place.virtual, "--after", other, inside=tmp_path, facts=(fact,), hint=hint)
-    refused("verify", place.recipe, "--after", awq, inside=tmp_path, facts=("is a recipe",))
-    assert "stands alone" in cli("verify", place.virtual, "--after", awq, "--text", "own", "--text", "x").stderr
+    refused("verify", place.recipe, "--after", torn, inside=tmp_path, facts=("is a recipe",))
+    assert "stands alone" in cli("verify", place.virtual, "--after", torn, "--text", "own", "--text", "x").stderr
     assert "--text needs --after" in cli("verify", place.virtual, "--text", "x").stderr
     assert set(CASES) <= set(ALL)

@@ -88,7 +88,7 @@ def compare(write: TensorWrite, matrix: Matrix, *, folds: bool = False) -> Seen:
         worst = max(worst, apart / own if own else 0.0)
     far = math.sqrt(difference / (total or 1.0))
     seen = _seen(matrix, shape, far, math.sqrt(worst), rounding, zero=bool(total) and not theirs)
-    return replace(seen, stretched=_stretched(write, matrix, shape)) if folds and seen.moved else seen
+    return replace(seen, stretched=_stretched(write, matrix, shape)) if folds and seen.moved and shape[0] > 1 else seen
 
 
 def _stretched(write: TensorWrite, matrix: Matrix, shape: tuple[int, int]) -> float:

@@ -7,7 +7,7 @@ from statistics import median
 from frankenmoe.after.compare import MARGIN, RouterSeen, Seen, percent, root_mean
 from frankenmoe.after.experts import ExpertSeen, State
 from frankenmoe.after.folds import Evened
-from frankenmoe.after.other import EXPERTS, ROUTERS, Other, Place
+from frankenmoe.after.other import EXPERTS, ROUTERS, SHARED, Other, Place
 from frankenmoe.recipe.backbone import ATTENTION
 
 SHOWN = 4  # names in a sentence
@@ -19,6 +19,17 @@ SAID: Mapping[State, str] = {
     State.ZERO: "all zeros",
     State.UNKNOWN: "unlike every expert of the artifact, as if random",
     State.TURNED: "gate and up in each other's place",
+}
+
+# what is said of the matrices of a part that a norm's factors have missed
+ONE_SIDED: Mapping[str, str] = {
+    part: f"the norm before {reader} divided by factors that {missed} not multiplied by"
+    for part, reader, missed in (
+        (ROUTERS, "the router's gate was", "it was"),
+        (EXPERTS, "the experts was", "they were"),
+        (SHARED, "the shared expert was", "it was"),
+        (ATTENTION, "attention was", "it was"),
+    )
 }
 
 
@@ -199,17 +210,14 @@ def _routers(found: Compared) -> Iterator[Finding]:
 
 def _one_sided(found: Compared) -> Iterator[Finding]:
     """Factors that were moved to one side only, so that the model computes something else."""
-    rows = []
-    for part, layer in found.even.one_sided:
-        reader = {ROUTERS: "the router's gate", EXPERTS: "the experts"}.get(part, part)
-        text = f"the norm before {reader} was divided by factors, and {reader} was not multiplied by them"
-        rows.append(("one-sided", text.replace("experts was", "experts were"), layer))
+    rows = [("one-sided", ONE_SIDED[part], layer) for part, layer in found.even.one_sided]
     columns = [(place.name, place.layer) for place, seen in found.rest.items() if seen.scaled]
     for each in found.experts:
         names = [name.partition(".")[0] for name, seen in each.matrices.items() if seen.scaled]
-        columns += [(f"{name} of {found.name(each.index)}", each.layer) for name in names]
+        if names:
+            columns.append((f"{', '.join(names)} of {found.name(each.index)}", each.layer))
     for name, layer in columns:
-        text = f"columns of {name} were multiplied by factors that what is before it was not divided by"
+        text = f"the factors of columns of {name} are not those that their inputs were divided by"
         rows.append(("one-sided", text, layer))
     yield from _grouped(rows, found.layers)
     if found.even.layers:

@@ -25,6 +25,7 @@ from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.families.words import DOWN, GATE_UP
 
 FOLDED = 0.02  # a norm that is farther away was divided; fine-tuning moves norms by a tenth of that
+NEAR = 0.1  # the error of factors that follow by least squares from rounded numbers is far smaller
 ALIKE = 0.5  # cosine of two rows that differ by a factor and by rounding
 SAMPLE = 2**12  # numbers of a matrix that tell whether it was multiplied
 ATTENTION_NORMS = ("input_layernorm", "operator_norm")
@@ -61,24 +62,39 @@ def evened(other: Other) -> Evened:
         here = {place.name: place for place in other.ours if place.layer == layer and place in found.theirs}
         value, output, bias = (here.get(name.format(layer=layer)) for name in VALUE_OUTPUT_BIAS)
         if value and output:
-            even_rows(found.theirs, other.ours[value], value, output, bias)
+            factors_R = even_rows(found.theirs, other.ours[value], value, output)
+            if bias and _follows(other, bias, factors_R):
+                found.theirs[bias] = _as_ours(other, bias)
         up, down = (Place(SHARED, layer, 0, suffix) for suffix in (UP, *DOWN))
         if up in found.theirs and down in found.theirs:
             even_rows(found.theirs, other.ours[up], up, down)
     return found
 
 
-def even_rows(theirs: dict[T, Matrix], ours: TensorWrite, rows: T, columns: T, bias: T | None = None) -> None:
-    """Takes back what the rows of a matrix were divided by, and the columns of the one behind it multiplied by."""
-    if theirs[rows].shape != two_axes(ours.shape) or theirs[columns].shape[1] != theirs[rows].shape[0]:
-        return
-    factors_R = _row_factors(ours, theirs[rows])
-    if distance(factors_R, np.ones_like(factors_R)) < FOLDED:
-        return
-    theirs[rows] = theirs[rows].times(rows_R=1 / factors_R)
-    theirs[columns] = theirs[columns].times(columns_C=factors_R)
-    if bias is not None:
-        theirs[bias] = theirs[bias].times(columns_C=1 / factors_R)
+def even_rows(theirs: dict[T, Matrix], ours: TensorWrite, rows: T, columns: T) -> Floats:
+    """Takes back what the rows of a matrix were multiplied by, and the columns of the one behind it divided by.
+
+    Returns these factors [R].
+    """
+    factors_R = np.ones(theirs[rows].shape[0], np.float32)
+    if theirs[rows].shape == two_axes(ours.shape) and theirs[columns].shape[1] == len(factors_R):
+        found_R = _row_factors(ours, theirs[rows])
+        if distance(found_R, factors_R) >= FOLDED:
+            factors_R = found_R
+            theirs[rows] = theirs[rows].times(rows_R=np.reciprocal(factors_R))
+            theirs[columns] = theirs[columns].times(columns_C=factors_R)
+    return factors_R
+
+
+def _follows(other: Other, vector: Place, factors_C: Floats) -> bool:
+    """Whether a vector of ours times these factors is theirs, as far as the factors are known."""
+    theirs_C, ours_C = other.theirs[vector].rows(0, 1)[0], first_rows(other.ours[vector], 1)[0]
+    return theirs_C.shape == ours_C.shape and distance(theirs_C / factors_C, ours_C) < NEAR
+
+
+def _as_ours(other: Other, place: Place) -> Matrix:
+    """A vector of theirs whose factors follow from ours."""
+    return replace(other.theirs[place], rows=lambda start, stop: first_rows(other.ours[place], 1))
 
 
 def _row_factors(ours: TensorWrite, theirs: Matrix) -> Floats:
@@ -130,8 +146,8 @@ def _even_norm(found: Evened, other: Other, norm: Place, readers: Sequence[Place
             found.one_sided.append((part, norm.layer))
     if taken:
         found.layers.append(norm.layer)
-        found.theirs |= {place: found.theirs[place].times(columns_C=1 / factors_C) for place in taken}
-        found.theirs[norm] = replace(found.theirs[norm], rows=lambda start, stop: (ours_C - other.norms_add)[None])
+        found.theirs |= {place: found.theirs[place].times(columns_C=np.reciprocal(factors_C)) for place in taken}
+        found.theirs[norm] = _as_ours(other, norm)
 
 
 def _multiplied(other: Other, places: Sequence[Place], factors_C: Floats) -> bool:

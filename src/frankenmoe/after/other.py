@@ -30,7 +30,8 @@ class Other:
     `what` names the format, `method` how it says that it is quantized (None: not). `folds`: the method may have
     multiplied columns and divided what gives their inputs; then `norms_add` is what the format adds to a norm's
     weights. `kept` tells which tensors it may leave as they were. `settings` are (name, expected, found) of config
-    values that change what it computes. `plain` turns its numbers at a place into those of a checkpoint; None where it cannot.
+    values that change what it computes. `plain` turns its numbers at a place into those of a checkpoint; None where it
+    cannot.
     """
 
     where: str
