@@ -172,6 +172,10 @@ def test_two_tabs_do_not_mix(tab: Any, browser: Any, served: Served) -> None:
     begun(tab)
     other.fill("#prompt", "prompt 2")
     other.keyboard.press("Enter")
+    whole(other, 1)
+    assert tab.locator("#stop").is_visible()  # its reply goes on
+    other.locator(".switch").nth(1).click()
+    other.locator("#again").click()
     other.get_by_text("Waits its turn: 1 request before it.").wait_for(timeout=WAIT)
     tab.locator("#stop").click()
     whole(tab, 1)
