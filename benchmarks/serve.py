@@ -1,4 +1,5 @@
-"""A server against `chat`: tokens per second of one stream, and the first token of a turn whose history is known.
+"""A server against `chat`: tokens per second of one stream, the first token of a turn whose history is known; and
+several streams at once against one after the other.
 
 Both run the same model and write the same text. `chat` is measured where it makes its tokens, the server from outside,
 by a client that reads its stream.
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ from frankenmoe.subject import load
 CHAT, SERVE, TRACED = "chat", "serve", "serve, traced"
 PROMPT = {"smoke": 20, "small": 300, "full": 600}  # tokens of the first message; the second one has a tenth
 TOKENS = {"smoke": 8, "small": 64, "full": 128}  # of an answer
+STREAMS = (2, 4, 8)
 
 
 class Turns(NamedTuple):
@@ -74,6 +77,12 @@ def main() -> None:
             for contestant in contestants.values():  # reads the files and compiles kernels
                 contestant()
             found = interleave(contestants, rounds=options.rounds)
+            crowds = {
+                (count, threads): partial(crowd, client, options.scale, count, threads=threads)
+                for count in STREAMS
+                for threads in (count, 1)
+            }
+            totals = interleave({_at_once(*key): run for key, run in crowds.items()}, rounds=options.rounds)
         assert len({turns.text for runs in found.values() for turns in runs}) == 1, "chat and serve must say the same"
         rates = {name: [turns.rate for turns in runs] for name, runs in found.items()}
         cpu = {name: [turns.cpu for turns in runs] for name, runs in found.items()}
@@ -84,6 +93,12 @@ def main() -> None:
             Row("processor time of serve against chat", ratio(cpu, SERVE, to=CHAT), "x", None, cpu),
             Row("first token, known history, against chat", ratio(firsts, SERVE, to=CHAT), "x", 1.2, firsts),
         ]
+        for count in STREAMS:
+            names = _at_once(count, count), _at_once(count, 1)
+            rates = {name: totals[name] for name in names}
+            rows.append(
+                Row(f"tokens/s of {count} streams at once", ratio(rates, names[0], to=names[1]), "x", None, rates)
+            )
         publish("serve", rows, options=options, work=work)
 
 
@@ -158,6 +173,27 @@ def served(client: openai.OpenAI, process: psutil.Process, scale: str, **more: A
     after = process.cpu_times()
     cpu = after.user + after.system - before.user - before.system
     return Turns((len(times) - 1) / (times[-1] - times[0]), begun - asked, cpu, text)
+
+
+def _at_once(count: int, threads: int) -> str:
+    return f"{count} streams at once" if threads > 1 else f"{count} streams, one by one"
+
+
+def crowd(client: openai.OpenAI, scale: str, count: int, *, threads: int) -> float:
+    """Tokens per second of `count` streams with prompts of several lengths; `threads` of them are asked for at once."""
+
+    def stream(number: int) -> int:
+        prompt = string.ascii_lowercase[number] * (PROMPT[scale] // 8 + number)
+        chunks = client.completions.create(
+            model="recipe", prompt=prompt, max_tokens=TOKENS[scale], temperature=0, stream=True
+        )
+        return sum(bool(chunk.choices[0].text) for chunk in chunks)
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        made = sum(pool.map(stream, range(count)))
+    assert made == count * TOKENS[scale]
+    return made / (time.perf_counter() - begun)
 
 
 def forget(client: openai.OpenAI) -> None:

@@ -89,6 +89,26 @@ def test_a_full_line_and_a_closed_one_refuse() -> None:
     asyncio.run(run())
 
 
+def test_work_that_checks_ends_when_the_server_does() -> None:
+    async def run() -> None:
+        line, begun = Line(seconds=60), threading.Event()
+
+        def fits(ticket: Ticket) -> None:
+            begun.set()
+            while True:
+                ticket.check()
+                time.sleep(0.01)
+
+        ticket = line.join(Job(fits))
+        assert await asyncio.to_thread(begun.wait, 30)
+        line.close()
+        with pytest.raises(RequestError, match="stopping"):
+            await all_of(ticket.heard())
+        await asyncio.to_thread(line._worker.shutdown)  # which waits for the thread
+
+    asyncio.run(run())
+
+
 def test_work_ends_when_its_time_is_over_and_failures_are_told() -> None:
     async def run() -> None:
         line = Line(seconds=0.05)

@@ -172,6 +172,10 @@ def test_two_tabs_do_not_mix(tab: Any, browser: Any, served: Served) -> None:
     begun(tab)
     other.fill("#prompt", "prompt 2")
     other.keyboard.press("Enter")
+    whole(other, 1)
+    assert tab.locator("#stop").is_visible()  # its reply goes on
+    other.locator(".switch").nth(1).click()
+    other.locator("#again").click()
     other.get_by_text("Waits its turn: 1 request before it.").wait_for(timeout=WAIT)
     tab.locator("#stop").click()
     whole(tab, 1)
@@ -244,6 +248,24 @@ def test_a_refit_that_cannot_be_done_says_why(tab: Any) -> None:
     tab.locator("#refit-problem:not(:empty)").wait_for(timeout=WAIT)
     assert "positive" in tab.locator("#refit-problem").inner_text()
     tab.said.clear()  # the browser's own note about the status 400
+
+
+def test_a_refit_can_be_cancelled(tab: Any, served: Served) -> None:
+    before = served.answer()
+    client = OpenAI(base_url=f"{served.url}/v1", api_key="none")
+    long = client.completions.create(model="toy", prompt="prompt", max_tokens=4000, stream=True)
+    next(iter(long))  # the refit waits behind it
+    tab.locator("#edit-prompts").click()
+    tab.locator("#prompts details").first.locator("textarea").first.fill("something quite different")
+    tab.locator("#refit").click()
+    tab.locator("#refit-close", has_text="Cancel").click()
+    tab.locator("#refit-problem:not(:empty)").wait_for(timeout=WAIT)
+    assert "as before" in tab.locator("#refit-problem").inner_text()
+    assert tab.locator("#refit").is_enabled()
+    long.close()
+    assert served.answer() == before
+    tab.locator("#refit-close", has_text="Close").click()
+    tab.locator("#refit-dialog").wait_for(state="hidden", timeout=WAIT)
 
 
 def test_what_is_copied_says_the_same_elsewhere(tab: Any, served: Served, tmp_path: Path) -> None:

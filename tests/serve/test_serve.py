@@ -336,6 +336,20 @@ def test_refitted_routers_are_those_of_the_recipe(client: openai.OpenAI, server:
     assert answer(client).choices[0].message.content == said(fm.load(server.recipe))
 
 
+def test_a_refit_ends_with_its_client(client: openai.OpenAI, moe: Any, server: Server) -> None:
+    facts = client.models.list().data[0].frankenmoe  # type: ignore[attr-defined]
+    many = [f"{number} {'words of many kinds ' * 40}" for number in range(1000)]  # which take some seconds to read
+    place = urlsplit(server.url)
+    connection = http.client.HTTPConnection(place.hostname or "", place.port)
+    connection.request(
+        "POST", "/v1/frankenmoe/refit", json.dumps({"model": "moe", "prompts": {"e1": {"positive": many}}}).encode()
+    )
+    time.sleep(0.5)
+    connection.close()
+    assert answer(client).choices[0].message.content == said(moe)
+    assert client.models.list().data[0].frankenmoe == facts  # type: ignore[attr-defined]
+
+
 def test_llama_cpp_answers_like_the_model_it_was_made_from(client: openai.OpenAI, moe: Any) -> None:
     whole = answer(client, model="moe-F32", max_tokens=8, logprobs=True, top_logprobs=2)
     assert whole.choices[0].message.content == said(moe, tokens=8)

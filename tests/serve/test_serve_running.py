@@ -5,6 +5,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 
 import frankenmoe as fm
 import tiny
+from frankenmoe import subject
 from frankenmoe.serve.batch import MOST
 from frankenmoe.serve.bodies import Chat, read
-from frankenmoe.serve.line import Job
+from frankenmoe.serve.errors import RequestError
+from frankenmoe.serve.line import HaltedError, Job
 from frankenmoe.serve.models import Loading, load_models
 from frankenmoe.serve.running import Running
 from frankenmoe.serve.writing import Ended, Piece, Usage, told
@@ -35,6 +38,10 @@ class Told:
         other = self._others[0] if self._others else None
         fitting = other is not None and other.job.way == self.job.way and fits(other.asked)
         return self._others.pop(0) if fitting else None
+
+    def check(self, *_: object) -> None:
+        if self.halted:
+            raise HaltedError
 
     def end(self, error: Exception | None = None) -> None:
         self.ends.append(error)
@@ -200,6 +207,49 @@ def test_an_answer_has_at_most_the_servers_length(model: Any) -> None:
     told = Told(asked(model, max_tokens=1000)).write()
     assert told.events[-1].completion == 16
     assert isinstance(told.events[-1], Usage)
+
+
+def test_a_refit_that_is_cancelled_at_any_time_changes_nothing(tmp_path: Path) -> None:
+    make_models(tmp_path)
+    one = load_models([tmp_path / "moe.yml"], how=Loading(most=16)).find("moe")
+    assert isinstance(one, Running)
+
+    def gates() -> dict[str, torch.Tensor]:
+        return {name: weight.clone() for name, weight in one._moe.model.named_parameters() if "router" in name}
+
+    before, facts, text = gates(), one.facts(), Told(asked(one)).write().text
+    prompts = {
+        "e0": {"positive": ["maths", "numbers"], "negative": ["a poem"]},
+        "e2": {"positive": ["x"], "negative": []},
+    }
+    for questions in count():
+        try:
+            Told(Job(one.refit, prompts), questions).write()
+            break
+        except RequestError as refused:
+            why = str(refused)
+        assert "the routers are as before" in why
+        assert one.facts() == facts
+        assert all(torch.equal(weight, before[name]) for name, weight in gates().items())
+        assert Told(asked(one)).write().text == text
+    assert questions > 6  # it asks at each prompt and at the end
+    assert one.facts()["prompts"]["e0"] == prompts["e0"]
+    assert not any(torch.equal(weight, before[name]) for name, weight in gates().items())
+
+
+def test_a_recipe_is_planned_once_and_its_warnings_are_told(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Any] = []
+    plan = subject.plan
+
+    def counted(*args: Any, **options: Any) -> Any:
+        made.append(plan(*args, **options))
+        return made[-1]
+
+    monkeypatch.setattr(subject, "plan", counted)
+    warnings: list[str] = []
+    load_models([server.recipe], how=Loading(most=16), on_warnings=warnings.extend)
+    assert len(made) == 1
+    assert warnings == list(made[0].warnings) != []
 
 
 def test_a_name_on_the_disk_that_is_no_text(server: Server) -> None:

@@ -12,7 +12,6 @@ from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import warn
 from frankenmoe.errors import PlanError
 from frankenmoe.planning.kind import kind_of
-from frankenmoe.subject import open_subject
 
 PORT = Number(Annotated[int, Field(ge=0, le=65535)])
 INSTALL = "pip install 'frankenmoe[serve]'"
@@ -56,8 +55,8 @@ def serve_command(
 ) -> None:
     """Serve a model for chat programs, with OpenAI's API and a page.
 
-    Requests wait in line: one is answered at a time. Fields beside OpenAI's change the routing of a request and tell
-    which experts its tokens got. Ends with Ctrl-C.
+    Requests of one model with the same routing are answered at once, others wait in line. Fields beside OpenAI's change
+    the routing of a request and tell which experts its tokens got. Ends with Ctrl-C.
     """
     if kind_of(what) == "dense":
         raise PlanError(
@@ -70,8 +69,6 @@ def serve_command(
             "--int8, --experts-per-token, --device and --dtype need an artifact or a recipe; llama.cpp reads GGUF "
             "files here"
         )
-    if kind_of(what) in ("recipe", "mixture"):
-        warn(open_subject(what, trust_remote_code=trust_remote_code).planned.warnings)
     if not (find_spec("starlette") and find_spec("uvicorn")):
         raise PlanError("serving needs Starlette and uvicorn, which are not installed", hint=INSTALL)
 
@@ -97,5 +94,6 @@ def serve_command(
             ),
             seconds=timeout,
             on_ready=ready,
+            on_warnings=warn,
             progress=progress,
         )

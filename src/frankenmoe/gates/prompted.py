@@ -31,7 +31,7 @@ from frankenmoe.recipe import Expert
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "model.embeddings.weight")
 Prompts = tuple[tuple[str, ...], tuple[str, ...]]
 Side = Callable[[tuple[str, ...]], torch.Tensor]
-"""Prompts -> their representation in each layer, [L, D]."""
+"""Prompts -> their representation in each layer, [L, D]; counts them as progress."""
 
 SHOWN = 40  # characters of a prompt in a message
 
@@ -43,7 +43,10 @@ def prompted_routers(plan: Plan, progress: Progress = SILENT, *, device: str = A
     Raises RecipeError for a prompt with no or too many tokens, NumericsError if the base computes states that are not
     finite.
     """
-    side = _embedding_sides(plan) if plan.recipe.gate_mode == "cheap_embed" else _state_sides(plan, device)
+    if plan.recipe.gate_mode == "cheap_embed":
+        side = _embedding_sides(plan, progress)
+    else:
+        side = _state_sides(plan, device, progress)
     return encoded(plan, _prompted_gates(plan, side, progress))
 
 
@@ -67,13 +70,12 @@ def _prompted_gates(plan: Plan, side: Side, progress: Progress) -> Mapping[str, 
 def _directions(plan: Plan, side: Side, wanted: list[Prompts], progress: Progress) -> dict[Prompts, torch.Tensor]:
     """A unit row per layer, [L, D], for every distinct set of positive and negative prompts."""
     found = {}
-    progress.start("routers", len(wanted), "prompt sets")
+    progress.start("routers", sum(len(side) for sides in wanted for side in sides), "prompts")
     for positive, negative in wanted:
         row_LD = direction(side(positive), side(negative) if negative else None)
         if not torch.isfinite(row_LD).all():
             raise _no_direction(plan, positive)
         found[positive, negative] = row_LD
-        progress.advance(1)
     return found
 
 
@@ -94,7 +96,7 @@ def _base_writes(plan: Plan) -> tuple[TensorWrite, ...]:
     return dense_writes(plan.base, anatomy(plan.base), dtype=stored)
 
 
-def _state_sides(plan: Plan, device: str) -> Side:
+def _state_sides(plan: Plan, device: str, progress: Progress) -> Side:
     tokenizer, reduce = load_tokenizer(plan.base.folder), STATE_MODES[plan.recipe.gate_mode]
     tensors = {write.name: as_tensor(write) for write in _base_writes(plan)}
     dtype = next(iter(tensors.values())).dtype
@@ -103,12 +105,21 @@ def _state_sides(plan: Plan, device: str) -> Side:
     check_room(Weights(sum(tensor.nbytes for tensor in tensors.values()), dtype), chosen)
     model = place(load_dense(config, tensors, dtype=dtype), chosen)
     longest = getattr(config, "max_position_embeddings", None)
-    return lambda prompts: prompt_mean(
-        map(reduce, layer_inputs(model, _ids(plan, tokenizer, prompts, longest=longest)))
-    )
+
+    def side(prompts: tuple[str, ...]) -> torch.Tensor:
+        ids = _ids(plan, tokenizer, prompts, longest=longest)
+        progress.advance(len(prompts) - len(ids))
+
+        def reduced(states_LTD: torch.Tensor) -> torch.Tensor:
+            progress.advance(1)
+            return reduce(states_LTD)
+
+        return prompt_mean(map(reduced, layer_inputs(model, ids)))
+
+    return side
 
 
-def _embedding_sides(plan: Plan) -> Side:
+def _embedding_sides(plan: Plan, progress: Progress) -> Side:
     tokenizer = load_tokenizer(plan.base.folder)
     name = next((write for write in plan.backbone if write.name.endswith(EMBEDDINGS)), None)
     if name is None:
@@ -117,9 +128,13 @@ def _embedding_sides(plan: Plan) -> Side:
             hint="use gate_mode: hidden",
         )
     embeddings_VD = as_tensor(name)
-    return lambda prompts: embedding_sum(
-        [token for ids in _ids(plan, tokenizer, prompts) for token in ids], embeddings_VD
-    ).expand(len(plan.expert_layers), -1)
+
+    def side(prompts: tuple[str, ...]) -> torch.Tensor:
+        tokens = [token for ids in _ids(plan, tokenizer, prompts) for token in ids]
+        progress.advance(len(prompts))
+        return embedding_sum(tokens, embeddings_VD).expand(len(plan.expert_layers), -1)
+
+    return side
 
 
 def _ids(plan: Plan, tokenizer: Any, prompts: tuple[str, ...], *, longest: int | None = None) -> list[list[int]]:

@@ -109,7 +109,7 @@ class Endpoints:
         body = read(Refit, await body_of(request))
         model = self._models.find(body.model)
         prompts = {name: sides.model_dump() for name, sides in body.prompts.items()}
-        ticket = self._line.join(Job(lambda _: model.refit(prompts)))
+        ticket = self._line.join(Job(model.refit, prompts))
 
         async def done() -> Response:
             async for _ in ticket.heard():

@@ -21,7 +21,7 @@ from frankenmoe.moe.promptcache import PromptCache, size
 from frankenmoe.moe.steering import steered
 from frankenmoe.moe.trace import LayerTrace, stream
 from frankenmoe.serve.asked import Task
-from frankenmoe.serve.line import Ticket
+from frankenmoe.serve.line import HaltedError, Ticket
 from frankenmoe.serve.writing import Piece, Row, Token, Usage, Writer, row, told
 
 # V vocabulary, B answers at once
@@ -30,10 +30,6 @@ MOST = 8  # answers at once
 BYTES = 2**30  # of the caches of several answers, if all get their full length
 READ_AT_ONCE = 256  # tokens of a prompt whose probabilities are computed together
 NOTHING = Usage(0, 0)
-
-
-class HaltedError(Exception):
-    """All requests that the model computes for were cancelled, or their time is over."""
 
 
 class Request:

@@ -68,7 +68,7 @@ class Asked(Body):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="Default: as the model's own settings.")
     stop: Stop | Stops | None = Field(None, description="Texts at which the answer ends; they are not part of it.")
     seed: Annotated[int, Field(ge=-SEEDS, lt=SEEDS)] | None = Field(None, description="Equal seeds give equal answers.")
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = Field(1, description="Answers to make, one after the other.")
+    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] = Field(1, description="Answers to make.")
     presence_penalty: Penalty = Field(0.0, description="For GGUF files only.")
     frequency_penalty: Penalty = Field(0.0, description="For GGUF files only.")
     stream: bool = Field(False, description="Send the answer as server-sent events while it is made.")

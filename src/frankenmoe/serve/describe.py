@@ -16,7 +16,7 @@ PROBLEMS = {
     "404": "There is no such model.",
     "413": "The body is too large.",
     "429": "Too many requests wait.",
-    "503": "The server is stopping.",
+    "503": "The server is stopping, or a refit was stopped.",
 }
 SCHEMAS = "#/components/schemas/"
 POSTS: dict[str, tuple[type[Body], str]] = {

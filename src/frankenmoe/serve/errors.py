@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from frankenmoe.errors import FrankenMoEError, bounded, brief
 from frankenmoe.recipe.refusals import in_words
 
-BUSY, GONE, STOPPING, TOO_LARGE, LATE = 429, 499, 503, 413, 408
+BUSY, GONE, UNAVAILABLE, TOO_LARGE, LATE = 429, 499, 503, 413, 408
 # fields of several types, for which pydantic reports a problem with each type
 _SEVERAL: Mapping[tuple[str, ...], str] = {
     ("prompt",): "a text, a list of token ids, or a list of up to 64 of either",

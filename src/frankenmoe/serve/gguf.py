@@ -75,7 +75,7 @@ class Gguf:
         ticket.say(Ended(index, reason))
         return usage
 
-    def refit(self, prompts: Mapping[str, Any]) -> None:
+    def refit(self, _ticket: Ticket) -> None:
         """Raises RequestError: a file has no recipe."""
         raise RequestError("a GGUF file has no routers that can be fitted again; serve a recipe with prompts")
 

@@ -15,16 +15,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from frankenmoe.errors import FrankenMoEError
-from frankenmoe.serve.errors import BUSY, STOPPING, RequestError, of_error
+from frankenmoe.serve.errors import BUSY, UNAVAILABLE, RequestError, of_error
 
 LONGEST = 64  # requests that wait
 EVERY = 1.0  # seconds between two reports to one that waits
 _log = logging.getLogger("frankenmoe.serve")
 
 
+class HaltedError(Exception):
+    """The work must end now: all requests that it is for were cancelled, or their time is over."""
+
+
 @dataclass(frozen=True)
 class Waiting:
-    """`before` requests run, or are answered, before this one."""
+    """`before` requests run or wait before this one."""
 
     before: int
 
@@ -65,6 +69,11 @@ class Ticket:
     def halted(self) -> bool:
         """Whether the work must end now: it was cancelled or has ended, or its time is over."""
         return self._stop.is_set() or time.monotonic() > self._until
+
+    def check(self, *_: object) -> None:
+        """Raises HaltedError if the work must end now."""
+        if self.halted:
+            raise HaltedError
 
     def along(self, fits: Callable[[Any], bool]) -> "Ticket | None":
         """The next request, if it goes the same way and what it asks for `fits`. It runs from now on, and must be ended
@@ -149,7 +158,7 @@ class Line:
         Raises RequestError if the line is too long, or the server ends.
         """
         if not self._open:
-            raise RequestError("the server is stopping", status=STOPPING)
+            raise RequestError("the server is stopping", status=UNAVAILABLE)
         ticket = Ticket(self, job, seconds=self._seconds)
         with self._lock:
             if self.waiting >= self._longest:
@@ -192,5 +201,5 @@ class Line:
         """Ends all work; the requests are told so."""
         self._open = False
         for ticket in (*self._waiting, *self._running):
-            ticket.end(RequestError("the server is stopping", status=STOPPING))
+            ticket.end(RequestError("the server is stopping", status=UNAVAILABLE))
         self._worker.shutdown(wait=False)

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,9 +65,18 @@ class Models:
         return head | {"frankenmoe": self.find(name).facts()}
 
 
-def load_models(whats: Sequence[str | Path], *, how: Loading, progress: Progress = SILENT) -> Models:
-    """Opens every model, then loads them. Raises the errors of opening and loading."""
+def load_models(
+    whats: Sequence[str | Path],
+    *,
+    how: Loading,
+    on_warnings: Callable[[Sequence[str]], None] = lambda warnings: None,
+    progress: Progress = SILENT,
+) -> Models:
+    """Opens every model, tells the warnings of recipes' plans, then loads. Raises the errors of opening and loading."""
     opened = [_open(what, how) for what in whats]
+    for each in opened:
+        if isinstance(each, Subject) and each.artifact is None:
+            on_warnings(each.planned.warnings)
     names: list[str] = []
     for what in whats:
         # abspath gives `.` and `..` the name of the folder

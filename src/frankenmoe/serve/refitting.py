@@ -1,6 +1,6 @@
 """Fits the routers of a recipe again, in memory, from other prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import yaml
@@ -8,6 +8,7 @@ import yaml
 from frankenmoe.gates.forcing import set_gates
 from frankenmoe.moe.load import MoE, gate_tensors
 from frankenmoe.planning.layout import SHARED, gate_paths
+from frankenmoe.progress import Progress
 from frankenmoe.recipe import Recipe
 from frankenmoe.recipe.gatemodes import FIT_MODES, PROMPT_MODES
 from frankenmoe.serve.errors import RequestError
@@ -50,11 +51,12 @@ class Refitter:
             for each in self._subject.recipe.experts
         }
 
-    def refit(self, moe: MoE, prompts: Mapping[str, Sides]) -> None:
+    def refit(self, moe: MoE, prompts: Mapping[str, Sides], *, check: Callable[..., None]) -> None:
         """Fits routers to these prompts and sets the gates of `moe`. Experts that are not named keep their prompts.
 
         Raises RequestError for an unknown expert, RecipeError for prompts that no router can be fitted to; nothing is
-        changed then. Writes no file.
+        changed then. Nor is it if `check` raises, which is called again and again while the gates are made. Writes no
+        file.
         """
         known = self.prompts
         for name in prompts:
@@ -68,7 +70,8 @@ class Refitter:
             each |= {"negative_prompts": list(sides["negative"])}
         recipe = Recipe.parse(yaml.safe_dump(plain), folder=before.folder, origin=before.origin)
         subject = replace(self._subject, what=recipe, cache=False, known=None)
-        gates = gate_tensors(subject.routers(device=self._device).routers)
+        gates = gate_tensors(subject.routers(Progress(check, check, check), device=self._device).routers)
+        check()
         plan = subject.plan
         paths = [*gate_paths(plan.nodes), *([SHARED] if plan.gated_shared else [])]
         set_gates(

@@ -46,16 +46,19 @@ def serve(
     how: Loading = USUAL,
     seconds: float = 600.0,
     on_ready: Callable[[str], None] = lambda url: None,
+    on_warnings: Callable[[Sequence[str]], None] = lambda warnings: None,
     progress: Progress = SILENT,
 ) -> None:
-    """Loads every model and serves them until SIGINT or SIGTERM. `on_ready` gets the address as a URL.
+    """Loads every model and serves them until SIGINT or SIGTERM.
+
+    `on_warnings` gets those of the recipes' plans before anything is loaded, `on_ready` then the address as a URL.
 
     `seconds` is the most that one request may take. Raises PlanError for an address that cannot be used, and the errors
     of opening and loading a model.
     """
     _check(address)
     with _listening(address) as listener:
-        models = load_models(whats, how=how, progress=progress)
+        models = load_models(whats, how=how, on_warnings=on_warnings, progress=progress)
         line = Line(seconds=seconds)
         hosts = LOOPBACK if address.key is None else None
         app = make_app(models, line, key=address.key, hosts=hosts, origins=address.origins, page=routes())

@@ -1,6 +1,5 @@
 """A model that torch runs: an MoE, or a dense model beside it."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,8 +14,8 @@ from frankenmoe.moe.trace import blocks, outer_blocks
 from frankenmoe.serve.asked import PENALTIES, ROUTING, refuse, steering, task
 from frankenmoe.serve.batch import MOST, Batch
 from frankenmoe.serve.bodies import Asked, Chat, Complete
-from frankenmoe.serve.errors import RequestError
-from frankenmoe.serve.line import Job, Ticket
+from frankenmoe.serve.errors import UNAVAILABLE, RequestError
+from frankenmoe.serve.line import HaltedError, Job, Ticket
 from frankenmoe.serve.refitting import Refitter
 
 
@@ -90,11 +89,19 @@ class Running:
         batch = Batch(self._moe, self._tokenizer, cache=self._cache, layers=self._decoders, most=self._at_once)
         batch.write(ticket)
 
-    def refit(self, prompts: Mapping[str, Any]) -> None:
-        """Fits the routers again from these prompts. Raises RequestError if this model cannot be refitted."""
+    def refit(self, ticket: Ticket) -> None:
+        """Fits the routers again from the prompts that are asked for.
+
+        Raises RequestError if this model cannot be refitted, and if the ticket is halted before all gates are known;
+        then nothing has changed.
+        """
         if self._refitter is None:
             raise RequestError("this model has no prompts to fit its routers from; serve a recipe with prompts")
-        self._refitter.refit(self._moe, prompts)
+        try:
+            self._refitter.refit(self._moe, ticket.asked, check=ticket.check)
+        except HaltedError:
+            why = "the refit was cancelled, or took longer than --timeout allows; the routers are as before"
+            raise RequestError(why, status=UNAVAILABLE) from None
         self._cache.clear()
 
 

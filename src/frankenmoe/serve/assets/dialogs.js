@@ -42,9 +42,10 @@ export const copyDialog = (say) => {
   };
 };
 
-// refit(prompts) -> a promise; its error is shown here
+// refit(prompts, signal) -> a promise; its error is shown here
 export const refitDialog = ({ marks, refit }) => {
-  const dialog = byId("refit-dialog"), box = byId("prompts"), problem = byId("refit-problem"), go = byId("refit");
+  const dialog = byId("refit-dialog"), box = byId("prompts"), problem = byId("refit-problem"), go = byId("refit"), close = byId("refit-close");
+  let fitting = null;
   const line = (list, kind, text) => {
     const area = make("textarea", { rows: 2, "aria-label": `${kind} prompt`, "data-kind": kind });
     area.value = text;
@@ -66,18 +67,30 @@ export const refitDialog = ({ marks, refit }) => {
     return [each.dataset.expert, { positive: of("positive"), negative: of("negative") }];
   }));
   go.addEventListener("click", async () => {
+    fitting = new AbortController();
     problem.textContent = "";
     go.disabled = true;
     go.textContent = "Fitting the routers …";
+    close.textContent = "Cancel";
     try {
-      await refit(read());
+      await refit(read(), fitting.signal);
       dialog.close();
     } catch (error) {
-      problem.textContent = error.message;
+      problem.textContent = error.name === "AbortError" ? "The refit was cancelled. The routers are as before." : error.message;
     }
+    fitting = null;
     go.disabled = false;
     go.textContent = "Refit the routers";
+    close.textContent = "Close";
   });
+  const cancel = (event) => {
+    if (!fitting) return;
+    event.preventDefault();
+    fitting.abort();
+  };
+  close.addEventListener("click", cancel);
+  dialog.addEventListener("cancel", cancel); // Escape; a browser lets the second one close the dialog
+  dialog.addEventListener("close", () => fitting?.abort());
   // `message`: a text of the user that goes to the prompts of an expert
   return ({ experts, prompts }, message = "") => {
     problem.textContent = "";

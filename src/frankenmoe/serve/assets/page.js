@@ -214,8 +214,8 @@ const controlsOf = new Controls({ marks, settings: state.settings, sampling: sta
 const showCopy = copyDialog(say);
 const refit = refitDialog({
   marks,
-  refit: async (prompts) => {
-    modelOf(state.model).frankenmoe = (await server.refit(state.model, prompts)).frankenmoe;
+  refit: async (prompts, signal) => {
+    modelOf(state.model).frankenmoe = (await server.refit(state.model, prompts, signal)).frankenmoe;
     controlsOf.show(modelOf(state.model));
     byId("again").classList.add("call");
     say("The routers are fitted to these prompts from now on.");

@@ -42,8 +42,8 @@ export class Server {
     return (await (await this.#request("/v1/models")).json()).data;
   }
 
-  async refit(model, prompts) {
-    return (await this.#request("/v1/frankenmoe/refit", { model, prompts })).json();
+  async refit(model, prompts, signal) {
+    return (await this.#request("/v1/frankenmoe/refit", { model, prompts }, signal)).json();
   }
 
   // yields {queued}, {text, trace} and at the end {usage}
