@@ -39,6 +39,13 @@ MORE: dict[str, Case] = {
         CASES["granite4"], config=CASES["granite4"].config | {"layer_types": ["attention"] * 4}
     ),
     "granite4-groups": replace(CASES["granite4"], config=CASES["granite4"].config | {"mamba_n_groups": 2}),
+    "gemma3-linear": replace(CASES["gemma3-full"], config=CASES["gemma3-full"].config | {"attention_bias": False}),
+    "gemma4-shared-keys": replace(
+        CASES["gemma4-inputs"],
+        config=CASES["gemma4-inputs"].config
+        # with larger weights, half precision alone moves logits by 0.4: nothing divides its scores
+        | {"attention_bias": False, "vocab_size_per_layer_input": 400, "initializer_range": 0.05},
+    ),
 }
 ALL = CASES | MORE
 # case -> the architecture
@@ -82,6 +89,10 @@ ARCHITECTURE: dict[str, str] = {
     "granite4-shared": "granitehybrid",
     "granite4-attention": "granitemoe",
     "granite4-groups": "granitehybrid",
+    "gemma3": "gemma4",
+    "gemma3-linear": "gemma4",
+    "gemma4": "gemma4",
+    "gemma4-shared-keys": "gemma4",
 }
 # case -> words of the reason
 REFUSED: dict[str, str] = {
@@ -91,10 +102,8 @@ REFUSED: dict[str, str] = {
     "cohere2-full": "cohere2moe needs a layer with a window",
     "smollm3-unrotated": "granite_swa needs a layer that rotates",
     "cohere": "cohere2moe has no place for model.layers.0.self_attn.q_proj.bias",
-    "gemma3": "Gemma 4 architecture is not checked yet",
-    "gemma3-full": "Gemma 4 architecture is not checked yet",
-    "gemma4": "Gemma 4 architecture is not checked yet",
-    "gemma4-inputs": "Gemma 4 architecture is not checked yet",
+    "gemma3-full": "gemma4 has no place for model.layers.0.self_attn.q_proj.bias",
+    "gemma4-inputs": "gemma4 has no place for model.layers.0.self_attn.q_proj.bias",
     "gemma": "gelu_pytorch_tanh",
     "phi3-partial": "glm4moe has no rope scaling 'longrope'",
     "granite4-unrotated": "granitehybrid needs a Mamba layer",

@@ -38,9 +38,6 @@ def _cannot(model: Parts) -> Iterator[str]:
     fmt, family = model.stock
     if fmt.no_gguf:
         yield fmt.no_gguf
-    activation = family.read(model.config, "hidden_act")
-    if activation != "silu":
-        yield f"its experts support only silu, found {activation}"
     if len(model.nodes) > MAX_EXPERTS:
         yield f"it allows {MAX_EXPERTS} experts, found {len(model.nodes)}"
     rotary = rope(family, model.config)
@@ -66,6 +63,9 @@ def _differences(arch: Arch, model: Parts, facts: Facts, names: Mapping[str, str
     `names` are those of `_plain_names`.
     """
     family, dims = facts.family, facts.dims
+    activation = family.read(model.config, "hidden_act")
+    if activation != arch.activation:
+        yield f"has experts with {arch.activation} only, found {activation}"
     if model.normalizes not in (arch.normalizes, None):
         yield f"{'scales' if arch.normalizes else 'does not scale'} the weights of the chosen experts to sum to one"
     if model.shared_kind not in arch.shared:
@@ -127,6 +127,11 @@ def notes_on(arch: Arch, model: Parts) -> tuple[str, ...]:
         notes.append(
             "llama.cpp takes the rotary factors for long texts if its context is set to more than "
             f"{rotary['original_max_position_embeddings']} tokens, the source if a text is longer than that"
+        )
+    if family.wide_range:
+        notes.append(
+            f"as {arch.name}, {family.model_type} has values too small for llama.cpp's usual cache in float16: "
+            "run the file with --cache-type-v bf16"
         )
     if arch.inert == "ffn" and not model.shared:
         notes.append(f"llama.cpp's {arch.name} always has a shared expert: the file has one of zeros")
