@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import frankenmoe as fm
 import tiny
 from frankenmoe.errors import SourceError
-from frankenmoe.families import FAMILIES, FORMATS, moe_config, rope, text_config, unsupported
+from frankenmoe.families import FAMILIES, FORMATS, PARTLY, moe_config, rope, text_config, unsupported
 from frankenmoe.families.archkeys import rotary_keys
 from frankenmoe.families.spec import MAY_BE_NULL
 from frankenmoe.families.values import odd_value
@@ -344,14 +344,24 @@ def test_the_text_of_a_nested_config_is_read_as_its_class_reads_it() -> None:
     assert {config["model_type"] for config in nested} == set(WRAPPERS)
 
 
-def test_gemma_4_e2b_is_refused_for_its_ffns_of_two_widths() -> None:
-    own = {"use_double_wide_mlp": True, "num_kv_shared_layers": 20, "num_hidden_layers": 35}
-    config = text_config(MODELS["google/gemma-4-E4B-it"].config) | own
-    kinds = ["full_attention" if layer % 5 == 4 else "sliding_attention" for layer in range(35)]
-    (found,) = unsupported(FORMATS["gemma4"], FAMILIES["gemma4_text"], config | {"layer_types": kinds})
-    assert found.startswith(
-        "has use_double_wide_mlp True, which Gemma 4 does not support: all its experts have one width"
-    )
+E2B = {
+    "num_hidden_layers": 35, "num_kv_shared_layers": 20, "use_double_wide_mlp": True,
+    "hidden_size_per_layer_input": 256, "layer_types": (["sliding_attention"] * 4 + ["full_attention"]) * 7,
+}  # fmt: skip
+STAY_VIRTUAL = {
+    "gemma4_text": (E2B, "use_double_wide_mlp True, which Gemma 4 does not support: all its experts have one width"),
+    "hyperclovax": ({}, "use_post_norm True, which Granite MoE does not support"),
+    "cohere": ({"use_qk_norm": True}, "use_qk_norm True, which Cohere2 MoE does not support"),
+}
+
+
+@pytest.mark.parametrize("family", STAY_VIRTUAL)
+def test_models_that_stay_virtual_are_refused_by_name(family: str) -> None:
+    assert set(PARTLY) == set(STAY_VIRTUAL)
+    own, why = STAY_VIRTUAL[family]
+    for fmt in (fmt for fmt in FORMATS.values() if family in fmt.families):
+        (found,) = problems(fmt.name, family, **own)
+        assert why in found
 
 
 def test_sources_are_named_and_every_family_has_three_models_if_as_many_were_published() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from frankenmoe.checkpoint.quantize import INSTALL
 from frankenmoe.errors import ArtifactError
 
+VALUES = "frankenmoe.cache_type_v"  # metadata: the type in which llama.cpp should keep values, if not float16
 AGAIN = "export or fetch it again"
 
 

@@ -6,7 +6,7 @@ from rich.table import Table
 from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console
 from frankenmoe.cli.text import json_text
-from frankenmoe.families import VIRTUAL
+from frankenmoe.families import PARTLY, VIRTUAL
 from frankenmoe.families.runtimes import RUN_HERE, Pair, pairs
 from frankenmoe.families.wrapped import WRAPPERS
 
@@ -21,8 +21,8 @@ def families_command(as_json: bool) -> None:
     """
     if as_json:
         nested = {outer: wrapper.text for outer, wrapper in WRAPPERS.items()}
-        rows = {"built": [pair.to_dict() for pair in pairs()], "nested": nested, "virtual": dict(VIRTUAL)}
-        click.echo(json_text(rows))
+        virtual = {"virtual": dict(VIRTUAL), "virtual_models": dict(PARTLY)}
+        click.echo(json_text({"built": [pair.to_dict() for pair in pairs()], "nested": nested, **virtual}))
         return
     table = Table(box=None, pad_edge=False)
     for name in ("family", "format", "shared expert", "runs in"):
@@ -38,6 +38,8 @@ def families_command(as_json: bool) -> None:
     out.print("* read in the program's tables, not run here", style="dim", highlight=False, markup=False)
     for outer, wrapper in ((outer, wrapper) for outer, wrapper in WRAPPERS.items() if wrapper.tower is None):
         out.print(f"read for its text: {outer}, as {wrapper.text}", style="dim", highlight=False, markup=False)
+    for family, models in PARTLY.items():
+        out.print(f"virtual only, of {family}: {models}", style="dim", highlight=False, markup=False)
     for model_type, reason in VIRTUAL.items():
         out.print(f"virtual only: {model_type}: {reason}", style="dim", highlight=False, markup=False)
 

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 
 from frankenmoe import __version__
+from frankenmoe.checkpoint.gguffile import VALUES
 from frankenmoe.export.tokenizer import Vocabulary
 from frankenmoe.families.llamacpp import FileType
 from frankenmoe.planning.gguf import ALIGNMENT, GgufLayout, nbytes
@@ -60,6 +61,8 @@ def _general(writer: gguf.GGUFWriter, model: Parts, layout: GgufLayout, kind: Fi
     writer.add_array("frankenmoe.experts", [node.name for node in model.nodes])
     if about.get("recipe_digest"):
         writer.add_string("frankenmoe.recipe_digest", about["recipe_digest"])
+    if layout.facts.wide:
+        writer.add_string(VALUES, "bf16")
     dims = model.stock[1].dims(model.config)
     if (layout.hidden, layout.ffn) != (dims.hidden, dims.ffn):
         writer.add_array("frankenmoe.padded_from", [dims.hidden, dims.ffn])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frankenmoe import system
-from frankenmoe.checkpoint.gguffile import AGAIN, facts_of, open_gguf, whole
+from frankenmoe.checkpoint.gguffile import AGAIN, VALUES, facts_of, open_gguf, whole
 from frankenmoe.checkpoint.quantize import INSTALL
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.export.trial import can_read, check_renders
@@ -48,7 +48,8 @@ class Engine:
         """Loads a file. Raises ArtifactError if llama.cpp cannot load it or is not installed.
 
         `context` is in tokens, by default what the file allows and at most MOST_CONTEXT. `exact_cache` keeps keys and
-        values in float32, so that only the weights are rounded. Afterwards `reads_template` is false if llama.cpp
+        values in float32, so that only the weights are rounded; else they are in float16, or in the type that the file
+        asks for. Afterwards `reads_template` is false if llama.cpp
         cannot read the file's chat template, or must not.
         """
         facts = check_loadable(file)
@@ -75,6 +76,8 @@ class Engine:
         if exact_cache:
             params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
             params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        elif facts.get(VALUES) == "bf16":
+            params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_BF16
         self.reads_template = not self._template or can_read(self._template)
         if not self.reads_template:
             params.chat_template = STAND_IN

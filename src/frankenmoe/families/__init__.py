@@ -6,7 +6,7 @@ from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.known import is_neutral
 from frankenmoe.families.rotary import rope, rotary_size
 from frankenmoe.families.spec import SOFTMAX, Family, MoEFormat
-from frankenmoe.families.virtual import VIRTUAL, why_virtual
+from frankenmoe.families.virtual import PARTLY, VIRTUAL, why_virtual
 from frankenmoe.families.wrapped import prefixes_of, text_config, text_name, wrapper_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "FORMATS",
     "MLPS",
     "OPAQUE",
+    "PARTLY",
     "SOFTMAX",
     "VIRTUAL",
     "Family",

@@ -1,8 +1,9 @@
-"""The metadata that llama.cpp's architectures read, as functions of what an MoE is.
+"""The metadata that llama.cpp's architectures read, and factors of frequencies, as functions of what an MoE is.
 
 Source: src/models and conversion/*.py of llama.cpp (MIT licence, the ggml authors; see NOTICE), read in b10605.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,13 @@ from frankenmoe.families.known import is_neutral
 from frankenmoe.families.nemotron import FFN
 from frankenmoe.families.nemotron import MAMBA as LINEAR
 from frankenmoe.families.places import key_heads
-from frankenmoe.families.rotary import longrope_attention, rope, written_rope
+from frankenmoe.families.rotary import longrope_attention, rope, rotary_size, written_rope
 from frankenmoe.families.spec import ATTENTION_KINDS, FULL, SLIDING, Config, Dims, Family
 from frankenmoe.families.towers import QWEN3_VISION
 from frankenmoe.families.words import GRANITE_FIELDS, INERT_FFN
 
 SOFTMAX, SIGMOID = 1, 2  # numbers of gating functions
+STILL = 1e30  # divides a frequency to nothing
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Facts:
 
 Keys = Callable[[Facts], Mapping[str, Any]]
 """Facts -> metadata, without the architecture's name in front of the keys."""
+Factors = Callable[[Facts], Mapping[str, tuple[float, ...]]]
+"""Facts -> tensors, by name, of the divisors of rotary frequencies."""
 
 
 def multipliers(family: Family, config: Config) -> dict[str, float]:
@@ -77,6 +81,36 @@ def rotary_keys(rotary: Mapping[str, Any], *, context: int) -> dict[str, Any]:
     if kind == "longrope":
         found["rope.scaling.attn_factor"] = longrope_attention(rotary, context)
     return found
+
+
+def rope_factors(facts: Facts) -> dict[str, tuple[float, ...]]:
+    """The divisors of the rotary frequencies, where the rotary type has them."""
+    rotary = rope(facts.family, facts.config)
+    if rotary["rope_type"] == "llama3":
+        return {"rope_freqs": llama3_factors(rotary, rotary_size(facts.family, facts.config))}
+    if rotary["rope_type"] == "longrope":
+        return {f"rope_factors_{which}": tuple(map(float, rotary[f"{which}_factor"])) for which in ("long", "short")}
+    return {}
+
+
+def llama3_factors(rotary: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
+    """The divisor of each rotary frequency: 1 for short wavelengths, `factor` for long ones, interpolated in between.
+
+    The formula is that of Llama 3.1 (transformers' rope type `llama3`).
+    """
+    factor, context = float(rotary["factor"]), float(rotary["original_max_position_embeddings"])
+    low, high = float(rotary["low_freq_factor"]), float(rotary["high_freq_factor"])
+    found = []
+    for index in range(0, head_dim, 2):
+        wavelength = 2 * math.pi * float(rotary["rope_theta"]) ** (index / head_dim)
+        if wavelength < context / high:
+            found.append(1.0)
+        elif wavelength > context / low:
+            found.append(factor)
+        else:
+            smooth = (context / wavelength - low) / (high - low)
+            found.append(1 / ((1 - smooth) / factor + smooth))
+    return tuple(found)
 
 
 # ---- keys that several architectures have ----------------------------------------------------------------------------
@@ -253,3 +287,61 @@ def cohere2_norms(facts: Facts) -> dict[str, Any]:
         "attention.layer_norm_epsilon": float(facts.read("layer_norm_eps")),
         "logit_scale": float(facts.read("logit_scale")),
     }
+
+
+def gemma4(facts: Facts) -> dict[str, Any]:
+    """Layers with full attention have sizes and rotary settings of their own; all others are in the plain keys' `_swa`.
+
+    What scales the rotation of full attention is among the factors, as it does not hold for the others.
+    """
+    dims, types = facts.dims, facts.read("layer_types")
+    head = int(facts.read("global_head_dim"))
+    kv_heads = {FULL: int(facts.read("num_global_key_value_heads")), SLIDING: dims.kv_heads}
+    return {
+        "feed_forward_length": facts.shared_ffn or INERT_FFN,
+        "expert_feed_forward_length": facts.ffn,
+        "embedding_length_per_layer_input": int(facts.read("hidden_size_per_layer_input")),
+        "attention.head_count_kv": [kv_heads[kind] for kind in types],
+        "attention.key_length": head,
+        "attention.value_length": head,
+        "attention.key_length_swa": dims.head_dim,
+        "attention.value_length_swa": dims.head_dim,
+        "attention.sliding_window": int(facts.read("sliding_window") or facts.context),
+        "attention.sliding_window_pattern": [kind == SLIDING for kind in types],
+        "attention.shared_kv_layers": int(facts.read("num_kv_shared_layers")),
+        "rope.dimension_count": head,
+        "rope.dimension_count_swa": dims.head_dim,
+        "rope.freq_base_swa": float(_ropes(facts)[SLIDING]["rope_theta"]),
+        "rope.scaling.type": None,
+        "rope.scaling.factor": None,
+        # without this key llama.cpp would cap at 30; 0 is none
+        "final_logit_softcapping": float(facts.read("final_logit_softcapping") or 0.0),
+    }
+
+
+def gemma4_factors(facts: Facts) -> dict[str, tuple[float, ...]]:
+    """One for every pair that full attention rotates, times what its rotation is slowed down by; others stand still."""
+    rotary, pairs = _ropes(facts)[FULL], int(facts.read("global_head_dim")) // 2
+    turned = int(float(rotary.get("partial_rotary_factor") or 1.0) * pairs)
+    return {"rope_freqs": (float(rotary.get("factor") or 1.0),) * turned + (STILL,) * (pairs - turned)}
+
+
+def gemma4_lacks(facts: Facts) -> str | None:
+    ropes = _ropes(facts)
+    if SLIDING not in facts.read("layer_types"):
+        return "needs a layer with a window"
+    for kind, types in ((SLIDING, ("default",)), (FULL, ("default", "linear", "proportional"))):
+        rotary = ropes[kind]
+        partial = rotary.get("partial_rotary_factor") or 1.0
+        if rotary["rope_type"] not in types or (partial != 1 and rotary["rope_type"] != "proportional"):
+            return f"has rotation of {kind} only of type {' or '.join(types)}, found {dict(rotary)}"
+    inputs, own = int(facts.read("hidden_size_per_layer_input")), facts.read("vocab_size_per_layer_input")
+    if inputs and own != facts.dims.vocab:
+        return f"has as many inputs of layers as tokens, found {own} and {facts.dims.vocab}"
+    return None
+
+
+def _ropes(facts: Facts) -> Mapping[str, Mapping[str, Any]]:
+    """The rotary settings of each kind of layer."""
+    assert facts.family.rope_by_kind is not None
+    return facts.family.rope_by_kind(facts.family.filled(facts.config))

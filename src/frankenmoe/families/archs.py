@@ -4,13 +4,14 @@ Source: src/models of llama.cpp (MIT licence, the ggml authors; see NOTICE), rea
 b11549 (tests/export/test_greedy.py).
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from frankenmoe.families.archkeys import (
     SIGMOID,
     SOFTMAX,
+    Factors,
     Facts,
     Keys,
     all_sparse,
@@ -21,6 +22,9 @@ from frankenmoe.families.archkeys import (
     ernie,
     expert_ffn,
     gating,
+    gemma4,
+    gemma4_factors,
+    gemma4_lacks,
     granite_scales,
     kv_heads_by_layer,
     lfm2,
@@ -29,6 +33,7 @@ from frankenmoe.families.archkeys import (
     nemotron_h,
     nemotron_h_lacks,
     nested_in_vision,
+    rope_factors,
     rope_pattern,
     rope_pattern_lacks,
     rotary_keys,
@@ -38,8 +43,11 @@ from frankenmoe.families.archkeys import (
     window_lacks,
     window_pattern,
 )
+from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.places import (
     COHERE2,
+    DENSE_FFN,
+    GEMMA4,
     GLM4,
     LFM2,
     MAMBA,
@@ -49,6 +57,7 @@ from frankenmoe.families.places import (
     QK_NORM,
     QKV_BIAS,
     QWEN3_5,
+    SHARED_EXPERT,
     Places,
 )
 from frankenmoe.families.rotary import rope, rotary_size
@@ -66,14 +75,16 @@ LLAMA_LIKE = ("mixtral", "granitemoe", "granitemoeshared", "deepseek", "qwen2_mo
 class Arch:
     """An architecture of llama.cpp and how it computes an MoE.
 
-    `formats` are those whose function it can have, `places` the tensors it has; those in `needs` must be there.
+    `formats` are those whose function it can have, `places` the tensors it has; those in `needs` must be there, and
+    those in `added` are what the format adds to the plain ones. `activation` is that of its experts.
     `normalizes`: top-k weights are renormalised to sum 1. `shared`: the kinds of shared expert it has, of "none",
     "plain" (always added) and "gated" (times a sigmoid). `inert` is the width of the shared expert of zeros that
-    stands for none: a number, or "ffn". `interleaved`: rotary pairs are adjacent, so rows of q and k are permuted.
+    stands for none: a number, or "ffn"; `beside` has the names of its matrices. `interleaved`: rotary pairs are
+    adjacent, so rows of q and k are permuted.
     `own_head`: the head cannot be tied. `free_heads`: heads times head size may differ from the hidden size.
     `multipliers`: it has Granite's. `windows`: it has windows per layer. `unrotated`: layers may be without rotation.
-    `activation` is that of its experts. `pads`: hidden and FFN sizes may be padded with zeros. `constants` are tensors
-    of one value beside the experts: name, shape, value. `lacks` says what else of a model it does not have.
+    `pads`: hidden and FFN sizes may be padded with zeros. `constants` are tensors of one value: name, shape, value.
+    `factors` are the divisors of rotary frequencies. `lacks` says what else of a model it does not have.
     """
 
     name: str
@@ -83,8 +94,11 @@ class Arch:
     places: Places
     formats: tuple[str, ...] = LLAMA_LIKE
     needs: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    activation: str = "silu"
     keys: tuple[Keys, ...] = ()
     inert: str = ""
+    beside: Mapping[str, str] = field(default_factory=lambda: SHARED_EXPERT)
     ropes: tuple[str, ...] = PLAIN_ROPES
     partial_rotary: bool = False
     own_head: bool = False
@@ -92,9 +106,9 @@ class Arch:
     multipliers: bool = False
     windows: bool = False
     unrotated: bool = False
-    activation: str = "silu"
     pads: bool = True
     constants: tuple[tuple[str, tuple[str, ...], float], ...] = ()
+    factors: Factors = rope_factors
     lacks: Callable[[Facts], str | None] = lambda facts: None
 
 
@@ -279,5 +293,24 @@ ARCHS: Sequence[Arch] = (
         keys=(expert_ffn, kv_heads_by_layer, nemotron_h),
         lacks=nemotron_h_lacks,
         constants=(("exp_probs_b.bias", ("experts",), 0.0),),
+    ),
+    Arch(
+        "gemma4",
+        formats=("gemma4",),
+        normalizes=True,
+        shared=("none",),
+        inert=str(INERT_FFN),
+        beside=DENSE_FFN,
+        interleaved=False,
+        activation="gelu_pytorch_tanh",
+        places=GEMMA4,
+        added=tuple(row.name for row in FORMATS["gemma4"].added),
+        windows=True,
+        partial_rotary=True,
+        pads=False,
+        ropes=("default", "linear", "proportional"),
+        keys=(gemma4,),
+        factors=gemma4_factors,
+        lacks=gemma4_lacks,
     ),
 )

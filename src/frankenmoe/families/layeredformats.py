@@ -199,6 +199,5 @@ LAYERED_FORMATS = (
         balances=False,
         rope_by_kind=True,
         ends_in_full=True,
-        no_gguf="its Gemma 4 architecture is not checked yet",
     ),
 )

@@ -59,20 +59,26 @@ FILE_TYPES: Mapping[str, FileType] = {
     )
 }
 # parts of the names of matrices that are never quantized
-KEPT = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d", "shortconv.conv.weight")
+KEPT = ("_norm.weight", "ffn_gate_inp.weight", "per_layer_model_proj", "ssm_conv1d", "shortconv.conv.weight")
+# matrices whose numbers, or those they multiply, are too small for float16 in Gemma 3: blocks have float16 scales
+WIDE = ("attn_v.weight", "attn_output.weight")
 # the file type to use where K-quants do not fit the shape
 PLAIN: Mapping[str, str] = {"q4_k_m": "q4_0", "q4_k_s": "q4_0", "q5_k_m": "q5_0", "q5_k_s": "q5_0", "q6_k": "q8_0"}
 
 
 @dataclass(frozen=True, slots=True)
 class MixFacts:
-    """The model facts on which the mix of types depends. `valued` are the layers with attention, if not all."""
+    """The model facts on which the mix of types depends. `valued` are the layers with attention, if not all.
+
+    `wide`: the family's numbers need the range of float32, which BF16 has.
+    """
 
     layers: int
     experts: int
     tied: bool
     is_70b: bool = False
     imatrix: bool = False
+    wide: bool = False
     valued: tuple[int, ...] = ()
 
 
@@ -86,6 +92,8 @@ def tensor_type(name: str, shape: tuple[int, ...], kind: FileType, facts: MixFac
         return "F32"
     if not name.endswith("weight") or any(part in name for part in KEPT):
         return "F32"
+    if facts.wide and name.endswith(WIDE):
+        return "F32" if kind.base in ("F32", "F16") else "BF16"
     if not kind.quantized:
         return kind.base
     wanted = _wanted(name, shape, kind, facts)

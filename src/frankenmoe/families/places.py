@@ -172,6 +172,33 @@ QWEN3_5 = {
         },
     ),
 }
+# Gemma 4's layers have seven norms; its router reads a norm of its own, and its experts' outputs are scaled one by one
+GEMMA4 = {
+    **ENDS,
+    **NORM,
+    **ATTENTION,
+    **QK_NORM,
+    "model.embed_tokens_per_layer.weight": Place("per_layer_token_embd.weight"),
+    "model.per_layer_model_projection.weight": Place("per_layer_model_proj.weight"),
+    "model.per_layer_projection_norm.weight": Place("per_layer_proj_norm.weight"),
+    **_inside(
+        "",
+        {
+            "post_attention_layernorm.weight": "post_attention_norm.weight",
+            "pre_feedforward_layernorm.weight": "ffn_norm.weight",
+            "post_feedforward_layernorm.weight": "post_ffw_norm.weight",
+            "layer_scalar": Place("layer_output_scale.weight", shape=("1",)),
+            "per_layer_input_gate.weight": "inp_gate.weight",
+            "per_layer_projection.weight": "proj.weight",
+            "post_per_layer_input_norm.weight": "post_norm.weight",
+            "post_feedforward_layernorm_1.weight": Place("post_ffw_norm_1.weight", shape=("hidden",)),
+            "pre_feedforward_layernorm_2.weight": Place("pre_ffw_norm_2.weight", shape=("hidden",)),
+            "post_feedforward_layernorm_2.weight": Place("post_ffw_norm_2.weight", shape=("hidden",)),
+            "router.scale": Place("ffn_gate_inp.scale", shape=("hidden",)),
+            "router.per_expert_scale": Place("ffn_down_exps.scale", shape=("experts",)),
+        },
+    ),
+}
 ROUTER = BLOCK + "ffn_gate_inp.weight"
 SHARED_ROUTER = BLOCK + "ffn_gate_inp_shexp.weight"
 EXPERTS: Mapping[str, str] = {
@@ -180,7 +207,11 @@ EXPERTS: Mapping[str, str] = {
 SHARED_EXPERT: Mapping[str, str] = {
     f"{which}_proj.weight": f"{BLOCK}ffn_{which}_shexp.weight" for which in ("gate", "up", "down")
 }
-EVERY: Places = {**LFM2, **MAMBA, **NEMOTRON_H, **QWEN3_5, **PLAIN, **QKV_BIAS, **O_BIAS, **QK_NORM}
+# the FFN beside the experts where it has the names of a dense model's
+DENSE_FFN: Mapping[str, str] = {
+    f"{which}_proj.weight": f"{BLOCK}ffn_{which}.weight" for which in ("gate", "up", "down")
+}
+EVERY: Places = {**GEMMA4, **LFM2, **MAMBA, **NEMOTRON_H, **QWEN3_5, **PLAIN, **QKV_BIAS, **O_BIAS, **QK_NORM}
 
 
 def gguf_name(name: str) -> str | None:

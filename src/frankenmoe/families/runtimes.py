@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from frankenmoe.families.archs import ARCHS
+from frankenmoe.families.archs import ARCHS, Arch
 from frankenmoe.families.dense import FAMILIES
 from frankenmoe.families.formats import FORMATS
 from frankenmoe.families.spec import Family, MoEFormat
@@ -58,6 +58,8 @@ LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
     ("cohere2", "cohere2_moe"): "models with attention biases or without windows are refused",
     ("cohere", "cohere2_moe"): "models with attention biases are refused",
     ("smollm3", "granitemoe_swa"): "models without rotation are refused",
+    ("gemma3_text", "gemma4"): "models with attention biases are refused",
+    ("gemma4_text", "gemma4"): "models with attention biases are refused",
     ("granitemoehybrid", "granitemoehybrid"): (
         "models of attention layers without rotation, and convolutions without biases, are refused"
     ),
@@ -66,7 +68,7 @@ LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
     ),
 }
 # llama.cpp's architectures that Ollama's copy of it does not have (github.com/ollama/ollama, llama/llama.cpp)
-NOT_IN_OLLAMA = ("granite_swa", "cohere2moe")
+NOT_IN_OLLAMA = ("granite_swa", "cohere2moe", "gemma4")
 # those that Ollama runs with code of its own (model/models)
 OLLAMAS_OWN = ("nemotron_h_moe",)
 
@@ -116,20 +118,24 @@ def in_vllm(family: str, fmt: str) -> Known:
 
 def in_llamacpp(family: Family, fmt: MoEFormat) -> Known:
     """What is known of llama.cpp and a format made of a family."""
-    activation = family.read({}, "hidden_act")
-    able = [arch.activation for arch in ARCHS if fmt.name in arch.formats]
     if fmt.no_gguf:
         return Known(False, f"llama.cpp: {fmt.no_gguf}")
-    if activation not in able:
-        return Known(False, f"llama.cpp: its experts support only {', '.join(dict.fromkeys(able))}, not {activation}")
+    arch, activation = _arch(fmt), family.read({}, "hidden_act")
+    if activation != arch.activation:
+        return Known(False, f"llama.cpp: its {arch.name} has experts with {arch.activation} only, not {activation}")
     lacks = LLAMACPP_LACKS.get((source_type(family, fmt), fmt.name))
     return Known(True, "; ".join(filter(None, (LLAMACPP, lacks))))
+
+
+def _arch(fmt: MoEFormat) -> Arch:
+    """The first of llama.cpp's architectures for a format."""
+    return next(arch for arch in ARCHS if fmt.name in arch.formats)
 
 
 def _in_ollama(fmt: MoEFormat, llama: Known) -> Known:
     if not llama.runs:
         return Known(False, llama.how)
-    name = next(arch.name for arch in ARCHS if fmt.name in arch.formats)
+    name = _arch(fmt).name
     if name in NOT_IN_OLLAMA:
         return Known(False, f"read: its copy of llama.cpp has no {name}")
     engine = "own engine" if name in OLLAMAS_OWN else "copy of llama.cpp"

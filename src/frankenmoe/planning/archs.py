@@ -65,7 +65,7 @@ def _differences(arch: Arch, model: Parts, facts: Facts, names: Mapping[str, str
     family, dims = facts.family, facts.dims
     activation = family.read(model.config, "hidden_act")
     if activation != arch.activation:
-        yield f"supports only {arch.activation} in its experts, found {activation}"
+        yield f"has experts with {arch.activation} only, found {activation}"
     if model.normalizes not in (arch.normalizes, None):
         yield f"{'scales' if arch.normalizes else 'does not scale'} the weights of the chosen experts to sum to one"
     if model.shared_kind not in arch.shared:
@@ -128,6 +128,11 @@ def notes_on(arch: Arch, model: Parts) -> tuple[str, ...]:
         notes.append(
             "llama.cpp takes the rotary factors for long texts if its context is set to more than "
             f"{rotary['original_max_position_embeddings']} tokens, the source if a text is longer than that"
+        )
+    if family.wide_range:
+        notes.append(
+            f"as {arch.name}, {family.model_type} has values too small for llama.cpp's usual cache in float16: "
+            "run the file with --cache-type-v bf16"
         )
     if arch.inert == "ffn" and not model.shared:
         notes.append(f"llama.cpp's {arch.name} always has a shared expert: the file has one of zeros")

@@ -11,10 +11,9 @@ from typing import Any
 
 from frankenmoe.checkpoint.tensors import Constant, Permute, Scale, TensorWrite
 from frankenmoe.errors import PlanError
-from frankenmoe.families import rope, rotary_size
 from frankenmoe.families.archs import Arch, metadata
 from frankenmoe.families.llamacpp import PLAIN, WIDE_BLOCK, FileType, MixFacts, row_bytes, tensor_type
-from frankenmoe.families.places import EXPERTS, ROUTER, SHARED_EXPERT, SHARED_ROUTER, Place, generic_name
+from frankenmoe.families.places import EXPERTS, ROUTER, SHARED_ROUTER, Place, generic_name
 from frankenmoe.families.spec import Dims
 from frankenmoe.planning.archs import choose_arch, facts_of, notes_on, sizes
 from frankenmoe.planning.parts import Parts
@@ -115,6 +114,7 @@ def layout(model: Parts, *, pad256: bool = False, arch: str | None = None) -> Gg
             layers=dims.layers,
             experts=len(model.nodes),
             tied="output.weight" not in names,
+            wide=family.wide_range,
             is_70b=chosen.name == "llama" and dims.layers == 80 and dims.heads != dims.kv_heads,
             valued=tuple(layer for layer, name in values if name in names),
         ),
@@ -127,11 +127,14 @@ def layout(model: Parts, *, pad256: bool = False, arch: str | None = None) -> Gg
 
 def _tensors(model: Parts, arch: Arch, wide: Mapping[str, int]) -> Iterator[GgufTensor]:
     """Embedding, head and norm, then layer by layer, with the experts stacked."""
-    fmt, family = model.stock
+    fmt = model.stock[0]
     dims = model.translation.dims
     factor = math.sqrt(dims.hidden / wide["hidden"])
     heads = {"q_proj": dims.heads, "k_proj": dims.kv_heads} if arch.interleaved and not fmt.interleaved else {}
     writes = {write.name: write for write in model.translation.plain(model.backbone)}
+    if arch.added:
+        more = (write for write in model.translation.backbone(model.backbone) if write.name not in writes)
+        writes |= {write.name: write for write in more if generic_name(write.name)[1] in arch.added}
     if arch.own_head and "lm_head.weight" not in writes:
         writes["lm_head.weight"] = replace(writes["model.embed_tokens.weight"], name="lm_head.weight")
     rows: dict[int, list[GgufTensor]] = {layer: [] for layer in range(-1, dims.layers)}
@@ -139,19 +142,20 @@ def _tensors(model: Parts, arch: Arch, wide: Mapping[str, int]) -> Iterator[Gguf
         layer, generic = generic_name(name)
         place = arch.places[generic]
         symbols = place.shape or model.translation.symbols[generic]
-        shape = tuple(wide.get(symbol, dims.size(symbol)) for symbol in symbols)
+        own = dims.shape(place.shape) if place.shape else write.shape
+        shape = tuple(wide.get(symbol, size) for symbol, size in zip(symbols, own, strict=True))
         inside = name.rpartition("self_attn.")[2].split(".")[0]
         rows[layer].append(
             GgufTensor(
                 name=place.name.format(layer=layer),
                 shape=shape,
-                parts=(placed(write, place, dims, dims.shape(symbols)),),
+                parts=(placed(write, place, dims, own),),
                 heads=heads.get(inside, 0),
                 factor=factor if symbols == ("hidden",) and name.endswith("norm.weight") else 1.0,
             )
         )
     yield from rows[-1]
-    for name, numbers in rope_factors(rope(family, model.config), rotary_size(family, model.config)).items():
+    for name, numbers in arch.factors(facts_of(model)).items():
         yield GgufTensor(f"{name}.weight", (len(numbers),), (), values=numbers)
     for layer in range(dims.layers):
         yield from rows[layer]
@@ -191,7 +195,7 @@ def _experts(model: Parts, arch: Arch, layer: int, wide: Mapping[str, int]) -> I
     doubled = model.shared_kind == "plain" and "plain" in arch.shared and "gated" in arch.shared
     for node in model.shared:
         row = model.translation.ffn(node, layer)
-        for suffix, name in ((suffix, name) for suffix, name in SHARED_EXPERT.items() if suffix in row):
+        for suffix, name in ((suffix, name) for suffix, name in arch.beside.items() if suffix in row):
             down = suffix.startswith("down")
             shape = (hidden, wide["shared_ffn"]) if down else (wide["shared_ffn"], hidden)
             write = row[suffix]
@@ -200,7 +204,7 @@ def _experts(model: Parts, arch: Arch, layer: int, wide: Mapping[str, int]) -> I
             yield GgufTensor(name.format(layer=layer), shape, (write,))
     if not model.shared and arch.inert:
         inert = wide.get(arch.inert) or int(arch.inert)
-        for suffix, name in ((suffix, name) for suffix, name in SHARED_EXPERT.items() if suffix in rows[0]):
+        for suffix, name in ((suffix, name) for suffix, name in arch.beside.items() if suffix in rows[0]):
             shape = (hidden, inert) if suffix.startswith("down") else (inert, hidden)
             yield _constant(name.format(layer=layer), shape)
     if model.shared_kind == "gated":
@@ -209,35 +213,6 @@ def _experts(model: Parts, arch: Arch, layer: int, wide: Mapping[str, int]) -> I
         yield GgufTensor(SHARED_ROUTER.format(layer=layer), (hidden,), (replace(write, shape=(write.numel,)),))
     elif "gated" in arch.shared:
         yield _constant(SHARED_ROUTER.format(layer=layer), (hidden,))
-
-
-def rope_factors(rotary: Mapping[str, Any], size: int) -> dict[str, tuple[float, ...]]:
-    """Name -> the divisors of the rotary frequencies of `size` numbers, where the rotary type has them."""
-    if rotary["rope_type"] == "llama3":
-        return {"rope_freqs": llama3_factors(rotary, size)}
-    if rotary["rope_type"] == "longrope":
-        return {f"rope_factors_{which}": tuple(map(float, rotary[f"{which}_factor"])) for which in ("long", "short")}
-    return {}
-
-
-def llama3_factors(rotary: Mapping[str, Any], head_dim: int) -> tuple[float, ...]:
-    """The divisor of each rotary frequency: 1 for short wavelengths, `factor` for long ones, interpolated in between.
-
-    The formula is that of Llama 3.1 (transformers' rope type `llama3`).
-    """
-    factor, context = float(rotary["factor"]), float(rotary["original_max_position_embeddings"])
-    low, high = float(rotary["low_freq_factor"]), float(rotary["high_freq_factor"])
-    found = []
-    for index in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * float(rotary["rope_theta"]) ** (index / head_dim)
-        if wavelength < context / high:
-            found.append(1.0)
-        elif wavelength > context / low:
-            found.append(factor)
-        else:
-            smooth = (context / wavelength - low) / (high - low)
-            found.append(1 / ((1 - smooth) / factor + smooth))
-    return tuple(found)
 
 
 def nbytes(shape: tuple[int, ...], kind: str) -> int:
