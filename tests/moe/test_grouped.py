@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig
+from transformers import LlamaConfig, NemotronHConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHMLP
 
 import frankenmoe as fm
 import tiny
@@ -51,6 +52,22 @@ def adapted(mlp: nn.Module, names: tuple[str, ...] = EVERY, *, rank: int = 3, sc
     return with_adapter(mlp, loras).requires_grad_(False) if loras else mlp
 
 
+def make_ungated() -> nn.Module:
+    mlp = NemotronHMLP(NemotronHConfig(hidden_size=HIDDEN, intermediate_size=FFN))
+    for parameter in mlp.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return mlp.requires_grad_(False)
+
+
+def ungated(count: int) -> Experts:
+    return [make_ungated() for _ in range(count)]
+
+
+def ungated_adapters(count: int) -> Experts:
+    mlp, names = make_ungated(), (("up_proj", "down_proj"), ("up_proj",), ("down_proj",))
+    return [adapted(mlp, names[number % 3], rank=8, scale=1.0) for number in range(count)]
+
+
 def distinct(count: int) -> Experts:
     return [make_mlp() for _ in range(count)]
 
@@ -65,7 +82,12 @@ def adapters(count: int) -> Experts:
     ]
 
 
-MAKERS: dict[str, Callable[[int], Experts]] = {"distinct": distinct, "adapters": adapters}
+MAKERS: dict[str, Callable[[int], Experts]] = {
+    "distinct": distinct,
+    "adapters": adapters,
+    "ungated": ungated,
+    "ungated adapters": ungated_adapters,
+}
 BOTH = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 WAYS = pytest.mark.parametrize("few", [0, 10**6], ids=["sorted", "few"])
 

@@ -155,7 +155,7 @@ def _compared(other: Other, subject: Subject, progress: Progress) -> Compared:
     experts: list[ExpertSeen] = []
     routers: list[RouterSeen] = []
     rest: dict[Place, Seen] = {}
-    for layer in range(min(layers, other.layers)):
+    for layer in sorted({place.layer for place in shared if place.part == EXPERTS}):
         experts += compare_experts(here, layer, len(names), progress)
         gate = Place(ROUTERS, layer, 0, "gate")
         if gate in here.theirs:

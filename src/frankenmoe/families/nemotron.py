@@ -102,6 +102,7 @@ NEMOTRON_H = Family(
     mlp="mixer",
     plain_mlp="NemotronHMLP",
     opaque=("NemotronHMamba2Mixer",),
+    unadapted=("out_proj",),
     prefixes={"backbone.": "model."},
     backbone=BACKBONE,
     ffn=FFN_ROWS,

@@ -109,8 +109,9 @@ class Family:
     `sliding_window` counts only where the field named by `window_switch` is true. `interleaved`: rotary pairs are
     adjacent rows of q and k, not half a head apart. `plain_mlp`: the class of an `mlp` that computes exactly
     down(act(gate x) * up x), or down(act(up x)) where its rows have no gate. `opaque` names classes whose code reads
-    the weights of its linear layers itself. `prefixes`: what names in its files begin with -> what they begin with in
-    its class, as everywhere here. `wide_range`: its changes give numbers that float16 is too narrow for.
+    the weights of its linear layers itself, `unadapted` those of their linear layers that PEFT refuses to adapt.
+    `prefixes`: what names in its files begin with -> what they begin with in its class, as everywhere here.
+    `wide_range`: its changes give numbers that float16 is too narrow for.
     """
 
     model_type: str
@@ -130,6 +131,7 @@ class Family:
     interleaved: bool = False
     plain_mlp: str | None = None
     opaque: tuple[str, ...] = ()
+    unadapted: tuple[str, ...] = ()
     prefixes: Mapping[str, str] = field(default_factory=dict)
     wide_range: bool = False
 

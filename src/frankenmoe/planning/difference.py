@@ -13,6 +13,7 @@ from frankenmoe.checkpoint.lowrank import Difference, energies, low_rank
 from frankenmoe.checkpoint.peft import AdapterWriter
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef
 from frankenmoe.errors import SourceError
+from frankenmoe.families import text_name
 from frankenmoe.planning.groups import FFN
 from frankenmoe.planning.groups import group_of as group_of_name
 from frankenmoe.planning.siblings import check_backbones, check_ffns, check_siblings
@@ -21,7 +22,7 @@ from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe.asadapter import AdapterSettings
 from frankenmoe.recipe.backbone import ATTENTION, GROUPS
 
-BIASES = "biases"
+BIASES, UNADAPTED = "biases", "refused by PEFT"
 LINEAR = (FFN, ATTENTION)
 IN_LAYER = re.compile(r"\.\d+\..*\.weight$")
 # families whose layers store their weights transposed, which LoRAs for linear layers do not fit
@@ -85,23 +86,27 @@ def check_linear(base: Source) -> None:
         )
 
 
-def group_of(name: str, shape: tuple[int, ...]) -> str:
+def group_of(name: str, shape: tuple[int, ...], parts: Anatomy) -> str:
     """The group of a tensor: ffn and attention are linear layers of the decoder, the others have no low rank."""
     group = group_of_name(name)
+    if len(shape) == 2 and name.split(".")[-2] in parts.unadapted:
+        return UNADAPTED
     return BIASES if group in LINEAR and not (len(shape) == 2 and IN_LAYER.search(name)) else group
 
 
 def linear_layers(parts: Anatomy, groups: Iterable[str] = LINEAR) -> dict[str, tuple[int, int]]:
     """Name -> shape [O, I] of the weights in these groups, in the model's order."""
     wanted = set(groups)
-    return {name: (shape[0], shape[1]) for name, shape in parts.shapes.items() if group_of(name, shape) in wanted}
+    return {
+        name: (shape[0], shape[1]) for name, shape in parts.shapes.items() if group_of(name, shape, parts) in wanted
+    }
 
 
 def left_out(model: Source, base: Source, parts: Anatomy) -> dict[str, float]:
     """Group -> relative difference (Frobenius norm over that of the base) of all that is no linear layer."""
     sums: dict[str, list[float]] = {}
     for name, shape in parts.shapes.items():
-        group = group_of(name, shape)
+        group = group_of(name, shape, parts)
         ours, theirs = model.checkpoint.tensors[name], base.checkpoint.tensors[name]
         if group not in LINEAR and {ours.dtype, theirs.dtype} <= FLOATS:
             total = sums.setdefault(group, [0.0, 0.0])
@@ -127,11 +132,14 @@ def write_adapter(
     NumericsError for NaN and infinity.
     """
     found = []
+    # around a language model, modules are called as in the files
+    words = base.family.prefixes if base.family else {}
     progress.start("decomposing", sum(rows * columns for rows, columns in names.values()), "")
     with AdapterWriter(folder) as writer:
         for name, shape in names.items():
             ours, theirs = model.checkpoint.tensors[name], base.checkpoint.tensors[name]
-            found.append(_layer(writer, ours, theirs, shape, group=group_of(name, shape), settings=settings, seed=seed))
+            module, group = text_name(theirs.name, words).removesuffix(".weight"), group_of_name(name)
+            found.append(_layer(writer, ours, theirs, shape, module=module, group=group, settings=settings, seed=seed))
             progress.advance(shape[0] * shape[1])
         if not any(layer.rank for layer in found):
             raise SourceError(
@@ -148,11 +156,11 @@ def _layer(
     theirs: TensorRef,
     shape: tuple[int, int],
     *,
+    module: str,
     group: str,
     settings: AdapterSettings,
     seed: int,
 ) -> Layer:
-    module = theirs.name.removesuffix(".weight")
     energy, reference = energies(ours, theirs)
     factors = low_rank(
         Difference(ours, theirs), total=energy, rank=settings.every_rank, energy=settings.energy, seed=seed

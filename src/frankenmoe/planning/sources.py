@@ -38,10 +38,14 @@ LISTS = ("layers_block_type", "hybrid_override_pattern")
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """Names and shapes of a dense checkpoint: its backbone, and the FFN of every layer that has one."""
+    """Names and shapes of a dense checkpoint: its backbone, and the FFN of every layer that has one.
+
+    `unadapted` are modules that PEFT puts no adapter on.
+    """
 
     backbone: Mapping[str, tuple[int, ...]]
     ffn: Mapping[int, Mapping[str, tuple[str, tuple[int, ...]]]]  # layer -> suffix -> (full name, shape)
+    unadapted: tuple[str, ...] = ()
 
     @property
     def ffn_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -262,7 +266,7 @@ def anatomy(source: Source) -> Anatomy:
     family = source.family
     if family is not None:
         backbone = family.shapes(family.backbone, source.config)
-        return Anatomy(backbone, family.layered(source.config))
+        return Anatomy(backbone, family.layered(source.config), family.unadapted)
     if not source.checkpoint.has_weights:
         raise SourceError(
             f"{source.name} is a {source.config.get('model_type')!r} model without weights, and only the names in its "
