@@ -44,9 +44,12 @@ class Server:
         return self.process.communicate(timeout=WAIT)[1]
 
 
-def make_models(folder: Path) -> None:
-    """Three parents whose answers go on until their length is reached, and a recipe over them."""
-    tokenizer = gguftools.bpe("gpt-2")
+def make_models(folder: Path, *, bos: bool = False) -> None:
+    """Three parents whose answers go on until their length is reached, and a recipe over them.
+
+    With `bos`, their tokenizer begins every text with a token.
+    """
+    tokenizer = gguftools.bpe("gpt-2", bos=bos)
     tokenizer.chat_template = TEMPLATE
     parents = gguftools.parents(folder, "llama", tokenizer=tokenizer, max_position_embeddings=16384)
     for parent in parents:

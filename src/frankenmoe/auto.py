@@ -78,8 +78,15 @@ class FrankenMoEForCausalLM:
         With `trust_remote_code`, Python code in a source may run too. Where the folder of a PEFT adapter was named,
         transformers passes it in `adapter_kwargs`. Raises subclasses of FrankenMoEError, for other options too.
         """
+        from frankenmoe.moe.written import ADAPTERS
+
         told = {key: options.pop(key, getattr(config, key, None)) for key in ADJUSTED}
-        folder = resolve(str(name), revision=None if Path(name).is_dir() else revision, folder=Path.cwd())
+        folder = resolve(
+            str(name),
+            revision=None if Path(name).is_dir() else revision,
+            folder=Path.cwd(),
+            subfolders=[subfolder] if subfolder else [ADAPTERS],
+        )
         if subfolder:
             folder = folder / subfolder
             name = folder

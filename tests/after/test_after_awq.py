@@ -168,6 +168,28 @@ def test_other_faults_are_found_behind_the_factors(
     assert found == BEFORE[plant]
 
 
+def test_norms_that_were_trained_are_not_called_divided(place: Place, tmp_path: Path) -> None:
+    def train(tensors: Tensors) -> None:
+        torch.manual_seed(5)
+        for key in tensors:
+            if "layernorm" in key:
+                tensors[key] = tensors[key] * (1 + 0.05 * torch.randn_like(tensors[key]))
+
+    found = verify_after(place.virtual, made(place, tmp_path / "other", train, write=quantizers.compressed))
+    assert found.ok, found.verdict
+    assert found.verdict.startswith("every expert is still itself; moved: norms by ")
+
+
+def test_an_expert_of_another_shape_and_one_that_is_missing(place: Place, tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        for matrix in ("w1", "w3", "w2"):
+            del tensors[name(1, 3, matrix)]
+        tensors[name(0, 1, "w1")] = tensors[name(0, 1, "w1")][:128].clone()
+
+    found = faults(place.virtual, made(place, tmp_path / "other", quantizers.fold, change))
+    assert found == {"missing": "expert e3 in layer 1: missing", "misshapen": "expert e1 in layer 0: another shape"}
+
+
 def test_a_layer_that_was_not_quantized(place: Place, tmp_path: Path) -> None:
     def write(tensors: Tensors) -> dict[str, object]:
         return quantizers.awq(tensors, ["layers.1.block_sparse_moe"])

@@ -45,6 +45,8 @@ def artifact(made: Path, tmp_path: Path) -> Artifact:
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     with running(Hub()) as state:
         monkeypatch.setattr(constants, "ENDPOINT", state.url)
+        template = f"{state.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setenv("HF_TOKEN", TOKEN)

@@ -1,4 +1,4 @@
-"""A hub on this machine: the part of its API that an upload by the real huggingface_hub needs, without Xet.
+"""A hub on this machine: the part of its API that up- and downloads by the real huggingface_hub need, without Xet.
 
 It checks what it is sent (hashes, sizes, tokens) as the real one does, and can be told to fail.
 """
@@ -15,6 +15,7 @@ from threading import Thread
 import yaml
 
 TOKEN = "hf_good"
+COMMIT = "0" * 40
 LFS_ENDINGS = (".safetensors", ".gguf", ".png")
 
 
@@ -63,6 +64,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._serve("GET")
 
+    def do_HEAD(self) -> None:
+        self._serve("HEAD")
+
     def do_POST(self) -> None:
         self._serve("POST")
 
@@ -93,11 +97,15 @@ class _Handler(BaseHTTPRequestHandler):
                 self._preupload(f"{owner}/{name}", json.loads(body))
             case ["api", "models", owner, name, "commit", _]:
                 self._commit(f"{owner}/{name}", body)
+            case ["api", "models", owner, name, "tree", _]:
+                self._tree(self.state.repos.get(f"{owner}/{name}", {}))
             case ["api", "models", owner, name, *_]:
                 known = f"{owner}/{name}" in self.state.repos
-                self._answer(200 if known else 404, {"id": f"{owner}/{name}", "sha": "0" * 40, "siblings": []})
+                self._answer(200 if known else 404, {"id": f"{owner}/{name}", "sha": COMMIT, "siblings": []})
             case [owner, name, "info", "lfs", "objects", "batch"]:
                 self._batch(json.loads(body))
+            case [owner, name, "resolve", _, *parts]:
+                self._send(self.state.repos.get(f"{owner}/{name}", {}).get("/".join(parts)))
             case _:
                 self._answer(404, {"error": f"no such page: {path}"})
 
@@ -167,10 +175,27 @@ class _Handler(BaseHTTPRequestHandler):
         self.state.commits.append((repo, summary, sorted(files)))
         self._answer(200, {"commitUrl": f"{self.state.url}/{repo}/commit/{'1' * 40}", "commitOid": "1" * 40})
 
+    def _tree(self, files: dict[str, bytes]) -> None:
+        rows = [
+            {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+            for path, content in files.items()
+        ]
+        self._answer(200, rows)
+
+    def _send(self, content: bytes | None) -> None:
+        """A file; None is one that is not there."""
+        if content is None:
+            return self._respond(404, b"", {"X-Error-Code": "EntryNotFound"})
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        return self._respond(200, content, {"ETag": etag, "X-Repo-Commit": COMMIT})
+
     def _answer(self, status: int, data: object, *, kind: str = "application/json") -> None:
-        raw = json.dumps(data).encode()
+        self._respond(status, json.dumps(data).encode(), {"Content-Type": kind})
+
+    def _respond(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(raw)))
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(raw)
+        if self.command != "HEAD":
+            self.wfile.write(content)

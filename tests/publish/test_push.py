@@ -3,16 +3,22 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from fakehub import TOKEN, Hub
 from huggingface_hub import constants
+from transformers import AutoModelForCausalLM
 
+import frankenmoe as fm
+import tiny
 from frankenmoe.artifact.folder import Artifact, open_artifact
+from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.cli.app import app
 from frankenmoe.errors import ArtifactError
 from frankenmoe.publish.upload import Shipment, explained, prepare, send
@@ -263,3 +269,30 @@ def test_adapters_of_a_trained_artifact_are_sent_with_its_recipe(artifact: Artif
     said = json.loads(there["frankenmoe.json"])["configs"]
     assert said[-1]["sha256"] == hashlib.sha256(there[path]).hexdigest()
     assert [each["sha256"] for each in said[:-1]] == [each["sha256"] for each in artifact.record["configs"]]
+
+
+def test_what_is_in_adapters_comes_back_with_a_virtual_artifact(
+    made: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of other sub-folders nothing comes: they hold the same model in other formats."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    sources = [
+        {"source_model": str(made / "parents" / name), "name": name, "as_adapter": {"rank": 2}}
+        for name in ("maths", "verse")
+    ]
+    recipe = tiny.write_recipe(tmp_path / "r.yml", made / "parents" / "base", [], experts=sources)
+    virtual = fm.build(recipe, tmp_path / "virtual", virtual=True).folder
+    files = {str(path.relative_to(virtual)): path.read_bytes() for path in virtual.rglob("*") if path.is_file()}
+    adapters = sorted(name for name in files if name.startswith("adapters/"))
+    assert adapters
+    hub.repos["me/moe"] = files | {"onnx/config.json": b"{}", "onnx/model.safetensors": b"other"}
+    found = resolve("me/moe", revision=None, folder=tmp_path)
+    assert not [path for path in found.iterdir() if path.is_dir()]
+    shutil.rmtree(tmp_path / "cache")
+    model = AutoModelForCausalLM.from_pretrained("me/moe")
+    (found,) = (tmp_path / "cache" / "models--me--moe" / "snapshots").iterdir()
+    there = {str(path.relative_to(found)) for path in found.rglob("*") if path.is_file()}
+    assert {name for name in there if "/" in name} == set(adapters)
+    ids = tiny.ids()
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, fm.load(virtual).model(ids).logits)

@@ -17,6 +17,7 @@ import torch
 
 import frankenmoe as fm
 from frankenmoe.evaluate.parents import stock_model
+from frankenmoe.export.run import export_gguf
 from frankenmoe.moe.generate import reply
 from frankenmoe.moe.load import MoE
 from serving import Server, chunks, make_models, start
@@ -96,6 +97,30 @@ def test_a_dense_model_and_a_text_without_template(client: openai.OpenAI, server
     for prompt in ("déjà vu", ids[0].tolist()):
         text = client.completions.create(model="llama0", prompt=prompt, temperature=0, max_tokens=9).choices[0].text
         assert text == tokenizer.decode(made, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("model", ["moe", "llama0", "moe-F32"])
+def test_an_empty_prompt_is_refused_where_the_tokenizer_begins_with_nothing(model: str, client: openai.OpenAI) -> None:
+    """As vLLM does; llama.cpp's own server answers with nothing."""
+    for prompt in ("", ["A", ""]):
+        for streamed in (False, True):
+            with pytest.raises(openai.BadRequestError, match="no tokens in this tokenizer"):
+                client.completions.create(model=model, prompt=prompt, max_tokens=3, stream=streamed)
+
+
+def test_an_empty_prompt_is_the_beginning_of_a_text_where_there_is_a_token_for_it(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    make_models(tmp_path, bos=True)
+    (file,) = export_gguf(tmp_path / "moe.yml", tmp_path, types=["f32"], allow_random=True)
+    server = start(tmp_path, "--beside", "llama0", "--beside", file.path.name)
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+    moe, base, gguf = (
+        client.completions.create(model=model, prompt="", temperature=0, max_tokens=8)
+        for model in ("moe", "llama0", "moe-F32")
+    )
+    server.end()
+    assert moe.choices[0].text == gguf.choices[0].text != base.choices[0].text
+    assert [each.usage.prompt_tokens for each in (moe, base, gguf) if each.usage] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("streamed", [False, True])

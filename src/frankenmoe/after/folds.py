@@ -24,7 +24,8 @@ from frankenmoe.checkpoint.cast import Floats
 from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.families.words import DOWN, GATE_UP
 
-FOLDED = 0.02  # a norm that is farther away was divided; fine-tuning moves norms by a tenth of that
+FOLDED = 0.02  # factors nearer to 1 are left alone; fine-tuning moves norms by a tenth of that
+DIVIDED = 0.1  # a norm that is farther away was divided, also if no matrix was multiplied; AWQ moves norms by thirds
 NEAR = 0.1  # the error of factors that follow by least squares from rounded numbers is far smaller
 ALIKE = 0.5  # cosine of two rows that differ by a factor and by rounding
 SAMPLE = 2**12  # numbers of a matrix that tell whether it was multiplied
@@ -134,16 +135,19 @@ def _even_norm(found: Evened, other: Other, norm: Place, readers: Sequence[Place
     )
     if ours_C.shape != theirs_C.shape or not (ours_C * theirs_C > 0).all() or not np.isfinite(theirs_C).all():
         return
-    if distance(theirs_C, ours_C) < FOLDED:
+    far = distance(theirs_C, ours_C)
+    if far < FOLDED:
         return
     factors_C = np.asarray(ours_C / theirs_C, np.float32)
-    taken = []
+    taken, missed = [], []
     for part in dict.fromkeys(place.part for place in readers):
         places = [place for place in readers if place.part == part and other.theirs[place].shape[1] == len(factors_C)]
         if _multiplied(other, places, factors_C):
             taken += places
         else:
-            found.one_sided.append((part, norm.layer))
+            missed.append((part, norm.layer))
+    if taken or far > DIVIDED:
+        found.one_sided += missed
     if taken:
         found.layers.append(norm.layer)
         found.theirs |= {place: found.theirs[place].times(columns_C=np.reciprocal(factors_C)) for place in taken}
@@ -164,13 +168,19 @@ def _samples(other: Other, places: Sequence[Place]) -> Iterator[tuple[Floats, Fl
     for part, layer, _, name in dict.fromkeys(place._replace(expert=0) for place in places):
         if part == EXPERTS and name != GATE:
             continue
+        same = (part, layer, name)
+        ours = [write for each, write in other.ours.items() if (each.part, each.layer, each.name) == same]
+        if not ours:
+            continue
+        rows, columns = two_axes(ours[0].shape)
         theirs = [other.theirs[place] for place in places if place.name == name]
-        ours = [write for place, write in other.ours.items() if place._replace(expert=0) == (part, layer, 0, name)]
-        whole = (part, name) == (ROUTERS, "gate")
-        count = theirs[0].shape[0] if whole else max(1, SAMPLE // theirs[0].shape[1])
-        theirs_MRC = np.stack([matrix.rows(0, min(count, matrix.shape[0])) for matrix in theirs])
-        ours_NRC = np.stack([first_rows(write, count) for write in ours])
-        yield (theirs_MRC[0][:, None], ours_NRC[0][:, None]) if whole else (theirs_MRC, ours_NRC)
+        if (part, name) == (ROUTERS, "gate"):
+            yield theirs[0].rows(0, theirs[0].shape[0])[:, None], first_rows(ours[0], rows)[:, None]
+            continue
+        count = min(rows, max(1, SAMPLE // columns))
+        fitting = [matrix.rows(0, count) for matrix in theirs if matrix.shape == (rows, columns)]
+        if fitting:
+            yield np.stack(fitting), np.stack([first_rows(write, count) for write in ours])
 
 
 def _nearest(theirs_MRC: Floats, ours_NRC: Floats) -> list[float]:

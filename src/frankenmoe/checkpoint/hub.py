@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,18 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _WEIGHTS = ["*.safetensors"]
 _PICKLES = ("*.bin", "*.pt", "*.pth")
-# sub-folders hold other formats of the model; Mistral's `consolidated` files hold the same weights again
+# sub-folders that nobody asks for hold other formats of the model; Mistral's `consolidated` files hold the same weights
 _DUPLICATES = ["*/*", "consolidated*"]
 
 
-def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = True) -> Path:
+def resolve(
+    name: str, *, revision: str | None, folder: Path, weights: bool = True, subfolders: Sequence[str] = ()
+) -> Path:
     """The folder of the source called `name`: a folder (relative to `folder`, `~` allowed), else a model on the hub.
 
     A hub model is downloaded into the Hugging Face cache; with HF_HUB_OFFLINE=1 it must be there already. Without
-    `weights`, only its config, tokenizer and licence are downloaded. Raises SourceError if it cannot be found.
+    `weights`, only its config, tokenizer and licence are downloaded. Of its sub-folders only `subfolders` are. Raises
+    SourceError if it cannot be found.
     """
     path = local_path(name, folder=folder)
     if os.path.isdir(path):
@@ -39,9 +42,9 @@ def resolve(name: str, *, revision: str | None, folder: Path, weights: bool = Tr
             f"source {name!r} is neither a folder, looked for at {path}, nor a hub id like org/name",
             hint=backslash_hint(name, folder=folder) or "a relative path counts from the folder of the recipe",
         )
-    snapshot = _download(name, revision=revision, weights=weights)
+    snapshot = _download(name, revision=revision, weights=weights, subfolders=subfolders)
     if weights:
-        _require_weights(name, snapshot)
+        _require_weights(name, snapshot, subfolders)
     return snapshot
 
 
@@ -76,7 +79,7 @@ def local_path(name: str, *, folder: Path) -> Path:
     return Path(os.path.abspath(folder / os.path.expanduser(name)))
 
 
-def _download(name: str, *, revision: str | None, weights: bool) -> Path:
+def _download(name: str, *, revision: str | None, weights: bool, subfolders: Sequence[str]) -> Path:
     # imported here because it takes longer than planning local folders
     from huggingface_hub import snapshot_download
 
@@ -84,14 +87,18 @@ def _download(name: str, *, revision: str | None, weights: bool) -> Path:
     ignored = _DUPLICATES if weights else [*_DUPLICATES, "*.safetensors.index.json"]
     allowed = _TEXTS + _WEIGHTS if weights else _TEXTS
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
+        found = Path(snapshot_download(name, revision=revision, allow_patterns=allowed, ignore_patterns=ignored))
+        if subfolders:  # of the same commit, whose name the folder has
+            snapshot_download(name, revision=found.name, allow_patterns=[f"{each}/*" for each in subfolders])
+        return found
     except Exception as error:  # the HTTP libraries below the client have errors of their own
         raise _explained(error, name=name, revision=revision) from error
 
 
-def _require_weights(name: str, snapshot: Path) -> None:
+def _require_weights(name: str, snapshot: Path, subfolders: Sequence[str]) -> None:
     """Raises SourceError if there are no weights. Cached pickles pass: `open_checkpoint` rejects them by name."""
-    if not any(any(snapshot.glob(pattern)) for pattern in (*_WEIGHTS, *_PICKLES)):
+    folders = (snapshot, *(snapshot / each for each in subfolders))
+    if not any(any(folder.glob(pattern)) for folder in folders for pattern in (*_WEIGHTS, *_PICKLES)):
         raise SourceError(
             f"source {name!r} has no safetensors weights in {snapshot}",
             hint="if the hub has it pickled only (*.bin), load it with transformers, save it with "

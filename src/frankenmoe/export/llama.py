@@ -118,6 +118,10 @@ class Engine:
         answer = self._complete({"prompt": [0], "n_predict": 2, "logit_bias": [[token, 1e6]]})
         return bool(answer["choices"][0]["finish_reason"] == "stop")
 
+    def begins(self) -> bool:
+        """Whether llama.cpp puts a token before every text, so that it can write after an empty one."""
+        return int(self._complete({"prompt": "", "n_predict": 1})["usage"]["prompt_tokens"]) > 0
+
     def tokens_per_second(self, ids: Sequence[int], *, tokens: int) -> float:
         """Speed of generation after `ids`."""
         answer = self._complete({"prompt": list(ids), "n_predict": tokens, "ignore_eos": True})

@@ -20,6 +20,7 @@ class Gguf:
     def __init__(self, file: Path, *, most: int) -> None:
         self._most = most
         self._engine = Engine(file, exact_cache=False)
+        self._begins = self._engine.begins()
 
     def facts(self) -> dict[str, Any]:
         """What /v1/models tells about it; llama.cpp tells nothing about experts."""
@@ -34,12 +35,18 @@ class Gguf:
         refuse(body, ROUTING, why="llama.cpp does not tell or change its experts")
         if isinstance(body, Chat):
             said = self._engine.said([message.turn() for message in body.messages])
-            return task(body, [said], most=self._most)
+            return task(body, [self._checked(said)], most=self._most)
         assert isinstance(body, Complete)
         refuse(body, ("echo",), why="llama.cpp does not repeat the prompt")
         if body.most == 0:
             raise RequestError("max_tokens must be at least 1: llama.cpp always writes a token", param="max_tokens")
-        return task(body, body.prompts, most=self._most)
+        return task(body, [self._checked(prompt) for prompt in body.prompts], most=self._most)
+
+    def _checked(self, said: Any) -> Any:
+        """The same. Raises RequestError for an empty text that llama.cpp would answer with nothing."""
+        if said == "" and not self._begins:
+            raise RequestError("the prompt has no tokens in this tokenizer; write a longer prompt", param="prompt")
+        return said
 
     def write(self, ticket: Ticket) -> None:
         """Writes all answers, one after the other, and says the number of tokens at the end."""
