@@ -17,8 +17,6 @@ from frankenmoe.moe.generation import plain_generation
 from frankenmoe.moe.joining import can_join, compact, joined, padding, parted
 from frankenmoe.moe.load import MoE
 
-SEEDS = 2**63  # a seed of torch is from -SEEDS to SEEDS - 1
-
 
 class Continuation:
     """One sequence, `ids_1T`. `cache` holds the states of its first `known` tokens.
@@ -54,7 +52,7 @@ class Continuation:
         if seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed((seed + SEEDS) % (2 * SEEDS) - SEEDS)
+            self._generator.manual_seed(seed)
         accepted = inspect.signature(moe.model.forward).parameters
         self._placed = "position_ids" in accepted  # without them, some models count from 0 again behind a cache
         self._last = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}

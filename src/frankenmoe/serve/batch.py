@@ -88,15 +88,13 @@ class Answer:
 
 
 class Batch:
-    """The answers that a model writes at once, at most `most`, and one if its sequences cannot be read together.
+    """The answers that a model writes at once: at most MOST, and one if its sequences cannot be read together.
 
     `layers` are its decoder layers, between which it can be stopped, and `cache` has the prompts that it knows.
     """
 
-    def __init__(
-        self, moe: MoE, tokenizer: Any, *, cache: PromptCache, layers: Sequence[torch.nn.Module], most: int = MOST
-    ) -> None:
-        self._moe, self._tokenizer, self._cache, self._layers, self._most = moe, tokenizer, cache, layers, most
+    def __init__(self, moe: MoE, tokenizer: Any, *, cache: PromptCache, layers: Sequence[torch.nn.Module]) -> None:
+        self._moe, self._tokenizer, self._cache, self._layers = moe, tokenizer, cache, layers
         self._live: list[Answer] = []
         self._together = Together(moe.model)
         self._bytes_per_token = 0.0
@@ -142,7 +140,7 @@ class Batch:
         """Whether there is room for one more answer."""
         if not self._live:
             return True
-        if len(self._live) >= self._most or not all(answer.joins for answer in self._live):
+        if len(self._live) >= MOST or not all(answer.joins for answer in self._live):
             return False
         longest = max(max(map(len, each.prompts)) + each.most for each in (asked, *(one.asked for one in self._live)))
         return (len(self._live) + 1) * longest * self._bytes_per_token <= BYTES

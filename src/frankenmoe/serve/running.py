@@ -10,9 +10,9 @@ from frankenmoe.moe.generation import check_generation
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.promptcache import PromptCache
 from frankenmoe.moe.steering import UNCHANGED
-from frankenmoe.moe.trace import blocks, outer_blocks
+from frankenmoe.moe.trace import outer_blocks
 from frankenmoe.serve.asked import PENALTIES, ROUTING, refuse, steering, task
-from frankenmoe.serve.batch import MOST, Batch
+from frankenmoe.serve.batch import Batch
 from frankenmoe.serve.bodies import Asked, Chat, Complete
 from frankenmoe.serve.errors import UNAVAILABLE, RequestError
 from frankenmoe.serve.line import HaltedError, Job, Ticket
@@ -34,9 +34,6 @@ class Running:
         self._layers = len(outer)
         self._top_k = max((block.router.top_k for block in outer), default=0)
         self._decoders = _decoders(moe.model)
-        # a capacity counts the tokens of all that are read together, so an answer would depend on those beside it
-        capped = bool(outer) and any(block.capacity.factor is not None for *_, block in blocks(moe.model))
-        self._at_once = 1 if capped else MOST
         # settings that cannot be used are refused now, not at the first request
         check_generation(
             moe.model.generation_config,
@@ -86,8 +83,7 @@ class Running:
 
     def write(self, ticket: Ticket) -> None:
         """Writes the answers of a request, and of those that come meanwhile and go the same way."""
-        batch = Batch(self._moe, self._tokenizer, cache=self._cache, layers=self._decoders, most=self._at_once)
-        batch.write(ticket)
+        Batch(self._moe, self._tokenizer, cache=self._cache, layers=self._decoders).write(ticket)
 
     def refit(self, ticket: Ticket) -> None:
         """Fits the routers again from the prompts that are asked for.
