@@ -11,7 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 import frankenmoe as fm
 import tiny
 from family_cases import CASES, LONG, apart, logits, make_parent
-from frankenmoe.families import prefixes_of, text_name
+from frankenmoe.errors import SourceError
+from frankenmoe.families import prefixes_of, text_config, text_name
+from frankenmoe.planning.configs import check_config
 
 SIGLIP = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -94,6 +96,17 @@ def test_fields_of_the_outer_config_count_where_the_nested_one_has_none(tmp_path
     made = fm.plan(fm.Recipe.load(tiny.write_recipe(tmp_path / "r.yml", base, [base] * 2)))
     assert made.config["eos_token_id"] == [1, 7]
     assert made.config["tie_word_embeddings"] is True
+
+
+@pytest.mark.parametrize(
+    ("outer", "why"), [("gemma3n", r": its layers exchange more than one residual stream"), ("llava", "")]
+)
+def test_models_inside_which_nothing_is_read_are_refused_by_name(outer: str, why: str, tmp_path: Path) -> None:
+    config = {"model_type": outer, "text_config": CASES["gemma3"].sizes | {"model_type": "gemma3_text"}}
+    with pytest.raises(
+        SourceError, match=rf"is that of {outer}, and inside such a model the language model is not read{why}"
+    ):
+        check_config("base", tmp_path, text_config(config))
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.errors import SourceError
-from frankenmoe.families import FAMILIES
+from frankenmoe.families import FAMILIES, VIRTUAL
 from frankenmoe.families.rotary import with_nested, written_rope
 from frankenmoe.families.spec import Dims
 from frankenmoe.families.values import MOST_LAYERS, odd_value
+from frankenmoe.families.wrapped import WRAPPERS
 
 # sizes that every config must have, those that families with a table need too, and optional ones
 SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -43,6 +44,13 @@ def check_config(name: object, folder: Path, config: Mapping[str, Any]) -> None:
     file, family = folder / "config.json", FAMILIES.get(str(config.get("model_type")))
     if not isinstance(config.get("model_type"), str):
         raise SourceError(f"{file} has no model_type, expected the name of a family", hint=WRONG_FILE)
+    if isinstance(config.get("text_config"), Mapping) and config.get("hidden_size") is None:
+        reason = VIRTUAL.get(config["model_type"])
+        raise SourceError(
+            f"{file} is that of {config['model_type']}, and inside such a model the language model is not read"
+            + (f": {reason}" if reason else ""),
+            hint=f"use a language model alone, or one inside {', '.join(WRAPPERS)}",
+        )
     # what a family derives from other fields is checked with its sizes, below
     required = (*SIZES, *(key for key in FAMILY_SIZES if family and key not in family.reads))
     for key in (*required, *(key for key in OPTIONAL_SIZES if config.get(key) is not None)):
