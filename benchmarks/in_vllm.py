@@ -220,12 +220,14 @@ def main() -> None:
         )
     ]
     with workspace(options.work) as work:
-        for name, toy in TOYS.items():
-            rows += compared(name, built(toy, work / name), PROMPT, toy)
-        if options.scale == "full":
-            folder, prompt = real(work / "real")
-            rows += compared("SmolLM2-135M", folder, prompt, TOYS["mixtral"])
-        publish("vllm", rows, options=options, work=work)
+        try:
+            for name, toy in TOYS.items():
+                rows += compared(name, built(toy, work / name), PROMPT, toy)
+            if options.scale == "full":
+                folder, prompt = real(work / "real")
+                rows += compared("SmolLM2-135M", folder, prompt, TOYS["mixtral"])
+        finally:  # what was seen before an interruption is kept
+            publish("vllm", rows, options=options, work=work)
 
 
 def _own_options(parser: argparse.ArgumentParser) -> None:
@@ -324,6 +326,7 @@ def compared(name: str, folder: Path, prompt: Sequence[int], toy: Toy) -> list[R
         theirs = vllm(folder, prompt, engine=toy.engine)
     except RuntimeError as error:
         note = str(error).strip().splitlines()[-1][:300]
+        log(f"    {note}")
         return [Row(f"{name}: greedy tokens as in transformers", None, "", None, {}, at_least=TOKENS, note=note)]
     stock = toy.auto.from_pretrained(folder, dtype=torch.float32, **toy.loading)
     models = {"transformers": stock, "frankenmoe": fm.load(folder).model}
@@ -332,6 +335,7 @@ def compared(name: str, folder: Path, prompt: Sequence[int], toy: Toy) -> list[R
         Row(f"{name}: greedy tokens as in {who}", agreeing(theirs.tokens, tokens), "", None, {}, at_least=TOKENS)
         for who, tokens in found.items()
     ]
+    log(f"    {', '.join(f'{row.value:g} as in {who}' for row, who in zip(rows, found, strict=True))}")
     return [
         *rows,
         Row(f"{name}: vLLM loads it in", theirs.loading, "s", None, {}),

@@ -21,6 +21,7 @@ os.environ |= {
     "VLLM_DO_NOT_TRACK": "1",
 }
 LAST = 2000  # characters of what a process that fails has said
+LONGEST = 600  # seconds of processor time for a model
 
 
 def main() -> None:
@@ -52,6 +53,7 @@ def _child(asked: Mapping[str, Any], said: IO[str], found: IO[str]) -> None:
     os.dup2(said.fileno(), 1)
     os.dup2(said.fileno(), 2)
     code = 1
+    signal.setitimer(signal.ITIMER_PROF, LONGEST)  # ends it
     try:
         json.dump(run(asked), found)
         found.flush()
