@@ -65,7 +65,7 @@ def ungated(count: int) -> Experts:
 
 def ungated_adapters(count: int) -> Experts:
     mlp, names = make_ungated(), (("up_proj", "down_proj"), ("up_proj",), ("down_proj",))
-    return [adapted(mlp, names[number % 3], rank=8, scale=1.0) for number in range(count)]
+    return [adapted(mlp, names[number % 3]) for number in range(count)]
 
 
 def distinct(count: int) -> Experts:
@@ -85,10 +85,10 @@ def adapters(count: int) -> Experts:
 MAKERS: dict[str, Callable[[int], Experts]] = {
     "distinct": distinct,
     "adapters": adapters,
-    "ungated": ungated,
-    "ungated adapters": ungated_adapters,
 }
+UNGATED: dict[str, Callable[[int], Experts]] = {"ungated": ungated, "ungated adapters": ungated_adapters}
 BOTH = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+ALL = pytest.mark.parametrize("make", [*MAKERS.values(), *UNGATED.values()], ids=[*MAKERS, *UNGATED])
 WAYS = pytest.mark.parametrize("few", [0, 10**6], ids=["sorted", "few"])
 
 
@@ -183,7 +183,7 @@ def test_adapters_equal_the_loop(
     assert_equals_the_loop(torch.randn(tokens, HIDDEN), weights_TK, ids_TK, modules, few=few)
 
 
-@BOTH
+@ALL
 @WAYS
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 2), (40, 33, 2), (5, 4, 4), (3, 33, 33), (0, 3, 2)])
 def test_equals_the_loop_at_the_edges(
@@ -193,7 +193,7 @@ def test_equals_the_loop_at_the_edges(
     assert_equals_the_loop(torch.randn(tokens, HIDDEN), weights_TK, ids_TK, make(experts), few=few)
 
 
-@BOTH
+@ALL
 @WAYS
 @pytest.mark.parametrize("expert", [0, 3])
 def test_all_tokens_to_one_expert(make: Callable[[int], Experts], few: int, expert: int) -> None:
@@ -201,7 +201,7 @@ def test_all_tokens_to_one_expert(make: Callable[[int], Experts], few: int, expe
     assert_equals_the_loop(torch.randn(7, HIDDEN), torch.rand(7, 1), ids_TK, make(4), few=few)
 
 
-@BOTH
+@ALL
 @WAYS
 def test_takes_input_that_is_not_contiguous(make: Callable[[int], Experts], few: int) -> None:
     hidden_TD = torch.randn(HIDDEN, 20).T[::2]
@@ -346,7 +346,7 @@ def storages(module: nn.Module) -> set[int]:
     return {weight.untyped_storage().data_ptr() for weight in module.parameters()}
 
 
-@BOTH
+@ALL
 @pytest.mark.usefixtures("here")
 def test_packing_keeps_parameters_and_state_and_takes_no_memory_of_its_own(
     make: Callable[[int], Experts], tmp_path: Path
@@ -518,7 +518,7 @@ def test_packed_while_generating_can_be_trained_through() -> None:
     assert block.router.weight.grad.abs().max() > 0
 
 
-@BOTH
+@ALL
 @pytest.mark.usefixtures("here")
 def test_a_packed_block_can_be_copied(make: Callable[[int], Experts]) -> None:
     block, hidden = block_of(make(4)), torch.randn(9, HIDDEN)
@@ -539,7 +539,7 @@ def shared_block(experts: Experts, **options: Any) -> MoEBlock:
     return block_of(experts, shared=make_mlp(), shared_gate=torch.randn(1, HIDDEN), **options)
 
 
-@BOTH
+@ALL
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)

@@ -69,7 +69,11 @@ def _distinct(
         place_TK = packed.place_E[place_TK]
     rows = _rows(place_TK, experts=packed.down_EOI.shape[0])
     into_AO = _product(hidden_TD.index_select(0, rows.token_A), packed.into_EOI, rows)
-    out_AD = _product(_inner(torch.split(into_AO, packed.down_EOI.shape[2], dim=-1), packed.act), packed.down_EOI, rows)
+    out_AD = _product(
+        _inner(into_AO.chunk(packed.into_EOI.shape[1] // packed.down_EOI.shape[2], dim=-1), packed.act),
+        packed.down_EOI,
+        rows,
+    )
     return (_kept(out_AD, rows, ids_TK) * weights_TK[..., None]).sum(dim=1)
 
 
