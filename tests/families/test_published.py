@@ -1,6 +1,7 @@
 """Settings that config.json files on the hub have beside those that transformers reads, and settings it ignores."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,13 +13,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
-from frankenmoe.errors import SourceError
+from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.families import FAMILIES, FORMATS, PARTLY, moe_config, rope, text_config, unsupported
 from frankenmoe.families.archkeys import rotary_keys
+from frankenmoe.families.runtimes import in_llamacpp
 from frankenmoe.families.spec import MAY_BE_NULL
 from frankenmoe.families.values import odd_value
 from frankenmoe.families.wrapped import WRAPPERS
 from frankenmoe.planning.configs import check_config
+from frankenmoe.planning.gguf import layout
+from frankenmoe.planning.parts import parts_of_plan
 from published import MODELS
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
@@ -284,6 +288,12 @@ def test_counts_are_those_of_the_classes(model: str, tmp_path: Path) -> None:
     assert made.fmt.name == format_of(text)
     (moe / "config.json").write_text(json.dumps(made.config))
     assert made.bill.total == parameters(moe)
+    if not in_llamacpp(family, made.fmt).runs:
+        with pytest.raises(PlanError, match="does not support this MoE"):
+            layout(parts_of_plan(made))
+        return
+    for tensor in layout(parts_of_plan(made)).tensors:
+        assert math.prod(tensor.shape) == sum(part.numel for part in tensor.parts) or not tensor.parts
 
 
 def without_defaults(config: dict[str, Any]) -> dict[str, Any]:
