@@ -47,6 +47,7 @@ IN_VLLM: Mapping[tuple[str, str], Known] = {
     ("ministral", "granitemoe_swa"): Known(True, VLLM),
     ("granitemoehybrid", "granitemoehybrid"): Known(True, VLLM),
     ("glm", "glm4_moe"): Known(True, f"{VLLM}, with a shared expert; without one it crashes"),
+    ("phi3", "glm4_moe"): Known(False, f"{VLLM}: it crashes, as on all of this format without a shared expert"),
     ("lfm2", "lfm2_moe"): Known(
         False, f"{VLLM}: it writes other tokens from the fifth on, and it always ties the head"
     ),
