@@ -114,12 +114,6 @@ COHERE2 = {
     "head_dim": 128, "layer_norm_eps": 1e-5, "rope_theta": 50000.0, "sliding_window": 4096, "sliding_window_pattern": 4,
 }  # fmt: skip
 PICTURES = {"rope_type": "default", "mrope_interleaved": True}
-QWEN3_VL = {
-    "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 151643, "dtype": "bfloat16",
-    "eos_token_id": 151645, "head_dim": 128, "hidden_act": "silu", "initializer_range": 0.02,
-    "max_position_embeddings": 262144, "num_key_value_heads": 8, "rms_norm_eps": 1e-06, "rope_theta": 5000000,
-    "rope_scaling": PICTURES | {"mrope_section": [24, 20, 20]}, "use_cache": True,
-}  # fmt: skip
 MODELS: Mapping[str, Published] = {
     "meta-llama/Llama-3.1-8B-Instruct": _model(
         COPY, "llama", 32, 4096, 14336, 32, 128256, architectures=["LlamaForCausalLM"], attention_bias=False,
@@ -308,19 +302,6 @@ MODELS: Mapping[str, Published] = {
             | {"mrope_section": [11, 11, 10], "rope_theta": 10000000, "partial_rotary_factor": 0.25},
         ),
         tie_word_embeddings=False,
-    ),
-    "Qwen/Qwen3-VL-2B-Instruct": _nested(
-        "qwen3_vl",
-        _model(
-            COPY, "qwen3_vl_text", 28, 2048, 6144, 16, 151936, **QWEN3_VL, tie_word_embeddings=True
-        ),
-        tie_word_embeddings=True,
-    ),
-    "Qwen/Qwen3-VL-4B-Instruct": _nested(
-        "qwen3_vl", _model(COPY, "qwen3_vl_text", 36, 2560, 9728, 32, 151936, **QWEN3_VL), tie_word_embeddings=True
-    ),
-    "Qwen/Qwen3-VL-8B-Instruct": _nested(
-        "qwen3_vl", _model(COPY, "qwen3_vl_text", 36, 4096, 12288, 32, 151936, **QWEN3_VL), tie_word_embeddings=False
     ),
     "ByteDance-Seed/Seed-OSS-36B-Instruct": _model(
         TRIMMED, "seed_oss", 64, 5120, 27648, 80, 155136, attention_bias=True, attention_out_bias=False, head_dim=128,
