@@ -68,9 +68,7 @@ def test_a_result_out_of_range_is_not_sure(tmp_path: Path) -> None:
     ],
     ids=["on the way", "float64", "factor"],
 )
-def test_numbers_on_the_way_are_float32(
-    tmp_path: Path, largest: float, steps: tuple[Step, ...], dtype: str
-) -> None:
+def test_numbers_on_the_way_are_float32(tmp_path: Path, largest: float, steps: tuple[Step, ...], dtype: str) -> None:
     write = write_of(ref_of(tmp_path, torch.full((8,), largest)), *steps, dtype=dtype)
     assert not surely_fits(write)
     with pytest.raises(NumericsError, match="becomes"):

@@ -6,7 +6,7 @@ Shape suffixes: B sequences, T tokens, V vocabulary.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -90,16 +90,26 @@ class Continuation:
         """Reads the tokens that are not known: logits_V of the next one."""
         if self.known and self._turned(self.known):
             self.cache, self.known = None, 0
-        unread_1T = self.ids_1T[:, self.known :]
-        places: dict[str, Any] = {}
+        return self._read(self.ids_1T.shape[1], **self._last)[-1]
+
+    def read_all(self, *, at_once: int) -> Iterator[torch.Tensor]:
+        """Reads all tokens, none of which is known, and `at_once` of them at a time: logits_TV behind each of these."""
+        length = self.ids_1T.shape[1]
+        for start in range(0, length, length if self._moving else at_once):
+            end = length if self._moving else min(start + at_once, length)
+            yield self._read(end)[start - end :]
+
+    def _read(self, end: int, **options: Any) -> torch.Tensor:
+        """Reads the tokens before `end` that are not known: logits_TV."""
+        unread_1T = self.ids_1T[:, self.known : end]
         if self._placed:
-            places["position_ids"] = torch.arange(self.known, self.ids_1T.shape[1], device=unread_1T.device)[None]
-        out = self._model(input_ids=unread_1T, past_key_values=self.cache, use_cache=True, **places, **self._last)
+            options["position_ids"] = torch.arange(self.known, end, device=unread_1T.device)[None]
+        out = self._model(input_ids=unread_1T, past_key_values=self.cache, use_cache=True, **options)
         self.cache = out.get("past_key_values")
         if self.cache is not None:  # a model without a cache reads everything again
-            self.known = self.ids_1T.shape[1]
-        logits_V: torch.Tensor = out.logits[0, -1]
-        return logits_V
+            self.known = end
+        logits_TV: torch.Tensor = out.logits[0]
+        return logits_TV
 
     def choose(self, logits_V: torch.Tensor) -> int:
         """Adds the next token, and returns it."""
