@@ -41,8 +41,8 @@ class Continuation:
         **options: Any,
     ) -> None:
         self._model = moe.model
-        asked = request(moe, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature)
         with plain_generation(moe.model, where=str(moe.folder / "generation_config.json")):
+            asked = request(moe, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature)
             stops, moe.model.generation_config.stop_strings = moe.model.generation_config.stop_strings, None
             moe.model.generate(**asked, **options, custom_generate=self._prepared)
         rotary = with_nested(getattr(moe.model.config.get_text_config(), "rope_parameters", None) or {})
