@@ -11,8 +11,8 @@ import torch
 
 from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.scorer import Query, Scorer, Sharing, scored
-from frankenmoe.families.rotary import MOVING, with_nested
 from frankenmoe.moe.block import Capacity
+from frankenmoe.moe.joining import moves
 
 ANY_LENGTH = 2**62
 WINDOWS = ("sliding_window", "attention_chunk_size")
@@ -51,8 +51,7 @@ def _from_config(model: Any) -> tuple[int, str | None]:
         return 0, "it is an encoder and a decoder"
     if str(getattr(config, "_attn_implementation", "sdpa")).startswith("flash"):
         return 0, f"its attention ({config._attn_implementation}) takes no masks of ours"
-    rotary = with_nested(getattr(config, "rope_parameters", None) or {})
-    if any(each.get("rope_type") in MOVING for each in rotary):
+    if moves(config):
         return 0, "its rotary angles depend on the length of the input"
     windows = [value for name in WINDOWS if (value := getattr(config, name, None))]
     if windows and (not kinds or kinds & set(LOCAL)):

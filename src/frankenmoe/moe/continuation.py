@@ -12,10 +12,9 @@ from typing import Any
 import torch
 from transformers import StoppingCriteriaList, StopStringCriteria
 
-from frankenmoe.families.rotary import CONTEXT, MOVING, TURNING, with_nested
 from frankenmoe.moe.generate import request
 from frankenmoe.moe.generation import plain_generation
-from frankenmoe.moe.joining import can_join, compact, joined, padding, parted
+from frankenmoe.moe.joining import can_join, compact, joined, moves, padding, parted, turns
 from frankenmoe.moe.load import MoE
 
 
@@ -45,10 +44,8 @@ class Continuation:
             asked = request(moe, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature)
             stops, moe.model.generation_config.stop_strings = moe.model.generation_config.stop_strings, None
             moe.model.generate(**asked, **options, custom_generate=self._prepared)
-        rotary = with_nested(getattr(moe.model.config.get_text_config(), "rope_parameters", None) or {})
-        self._moving = any(each.get("rope_type") in MOVING for each in rotary)
-        self._turns = [each[CONTEXT] for each in rotary if each.get("rope_type") == TURNING]
-        if past[0] is not None and not self._turned(past[1]):
+        self._moving, self._turns = moves(moe.model.config), turns(moe.model.config)
+        if past[0] is not None:
             self.cache, self.known = past
         if stops:  # transformers does not give the tokenizer, which these need, to a custom_generate
             self._stopping.append(StopStringCriteria(tokenizer, stops))
@@ -79,16 +76,9 @@ class Continuation:
         """Whether it can be read together with others. It must have been read before."""
         return self._placed and not self._moving and can_join(self.cache)
 
-    def _turned(self, known: int) -> bool:
-        """Whether the first `known` tokens had other rotary angles than they have now, so that they must be read again.
-
-        Phi-3 does so in transformers.
-        """
-        return any(known <= turn < self.ids_1T.shape[1] for turn in self._turns)
-
     def read(self) -> torch.Tensor:
         """Reads the tokens that are not known: logits_V of the next one."""
-        if self.known and self._turned(self.known):
+        if self.known and any(self.known <= turn < self.ids_1T.shape[1] for turn in self._turns):  # as Phi-3's class
             self.cache, self.known = None, 0
         return self._read(self.ids_1T.shape[1], **self._last)[-1]
 
