@@ -90,7 +90,9 @@ def measured(name: str, groups: Sequence[str], options: argparse.Namespace, work
         begun = time.perf_counter()
         rows = [asdict(row) for row in GROUPS[group](bed)]
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps({"seconds": time.perf_counter() - begun, "rows": rows}, indent=2))
+        partial = kept.with_suffix(".partial")
+        partial.write_text(json.dumps({"seconds": time.perf_counter() - begun, "rows": rows}, indent=2))
+        partial.replace(kept)  # a killed run leaves a whole file, or none
 
 
 def side_by_side(wanted: Mapping[str, Sequence[str]], options: argparse.Namespace) -> None:

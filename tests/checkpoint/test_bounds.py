@@ -59,6 +59,22 @@ def test_a_result_out_of_range_is_not_sure(tmp_path: Path) -> None:
         list(blocks(write))
 
 
+@pytest.mark.parametrize(
+    ("largest", "steps", "dtype"),
+    [
+        (1e10, (Scale(1e30), Scale(1e-30)), "F32"),  # too large on the way
+        (1e38, (Scale(100.0),), "F64"),  # which holds more than numbers on the way can be
+        (0.0, (Scale(1e300),), "F32"),  # 0 times infinity
+    ],
+    ids=["on the way", "float64", "factor"],
+)
+def test_numbers_on_the_way_are_float32(tmp_path: Path, largest: float, steps: tuple[Step, ...], dtype: str) -> None:
+    write = write_of(ref_of(tmp_path, torch.full((8,), largest)), *steps, dtype=dtype)
+    assert not surely_fits(write)
+    with pytest.raises(NumericsError, match="becomes"):
+        list(blocks(write))
+
+
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), float("-inf")])
 def test_a_source_that_is_not_finite_is_not_sure(tmp_path: Path, odd: float) -> None:
     numbers = torch.zeros(3_000_000)

@@ -273,7 +273,15 @@ def test_overflow_names_tensor_file_and_value(save, dtype: str, value: float, st
     assert caught.value.message == (
         f"tensor 'out' from {ref.file} becomes {became:g} at [1, 0], but {dtype} holds at most {largest}"
     )
-    assert caught.value.hint
+    assert ("wider range" in str(caught.value.hint)) == math.isfinite(became)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("steps", [(), (Scale(0.5),), (Noise(0.1, True, 1),)], ids=["cast", "scale", "noise"])
+def test_a_float64_beyond_float32_is_told_without_a_warning(save, steps: tuple) -> None:
+    ref = save({"w": torch.tensor([0.0, 1e300], dtype=torch.float64)})["w"]
+    with pytest.raises(NumericsError, match="computed in float32"):
+        materialize(step_write(ref, *steps, dtype="F32"))
 
 
 def test_overflow_in_a_later_block_is_placed_right(save, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,3 +122,25 @@ def test_a_model_with_another_memory_goes_alone(tmp_path: Path) -> None:
             made.append(part.choose(part.read()))
         assert made == alone(moe, CASES[0][1], 6)
         assert twin.get_seq_length() == len(CASES[0][1])
+
+
+def test_a_model_whose_rotary_angles_turn_goes_alone_and_is_read_again(tmp_path: Path) -> None:
+    rotary = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0, 1.1, 1.2, 1.3],
+        "long_factor": [1.5, 2.0, 2.5, 3.0],
+        "original_max_position_embeddings": 11,
+    }
+    moe = opened(tmp_path / "model", "phi3", rope_parameters=rotary, original_max_position_embeddings=11)
+    ids = CASES[0][1]
+    with torch.no_grad():
+        part, made = begun(moe, ids, 14)
+        assert not part.can_join
+        short = branch(part.cache), part.known
+        while not part.ended:
+            made.append(part.choose(part.read()))
+        assert made == alone(moe, ids, 14)  # transformers reads the whole again, too
+        longer = [*ids, *CASES[2][1]]
+        more, first = begun(moe, longer, 5, past=short)
+        assert (first[0], more.known) == (alone(moe, longer, 1)[0], len(longer))

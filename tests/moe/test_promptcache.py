@@ -53,6 +53,16 @@ def test_replies_with_a_known_history_are_the_same(name: str, tmp_path: Path) ->
         assert known.read == known.tokens[-1 - len(known.read) : -1]
 
 
+def test_what_was_computed_on_the_other_side_of_a_turn_is_not_taken() -> None:
+    cache = PromptCache(turns=[4])
+    cache.keep([1, 2, 3, 4], short := Counted(4), prompt=4)
+    assert cache.take([1, 2, 3, 4, 5]) == (None, 0)
+    assert cache.take([1, 2, 3, 4]) == (short, 3)
+    cache.keep([1, 2, 3, 4, 5], long := Counted(5), prompt=5)
+    assert cache.take([1, 2, 3, 4]) == (None, 0)
+    assert cache.take([1, 2, 3, 4, 5, 6]) == (long, 5)
+
+
 def test_the_longest_beginning_is_taken_and_cut() -> None:
     cache = PromptCache()
     cache.keep([1, 2, 3, 4], one := Counted(4), prompt=2)

@@ -15,7 +15,7 @@ import torch
 import tiny
 from frankenmoe import subject
 from frankenmoe.serve.batch import MOST
-from frankenmoe.serve.bodies import Chat, read
+from frankenmoe.serve.bodies import Chat, Complete, read
 from frankenmoe.serve.errors import RequestError
 from frankenmoe.serve.line import HaltedError, Job
 from frankenmoe.serve.models import Loading, load_models
@@ -154,13 +154,77 @@ def test_who_leaves_or_fails_disturbs_nobody(model: Any) -> None:
     assert isinstance(fails.ends[0], IndexError)
 
 
-def test_answers_to_one_prompt_read_it_once(model: Any) -> None:
-    sizes: list[int] = []
+class Broken:
+    """A tokenizer that cannot decode some tokens, as some of sentencepiece cannot where a model has more embeddings."""
+
+    def __init__(self, tokenizer: Any, tokens: set[int]) -> None:
+        self._tokenizer, self._tokens = tokenizer, tokens
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        if self._tokens & set(ids):
+            raise IndexError("piece id is out of range")
+        return str(self._tokenizer.decode(ids, **options))
+
+
+def test_a_token_without_text_disturbs_nobody_else(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = [{"role": "user", "content": "sea"}]
+    plain = [asked(model), asked(model, messages=turns)]
+    whole, other = (
+        Told(job).write() for job in (asked(model, logprobs=True), asked(model, logprobs=True, messages=turns))
+    )
+    mine, theirs = (
+        [token.id for piece in each.events if isinstance(piece, Piece) for token in piece.tokens]
+        for each in (whole, other)
+    )
+    only = next(token for token in theirs[1:] if token not in mine)
+    monkeypatch.setattr(model, "_tokenizer", Broken(model._tokenizer, {only}))
+    for first, second in ((0, 1), (1, 0)):
+        beside = Told(plain[second])
+        told = {first: Told(plain[first], others=[beside]).write(), second: beside}
+        assert (told[0].text, told[0].ends) == (whole.text, [None])
+        assert isinstance(told[1].ends[0], IndexError)
+
+
+def echoed(model: Any, **fields: Any) -> Told:
+    body = {"model": "moe", "prompt": "some words " * 40, "echo": True, "temperature": 0, "max_tokens": 0} | fields
+    return Told(model.job(read(Complete, json.dumps(body).encode()))).write()
+
+
+@pytest.mark.parametrize("most", [0, 3])
+@pytest.mark.parametrize("logprobs", [None, 0, 2])
+def test_a_prompt_that_is_repeated_is_counted_and_read_once(logprobs: int | None, most: int, model: Any) -> None:
+    length = echoed(model).events[-1].prompt
+    assert length > 256  # which are scored at a time
     model._cache.clear()
+    sizes, told = inputs_of(model, lambda: echoed(model, logprobs=logprobs, max_tokens=most, n=3))
+    assert told.events[-1] == Usage(length, 3 * most)
+    assert sum(sizes) == (length if most or logprobs is not None else 0) + 3 * max(0, most - 1)
+    pieces = [[event for event in told.events if getattr(event, "index", None) == index] for index in range(3)]
+    assert pieces[0][0].text == "some words " * 40
+    assert len(pieces[0][0].tokens) == (0 if logprobs is None else length)
+    for some in pieces:
+        assert replace(some[0], index=0) == pieces[0][0]
+        assert [getattr(each, "text", "ended") for each in some[1:]] == [
+            getattr(each, "text", "ended") for each in pieces[0][1:]
+        ]
+
+
+def inputs_of(model: Any, write: Callable[[], Told]) -> tuple[list[int], Told]:
+    """How many tokens the model read at a time, and what was told."""
+    sizes: list[int] = []
     embeddings = model._moe.model.get_input_embeddings()
     hook = embeddings.register_forward_hook(lambda _, inputs, __: sizes.append(inputs[0].numel()))
-    told = Told(asked(model, n=4, temperature=1, seed=3)).write()
+    told = write()
     hook.remove()
+    return sizes, told
+
+
+def test_answers_to_one_prompt_read_it_once(model: Any) -> None:
+    model._cache.clear()
+    sizes, told = inputs_of(model, Told(asked(model, n=4, temperature=1, seed=3)).write)
     prompt = told.events[-1].prompt
     assert sizes[0] == prompt
     assert max(sizes[1:]) == 4  # a token of each

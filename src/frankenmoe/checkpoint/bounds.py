@@ -12,6 +12,7 @@ from frankenmoe.checkpoint.tensors import FLOATS, Noise, Scale, Shift, TensorRef
 from frankenmoe.checkpoint.values import BLOCK
 
 ROUNDING = 1.001
+WIDEST = BITS["F32"].largest  # of the numbers on the way, whatever the types of source and result
 
 
 def surely_fits(write: TensorWrite) -> bool:
@@ -25,7 +26,7 @@ def surely_fits(write: TensorWrite) -> bool:
     most = _largest(source, state_of(source))
     for step in write.steps:
         match step:
-            case Scale(factor):
+            case Scale(factor) if abs(factor) <= WIDEST:
                 most *= abs(factor)
             case Shift(amount):
                 most += abs(amount)
@@ -33,7 +34,9 @@ def surely_fits(write: TensorWrite) -> bool:
                 most += noise.MOST * std * (most if relative else 1.0)
             case _:
                 return False
-    return most * ROUNDING <= BITS[write.dtype].largest  # not so for NaN
+        if not most * ROUNDING <= WIDEST:  # as for NaN
+            return False
+    return most * ROUNDING <= BITS[write.dtype].largest
 
 
 @lru_cache(maxsize=2**16)

@@ -45,6 +45,8 @@ Stage = Callable[[Floats, int], Floats]
 
 BLOCK = 2**20  # elements; also keys the noise, so another value gives other noise
 TURNED = 2**22  # elements of a turned matrix at a time
+NARROW = "choose a dtype with a wider range: bfloat16 or float32"
+TOO_LARGE = "numbers are computed in float32, whatever the dtype; use smaller factors, less noise or another source"
 
 
 def values(ref: TensorRef) -> Floats:
@@ -346,7 +348,9 @@ def _std(numbers: Blocks) -> float:
         wide_N = block_N.astype(np.float64)
         block_mean = float(wide_N.mean())
         shift = block_mean - mean
-        squares += float(np.square(wide_N - block_mean).sum()) + shift**2 * count * wide_N.size / (count + wide_N.size)
+        with np.errstate(invalid="ignore"):  # infinity makes it NaN, which makes the results NaN
+            inner = float(np.square(wide_N - block_mean).sum())
+        squares += inner + shift**2 * count * wide_N.size / (count + wide_N.size)
         count += wide_N.size
         mean += shift * wide_N.size / count
     return math.sqrt(squares / count) if count else 0.0
@@ -371,7 +375,7 @@ def _no_number(write: TensorWrite, *, value: float, flat: int) -> NumericsError:
     return NumericsError(
         f"tensor {write.name!r} from {files} becomes {value:g} at {_index(flat, write.shape)}, "
         f"but {write.dtype} holds at most {BITS[write.dtype].largest:g}",
-        hint="choose a dtype with a wider range: bfloat16 or float32",
+        hint=NARROW if math.isfinite(value) else TOO_LARGE,
     )
 
 

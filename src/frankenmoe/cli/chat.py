@@ -13,6 +13,7 @@ from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, json_text, printable, spelled_out
 from frankenmoe.moe.generate import Reply, reply, weight_shares
+from frankenmoe.moe.joining import turns
 from frankenmoe.moe.linear import prepare_kernels
 from frankenmoe.moe.promptcache import PromptCache
 from frankenmoe.palette import mark
@@ -53,7 +54,7 @@ def chat(subject: Subject, *, prompt: str | None, settings: Settings, as_json: b
     tokenizer = moe.tokenizer()
     torch.manual_seed(settings.seed)
     history: list[dict[str, str]] = []
-    cache = PromptCache(sequences=1)
+    cache = PromptCache(sequences=1, turns=turns(moe.model.config))
     if prompt is None and is_terminal():
         click.echo("type a message and press Enter; Ctrl-D ends", err=True)
     while (message := ask() if prompt is None else prompt) is not None:

@@ -12,12 +12,12 @@ import torch
 from frankenmoe.evaluate.memory import Budget
 from frankenmoe.evaluate.scorer import Query, Scorer, Sharing, scored
 from frankenmoe.moe.block import Capacity
+from frankenmoe.moe.joining import moves
 
 ANY_LENGTH = 2**62
 WINDOWS = ("sliding_window", "attention_chunk_size")
 LOCAL = ("sliding_attention", "chunked_attention")
 GLOBAL = "full_attention"
-MOVING_ROPE = ("dynamic", "longrope")  # angles that depend on the length of the whole input
 NOISE = 4.0  # shared reading may differ from plain reading by so many times the difference of two plain ones
 FLOOR = 1e-5  # nats per token: the difference allowed in float32 in any case
 PROOF_ROW = 24  # tokens of a row in the proof: small, so that few sequences make trunks, branches and rows
@@ -51,9 +51,7 @@ def _from_config(model: Any) -> tuple[int, str | None]:
         return 0, "it is an encoder and a decoder"
     if str(getattr(config, "_attn_implementation", "sdpa")).startswith("flash"):
         return 0, f"its attention ({config._attn_implementation}) takes no masks of ours"
-    rope = getattr(config, "rope_parameters", None) or {}
-    nested = rope.values() if all(isinstance(value, dict) for value in rope.values()) and rope else [rope]
-    if any(each.get("rope_type") in MOVING_ROPE for each in nested):
+    if moves(config):
         return 0, "its rotary angles depend on the length of the input"
     windows = [value for name in WINDOWS if (value := getattr(config, name, None))]
     if windows and (not kinds or kinds & set(LOCAL)):

@@ -49,8 +49,7 @@ class Engine:
 
         `context` is in tokens, by default what the file allows and at most MOST_CONTEXT. `exact_cache` keeps keys and
         values in float32, so that only the weights are rounded; else they are in float16, or in the type that the file
-        asks for. Afterwards `reads_template` is false if llama.cpp
-        cannot read the file's chat template, or must not.
+        asks for. Afterwards `reads_template` is false if llama.cpp cannot read the file's chat template, or must not.
         """
         facts = check_loadable(file)
         self._whole_token = int(facts["whole_token"])

@@ -9,6 +9,8 @@ from frankenmoe.families.spec import FULL, Config, Family
 CONTEXT = "original_max_position_embeddings"
 # rotary types with a context of their own
 WITH_CONTEXT = ("llama3", "yarn", "longrope")
+TURNING = "longrope"  # the type that has other angles for inputs longer than its context
+MOVING = ("dynamic", TURNING)  # types whose angles depend on the length of the whole input
 
 
 def written_rope(config: Config) -> Any:

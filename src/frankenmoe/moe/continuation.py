@@ -6,7 +6,7 @@ Shape suffixes: B sequences, T tokens, V vocabulary.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from transformers import StoppingCriteriaList, StopStringCriteria
 
 from frankenmoe.moe.generate import request
 from frankenmoe.moe.generation import plain_generation
-from frankenmoe.moe.joining import can_join, compact, joined, padding, parted
+from frankenmoe.moe.joining import can_join, compact, joined, moves, padding, parted, turns
 from frankenmoe.moe.load import MoE
 
 
@@ -40,10 +40,11 @@ class Continuation:
         **options: Any,
     ) -> None:
         self._model = moe.model
-        asked = request(moe, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature)
         with plain_generation(moe.model, where=str(moe.folder / "generation_config.json")):
+            asked = request(moe, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature)
             stops, moe.model.generation_config.stop_strings = moe.model.generation_config.stop_strings, None
             moe.model.generate(**asked, **options, custom_generate=self._prepared)
+        self._moving, self._turns = moves(moe.model.config), turns(moe.model.config)
         if past[0] is not None:
             self.cache, self.known = past
         if stops:  # transformers does not give the tokenizer, which these need, to a custom_generate
@@ -73,20 +74,32 @@ class Continuation:
     @property
     def can_join(self) -> bool:
         """Whether it can be read together with others. It must have been read before."""
-        return self._placed and can_join(self.cache)
+        return self._placed and not self._moving and can_join(self.cache)
 
     def read(self) -> torch.Tensor:
         """Reads the tokens that are not known: logits_V of the next one."""
-        unread_1T = self.ids_1T[:, self.known :]
-        places: dict[str, Any] = {}
+        if self.known and any(self.known <= turn < self.ids_1T.shape[1] for turn in self._turns):  # as Phi-3's class
+            self.cache, self.known = None, 0
+        return self._read(self.ids_1T.shape[1], **self._last)[-1]
+
+    def read_all(self, *, at_once: int) -> Iterator[torch.Tensor]:
+        """Reads all tokens, none of which is known, and `at_once` of them at a time: logits_TV behind each of these."""
+        length = self.ids_1T.shape[1]
+        for start in range(0, length, length if self._moving else at_once):
+            end = length if self._moving else min(start + at_once, length)
+            yield self._read(end)[start - end :]
+
+    def _read(self, end: int, **options: Any) -> torch.Tensor:
+        """Reads the tokens before `end` that are not known: logits_TV."""
+        unread_1T = self.ids_1T[:, self.known : end]
         if self._placed:
-            places["position_ids"] = torch.arange(self.known, self.ids_1T.shape[1], device=unread_1T.device)[None]
-        out = self._model(input_ids=unread_1T, past_key_values=self.cache, use_cache=True, **places, **self._last)
+            options["position_ids"] = torch.arange(self.known, end, device=unread_1T.device)[None]
+        out = self._model(input_ids=unread_1T, past_key_values=self.cache, use_cache=True, **options)
         self.cache = out.get("past_key_values")
         if self.cache is not None:  # a model without a cache reads everything again
-            self.known = self.ids_1T.shape[1]
-        logits_V: torch.Tensor = out.logits[0, -1]
-        return logits_V
+            self.known = end
+        logits_TV: torch.Tensor = out.logits[0]
+        return logits_TV
 
     def choose(self, logits_V: torch.Tensor) -> int:
         """Adds the next token, and returns it."""

@@ -4,12 +4,14 @@ Shape suffixes: B sequences, C columns of the longest one.
 """
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from frankenmoe.families.rotary import CONTEXT, MOVING, TURNING, with_nested
 
 JOINED = (DynamicLayer, DynamicSlidingWindowLayer)  # they hold a column of keys and values per token, and replace both
 
@@ -18,6 +20,20 @@ def can_join(cache: Any) -> bool:
     """Whether this cache of one sequence can become a part of a larger one."""
     layers = getattr(cache, "layers", ())
     return bool(layers) and all(type(layer) in JOINED and layer.is_initialized for layer in layers)
+
+
+def moves(config: Any) -> bool:
+    """Whether the rotary angles of a token depend on the length of the whole input, so on who is beside it."""
+    return any(each.get("rope_type") in MOVING for each in _rotary(config))
+
+
+def turns(config: Any) -> tuple[int, ...]:
+    """The lengths beyond which all rotary angles are others: a cache of fewer tokens is then of no use."""
+    return tuple(each[CONTEXT] for each in _rotary(config) if each.get("rope_type") == TURNING)
+
+
+def _rotary(config: Any) -> tuple[Mapping[str, Any], ...]:
+    return with_nested(getattr(config.get_text_config(), "rope_parameters", None) or {})
 
 
 def branch(cache: Any) -> Any:

@@ -26,18 +26,23 @@ class Kept:
 
 
 class PromptCache:
-    """The latest sequences of one model with their caches, those of transformers."""
+    """The latest sequences of one model with their caches, those of transformers.
 
-    def __init__(self, *, sequences: int = SEQUENCES) -> None:
+    `turns` are the lengths beyond which the model computes all tokens in another way.
+    """
+
+    def __init__(self, *, sequences: int = SEQUENCES, turns: Sequence[int] = ()) -> None:
         self._kept: list[Kept] = []
-        self._most = sequences
+        self._most, self._turns = sequences, turns
 
     def take(self, ids: Sequence[int], *, way: Hashable = None) -> tuple[Any, int]:
         """(a cache of the first of `ids`, how many they are); (None, 0) if no kept sequence begins like `ids`.
 
         At least one of `ids` is left to compute. The cache is no longer kept here, because generation changes it.
         """
-        found = [(common(each.ids, ids[:-1]), each) for each in self._kept if each.way == way]
+        found = [
+            (common(each.ids, ids[:-1]), each) for each in self._kept if each.way == way and self._alike(each.ids, ids)
+        ]
         length, best = max(found, key=lambda pair: pair[0], default=(0, None))
         if best is None or length < 1 or length < ENOUGH * best.prompt:
             return None, 0
@@ -55,6 +60,9 @@ class PromptCache:
             self._kept = [*self._kept, Kept(tuple(ids), prompt, cache, way)][-self._most :]
             while len(self._kept) > 1 and sum(size(each.cache) for each in self._kept) > BYTES:
                 del self._kept[0]
+
+    def _alike(self, one: Sequence[int], other: Sequence[int]) -> bool:
+        return all((len(one) > turn) == (len(other) > turn) for turn in self._turns)
 
     def clear(self) -> None:
         """Forgets all sequences, after the weights have changed."""

@@ -34,6 +34,11 @@ class Task:
     penalties: dict[str, float] = field(default_factory=dict)
     steering: Steering = UNCHANGED
 
+    @property
+    def scored(self) -> bool:
+        """Whether the probabilities of the prompt's tokens are told, too."""
+        return self.echo and self.top is not None
+
 
 def task(body: Asked, prompts: Sequence[Any], *, most: int, steering: Steering = UNCHANGED) -> Task:
     """What a body asks for. `most` is the server's limit, which is also the default."""

@@ -51,9 +51,11 @@ class Request:
 
 @dataclass
 class Prompt:
-    """Tokens to continue; between its first answer and its last, also their cache and the logits behind them."""
+    """Tokens to continue, with their probabilities if these are told. Between its first answer and its last, also their
+    cache and the logits behind them."""
 
     ids: Sequence[int]
+    tokens: tuple[Token, ...] = ()
     read: tuple[Any, torch.Tensor] | None = None
 
 
@@ -146,39 +148,48 @@ class Batch:
         return (len(self._live) + 1) * longest * self._bytes_per_token <= BYTES
 
     def _begin(self, answer: Answer) -> None:
-        """Reads the prompt and writes the first token."""
+        """Begins an answer, and lets it join the others unless that is all of it."""
         self._computed_for = [answer.request.ticket]
         if not answer.request.ticket.halted:
             with self._failing(answer):
-                if answer.asked.echo:
-                    self._echo(answer)
-                if answer.asked.most:
-                    answer.add(self._read(answer), self._rows(answer, -1))
+                self._write_first(answer)
         if answer.done:
             self._finish(answer)
         else:
             self._set_live([*self._live, answer])
 
+    def _write_first(self, answer: Answer) -> None:
+        """Reads the prompt, writes it if that is asked for, and writes the first token."""
+        asked, prompt = answer.asked, answer.prompt
+        if answer.choice == 0:
+            answer.read = Usage(len(prompt.ids), 0)
+        logits_V = self._read(answer) if asked.most or asked.scored else None
+        if asked.echo:
+            text = self._tokenizer.decode(prompt.ids, skip_special_tokens=True)
+            answer.request.ticket.say(Piece(answer.index, text, prompt.tokens))
+        if logits_V is not None and asked.most:
+            answer.add(logits_V, self._rows(answer, -1))
+
     def _read(self, answer: Answer) -> torch.Tensor:
         """logits_V behind the prompt, which is read unless an earlier answer has done that."""
         asked, prompt = answer.asked, answer.prompt
-        if prompt.read is None:
-            past = self._cache.take(prompt.ids, way=asked.steering)
-        else:
+        if prompt.read is not None:
             past = branch(prompt.read[0]), len(prompt.ids)
+        else:
+            past = (None, 0) if asked.scored else self._cache.take(prompt.ids, way=asked.steering)
         part = Continuation(
             self._moe,
             self._tokenizer,
             prompt.ids,
-            max_new_tokens=answer.writer.wanted,
+            max_new_tokens=max(1, answer.writer.wanted),
             temperature=asked.temperature,
             seed=None if asked.seed is None else asked.seed + answer.choice,
             past=past,
             **({} if asked.top_p is None or not asked.temperature else {"top_p": asked.top_p}),
         )
         if prompt.read is None:
-            logits_V = part.read()
-            answer.read = Usage(len(prompt.ids), 0, 0 if asked.echo else past[1])  # the echo has just read them
+            answer.read = Usage(len(prompt.ids), 0, part.known)
+            logits_V = self._score(prompt, part, asked) if asked.scored else part.read()
             self._bytes_per_token = size(part.cache) / len(prompt.ids)
             if asked.n > 1:
                 prompt.read = branch(part.cache), logits_V
@@ -188,6 +199,16 @@ class Batch:
             prompt.read = None
         answer.part, answer.joins = part, part.can_join
         return logits_V
+
+    def _score(self, prompt: Prompt, part: Continuation, asked: Task) -> torch.Tensor:
+        """Reads a prompt and notes the probabilities of its tokens but the first: logits_V behind it."""
+        assert asked.top is not None
+        tokens = [Token(prompt.ids[0], self._tokenizer.decode([prompt.ids[0]]))]
+        for logits_TV in part.read_all(at_once=READ_AT_ONCE):
+            for token, logits_V in zip(prompt.ids[len(tokens) :], logits_TV, strict=False):
+                tokens.append(told(self._tokenizer, token, logits_V.float().log_softmax(-1), asked.top))
+        prompt.tokens = tuple(tokens)
+        return logits_TV[-1]
 
     def _step(self) -> None:
         """Reads one token of every answer and writes the next one."""
@@ -220,7 +241,8 @@ class Batch:
         if part is not None and answer.choice == 0:
             ids = part.ids_1T[0, : part.known].tolist()
             self._cache.keep(ids, part.cache, prompt=len(answer.prompt.ids), way=answer.asked.steering)
-        ticket.say(answer.writer.end(cut=ticket.halted))
+        with self._failing(answer):
+            ticket.say(answer.writer.end(cut=ticket.halted))
         answer.request.ended(answer.read + Usage(0, answer.writer.count))
 
     def _rows(self, answer: Answer, at: int) -> tuple[Row, ...]:
@@ -258,22 +280,3 @@ class Batch:
             if asked.trace:
                 hooks.enter_context(stream(self._moe.model, on_trace))
             yield
-
-    def _echo(self, answer: Answer) -> None:
-        """Says the prompt, with the probabilities of its tokens but the first."""
-        ids, asked, tokenizer = answer.prompt.ids, answer.asked, self._tokenizer
-        say = answer.request.ticket.say
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        if asked.top is None:
-            return say(Piece(answer.index, text))
-        tokens = [Token(ids[0], tokenizer.decode([ids[0]]))]
-        cache: Any = None
-        for start in range(0, len(ids), READ_AT_ONCE):
-            some = torch.tensor([ids[start : start + READ_AT_ONCE]], device=self._moe.model.device)
-            out = self._moe.model(input_ids=some, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            targets = ids[start + 1 : start + READ_AT_ONCE + 1]
-            for token, logits_V in zip(targets, out.logits[0], strict=False):
-                tokens.append(told(tokenizer, token, logits_V.float().log_softmax(-1), asked.top))
-        self._cache.keep(ids, cache, prompt=len(ids), way=asked.steering)
-        say(Piece(answer.index, text, tuple(tokens)))

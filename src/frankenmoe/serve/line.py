@@ -200,6 +200,8 @@ class Line:
     def close(self) -> None:
         """Ends all work; the requests are told so."""
         self._open = False
-        for ticket in (*self._waiting, *self._running):
+        with self._lock:
+            tickets = [*self._waiting, *self._running]
+        for ticket in tickets:
             ticket.end(RequestError("the server is stopping", status=UNAVAILABLE))
         self._worker.shutdown(wait=False)

@@ -7,6 +7,7 @@ import torch
 from frankenmoe.moe.dense import layer_modules
 from frankenmoe.moe.generate import checked, encode
 from frankenmoe.moe.generation import check_generation
+from frankenmoe.moe.joining import turns
 from frankenmoe.moe.load import MoE
 from frankenmoe.moe.promptcache import PromptCache
 from frankenmoe.moe.steering import UNCHANGED
@@ -29,7 +30,7 @@ class Running:
     def __init__(self, moe: MoE, *, most: int, recipe: str | None = None, refitter: Refitter | None = None) -> None:
         self._moe, self._most, self._recipe, self._refitter = moe, most, recipe, refitter
         self._tokenizer = moe.tokenizer()
-        self._cache = PromptCache()
+        self._cache = PromptCache(turns=turns(moe.model.config))
         outer = outer_blocks(moe.model).values() if moe.experts else ()
         self._layers = len(outer)
         self._top_k = max((block.router.top_k for block in outer), default=0)

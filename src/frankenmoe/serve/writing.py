@@ -148,7 +148,7 @@ class Writer:
         self._last: Token | None = None
         self._unsaid: list[Token] = []
         self.count = 0
-        self.reason: str | None = None  # why the answer has ended, if it has
+        self.reason = None if most else "length"  # why the answer has ended, if it has
 
     @property
     def wanted(self) -> int:
@@ -176,7 +176,7 @@ class Writer:
             text = ""
         if text or self._unsaid:
             self._say(Piece(self._index, text, tuple(self._unsaid)))
-        return Ended(self._index, self.reason or ("length" if cut or not self._most else "stop"))
+        return Ended(self._index, self.reason or ("length" if cut else "stop"))
 
     def _write(self, token: Token) -> None:
         if self.reason is not None:
