@@ -23,14 +23,16 @@ class Wrapper:
     """A model type around a language model of type `text`.
 
     `defaults` are those of the nested config's class where they differ from those of `text`. `positions` are settings
-    of rotation that tell places in a picture apart; in text they change nothing. Where an MoE format has the outer
-    model too, `tower` and `passed` say what passes through: the part that reads pictures, and outer fields with token
-    ids and the defaults of their class.
+    of rotation that tell places in a picture apart; in text they change nothing. `alone`: AutoModelForCausalLM makes
+    the language model alone of such a folder, and not the outer model. Where an MoE format has the outer model too,
+    `tower` and `passed` say what passes through: the part that reads pictures, and outer fields with token ids and the
+    defaults of their class.
     """
 
     text: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     positions: tuple[str, ...] = ()
+    alone: bool = False
     tower: Tower | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -48,7 +50,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
         },
     ),
     "gemma4": Wrapper("gemma4_text"),
-    "qwen3_5": Wrapper("qwen3_5_text"),
+    "qwen3_5": Wrapper("qwen3_5_text", alone=True),
     # on text alone its language model computes what Qwen3 does
     "qwen3_vl": Wrapper(
         "qwen3",
