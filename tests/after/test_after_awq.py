@@ -218,3 +218,23 @@ def test_other_layouts_are_refused(place: Place, tmp_path: Path) -> None:
         tiny.edit_config(folder, quantization_config=config | change)
         facts = ("has AWQ weights of", str(next(iter(change.values()))))
         refused("verify", place.virtual, "--after", folder, inside=tmp_path, facts=facts, hint="save it again")
+
+
+@pytest.mark.parametrize("write", [quantizers.awq, gemv])
+def test_a_group_size_that_the_scales_do_not_have_is_refused(write: Writer, place: Place, tmp_path: Path) -> None:
+    folder = made(place, tmp_path / "other", write=write)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    for group in (-1, 16, 48, 64):
+        tiny.edit_config(folder, quantization_config=config | {"group_size": group})
+        facts = ("w1.scales has 256 x", f"for a group_size of {group}")
+        refused("verify", place.virtual, "--after", folder, inside=tmp_path, facts=facts, hint="quantize it again")
+
+
+def test_attention_that_is_lost_is_not_called_trained(place: Place, tmp_path: Path) -> None:
+    def write(tensors: Tensors) -> dict[str, object]:
+        config = quantizers.awq(tensors)
+        tensors["model.layers.0.self_attn.q_proj.scales"][0, 0] = float("nan")
+        return config
+
+    found = faults(place.virtual, made(place, tmp_path / "other", quantizers.fold, write=write))
+    assert list(found) == ["unlike ours"], found

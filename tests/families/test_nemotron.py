@@ -164,7 +164,8 @@ def test_experts_go_one_by_one_and_layer_by_layer(parents: list[Path], tmp_path:
     ("own", "said"),
     [
         ({"hybrid_override_pattern": "M*M"}, "has no layer with an FFN, expected at least one"),
-        ({"hybrid_override_pattern": "M-?"}, r"has settings that do not fit together"),
+        ({"hybrid_override_pattern": "M-?"}, "kind of layer '?', expected M, *, -, E or a word for one"),
+        ({"layers_block_type": ["mamba", None]}, "kind of layer None, expected M"),
         ({"layers_block_type": 5}, "has no num_hidden_layers, expected a whole number"),
     ],
 )

@@ -41,6 +41,14 @@ def test_defaults_are_those_of_the_config_class(name: str) -> None:
             assert value == (rotary[key] if key in rotary else theirs[key]), key
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_linear_layers_of_an_ffn_are_named_once_and_down_is_last(name: str) -> None:
+    family = FAMILIES[name]
+    assert len(family.linears) == len(set(family.linears))
+    assert family.ffn[family.linears.index(family.linears[-1])].shape == ("hidden", "ffn")
+    assert family.in_every_layer == (name != "nemotron_h")
+
+
 def test_rope_is_read_from_both_spellings() -> None:
     family = FAMILIES["llama"]
     old = {"rope_theta": 7.0, "rope_scaling": {"type": "linear", "factor": 4.0}}

@@ -228,19 +228,26 @@ def test_stages_work_on_the_text(tmp_path: Path) -> None:
         ({"vision_config": {"depth": 0}}, ("config.json has depth 0", "a whole number")),
         ({"vision_config": {"patch_size": "four"}}, ("config.json has patch_size 'four'", "a whole number")),
         ({"vision_config": {"deepstack_visual_indexes": 2}}, ("deepstack_visual_indexes 2", "a list of layers")),
+        ({"vision_config": {"deepstack_visual_indexes": [0, 3]}}, ("[0, 3]", "a list of layers from 0 to 2")),
+        ({"vision_config": {"num_heads": 3}}, ("config.json has num_heads 3 for a hidden size of 16", "a divisor")),
+        ({"vision_config": {"hidden_act": "foo"}}, ("transformers cannot make a model", "KeyError 'foo'")),
+        ({"vision_config": {"initializer_range": "a"}}, ("transformers cannot make", "'initializer_range' expected")),
+        ({"image_token_id": None}, ("config.json has image_token_id None, expected a token id",)),
+        ({"vision_end_token_id": 1.5}, ("config.json has vision_end_token_id 1.5",)),
         ({"vision_config": {"intermediate_size": 25}}, ("holds model.visual.blocks.0.mlp.linear_fc1", "[24, 16]")),
         ({"vision_config": {"depth": 4}}, ("lacks", "model.visual.blocks.3")),
     ],
 )
-def test_a_tower_that_its_config_does_not_describe_is_refused(
+def test_odd_settings_of_what_passes_through_are_refused(
     changes: dict[str, Any], facts: tuple[str, ...], tmp_path: Path
 ) -> None:
     base = make_parent(tmp_path / "base")
     file = base / "config.json"
     config = json.loads(file.read_text())
-    file.write_text(json.dumps(config | {key: config[key] | value for key, value in changes.items()}))
+    own = {key: config[key] | value if isinstance(value, dict) else value for key, value in changes.items()}
+    file.write_text(json.dumps(config | own))
     recipe = tiny.write_recipe(tmp_path / "r.yml", base, [base] * 2)
-    refused("build", recipe, tmp_path / "built", inside=tmp_path, facts=facts)
+    refused("build", recipe, tmp_path / "built", "--allow-identical", inside=tmp_path, facts=facts)
 
 
 def test_what_cannot_be_built_is_refused_by_name(tmp_path: Path) -> None:

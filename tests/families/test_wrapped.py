@@ -10,10 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageText
 
 import frankenmoe as fm
 import tiny
-from family_cases import CASES, LONG, apart, logits, make_parent
+from family_cases import CASES, LONG, ROUNDED_AGAIN, apart, logits, make_parent
 from frankenmoe.errors import SourceError
 from frankenmoe.families import prefixes_of, text_config, text_name
 from frankenmoe.planning.configs import check_config
+from refusals import cli, refused
 
 SIGLIP = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
@@ -84,6 +85,24 @@ def test_a_language_model_alone_and_one_inside_another_are_parents_of_one_moe(ou
     fm.build(recipe, tmp_path / "built")
     built, ids = AutoModelForCausalLM.from_pretrained(tmp_path / "built").eval(), tiny.ids(LONG)
     assert apart(logits(fm.load(recipe).model, ids), logits(built, ids)) <= case.close
+
+
+@pytest.mark.parametrize("outer", WRAPPED)
+def test_what_a_model_inside_another_has_learnt_is_an_adapter(outer: str, tmp_path: Path) -> None:
+    base, other = (make_wrapped(tmp_path / str(seed), outer, tied=True, seed=seed) for seed in range(2))
+    experts = [{"source_model": str(base)}, {"source_model": str(other), "as_adapter": {"rank": 4}}]
+    keys = {"architecture": "Qwen3 MoE"} if outer == "qwen3_vl" else {}
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, [], experts=experts, experts_per_token=2, **keys)
+    built, ids = fm.build(recipe, tmp_path / "built").folder, tiny.ids(LONG)
+    virtual = fm.load(fm.build(recipe, tmp_path / "virtual", virtual=True)).model
+    model = AutoModelForCausalLM.from_pretrained(built).eval()
+    assert apart(logits(virtual, ids), logits(model, ids)) <= ROUNDED_AGAIN
+    # PEFT finds modules by the names that transformers gives them
+    asked, out = ("export", tmp_path / "virtual", "--peft"), tmp_path / "peft"
+    if outer == "qwen3_5":
+        assert cli(*asked, out).code == 0
+    else:
+        refused(*asked, out, inside=tmp_path, facts=("is a language model inside", outer), hint="extract")
 
 
 def test_fields_of_the_outer_config_count_where_the_nested_one_has_none(tmp_path: Path) -> None:

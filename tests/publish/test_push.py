@@ -217,6 +217,16 @@ def test_a_link_out_of_the_artifact_is_refused(artifact: Artifact, tmp_path: Pat
         prepare(artifact, "me/moe")
 
 
+@pytest.mark.parametrize("link", ["adapters", "adapters/verse"])
+def test_a_folder_of_adapters_that_is_a_link_is_refused(link: str, artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    place = artifact.folder / link
+    place.parent.mkdir(exist_ok=True)
+    place.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ArtifactError, match=rf"{place.name} is a link to the folder .*elsewhere"):
+        prepare(artifact, "me/moe")
+
+
 @pytest.mark.parametrize(("name", "taken"), [("a b é#50%?.json", True), ("a\nb.json", False), ("a\udcff.json", False)])
 def test_names_of_files_are_kept_or_refused(artifact: Artifact, hub: Hub, name: str, taken: bool) -> None:
     (artifact.folder / "reports").mkdir()

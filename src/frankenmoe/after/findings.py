@@ -286,7 +286,8 @@ def _spelled(place: Place) -> str:
 def _missed(found: Compared) -> Iterator[Finding]:
     """Attention that was trained while no expert was, although their rounding would not hide it."""
     parts = found.by_part()
-    moved = root_mean([seen for seen in parts.get(ATTENTION, ()) if not seen.scaled], "moved")
+    # what is not ours any more has findings of its own
+    moved = root_mean([seen for seen in parts.get(ATTENTION, ()) if not seen.scaled and not seen.unlike], "moved")
     seen_through = moved > MARGIN * root_mean(parts.get(EXPERTS, ()), "rounding")
     experts = [each for each in found.experts if each.state is State.FOUND]
     still = [each for each in experts if not any(seen.moved for seen in each.matrices.values())]

@@ -222,6 +222,13 @@ def _awq(tensors: Tensors, settings: Settings, where: str) -> Find:
             shape = (ref.shape[0], ref.shape[1] * 8)
             scales_RG, zeros_RG = scales, _unpacked(zeros, bits)
         groups_C = np.arange(shape[1]) // (group or shape[1])
+        wanted = _awq_width(int(groups_C[-1]) + 1, group, version)
+        for part, found_RG in (("scales", scales_RG), ("qzeros", zeros_RG)):
+            if found_RG.shape != (shape[0], wanted):
+                raise ValueError(
+                    f"{stem}{part} has {' x '.join(map(str, found_RG.shape))} numbers, expected {shape[0]} x {wanted} "
+                    f"for a group_size of {settings.get('group_size', 128)}"
+                )
 
         def rows(start: int, stop: int) -> Floats:
             if version == "gemm":
@@ -235,6 +242,14 @@ def _awq(tensors: Tensors, settings: Settings, where: str) -> Find:
         return Matrix(name, shape, Stored("awq int4", to_grid(bits, group, symmetric=False)), rows)
 
     return find
+
+
+def _awq_width(groups: int, group: int, version: str) -> int:
+    """How many scales a row has: `gemv` fills up whole words of eight zeros, and more words for small groups."""
+    if version == "gemm":
+        return groups
+    words = {64: 2, 32: 4}.get(group, 1)
+    return -(-groups // (8 * words)) * 8 * words
 
 
 def _unpacked(words: NDArray[Any], bits: int, order: Sequence[int] | None = None) -> NDArray[Any]:

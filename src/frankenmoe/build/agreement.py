@@ -18,7 +18,7 @@ from frankenmoe.build.target import Target
 from frankenmoe.build.tokens import tokenizer_files
 from frankenmoe.errors import ArtifactError
 from frankenmoe.families import FORMATS
-from frankenmoe.moe.dense import causal_class, quiet_transformers, torch_dtype
+from frankenmoe.moe.dense import causal_class, one_line, quiet_transformers, torch_dtype
 from frankenmoe.moe.load import check_loadable
 
 UNKNOWN_CLASS = "the installed transformers has a new layout for this format; update frankenmoe"
@@ -49,9 +49,9 @@ def compare_class(folder: Path, tensors: Tensors, *, where: str, hint: str) -> s
     Returns what was found, in words.
     """
     with torch.device("meta"), quiet_transformers():
-        config = AutoConfig.from_pretrained(folder)
-        model = _stock_class(config)._from_config(config, dtype=config.dtype)
+        model = _stock_model(folder, where=where)
         state = revert_weight_conversion(model, model.state_dict())
+    config = model.config
     if config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     ours = {name: (torch_dtype(dtype), shape) for name, (dtype, shape) in tensors.items()}
@@ -71,6 +71,18 @@ def compare_class(folder: Path, tensors: Tensors, *, where: str, hint: str) -> s
                 hint=hint,
             )
     return f"{type(model).__name__} has exactly these {len(state)} tensors"
+
+
+def _stock_model(folder: Path, *, where: str) -> Any:
+    """The model of a folder's config. ArtifactError if transformers takes no such config."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        return _stock_class(config)._from_config(config, dtype=config.dtype)
+    except Exception as error:  # its validators and models have errors of many classes
+        raise ArtifactError(
+            f"transformers cannot make a model from the config of {where}: {type(error).__name__} {one_line(error)}",
+            hint="check config.json of base_model: its settings are copied",
+        ) from error
 
 
 def _stock_class(config: Any) -> Any:

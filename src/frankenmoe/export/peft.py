@@ -20,6 +20,7 @@ from frankenmoe.checkpoint.peft import AdapterWriter
 from frankenmoe.checkpoint.tensors import LowRank, TensorWrite
 from frankenmoe.checkpoint.values import values
 from frankenmoe.errors import PlanError
+from frankenmoe.families.wrapped import WRAPPERS
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.subject import Subject
@@ -104,7 +105,16 @@ def export_peft(subject: Subject, out: Path, *, progress: Progress = SILENT) -> 
 
 
 def check_adapters(plan: Plan) -> None:
-    """Raises PlanError unless every expert is the base's FFN, with an adapter or without, on the base's backbone."""
+    """Raises PlanError unless every expert is the base's FFN, with an adapter or without, on the base's backbone.
+
+    Also for a base in which transformers gives layers other names than a language model alone has.
+    """
+    wrapper = plan.base.wrapper
+    if wrapper and not WRAPPERS[wrapper].alone:
+        raise PlanError(
+            f"{plan.base.name} is a language model inside a {wrapper} model, where PEFT finds no layers by their names",
+            hint="`frankenmoe extract` writes an expert as a language model alone; such a model can be base_model",
+        )
     own = plan.base.checkpoint.tensors
 
     def is_base(write: TensorWrite) -> bool:

@@ -32,7 +32,11 @@ def _listed(config: Config) -> Any:
 
 
 def _kinds(config: Config) -> list[str]:
-    return [KINDS[each] for each in _listed(config)]
+    found = list(_listed(config))
+    strange = [each for each in found if each not in KINDS]
+    if strange:
+        raise ValueError(f"kind of layer {strange[0]!r:.20}, expected {', '.join(LETTERS.values())} or a word for one")
+    return [KINDS[each] for each in found]
 
 
 def _is_mixture(config: Config) -> bool:

@@ -145,12 +145,14 @@ class Family:
     @property
     def linears(self) -> tuple[str, ...]:
         """The modules of its FFN that have a matrix: gate and up, or up alone, and down."""
-        return tuple(row.name.split(".")[-2] for row in self.ffn if len(row.shape) > 1)
+        # rows of several kinds of layers have the same names
+        return tuple(dict.fromkeys(row.name.split(".")[-2] for row in self.ffn if len(row.shape) > 1))
 
     @property
     def in_every_layer(self) -> bool:
         """Whether every layer has an FFN."""
-        return not any(row.kinds for row in self.ffn)
+        kinds, all_kinds = ({kind for row in rows for kind in row.kinds} for rows in (self.ffn, self.backbone))
+        return not kinds or all_kinds <= kinds
 
     def has(self, setting: str) -> bool:
         """Whether its class reads a plain setting, or the table derives it."""

@@ -52,12 +52,15 @@ def _count(config: Config, name: str) -> int:
 def _qwen_sizes(config: Config) -> Mapping[str, int]:
     names = (
         *("depth", "hidden_size", "intermediate_size", "in_channels", "patch_size", "temporal_patch_size"),
-        *("spatial_merge_size", "out_hidden_size", "num_position_embeddings"),
+        *("spatial_merge_size", "out_hidden_size", "num_position_embeddings", "num_heads"),
     )
     sizes = {name: _count(config, name) for name in names}
-    taken = config["deepstack_visual_indexes"]
-    if not isinstance(taken, list) or len(taken) > sizes["depth"]:
-        raise TypeError(f"deepstack_visual_indexes {taken!r:.40}, expected a list of layers")
+    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
+    if hidden % heads:
+        raise ValueError(f"num_heads {heads} for a hidden size of {hidden}, expected a divisor")
+    taken, depth = config["deepstack_visual_indexes"], sizes["depth"]
+    if not isinstance(taken, list) or any(type(each) is not int or not 0 <= each < depth for each in taken):
+        raise TypeError(f"deepstack_visual_indexes {taken!r:.40}, expected a list of layers from 0 to {depth - 1}")
     return sizes | {
         "once": 1,
         "qkv": 3 * sizes["hidden_size"],
@@ -116,6 +119,7 @@ QWEN3_VISION = Tower(
         "temporal_patch_size": 2,
         "out_hidden_size": 3584,
         "num_position_embeddings": 2304,
+        "num_heads": 16,
         "deepstack_visual_indexes": [8, 16, 24],
     },
 )

@@ -23,14 +23,16 @@ class Wrapper:
     """A model type around a language model of type `text`.
 
     `defaults` are those of the nested config's class where they differ from those of `text`. `positions` are settings
-    of rotation that tell places in a picture apart; in text they change nothing. Where an MoE format has the outer
-    model too, `tower` and `passed` say what passes through: the part that reads pictures, and outer fields with the
+    of rotation that tell places in a picture apart; in text they change nothing. `alone`: AutoModelForCausalLM makes
+    the language model alone of such a folder, and not the outer model. Where an MoE format has the outer model too,
+    `tower` and `passed` say what passes through: the part that reads pictures, and outer fields with token ids and the
     defaults of their class.
     """
 
     text: str
     defaults: Mapping[str, Any] = field(default_factory=dict)
     positions: tuple[str, ...] = ()
+    alone: bool = False
     tower: Tower | None = None
     passed: Mapping[str, Any] = field(default_factory=dict)
 
@@ -48,7 +50,7 @@ WRAPPERS: Mapping[str, Wrapper] = {
         },
     ),
     "gemma4": Wrapper("gemma4_text"),
-    "qwen3_5": Wrapper("qwen3_5_text"),
+    "qwen3_5": Wrapper("qwen3_5_text", alone=True),
     # on text alone its language model computes what Qwen3 does
     "qwen3_vl": Wrapper(
         "qwen3",
@@ -99,9 +101,21 @@ def outer_config(inside: Inside, moe: Config, base: Config) -> dict[str, Any]:
         "model_type": moe["model_type"],
         "text_config": {**nested, **rotary, "model_type": inside.text},
         field_name: {**base[field_name], "model_type": inside.tower},
-        **{key: base.get(key, default) for key, default in wrapper.passed.items()},
+        **_passed(wrapper, base),
         **{key: moe[key] for key in ("tie_word_embeddings", "dtype", "torch_dtype")},
     }
+
+
+def check_passed(wrapper: Wrapper, config: Config) -> None:
+    """Raises TypeError for an outer field that passes through and is no token id."""
+    for key, value in _passed(wrapper, config).items():
+        if type(value) is not int or value < 0:
+            raise TypeError(f"{key} {value!r:.40}, expected a token id")
+
+
+def _passed(wrapper: Wrapper, config: Config) -> dict[str, Any]:
+    """The outer fields that pass through."""
+    return {key: config.get(key, default) for key, default in wrapper.passed.items()}
 
 
 def _places(wrapper: Wrapper, config: Config) -> dict[str, Any]:

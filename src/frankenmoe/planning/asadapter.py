@@ -20,12 +20,13 @@ from frankenmoe.checkpoint.reader import Adapter, open_adapter
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef
 from frankenmoe.checkpoint.writer import write_atomic
 from frankenmoe.errors import ArtifactError, PlanError
+from frankenmoe.families import prefixes_of
 from frankenmoe.planning.difference import check_linear, linear_layers, write_adapter
 from frankenmoe.planning.files import states
 from frankenmoe.planning.groups import FFN
 from frankenmoe.planning.layout import SHARED
 from frankenmoe.planning.names import named_experts
-from frankenmoe.planning.sources import Anatomy, Source
+from frankenmoe.planning.sources import Anatomy, Source, language_adapter
 from frankenmoe.planning.tree import ExpertNode
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.recipe import Expert, Recipe
@@ -106,7 +107,11 @@ def extracted_adapters(
         if place is None or not (place / CONFIG).is_file():
             whole = model.checkpoint.has_weights and base.checkpoint.has_weights
             place = _cached(model, base, names, settings, name=name, may=may, progress=progress) if whole else None
-        adapter = open_adapter(place) if place else _sizes(model, names, settings)
+        adapter = (
+            language_adapter(open_adapter(place), prefixes_of(base.checkpoint.outer or base.config))
+            if place
+            else _sizes(model, names, settings)
+        )
         certain = place is not None or settings.every_rank is not None
         found[path] = Extracted(name, folder, adapter, place is not None, certain)
     return found

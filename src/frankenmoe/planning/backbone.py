@@ -188,8 +188,9 @@ def lost_differences(choice: Choice, distances: Sequence[Distance]) -> list[str]
     most = max((far for far in lost.values() if far is not None), default=None)
     size = "" if most is None else f" by up to {most:.2%} of a group's norm"
     where = [group for group in taken if any(other == group for _, other in lost)]
-    what = "outside their FFNs" if len(taken) == len(GROUPS) else f"in {' and '.join(where)}"
     one = len(names) == 1
+    whose = "its" if one else "their"
+    what = f"outside {whose} FFNs" if len(taken) == len(GROUPS) else f"in {' and '.join(where)}"
     return [
         f"{_listed(names)} {'differs' if one else 'differ'} from the base {what}{size}, and the base's backbone loses "
         "that; `backbone: auto` chooses a merge that keeps most of it"

@@ -4,7 +4,7 @@ from frankenmoe.checkpoint.tensors import TensorWrite
 from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.families import MoEFormat
 from frankenmoe.families.towers import Tower
-from frankenmoe.families.wrapped import PEFT, WRAPPERS
+from frankenmoe.families.wrapped import PEFT, WRAPPERS, check_passed
 from frankenmoe.planning.configs import WRONG_FILE
 from frankenmoe.planning.sources import Source, check_held
 from frankenmoe.planning.tree import stored_as
@@ -13,16 +13,17 @@ from frankenmoe.planning.tree import stored_as
 def passed_writes(fmt: MoEFormat, base: Source, *, dtype: str) -> tuple[TensorWrite, ...]:
     """The base's tensors around its language model, stored as `dtype`; none for a format of text alone.
 
-    Raises SourceError for impossible sizes, and for tensors that are missing or have other shapes; PlanError for an
-    adapter that changes them.
+    Raises SourceError for impossible sizes and token ids, and for tensors that are missing or have other shapes;
+    PlanError for an adapter that changes them.
     """
     outer = base.checkpoint.outer
-    tower = WRAPPERS[fmt.inside.wrapper].tower if fmt.inside else None
-    if tower is None or outer is None:
+    wrapper = WRAPPERS[fmt.inside.wrapper] if fmt.inside else None
+    if wrapper is None or wrapper.tower is None or outer is None:
         return ()
-    _refuse_adapted(tower, base)
+    _refuse_adapted(wrapper.tower, base)
     try:
-        shapes = tower.shapes(outer)
+        check_passed(wrapper, outer)
+        shapes = wrapper.tower.shapes(outer)
     except (TypeError, ValueError) as error:
         raise SourceError(f"{base.folder / 'config.json'} has {error}", hint=WRONG_FILE) from None
     if base.checkpoint.has_weights:
