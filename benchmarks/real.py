@@ -32,7 +32,7 @@ from frankenmoe.demo.real import real_folder
 
 GROUPS = {**ROWS, **COSTS, **PEERS}
 # set of parents -> the groups of rows that are measured on it
-QUICK = {"near": ("dense", "backbones", "healed", "product")}
+QUICK = {"near": ("dense", "backbones", "healed", "fitted")}
 WHOLE = {
     "near": ("dense", "backbones", "healed", "routers", "product", "extracted", "fit-cost", "memory", "mergekit"),
     "far": ("dense", "backbones", "healed", "product"),
