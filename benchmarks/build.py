@@ -30,7 +30,7 @@ class Case:
 
 CASES = (
     Case("bf16, one source", sources=1, dtype="bfloat16", times_cp=0.7, anon_mb=100),
-    Case("bf16, one source, half as large", sources=1, dtype="bfloat16", times_cp=1.0, anon_mb=100, half=True),
+    Case("bf16, half as large", sources=1, dtype="bfloat16", times_cp=1.0, anon_mb=100, half=True),
     Case("bf16, 16 sources", sources=EXPERTS, dtype="bfloat16", times_cp=0.7, anon_mb=100),
     Case("fp32 to bf16", sources=1, dtype="float32", times_cp=2.0, anon_mb=200),
 )

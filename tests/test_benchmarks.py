@@ -61,7 +61,7 @@ def test_plan_imports_no_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "rows"),
     [
-        ("load.py", 15),
+        ("load.py", 18),
         ("build.py", 26),
         ("experts.py", 30),
         ("compose.py", 4),
