@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 pytest.importorskip("lm_eval")
 
@@ -154,8 +154,9 @@ class Bigram(torch.nn.Module):
     def __init__(self, table_VV: torch.Tensor) -> None:
         super().__init__()
         self.table = torch.nn.Parameter(table_VV)
-        text = SimpleNamespace(vocab_size=len(table_VV), hidden_size=8, num_attention_heads=1, num_hidden_layers=1)
-        self.config = SimpleNamespace(get_text_config=lambda: text, to_dict=lambda: {})
+        self.config = PretrainedConfig(
+            vocab_size=len(table_VV), hidden_size=8, num_attention_heads=1, num_hidden_layers=1
+        )
         self.dtype, self.device = torch.float32, torch.device("cpu")
 
     def forward(self, input_ids: torch.Tensor, **_: Any) -> Any:

@@ -23,7 +23,7 @@ from frankenmoe.families.wrapped import WRAPPERS
 from frankenmoe.planning.configs import check_config
 from frankenmoe.planning.gguf import layout
 from frankenmoe.planning.parts import parts_of_plan
-from published import MODELS
+from published import MODELS, NESTED
 
 LONGROPE = {"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
 HYBRID = {"num_local_experts": 0, "mamba_n_heads": 8, "mamba_d_head": 8, "shared_intermediate_size": 48}
@@ -345,7 +345,8 @@ def test_every_spelling_makes_the_same_moe(model: str, spelt: Callable[[dict[str
 
 
 def test_the_text_of_a_nested_config_is_read_as_its_class_reads_it() -> None:
-    nested = [dict(found.config) for found in MODELS.values() if "text_config" in found.config]
+    models = [*MODELS.values(), *NESTED.values()]
+    nested = [dict(found.config) for found in models if "text_config" in found.config]
     for config in nested:
         text = text_config(config)
         theirs = AutoConfig.for_model(**json.loads(json.dumps(config))).text_config
