@@ -40,14 +40,19 @@ def make_parent(
     config = AutoConfig.for_model(family, **(SIZES | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).to(dtype)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():  # with the buffers that are saved
-            if tensor.dim() == 1:
-                tensor.copy_(torch.randn_like(tensor) * 0.2 + 1)
+    scatter(model)
     model.save_pretrained(folder)
     tokenizer = make_qwen_tokenizer() if family.startswith("qwen3_5") else make_tokenizer()
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def scatter(model: torch.nn.Module) -> None:
+    """Makes biases, norms and the buffers that are saved random."""
+    for tensor in model.state_dict().values():
+        if tensor.dim() == 1:
+            tensor.copy_(torch.randn_like(tensor) * 0.2 + 1)
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

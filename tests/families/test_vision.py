@@ -61,10 +61,7 @@ def make_parent(folder: Path, *, seed: int = 0, tied: bool = False, vocab: int =
     )
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.dim() == 1:
-                tensor.copy_(torch.randn_like(tensor) * 0.2 + 1)
+    tiny.scatter(model)
     model.save_pretrained(folder)
     tiny.make_tokenizer().save_pretrained(folder)
     for name, content in PROCESSOR.items():

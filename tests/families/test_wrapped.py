@@ -46,10 +46,7 @@ def make_wrapped(folder: Path, outer: str, *, tied: bool, seed: int = 0) -> Path
     config = AutoConfig.for_model(outer, text_config=text, vision_config=vision, tie_word_embeddings=tied)
     torch.manual_seed(seed)
     model = AutoModelForImageTextToText.from_config(config)
-    with torch.no_grad():
-        for tensor in model.state_dict().values():
-            if tensor.dim() == 1:
-                tensor.copy_(torch.randn_like(tensor) * 0.2 + 1)
+    tiny.scatter(model)
     model.save_pretrained(folder)
     tokenizer = tiny.make_qwen_tokenizer() if outer == "qwen3_5" else tiny.make_tokenizer()
     tokenizer.save_pretrained(folder)

@@ -92,9 +92,7 @@ def blocks(write: TensorWrite, pool: Executor | None = None, *, ahead: int = 0) 
 
 def _encoded(write: TensorWrite, stages: Sequence[Stage], number: int, block_N: Floats) -> Bytes:
     """The output bytes of one block, given its numbers before the stages."""
-    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked, where the element is known
-        for stage in stages:
-            block_N = stage(block_N, number)
+    block_N = _staged(stages, block_N, number)
     raw = encode(block_N, dtype=write.dtype)
     bad = first_nonfinite(raw, dtype=write.dtype)
     if bad is not None:
@@ -279,11 +277,17 @@ def _after(before: Blocks, stage: Stage) -> Blocks:
 
     def start() -> Iterator[Floats]:
         for number, block_N in enumerate(before()):
-            with np.errstate(over="ignore", invalid="ignore"):  # the result is checked, where the element is known
-                after_N = stage(block_N, number)
-            yield after_N
+            yield _staged([stage], block_N, number)
 
     return start
+
+
+def _staged(stages: Sequence[Stage], block_N: Floats, number: int) -> Floats:
+    """A block after prepared steps."""
+    with np.errstate(over="ignore", invalid="ignore"):  # the result is checked, where the element is known
+        for stage in stages:
+            block_N = stage(block_N, number)
+    return block_N
 
 
 def _stage(step: Step, before: Blocks, source: TensorRef | None) -> Stage:

@@ -16,6 +16,7 @@ from frankenmoe.families.rows import (
     PRE_NORMS,
     all_but_every,
     defaults,
+    mamba,
     rows,
 )
 from frankenmoe.families.spec import FULL, SLIDING, Config, Family, Piece, TensorSpec
@@ -272,26 +273,7 @@ GRANITE4 = Family(
         *ENDS,
         *PRE_NORMS,
         *(replace(row, kinds=GRANITE_ATTENTION) for row in ATTENTION + ATTENTION_BIAS),
-        *rows(
-            LAYER + "mamba.",
-            {
-                "A_log": ("mamba_heads",),
-                "D": ("mamba_heads",),
-                "dt_bias": ("mamba_heads",),
-                "conv1d.weight": ("convolved", "1", "kernel"),
-                "in_proj.weight": ("projected", "hidden"),
-                "norm.weight": ("inner",),
-                "out_proj.weight": ("hidden", "inner"),
-            },
-            kinds=GRANITE_MAMBA,
-        ),
-        *rows(LAYER + "mamba.", {"conv1d.bias": ("convolved",)}, "mamba_conv_bias", GRANITE_MAMBA),
-        *rows(
-            LAYER + "mamba.",
-            {"in_proj.bias": ("projected",), "out_proj.bias": ("hidden",)},
-            "mamba_proj_bias",
-            GRANITE_MAMBA,
-        ),
+        *mamba(LAYER + "mamba.", GRANITE_MAMBA, conv_bias="mamba_conv_bias", bias="mamba_proj_bias"),
     ),
     ffn=rows(
         LAYER + "shared_mlp.",

@@ -6,7 +6,7 @@ Its files call `backbone` what its class calls `model`. It does not rotate.
 from collections.abc import Mapping
 from typing import Any
 
-from frankenmoe.families.rows import LAYER, defaults, rows
+from frankenmoe.families.rows import LAYER, QKVO, defaults, mamba, rows
 from frankenmoe.families.spec import FULL, Config, Family, MoEFormat, Piece, RouterRule, TensorSpec
 from frankenmoe.families.words import DOWN, INERT_FFN
 
@@ -70,31 +70,8 @@ BACKBONE = (
     TensorSpec("model.norm_f.weight", ("hidden",)),
     TensorSpec("lm_head.weight", ("vocab", "hidden")),
     TensorSpec(LAYER + "norm.weight", ("hidden",)),
-    *rows(
-        LAYER + "mixer.",
-        {
-            "q_proj.weight": ("query", "hidden"),
-            "k_proj.weight": ("kv", "hidden"),
-            "v_proj.weight": ("kv", "hidden"),
-            "o_proj.weight": ("hidden", "query"),
-        },
-        kinds=(FULL,),
-    ),
-    *rows(
-        LAYER + "mixer.",
-        {
-            "A_log": ("mamba_heads",),
-            "D": ("mamba_heads",),
-            "dt_bias": ("mamba_heads",),
-            "conv1d.weight": ("convolved", "1", "kernel"),
-            "in_proj.weight": ("projected", "hidden"),
-            "norm.weight": ("inner",),
-            "out_proj.weight": ("hidden", "inner"),
-        },
-        kinds=(MAMBA,),
-    ),
-    *rows(LAYER + "mixer.", {"conv1d.bias": ("convolved",)}, "use_conv_bias", (MAMBA,)),
-    *rows(LAYER + "mixer.", {"in_proj.bias": ("projected",), "out_proj.bias": ("hidden",)}, "use_bias", (MAMBA,)),
+    *rows(LAYER + "mixer.", QKVO, kinds=(FULL,)),
+    *mamba(LAYER + "mixer.", (MAMBA,), conv_bias="use_conv_bias", bias="use_bias"),
 )
 FFN_ROWS = (
     *rows(LAYER + "mixer.", {"up_proj.weight": ("ffn", "hidden"), "down_proj.weight": ("hidden", "ffn")}, kinds=(FFN,)),

@@ -19,15 +19,13 @@ ENDS = (
     TensorSpec("model.norm.weight", ("hidden",)),
     TensorSpec("lm_head.weight", ("vocab", "hidden"), when="untied"),
 )
-ATTENTION = rows(
-    LAYER + "self_attn.",
-    {
-        "q_proj.weight": ("query", "hidden"),
-        "k_proj.weight": ("kv", "hidden"),
-        "v_proj.weight": ("kv", "hidden"),
-        "o_proj.weight": ("hidden", "query"),
-    },
-)
+QKVO = {
+    "q_proj.weight": ("query", "hidden"),
+    "k_proj.weight": ("kv", "hidden"),
+    "v_proj.weight": ("kv", "hidden"),
+    "o_proj.weight": ("hidden", "query"),
+}
+ATTENTION = rows(LAYER + "self_attn.", QKVO)
 QKV_BIAS = {"q_proj.bias": ("query",), "k_proj.bias": ("kv",), "v_proj.bias": ("kv",)}
 ATTENTION_BIAS = rows(LAYER + "self_attn.", QKV_BIAS | {"o_proj.bias": ("hidden",)}, when="attention_bias")
 QKV_BIASES = rows(LAYER + "self_attn.", QKV_BIAS)
@@ -60,6 +58,24 @@ FFN_BIAS = rows(
     {"gate_proj.bias": ("ffn",), "up_proj.bias": ("ffn",), "down_proj.bias": ("hidden",)},
     when="mlp_bias",
 )
+
+
+def mamba(prefix: str, kinds: tuple[str, ...], *, conv_bias: str, bias: str) -> tuple[TensorSpec, ...]:
+    """The rows of a Mamba 2 layer; `conv_bias` and `bias` are the settings that say whether it has biases."""
+    shapes = {
+        "A_log": ("mamba_heads",),
+        "D": ("mamba_heads",),
+        "dt_bias": ("mamba_heads",),
+        "conv1d.weight": ("convolved", "1", "kernel"),
+        "in_proj.weight": ("projected", "hidden"),
+        "norm.weight": ("inner",),
+        "out_proj.weight": ("hidden", "inner"),
+    }
+    return (
+        *rows(prefix, shapes, kinds=kinds),
+        *rows(prefix, {"conv1d.bias": ("convolved",)}, conv_bias, kinds),
+        *rows(prefix, {"in_proj.bias": ("projected",), "out_proj.bias": ("hidden",)}, bias, kinds),
+    )
 
 
 def defaults(**own: Any) -> Mapping[str, Any]:

@@ -105,7 +105,7 @@ class Batch:
 
     def write(self, first: Ticket) -> None:
         """Writes all answers of a request, and of those that come meanwhile and go the same way."""
-        queue = deque(self._answers(first))
+        queue, newest = deque(self._answers(first)), first
         try:
             with self._watched(first.asked):
                 while queue or self._live:
@@ -114,8 +114,10 @@ class Batch:
                     if self._live:
                         self._step()
                     if not queue and (more := first.along(self._fits)):
+                        newest = more
                         queue.extend(self._answers(more))
         except Exception as error:  # of the model, so nobody gets an answer
+            newest.end(error)
             for answer in (*queue, *self._live):
                 answer.request.ticket.end(error)
             raise

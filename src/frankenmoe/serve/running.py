@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from frankenmoe.moe.dense import layer_modules
 from frankenmoe.moe.generate import checked, encode
 from frankenmoe.moe.generation import check_generation
@@ -34,7 +32,7 @@ class Running:
         outer = outer_blocks(moe.model).values() if moe.experts else ()
         self._layers = len(outer)
         self._top_k = max((block.router.top_k for block in outer), default=0)
-        self._decoders = _decoders(moe.model)
+        self._decoders = list(layer_modules(moe.model).values())  # none if the model is built in an unusual way
         # settings that cannot be used are refused now, not at the first request
         check_generation(
             moe.model.generation_config,
@@ -100,8 +98,3 @@ class Running:
             why = "the refit was cancelled, or took longer than --timeout allows; the routers are as before"
             raise RequestError(why, status=UNAVAILABLE) from None
         self._cache.clear()
-
-
-def _decoders(model: Any) -> list[torch.nn.Module]:
-    """The layers of a model; none if it is built in an unusual way, and is then stopped only between tokens."""
-    return list(layer_modules(model).values())
