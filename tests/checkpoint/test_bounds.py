@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from frankenmoe.checkpoint.bounds import surely_fits
 from frankenmoe.checkpoint.cast import decode
 from frankenmoe.checkpoint.header import read_header
-from frankenmoe.checkpoint.noise import MOST, add_noise
+from frankenmoe.checkpoint.noise import MOST, AddNoise
 from frankenmoe.checkpoint.tensors import Exp, Noise, Scale, Shift, Step, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks
 from frankenmoe.errors import NumericsError
@@ -27,7 +27,7 @@ def write_of(ref: TensorRef, *steps: Step, dtype: str = "F16") -> TensorWrite:
 
 
 def test_noise_is_within_its_bound() -> None:
-    drawn = add_noise(np.zeros(2**22, np.float32), 0, std=1.0, seed=0)  # every one of the 65536 quantiles
+    drawn = AddNoise(1.0, 0)(np.zeros(2**22, np.float32), 0)  # every one of the 65536 quantiles
     assert 4.2 < float(np.abs(drawn).max()) < MOST
 
 

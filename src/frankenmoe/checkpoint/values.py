@@ -8,17 +8,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager
-from functools import cache, lru_cache, partial
+from functools import lru_cache, partial
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
 import numpy as np
 
 from frankenmoe.checkpoint.cast import BITS, Bytes, Floats, decode, encode, first_nonfinite
 from frankenmoe.checkpoint.merging import Blocks, merged
-from frankenmoe.checkpoint.noise import add_noise
+from frankenmoe.checkpoint.noise import AddNoise
+from frankenmoe.checkpoint.onethread import one_thread
 from frankenmoe.checkpoint.reader import map_bytes, state_of
 from frankenmoe.checkpoint.tensors import (
     DTYPES,
@@ -76,18 +74,34 @@ def blocks(write: TensorWrite, pool: Executor | None = None, *, ahead: int = 0) 
             yield from blocks(part)
         return
     _require_castable(write)
-    before, stages = _prepared(write)
-    numbered = enumerate(before())
     if pool is None:
-        yield from (_encoded(write, stages, *item) for item in numbered)
+        yield from (job() for job in _jobs(write))
         return
     waiting: deque[Future[Bytes]] = deque()
-    for item in numbered:
-        waiting.append(pool.submit(_encoded, write, stages, *item))
+    for job in _jobs(write):
+        waiting.append(pool.submit(job))
         if len(waiting) >= ahead:
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
+
+
+def _jobs(write: TensorWrite) -> Iterator[Callable[[], Bytes]]:
+    """Functions that each compute the output bytes of one block."""
+    before, stages = _prepared(write)
+    match write.inputs, stages:
+        case (TensorRef() as ref,), [AddNoise() as noise] if len(write.steps) == 1 and noise.in_one_pass(ref, write):
+            for number, raw in enumerate(_raw(ref)):
+                yield partial(_noisy, write, noise, number, raw)
+        case _:
+            for number, block_N in enumerate(before()):
+                yield partial(_encoded, write, stages, number, block_N)
+
+
+def _noisy(write: TensorWrite, noise: AddNoise, number: int, raw: Bytes) -> Bytes:
+    """The same bytes as `_encoded`, in one pass over them."""
+    out = noise.bfloat16(raw, number)
+    return _encoded(write, [noise], number, decode(raw, dtype="BF16")) if out is None else out
 
 
 def _encoded(write: TensorWrite, stages: Sequence[Stage], number: int, block_N: Floats) -> Bytes:
@@ -206,9 +220,13 @@ def _prepared(write: TensorWrite) -> tuple[Blocks, list[Stage]]:
 
 
 def _decoded(ref: TensorRef) -> Iterator[Floats]:
+    return (decode(raw, dtype=ref.dtype) for raw in _raw(ref))
+
+
+def _raw(ref: TensorRef) -> Iterator[Bytes]:
+    """The bytes of a tensor, BLOCK elements at a time."""
     raw = map_bytes(ref)
-    for start in range(0, ref.numel, BLOCK):
-        yield decode(_elements(raw, start, start + BLOCK, dtype=ref.dtype), dtype=ref.dtype)
+    return (_elements(raw, start, start + BLOCK, dtype=ref.dtype) for start in range(0, ref.numel, BLOCK))
 
 
 def _constant(value: float, numel: int) -> Iterator[Floats]:
@@ -302,7 +320,7 @@ def _stage(step: Step, before: Blocks, source: TensorRef | None) -> Stage:
         case Noise(std, relative, seed):
             if relative:
                 std *= _std_of(source, state_of(source)) if source else _std(before)
-            return partial(add_noise, std=std, seed=seed)
+            return AddNoise(std, seed)
         case LowRank(a, b, scale):
             return partial(_add_low_rank, b=b, a_RI=values(a) * np.float32(scale))
     raise AssertionError(f"{step} is a first step")
@@ -314,35 +332,9 @@ def _add_low_rank(block_N: Floats, number: int, *, b: TensorRef, a_RI: Floats) -
     first_row, skipped = divmod(number * BLOCK, columns)
     last_row = math.ceil((number * BLOCK + block_N.size) / columns)
     raw = _elements(map_bytes(b), first_row * rank, last_row * rank, dtype=b.dtype)
-    with _one_thread():  # for so small a product, waking threads takes longer than computing
+    with one_thread():  # for so small a product, waking threads takes longer than computing
         rows = decode(raw, dtype=b.dtype).reshape(-1, rank) @ a_RI
     return block_N + rows.ravel()[skipped : skipped + block_N.size]
-
-
-_limits: list[Any] = []  # that of numpy's matrix library, once per thread of ours that is inside `_one_thread`
-_limiting = Lock()
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Numpy's matrix library uses one thread; again several after the last thread of ours has left."""
-    with _limiting:
-        _limits.append(_limits[-1] if _limits else _blas().limit(limits=1, user_api="blas"))
-    try:
-        yield
-    finally:
-        with _limiting:
-            limit = _limits.pop()
-            if not _limits:
-                limit.restore_original_limits()
-
-
-@cache
-def _blas() -> Any:
-    """The threads of numpy's matrix library."""
-    from threadpoolctl import ThreadpoolController  # not needed at start-up
-
-    return ThreadpoolController()
 
 
 def _std(numbers: Blocks) -> float:

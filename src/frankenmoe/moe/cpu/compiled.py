@@ -1,21 +1,18 @@
 """Runs the CPU kernels on torch's own OpenMP threads. Takes addresses and sizes. Does not import torch.
 
-Raises ImportError if numba or OpenMP is missing. numba compiles a kernel when it is first used, and keeps the
-result in the user's cache folder.
+Raises ImportError if numba or OpenMP is missing. numba compiles a kernel when it is first used.
 """
 
 import ctypes
-import shutil
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
 import numba
 
-from frankenmoe.cache import cache_folder
+from frankenmoe.jit import compiled, require
 from frankenmoe.moe.cpu import kernels
 
 # T tokens, I inputs, O outputs, R rank
@@ -38,7 +35,6 @@ KERNELS = {
 TASK = numba.types.void(numba.types.CPointer(numba.types.voidptr))
 
 _room = threading.local()
-_lock = threading.Lock()
 # torch's own threads do the work: a second pool would compete with them for the cores
 try:
     _process = ctypes.CDLL(None)
@@ -47,8 +43,7 @@ try:
     _needed = _process.GOMP_barrier, _process.omp_get_thread_num, _process.omp_get_num_threads
 except (AttributeError, TypeError) as error:  # Windows has no library of the process itself
     raise ImportError("this torch has no OpenMP threads to run kernels on") from error
-if numba.config.DISABLE_JIT:
-    raise ImportError("NUMBA_DISABLE_JIT is set")
+require()
 
 
 class Member(NamedTuple):
@@ -147,19 +142,4 @@ def _alone(kernel: str) -> Any:
 @cache
 def address(kernel: str) -> int:
     """The address of a compiled kernel, which takes the address of a task."""
-    return int(_compiled(KERNELS[kernel]).address)
-
-
-def _compiled(kernel: Callable[[Any], None]) -> Any:
-    """The kernel from numba's cache, or compiled. A damaged cache is removed; without a folder nothing is kept."""
-    with _lock:  # numba.config is one for all threads
-        before = numba.config.CACHE_DIR
-        try:
-            numba.config.CACHE_DIR = str(cache_folder("kernels"))
-            return numba.cfunc(TASK, cache=True, **kernels.PLAIN)(kernel)
-        except Exception:  # of many classes: unpickling, writing, finding a home
-            with suppress(OSError, RuntimeError):
-                shutil.rmtree(cache_folder("kernels"))
-            return numba.cfunc(TASK, **kernels.PLAIN)(kernel)
-        finally:
-            numba.config.CACHE_DIR = before
+    return compiled(KERNELS[kernel], TASK)

@@ -12,10 +12,11 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic, overload
 
+from frankenmoe.jit import PLAIN
+
 # T tokens, I inputs, O outputs, J pairs of inputs, P a part of a row, N any number
 # G FFNs, M members (an expert: an FFN with adapters or without), D hidden, F ffn, R rank, X: gate, up and down
 
-PLAIN = {"nogil": True, "error_model": "numpy"}  # no Python and none of its errors
 FLAGS = {"reassoc", "contract", "nsz"}  # sums in any order, so that LLVM can vectorize; NaN and infinity are kept
 FLOAT32, BFLOAT16, FLOAT16, INT8 = range(4)  # the codes of stored types
 TILE_T, TILE_O = 4, 3  # 12 sums, 3 weights and 1 input fill the 16 vector registers of AVX2
