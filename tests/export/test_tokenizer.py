@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import gguftools
@@ -44,6 +44,53 @@ def around(*specials: str) -> dict[str, Any]:
     """What puts these in front of every text."""
     single = [{"SpecialToken": {"id": token, "type_id": 0}} for token in specials]
     return {"type": "TemplateProcessing", "single": [*single, {"Sequence": {"id": "A", "type_id": 0}}]}
+
+
+def behind(special: str) -> dict[str, Any]:
+    template = around(special)
+    return template | {"single": template["single"][::-1]}
+
+
+def glm(*, template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that puts two tokens before every text, as GLM 4's does."""
+    tokenizer = gguftools.bpe("smaug-bpe")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>", "<|user|>"]})
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in ("[gMASK]", "<sop>")}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=list(ids.items())
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+GLM_TEMPLATE = "[gMASK]<sop>{% for message in messages %}<|user|>{{ message.content }}{% endfor %}"
+
+
+def test_tokens_in_front_that_the_chat_template_has(tmp_path: Path) -> None:
+    """Raw prompts must begin with them: so `export` says, and so prompts are compared."""
+    base, *others = gguftools.parents(
+        tmp_path, "llama", tokenizer=glm(template=GLM_TEMPLATE), max_position_embeddings=256
+    )
+    recipe = tiny.write_recipe(tmp_path / "r.yml", base, others)
+    files = export_gguf(recipe, tmp_path / "out", types=["f32"], allow_random=True)
+    assert [note for note in files[0].notes if "puts [gMASK]<sop> before every text" in note]
+    (checked,) = check_files(recipe, files)
+    assert checked.same_prompts == checked.prompts == checked.same_replies > 0
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    vocabulary = read_vocabulary(base, {}, rows=len(tokenizer))
+    assert split_otherwise(vocabulary, tokenizer, TEXTS) == []
+    assert split_otherwise(replace(vocabulary, front=""), tokenizer, TEXTS) == TEXTS
+    chat = [{"role": "user", "content": "hello"}]
+    running = Engine(files[0].path, context=64)
+    ids = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    assert gguftools.tokenize(running, tokenizer.apply_chat_template(chat, tokenize=False)) == ids
+
+
+def test_tokens_in_front_that_no_chat_template_has(tmp_path: Path) -> None:
+    tokenizer = glm(template="{% for message in messages %}{{ message.content }}{% endfor %}")
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(SourceError, match=r"puts \[gMASK\]<sop> before a text"):
+        read_vocabulary(tmp_path, {}, rows=len(tokenizer))
 
 
 def engine(tmp_path: Path, tokenizer: Any) -> Engine:
@@ -153,8 +200,9 @@ def test_an_unknown_split_is_refused_not_guessed(tmp_path: Path) -> None:
         ),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [PLAIN]}}, "none of"),  # not split at all
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES, DIGITS]}}, "none of"),
-        ({"post_processor": around("<unk>")}, "puts <unk> around a text, expected its bos_token alone"),
-        ({"post_processor": around("<s>", "<unk>")}, "puts <s> <unk> around"),
+        ({"post_processor": around("<unk>")}, "puts <unk> before a text, expected its bos_token alone"),
+        ({"post_processor": around("<s>", "<unk>")}, "puts <s><unk> before"),
+        ({"post_processor": behind("<unk>")}, "puts <unk> behind a text, expected its eos_token alone"),
     ],
 )
 def test_other_tokenizers_are_refused(change: dict[str, Any], word: str, tmp_path: Path) -> None:

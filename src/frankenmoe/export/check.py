@@ -35,7 +35,7 @@ class Expected:
 class Reference:
     """What the source computes for passages and prompts; `ids` and `replies` belong to the prompts.
 
-    `ends` are the tokens at which its replies end.
+    `ends` are the tokens at which its replies end, `front` is the text that llama.cpp's prompts need in front.
     """
 
     passages: tuple[Expected, ...]
@@ -44,6 +44,7 @@ class Reference:
     replies: tuple[tuple[int, ...], ...]
     perplexity: float
     ends: tuple[int, ...] = ()
+    front: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def reference(
     *,
     texts: Sequence[Sequence[int]],
     prompts: Sequence[str] = PROMPTS,
+    front: str = "",
     tokens: int = 24,
     positions: int = 32,
     on_step: Callable[[int], None] = lambda amount: None,
@@ -104,7 +106,7 @@ def reference(
         for place, row_V in zip(passage.positions, passage.logprobs, strict=True)
     ]
     perplexity = math.exp(float(np.mean(losses))) if losses else math.nan
-    return Reference(tuple(passages), tuple(prompts), tuple(asked), tuple(replies), perplexity, ends)
+    return Reference(tuple(passages), tuple(prompts), tuple(asked), tuple(replies), perplexity, ends, front)
 
 
 def steps(texts: Sequence[Sequence[int]], *, positions: int, prompts: int) -> int:
@@ -139,7 +141,7 @@ def check(
     speeds = []
     for prompt, prompt_ids, reply in zip(source.prompts, source.ids, source.replies, strict=True):
         same_replies += engine.greedy(prompt_ids, tokens=len(reply)) == reply
-        same_prompts += same_tokens(engine, prompt, prompt_ids)
+        same_prompts += same_tokens(engine, source.front + prompt, prompt_ids)
         speeds.append(engine.tokens_per_second(prompt_ids, tokens=most))
         on_step(1)
     return Checked(

@@ -20,4 +20,5 @@ def split_otherwise(vocabulary: Vocabulary, tokenizer: Any, prompts: Sequence[st
         file = Path(folder) / "probe.gguf"
         write_small(file, vocabulary)
         engine = Engine(file, context=CONTEXT, threads=1)
-        return [prompt for prompt in prompts if not same_tokens(engine, prompt, tokenizer(prompt)["input_ids"])]
+        front = vocabulary.front
+        return [text for text in prompts if not same_tokens(engine, front + text, tokenizer(text)["input_ids"])]

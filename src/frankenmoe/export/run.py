@@ -152,11 +152,13 @@ def check_files(
     from frankenmoe.export.check import check, reference, steps
     from frankenmoe.export.samples import PROMPTS
 
-    moe = open_subject(what).load(dtype="float32", progress=progress)
+    subject = open_subject(what)
+    front = vocabulary_of(subject.parts).front
+    moe = subject.load(dtype="float32", progress=progress)
     tokenizer = moe.tokenizer()
     passages = _passages(moe, tokenizer, settings)
     progress.start("running the source", len(passages) + len(PROMPTS), "texts")
-    source = reference(moe, tokenizer, texts=passages, positions=CHECK_POSITIONS, on_step=progress.advance)
+    source = reference(moe, tokenizer, texts=passages, front=front, positions=CHECK_POSITIONS, on_step=progress.advance)
     found = []
     for file in files:
         total = steps(passages, positions=CHECK_POSITIONS, prompts=len(PROMPTS))

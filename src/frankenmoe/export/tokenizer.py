@@ -73,7 +73,8 @@ INEXACT: Mapping[str, str] = {
 class Vocabulary:
     """The keys `tokenizer.ggml.*`. `model` is "llama" (SentencePiece, with scores) or "gpt2" (BPE, with merges).
 
-    `notes` are sentences about what does not fit into a file.
+    `front` is text of special tokens that the tokenizer puts before every text, and that a file cannot: the chat
+    template has it, other prompts must. `notes` are sentences about what does not fit into a file.
     """
 
     model: str
@@ -87,6 +88,7 @@ class Vocabulary:
     add_space_prefix: bool = False
     special: Mapping[str, int] = field(default_factory=dict)
     chat_template: str | None = None
+    front: str = ""
     notes: tuple[str, ...] = ()
 
 
@@ -126,13 +128,21 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
     notes = [f"a GGUF file has room for three end tokens: a reply does not end at {', '.join(lost)}"] if lost else []
     if apart:
         notes.append(f"llama.cpp's pre-tokenizer {found.pre} splits {apart} in another way than the tokenizer")
+    template = _chat_template(folder, settings)
+    if found.front:
+        if found.front not in (template or ""):
+            raise _cannot(folder, f"puts {found.front} before a text, expected its bos_token alone")
+        notes.append(
+            f"the tokenizer puts {found.front} before every text, for which a GGUF file has no room: the chat template "
+            "has it, other prompts must begin with it"
+        )
     return replace(
         found,
         tokens=tokens,
         types=types,
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
         special=special,
-        chat_template=_chat_template(folder, settings),
+        chat_template=template,
         notes=tuple(notes),
     )
 
@@ -159,13 +169,15 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
         if model.get(key):
             raise _cannot(file, f"has {key} {model[key]!r}")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
-    add_bos, add_eos = _ends(file, data.get("post_processor") or {}, settings)
+    add_bos, add_eos, front = _ends(file, data.get("post_processor") or {}, settings)
     tokens, types = _table(file, data)
     if model.get("byte_fallback"):
         scores, prefix = _scores(tokens, types, merges), _space_prefix(file, data)
-        return Vocabulary("llama", "default", tokens, types, add_bos, add_eos, scores=scores, add_space_prefix=prefix)
+        found = Vocabulary("llama", "default", tokens, types, add_bos, add_eos, scores, add_space_prefix=prefix)
+        return replace(found, front=front)
     joined = tuple(" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges)
-    return Vocabulary("gpt2", _pre_tokenizer(file, data), tokens, types, add_bos, add_eos, merges=joined)
+    pre = _pre_tokenizer(file, data)
+    return Vocabulary("gpt2", pre, tokens, types, add_bos, add_eos, merges=joined, front=front)
 
 
 def _table(file: Path, data: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -266,18 +278,22 @@ def _of_bytes(step: Mapping[str, Any]) -> list[str | None]:
     return [_GPT2] if step.get("use_regex", True) else []
 
 
-def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Whether every text gets the begin token in front and the end token behind it. Rejects other tokens there."""
+def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[bool, bool, str]:
+    """(whether every text gets the begin token in front, and the end token behind it, other tokens in front).
+
+    Rejects other tokens behind it.
+    """
     for step in post.get("processors", [post]):
         if step.get("type") == "TemplateProcessing":
             kinds = ["Sequence" in piece for piece in step["single"]]
             at = kinds.index(True)
             ids = [piece["SpecialToken"]["id"] for piece in step["single"] if "SpecialToken" in piece]
-            for key, found in (("bos_token", ids[:at]), ("eos_token", ids[at:])):
-                if found and found != [_content(settings.get(key)) or found[0]]:
-                    raise _cannot(file, f"puts {' '.join(found)} around a text, expected its {key} alone")
-            return at > 0, at < len(kinds) - 1
-    return False, False
+            before, behind = ids[:at], ids[at:]
+            if behind and behind != [_content(settings.get("eos_token")) or behind[0]]:
+                raise _cannot(file, f"puts {' '.join(behind)} behind a text, expected its eos_token alone")
+            known = not before or before == [_content(settings.get("bos_token")) or before[0]]
+            return bool(before) and known, bool(behind), "" if known else "".join(before)
+    return False, False, ""
 
 
 def _llama_ends(settings: Mapping[str, Any]) -> tuple[bool, bool]:
