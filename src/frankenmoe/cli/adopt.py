@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @JSON
 def adopt_command(folder: str, out: Path | None, recipe: Path | None, as_json: bool) -> None:
-    """Make an artifact of an MoE that another program made or trained.
+    """Make an artifact of an MoE from elsewhere.
 
-    FOLDER holds a stock checkpoint of a format in `frankenmoe families`. It gets a record, a recipe and a file of
-    routers; its weights are never changed. With OUT these are written there, and the weights stay where they are.
-    FOLDER may then be a hub id.
+    Another program has made or trained it. FOLDER holds a stock checkpoint of a format in `frankenmoe families`. It
+    gets a record, a recipe and a file of routers; its weights are never changed. With OUT these are written there, and
+    the weights stay where they are. FOLDER may then be a hub id.
     """
     from frankenmoe.build.adopt import adopt
 

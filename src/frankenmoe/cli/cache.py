@@ -17,9 +17,10 @@ KIND = click.argument("kind", required=False, type=click.Choice(KINDS))
 @JSON
 @click.pass_context
 def cache_command(context: click.Context, as_json: bool) -> None:
-    """List cached routers, backbones, scores, distances of parents, what transformers said and CPU kernels.
+    """List what is kept in the cache, or remove it.
 
-    The cache is in $XDG_CACHE_HOME/frankenmoe, by default ~/.cache/frankenmoe. Everything in it can be computed again.
+    Kept are routers, backbones, scores, distances of parents, what transformers said and CPU kernels. The cache is in
+    $XDG_CACHE_HOME/frankenmoe, by default ~/.cache/frankenmoe. Everything in it can be computed again.
     """
     if context.invoked_subcommand is not None:
         return

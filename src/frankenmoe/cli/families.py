@@ -14,7 +14,9 @@ from frankenmoe.families.wrapped import WRAPPERS
 @click.command("families", epilog=example("frankenmoe families\nfrankenmoe families --json"))
 @JSON
 def families_command(as_json: bool) -> None:
-    """List dense families, the MoE formats they can be built as, and the programs that run these.
+    """List families, their MoE formats and what runs them.
+
+    A family is what a dense model is, such as llama. The formats are those it can be built as.
 
     Families without a format run as virtual MoEs; the list names the reason. --json says for each program how that is
     known: run here with a certain version, or only read in the program's tables.

@@ -41,12 +41,12 @@ def heal_command(
     trust_remote_code: bool,
     **options: Any,
 ) -> None:
-    """Refit experts to the MoE's backbone, into OUT, a virtual artifact.
+    """Refit experts to the MoE's backbone.
 
-    An expert was trained with its parent's attention and embeddings, but the MoE has one backbone for all. Each
-    layer's down projection is solved in closed form, so that on the expert's text the MoE's states follow the
-    parent's. No training. An expert is changed only if its loss on held-out text falls by more than one standard
-    error. If interrupted or killed, the same command continues.
+    OUT becomes a virtual artifact. An expert was trained with its parent's attention and embeddings, but the MoE has
+    one backbone for all. Each layer's down projection is solved in closed form, so that on the expert's text the MoE's
+    states follow the parent's. No training. An expert is changed only if its loss on held-out text falls by more than
+    one standard error. If interrupted or killed, the same command continues.
     """
     subject = open_subject(what, trust_remote_code=trust_remote_code)
     named = by_expert(data, subject.recipe)

@@ -53,7 +53,7 @@ def serve_command(
     no_cache: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Serve a model for chat programs, with OpenAI's API and a page.
+    """Serve a model with OpenAI's API and a web page.
 
     Requests of one model with the same routing are answered at once, others wait in line. Fields beside OpenAI's change
     the routing of a request and tell which experts its tokens got. Ends with Ctrl-C.

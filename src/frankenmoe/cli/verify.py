@@ -44,10 +44,10 @@ SHOWN_EXPERTS = 16
 def verify_command(
     folder: Path, after: Path | None, texts: tuple[str, ...], device: str, as_json: bool, trust_remote_code: bool
 ) -> None:
-    """Compare every byte of ARTIFACT with its sources, or its experts with OTHER's.
+    """Compare an MoE with its sources, or with OTHER.
 
-    Also compares names, shapes and types with the model class, and checks that all values are finite. Exits with code
-    2 at the first difference.
+    Every byte of ARTIFACT is compared with what its sources give. Names, shapes and types are compared with the model
+    class, and all values must be finite. Exits with code 2 at the first difference.
 
     With --after, pairs every expert of OTHER with one of ARTIFACT by content. Exits with code 1 if an expert, a router
     or the rest is not as it should be.
