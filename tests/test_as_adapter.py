@@ -190,6 +190,22 @@ def test_an_artifact_has_its_own_copy(form: str, parents: Parents, tmp_path: Pat
     refused("verify", tmp_path / "moved", inside=tmp_path, facts=("adapter_model.safetensors",), hint="source")
 
 
+@pytest.mark.parametrize("link", ["adapters", "adapters/extracted-e1", "adapters/extracted-e1/adapter_config.json"])
+def test_a_link_to_adapters_outside_the_artifact_is_refused(link: str, parents: Parents, tmp_path: Path) -> None:
+    recipe = two(tmp_path / "r.yml", parents["llama"], {"rank": 4})
+    place = fm.build(recipe, tmp_path / "out", virtual=True).folder / link
+    shutil.move(place, tmp_path / "elsewhere")
+    place.symlink_to(tmp_path / "elsewhere")
+    facts = (f"{place} is a link to {tmp_path / 'elsewhere'}, outside its folder",)
+    for command in ("verify", "card"):
+        refused(command, tmp_path / "out", inside=tmp_path, facts=facts, hint="put there what it links to")
+    place.unlink()
+    (tmp_path / "elsewhere").rename(place.with_name("inside"))
+    place.symlink_to("inside")
+    outcome = cli("verify", tmp_path / "out")
+    assert outcome.code == 0, outcome.stderr
+
+
 def test_the_parents_still_give_their_attention_to_a_merged_backbone(parents: Parents, tmp_path: Path) -> None:
     base, *others = parents["llama"]
     keys: dict[str, Any] = {"backbone": "average"}

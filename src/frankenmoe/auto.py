@@ -78,7 +78,7 @@ class FrankenMoEForCausalLM:
         With `trust_remote_code`, Python code in a source may run too. Where the folder of a PEFT adapter was named,
         transformers passes it in `adapter_kwargs`. Raises subclasses of FrankenMoEError, for other options too.
         """
-        from frankenmoe.moe.written import ADAPTERS
+        from frankenmoe.artifact.folder import ADAPTERS
 
         told = {key: options.pop(key, getattr(config, key, None)) for key in ADJUSTED}
         folder = resolve(

@@ -6,7 +6,8 @@ Linux's calls are used where they are, and portable ones elsewhere. No other fil
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from io import FileIO
@@ -20,6 +21,10 @@ LONGEST = 60  # characters of a part of a file's name: with four bytes each, sti
 # names that Windows keeps for devices, with any ending
 DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d|com[¹²³]|lpt[¹²³]|conin\$|conout\$)(\..*)?", re.IGNORECASE)
 NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)  # read only what is in the page cache; Linux only
+PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# files of a cgroup, of version 1 and 2: the limit of its memory, what is used, and what of that are pages of files
+GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
+GROUP_V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 
 
 def read_at(descriptor: int, room: memoryview, offset: int, flags: int = 0) -> int:
@@ -114,8 +119,34 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be used without swapping."""
-    return int(import_module("psutil").virtual_memory().available)
+    """Bytes of memory that can be used without swapping: of this machine, and within the limits of a container."""
+    return min([int(import_module("psutil").virtual_memory().available), *_free_in_groups()])
+
+
+def _free_in_groups() -> Iterator[int]:
+    """What every memory limit of this process leaves: of its cgroup, and of those around it. Linux only.
+
+    Pages of files do not count as used, because the kernel drops them when memory is needed.
+    """
+    with suppress(OSError, ValueError):
+        for line in (PROC / "self" / "cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            root, names = (GROUPS / "memory", GROUP_V1) if controllers else (GROUPS, GROUP_V2)
+            # without a namespace of its own, a container sees its path on the host, and its group at the root
+            inner = root / path.strip("/")
+            for folder in (inner, *(each for each in inner.parents if each.is_relative_to(root))):
+                yield from _free_in(folder, *names)
+
+
+def _free_in(folder: Path, limit: str, used: str, files: Sequence[str]) -> Iterator[int]:
+    """What the limit of one cgroup leaves, at least 0; nothing if it has none."""
+    with suppress(OSError, ValueError):  # "max" is no number
+        most, now = (int((folder / name).read_text(encoding="utf-8")) for name in (limit, used))
+        lines = (folder / "memory.stat").read_text(encoding="utf-8").splitlines()
+        facts = dict(line.split() for line in lines)
+        yield max(0, most - now + sum(int(facts.get(name, 0)) for name in files))
 
 
 def relative(path: Path, start: Path) -> str:

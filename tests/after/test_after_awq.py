@@ -24,6 +24,7 @@ from frankenmoe.after.packing import packing
 from frankenmoe.after.plain import write_plain
 from frankenmoe.after.run import verify_after
 from frankenmoe.checkpoint.reader import open_checkpoint
+from frankenmoe.errors import SourceError
 from frankenmoe.progress import SILENT
 from gguf_cases import ALL
 from refusals import refused
@@ -228,6 +229,79 @@ def test_a_group_size_that_the_scales_do_not_have_is_refused(write: Writer, plac
         tiny.edit_config(folder, quantization_config=config | {"group_size": group})
         facts = ("w1.scales has 256 x", f"for a group_size of {group}")
         refused("verify", place.virtual, "--after", folder, inside=tmp_path, facts=facts, hint="quantize it again")
+
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+NUMBERS = {"num_bits": 4, "group_size": 32}
+COMPRESSED = {"format": "pack-quantized", "config_groups": {"group_0": {"weights": NUMBERS}}}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+BITS = "expected a whole number, from 1 to 32"
+GROUP = "expected a whole number, at least 1"
+NAMES = "expected a list of names of modules"
+BROKEN: dict[str, tuple[dict[str, object], str]] = {
+    "bits in words": (AWQ | {"bits": "four"}, "has bits 'four' among its quantization settings, expected a whole"),
+    "bits null": (AWQ | {"bits": None}, "has bits None among"),
+    "bits absent": ({"quant_method": "awq"}, "has no bits among its quantization settings, expected a whole number"),
+    "bits a fraction": (AWQ | {"bits": 4.0}, "has bits 4.0 among"),
+    "bits true": (AWQ | {"bits": True}, "has bits True among"),
+    "group in words": (AWQ | {"group_size": "128"}, f"has group_size '128' among its quantization settings, {GROUP}"),
+    "group null": (AWQ | {"group_size": None}, "has group_size None among"),
+    "group negative": (AWQ | {"group_size": -7}, "has group_size -7 among"),
+    "group zero": (AWQ | {"group_size": 0}, "has group_size 0 among"),
+    "gptq bits zero": (GPTQ | {"bits": 0}, f"has bits 0 among its quantization settings, {BITS}"),
+    "gptq bits negative": (GPTQ | {"bits": -4}, "has bits -4 among"),
+    "gptq bits a list": (GPTQ | {"bits": [4]}, "has bits [4] among"),
+    "compressed bits": ({**COMPRESSED, "config_groups": {"g": {"weights": {"num_bits": "4"}}}}, "has num_bits '4'"),
+    "compressed group": (
+        {**COMPRESSED, "config_groups": {"g": {"weights": NUMBERS | {"group_size": -3}}}}, "has group_size -3 among",
+    ),
+    "compressed groups a list": ({**COMPRESSED, "config_groups": [NUMBERS]}, "has config_groups [{'num_bits': 4,"),
+    "compressed groups empty": ({**COMPRESSED, "config_groups": {}}, "has config_groups {} among"),
+    "compressed weights a word": ({**COMPRESSED, "config_groups": {"g": {"weights": "int4"}}}, "has config_groups"),
+    "block a number": (FP8 | {"weight_block_size": 128}, "has weight_block_size 128 among"),
+    "block of words": (FP8 | {"weight_block_size": ["a", "b"]}, "expected a list of 2 sizes"),
+    "names one word": (AWQ | {"modules_to_not_convert": "lm_head"}, NAMES),
+    "names a number": (AWQ | {"modules_to_not_convert": 5}, NAMES),
+    "names numbers": (COMPRESSED | {"ignore": [5]}, NAMES),
+    "a pattern without end": (COMPRESSED | {"ignore": ["lm_head", "re:(a+)+$"]}, "by the pattern '(a+)+$'"),
+    "a broken pattern": (COMPRESSED | {"ignore": ["re:(gate"]}, "by the pattern '(gate'"),
+    "many patterns": (COMPRESSED | {"ignore": ["re:.*a.*b"] * 20}, "by the pattern '.*a.*b'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_settings_that_cannot_be_are_named(case: str) -> None:
+    settings, said = BROKEN[case]
+    with pytest.raises(SourceError) as caught:
+        packing({}, {"quantization_config": settings}, where="other")
+    assert caught.value.message.startswith("other ")
+    assert said in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_command_refuses_them(place: Place, tmp_path: Path) -> None:
+    folder = made(place, tmp_path / "other")
+    for key, value in (("bits", "four"), ("group_size", None), ("group_size", -7)):
+        tiny.edit_config(folder, quantization_config=AWQ | {key: value})
+        facts = (f"{folder} has {key} {value!r} among its quantization settings, expected a whole number",)
+        refused("verify", place.virtual, "--after", folder, inside=tmp_path, facts=facts, hint="quantize it again")
+
+
+@pytest.mark.parametrize("group", [-1, None])
+def test_compressed_tensors_may_have_a_scale_for_a_whole_row(group: int | None) -> None:
+    settings = {**COMPRESSED, "config_groups": {"g": {"weights": NUMBERS | {"group_size": group}}}}
+    assert packing({}, {"quantization_config": settings}, where="other").method == "compressed-tensors"
+
+
+def test_names_of_modules_that_stay_as_they_were() -> None:
+    settings = COMPRESSED | {"ignore": ["lm_head", r"re:.*\.gate$", "re:model.layers.[0-9]+.mlp.shared"]}
+    kept = packing({}, {"quantization_config": settings}, where="other").kept
+    assert kept("lm_head.weight")
+    assert kept("model.layers.7.mlp.gate.weight")
+    assert kept("model.layers.12.mlp.shared_expert.up_proj")
+    assert not kept("model.layers.7.mlp.gate_proj")
+    assert not kept("model.layers.7.mlp.experts.0.up_proj")
 
 
 def test_attention_that_is_lost_is_not_called_trained(place: Place, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ A folder says its method in `quantization_config`.
 Shape suffixes: R rows (out), C columns (in), N elements, G groups.
 """
 
-import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from frankenmoe.after.matrix import Matrix, Stored, in_blocks, plain, to_grid, to_levels, two_axes
+from frankenmoe.after.settings import (
+    AGAIN,
+    Settings,
+    group_size,
+    kept_modules,
+    number,
+    sizes,
+    weight_rules,
+    whole_number,
+    written_settings,
+)
 from frankenmoe.checkpoint.cast import Floats, decode
 from frankenmoe.checkpoint.reader import map_bytes
 from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef
@@ -24,10 +33,8 @@ from frankenmoe.errors import SourceError
 Tensors = Mapping[str, TensorRef]
 Find = Callable[[str], Matrix | None]
 """Name of a weight -> its numbers; None if the folder has no such tensor."""
-Settings = Mapping[str, Any]
 
 FLOAT8 = {"F8_E4M3": (4, 3), "F8_E5M2": (5, 2)}  # bits of exponent and mantissa
-SKIPPED = ("llm_int8_skip_modules", "modules_to_not_convert", "ignore")  # settings that name modules left as they are
 # formats of compressed-tensors in which a number is an integer or an 8-bit float times a scale
 CT_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output each four bits of a word hold, lowest bits first
@@ -71,7 +78,7 @@ def packing(tensors: Tensors, config: Settings, *, where: str) -> Packing:
             else replace(matrix, rows=partial(_rows, matrix, where, method))
         )
 
-    return Packing(found, method, method in FOLDING, _kept(settings))
+    return Packing(found, method, method in FOLDING, kept_modules(settings, where=where))
 
 
 def _rows(matrix: Matrix, where: str, method: str, start: int, stop: int) -> Floats:
@@ -84,22 +91,12 @@ def _whole(where: str, method: str) -> Iterator[None]:
     """SourceError for settings and tensors that do not belong together."""
     try:
         yield
+    except KeyError as error:
+        raise SourceError(f"{where} is quantized by {method}, but has no {error}", hint=AGAIN) from error
     except (LookupError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
         raise SourceError(
-            f"{where} is quantized by {method}, but a setting or a tensor of it is missing or broken: {error}",
-            hint="quantize it again, or fetch it again",
+            f"{where} is quantized by {method}, but the shapes or types of its tensors do not fit together", hint=AGAIN
         ) from error
-
-
-def _kept(settings: Settings) -> Callable[[str], bool]:
-    names = [str(name) for key in SKIPPED for name in settings.get(key) or ()]
-
-    def kept(name: str) -> bool:
-        return any(
-            re.match(each.removeprefix("re:"), name) if each.startswith("re:") else each in name for each in names
-        )
-
-    return kept
 
 
 def _float(tensors: Tensors, name: str, where: str) -> Matrix | None:
@@ -129,7 +126,8 @@ def _bitsandbytes(tensors: Tensors, settings: Settings, where: str) -> Find:
     def find(name: str) -> Matrix | None:
         ref = tensors.get(name)
         if name in states:
-            return _four_bits(tensors, name, json.loads(map_bytes(states[name]).tobytes()))
+            place = f"{states[name].name} of {where}"
+            return _four_bits(tensors, name, written_settings(map_bytes(states[name]).tobytes(), where=place), place)
         scale = tensors.get(f"{name.removesuffix('weight')}SCB")
         if ref is None or ref.dtype != "I8" or scale is None:
             return None
@@ -144,16 +142,16 @@ def _bitsandbytes(tensors: Tensors, settings: Settings, where: str) -> Find:
     return find
 
 
-def _four_bits(tensors: Tensors, name: str, state: Mapping[str, Any]) -> Matrix:
+def _four_bits(tensors: Tensors, name: str, state: Settings, where: str) -> Matrix:
     levels = _array(tensors[f"{name}.quant_map"]).astype(np.float32)
     most = _array(tensors[f"{name}.absmax"])
     if f"{name}.nested_absmax" in tensors:  # the largest magnitudes are quantized too
         outer = _array(tensors[f"{name}.nested_absmax"])
         inner = _array(tensors[f"{name}.nested_quant_map"])[most]
-        most = inner * np.repeat(outer, int(state["nested_blocksize"]))[: most.size] + np.float32(
-            state["nested_offset"]
-        )
-    block, shape = int(state["blocksize"]), two_axes(tuple(state["shape"]))
+        together = whole_number(state, "nested_blocksize", where=where)
+        offset = np.float32(number(state, "nested_offset", where=where))
+        most = inner * np.repeat(outer, together)[: most.size] + offset
+    block, shape = whole_number(state, "blocksize", where=where), two_axes(sizes(state, "shape", where=where))
 
     def rows(start: int, stop: int) -> Floats:
         first, last = start * shape[1], stop * shape[1]
@@ -162,12 +160,12 @@ def _four_bits(tensors: Tensors, name: str, state: Mapping[str, Any]) -> Matrix:
         found: Floats = (levels[both] * most[np.arange(first, last) // block]).astype(np.float32)
         return found.reshape(stop - start, -1)
 
-    return Matrix(name, shape, Stored(str(state["quant_type"]), in_blocks(levels, block)), rows)
+    return Matrix(name, shape, Stored(str(state.get("quant_type")), in_blocks(levels, block)), rows)
 
 
 def _gptq(tensors: Tensors, settings: Settings, where: str) -> Find:
     """Integers packed along the inputs, a scale and a zero for every group of inputs."""
-    bits = int(settings["bits"])
+    bits = whole_number(settings, "bits", where=where, most=32)
     shift = 0 if settings.get("checkpoint_format") == "gptq_v2" else 1  # the first format stored zeros less one
     if 32 % bits:
         raise SourceError(f"{where} has GPTQ weights of {bits} bits, expected 2, 4 or 8", hint=LOADED)
@@ -201,7 +199,8 @@ def _awq(tensors: Tensors, settings: Settings, where: str) -> Find:
     Source: awq/modules/linear/gemm.py and gemv.py of AutoAWQ 0.2.9 (MIT licence). `gemm` packs eight outputs of an
     input into a word, in the order AWQ_ORDER; `gemv` packs eight inputs of an output, in their own order.
     """
-    bits, version = int(settings["bits"]), str(settings.get("version") or settings.get("format", "gemm")).lower()
+    bits, group = whole_number(settings, "bits", where=where), group_size(settings, where=where, default=128)
+    version = str(settings.get("version") or settings.get("format", "gemm")).lower()
     if bits != 4 or version not in ("gemm", "gemv"):
         raise SourceError(
             f"{where} has AWQ weights of {bits} bits in the layout {version!r}, expected 4 bits in gemm or gemv",
@@ -214,7 +213,6 @@ def _awq(tensors: Tensors, settings: Settings, where: str) -> Find:
         if ref is None:
             return None
         scales, zeros = _array(tensors[f"{stem}scales"]), _array(tensors[f"{stem}qzeros"])
-        group = max(0, int(settings.get("group_size", 128)))  # -1 is a whole row
         if version == "gemm":
             shape = (ref.shape[1] * 8, ref.shape[0])
             scales_RG, zeros_RG = scales.T, _unpacked(zeros, bits, AWQ_ORDER).T
@@ -225,9 +223,10 @@ def _awq(tensors: Tensors, settings: Settings, where: str) -> Find:
         wanted = _awq_width(int(groups_C[-1]) + 1, group, version)
         for part, found_RG in (("scales", scales_RG), ("qzeros", zeros_RG)):
             if found_RG.shape != (shape[0], wanted):
-                raise ValueError(
-                    f"{stem}{part} has {' x '.join(map(str, found_RG.shape))} numbers, expected {shape[0]} x {wanted} "
-                    f"for a group_size of {settings.get('group_size', 128)}"
+                raise SourceError(
+                    f"{where} is quantized by awq, but {stem}{part} has {' x '.join(map(str, found_RG.shape))} "
+                    f"numbers, expected {shape[0]} x {wanted} for a group_size of {settings.get('group_size', 128)}",
+                    hint=AGAIN,
                 )
 
         def rows(start: int, stop: int) -> Floats:
@@ -244,11 +243,11 @@ def _awq(tensors: Tensors, settings: Settings, where: str) -> Find:
     return find
 
 
-def _awq_width(groups: int, group: int, version: str) -> int:
+def _awq_width(groups: int, group: int | None, version: str) -> int:
     """How many scales a row has: `gemv` fills up whole words of eight zeros, and more words for small groups."""
     if version == "gemm":
         return groups
-    words = {64: 2, 32: 4}.get(group, 1)
+    words = {64: 2, 32: 4}.get(group or 0, 1)
     return -(-groups // (8 * words)) * 8 * words
 
 
@@ -263,14 +262,14 @@ def _unpacked(words: NDArray[Any], bits: int, order: Sequence[int] | None = None
 
 def _compressed_tensors(tensors: Tensors, settings: Settings, where: str) -> Find:
     """Integers or 8-bit floats, packed or not, times a scale for all, a row or a group."""
-    rules = [group["weights"] for group in settings["config_groups"].values() if group.get("weights")]
     if settings.get("format") not in CT_FORMATS:
         raise SourceError(
             f"{where} has compressed-tensors' format {settings.get('format')}, expected one of {', '.join(CT_FORMATS)}",
             hint=LOADED,
         )
-    bits = int(rules[0]["num_bits"])
-    grid = to_grid(bits, rules[0].get("group_size"), symmetric=bool(rules[0].get("symmetric", True)))
+    rule = weight_rules(settings, where=where)[0]
+    bits = whole_number(rule, "num_bits", where=where, most=32)
+    grid = to_grid(bits, group_size(rule, where=where), symmetric=bool(rule.get("symmetric", True)))
 
     def find(name: str) -> Matrix | None:
         scale = tensors.get(f"{name}_scale")
@@ -346,16 +345,16 @@ def float8(dtype: str) -> Floats:
 
 def _fp8(tensors: Tensors, settings: Settings, where: str) -> Find:
     """8-bit floats in blocks of rows and columns, as DeepSeek writes them."""
+    block = sizes(settings, "weight_block_size", where=where, count=2) if settings.get("weight_block_size") else None
 
     def find(name: str) -> Matrix | None:
         ref, scale = tensors.get(name), tensors.get(f"{name}_scale_inv")
         if ref is None or ref.dtype not in FLOAT8:
             return None
         numbers = np.ones(1, np.float32) if scale is None else _array(scale)
-        block = settings.get("weight_block_size")
         if block and any(size % part for size, part in zip(ref.shape[-2:], block, strict=True)):
             raise SourceError(
-                f"{where} has {name} of {list(ref.shape)}, which blocks of {block} do not fit", hint=LOADED
+                f"{where} has {name} of {list(ref.shape)}, which blocks of {list(block)} do not fit", hint=LOADED
             )
         return _scaled(ref, numbers, None, Stored(ref.dtype, lambda rows_RC: rows_RC))
 

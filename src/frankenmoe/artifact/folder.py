@@ -32,6 +32,7 @@ from frankenmoe.errors import ArtifactError, FrankenMoEError
 RECORD = "frankenmoe.json"
 ROUTERS = "model-routers.safetensors"
 STATISTICS = "router-statistics.safetensors"
+ADAPTERS = "adapters"  # a folder with one for every adapter
 UNFINISHED = "build.json"
 LOCK = "build.lock"
 GIB = 2**30
@@ -79,7 +80,7 @@ def open_artifact(folder: Path) -> Artifact:
         raise ArtifactError(
             f"{folder} holds no {RECORD}, so it is not an artifact of frankenmoe", hint=_hint_unfinished(folder)
         )
-    check_links(folder)
+    check_links(folder, parts=ADAPTERS)
     record = read_record(file)
     if not (folder / ROUTERS).is_file():
         raise ArtifactError(f"{folder} has lost its {ROUTERS}", hint="build the artifact again")
@@ -197,7 +198,9 @@ def _worth_keeping(partial: Path, error: Exception) -> bool:
     if fault or not shards:
         return False
     if isinstance(error, FrankenMoEError):
-        error.hint = f"{error.hint}; the same command then continues from {shards} finished shards in {partial}"
+        error.hint = (
+            f"{error.hint}; the same command then continues from {shards} finished shards in {partial}"
+        )
     return True
 
 

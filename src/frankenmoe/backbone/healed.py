@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from frankenmoe.artifact.folder import ADAPTERS
 from frankenmoe.artifact.healing import HealedPart, HealReport
 from frankenmoe.artifact.reports import versions
 from frankenmoe.backbone.expert import HealedExpert, cost, heal_expert
@@ -28,7 +29,7 @@ from frankenmoe.gates.texts import OwnText, read_texts
 from frankenmoe.moe.dense import load_tokenizer, torch_dtype
 from frankenmoe.moe.load import residual_scale
 from frankenmoe.moe.processes import is_main, once
-from frankenmoe.moe.written import ADAPTERS, Terms, adapter_names, source_path, write_adapter
+from frankenmoe.moe.written import Terms, adapter_names, source_path, write_adapter
 from frankenmoe.planning import ExpertNode, Plan
 from frankenmoe.planning.fitting import HELD_OUT_DATA
 from frankenmoe.planning.healing import down_suffix

@@ -12,15 +12,18 @@ SNAPSHOTS, BLOBS = "snapshots", "blobs"
 MODEL = "models--"  # how the hub's cache begins the name of a model's folder
 
 
-def check_links(folder: Path) -> tuple[str, ...]:
+def check_links(folder: Path, *, parts: str | None = None) -> tuple[str, ...]:
     """Raises SourceError for a file that is a link out of `folder`, because such files are read, copied and published.
 
+    The same goes for the folders in it that are read: that of chat templates, and `parts` with all folders in it.
     Links to the blobs of the hub's cache are allowed, as it stores every file that way, and so are links between files
     of weights, which may be on another disk: the sentences returned name these. Broken links are not judged here.
     """
     real, notes = Path(os.path.realpath(folder)), []
-    for entry in _entries(folder):
-        read = os.path.isfile(entry.path) or (entry.name == TEMPLATES and os.path.isdir(entry.path))
+    places = _places(folder, parts)
+    entries = (entry for place in places for entry in os.scandir(place))
+    for entry in sorted(entries, key=lambda entry: entry.path):
+        read = os.path.isfile(entry.path) or Path(entry.path) in places
         if not entry.is_symlink() or not read:  # which takes loops, too
             continue
         target = Path(os.path.realpath(entry.path))
@@ -29,17 +32,17 @@ def check_links(folder: Path) -> tuple[str, ...]:
         if not (entry.name.endswith(WEIGHTS) and target.name.endswith(WEIGHTS)):
             raise SourceError(
                 f"{entry.path} is a link to {target}, outside its folder",
-                hint="if you trust the folder, put the file itself there: a build would copy what it links to",
+                hint="if you trust the folder, put there what it links to: a build would copy that",
             )
         notes.append(f"{entry.path} is a link to {target}, outside its folder")
     return tuple(notes)
 
 
-def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What lies in a folder and in the one below it that transformers reads, by name."""
-    below = folder / TEMPLATES
-    folders = [folder, below] if below.is_dir() else [folder]
-    return sorted((entry for each in folders for entry in os.scandir(each)), key=lambda entry: entry.name)
+def _places(folder: Path, parts: str | None) -> set[Path]:
+    """The folder and the folders in it that are read."""
+    place = folder / parts if parts else None
+    inner = place.iterdir() if place is not None and place.is_dir() else ()
+    return {folder, *(each for each in (folder / TEMPLATES, place, *inner) if each is not None and each.is_dir())}
 
 
 def _is_blob(target: Path, folder: Path) -> bool:

@@ -1,10 +1,9 @@
 """The settings of a PEFT adapter: which of them are understood, and how its LoRA terms are scaled."""
 
-import re
 from collections.abc import Iterator, Mapping
-from functools import lru_cache
 from typing import Any
 
+from frankenmoe.checkpoint.patterns import MOST_REPEATS_OF_ALL, plain_pattern, repeats
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.errors import SourceError
 
@@ -21,11 +20,7 @@ UNDERSTOOD = COMPUTED | TOLD_BY_TENSORS | TRAINING
 # initialisations that keep the base's weights; PiSSA, OLoRA and the like change them on loading
 PLAIN_INIT = (None, True, False, "gaussian", "eva", "orthogonal")
 USUAL_ALPHA = 8  # PEFT's, where a config has no lora_alpha
-# a pattern for modules that cannot take long: no repeated group, and few repetitions
-PLAIN_PATTERN = re.compile(r"(?:[\w\-|()^$\[\]. ]|\\[\w.\-]|(?<![)*+?])[*+?])*", re.ASCII)
-LONGEST_PATTERN = 500
-MOST_REPEATS = 3
-MOST_REPEATS_OF_ALL = 32  # of the patterns of an adapter, each of which is tried on every module
+IN_MODULE = r"(.*\.)?({})$"  # how a pattern stands for the end of a module's name
 MOST = 1e30
 
 
@@ -63,11 +58,11 @@ def _own_alphas(adapter: Adapter, module: str) -> Iterator[Any]:
     patterns = adapter.config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise _odd_setting(adapter, f"alpha_pattern {patterns!r:.40}", expected="a mapping from modules to numbers")
-    if sum(map(_repeats, patterns)) > MOST_REPEATS_OF_ALL:
+    if repeats(patterns) > MOST_REPEATS_OF_ALL:
         expected = f"at most {MOST_REPEATS_OF_ALL} repetitions (* or +) in all"
         raise _odd_setting(adapter, f"{len(patterns)} entries in alpha_pattern", expected=expected)
     for pattern, value in patterns.items():
-        expression = _expression(pattern)
+        expression = plain_pattern(pattern, IN_MODULE)
         if expression is None:
             raise _odd_setting(
                 adapter,
@@ -76,22 +71,6 @@ def _own_alphas(adapter: Adapter, module: str) -> Iterator[Any]:
             )
         if expression.match(module):
             yield value
-
-
-def _repeats(pattern: str) -> int:
-    return sum(pattern.count(mark) for mark in "*+")
-
-
-@lru_cache(2**14)  # an adapter may have a pattern for every module, and re keeps only 512 of them
-def _expression(pattern: str) -> re.Pattern[str] | None:
-    """The expression for a module's name that ends as `pattern` says; None if it is broken or could run for long."""
-    if len(pattern) > LONGEST_PATTERN or _repeats(pattern) > MOST_REPEATS or not PLAIN_PATTERN.fullmatch(pattern):
-        return None
-    try:
-        re.compile(pattern)  # alone, as parentheses could match those around it
-        return re.compile(rf"(.*\.)?({pattern})$")
-    except re.error:
-        return None
 
 
 def _short(value: object) -> str:

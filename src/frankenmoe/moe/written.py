@@ -14,7 +14,6 @@ from frankenmoe.planning import Plan
 from frankenmoe.planning.asadapter import on_base
 from frankenmoe.system import file_names
 
-ADAPTERS = "adapters"
 BACKBONE = "backbone"  # the adapter on the base
 Terms = dict[str, tuple[torch.Tensor, torch.Tensor]]
 """Dense name of a linear layer -> A and B of its adapter, with scale 1."""

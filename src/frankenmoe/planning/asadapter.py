@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from frankenmoe.artifact.folder import ADAPTERS
 from frankenmoe.cache import NAME, cache_folder, trim
 from frankenmoe.checkpoint.peft import CONFIG, PREFIX, WEIGHTS
 from frankenmoe.checkpoint.reader import Adapter, open_adapter
@@ -35,7 +36,6 @@ from frankenmoe.recipe.asadapter import AdapterSettings
 KIND = "adapters"
 VERSION = 2  # increase it when a change of the code gives other factors for the same models
 LIMIT = 2**34  # bytes of all entries
-INSIDE = "adapters"  # folder of an artifact
 
 Sources = Mapping[tuple[str, str | None], tuple[Source, Anatomy]]
 NodePath = tuple[int, ...]
@@ -103,7 +103,7 @@ def extracted_adapters(
                 hint="leave as_adapter out for this family",
             )
         model, folder = sources[(str(expert.source_model), None)][0], folder_of(name)
-        place: Path | None = inside / INSIDE / folder if inside else None
+        place: Path | None = inside / ADAPTERS / folder if inside else None
         if place is None or not (place / CONFIG).is_file():
             whole = model.checkpoint.has_weights and base.checkpoint.has_weights
             place = _cached(model, base, names, settings, name=name, may=may, progress=progress) if whole else None
@@ -144,7 +144,7 @@ def folder_of(name: str) -> str:
 def copy_adapters(adapters: Iterable[Extracted], folder: Path) -> None:
     """Copies all LoRAs into an unfinished artifact, so that it does not depend on the cache."""
     for each in adapters:
-        target = folder / INSIDE / each.folder
+        target = folder / ADAPTERS / each.folder
         target.mkdir(parents=True, exist_ok=True)
         for name in (WEIGHTS, CONFIG):  # the config last: with it, the folder is whole
             write_atomic(target / name, (each.adapter.folder / name).read_bytes())
@@ -152,7 +152,7 @@ def copy_adapters(adapters: Iterable[Extracted], folder: Path) -> None:
 
 def copied_to(file: Path, adapters: Iterable[Extracted], out: Path) -> Path:
     """Where `copy_adapters` puts a file of an adapter; any other file unchanged."""
-    targets = (out / INSIDE / each.folder for each in adapters if file.parent == each.adapter.folder)
+    targets = (out / ADAPTERS / each.folder for each in adapters if file.parent == each.adapter.folder)
     return next((target / file.name for target in targets), file)
 
 

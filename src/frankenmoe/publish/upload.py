@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from frankenmoe.artifact.folder import ROUTERS, UNFINISHED, Artifact
+from frankenmoe.artifact.folder import ADAPTERS, ROUTERS, UNFINISHED, Artifact
 from frankenmoe.checkpoint.weights import INDEX, SINGLE
 from frankenmoe.errors import ArtifactError, FrankenMoEError, first_line
-from frankenmoe.planning.asadapter import INSIDE
 from frankenmoe.progress import SILENT, Progress
 from frankenmoe.publish.facts import gather
 from frankenmoe.publish.privacy import LocalNames, as_published
@@ -26,7 +25,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "weights": (
         *("*.safetensors", "*.safetensors.index.json", "config.json", "frankenmoe.json", "recipe.yml"),
         "modeling_frankenmoe.py",  # of a virtual artifact, for transformers
-        f"{INSIDE}/**/*",  # of a virtual artifact that was trained
+        f"{ADAPTERS}/**/*",  # of a virtual artifact that was trained
     ),
     "gguf": ("*.gguf", "gguf/*.gguf", "*.Modelfile", "gguf/*.Modelfile"),
     "reports": ("reports/**/*", "training.json"),
@@ -127,7 +126,7 @@ def prepare(
 def list_files(folder: Path) -> Iterator[Item]:
     """Every file of an artifact that belongs to a group, by path. ArtifactError for a link out of the folder."""
     root, groups = folder.resolve(), dict[Path, str]()
-    for place in (folder / INSIDE, *sorted(folder.glob(f"{INSIDE}/**/*"))):
+    for place in (folder / ADAPTERS, *sorted(folder.glob(f"{ADAPTERS}/**/*"))):
         if place.is_symlink() and place.is_dir():  # `**` does not go into it
             raise ArtifactError(
                 f"{place} is a link to the folder {place.resolve()}, whose files would not be sent",

@@ -8,19 +8,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from frankenmoe.artifact.folder import ROUTERS, Routers
+from frankenmoe.artifact.folder import ADAPTERS, ROUTERS, Routers
 from frankenmoe.checkpoint.cast import encode
 from frankenmoe.checkpoint.tensors import LowRank
 from frankenmoe.checkpoint.values import values
 from frankenmoe.checkpoint.writer import write_atomic
-from frankenmoe.moe.written import (
-    ADAPTERS,
-    Terms,
-    adapter_names,
-    scales_of,
-    source_path,
-    write_adapter,
-)
+from frankenmoe.moe.written import Terms, adapter_names, scales_of, source_path, write_adapter
 from frankenmoe.planning import Plan
 from frankenmoe.planning.trained import TRAINED, trained_name
 from frankenmoe.recipe.moved import moved_recipe
