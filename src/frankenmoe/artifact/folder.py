@@ -198,9 +198,7 @@ def _worth_keeping(partial: Path, error: Exception) -> bool:
     if fault or not shards:
         return False
     if isinstance(error, FrankenMoEError):
-        error.hint = (
-            f"{error.hint}; the same command then continues from {shards} finished shards in {partial}"
-        )
+        error.hint = f"{error.hint}; the same command then continues from {shards} finished shards in {partial}"
     return True
 
 
