@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from frankenmoe.export.run import export_gguf
     from frankenmoe.gates.run import add_expert, fit
     from frankenmoe.moe.load import MoE
-    from frankenmoe.planning import Plan, plan
+    from frankenmoe.planning.make import plan
+    from frankenmoe.planning.plan import Plan
     from frankenmoe.recipe import Recipe
     from frankenmoe.smaller.run import prune, remove_expert
     from frankenmoe.subject import Subject, load
