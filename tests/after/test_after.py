@@ -581,9 +581,9 @@ def test_bad_input_is_refused(place: Place, tmp_path: Path) -> None:
     )
     for other, fact, hint in (
         (whole_numbers, f"holds {name(0, 0)} as I64", "save it again"),
-        (half, "is quantized by gptq, but a setting", "again"),
-        (scaleless, "is quantized by bitsandbytes, but a setting or a tensor", "again"),
-        (torn, "is quantized by awq, but a setting", "again"),
+        (half, "half has no bits among its quantization settings", "again"),
+        (scaleless, "is quantized by bitsandbytes, but has no", "again"),
+        (torn, "torn has no bits among its quantization settings", "again"),
         (odd, "is quantized by exl3", "save it again"),
         (dense, "is a dense model of type 'llama'", "the other tool"),
         (garbage, "is not a whole GGUF file", "again"),
