@@ -1,5 +1,8 @@
-"""What differs among operating systems, without one of them: the memory limits of containers."""
+"""What differs among operating systems: the memory limits of containers, and what the C library does with memory."""
 
+import ctypes
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -74,3 +77,29 @@ def test_version_1_has_a_folder_of_its_own(path: str, place: Path) -> None:
 def test_what_cannot_be_read_is_no_limit(lines: str, place: Path) -> None:
     in_group(place, lines)
     assert system.free_memory() == 64 * GIB
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_memory_is_kept_for_the_next_array() -> None:
+    """In a new process: the options of the C library are of the whole process."""
+    code = """
+import resource
+import numpy as np
+from frankenmoe.system import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(50):
+        several = [np.ones(2**20, np.float32) for _ in range(4)]
+        del several
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+before = faults()
+keep_freed_memory()
+faults()
+print(before, faults())
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, ran.stdout.split())
+    assert after < before / 20

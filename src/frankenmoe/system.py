@@ -26,6 +26,9 @@ PROC, GROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 GROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file"))
 GROUP_V2 = ("memory.max", "memory.current", ("active_file", "inactive_file"))
 
+KEPT = 2**26  # bytes of freed memory that glibc may keep
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # numbers of options in glibc's malloc.h
+
 
 def read_at(descriptor: int, room: memoryview, offset: int, flags: int = 0) -> int:
     """Fills the start of `room` from a file's bytes at `offset`; returns their number. Other threads must not read."""
@@ -193,15 +196,29 @@ def _module(name: str) -> Any:
 
 def give_back_memory() -> None:
     """Returns freed memory to the system if the C library can: glibc keeps that of arrays of odd sizes until asked."""
-    trim = _trim()
+    trim = _of_c_library("malloc_trim")
     if trim:
         trim(0)
 
 
 @cache
-def _trim() -> Callable[[int], int] | None:
+def keep_freed_memory() -> None:
+    """Lets glibc keep up to 64 MB of freed memory for the next arrays.
+
+    Otherwise it returns arrays of some megabytes to the system at once. To get them back costs a page fault for every
+    4 KiB, which took a third of the time of computed tensors.
+    """
+    set_option = _of_c_library("mallopt")
+    if set_option:
+        set_option(_TRIM_THRESHOLD, KEPT)
+        set_option(_MMAP_THRESHOLD, KEPT // 2)  # the most that glibc takes
+
+
+@cache
+def _of_c_library(name: str) -> Callable[..., int] | None:
+    """A function of the process's C library; None where it has none of this name."""
     try:
         ctypes = import_module("ctypes")  # not at start-up
-        return getattr(ctypes.CDLL(None), "malloc_trim", None)
+        return getattr(ctypes.CDLL(None), name, None)
     except (OSError, TypeError):  # Windows has no library of the process itself
         return None

@@ -37,6 +37,7 @@ from frankenmoe.checkpoint.tensors import (
     Turn,
 )
 from frankenmoe.errors import NumericsError, SourceError
+from frankenmoe.system import keep_freed_memory
 
 Stage = Callable[[Floats, int], Floats]
 """A prepared step: takes a block and its number, returns the block after the step, does not change its input."""
@@ -74,6 +75,7 @@ def blocks(write: TensorWrite, pool: Executor | None = None, *, ahead: int = 0) 
             yield from blocks(part)
         return
     _require_castable(write)
+    keep_freed_memory()
     if pool is None:
         yield from (job() for job in _jobs(write))
         return
@@ -327,14 +329,16 @@ def _stage(step: Step, before: Blocks, source: TensorRef | None) -> Stage:
 
 
 def _add_low_rank(block_N: Floats, number: int, *, b: TensorRef, a_RI: Floats) -> Floats:
-    """Add the part of `b @ a` that a block covers, computing only the rows that it touches."""
+    """The block plus the part of `b @ a` that it covers, computing only the rows that it touches."""
     rank, columns = a_RI.shape
     first_row, skipped = divmod(number * BLOCK, columns)
     last_row = math.ceil((number * BLOCK + block_N.size) / columns)
     raw = _elements(map_bytes(b), first_row * rank, last_row * rank, dtype=b.dtype)
     with one_thread():  # for so small a product, waking threads takes longer than computing
         rows = decode(raw, dtype=b.dtype).reshape(-1, rank) @ a_RI
-    return block_N + rows.ravel()[skipped : skipped + block_N.size]
+    found_N = rows.ravel()[skipped : skipped + block_N.size]
+    found_N += block_N
+    return found_N
 
 
 def _std(numbers: Blocks) -> float:
