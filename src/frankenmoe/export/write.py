@@ -4,7 +4,6 @@ Shape suffixes: R rows, C columns.
 """
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -24,7 +23,8 @@ from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
 
 CHUNK = 2**17  # elements that one thread encodes at a time
 COPIED = 2**20  # bytes read at a time where nothing is computed
-AHEAD = 4  # chunks per thread that may wait to be written
+AHEAD = 4  # chunks per thread that may wait to be encoded
+WAITING = 2**25  # bytes that may wait to be written
 
 Importance = Mapping[str, Floats]
 """Tensor name -> importance of its columns [parts, C]."""
@@ -46,11 +46,35 @@ class Target:
 
 @dataclass
 class _Sink:
-    """A file being written. `kept` says where in it the parts of the current tensor are."""
+    """A file being written, by a thread of its own: where the disk makes it wait, chunks are still encoded.
+
+    `position` is where the next bytes will be. `kept` says where in the file the parts of the current tensor are.
+    """
 
     fd: int
     target: Target
+    writer: Executor
+    position: int = 0
     kept: dict[object, TensorRef] = field(default_factory=dict)
+    _waiting: deque[tuple[int, Future[None]]] = field(default_factory=deque)
+    _held: int = 0
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Hands bytes to the writer. Raises what writing earlier ones raised."""
+        self._waiting.append((len(data), self.writer.submit(write_all, self.fd, data)))
+        self._held += len(data)
+        self.position += len(data)
+        self._wait(WAITING)
+
+    def flush(self) -> None:
+        """Waits until all bytes are in the file."""
+        self._wait(0)
+
+    def _wait(self, most: int) -> None:
+        while self._held > most:
+            size, done = self._waiting.popleft()
+            done.result()
+            self._held -= size
 
 
 def write_files(
@@ -66,12 +90,16 @@ def write_files(
     Raises SourceError, NumericsError (a source is not finite, or the type cannot hold a value), ArtifactError (the disk
     is full). Memory is a few chunks per thread, and one matrix if its rows are reordered or computed.
     """
-    with ExitStack() as stack, ThreadPoolExecutor(threads) as pool:
-        sinks = [_Sink(stack.enter_context(replacing(target.path, size=target.size)), target) for target in targets]
+    with ExitStack() as stack, ThreadPoolExecutor(1) as writer, ThreadPoolExecutor(threads) as pool:
+        sinks = [
+            _Sink(stack.enter_context(replacing(target.path, size=target.size)), target, writer) for target in targets
+        ]
         for sink in sinks:
-            write_all(sink.fd, sink.target.head)
+            sink.append(sink.target.head)
         for tensor in tensors:
             _write_tensor(tensor, sinks, pool, threads * AHEAD, (importance or {}).get(tensor.name), on_bytes)
+        for sink in sinks:
+            sink.flush()
 
 
 def _write_tensor(
@@ -86,43 +114,44 @@ def _write_tensor(
         sink.kept.clear()
     if tensor.values:
         for sink in sinks:
-            write_all(sink.fd, np.array(tensor.values, np.float32).tobytes())
+            sink.append(np.array(tensor.values, np.float32).tobytes())
     for number, part in enumerate(tensor.parts):
         key = (part.inputs, part.steps, part.dtype, number if weights_PC is not None else 0)
         rest = [sink for sink in sinks if not _moved(sink, tensor, part, key)]
         if rest:
-            starts = [os.lseek(sink.fd, 0, os.SEEK_CUR) for sink in rest]
+            starts = [sink.position for sink in rest]
             weights_C = None if weights_PC is None else weights_PC[number]
             _compute(tensor, part, rest, pool, ahead, weights_C)
             for sink, start in zip(rest, starts, strict=True):
                 sink.kept[key] = _stored(sink, tensor, start)
     for sink in sinks:
         size = nbytes(tensor.shape, sink.target.types[tensor.name])
-        write_all(sink.fd, b"\0" * (aligned(size) - size))
+        sink.append(b"\0" * (aligned(size) - size))
         on_bytes(aligned(size))
 
 
 def _moved(sink: _Sink, tensor: GgufTensor, part: TensorWrite, key: object) -> bool:
     """Copies a part if it needs no encoding: from its source, or from an equal part in this file. Else False."""
     if key in sink.kept:
-        _copy(sink.fd, sink.kept[key])
+        sink.flush()
+        _copy(sink, sink.kept[key])
         return True
     rows, columns = _matrix(part.shape)
     as_is = tensor.factor == 1 and not tensor.heads and _matrix(_part_shape(tensor)) == (rows, columns)
     if part.copied is None or not as_is or sink.target.types[tensor.name] != part.dtype:
         return False
     check_finite(part.copied)
-    _copy(sink.fd, part.copied)
+    _copy(sink, part.copied)
     return True
 
 
-def _copy(target: int, ref: TensorRef) -> None:
-    """Appends the bytes of a tensor to the open file `target`."""
+def _copy(sink: _Sink, ref: TensorRef) -> None:
+    """Appends the bytes of a tensor."""
     left = ref.nbytes
     with ref.file.open("rb", buffering=0) as source:
         source.seek(ref.start)
         while left and (data := source.read(min(left, COPIED))):
-            write_all(target, data)
+            sink.append(data)
             left -= len(data)
     if left:
         raise SourceError(
@@ -134,8 +163,7 @@ def _copy(target: int, ref: TensorRef) -> None:
 def _stored(sink: _Sink, tensor: GgufTensor, start: int) -> TensorRef:
     """A reference to the bytes that were just written."""
     partial = partial_of(sink.target.path)
-    end = os.lseek(sink.fd, 0, os.SEEK_CUR)
-    return TensorRef(tensor.name, "U8", (end - start,), partial, start, end)
+    return TensorRef(tensor.name, "U8", (sink.position - start,), partial, start, sink.position)
 
 
 def _compute(
@@ -153,7 +181,7 @@ def _compute(
 
     def put() -> None:
         for sink, data in zip(sinks, waiting.popleft().result(), strict=True):
-            write_all(sink.fd, data.data)
+            sink.append(data.data)
 
     done = 0
     for raw_RC in _row_chunks(part, pool, ahead, heads=tensor.heads):
@@ -166,7 +194,7 @@ def _compute(
     if done < rows:
         zeros_RC = np.zeros((rows - done, columns), np.float32)
         for sink, kind in zip(sinks, kinds, strict=True):
-            write_all(sink.fd, quantize(zeros_RC, kind, weights_C).data)
+            sink.append(quantize(zeros_RC, kind, weights_C).data)
 
 
 def _encode(
