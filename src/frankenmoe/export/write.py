@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from frankenmoe.checkpoint.cast import Bytes, Floats, decode
+from frankenmoe.checkpoint.cast import Bytes, Floats, decode, first_nonfinite
 from frankenmoe.checkpoint.quantize import quantize
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite, materialize
@@ -21,7 +21,7 @@ from frankenmoe.checkpoint.writer import partial_of, replacing, write_all
 from frankenmoe.errors import NumericsError, SourceError
 from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
 
-CHUNK = 2**17  # elements that one thread encodes at a time
+CHUNK = 2**18  # elements that one thread encodes at a time
 COPIED = 2**20  # bytes read at a time where nothing is computed
 AHEAD = 4  # chunks per thread that may wait to be encoded
 WAITING = 2**25  # bytes that may wait to be written
@@ -202,9 +202,10 @@ def _encode(
 ) -> list[Bytes]:
     """The bytes of a chunk of stored rows in every type, padded with zeros to `columns`."""
     block_RC = decode(raw_RC.ravel(), dtype=part.dtype).reshape(len(raw_RC), -1)
-    if not np.isfinite(block_RC).all():
+    if first_nonfinite(block_RC.ravel().view(np.uint8), dtype="F32") is not None:
         for ref in part.sources:
             check_finite(ref)
+        raise NumericsError(f"tensor {part.name!r} has numbers too large for float32", hint="use another source")
     if factor != 1:
         block_RC = block_RC * np.float32(factor)
     if block_RC.shape[1] < columns:
