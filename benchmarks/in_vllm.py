@@ -12,16 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 import yaml
 from common import ENVIRONMENT, Row, arguments, log, publish, workspace
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from in_vllm_toys import TOYS, Toy
 from transformers.utils.logging import disable_progress_bar
 
 import frankenmoe as fm
@@ -38,166 +37,19 @@ MADE = "made.json"
 ONCE = Path(__file__).parent / "in_vllm_once.py"
 TOKENS = 200
 PROMPT = (5, 9, 30, 44, 17, 60, 21, 8)  # any ids; parents here are random
-NO_OPTIONS: Mapping[str, Any] = MappingProxyType({})
+# times as far from float32 as another program that rounds. Three texts gave 0.80 to 0.85; with twice the rotary base,
+# the smallest fault that was tried, transformers gave 2.5 to 3.0
+FARTHEST = 1.5
 QUESTION = "How do I make tomato soup?"
-# sizes that vLLM's CPU kernels take: heads of 32
-SIZES: Mapping[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 128,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "tie_word_embeddings": False,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": None,
-}
-SHARED = {"shared_experts": 1}
-MULTIPLIERS = {
-    "embedding_multiplier": 12.0,
-    "logits_scaling": 8.0,
-    "residual_multiplier": 0.22,
-    "attention_multiplier": 0.15,
-}
-WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0 + place / 16 for place in range(16)],
-    "long_factor": [1.0 + place / 4 for place in range(16)],
-    "original_max_position_embeddings": 512,
-}
-LFM2 = {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
-GEMMA3 = WINDOWS | {
-    "tie_word_embeddings": True,
-    "query_pre_attn_scalar": 32,
-    "rope_parameters": {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        "full_attention": {"rope_type": "default", "rope_theta": 1e6},
-    },
-}
-GEMMA4 = WINDOWS | {
-    "tie_word_embeddings": True,
-    "global_head_dim": 64,
-    "num_global_key_value_heads": 1,
-    "attention_k_eq_v": True,
-    "hidden_size_per_layer_input": 0,
-    "final_logit_softcapping": 30.0,
-}
-PLACES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4], "mrope_interleaved": True}
-VISION = {
-    "depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 128,
-    "num_position_embeddings": 16, "deepstack_visual_indexes": [0],
-}  # fmt: skip
-PARTIAL = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-
-
-@dataclass(frozen=True)
-class Toy:
-    """A family built as a format. `config` are the parents' own settings, `recipe` keys of the recipe.
-
-    With `vision`, parents are models of that type around a language model, with this config of what reads pictures.
-    `cached` is False where transformers 5.23 computes something else with a cache than without.
-    """
-
-    family: str
-    fmt: str
-    config: Mapping[str, Any] = field(default_factory=dict)
-    recipe: Mapping[str, Any] = field(default_factory=dict)
-    loading: Mapping[str, Any] = field(default_factory=dict)
-    cached: bool = True
-    vision: tuple[str, Mapping[str, Any]] | None = None
-
-    @property
-    def auto(self) -> Any:
-        """The class with which transformers loads parents and MoE."""
-        return AutoModelForImageTextToText if self.vision else AutoModelForCausalLM
-
-    @property
-    def engine(self) -> Mapping[str, Any]:
-        """Options of vLLM: only the text of a model that reads pictures is compared."""
-        return {"limit_mm_per_prompt": {"image": 0, "video": 0}} if self.vision else {}
-
-    def parent_config(self) -> Any:
-        """The config of its parents."""
-        text = SIZES | self.config
-        if self.vision is None:
-            return AutoConfig.for_model(self.family, **text)
-        outer, vision = self.vision
-        tied = text["tie_word_embeddings"]
-        return AutoConfig.for_model(outer, text_config=text, vision_config=vision, tie_word_embeddings=tied)
-
-
-EAGER = {"attn_implementation": "eager"}
-TOYS: Mapping[str, Toy] = {
-    "mixtral": Toy("llama", "mixtral"),
-    "qwen2_moe": Toy("qwen2", "qwen2_moe", recipe=SHARED),
-    "qwen3_moe": Toy("qwen3", "qwen3_moe"),
-    "flex_olmo": Toy("olmo2", "flex_olmo"),
-    "mistral": Toy("mistral", "mixtral", {"sliding_window": 32}),
-    "phi3": Toy("phi3", "mixtral", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 512}),
-    "helium": Toy("helium", "mixtral"),
-    "seed_oss": Toy("seed_oss", "qwen2_moe", {"attention_bias": True}),
-    "granite": Toy("granite", "granitemoe", MULTIPLIERS),
-    "granite-shared": Toy("granite", "granitemoeshared", MULTIPLIERS, SHARED),
-    "llama-shared": Toy("llama", "granitemoeshared", recipe=SHARED),
-    "hyperclovax": Toy("hyperclovax", "granitemoe", MULTIPLIERS | {"logits_scaling": 0.125, "use_post_norm": False}),
-    "ernie4_5": Toy("ernie4_5", "ernie4_5_moe"),
-    "ernie4_5-shared": Toy("ernie4_5", "ernie4_5_moe", recipe=SHARED),
-    "glm": Toy("glm", "glm4_moe"),
-    "glm-shared": Toy("glm", "glm4_moe", recipe=SHARED),
-    "phi3-partial": Toy("phi3", "glm4_moe", {"rope_parameters": PARTIAL}),
-    # vLLM always ties the head of this format
-    "lfm2": Toy("lfm2", "lfm2_moe", LFM2 | {"tie_word_embeddings": True}),
-    "lfm2-untied": Toy("lfm2", "lfm2_moe", LFM2),
-    "cohere2": Toy("cohere2", "cohere2_moe", WINDOWS | {"tie_word_embeddings": True}),
-    "cohere": Toy("cohere", "cohere2_moe", {"tie_word_embeddings": True}),
-    "gemma3": Toy("gemma3_text", "gemma4", GEMMA3),
-    "gemma4": Toy("gemma4_text", "gemma4", GEMMA4),
-    "qwen3_vl": Toy("qwen3", "qwen3_vl_moe", {"rope_parameters": PLACES}, vision=("qwen3_vl", VISION)),
-    "smollm3": Toy("smollm3", "granitemoe_swa", {"no_rope_layers": [1, 0]}, loading=EAGER),
-    "ministral": Toy("ministral", "granitemoe_swa", WINDOWS, loading=EAGER),
-    "qwen3_5": Toy(
-        "qwen3_5_text",
-        "qwen3_5_moe",
-        {
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_value_heads": 4,
-            "linear_num_key_heads": 2,
-            "linear_key_head_dim": 32,
-            "linear_value_head_dim": 32,
-            "rope_parameters": PARTIAL | {"mrope_section": [4, 2, 2]},
-        },
-    ),
-    "granite4": Toy(
-        "granitemoehybrid",
-        "granitemoehybrid",
-        MULTIPLIERS
-        | {
-            "layer_types": ["mamba", "attention"],
-            "num_local_experts": 0,
-            "shared_intermediate_size": 96,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 32,
-            "mamba_d_state": 32,
-            "mamba_n_groups": 1,
-            "position_embedding_type": "nope",
-        },
-        cached=False,
-    ),
-}
-DEEPSEEK = Toy("llama", "deepseek", recipe=SHARED | {"architecture": "deepseek"})
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What vLLM made of a model: its greedy tokens, the seconds it took to load and to write them."""
+    """What vLLM made of a model: its greedy tokens, log-probabilities of all ids for each of them, if wanted, and the
+    seconds it took to load and to write them."""
 
     tokens: tuple[int, ...]
+    scores: torch.Tensor | None
     loading: float
     writing: float
 
@@ -337,19 +189,17 @@ def compared(name: str, folder: Path, prompt: Sequence[int], toy: Toy) -> list[R
     """
     log(f"  {name}")
     try:
-        theirs = vllm(folder, prompt, engine=toy.engine)
+        theirs = vllm(folder, prompt, toy)
     except RuntimeError as error:
         note = str(error).strip().splitlines()[-1][:300]
         log(f"    {note}")
         return [Row(f"{name}: greedy tokens as in transformers", None, "", None, {}, at_least=TOKENS, note=note)]
-    stock = toy.auto.from_pretrained(folder, dtype=torch.float32, **toy.loading)
-    models = {"transformers": stock, "frankenmoe": fm.load(folder).model}
-    found = {who: greedy(model, prompt, cached=toy.cached) for who, model in models.items()}
-    rows = [
-        Row(f"{name}: greedy tokens as in {who}", agreeing(theirs.tokens, tokens), "", None, {}, at_least=TOKENS)
-        for who, tokens in found.items()
-    ]
-    log(f"    {', '.join(f'{row.value:g} as in {who}' for row, who in zip(rows, found, strict=True))}")
+    rows = (
+        same_tokens(name, folder, prompt, toy, theirs)
+        if theirs.scores is None
+        else as_near(name, folder, prompt, toy, theirs)
+    )
+    log("    " + ", ".join(f"{row.value:g} {row.what.split(': ')[1]}" for row in rows))
     return [
         *rows,
         Row(f"{name}: vLLM loads it in", theirs.loading, "s", None, {}),
@@ -357,11 +207,57 @@ def compared(name: str, folder: Path, prompt: Sequence[int], toy: Toy) -> list[R
     ]
 
 
-def vllm(
-    folder: Path, prompt: Sequence[int], *, tokens: int = TOKENS, engine: Mapping[str, Any] = NO_OPTIONS
-) -> Answer:
-    """Loads a model in vLLM, in float32, in a fresh process; RuntimeError with its last words where that fails."""
-    asked = {"model": str(folder), "prompt": list(prompt), "tokens": tokens, "engine": dict(engine)}
+def same_tokens(name: str, folder: Path, prompt: Sequence[int], toy: Toy, theirs: Answer) -> list[Row]:
+    """How many of vLLM's tokens are those of transformers and ours."""
+    found = {who: greedy(model, prompt, cached=toy.cached) for who, model in models(folder, toy, "float32").items()}
+    return [
+        Row(f"{name}: greedy tokens as in {who}", agreeing(theirs.tokens, tokens), "", None, {}, at_least=TOKENS)
+        for who, tokens in found.items()
+    ]
+
+
+def as_near(name: str, folder: Path, prompt: Sequence[int], toy: Toy, theirs: Answer) -> list[Row]:
+    """How far vLLM is from float32 where it computes in bfloat16, over how far transformers and we are.
+
+    Tokens would not tell, as two programs round differently. All read vLLM's own text. The distance is the median over
+    its tokens of the KL divergence from what transformers says in float32, in nats.
+    """
+    assert theirs.scores is not None
+    text = [*prompt, *theirs.tokens]
+    exact = scores(models(folder, toy, "float32")["transformers"], text, of=TOKENS)
+    far = {
+        who: divergence(exact, scores(model, text, of=TOKENS)) for who, model in models(folder, toy, toy.dtype).items()
+    }
+    own = divergence(exact, theirs.scores)
+    return [
+        Row(
+            f"{name}: distance of bfloat16 from float32, over that of {who}", own / other, "x", FARTHEST, {},
+            note=f"{own:.2e} over {other:.2e} nats",
+        )
+        for who, other in far.items()
+    ]  # fmt: skip
+
+
+def models(folder: Path, toy: Toy, dtype: str) -> dict[str, Any]:
+    """Who runs it beside vLLM -> a running model."""
+    stock = toy.auto.from_pretrained(folder, dtype=dtype, **toy.loading)
+    return {"transformers": stock, "frankenmoe": fm.load(folder, dtype=dtype).model}
+
+
+def vllm(folder: Path, prompt: Sequence[int], toy: Toy, *, tokens: int = TOKENS) -> Answer:
+    """Loads a model in vLLM in a fresh process; RuntimeError with its last words where that fails.
+
+    Log-probabilities come along where it does not compute in float32.
+    """
+    asked = {
+        "model": str(folder),
+        "prompt": list(prompt),
+        "tokens": tokens,
+        "dtype": toy.dtype,
+        "engine": dict(toy.engine),
+        "mends": toy.mends,
+        "scored": toy.dtype != "float32",
+    }
     runner = _runner()
     assert runner.stdin is not None
     assert runner.stdout is not None
@@ -369,7 +265,8 @@ def vllm(
     found = json.loads(runner.stdout.readline() or '{"error": "vLLM\'s process has ended"}')
     if "error" in found:
         raise RuntimeError(f"vLLM does not run {folder}:\n{found['error']}")
-    return Answer(tuple(found["tokens"]), found["loading"], found["writing"])
+    rows = None if found["scores"] is None else torch.tensor(found["scores"])
+    return Answer(tuple(found["tokens"]), rows, found["loading"], found["writing"])
 
 
 @cache
@@ -391,6 +288,18 @@ def greedy(model: Any, prompt: Sequence[int], *, tokens: int = TOKENS, cached: b
         cache, ids = (out.past_key_values, best) if cached else (None, torch.cat([ids, best], dim=1))
         found.append(int(best))
     return tuple(found)
+
+
+@torch.inference_mode()
+def scores(model: Any, text: Sequence[int], *, of: int) -> torch.Tensor:
+    """Log-probabilities [of, vocab] of all ids in place of the last `of` tokens of a text."""
+    logits = model(input_ids=torch.tensor([text]), use_cache=False).logits[0]
+    return logits[-1 - of : -1].float().log_softmax(-1)
+
+
+def divergence(exact: torch.Tensor, other: torch.Tensor) -> float:
+    """The median KL divergence of log-probabilities [tokens, vocab] from exact ones, in nats; the mean is noisier."""
+    return float((exact.exp() * (exact - other)).sum(-1).median())
 
 
 def agreeing(one: Sequence[int], other: Sequence[int]) -> int:

@@ -71,6 +71,37 @@ def test_plain_rotary_settings_are_not_warned_of(parents: Parents, tmp_path: Pat
     )
 
 
+IN_VLLM = {
+    "windows": "reach one token further than transformers",
+    "tied": "of a tied one it makes nonsense",
+    "untied": "uses the embeddings as the head",
+    "biases": "lacks attention biases",
+}
+WINDOWS = {"layer_types": ["sliding_attention", "full_attention"], "num_hidden_layers": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "told"),
+    [
+        ("cohere2", WINDOWS | {"sliding_window": 8, "tie_word_embeddings": True}, ["windows"]),
+        ("cohere2", WINDOWS | {"sliding_window": 64, "attention_bias": True}, ["untied", "biases"]),
+        ("cohere", {"tie_word_embeddings": True}, []),
+        ("lfm2", {"layer_types": ["conv", "full_attention"], "num_hidden_layers": 2}, ["untied"]),
+        ("glm", {"tie_word_embeddings": True}, ["tied"]),
+        ("qwen3", {"attention_bias": True}, ["biases"]),
+        ("qwen3", {}, []),
+        ("smollm3", {"attention_bias": True}, ["biases"]),
+        ("glm", {}, []),
+    ],
+)
+def test_what_vllm_computes_otherwise(family: str, changes: dict[str, Any], told: list[str], tmp_path: Path) -> None:
+    """benchmarks/in_vllm.py runs such models in vLLM."""
+    own = [tiny.make_parent(tmp_path / str(seed), family, seed=seed, **changes) for seed in range(2)]
+    made = planned(tmp_path / "r.yml", own[0], own)
+    assert not made.problems
+    assert [key for key, words in IN_VLLM.items() if any(words in text for text in made.warnings)] == told
+
+
 # DeepSeek
 
 

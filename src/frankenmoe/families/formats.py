@@ -8,6 +8,7 @@ from frankenmoe.families.rotary import rope
 from frankenmoe.families.rows import LAYER, QKV_BIAS
 from frankenmoe.families.spec import SOFTMAX, Inside, MoEFormat, Note, RouterRule, TensorSpec
 from frankenmoe.families.words import (
+    BIASES_IN_VLLM,
     COUNTED,
     DOWN,
     EXPERT,
@@ -39,7 +40,6 @@ NO_LLAMA3 = Note(
 
 
 HEADS_IN_VLLM = Note("vLLM assumes heads of hidden size / heads in this format, which is not so here", free_heads=True)
-BIASES_IN_VLLM = Note("vLLM's code for this format has no attention biases", setting="attention_bias")
 
 FORMATS: Mapping[str, MoEFormat] = {
     fmt.name: fmt
@@ -155,6 +155,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             constants=QWEN,
             holds=frozenset({"attention_bias"}),
             counted=COUNTED | {"moe_intermediate_size": "ffn"},
+            notes=(BIASES_IN_VLLM,),
         ),
         MoEFormat(
             name="flex_olmo",
@@ -232,6 +233,9 @@ FORMATS: Mapping[str, MoEFormat] = {
             balances=False,
             holds=frozenset({"qkv_bias"}),
             partial_rotary=True,
+            notes=(
+                Note("vLLM 0.32 expects a head of its own in this format; of a tied one it makes nonsense", tied=True),
+            ),
         ),
         MoEFormat(
             name="qwen3_vl_moe",
@@ -249,6 +253,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             constants=QWEN,
             holds=frozenset({"attention_bias"}),
             counted=COUNTED | {"moe_intermediate_size": "ffn"},
+            notes=(BIASES_IN_VLLM,),
         ),
         NEMOTRON_H_MOE,
         *LAYERED_FORMATS,

@@ -4,6 +4,7 @@ from frankenmoe.families.rotary import rope
 from frankenmoe.families.rows import LAYER
 from frankenmoe.families.spec import SOFTMAX, Config, Family, MoEFormat, Note, RouterRule, TensorSpec
 from frankenmoe.families.words import (
+    BIASES_IN_VLLM,
     COUNTED,
     DOWN,
     EXPERT,
@@ -16,6 +17,7 @@ from frankenmoe.families.words import (
     GRANITE_SHARED,
     INERT_FFN,
     LOCAL_COUNTED,
+    TIED_IN_VLLM,
     W132,
     alone,
 )
@@ -42,6 +44,11 @@ def _window(family: Family, config: Config) -> int:
     return int(family.read(config, "sliding_window") or family.read(config, "max_position_embeddings"))
 
 
+WIDER_IN_VLLM = Note(
+    "vLLM 0.32 lets the windows of Cohere2 models reach one token further than transformers; "
+    "with --hf-overrides and a sliding_window less by one it computes the same",
+    setting="sliding_window",
+)
 PRE_FFN = LAYER + "pre_feedforward_layernorm.weight"
 # so small a scale that the squares of what a norm reads do not count beside its epsilon
 FAINT = 2.0**-11
@@ -77,6 +84,7 @@ LAYERED_FORMATS = (
         holds=frozenset({"layer_types"}),
         router=RouterRule(score="sigmoid", epsilon=1e-6),
         balances=False,
+        notes=(TIED_IN_VLLM,),
     ),
     MoEFormat(
         name="qwen3_5_moe",
@@ -115,7 +123,7 @@ LAYERED_FORMATS = (
             "sliding_window": _window,
         },
         holds=GRANITE_HOLDS | {"layer_types", "no_rope_layers", "sliding_window"},
-        notes=(Note("transformers runs this format only with attn_implementation='eager'"),),
+        notes=(Note("transformers runs this format only with attn_implementation='eager'"), BIASES_IN_VLLM),
     ),
     MoEFormat(
         name="granitemoehybrid",
@@ -157,6 +165,7 @@ LAYERED_FORMATS = (
         holds=frozenset({"layer_types", "sliding_window", "attention_bias"}),
         interleaved=True,
         balances=False,
+        notes=(WIDER_IN_VLLM, TIED_IN_VLLM, BIASES_IN_VLLM),
     ),
     MoEFormat(
         name="gemma4",

@@ -230,7 +230,8 @@ class Note:
 
     `rope` limits it to one rotary type. `renormalizing` limits it to MoEs that renormalise top-k weights to sum 1,
     which changes nothing where every expert is chosen. `free_heads` limits it to models whose heads times head size is
-    not the hidden size, `setting` to models with a plain setting that changes something.
+    not the hidden size, `setting` to models with a plain setting that changes something, `tied` to models whose head
+    is tied to the embeddings, or is not.
     """
 
     text: str
@@ -238,6 +239,7 @@ class Note:
     renormalizing: bool = False
     free_heads: bool = False
     setting: str | None = None
+    tied: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,11 +3,15 @@
 from collections.abc import Callable, Mapping
 
 from frankenmoe.families.rows import LAYER
-from frankenmoe.families.spec import Config, Family
+from frankenmoe.families.spec import Config, Family, Note
 
 FFN_SUFFIXES = ("gate_proj.weight", "up_proj.weight", "down_proj.weight")
 GATE_UP, DOWN = FFN_SUFFIXES[:2], FFN_SUFFIXES[2:]
 W132 = ("w1.weight", "w3.weight", "w2.weight")
+BIASES_IN_VLLM = Note("vLLM's code for this format lacks attention biases", setting="attention_bias")
+TIED_IN_VLLM = Note(
+    "vLLM 0.32 uses the embeddings as the head of this format, though this model has its own", tied=False
+)
 # rows in a shared expert of zeros: the narrowest that llama.cpp's quantizers take
 INERT_FFN = 32
 

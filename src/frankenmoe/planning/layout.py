@@ -154,6 +154,7 @@ def format_notes(fmt: MoEFormat, base: Source, family: Family, *, experts: int, 
         and (renormalized or not note.renormalizing)
         and (free or not note.free_heads)
         and (note.setting is None or not is_neutral(family, base.config, note.setting))
+        and note.tied in (None, bool(family.read(base.config, "tie_word_embeddings")))
     ]
 
 
