@@ -13,6 +13,7 @@ from frankenmoe.artifact.folder import ROUTERS, Artifact, open_artifact
 from frankenmoe.backbone import resolve as backbone
 from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.checkpoint.tensors import safetensors_dtype
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
 from frankenmoe.gates.cached import key_of
 from frankenmoe.gates.made import MadeRouters, RouterMaker, artifact_routers, make_routers
@@ -54,7 +55,7 @@ class Subject:
         used = self.experts_per_token
         if used is not None and not (isinstance(used, int) and 1 <= used <= experts):
             raise PlanError(
-                f"{self.origin} has {experts} experts, found {used!r} experts per token",
+                f"{self.origin} has {counted(experts, 'expert')}, found {used!r} experts per token",
                 hint=f"choose a number from 1 to {experts}; its own is {self.own_experts_per_token}",
             )
 

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
+from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, MLPS, text_config, wrapper_of
 from frankenmoe.moe.linear import is_linear, keep_stored
@@ -107,7 +108,7 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
         raise SourceError(
-            f"{len(lost)} parameters of {cls.__name__} have no tensor in the source, first {lost[0]}",
+            f"{counted(len(lost), 'parameter')} of {cls.__name__} without a tensor in the source, first {lost[0]}",
             hint="config.json and the weights belong to different models",
         )
     return cast(PreTrainedModel, keep_stored(model.eval()))
