@@ -22,6 +22,7 @@ from frankenmoe.checkpoint.values import materialize
 from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, MLPS, text_config, wrapper_of
+from frankenmoe.moe.counting import counting
 from frankenmoe.moe.linear import is_linear, keep_stored
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.planning.tree import dense_writes
@@ -111,7 +112,7 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
             f"{counted(len(lost), 'parameter')} of {cls.__name__} without a tensor in the source, first {lost[0]}",
             hint="config.json and the weights belong to different models",
         )
-    return cast(PreTrainedModel, keep_stored(model.eval()))
+    return counting(cast(PreTrainedModel, keep_stored(model.eval())))
 
 
 def load_source(source: Source, *, stored: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
