@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from frankenmoe.artifact.folder import ROUTERS, Artifact, open_artifact
 from frankenmoe.backbone import resolve as backbone
 from frankenmoe.checkpoint.hub import resolve
+from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import safetensors_dtype
 from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
@@ -369,6 +370,7 @@ def open_model(what: str | Path, *, trust_remote_code: bool = False, **options: 
         return open_subject(what, trust_remote_code=trust_remote_code, **options)
     name, _, revision = str(what).partition("@") if not Path(what).exists() else (str(what), "", "")
     folder = resolve(name, revision=revision or None, folder=Path.cwd())
+    read_object(folder / "config.json", hint="name an artifact, a recipe, or the folder or hub id of a model")
     return Dense(str(what), folder, trust_remote_code)
 
 
