@@ -166,7 +166,7 @@ def prune(
     if not 1 <= experts < old.experts:
         raise PlanError(
             f"--experts is {experts}, expected at least 1 and fewer than {subject.origin} has ({old.experts})",
-            hint="it is the number of experts that stay",
+            hint="it is the number of experts that stay" if old.experts > 1 else "there is only one, which must stay",
         )
     if per_layer:
         standard(old)
