@@ -45,6 +45,14 @@ MORE: dict[str, Case] = {
     "nemotron_h-attention": replace(
         CASES["nemotron_h"], config=CASES["nemotron_h"].config | {"layers_block_type": ["full_attention", "mlp"] * 2}
     ),
+    "nemotron_h-mamba": replace(
+        CASES["nemotron_h"], config=CASES["nemotron_h"].config | {"layers_block_type": ["linear_attention", "mlp"] * 2}
+    ),
+    "granite4-mamba": replace(CASES["granite4"], config=CASES["granite4"].config | {"layer_types": ["mamba"] * 4}),
+    "lfm2-conv": replace(CASES["lfm2"], config=CASES["lfm2"].config | {"layer_types": ["conv"] * 4}),
+    "qwen3_5-linear": replace(
+        CASES["qwen3_5"], config=CASES["qwen3_5"].config | {"layer_types": ["linear_attention"] * 4}
+    ),
     "gemma3-linear": replace(CASES["gemma3-full"], config=CASES["gemma3-full"].config | {"attention_bias": False}),
     "gemma4-shared-keys": replace(
         CASES["gemma4-inputs"],
@@ -122,5 +130,9 @@ REFUSED: dict[str, str] = {
     "nemotron_h-bias": "nemotron_h_moe has no place for backbone.layers.0.mixer.in_proj.bias",
     "nemotron_h-no-bias": "nemotron_h_moe needs biases of the convolution, found use_conv_bias false",
     "nemotron_h-attention": "nemotron_h_moe needs a Mamba layer",
+    "nemotron_h-mamba": "nemotron_h_moe needs a layer with attention",
+    "granite4-mamba": "granitehybrid needs a layer with attention",
+    "lfm2-conv": "lfm2moe needs a layer with attention",
+    "qwen3_5-linear": "qwen35moe needs a layer with attention",
     "lfm2-bias": "lfm2moe has no place for model.layers.0.conv.conv.bias",
 }

@@ -15,7 +15,8 @@ MAX_LINES = 400
 
 # low to high; a file imports from its own row and from lower ones. A name is a package, or one file of it
 LAYERS = (
-    {"errors", "suggest", "progress", "palette", "cache", "child", "charts", "jit", "system", "registering", "webpage"},
+    {"errors", "counted", "suggest", "progress", "palette", "cache", "child", "charts"}
+    | {"jit", "system", "registering", "webpage"},
     {"recipe", "families", "checkpoint"},
     {"planning", "artifact", "data"},
     {"moe", "gates", "backbone", "subject"},

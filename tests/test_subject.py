@@ -19,7 +19,7 @@ from frankenmoe.planning.kind import kind_of
 from frankenmoe.progress import Progress
 from frankenmoe.subject import Dense, open_model, open_subject
 from frankenmoe.train.run import train
-from refusals import cli
+from refusals import cli, refused
 
 Parents = dict[str, list[Path]]
 Calls = list[object]
@@ -346,6 +346,14 @@ def test_a_cache_in_an_odd_place_is_no_error(tmp_path: Path, monkeypatch: pytest
     for relative in ("relative", "~/cache", ""):
         monkeypatch.setenv("XDG_CACHE_HOME", relative)
         assert cache.cache_folder("routers") == Path.home() / ".cache" / "frankenmoe" / "routers"
+
+
+def test_an_empty_folder_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.txt").write_text("some text")
+    arguments = ("eval", tmp_path / "empty", "--text", tmp_path / "text.txt")
+    facts = (f"{tmp_path / 'empty'} has no config.json",)
+    refused(*arguments, inside=tmp_path, facts=facts, hint="name an artifact, a recipe, or the folder")
 
 
 def test_arguments_of_a_wrong_type_are_explained(parents: Parents, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from frankenmoe.artifact.record import MODEL_TYPE
 from frankenmoe.checkpoint.hub import resolve
 from frankenmoe.checkpoint.reader import unmap
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, PlanError
 
 if TYPE_CHECKING:
@@ -217,7 +218,7 @@ def _check_unchanged(model: Any, subject: "Subject", state: Mapping[str, Any] | 
     changed += [name for name in again if name not in now]
     if changed:
         raise ArtifactError(
-            f"{len(changed)} tensors of the model were changed since {subject.origin} was loaded, the first is "
+            f"{counted(len(changed), 'tensor')} of the model changed since {subject.origin} was loaded, the first is "
             f"{changed[0]}; only what its recipe says can be written",
             hint="save a trained adapter by PEFT's save_pretrained, or train with `frankenmoe train`",
         )

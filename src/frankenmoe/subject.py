@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from frankenmoe.artifact.folder import ROUTERS, Artifact, open_artifact
 from frankenmoe.backbone import resolve as backbone
 from frankenmoe.checkpoint.hub import resolve
+from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import safetensors_dtype
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, PlanError, RecipeError
 from frankenmoe.gates.cached import key_of
 from frankenmoe.gates.made import MadeRouters, RouterMaker, artifact_routers, make_routers
@@ -54,7 +56,7 @@ class Subject:
         used = self.experts_per_token
         if used is not None and not (isinstance(used, int) and 1 <= used <= experts):
             raise PlanError(
-                f"{self.origin} has {experts} experts, found {used!r} experts per token",
+                f"{self.origin} has {counted(experts, 'expert')}, found {used!r} experts per token",
                 hint=f"choose a number from 1 to {experts}; its own is {self.own_experts_per_token}",
             )
 
@@ -368,6 +370,7 @@ def open_model(what: str | Path, *, trust_remote_code: bool = False, **options: 
         return open_subject(what, trust_remote_code=trust_remote_code, **options)
     name, _, revision = str(what).partition("@") if not Path(what).exists() else (str(what), "", "")
     folder = resolve(name, revision=revision or None, folder=Path.cwd())
+    read_object(folder / "config.json", hint="name an artifact, a recipe, or the folder or hub id of a model")
     return Dense(str(what), folder, trust_remote_code)
 
 

@@ -91,7 +91,7 @@ def test_file_without_tensors(file: Path) -> None:
         ({"a": tensor(2**40, 2**40)}, 4, "takes 1208925819614629174706176"),
         ({"a": tensor(4), "b": tensor(4, offsets=(2, 6))}, 6, "'b' in {file} overlaps the tensor before it by 2 bytes"),
         ({"a": tensor(4), "b": tensor(4, offsets=(6, 10))}, 10, "'b' in {file} leaves a hole before it of 2 bytes"),
-        ({"a": tensor(4, offsets=(1, 5))}, 5, "leaves a hole before it of 1 bytes"),
+        ({"a": tensor(4, offsets=(1, 5))}, 5, "leaves a hole before it of 1 byte"),
         ({"a": tensor(4)}, 1, "is truncated: 3 of its"),
         ({"a": tensor(4)}, 9, "has 5 bytes after its last tensor"),
         ({"__metadata__": {"a": 1}}, 0, "not a map from text to text"),

@@ -90,7 +90,7 @@ def put_own_index(folder: Path) -> None:
     ("beside", "said"),
     [
         (put_shards, "which names 2 other files"),
-        (put_stale_index, "which names 2 files that are not there"),
+        (put_stale_index, "which names 2 missing files"),
         (put_broken_index, None),
         (put_own_index, None),
     ],

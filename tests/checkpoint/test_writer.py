@@ -147,7 +147,7 @@ def test_a_full_disk_says_where_and_how_much(save, tmp_path: Path, monkeypatch: 
     with pytest.raises(ArtifactError) as caught:
         write(out / "m.safetensors", [copy_of(save(TENSORS)["a"])])
     assert caught.value.message == (
-        f"{out / 'm.safetensors'} with its 5296 bytes does not fit into {out}: 4296 bytes more are needed"
+        f"{out / 'm.safetensors'} with its 5296 bytes does not fit into {out}: 4,296 more bytes needed"
     )
     assert caught.value.hint
     assert list(out.iterdir()) == []

@@ -24,6 +24,7 @@ from frankenmoe.export import run as exporting
 from frankenmoe.export.importance import ENOUGH, measure
 from frankenmoe.export.llama import Engine, check_loadable
 from frankenmoe.export.run import check_files, export_gguf
+from frankenmoe.export.samples import PROMPTS
 from frankenmoe.planning.gguf import layout
 from frankenmoe.publish.card import make_card
 from frankenmoe.subject import open_subject
@@ -230,6 +231,19 @@ def test_importance_is_what_flows_into_each_matrix(place: Path) -> None:
     expected = seen["mlp"].square().mean(0).numpy()
     assert np.allclose(found.importance["blk.1.ffn_up_exps.weight"], expected, rtol=1e-4)
     assert "output.weight" not in found.importance
+
+
+@pytest.mark.parametrize("context", [16, 40])
+def test_texts_and_replies_of_the_check_fit_into_a_short_context(context: int, tmp_path: Path) -> None:
+    parents = gguftools.parents(tmp_path, "llama", count=2, max_position_embeddings=context)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", parents[0], parents, gate_mode="random")
+    files = export_gguf(recipe, tmp_path / "out", types=["f32"], allow_random=True)
+    (found,) = check_files(recipe, files)
+    tokens = [len(gguftools.bpe("gpt-2")(prompt)["input_ids"]) for prompt in PROMPTS]
+    assert context - 1 in tokens or max(tokens) < context < max(tokens) + 24  # room for one token, or for a few
+    assert found.prompts == sum(each < context for each in tokens)
+    assert (found.same_replies, found.same_prompts) == (found.prompts, found.prompts)
+    assert found.kl < 1e-6
 
 
 def test_the_command_exports_checks_reports_and_chats(place: Path, tmp_path: Path) -> None:

@@ -219,6 +219,12 @@ def test_mistakes_are_refused(
     refused("prune", "moe", "less", *words, inside=texts, facts=facts, hint=hint)
 
 
+def test_one_expert_must_stay(parents: Parents, texts: Path) -> None:
+    recipe = recipe_of(texts / "one.yml", parents["llama"], ["e1"], experts_per_token=1)
+    out = fm.build(recipe, texts / "one", virtual=True).folder
+    refused("prune", out, "--experts", 1, inside=texts, facts=("fewer than", "has (1)"), hint="there is only one")
+
+
 def test_what_cannot_work_is_refused_before_the_text_is_read(
     parents: Parents, texts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -89,6 +89,9 @@ def test_what_was_added_and_removed_leaves_the_former_gates(
     fm.add_expert(tmp_path / "before", tmp_path / "more", source=str(parents["llama"][2]), name="e2", data=data, **SIZE)
     removed = fm.remove_expert(tmp_path / "more", tmp_path / "after", experts=["e2"])
     assert removed.artifact.form == ("virtual" if virtual else "built")
+    facts = [load_statistics(tmp_path / name / STATISTICS).facts for name in ("before", "after")]
+    assert facts[0]["scale"] == facts[1]["scale"]
+    assert facts[0]["method"] == facts[1]["method"] == "ridge"
     for name, gate in gates(tmp_path / "before").items():
         assert torch.allclose(gates(tmp_path / "after")[name], gate, rtol=0, atol=1e-6 * float(gate.abs().max()))
     before, after = (open_artifact(tmp_path / name).record["recipe"] for name in ("before", "after"))

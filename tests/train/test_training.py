@@ -288,6 +288,14 @@ def test_the_gates_of_one_expert_per_token_learn_straight_through(parents: Paren
     assert type(fm.load(found.artifact).model.model.layers[0].mlp.router) is Router
 
 
+def test_one_expert_has_no_routers_to_train(parents: Parents, tmp_path: Path) -> None:
+    corpus.write_texts(tmp_path)
+    recipe = tiny.write_recipe(tmp_path / "r.yml", parents["llama"][0], parents["llama"][1:2], experts_per_token=1)
+    assert "--what adapters,norms" in refused(recipe, tmp_path, "the MoE has one expert, whose weight is always 1")
+    found = train(recipe, tmp_path / "out", data=data(tmp_path), settings=corpus.settings(what="adapters,norms"))
+    assert found.report["looks"]
+
+
 def test_a_straight_through_weight_for_two_experts_is_refused(virtual: Path, tmp_path: Path) -> None:
     assert "leave --straight-through out" in refused(
         virtual, tmp_path, "found 2 experts per token", straight_through=True

@@ -27,6 +27,7 @@ from frankenmoe.checkpoint.reader import unmap
 from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.checkpoint.weights import SINGLE
 from frankenmoe.checkpoint.writer import free_bytes, partial_of, write_atomic
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, FrankenMoEError
 
 RECORD = "frankenmoe.json"
@@ -198,7 +199,9 @@ def _worth_keeping(partial: Path, error: Exception) -> bool:
     if fault or not shards:
         return False
     if isinstance(error, FrankenMoEError):
-        error.hint = f"{error.hint}; the same command then continues from {shards} finished shards in {partial}"
+        error.hint = (
+            f"{error.hint}; the same command then continues from {counted(shards, 'finished shard')} in {partial}"
+        )
     return True
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from frankenmoe.audit.measures import Facts, own_share, own_shares
 from frankenmoe.audit.spare import one_of_each, without
+from frankenmoe.counted import counted
 
 GOOD, MIND, BAD, OPEN = "good", "mind", "bad", "open"
 CROWDED = 1.0  # MaxVio above this: an expert has more than twice its even share
@@ -80,14 +81,6 @@ def percent(share: float) -> str:
 
 def _inside(path: str, index: int) -> str:
     return f"{path}.{index}" if path else str(index)
-
-
-def _experts(count: int) -> str:
-    return "1 expert" if count == 1 else f"{count} experts"
-
-
-def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count:,} tokens"
 
 
 def _layers(numbers: Sequence[int]) -> str:
@@ -179,11 +172,12 @@ def _norm_of(facts: Facts) -> str:
 def _moe_layer(facts: Facts, experts: Sequence[str]) -> str:
     apart = facts["apart"]
     if apart is None:
-        return f"A router inside an expert, over {_experts(len(experts))}. They are compared in the outer router's row."
+        count = counted(len(experts), "expert")
+        return f"A router inside an expert, over {count}. They are compared in the outer router's row."
     if apart["median"] is None:
         return "There is only one expert: this layer is dense."
     if apart["farthest"] == 0:
-        return f"All {_experts(len(apart['paths']))} have the same weights: this layer is dense."
+        return f"All {counted(len(apart['paths']), 'expert')} have the same weights: this layer is dense."
     moved = (
         f"With the next best experts chosen, the output changes by {percent(apart['moved'])}"
         if apart["moved"] is not None
@@ -204,9 +198,13 @@ def _who(whole: Whole) -> Answer:
     layer = next(facts for facts in whole.routers if facts["layer"] == worst[1])
     share = max(layer["load"]["share"])
     busiest = whole.names[str(layer["load"]["share"].index(share))]
-    tokens = _tokens(whole.routers[0]["tokens"])
+    tokens = counted(whole.routers[0]["tokens"], "token")
     places = _layers(sorted({layer for layer, _ in dead}))
-    lost = f"{_experts(len(dead))} got none of {tokens} ({places})" if dead else f"No expert is dead after {tokens}"
+    lost = (
+        f"{counted(len(dead), 'expert')} got none of {tokens} ({places})"
+        if dead
+        else f"No expert is dead after {tokens}"
+    )
     level = BAD if dead else MIND if worst[0] > CROWDED else GOOD
     idle = [name for name in whole.names.values() if all((each["layer"], name) in dead for each in whole.routers)]
     advice = f" {', '.join(idle)} got none in any layer: {without(idle, whole.artifact)}." if idle else ""
@@ -342,7 +340,8 @@ def _survive(whole: Whole) -> Answer:
     quantized = (
         f"imatrix, GPTQ and AWQ would find no data for {listed}: calibrate on more text, or leave these unquantized"
         if dead
-        else f"Every expert has data to calibrate on, at least {_tokens(min(fewest)[0])} (layer {min(fewest)[1]})"
+        else f"Every expert has data to calibrate on, at least {counted(min(fewest)[0], 'token')} (layer "
+        f"{min(fewest)[1]})"
     )
     return Answer(
         *asked, verdict, level, max(over)[0], f"dropped at capacity {TRAINED}, worst layer",
@@ -367,7 +366,7 @@ def _token(whole: Whole) -> Answer:
     return Answer(
         "token", "What did this token see?", "see below", OPEN, max(switches)[0],
         "of tokens switch expert, most active layer",
-        f"Of {_experts(experts)}, the number that are first for any of the {_tokens(shown)} shown is "
+        f"Of {counted(experts, 'expert')}, the number that are first for any of the {counted(shown, 'token')} shown is "
         f"{_span(used, lambda count: f'{count:.0f}')}. The share of tokens whose first expert differs from the "
         f"previous token's is {_span(switches, percent)}.",
     )  # fmt: skip
@@ -378,8 +377,8 @@ def _token_layer(facts: Facts, experts: Sequence[str]) -> str:
     if seen is None:
         return "Tokens are shown for the outer routers."
     return (
-        f"For the tokens shown, {seen['used']} of {_experts(len(experts))} are first. {percent(seen['switches'])} of "
-        "tokens have another first expert than the previous token."
+        f"For the tokens shown, {seen['used']} of {counted(len(experts), 'expert')} are first. "
+        f"{percent(seen['switches'])} of tokens have another first expert than the previous token."
     )
 
 

@@ -16,6 +16,7 @@ from frankenmoe.audit.examine import Audit
 from frankenmoe.audit.measures import Facts, Measure, compared, on_page, own_shares
 from frankenmoe.audit.tokens import encoded
 from frankenmoe.charts import ChartError, can_draw
+from frankenmoe.counted import counted
 from frankenmoe.errors import FrankenMoEWarning
 from frankenmoe.palette import mark
 from frankenmoe.webpage import inlined, json_in_html, marks
@@ -87,11 +88,11 @@ def _subject(report: Facts) -> str:
     model, text = report["model"], report["text"]
     read = ", ".join(f"{part['tokens']:,} of {name}" for name, part in text.items())
     shared = ", and one shared expert that every token uses" if model["shared_expert"] else ""
-    nested = f", {model['nested_routers']} nested routers" if model["nested_routers"] else ""
+    nested = f", {counted(model['nested_routers'], 'nested router')}" if model["nested_routers"] else ""
     return (
         f"<p><strong>{escape(report['subject']['name'])}</strong>: {escape(report['subject']['what'])}, "
-        f"{model['layers']} layers, {len(model['experts'])} experts, {model['experts_per_token']} per "
-        f"token{shared}{nested}. "
+        f"{counted(model['layers'], 'layer')}, {counted(len(model['experts']), 'expert')}, "
+        f"{model['experts_per_token']} per token{shared}{nested}. "
         f'<span class="soft">Tokens read: {escape(read)}.</span></p>'
     )
 

@@ -22,6 +22,7 @@ from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.tensors import LowRank, Noise, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import materialize, values
 from frankenmoe.checkpoint.writer import write_atomic, write_shard
+from frankenmoe.counted import counted
 from frankenmoe.data.blocks import joined_spans
 from frankenmoe.data.given import Texts
 from frankenmoe.errors import PlanError, RecipeError
@@ -106,8 +107,8 @@ def _text(plan: Plan, tokenizer: Any, name: str, settings: HealSettings, data: T
     blocks = len(text.kept) + len(text.held)
     if blocks < LEAST:
         raise PlanError(
-            f"the data of expert {name!r} has {blocks} blocks of {settings.block} tokens, expected at least {LEAST} to "
-            "heal from",
+            f"the data of expert {name!r} has {counted(blocks, 'block')} of {counted(settings.block, 'token')}, "
+            f"expected at least {LEAST} to heal from",
             hint="give more text or a smaller block; from 10,000 tokens on it pays",
         )
     return ending(text)

@@ -18,6 +18,7 @@ from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.reader import map_bytes, open_checkpoint
 from frankenmoe.checkpoint.tensors import FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError
 from frankenmoe.planning import Plan
 from frankenmoe.planning.recall import facts
@@ -53,7 +54,7 @@ def verify(what: Subject | Artifact | str | Path, *, progress: Progress = SILENT
                 hint="the record was edited; build the artifact again",
             )
     files = (*made.source_files, *made.deciding_files)
-    checks = [Check("sources", f"{len(files)} files are unchanged"), _small_files(artifact)]
+    checks = [Check("sources", f"{counted(len(files), 'file')} unchanged"), _small_files(artifact)]
     if artifact.form == "virtual":
         progress.start("comparing", sum(file.stat().st_size for file in made.source_files), "B")
         return (*checks, _hashes(artifact, made, progress.advance), *prove_routers(made, artifact.folder))
@@ -77,7 +78,7 @@ def _small_files(artifact: Artifact) -> Check:
             )
     if artifact.form == "built":
         check_no_stray(artifact.folder)
-    return Check("files", f"{len(recorded)} small files are unchanged")
+    return Check("files", f"{counted(len(recorded), 'small file')} unchanged")
 
 
 def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = False) -> tuple[Check, ...]:
@@ -88,7 +89,7 @@ def prove_body(plan: Plan, folder: Path, *, on_bytes: Listener, sampled: bool = 
     checkpoint = open_checkpoint(folder)
     tensors = checkpoint.tensors
     _compare_headers(plan, tensors)
-    checks = [Check("headers", f"{len(tensors)} tensors have the planned names, shapes and types")]
+    checks = [Check("headers", f"{counted(len(tensors), 'tensor')} with the planned names, shapes and types")]
     if sampled:
         _compare_config(plan, checkpoint.config, folder)
         _read_ahead(tensors.values())
@@ -112,7 +113,9 @@ def prove_agreement(plan: Plan, folder: Path) -> tuple[Check, ...]:
     found = {name: (ref.dtype, ref.shape) for name, ref in open_checkpoint(folder).tensors.items()}
     checks = (Check("class", compare_class(folder, found, where="the folder", hint=DAMAGED)),)
     count = compared_texts(target, folder)
-    return checks if count is None else (*checks, Check("tokenizer", f"the base's ids for {count} hard texts"))
+    return (
+        checks if count is None else (*checks, Check("tokenizer", f"the base's ids for {counted(count, 'hard text')}"))
+    )
 
 
 def _sampled_once(writes: Iterable[TensorWrite], tensors: Mapping[str, TensorRef]) -> Iterator[TensorWrite]:
@@ -148,15 +151,15 @@ def prove_routers(plan: Plan, folder: Path) -> tuple[Check, ...]:
             name for name in routers if routers[name].shape != plan.routers[name]
         ]
         raise ArtifactError(
-            f"the routers file of {folder} does not match its recipe: expected {len(plan.routers)} gates, found "
-            f"{len(routers)}; the first difference is {odd[0]}",
+            f"the routers file of {folder} does not match its recipe: expected "
+            f"{counted(len(plan.routers), 'gate')}, found {len(routers)}; the first difference is {odd[0]}",
             hint=DAMAGED,
         )
     for ref in routers.values():
         if ref.dtype not in FLOATS:
             raise ArtifactError(f"router {ref.name} is stored as {ref.dtype}, expected floats", hint=DAMAGED)
         check_finite(ref)
-    return (Check("routers", f"{len(routers)} gates have the planned shape and are finite"),)
+    return (Check("routers", f"{counted(len(routers), 'gate')} of the planned shape, all finite"),)
 
 
 def open_artifact_routers(folder: Path) -> dict[str, TensorRef]:
@@ -171,7 +174,7 @@ def _hashes(artifact: Artifact, made: Plan, on_bytes: Listener) -> Check:
                 f"{file} has another SHA-256 than recorded in {artifact.folder}",
                 hint="a source has changed; restore it, or build the artifact again",
             )
-    return Check("values", f"every byte of {len(made.source_files)} source files, by SHA-256")
+    return Check("values", f"every byte of {counted(len(made.source_files), 'source file')}, by SHA-256")
 
 
 def _compare_headers(plan: Plan, tensors: Mapping[str, TensorRef]) -> None:

@@ -31,6 +31,7 @@ from frankenmoe.build.target import target_of
 from frankenmoe.build.virtual import copy_virtual_files
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, PlanError, SourceError
 from frankenmoe.gates.made import MadeRouters
 from frankenmoe.planning import Plan
@@ -74,7 +75,7 @@ def build(
         raise ArtifactError(f"{folder} is already built", hint=f"its recipe is {folder / 'recipe.yml'}")
     if subject.experts_per_token not in (None, subject.own_experts_per_token):
         raise PlanError(
-            f"an artifact has the recipe's {subject.own_experts_per_token} experts per token, found "
+            f"an artifact has the recipe's {counted(subject.own_experts_per_token, 'expert')} per token, found "
             f"{subject.experts_per_token} to build with",
             hint="write experts_per_token in the recipe",
         )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from frankenmoe.checkpoint.quantize import INSTALL
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError
 
 VALUES = "frankenmoe.cache_type_v"  # metadata: the type in which llama.cpp should keep values, if not float16
@@ -24,7 +25,7 @@ def open_gguf(file: Path) -> Any:
         reader = gguf.GGUFReader(file)
         size = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
     if size > file.stat().st_size:
-        raise ArtifactError(f"{file} is truncated: {size - file.stat().st_size} bytes are missing", hint=AGAIN)
+        raise ArtifactError(f"{file} is truncated: {counted(size - file.stat().st_size, 'byte')} missing", hint=AGAIN)
     return reader
 
 

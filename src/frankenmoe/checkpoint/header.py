@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef
+from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError, brief
 
 PREFIX = 8  # bytes of the length before the JSON
@@ -92,7 +93,9 @@ def header_bytes(entries: Sequence[tuple[str, str, tuple[int, ...]]], *, metadat
 
 def _check_length(path: Path, *, length: int, size: int) -> None:
     if size < PREFIX:
-        raise SourceError(f"{path} has {size} bytes, expected at least {PREFIX} for a safetensors file", hint=_DAMAGED)
+        raise SourceError(
+            f"{path} has {counted(size, 'byte')}, expected at least {PREFIX} for a safetensors file", hint=_DAMAGED
+        )
     if length > _MAX_HEADER:
         raise SourceError(
             f"{path} announces a header of {length} bytes, expected at most {_MAX_HEADER}",
@@ -100,7 +103,8 @@ def _check_length(path: Path, *, length: int, size: int) -> None:
         )
     if length > size - PREFIX:
         raise SourceError(
-            f"{path} announces a header of {length} bytes, but only {size - PREFIX} bytes follow", hint=_DAMAGED
+            f"{path} announces a header of {length} bytes, but only {counted(size - PREFIX, 'byte')} follow",
+            hint=_DAMAGED,
         )
 
 
@@ -162,7 +166,7 @@ def _check_cover(path: Path, refs: Sequence[TensorRef], *, data_start: int, size
         if ref.start != cursor:
             what = "overlaps the tensor before it by" if ref.start < cursor else "leaves a hole before it of"
             raise SourceError(
-                f"tensor {brief(ref.name)!r} in {path} {what} {abs(ref.start - cursor)} bytes", hint=_DAMAGED
+                f"tensor {brief(ref.name)!r} in {path} {what} {counted(abs(ref.start - cursor), 'byte')}", hint=_DAMAGED
             )
         cursor = ref.end
     if cursor > size:
@@ -171,4 +175,4 @@ def _check_cover(path: Path, refs: Sequence[TensorRef], *, data_start: int, size
             hint="the download or copy was cut off; fetch the file again",
         )
     if cursor < size:
-        raise SourceError(f"{path} has {size - cursor} bytes after its last tensor", hint=_DAMAGED)
+        raise SourceError(f"{path} has {counted(size - cursor, 'byte')} after its last tensor", hint=_DAMAGED)

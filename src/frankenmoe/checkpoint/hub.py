@@ -40,7 +40,8 @@ def resolve(
     if not _HUB_ID.fullmatch(name):
         raise SourceError(
             f"source {name!r} is neither a folder, looked for at {path}, nor a hub id like org/name",
-            hint=backslash_hint(name, folder=folder) or "a relative path counts from the folder of the recipe",
+            hint=backslash_hint(name, folder=folder)
+            or "a relative path counts from the folder of the recipe, one of an option from the current folder",
         )
     snapshot = _download(name, revision=revision, weights=weights, subfolders=subfolders)
     if weights:

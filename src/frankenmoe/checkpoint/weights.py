@@ -11,6 +11,7 @@ from typing import Any
 from frankenmoe.checkpoint.header import read_header
 from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import TensorRef
+from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError
 
 INDEX = "model.safetensors.index.json"
@@ -94,7 +95,7 @@ def _other_shards(folder: Path) -> Iterable[str]:
         names = set(_weight_map(folder / INDEX).values()) - {SINGLE}
     if names:
         there = sum((folder / name).is_file() for name in names)
-        what = f"{len(names)} other files" if there else f"{len(names)} files that are not there"
+        what = counted(len(names), "other file" if there else "missing file")
         yield (
             f"{folder} has two sets of weights: {SINGLE}, which is used, as in transformers, and {INDEX}, which names "
             f"{what}; if you mean those, move {SINGLE} away"

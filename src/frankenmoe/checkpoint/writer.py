@@ -16,6 +16,7 @@ from frankenmoe.checkpoint.header import header_bytes
 from frankenmoe.checkpoint.reading import Reader, reading
 from frankenmoe.checkpoint.tensors import DTYPES, FLOATS, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.system import OPEN, reserve, sync_folder
 
@@ -135,7 +136,8 @@ class _Shard:
             if count == 0:
                 missing = source.end - offset
                 raise SourceError(
-                    f"{source.file} ended {missing} bytes before tensor {source.name!r} was copied", hint=_AGAIN
+                    f"{source.file} ended {counted(missing, 'byte')} before tensor {source.name!r} was copied",
+                    hint=_AGAIN,
                 )
             room, offset = room[count:], offset + count
 
@@ -188,7 +190,7 @@ def _reserve(target: int, size: int) -> None:
 
 def _disk_full(path: Path, size: int) -> ArtifactError:
     missing = size - free_bytes(path.parent)
-    reason = f"{missing} bytes more are needed" if missing > 0 else "the disk or the quota is full"
+    reason = f"{counted(missing, 'more byte')} needed" if missing > 0 else "the disk or the quota is full"
     return ArtifactError(
         f"{path} with its {size} bytes does not fit into {path.parent}: {reason}",
         hint="free some space, or choose an output folder on another disk",

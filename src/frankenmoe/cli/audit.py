@@ -15,6 +15,7 @@ from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.show import console, expert_style
 from frankenmoe.cli.text import in_cells, is_unicode, json_safe, printable
+from frankenmoe.counted import counted
 from frankenmoe.data.given import pairs
 from frankenmoe.palette import mark
 from frankenmoe.recipe.sections import AuditSettings
@@ -114,10 +115,8 @@ def show_audit(report: Facts, show: Console) -> None:
     shared = ", one shared expert" if model["shared_expert"] else ""
     place = printable(subject["path"])
     show.print(Text(f"\n{printable(subject['name'])}: {subject['what']} {place}", style="bold", overflow="fold"))
-    show.print(
-        f"{model['layers']} layers x {len(model['experts'])} experts, {model['experts_per_token']} per token{shared}",
-        highlight=False,
-    )
+    shape = f"{counted(model['layers'], 'layer')} x {counted(len(model['experts']), 'expert')}"
+    show.print(f"{shape}, {model['experts_per_token']} per token{shared}", highlight=False)
     read = ", ".join(f"{part['tokens']:,} of {printable(name)}" for name, part in report["text"].items())
     show.print(f"tokens read: {read}", highlight=False, markup=False)
     legend = Text("experts: ")

@@ -9,6 +9,7 @@ from frankenmoe.cache import KINDS, cache_folder, clear, entries
 from frankenmoe.cli.options import JSON, example
 from frankenmoe.cli.show import console, gib
 from frankenmoe.cli.text import json_text, printable
+from frankenmoe.counted import counted
 
 KIND = click.argument("kind", required=False, type=click.Choice(KINDS))
 
@@ -41,7 +42,9 @@ def cache_command(context: click.Context, as_json: bool) -> None:
         used = datetime.fromtimestamp(each.used).strftime("%Y-%m-%d %H:%M")
         table.add_row(each.kind, printable(each.name), gib(each.bytes), used)
     console().print(table)
-    click.echo(f"{len(found)} entries, {gib(sum(each.bytes for each in found))}, in {cache_folder('')}")
+    click.echo(
+        f"{counted(len(found), 'entry', 'entries')}, {gib(sum(each.bytes for each in found))}, in {cache_folder('')}"
+    )
 
 
 @cache_command.command("clear", epilog=example("frankenmoe cache clear"))

@@ -12,6 +12,7 @@ from frankenmoe.cli.chat import show_trace
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console, program
 from frankenmoe.cli.text import json_text
+from frankenmoe.counted import counted
 from frankenmoe.demo import kits
 from frankenmoe.demo.real import check_available, real_folder
 from frankenmoe.demo.run import FITTED, FORCED, PROMPTED, QUESTIONS, RANDOM, TRAINED, Story, tell
@@ -42,8 +43,8 @@ def _print(story: Story, out: Path) -> None:
     made = story.plan
     show.print(
         f"A base and {len(DOMAINS)} fine-tunes of it ({', '.join(DOMAINS)}) become a {made.layers}-layer MoE of "
-        f"{made.experts} experts, {made.recipe.experts_per_token} per token: {billions(made.bill.total)} parameters, "
-        f"{billions(made.bill.active)} of them active for each token.",
+        f"{counted(made.experts, 'expert')}, {made.recipe.experts_per_token} per token: "
+        f"{billions(made.bill.total)} parameters, {billions(made.bill.active)} of them active for each token.",
         highlight=False,
     )
     show.print("\n2. All stages of the recipe, by `frankenmoe run`", style="bold")

@@ -12,6 +12,7 @@ from frankenmoe.cli.options import COUNT, EXPERTS_PER_TOKEN, JSON, NO_CACHE, REM
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import given, settings_options
 from frankenmoe.cli.text import cell, json_text
+from frankenmoe.counted import counted
 from frankenmoe.recipe.sections import ExportSettings
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.subject import Subject, open_subject
@@ -104,7 +105,9 @@ def _peft(subject: Subject, out: Path, settings: ExportSettings, as_json: bool) 
         table.add_row(cell(each.name), f"{each.kl:.1e}", f"{each.top1:.1%}", f"{each.loss:.3f}")
     if compared:
         console().print(table)
-    click.echo(f"{len(made.experts)} LoRAs of rank {made.rank} in {out}; with PEFT's Arrow:\n{arrow_code(made)}")
+    click.echo(
+        f"{counted(len(made.experts), 'LoRA')} of rank {made.rank} in {out}; with PEFT's Arrow:\n{arrow_code(made)}"
+    )
 
 
 def _as_data(files: Sequence["GgufFile"], checks: Sequence["Checked"]) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.cli.show import command, console, warn
 from frankenmoe.cli.text import cell, json_text, printable
+from frankenmoe.counted import counted
 from frankenmoe.recipe.sections import HealSettings
 from frankenmoe.subject import open_subject
 
@@ -86,5 +87,5 @@ def _show(report: "HealReport", folder: Path) -> None:
         click.secho(
             "no expert's held-out loss fell by more than one standard error, so none was changed", fg="yellow", err=True
         )
-    click.echo(f"{len(report.kept)} experts changed, {report.bytes / 2**20:,.1f} MiB; artifact in {folder}")
+    click.echo(f"{counted(len(report.kept), 'expert')} changed, {report.bytes / 2**20:,.1f} MiB; artifact in {folder}")
     click.echo(f"next: {command('chat', folder)}")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from frankenmoe.artifact.folder import Artifact
 from frankenmoe.cli.text import cell, printable
+from frankenmoe.counted import counted
 from frankenmoe.palette import mark
 from frankenmoe.planning import Plan
 from frankenmoe.planning.bill import billions
@@ -69,13 +70,16 @@ def _plan_rows(made: Plan, facts: dict[str, Any]) -> list[tuple[str, str]]:
     counts, memory = facts["parameters"], facts["memory"]
     need, free = facts["disk"]["need"], facts["disk"]["free"]
     some = len(made.expert_layers)  # in a few families not every layer has an FFN
-    layers = f"{made.layers} layers" if some == made.layers else f"{some} of {made.layers} layers"
+    layers = counted(made.layers, "layer") if some == made.layers else f"{some} of {counted(made.layers, 'layer')}"
     licences = sorted({str(source["licence"]) for source in facts["sources"] if source["licence"]})
     return [
         ("name", made.recipe.name or made.recipe.origin),
         ("format", f"{made.fmt.title if made.fmt else 'virtual only'}, {made.dtype_name}"),
-        ("shape", f"{layers} x {made.experts} experts, {made.recipe.experts_per_token} per token"),
-        ("routers", f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {len(made.routers)} gates"),
+        ("shape", f"{layers} x {counted(made.experts, 'expert')}, {made.recipe.experts_per_token} per token"),
+        (
+            "routers",
+            f"{made.recipe.routers or f'gate_mode {made.recipe.gate_mode}'}, {counted(len(made.routers), 'gate')}",
+        ),
         *_fit_lines(made),
         ("backbone", _backbone(made)),
         ("parameters", f"{counts['total']:,} ({billions(counts['total'])})"),

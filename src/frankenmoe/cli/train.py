@@ -10,6 +10,7 @@ from frankenmoe.cli.options import JSON, REMOTE, example, placed
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.settings import by_expert, given, settings_options
 from frankenmoe.cli.text import cell, json_text
+from frankenmoe.counted import counted
 from frankenmoe.errors import PlanError
 from frankenmoe.recipe.settings import settings_with
 from frankenmoe.recipe.train import TrainSettings
@@ -102,5 +103,5 @@ def _show(report: Mapping[str, Any], folder: Path) -> None:
         click.secho("warning: worse than before training, kept because of --keep-anyway", fg="yellow", err=True)
     elif report["best_step"] != report["steps"]:
         click.echo(f"kept step {report['best_step']} of {report['steps']}; later steps were not better")
-    click.echo(f"{report['parameters']:,} trained parameters; artifact in {folder}")
+    click.echo(f"{counted(report['parameters'], 'trained parameter')}; artifact in {folder}")
     click.echo(f"next: {command('chat', folder)}")

@@ -13,6 +13,7 @@ from frankenmoe.cli.options import DEVICE, JSON, REMOTE, example
 from frankenmoe.cli.progress import bars
 from frankenmoe.cli.show import console
 from frankenmoe.cli.text import cell, json_text, printable
+from frankenmoe.counted import counted
 from frankenmoe.data.given import Pair, pairs
 from frankenmoe.subject import open_subject
 
@@ -119,7 +120,7 @@ def show_after(found: "After") -> None:
         table.add_row(cell(compared.name(index)), cell(", ".join(sorted(held))), far, _number(worst), where)
     console().print(table)
     if len(rows) > SHOWN_EXPERTS:
-        click.echo(f"and {len(rows) - SHOWN_EXPERTS} more experts, in --json")
+        click.echo(f"and {counted(len(rows) - SHOWN_EXPERTS, 'more expert')}, in --json")
     if found.text is not None:
         show_text(found.text)
     for finding in found.findings:

@@ -66,7 +66,8 @@ def _place(name: str, folder: Path) -> Path | None:
     raise SourceError(
         f"data {name!r} does not exist, looked for at {path}",
         hint=backslash_hint(name, folder=folder)
-        or "a relative path counts from the folder of the recipe; a hub dataset is written org/name",
+        or "a relative path counts from the folder of the recipe, one of an option from the current folder; a hub "
+        "dataset is written org/name",
     )
 
 

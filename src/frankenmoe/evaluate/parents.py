@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from frankenmoe.checkpoint.tensors import FLOATS, MERGES, Merge, TensorWrite
 from frankenmoe.errors import SourceError
+from frankenmoe.moe.counting import counting
 from frankenmoe.moe.dense import (
     as_tensor,
     load_dense,
@@ -97,7 +98,7 @@ def stock_model(folder: Path, *, dtype: torch.dtype | None, trust_remote_code: b
             f"transformers cannot load a causal language model from {folder}: {one_line(error)}",
             hint="check that config.json and the weights belong together; own code needs --trust-remote-code",
         ) from error
-    return keep_stored(model.eval())
+    return counting(keep_stored(model.eval()))
 
 
 def randomize_gates(model: Any, *, seed: int) -> Any:

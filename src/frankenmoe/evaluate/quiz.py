@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError
 from frankenmoe.evaluate.memory import budget
 from frankenmoe.evaluate.scorer import Answer, Query, Scorer
@@ -29,7 +30,7 @@ def questions(text: str, *, count: int = QUESTIONS) -> list[Question]:
     halves = [half for document in text.split("\n\n") if (half := _halves(document.strip())) is not None]
     if len(halves) < CHOICES:
         raise SourceError(
-            f"the text has {len(halves)} documents of two words or more, expected {CHOICES} at least",
+            f"the text has {counted(len(halves), 'document')} of two words or more, expected {CHOICES} at least",
             hint="separate documents by blank lines",
         )
     return [

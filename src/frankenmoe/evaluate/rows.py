@@ -11,6 +11,7 @@ from typing import Any
 
 from frankenmoe.checkpoint.hub import stream_rows
 from frankenmoe.checkpoint.jsonfile import small_bytes
+from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError
 
 TaskRow = Mapping[str, Any]
@@ -64,7 +65,7 @@ def _arc(row: TaskRow) -> str | None:
     if not (_texts(choices.get("text"), 2) and _texts(choices.get("label"), 2)):
         return "has `choices` without lists of texts called `text` and `label`"
     if len(choices["text"]) != len(choices["label"]):
-        return f"has {len(choices['text'])} choices, but {len(choices['label'])} labels"
+        return f"has {counted(len(choices['text']), 'choice')}, but {counted(len(choices['label']), 'label')}"
     if arc_gold(row) is None:
         return f"has answerKey {row['answerKey']!r}, which is none of its labels {', '.join(choices['label'])}"
     return None

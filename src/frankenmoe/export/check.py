@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 
 from frankenmoe.export.llama import Distribution, Engine
 from frankenmoe.export.samples import PROMPTS
+from frankenmoe.moe.generate import room
 from frankenmoe.moe.generation import end_tokens
 from frankenmoe.moe.load import MoE
 
@@ -85,7 +86,11 @@ def reference(
     on_step: Callable[[int], None] = lambda amount: None,
 ) -> Reference:
     """Runs the source, in the type it was loaded in: `positions` places of every text, and for every prompt a greedy
-    reply of `tokens` tokens."""
+    reply of at most `tokens` tokens.
+
+    Prompt and reply fit into the source's context, which llama.cpp does not exceed. Prompts without room for a token of
+    a reply are left out.
+    """
     passages = []
     for ids in texts:
         places = _places(len(ids), positions)
@@ -94,11 +99,14 @@ def reference(
         passages.append(Expected(tuple(ids), places, logits_TV[list(places)].log_softmax(-1).numpy()))
         on_step(1)
     ends = end_tokens(moe.model.generation_config, tokenizer)
-    asked, replies = [], []
+    asked: dict[str, tuple[int, ...]] = {}
+    replies = []
     for prompt in prompts:
         prompt_ids = tokenizer(prompt)["input_ids"]
-        asked.append(tuple(prompt_ids))
-        replies.append(_greedy(moe, prompt_ids, tokens, ends=ends))
+        left = min(tokens, room(moe.model.config, prompt_ids))
+        if left > 0:
+            asked[prompt] = tuple(prompt_ids)
+            replies.append(_greedy(moe, prompt_ids, left, ends=ends))
         on_step(1)
     losses = [
         -row_V[passage.ids[place + 1]]
@@ -106,7 +114,7 @@ def reference(
         for place, row_V in zip(passage.positions, passage.logprobs, strict=True)
     ]
     perplexity = math.exp(float(np.mean(losses))) if losses else math.nan
-    return Reference(tuple(passages), tuple(prompts), tuple(asked), tuple(replies), perplexity, ends, front)
+    return Reference(tuple(passages), tuple(asked), tuple(asked.values()), tuple(replies), perplexity, ends, front)
 
 
 def steps(texts: Sequence[Sequence[int]], *, positions: int, prompts: int) -> int:

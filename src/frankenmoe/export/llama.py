@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from frankenmoe import system
 from frankenmoe.checkpoint.gguffile import AGAIN, VALUES, facts_of, open_gguf, whole
 from frankenmoe.checkpoint.quantize import INSTALL
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, SourceError
 from frankenmoe.export.trial import can_read, check_renders
 from frankenmoe.families.archs import ARCHS, MAX_EXPERTS
@@ -214,7 +215,7 @@ def check_loadable(file: Path) -> dict[str, Any]:
     experts, used = facts.get(f"{arch}.expert_count", 0), facts.get(f"{arch}.expert_used_count", 0)
     if experts and not 1 <= used <= experts <= MAX_EXPERTS:
         raise ArtifactError(
-            f"{file} has {experts} experts of which a token uses {used}, on which llama.cpp aborts",
+            f"{file} has {counted(experts, 'expert')} of which a token uses {used}, on which llama.cpp aborts",
             hint=f"export it again; frankenmoe writes the architectures {', '.join(known.name for known in ARCHS)}",
         )
     return facts

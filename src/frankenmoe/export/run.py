@@ -161,7 +161,7 @@ def check_files(
     source = reference(moe, tokenizer, texts=passages, front=front, positions=CHECK_POSITIONS, on_step=progress.advance)
     found = []
     for file in files:
-        total = steps(passages, positions=CHECK_POSITIONS, prompts=len(PROMPTS))
+        total = steps(passages, positions=CHECK_POSITIONS, prompts=len(source.prompts))
         progress.start(f"checking {file.type}", total, "positions")
         found.append(check(file.path, source, threads=threads, on_step=progress.advance))
     return found

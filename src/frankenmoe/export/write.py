@@ -18,6 +18,7 @@ from frankenmoe.checkpoint.quantize import quantize
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import blocks, check_finite, materialize
 from frankenmoe.checkpoint.writer import partial_of, replacing, write_all
+from frankenmoe.counted import counted
 from frankenmoe.errors import NumericsError, SourceError
 from frankenmoe.planning.gguf import GgufTensor, aligned, nbytes
 
@@ -155,7 +156,7 @@ def _copy(sink: _Sink, ref: TensorRef) -> None:
             left -= len(data)
     if left:
         raise SourceError(
-            f"{ref.file} ended {left} bytes before tensor {ref.name!r} was copied",
+            f"{ref.file} ended {counted(left, 'byte')} before tensor {ref.name!r} was copied",
             hint="the source changed meanwhile; start again",
         )
 

@@ -19,8 +19,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from frankenmoe.checkpoint.jsonfile import read_object
 from frankenmoe.checkpoint.tensors import DTYPES, TensorWrite
 from frankenmoe.checkpoint.values import materialize
+from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError
 from frankenmoe.families import FAMILIES, MLPS, text_config, wrapper_of
+from frankenmoe.moe.counting import counting
 from frankenmoe.moe.linear import is_linear, keep_stored
 from frankenmoe.planning.sources import Source, anatomy
 from frankenmoe.planning.tree import dense_writes
@@ -107,10 +109,10 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
         raise SourceError(
-            f"{len(lost)} parameters of {cls.__name__} have no tensor in the source, first {lost[0]}",
+            f"{counted(len(lost), 'parameter')} of {cls.__name__} without a tensor in the source, first {lost[0]}",
             hint="config.json and the weights belong to different models",
         )
-    return cast(PreTrainedModel, keep_stored(model.eval()))
+    return counting(cast(PreTrainedModel, keep_stored(model.eval())))
 
 
 def load_source(source: Source, *, stored: str, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError
 from frankenmoe.families.spec import SOFTMAX, RouterRule
 
@@ -42,7 +43,8 @@ class Router(nn.Module):
         experts = weight_ED.shape[0]
         if not 1 <= top_k <= experts:
             raise ArtifactError(
-                f"a router over {experts} experts must choose between 1 and {experts} per token, found top_k = {top_k}",
+                f"a router over {counted(experts, 'expert')} must choose between 1 and {experts} per token, "
+                f"found top_k = {top_k}",
                 hint="change experts_per_token or the number of experts",
             )
         self.weight = nn.Parameter(weight_ED)

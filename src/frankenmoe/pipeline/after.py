@@ -10,6 +10,7 @@ from pathlib import Path
 from frankenmoe import system
 from frankenmoe.artifact.reports import AuditReport, EvalReport, ExportReport, about
 from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.counted import counted
 from frankenmoe.data.given import Pair, pairs, user_path
 from frankenmoe.errors import ArtifactError
 from frankenmoe.pipeline.job import WORK, Job, Stage, artifact_files, sources, texts
@@ -96,7 +97,7 @@ def _move(source: Path, target: Path) -> None:
 def _audit_summary(job: Job) -> str:
     answers = AuditReport.read(job.reports / "audit.json").answers
     bad = [answer.key for answer in answers if answer.level == "bad"]
-    return f"{len(answers)} questions, " + (f"problems with {', '.join(bad)}" if bad else "no problems")
+    return f"{counted(len(answers), 'question')}, " + (f"problems with {', '.join(bad)}" if bad else "no problems")
 
 
 def _eval(job: Job, progress: Progress) -> None:
@@ -121,8 +122,8 @@ def _eval(job: Job, progress: Progress) -> None:
 def _eval_summary(job: Job) -> str:
     report = EvalReport.read(job.reports / "eval.json")
     failed = sum(len(model.errors) for model in report.models)
-    summary = report.verdict[0] if report.verdict else f"{len(report.models)} models measured."
-    return f"{summary} {failed} tasks failed." if failed else summary
+    summary = report.verdict[0] if report.verdict else f"{counted(len(report.models), 'model')} measured."
+    return f"{summary} {counted(failed, 'task')} failed." if failed else summary
 
 
 def _export(job: Job, progress: Progress) -> None:

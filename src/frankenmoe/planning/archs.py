@@ -91,6 +91,8 @@ def _differences(arch: Arch, model: Parts, facts: Facts, names: Mapping[str, str
         yield f"has no rope scaling {rotary['rope_type']!r}"
     if "partial_rotary_factor" in rotary and not arch.partial_rotary:
         yield f"rotates whole heads, found partial_rotary_factor {rotary['partial_rotary_factor']}"
+    if not dims.cached:  # llama.cpp aborts without a cache of keys
+        yield "needs a layer with attention"
     lacks = arch.lacks(facts)
     if lacks:
         yield lacks

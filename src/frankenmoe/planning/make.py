@@ -177,6 +177,11 @@ def _own_warnings(made: Plan) -> list[str]:
         found.extend(lost_differences(made.choice, made.distances))
     if fmt is not None and not fmt.loads_in_transformers:
         found.append(f"{fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it")
+    if fmt is not None and fmt.loads_in_transformers and not made.bill.kv_per_token:
+        found.append(
+            "no layer has attention, by which transformers counts the tokens in its cache: there, call "
+            "generate(use_cache=False)"
+        )
     if fmt is not None and fmt.inert_shared_ffn and not made.shared:
         found.append(f"{fmt.title} must have a shared expert: one of {fmt.inert_shared_ffn} zero neurons is written")
     if made.base.own_head:

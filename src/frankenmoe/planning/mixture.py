@@ -14,6 +14,7 @@ import numpy as np
 from frankenmoe.checkpoint.reader import Checkpoint
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import values
+from frankenmoe.counted import counted
 from frankenmoe.errors import SourceError
 from frankenmoe.families.mixtures import MixtureConfig, format_of, of_width, read_mixture
 from frankenmoe.families.places import generic_name
@@ -164,7 +165,9 @@ def as_dense(mixture: Mixture, name: SourceName) -> Source:
             f"{mixture.name} has no shared expert, found #{part}", hint=f"it has the experts 0 to {count - 1}"
         )
     if not shared and int(part) >= count:
-        raise SourceError(f"{mixture.name} has {count} experts, found #{part}", hint=f"name one of 0 to {count - 1}")
+        raise SourceError(
+            f"{mixture.name} has {counted(count, 'expert')}, found #{part}", hint=f"name one of 0 to {count - 1}"
+        )
     view = mixture.backbone | {write.name: _plain(write) for write in mixture.ffn(part)} if mixture.tensors else {}
     gates = mixture.gates(mixture.fmt.shared_gate if shared else mixture.fmt.gate)
     opened = replace(mixture.checkpoint, config=dict(mixture.dense(shared=shared)))

@@ -12,6 +12,7 @@ from typing import Any
 from frankenmoe.checkpoint.hub import local_path
 from frankenmoe.checkpoint.peft import CONFIG
 from frankenmoe.checkpoint.tensors import TensorRef, TensorWrite
+from frankenmoe.counted import counted
 from frankenmoe.errors import PlanError
 from frankenmoe.families import MoEFormat, moe_config
 from frankenmoe.families.spec import RouterRule
@@ -238,8 +239,9 @@ class Plan:
         """A summary of a few lines, for notebooks."""
         bill, form = self.bill, "virtual" if self.bill.built is None else "built"
         return (
-            f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, {self.layers} layers, "
-            f"{self.experts} experts, top-{self.recipe.experts_per_token}, {self.dtype_name}\n"
+            f"{self.recipe.name or 'MoE'}: {self.fmt.title if self.fmt else 'virtual only'}, "
+            f"{counted(self.layers, 'layer')}, {counted(self.experts, 'expert')}, "
+            f"top-{self.recipe.experts_per_token}, {self.dtype_name}\n"
             f"{bill.total:,} parameters, {bill.active:,} active per token; {bill.on_disk / 2**30:.2f} GiB as "
             f"{form}, {bill.memory_virtual / 2**30:.2f} GiB in memory as virtual\n"
             + "\n".join(f"warning: {text}" for text in self.warnings)

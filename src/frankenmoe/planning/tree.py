@@ -13,6 +13,7 @@ from frankenmoe.checkpoint.lorasettings import check_settings, lora_scale
 from frankenmoe.checkpoint.peft import PREFIX
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.checkpoint.tensors import FLOATS, LowRank, Merge, Noise, Scale, Step, TensorRef, TensorWrite
+from frankenmoe.counted import counted
 from frankenmoe.errors import PlanError, SourceError
 from frankenmoe.families import FFN_PARTS
 from frankenmoe.planning.sources import Anatomy, Merged, Source, anatomy, merge_base
@@ -159,7 +160,7 @@ def _one_expert(source: Source) -> Source:
     """The source; SourceError for a mixture of which no expert was named."""
     if source.part is not None and source.name.part is None:
         raise SourceError(
-            f"{source.name} is a mixture of {source.part.mixture.experts} experts, expected one model",
+            f"{source.name} is a mixture of {counted(source.part.mixture.experts, 'expert')}, expected one model",
             hint=f"write {source.name}#0 for its first expert; `frankenmoe adopt` takes it as it is",
         )
     return source

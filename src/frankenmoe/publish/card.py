@@ -14,6 +14,7 @@ from frankenmoe.artifact.folder import Artifact
 from frankenmoe.artifact.reports import AuditReport, EvalReport
 from frankenmoe.charts import ChartError
 from frankenmoe.checkpoint.writer import write_atomic
+from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import Facts, gather
@@ -132,7 +133,7 @@ def _opening(facts: Facts) -> str:
     kind = f"{facts.fmt.title} checkpoint" if facts.built and facts.fmt else "virtual mixture"
     size = f" {billions(plan.bill.total)} parameters, {billions(plan.bill.active)} active per token." if plan else ""
     return (
-        f"A mixture of {count} experts{merged}, {used} of them per token, as a {kind}.{size} "
+        f"A mixture of {counted(count, 'expert')}{merged}, {used} of them per token, as a {kind}.{size} "
         f"{made} frankenmoe, which also wrote this card from what it found on disk."
     )
 

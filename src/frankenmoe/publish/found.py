@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from urllib.parse import quote
 
 from frankenmoe.artifact.reports import AuditReport, EvalReport, EvaluatedModel, ExportReport, SamplesReport
+from frankenmoe.counted import counted
 from frankenmoe.publish.facts import Facts
 from frankenmoe.publish.leaderboard import TASKS, LeaderboardReport, average, ordered, rounded
 from frankenmoe.publish.markdown import fenced, plain, sentence, table
@@ -170,7 +171,7 @@ def samples(facts: Facts, evidence: Evidence) -> str | Missing:
         return Missing("no prompts were given; use `frankenmoe card --prompt`")
     asked = said.settings
     how = "greedy" if asked.temperature == 0 else f"temperature {asked.temperature:g}, seed {asked.seed}"
-    parts = [f"Unedited and complete; {how}, at most {asked.max_new_tokens} new tokens."]
+    parts = [f"Unedited and complete; {how}, at most {counted(asked.max_new_tokens, 'new token')}."]
     for item in said.samples:
         quoted = "\n> ".join(plain(item.prompt).splitlines())
         parts.append(f"> {quoted}\n\n{fenced(item.reply)}")

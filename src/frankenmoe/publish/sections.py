@@ -12,6 +12,7 @@ import yaml
 
 from frankenmoe.artifact.record import BACKBONE, BODY_STAGES, HEAL
 from frankenmoe.artifact.reports import ExportReport, FileCheck, FitReport, TrainingReport
+from frankenmoe.counted import counted
 from frankenmoe.families.runtimes import in_vllm, source_type
 from frankenmoe.planning.bill import billions
 from frankenmoe.publish.facts import ExpertRow, Facts
@@ -126,10 +127,11 @@ def bill(facts: Facts, evidence: Evidence) -> str | Missing:
     ]
     used = made.recipe.experts_per_token
     return (
-        f"{table(('', ''), rows)}\n\n{count} models of {billions(dense)} would be {billions(count * dense)}. This "
-        f"one is {billions(costs.total)}, since it has everything but the FFNs only once. A token uses {used} of "
-        f"{count} experts in each layer and so computes like a dense model of {billions(costs.active)}, not of "
-        f"{billions(used * dense)}; but all parameters must be in memory, as the next token may need any of them."
+        f"{table(('', ''), rows)}\n\n{counted(count, 'model')} of {billions(dense)} would be "
+        f"{billions(count * dense)}. This one is {billions(costs.total)}, since it has everything but the FFNs only "
+        f"once. A token uses {used} of {counted(count, 'expert')} in each layer and so computes like a dense model of "
+        f"{billions(costs.active)}, not of {billions(used * dense)}; but all parameters must be in memory, as the next "
+        "token may need any of them."
     )
 
 
@@ -155,9 +157,9 @@ def routers(facts: Facts, evidence: Evidence) -> str | Missing:
     if training:
         before = training.mean_held_out_loss.before
         lines.append(
-            f"Then {plain(', '.join(training.what))} were trained, {training.steps} steps. Mean loss on text held out "
-            f"from {plain(', '.join(training.data))}: {before:.4f} nats per token before, {training.kept:.4f} in the "
-            f"state that was kept (step {training.best_step})."
+            f"Then {plain(', '.join(training.what))} were trained, {counted(training.steps, 'step')}. Mean loss on "
+            f"text held out from {plain(', '.join(training.data))}: {before:.4f} nats per token before, "
+            f"{training.kept:.4f} in the state that was kept (step {training.best_step})."
         )
     return " ".join(lines)
 
@@ -184,9 +186,10 @@ def _fitted(start: str, entry: Mapping[str, Any]) -> str:
     tokens = sum(text.tokens for text in fit.text.values())
     before = f"{fit.before:.4f} nats per token before, " if fit.before is not None else ""
     return (
-        f"{start} {GATE_MODES.get(fit.method, plain(fit.method))} ({code(fit.method)}), on {tokens:,} tokens for "
-        f"{len(fit.text)} experts. On text held out from the fit the mean loss is {before}{fit.after:.4f} nats per "
-        f"token with these routers and {fit.own_expert:.4f} where every text goes to its own expert."
+        f"{start} {GATE_MODES.get(fit.method, plain(fit.method))} ({code(fit.method)}), on "
+        f"{counted(tokens, 'token')} for {counted(len(fit.text), 'expert')}. On text held out from the fit the mean "
+        f"loss is {before}{fit.after:.4f} nats per token with these routers and {fit.own_expert:.4f} where every text "
+        "goes to its own expert."
     )
 
 
@@ -292,11 +295,11 @@ def primer(facts: Facts, evidence: Evidence) -> str | Missing:
     nested = any(row.made_of.startswith("a mixture of its own") for row in facts.experts)
     return "\n\n".join(
         (
-            f"A sparse mixture of experts has, in place of the one FFN of each layer, several: here {experts} experts. "
+            f"A sparse mixture of experts has, in place of the one FFN of each layer, several experts: here {experts}. "
             "An expert may be an FFN, a more complex network, or a mixture itself"
             f"{' (as some are here)' if nested else ' (none is here)'}. A router, one matrix of learned numbers, gives "
-            f"every expert a score for every token; the token goes to the {used} best, and their outputs are added up, "
-            "weighted by the scores.",
+            f"every expert a score for every token; the token goes to the best (here {used}), and their outputs are "
+            "added up, weighted by the scores.",
             "Left to itself, a router under training comes to favour the same few experts, which then learn the most. "
             "An auxiliary loss (`aux_loss` in transformers) evens that out, and a capacity limits how many tokens one "
             "expert may process; what is over it passes by. Mixtures overfit more easily than dense models when they "

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from frankenmoe.counted import counted
 from frankenmoe.recipe.context import SourceField
 from frankenmoe.recipe.fields import LARGEST, Finite, Share, one_of
 from frankenmoe.recipe.gatemodes import FIT_MODES
@@ -230,7 +231,7 @@ def _check_parents(settings: MergeSettings, *, experts: Sequence[str], at: Locat
             )
     if settings.method == SLERP and len(experts) != 2:
         raise refusal(
-            f"must have exactly two parents for slerp, found {len(experts)} experts",
+            f"must have exactly two parents for slerp, found {counted(len(experts), 'expert')}",
             hint="choose average or task_arithmetic, which take any number",
             at=at,
         )

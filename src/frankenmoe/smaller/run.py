@@ -12,6 +12,7 @@ from typing import Any
 
 from frankenmoe.artifact.folder import Artifact, refuse_occupied
 from frankenmoe.build.run import build
+from frankenmoe.counted import counted
 from frankenmoe.data.given import Pair, Texts, located
 from frankenmoe.data.labelled import Labelled, labelled
 from frankenmoe.errors import PlanError, RecipeError
@@ -165,7 +166,7 @@ def prune(
     if not 1 <= experts < old.experts:
         raise PlanError(
             f"--experts is {experts}, expected at least 1 and fewer than {subject.origin} has ({old.experts})",
-            hint="it is the number of experts that stay",
+            hint="it is the number of experts that stay" if old.experts > 1 else "there is only one, which must stay",
         )
     if per_layer:
         standard(old)
@@ -272,8 +273,8 @@ def _too_much(report: Mapping[str, Any], limit: float, out: Path) -> PlanError:
     before, after = report["held_out_loss"]["before"], report["held_out_loss"]["after"]
     worst = max(after, key=lambda name: after[name] - before[name])
     return PlanError(
-        f"with {len(report['experts'])} experts the mean held-out loss rises by {report['rise']:.4f} nats per token "
-        f"(most on {worst}, {before[worst]:.4f} to {after[worst]:.4f}), expected at most {limit:g}; "
+        f"with {counted(len(report['experts']), 'expert')} the mean held-out loss rises by {report['rise']:.4f} "
+        f"nats per token (most on {worst}, {before[worst]:.4f} to {after[worst]:.4f}), expected at most {limit:g}; "
         f"{out} was not written",
         hint="keep more experts, or allow more with --rise; without a folder OUT all losses are shown",
     )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from frankenmoe.counted import counted
 from frankenmoe.data.blocks import Block, check_vocabulary, hold_out, text_blocks
 from frankenmoe.data.documents import read_documents
 from frankenmoe.errors import PlanError, SourceError
@@ -67,8 +68,8 @@ def read_domains(
             raise SourceError(f"the data of {name}: {error.message}", hint=error.hint) from error
         if len(blocks) < 2:
             raise SourceError(
-                f"the data of {name} is one block of {settings.block} tokens, expected two at least: one to train on "
-                "and one to measure on",
+                f"the data of {name} is one block of {counted(settings.block, 'token')}, expected two at "
+                "least: one to train on and one to measure on",
                 hint="give more text, or use shorter blocks (--block)",
             )
         ids = chain.from_iterable(block.ids for block in blocks)

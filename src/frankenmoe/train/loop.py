@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from frankenmoe.counted import counted
 from frankenmoe.errors import NumericsError
 from frankenmoe.moe.dense import quiet_transformers
 from frankenmoe.moe.device import CPU
@@ -239,7 +240,7 @@ class _Loop:
         loss = self.loss(self.model, inputs, targets=self.mixture.targets(items))
         grads = torch.autograd.grad(loss, gates, allow_unused=True)
         largest = max((float(grad.abs().max()) for grad in grads if grad is not None), default=0.0)
-        check_gradient(largest, of=f"{len(gates)} gates")
+        check_gradient(largest, of=counted(len(gates), "gate"))
 
     def _teachers(self) -> Teachers:
         run, folder = self.run, self.run.folder / "teachers"

@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from frankenmoe.counted import counted
 from frankenmoe.errors import PlanError
 from frankenmoe.moe.dense import layer_modules
 from frankenmoe.moe.processes import world
@@ -54,8 +55,9 @@ def start_accelerator(
     parts = settings.accumulate * accelerator.num_processes
     if settings.batch % parts:
         raise PlanError(
-            f"a batch of {settings.batch} blocks does not divide into {parts} parts "
-            f"({accelerator.num_processes} processes, each computes {settings.accumulate} after another)",
+            f"a batch of {counted(settings.batch, 'block')} does not divide into {parts} parts "
+            f"({counted(accelerator.num_processes, 'process', 'processes')}, each computes {settings.accumulate} after "
+            "another)",
             hint=f"use --batch {parts * -(-settings.batch // parts)}",
         )
     if report_to:

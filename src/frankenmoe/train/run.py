@@ -27,6 +27,7 @@ from frankenmoe.artifact.reports import TrainingReport, versions
 from frankenmoe.build.derived import growing_once, virtual_record
 from frankenmoe.build.record import backbone_stage
 from frankenmoe.checkpoint.fingerprint import fingerprint
+from frankenmoe.counted import counted
 from frankenmoe.data.given import Texts, located, user_path
 from frankenmoe.errors import ArtifactError, FrankenMoEError, NumericsError, PlanError
 from frankenmoe.moe.device import AUTO, check_room, resolve
@@ -240,8 +241,8 @@ def _worse(result: RunResult, out: Path) -> PlanError:
     worst = max(last.loss, key=lambda name: last.loss[name] - first.loss[name])
     return PlanError(
         f"training made the model worse: mean held-out loss {first.mean:.4f} before, {last.mean:.4f} after "
-        f"{result.history.step} steps (most on {worst}, {first.loss[worst]:.4f} to {last.loss[worst]:.4f}), and no "
-        f"state in between was better; {out} was not written",
+        f"{counted(result.history.step, 'step')} (most on {worst}, {first.loss[worst]:.4f} to "
+        f"{last.loss[worst]:.4f}), and no state in between was better; {out} was not written",
         hint="lower --rate and --router-rate or give more text; --keep-anyway writes the last state anyway; "
         + _other_settings(out),
     )

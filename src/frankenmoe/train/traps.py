@@ -90,6 +90,11 @@ def _check_top_k(settings: TrainSettings, *, k: int, renormalize: bool, experts:
         )
     learns = settings.domain or settings.straight_through
     if k == 1 and renormalize and "routers" in settings.what and not learns:
+        if experts == 1:
+            raise PlanError(
+                "the MoE has one expert, whose weight is always 1, so its routers cannot learn",
+                hint="train other parts: --what adapters,norms, for example",
+            )
         raise PlanError(
             "with one expert per token and renormalised weights the weight is always 1, so the language-model loss has "
             "no gradient in the gates",
