@@ -31,4 +31,4 @@ def steps(patterns: Iterable[str]) -> int:
 
 def _ways(pattern: str) -> int:
     repeated, optional = sum(map(pattern.count, "*+")), pattern.count("?") - pattern.count("(?")
-    return NAME**repeated * 2**optional * math.prod(1 + part.count("|") for part in pattern.split("("))
+    return math.prod([*[NAME] * repeated, *[2] * optional, *(1 + part.count("|") for part in pattern.split("("))])
