@@ -243,7 +243,8 @@ BROKEN: dict[str, tuple[dict[str, object], str]] = {
     "bits in words": (AWQ | {"bits": "four"}, "has bits 'four' among its quantization settings, expected a whole"),
     "bits null": (AWQ | {"bits": None}, "has bits None among"),
     "bits absent": ({"quant_method": "awq"}, "has no bits among its quantization settings, expected a whole number"),
-    "bits a fraction": (AWQ | {"bits": 4.0}, "has bits 4.0 among"),
+    "bits a fraction": (AWQ | {"bits": 4.5}, "has bits 4.5 among"),
+    "bits not a number": (AWQ | {"bits": float("nan")}, "has bits nan among"),
     "bits true": (AWQ | {"bits": True}, "has bits True among"),
     "group in words": (AWQ | {"group_size": "128"}, f"has group_size '128' among its quantization settings, {GROUP}"),
     "group null": (AWQ | {"group_size": None}, "has group_size None among"),
@@ -260,13 +261,16 @@ BROKEN: dict[str, tuple[dict[str, object], str]] = {
     "compressed groups empty": ({**COMPRESSED, "config_groups": {}}, "has config_groups {} among"),
     "compressed weights a word": ({**COMPRESSED, "config_groups": {"g": {"weights": "int4"}}}, "has config_groups"),
     "block a number": (FP8 | {"weight_block_size": 128}, "has weight_block_size 128 among"),
+    "block too short": (FP8 | {"weight_block_size": [128]}, "expected a list of 2 sizes"),
+    "block zero": (FP8 | {"weight_block_size": [128, 0]}, "has weight_block_size [128, 0] among"),
     "block of words": (FP8 | {"weight_block_size": ["a", "b"]}, "expected a list of 2 sizes"),
     "names one word": (AWQ | {"modules_to_not_convert": "lm_head"}, NAMES),
     "names a number": (AWQ | {"modules_to_not_convert": 5}, NAMES),
     "names numbers": (COMPRESSED | {"ignore": [5]}, NAMES),
     "a pattern without end": (COMPRESSED | {"ignore": ["lm_head", "re:(a+)+$"]}, "by the pattern '(a+)+$'"),
     "a broken pattern": (COMPRESSED | {"ignore": ["re:(gate"]}, "by the pattern '(gate'"),
-    "many patterns": (COMPRESSED | {"ignore": ["re:.*a.*b"] * 20}, "by the pattern '.*a.*b'"),
+    "a pattern of choices": (COMPRESSED | {"ignore": ["re:" + "(a|a)" * 40]}, "by the pattern '(a|a)"),
+    "many patterns": (COMPRESSED | {"ignore": ["re:.*a.*b.*"] * 31}, "by the pattern '.*a.*b.*'"),
 }  # fmt: skip
 
 
@@ -288,6 +292,29 @@ def test_a_command_refuses_them(place: Place, tmp_path: Path) -> None:
         refused("verify", place.virtual, "--after", folder, inside=tmp_path, facts=facts, hint="quantize it again")
 
 
+AS_WRITTEN = {  # by quantizers, so far as it matters here
+    "AutoAWQ": AWQ | {"version": "GEMM", "group_size": -1, "zero_point": True, "modules_to_not_convert": None},
+    "GPTQModel": GPTQ | {"group_size": -1, "checkpoint_format": "gptq", "desc_act": False, "dynamic": None},
+    "numbers with a point": AWQ | {"bits": 4.0, "group_size": 128.0},
+    "DeepSeek": FP8 | {"activation_scheme": "dynamic", "fmt": "e4m3", "modules_to_not_convert": ["lm_head"]},
+    "FP8 by rows": FP8 | {"weight_block_size": None, "modules_to_not_convert": None},
+    "FP8 with a point": FP8 | {"weight_block_size": [128.0, 128.0]},
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": None},
+    "activations alone": {
+        **COMPRESSED,
+        "config_groups": {"a": {"weights": None, "targets": ["re:.*k_proj"]}, "b": {"weights": NUMBERS}},
+    },
+    "Kimi": COMPRESSED | {"ignore": [r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*self_attn.*", "re:vision.*"]},
+    "all but experts": COMPRESSED | {"ignore": ["re:^(?!.*experts).*$", r"re:.*attn\.(?:q_proj|k_proj)$"]},
+    "three repetitions": COMPRESSED | {"ignore": [r"re:.*layers\.[0-9]+\.mlp\.experts\.[0-9]+\.(gate|up)_proj$"] * 9},
+}
+
+
+@pytest.mark.parametrize("case", AS_WRITTEN)
+def test_settings_that_quantizers_write_are_read(case: str) -> None:
+    assert packing({}, {"quantization_config": AS_WRITTEN[case]}, where="other").method
+
+
 @pytest.mark.parametrize("group", [-1, None])
 def test_compressed_tensors_may_have_a_scale_for_a_whole_row(group: int | None) -> None:
     settings = {**COMPRESSED, "config_groups": {"g": {"weights": NUMBERS | {"group_size": group}}}}
@@ -302,6 +329,10 @@ def test_names_of_modules_that_stay_as_they_were() -> None:
     assert kept("model.layers.12.mlp.shared_expert.up_proj")
     assert not kept("model.layers.7.mlp.gate_proj")
     assert not kept("model.layers.7.mlp.experts.0.up_proj")
+    settings = COMPRESSED | {"ignore": [r"re:^(?!.*\.experts\.).*$"]}
+    kept = packing({}, {"quantization_config": settings}, where="other").kept
+    assert kept("model.layers.7.self_attn.q_proj.weight")
+    assert not kept("model.layers.7.mlp.experts.0.up_proj.weight")
 
 
 def test_attention_that_is_lost_is_not_called_trained(place: Place, tmp_path: Path) -> None:

@@ -89,6 +89,14 @@ def test_a_result_that_bfloat16_cannot_hold_is_found(tmp_path: Path) -> None:
         written(TensorWrite("y", "BF16", ref.shape, (ref,), (Noise(1e36, False, 1),)))
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("std", [3e38, 1e39, float("nan")])
+def test_noise_that_is_not_finite_is_found(std: float, tmp_path: Path) -> None:
+    ref = ref_of(tmp_path, torch.zeros(5000).bfloat16())
+    with pytest.raises(NumericsError, match="less noise"):
+        written(TensorWrite("y", "BF16", ref.shape, (ref,), (Noise(std, False, 1),)))
+
+
 def test_a_part_of_a_tensor_is_left_to_numpy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ref = ref_of(tmp_path, torch.arange(64).bfloat16())
     write = TensorWrite("y", "BF16", (16,), (ref,), (Part(32), Noise(1e-3, False, 1)))

@@ -16,6 +16,7 @@ import tiny
 from frankenmoe.errors import SourceError
 from frankenmoe.export import run as exporting
 from frankenmoe.export.llama import Engine
+from frankenmoe.export.ollama import shape_of
 from frankenmoe.export.probe import split_otherwise
 from frankenmoe.export.run import check_files, export_gguf
 from frankenmoe.export.tokenizer import BYTE, CONTROL, PRE_TOKENIZERS, UNUSED, USER_DEFINED, read_vocabulary
@@ -86,11 +87,36 @@ def test_tokens_in_front_that_the_chat_template_has(tmp_path: Path) -> None:
     assert gguftools.tokenize(running, tokenizer.apply_chat_template(chat, tokenize=False)) == ids
 
 
-def test_tokens_in_front_that_no_chat_template_has(tmp_path: Path) -> None:
-    tokenizer = glm(template="{% for message in messages %}{{ message.content }}{% endfor %}")
+SAID = "{% for message in messages %}{{ message.content }}{% endfor %}"
+OF_SYSTEM = "{% if messages[0].role == 'system' %}[gMASK]<sop>{% endif %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        SAID,
+        "{# [gMASK]<sop> #}" + SAID,
+        SAID + "[gMASK]<sop>",
+        OF_SYSTEM + SAID,
+        OF_SYSTEM.replace("==", "!=") + SAID,
+        OF_SYSTEM.replace("==", "!=").replace("[gMASK]", "[gMASK] ") + SAID,
+    ],
+)
+def test_tokens_in_front_that_the_chat_template_does_not_write(template: str, tmp_path: Path) -> None:
+    tokenizer = glm(template=template)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(SourceError, match=r"puts \[gMASK\]<sop> before a text"):
         read_vocabulary(tmp_path, {}, rows=len(tokenizer))
+
+
+@pytest.mark.parametrize("template", ["{{ '[gMASK]' + '<sop>' }}" + SAID, "[gMASK]<sop>" + NO_SYSTEM + SAID])
+def test_tokens_in_front_that_the_chat_template_writes(template: str, tmp_path: Path) -> None:
+    tokenizer = glm(template=template)
+    tokenizer.save_pretrained(tmp_path)
+    vocabulary = read_vocabulary(tmp_path, {}, rows=len(tokenizer))
+    assert vocabulary.front == "[gMASK]<sop>"
+    assert shape_of(vocabulary).begin == "[gMASK]<sop>"
 
 
 def engine(tmp_path: Path, tokenizer: Any) -> Engine:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from frankenmoe.checkpoint.patterns import MOST_REPEATS_OF_ALL, plain_pattern, repeats
+from frankenmoe.checkpoint.patterns import MOST_STEPS, plain_pattern, steps
 from frankenmoe.errors import SourceError
 
 Settings = Mapping[str, Any]
@@ -18,9 +18,9 @@ PATTERN = "re:"  # what begins a name that is a regular expression
 def whole_number(
     settings: Settings, key: str, *, where: str, least: int = 1, most: int = MOST, default: int | None = None
 ) -> int:
-    """A whole number from `least` to `most`."""
-    value = settings.get(key, default)
-    if type(value) is not int or not least <= value <= most:
+    """A whole number from `least` to `most`; 128.0 is one too, as JSON does not tell it from 128."""
+    value = _whole(settings.get(key, default))
+    if value is None or not least <= value <= most:
         upper = f"at least {least}" if most == MOST else f"from {least} to {most}"
         raise _odd(settings, key, where=where, expected=f"a whole number, {upper}")
     return value
@@ -45,9 +45,11 @@ def group_size(settings: Settings, *, where: str, default: int | None = None) ->
 def sizes(settings: Settings, key: str, *, where: str, count: int | None = None) -> tuple[int, ...]:
     """A list of `count` whole numbers, or of any number of them."""
     value = settings.get(key)
-    if not isinstance(value, list) or len(value) != (count or len(value)) or not all(map(_is_size, value)):
-        raise _odd(settings, key, where=where, expected=f"a list of {count or ''} sizes".replace("  ", " "))
-    return tuple(value)
+    found = [_whole(each) for each in value] if isinstance(value, list) else []
+    wanted = [each for each in found if each is not None and each > 0]
+    if not isinstance(value, list) or len(value) != len(wanted) or count not in (None, len(wanted)):
+        raise _odd(settings, key, where=where, expected=f"a list of {f'{count} ' if count else ''}sizes")
+    return tuple(wanted)
 
 
 def written_settings(raw: bytes, *, where: str) -> Settings:
@@ -79,7 +81,7 @@ def kept_modules(settings: Settings, *, where: str) -> Callable[[str], bool]:
     patterns = [name.removeprefix(PATTERN) for name in names if name.startswith(PATTERN)]
     found = [plain_pattern(pattern) for pattern in patterns]
     expressions = [each for each in found if each is not None]
-    if len(expressions) < len(found) or repeats(patterns) > MOST_REPEATS_OF_ALL:
+    if len(expressions) < len(found) or steps(patterns) > MOST_STEPS:
         odd = next((pattern for pattern, each in zip(patterns, found, strict=True) if each is None), patterns[0])
         raise SourceError(
             f"{where} leaves modules out of its quantization by the pattern {odd!r:.80}, expected names, or a few "
@@ -101,8 +103,8 @@ def _names(settings: Settings, key: str, where: str) -> Sequence[str]:
     return value
 
 
-def _is_size(value: object) -> bool:
-    return type(value) is int and value > 0
+def _whole(value: object) -> int | None:
+    return int(value) if type(value) is int or (isinstance(value, float) and value.is_integer()) else None
 
 
 def _odd(settings: Settings, key: str, *, where: str, expected: str) -> SourceError:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from frankenmoe.checkpoint.patterns import MOST_REPEATS_OF_ALL, plain_pattern, repeats
+from frankenmoe.checkpoint.patterns import MOST_STEPS, plain_pattern, steps
 from frankenmoe.checkpoint.reader import Adapter
 from frankenmoe.errors import SourceError
 
@@ -58,11 +58,14 @@ def _own_alphas(adapter: Adapter, module: str) -> Iterator[Any]:
     patterns = adapter.config.get("alpha_pattern") or {}
     if not isinstance(patterns, Mapping):
         raise _odd_setting(adapter, f"alpha_pattern {patterns!r:.40}", expected="a mapping from modules to numbers")
-    if repeats(patterns) > MOST_REPEATS_OF_ALL:
-        expected = f"at most {MOST_REPEATS_OF_ALL} repetitions (* or +) in all"
-        raise _odd_setting(adapter, f"{len(patterns)} entries in alpha_pattern", expected=expected)
-    for pattern, value in patterns.items():
-        expression = plain_pattern(pattern, IN_MODULE)
+    found = [plain_pattern(pattern, IN_MODULE) for pattern in patterns]
+    if None not in found and steps(patterns) > MOST_STEPS:
+        raise _odd_setting(
+            adapter,
+            f"{len(patterns)} entries in alpha_pattern with many repetitions (* or +)",
+            expected="names of modules, or a few regular expressions",
+        )
+    for (pattern, value), expression in zip(patterns.items(), found, strict=True):
         if expression is None:
             raise _odd_setting(
                 adapter,

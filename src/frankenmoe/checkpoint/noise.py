@@ -55,7 +55,8 @@ class AddNoise:
         return np.random.SFC64(np.random.SeedSequence([self.seed, number]))
 
     def _scaled(self) -> Floats:
-        return _quantiles() * np.float32(self.std)
+        with np.errstate(over="ignore"):  # the result is checked, where the element is known
+            return _quantiles() * np.float32(self.std)
 
 
 @cache

@@ -38,7 +38,7 @@ def add_noise(raw: Bytes, out: Bytes, quantiles: Floats, state: NDArray[np.uint6
     `state` is that of an SFC64; every four numbers take one of its words, the lowest 16 bits first.
     """
     source, target, table, words = (each.ctypes.data for each in (raw, out, quantiles, state))
-    return not _function()(source, target, raw.size // 2, table, words)
+    return bool(_function()(source, target, raw.size // 2, table, words))
 
 
 @cache
@@ -48,14 +48,15 @@ def _function() -> Any:
 
 
 def _add_noise(source: Any, target: Any, size: int, table: Any, words: Any) -> int:
+    """1 if all results are finite, else 0, which numba also returns for a call that failed."""
     source_N, target_N = carray(source, size), carray(target, size)
     quantiles, state = carray(table, QUANTILES), carray(words, 4)
     noise = np.empty(CHUNK, np.float32)
-    bad = 0
+    finite = 1
     for start in range(0, size, CHUNK):
         _draw(noise, quantiles, state)
-        bad |= _rounded_sums(source_N[start : start + CHUNK], target_N[start : start + CHUNK], noise)
-    return bad
+        finite &= _rounded_sums(source_N[start : start + CHUNK], target_N[start : start + CHUNK], noise)
+    return finite
 
 
 @njit(**PLAIN)
@@ -77,7 +78,7 @@ def _draw(noise: Any, quantiles: Any, state: Any) -> None:
 
 @njit(**PLAIN)
 def _rounded_sums(source_N: Any, target_N: Any, noise: Any) -> int:
-    """Rounds to nearest even, as `cast` does. 1 if a result is not finite, else 0."""
+    """Rounds to nearest even, as `cast` does. 1 if all results are finite, else 0."""
     largest = U32(0)
     for n in range(len(source_N)):
         bits = _bits(_number(U32(U32(source_N[n]) << U32(16))) + noise[n])
@@ -85,7 +86,7 @@ def _rounded_sums(source_N: Any, target_N: Any, noise: Any) -> int:
         target_N[n] = U32(U32(bits + U32(0x7FFF)) + odd) >> U32(16)
         magnitude = U32(bits & U32(0x7FFF_FFFF))
         largest = max(magnitude, largest)
-    return 1 if largest >= INFINITE else 0
+    return 1 if largest < INFINITE else 0
 
 
 @intrinsic

@@ -134,9 +134,8 @@ def _without_bos(shape: Shape, vocabulary: Vocabulary, notes: list[str]) -> Shap
 def _render(vocabulary: Vocabulary, turns: Iterable[Turn]) -> str:
     """What the Jinja template gives for a conversation, up to where the reply begins."""
     assert vocabulary.chat_template is not None
-    marks = {f"{name}_token": vocabulary.tokens[vocabulary.special[name]] for name in ("bos", "eos")}
     said = [{"role": role, "content": content} for role, content in turns]
-    return render(vocabulary.chat_template, said, add_generation_prompt=True, **marks)
+    return render(vocabulary.chat_template, said, add_generation_prompt=True, **vocabulary.marks)
 
 
 def _split(text: str, *marks: str) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, TypeGuard
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import SourceError
+from frankenmoe.export.front import front_note
 from frankenmoe.export.sentencepiece import read_model
 from frankenmoe.planning.parts import Parts
 
@@ -91,6 +92,11 @@ class Vocabulary:
     front: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def marks(self) -> dict[str, str]:
+        """The special tokens that a chat template may write."""
+        return {f"{name}_token": self.tokens[self.special[name]] for name in ("bos", "eos")}
+
 
 def vocabulary_of(parts: Parts) -> Vocabulary:
     """The vocabulary of a planned or built MoE. Raises SourceError as `read_vocabulary` does."""
@@ -128,23 +134,21 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
     notes = [f"a GGUF file has room for three end tokens: a reply does not end at {', '.join(lost)}"] if lost else []
     if apart:
         notes.append(f"llama.cpp's pre-tokenizer {found.pre} splits {apart} in another way than the tokenizer")
-    template = _chat_template(folder, settings)
-    if found.front:
-        if found.front not in (template or ""):
-            raise _cannot(folder, f"puts {found.front} before a text, expected its bos_token alone")
-        notes.append(
-            f"the tokenizer puts {found.front} before every text, for which a GGUF file has no room: the chat template "
-            "has it, other prompts must begin with it"
-        )
-    return replace(
+    found = replace(
         found,
         tokens=tokens,
         types=types,
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
         special=special,
-        chat_template=template,
-        notes=tuple(notes),
+        chat_template=_chat_template(folder, settings),
     )
+    if found.front:
+        note = front_note(found.front, found.chat_template, found.marks)
+        if note is None:
+            expected = "expected its bos_token alone, or a chat template that begins with the same"
+            raise _cannot(folder, f"puts {found.front} before a text, {expected}")
+        notes.append(note)
+    return replace(found, notes=tuple(notes))
 
 
 def _distinct(folder: Path, tokens: Sequence[str], types: Sequence[int]) -> tuple[str, ...]:
