@@ -13,6 +13,7 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from frankenmoe.artifact.record import MODEL_TYPE
 from frankenmoe.checkpoint.hub import resolve
+from frankenmoe.checkpoint.links import ADAPTERS
 from frankenmoe.checkpoint.reader import unmap
 from frankenmoe.counted import counted
 from frankenmoe.errors import ArtifactError, PlanError
@@ -79,8 +80,6 @@ class FrankenMoEForCausalLM:
         With `trust_remote_code`, Python code in a source may run too. Where the folder of a PEFT adapter was named,
         transformers passes it in `adapter_kwargs`. Raises subclasses of FrankenMoEError, for other options too.
         """
-        from frankenmoe.artifact.folder import ADAPTERS
-
         told = {key: options.pop(key, getattr(config, key, None)) for key in ADJUSTED}
         folder = resolve(
             str(name),

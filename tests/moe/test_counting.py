@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import frankenmoe as fm
 import tiny
 from family_cases import apart, make_parent, write_recipe
 from frankenmoe.evaluate.parents import stock_model
 from frankenmoe.moe.continuation import Continuation
-from frankenmoe.moe.counting import CountingCache
+from frankenmoe.moe.counting import CountingCache, counting
 from frankenmoe.moe.generate import reply
 from frankenmoe.moe.promptcache import PromptCache
 from gguf_cases import ALL
@@ -47,6 +47,16 @@ def test_a_cache_changes_nothing(name: str, tmp_path: Path) -> None:
     on = Continuation(moe, moe.tokenizer(), ids[0].tolist(), max_new_tokens=NEW)
     assert [on.choose(on.read()) for _ in range(NEW)] == cached.sequences[0, ids.shape[1] :].tolist()
     assert on.known == ids.shape[1] + NEW - 1
+
+
+def test_models_with_a_cache_of_their_own_keep_it() -> None:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **sizes)).eval()
+    ids = tiny.ids(batch=1)
+    before = greedy(model, ids).sequences
+    assert torch.equal(greedy(counting(model), ids).sequences, before)
+    assert not model.get_decoder()._forward_pre_hooks
 
 
 def test_a_known_history_is_not_read_again(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from frankenmoe.artifact.record import RECORD_VERSION, Form, read_record
 from frankenmoe.checkpoint.fingerprint import sha256
 from frankenmoe.checkpoint.header import header_bytes, read_header
 from frankenmoe.checkpoint.jsonfile import check_size
-from frankenmoe.checkpoint.links import check_links
+from frankenmoe.checkpoint.links import ADAPTERS, check_links
 from frankenmoe.checkpoint.reader import unmap
 from frankenmoe.checkpoint.tensors import TensorRef
 from frankenmoe.checkpoint.weights import SINGLE
@@ -33,7 +33,6 @@ from frankenmoe.errors import ArtifactError, FrankenMoEError
 RECORD = "frankenmoe.json"
 ROUTERS = "model-routers.safetensors"
 STATISTICS = "router-statistics.safetensors"
-ADAPTERS = "adapters"  # a folder with one for every adapter
 UNFINISHED = "build.json"
 LOCK = "build.lock"
 GIB = 2**30

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from frankenmoe.artifact.folder import ADAPTERS
 from frankenmoe.artifact.healing import HealedPart, HealReport
 from frankenmoe.artifact.reports import versions
 from frankenmoe.backbone.expert import HealedExpert, cost, heal_expert
 from frankenmoe.backbone.heal import RIDGES
 from frankenmoe.checkpoint.header import read_header
+from frankenmoe.checkpoint.links import ADAPTERS
 from frankenmoe.checkpoint.tensors import LowRank, Noise, Scale, TensorRef, TensorWrite
 from frankenmoe.checkpoint.values import materialize, values
 from frankenmoe.checkpoint.writer import write_atomic, write_shard

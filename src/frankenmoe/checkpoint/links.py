@@ -8,6 +8,7 @@ from frankenmoe.errors import SourceError
 
 WEIGHTS = ".safetensors"
 TEMPLATES = "additional_chat_templates"  # a folder that transformers reads with a tokenizer
+ADAPTERS = "adapters"  # a folder of an artifact, with one in it for every adapter
 SNAPSHOTS, BLOBS = "snapshots", "blobs"
 MODEL = "models--"  # how the hub's cache begins the name of a model's folder
 

@@ -4,6 +4,7 @@ transformers asks an attention layer how many tokens its cache holds. Without on
 cache and in `generate`. Here the tokens are counted where they are read.
 """
 
+import inspect
 from typing import Any
 
 from torch import nn
@@ -38,11 +39,13 @@ def counting(model: PreTrainedModel) -> PreTrainedModel:
     own: Any = model
     if not type(model).__module__.startswith("transformers.") or not own._supports_default_dynamic_cache():
         return model
+    decoder = model.get_decoder()
+    if "past_key_values" not in inspect.signature(decoder.forward).parameters:  # as in Mamba itself
+        return model
     layers = DynamicCache(config=model.config.get_text_config(decoder=True)).layers
     if not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers):
         return model
     own._supports_default_dynamic_cache = lambda: False  # so `generate` leaves it to the first forward
-    decoder = model.get_decoder()
     decoder.register_forward_pre_hook(_begin, with_kwargs=True)
     decoder.register_forward_hook(_count, with_kwargs=True)
     return model

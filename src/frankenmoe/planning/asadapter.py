@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.artifact.folder import ADAPTERS
 from frankenmoe.cache import NAME, cache_folder, trim
+from frankenmoe.checkpoint.links import ADAPTERS
 from frankenmoe.checkpoint.peft import CONFIG, PREFIX, WEIGHTS
 from frankenmoe.checkpoint.reader import Adapter, open_adapter
 from frankenmoe.checkpoint.tensors import DTYPES, TensorRef

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from frankenmoe.artifact.folder import ADAPTERS, ROUTERS, UNFINISHED, Artifact
+from frankenmoe.artifact.folder import ROUTERS, UNFINISHED, Artifact
+from frankenmoe.checkpoint.links import ADAPTERS
 from frankenmoe.checkpoint.weights import INDEX, SINGLE
 from frankenmoe.errors import ArtifactError, FrankenMoEError, first_line
 from frankenmoe.progress import SILENT, Progress

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from frankenmoe.artifact.folder import ADAPTERS, ROUTERS, Routers
+from frankenmoe.artifact.folder import ROUTERS, Routers
 from frankenmoe.checkpoint.cast import encode
+from frankenmoe.checkpoint.links import ADAPTERS
 from frankenmoe.checkpoint.tensors import LowRank
 from frankenmoe.checkpoint.values import values
 from frankenmoe.checkpoint.writer import write_atomic
