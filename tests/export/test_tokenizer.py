@@ -226,8 +226,11 @@ def test_an_unknown_split_is_refused_not_guessed(tmp_path: Path) -> None:
         ),
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [PLAIN]}}, "none of"),  # not split at all
         ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES, DIGITS]}}, "none of"),
-        ({"post_processor": around("<unk>")}, "puts <unk> before a text, expected its bos_token alone"),
-        ({"post_processor": around("<s>", "<unk>")}, "puts <s><unk> before"),
+        (
+            {"post_processor": around("<unk>")},
+            "puts <unk> before a text, but a GGUF file has room for the bos_token alone",
+        ),
+        ({"post_processor": around("<s>", "<unk>")}, "puts <s><unk> before a text"),
         ({"post_processor": behind("<unk>")}, "puts <unk> behind a text, expected its eos_token alone"),
     ],
 )

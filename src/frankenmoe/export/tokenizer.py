@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 from frankenmoe.checkpoint.header import parse_object
 from frankenmoe.checkpoint.jsonfile import small_bytes
 from frankenmoe.errors import SourceError
-from frankenmoe.export.front import front_note
+from frankenmoe.export.front import RUN_IT, front_note
 from frankenmoe.export.sentencepiece import read_model
 from frankenmoe.planning.parts import Parts
 
@@ -143,11 +143,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
         chat_template=_chat_template(folder, settings),
     )
     if found.front:
-        note = front_note(found.front, found.chat_template, found.marks)
-        if note is None:
-            expected = "expected its bos_token alone, or a chat template that begins with the same"
-            raise _cannot(folder, f"puts {found.front} before a text, {expected}")
-        notes.append(note)
+        notes.append(front_note(folder, found.front, found.chat_template, found.marks))
     return replace(found, notes=tuple(notes))
 
 
@@ -396,5 +392,5 @@ def _json(file: Path) -> dict[str, Any]:
 def _cannot(file: Path, what: str) -> SourceError:
     return SourceError(
         f"{file} {what}, which llama.cpp does not support",
-        hint="use `frankenmoe chat` or transformers, which run the tokenizer itself",
+        hint=RUN_IT,
     )
