@@ -87,6 +87,14 @@ def test_tokens_in_front_that_the_chat_template_has(tmp_path: Path) -> None:
     assert gguftools.tokenize(running, tokenizer.apply_chat_template(chat, tokenize=False)) == ids
 
 
+def test_one_token_in_front_is_the_begin_token_where_the_settings_name_none(tmp_path: Path) -> None:
+    tokenizer = gguftools.bpe("smaug-bpe", bos=True)
+    tokenizer.bos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    vocabulary = read_vocabulary(tmp_path, {}, rows=len(tokenizer))
+    assert split_otherwise(vocabulary, AutoTokenizer.from_pretrained(tmp_path), TEXTS) == []
+
+
 SAID = "{% for message in messages %}{{ message.content }}{% endfor %}"
 OF_SYSTEM = "{% if messages[0].role == 'system' %}[gMASK]<sop>{% endif %}"
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"

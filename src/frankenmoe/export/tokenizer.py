@@ -139,7 +139,7 @@ def read_vocabulary(folder: Path, config: Mapping[str, Any], *, rows: int) -> Vo
         tokens=tokens,
         types=types,
         scores=(*found.scores, *[PADDING_SCORE] * missing) if found.scores else (),
-        special=special,
+        special={**special, **found.special},
         chat_template=_chat_template(folder, settings),
     )
     if found.front:
@@ -169,15 +169,17 @@ def _from_json(file: Path, settings: Mapping[str, Any]) -> Vocabulary:
         if model.get(key):
             raise _cannot(file, f"has {key} {model[key]!r}")
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model.get("merges") or []]
-    add_bos, add_eos, front = _ends(file, data.get("post_processor") or {}, settings)
+    begin, add_eos, front = _ends(file, data.get("post_processor") or {}, settings)
     tokens, types = _table(file, data)
+    special = {"bos": tokens.index(begin)} if begin in tokens else {}
     if model.get("byte_fallback"):
         scores, prefix = _scores(tokens, types, merges), _space_prefix(file, data)
-        found = Vocabulary("llama", "default", tokens, types, add_bos, add_eos, scores, add_space_prefix=prefix)
-        return replace(found, front=front)
-    joined = tuple(" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges)
-    pre = _pre_tokenizer(file, data)
-    return Vocabulary("gpt2", pre, tokens, types, add_bos, add_eos, merges=joined, front=front)
+        found = Vocabulary("llama", "default", tokens, types, bool(begin), add_eos, scores, add_space_prefix=prefix)
+    else:
+        joined = tuple(" ".join(part.replace(" ", "Ġ") for part in merge) for merge in merges)
+        pre = _pre_tokenizer(file, data)
+        found = Vocabulary("gpt2", pre, tokens, types, bool(begin), add_eos, merges=joined)
+    return replace(found, special=special, front=front)
 
 
 def _table(file: Path, data: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[int, ...]]:
@@ -278,8 +280,8 @@ def _of_bytes(step: Mapping[str, Any]) -> list[str | None]:
     return [_GPT2] if step.get("use_regex", True) else []
 
 
-def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[bool, bool, str]:
-    """(whether every text gets the begin token in front, and the end token behind it, other tokens in front).
+def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> tuple[str, bool, str]:
+    """(the begin token that every text gets in front, whether it gets the end token behind, other tokens in front).
 
     Rejects other tokens behind it.
     """
@@ -292,8 +294,9 @@ def _ends(file: Path, post: Mapping[str, Any], settings: Mapping[str, Any]) -> t
             if behind and behind != [_content(settings.get("eos_token")) or behind[0]]:
                 raise _cannot(file, f"puts {' '.join(behind)} behind a text, expected its eos_token alone")
             known = not before or before == [_content(settings.get("bos_token")) or before[0]]
-            return bool(before) and known, bool(behind), "" if known else "".join(before)
-    return False, False, ""
+            text = "".join(before)
+            return text if known else "", bool(behind), "" if known else text
+    return "", False, ""
 
 
 def _llama_ends(settings: Mapping[str, Any]) -> tuple[bool, bool]:
