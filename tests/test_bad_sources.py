@@ -102,7 +102,7 @@ def test_a_header_larger_than_the_file(build: tuple[object, ...], bad: Path, tmp
     file = bad / "model.safetensors"
     raw = file.read_bytes()
     file.write_bytes(struct.pack("<Q", len(raw)) + raw[8:])
-    facts = (str(file), f"announces a header of {len(raw)} bytes", f"only {len(raw) - 8} bytes follow")
+    facts = (str(file), f"announces a header of {len(raw):,} bytes", f"only {len(raw) - 8:,} bytes follow")
     refused(*build, inside=tmp_path, facts=facts, hint="damaged")
 
 

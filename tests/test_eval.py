@@ -188,7 +188,8 @@ def test_a_killed_run_goes_on(place: Path) -> None:
         ("nowhere/at-all/model --tasks ppl --text one.txt", "neither a folder"),
         ("recipe.yml --text none.txt", "does not exist"),
         ("recipe.yml recipe.yml --text one.txt", "two models are called"),
-        ("recipe.yml rows --against-parents", "compares one MoE"),
+        ("recipe.yml {parent} --against-parents", "compares one MoE"),
+        ("recipe.yml rows --text one.txt", "rows has no config.json"),
         ("recipe.yml --text one.txt --batch-size many", "neither `auto` nor a number"),
         ("recipe.yml --text one.txt --plot picture.txt", "must end in"),
         ("recipe.yml --text one.txt --json no/such/folder.json", "does not exist"),
@@ -199,8 +200,10 @@ def test_a_killed_run_goes_on(place: Path) -> None:
         ("recipe.yml --text one.txt --text one=two.txt", "two texts are named"),
     ],
 )
-def test_bad_input_is_refused_in_a_sentence(arguments: str, said: str, place: Path) -> None:
-    done = run(arguments, place, code=2)
+def test_bad_input_is_refused_in_a_sentence(
+    arguments: str, said: str, place: Path, parents: dict[str, list[Path]]
+) -> None:
+    done = run(arguments.format(parent=parents["llama"][1]), place, code=2)
     assert said in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not list(place.glob("*.json"))

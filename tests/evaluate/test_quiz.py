@@ -20,7 +20,7 @@ def test_questions_put_the_right_ending_first() -> None:
 
 
 def test_too_few_documents_are_refused() -> None:
-    with pytest.raises(SourceError, match="1 documents"):
+    with pytest.raises(SourceError, match="1 document of"):
         questions("one document only")
 
 

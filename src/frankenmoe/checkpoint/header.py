@@ -98,12 +98,12 @@ def _check_length(path: Path, *, length: int, size: int) -> None:
         )
     if length > _MAX_HEADER:
         raise SourceError(
-            f"{path} announces a header of {length} bytes, expected at most {_MAX_HEADER}",
+            f"{path} announces a header of {counted(length, 'byte')}, expected at most {_MAX_HEADER:,}",
             hint=_DAMAGED,
         )
     if length > size - PREFIX:
         raise SourceError(
-            f"{path} announces a header of {length} bytes, but only {counted(size - PREFIX, 'byte')} follow",
+            f"{path} announces a header of {counted(length, 'byte')}, but only {counted(size - PREFIX, 'byte')} follow",
             hint=_DAMAGED,
         )
 

@@ -77,18 +77,21 @@ LLAMACPP_LACKS: Mapping[tuple[str, str], str] = {
     ("phi3", "glm4_moe"): "models with longrope are refused",
     ("qwen3", "qwen3_moe"): "models with attention biases are refused",
     ("qwen3_vl", "qwen3_vl_moe"): "what reads pictures is left out, and models with attention biases are refused",
-    ("lfm2", "lfm2_moe"): "models with biases of the convolution are refused",
+    ("lfm2", "lfm2_moe"): "models with biases of the convolution, or without an attention layer, are refused",
     ("cohere2", "cohere2_moe"): "models with attention biases or without windows are refused",
     ("cohere", "cohere2_moe"): "models with attention biases are refused",
     ("smollm3", "granitemoe_swa"): "models without rotation are refused",
     ("gemma3_text", "gemma4"): "models with attention biases are refused",
     ("gemma4_text", "gemma4"): "models with attention biases are refused",
     ("granitemoehybrid", "granitemoehybrid"): (
-        "models of attention layers without rotation, and convolutions without biases, are refused"
+        "models without an attention layer or of attention layers without rotation, and convolutions without biases, "
+        "are refused"
     ),
     ("nemotron_h", "nemotron_h"): (
-        "models without Mamba layers, with biases in them, or with convolutions without biases are refused"
+        "models without Mamba or attention layers, with biases in Mamba layers, or with convolutions without biases "
+        "are refused"
     ),
+    ("qwen3_5_text", "qwen3_5_moe"): "models without an attention layer are refused",
 }
 # llama.cpp's architectures that Ollama's copy of it does not have (github.com/ollama/ollama, llama/llama.cpp)
 NOT_IN_OLLAMA = ("granite_swa", "cohere2moe", "gemma4")
