@@ -10,13 +10,14 @@ import tempfile
 from pathlib import Path
 
 if "PYTEST_XDIST_WORKER" not in os.environ:
-    # one cache for this run and all its workers; compiled products stay in the user's own
-    kernels = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmoe" / "kernels"
-    kernels.mkdir(parents=True, exist_ok=True)
+    # one cache for this run and all its workers; compiled products and vLLM's environment stay in the user's own
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frankenmoe"
     CACHE = Path(tempfile.mkdtemp(prefix="frankenmoe-tests-"))
     os.environ["XDG_CACHE_HOME"] = str(CACHE)
     (CACHE / "frankenmoe").mkdir()
-    (CACHE / "frankenmoe" / "kernels").symlink_to(kernels)
+    for kind in ("kernels", "vllm"):
+        (users / kind).mkdir(parents=True, exist_ok=True)
+        (CACHE / "frankenmoe" / kind).symlink_to(users / kind)
 
 import pytest
 

@@ -48,8 +48,8 @@ IN_VLLM: Mapping[tuple[str, str], Known] = {
     ("qwen3_vl", "qwen3_vl_moe"): Known(True, f"{VLLM}, without attention biases; pictures were not tried"),
     ("cohere2", "cohere2_moe"): Known(
         True,
-        f"{VLLM}, {COHERE_IN_VLLM} and a sliding_window less by one: its windows reach one token further, in dense "
-        "models too",
+        f"{VLLM}, {COHERE_IN_VLLM}, and with a sliding_window less by one, as its windows reach one token further, in "
+        "dense models too",
     ),
     ("granite", "granitemoe"): Known(True, VLLM),
     ("granite", "granitemoeshared"): Known(True, VLLM),
