@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import tiny
 from browsing import WAIT, launched, open_tab, whole
 from frankenmoe.recipe.model import Recipe
 
-LONG = 3000  # tokens of a reply that is not over before the test has done something
+LONG = 6000  # tokens of a reply that is not over before the test has done something
 
 
 @dataclass
@@ -38,10 +39,20 @@ class Served:
 
     def start(self) -> None:
         command = [sys.executable, "-m", "frankenmoe", "serve", self.recipe, "--beside", self.beside]
-        command += ["--port", str(self.port), "--max-tokens", "4000"]
+        command += ["--port", str(self.port), "--max-tokens", "7000"]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert self.process.stdout is not None
         assert self.url in self.process.stdout.readline()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Whatever time the browser takes, the server does nothing meanwhile."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         if self.process is not None:
@@ -174,8 +185,9 @@ def test_two_tabs_do_not_mix(tab: Any, browser: Any, served: Served) -> None:
     other.keyboard.press("Enter")
     whole(other, 1)
     assert tab.locator("#stop").is_visible()  # its reply goes on
-    other.locator(".switch").nth(1).click()
-    other.locator("#again").click()
+    with served.paused():
+        other.locator(".switch").nth(1).click()
+        other.locator("#again").click()
     other.get_by_text("Waits its turn: 1 request before it.").wait_for(timeout=WAIT)
     tab.locator("#stop").click()
     whole(tab, 1)
