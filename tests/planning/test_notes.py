@@ -73,7 +73,7 @@ def test_plain_rotary_settings_are_not_warned_of(parents: Parents, tmp_path: Pat
 
 IN_VLLM = {
     "windows": "reach one token further than transformers",
-    "tied": "of a tied one it makes nonsense",
+    "tied": "with a tied head it writes nonsense",
     "untied": "uses the embeddings as the head",
     "biases": "lacks attention biases",
 }

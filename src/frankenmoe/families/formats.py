@@ -234,7 +234,7 @@ FORMATS: Mapping[str, MoEFormat] = {
             holds=frozenset({"qkv_bias"}),
             partial_rotary=True,
             notes=(
-                Note("vLLM 0.32 expects a head of its own in this format; of a tied one it makes nonsense", tied=True),
+                Note("vLLM 0.32 expects an untied head in this format; with a tied head it writes nonsense", tied=True),
             ),
         ),
         MoEFormat(

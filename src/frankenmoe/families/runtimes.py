@@ -27,7 +27,7 @@ class Known:
 COHERE_IN_VLLM = "with a tied head, without attention biases"
 GLM4_IN_VLLM = Known(
     True,
-    f"{VLLM}, with a shared expert and a head of its own; of a tied head it makes nonsense, and without a shared "
+    f"{VLLM}, with a shared expert and a head of its own; with a tied head it writes nonsense, and without a shared "
     "expert it divides by zero on a CPU (GPUs were not tried)",
 )
 # (family, format): with a format alone nothing is known, as families differ in windows, rotation and biases
