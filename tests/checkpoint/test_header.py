@@ -112,7 +112,7 @@ def test_malformed_header_is_refused(file: Path, header: object, data: int, mess
     [
         (b"", "has 0 bytes, expected at least 8"),
         (b"1234567", "has 7 bytes"),
-        ((2**63).to_bytes(8, "little") + b"{}", "expected at most 100000000"),
+        ((2**63).to_bytes(8, "little") + b"{}", "expected at most 100,000,000"),
         ((3).to_bytes(8, "little") + b"{}", "a header of 3 bytes, but only 2 bytes follow"),
         ((2).to_bytes(8, "little") + b"\xff\xfe", "not a JSON object: 'utf-8' codec"),
     ],
