@@ -6,6 +6,7 @@ run: 3.5 GB, minutes. `--make` makes it and measures nothing. Making it goes on 
 """
 
 import argparse
+import hashlib
 import json
 import shutil
 import subprocess
@@ -107,8 +108,14 @@ def environment() -> Path:
 
 
 def is_made() -> bool:
-    """Whether the environment is complete."""
-    return (environment() / MADE).is_file()
+    """Whether the environment is complete, and made as it would be made now."""
+    file = environment() / MADE
+    return file.is_file() and json.loads(file.read_text()).get("how") == _how()
+
+
+def _how() -> str:
+    """Tells environments apart that were made in different ways."""
+    return hashlib.sha256(json.dumps([TORCH, PACKAGES, UNWANTED, SITE.read_text()]).encode()).hexdigest()
 
 
 def make_environment() -> float:
@@ -128,7 +135,7 @@ def make_environment() -> float:
         (site,) = folder.glob("lib/python*/site-packages")
         shutil.copy(SITE, site / "sitecustomize.py")
         subprocess.run([python, "-c", "import torchvision, vllm"], check=True)
-        (folder / MADE).write_text(json.dumps({"seconds": time.perf_counter() - begun}))
+        (folder / MADE).write_text(json.dumps({"seconds": time.perf_counter() - begun, "how": _how()}))
     return float(json.loads((folder / MADE).read_text())["seconds"])
 
 
