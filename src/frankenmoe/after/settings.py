@@ -35,7 +35,7 @@ def number(settings: Settings, key: str, *, where: str) -> float:
 
 
 def group_size(settings: Settings, *, where: str, default: int | None = None) -> int | None:
-    """How many columns share a scale; None if those of a whole row do, for which files have -1 too."""
+    """How many columns share a scale; None if a whole row does, which some files write as -1."""
     value = settings.get("group_size", default)
     if value == -1 or (value is None and default is None):
         return None

@@ -8,6 +8,7 @@ from typing import Any
 
 from frankenmoe.errors import SourceError, first_line
 
+RELATIVE_PATHS = "relative paths in a recipe start at the recipe's folder, those of options at the current folder"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _TEXTS = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*"]
 _WEIGHTS = ["*.safetensors"]
@@ -40,8 +41,7 @@ def resolve(
     if not _HUB_ID.fullmatch(name):
         raise SourceError(
             f"source {name!r} is neither a folder, looked for at {path}, nor a hub id like org/name",
-            hint=backslash_hint(name, folder=folder)
-            or "a relative path counts from the folder of the recipe, one of an option from the current folder",
+            hint=backslash_hint(name, folder=folder) or RELATIVE_PATHS,
         )
     snapshot = _download(name, revision=revision, weights=weights, subfolders=subfolders)
     if weights:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from frankenmoe.checkpoint.hub import backslash_hint, parquet_rows, stream_rows
+from frankenmoe.checkpoint.hub import RELATIVE_PATHS, backslash_hint, parquet_rows, stream_rows
 from frankenmoe.data.given import DATASET, user_path
 from frankenmoe.data.rows import Document, document
 from frankenmoe.errors import SourceError
@@ -65,9 +65,7 @@ def _place(name: str, folder: Path) -> Path | None:
         raise SourceError(f"data {name!r} is the folder {path}, expected a file", hint="name the files in it")
     raise SourceError(
         f"data {name!r} does not exist, looked for at {path}",
-        hint=backslash_hint(name, folder=folder)
-        or "a relative path counts from the folder of the recipe, one of an option from the current folder; a hub "
-        "dataset is written org/name",
+        hint=backslash_hint(name, folder=folder) or f"{RELATIVE_PATHS}; a hub dataset is written org/name",
     )
 
 

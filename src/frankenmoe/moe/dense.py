@@ -109,7 +109,7 @@ def load_dense(config: Any, tensors: Mapping[str, torch.Tensor], *, dtype: torch
     lost = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if lost:
         raise SourceError(
-            f"{counted(len(lost), 'parameter')} of {cls.__name__} without a tensor in the source, first {lost[0]}",
+            f"the source has no tensor for {counted(len(lost), 'parameter')} of {cls.__name__}, the first is {lost[0]}",
             hint="config.json and the weights belong to different models",
         )
     return counting(cast(PreTrainedModel, keep_stored(model.eval())))

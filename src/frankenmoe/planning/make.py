@@ -179,8 +179,8 @@ def _own_warnings(made: Plan) -> list[str]:
         found.append(f"{fmt.title} loads in llama.cpp and frankenmoe; transformers and vLLM need remote code for it")
     if fmt is not None and fmt.loads_in_transformers and not made.bill.kv_per_token:
         found.append(
-            "no layer has attention, by which transformers counts the tokens in its cache: there, call "
-            "generate(use_cache=False)"
+            "no layer has attention, so transformers cannot count the tokens in its cache; with stock transformers "
+            "call generate(use_cache=False)"
         )
     if fmt is not None and fmt.inert_shared_ffn and not made.shared:
         found.append(f"{fmt.title} must have a shared expert: one of {fmt.inert_shared_ffn} zero neurons is written")

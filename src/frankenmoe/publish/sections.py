@@ -298,8 +298,8 @@ def primer(facts: Facts, evidence: Evidence) -> str | Missing:
             f"A sparse mixture of experts has, in place of the one FFN of each layer, several experts: here {experts}. "
             "An expert may be an FFN, a more complex network, or a mixture itself"
             f"{' (as some are here)' if nested else ' (none is here)'}. A router, one matrix of learned numbers, gives "
-            f"every expert a score for every token; the token goes to the best (here {used}), and their outputs are "
-            "added up, weighted by the scores.",
+            f"every expert a score for every token. The token goes to the experts with the best scores (here {used}), "
+            "and their outputs are added up, weighted by the scores.",
             "Left to itself, a router under training comes to favour the same few experts, which then learn the most. "
             "An auxiliary loss (`aux_loss` in transformers) evens that out, and a capacity limits how many tokens one "
             "expert may process; what is over it passes by. Mixtures overfit more easily than dense models when they "
